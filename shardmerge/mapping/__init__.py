@@ -1,0 +1,1 @@
+"""mapping.yaml: name templates, the spec, and its resolution against catalogs."""

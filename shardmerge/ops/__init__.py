@@ -1,0 +1,1 @@
+"""What can be done to a tensor. Knows arrays; never names or files."""

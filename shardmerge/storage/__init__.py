@@ -1,0 +1,1 @@
+"""Bytes and paths: open, read, map, write, sync. Knows nothing of tensors."""

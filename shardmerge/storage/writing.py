@@ -1,0 +1,115 @@
+"""Writing files so that a half-written one is never taken for a whole one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from shardmerge.errors import OutputError, ResourceError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class OutputFile:
+    """A new file written at final offsets by several threads, then synced.
+
+    The first ``reserved`` bytes are written last, after the rest is on disk: a safetensors header length of zero is
+    refused by every reader, so a power cut cannot leave a file that looks whole.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``: somebody made the file meanwhile. ``unwritable-output``: the system refused.
+    ResourceError
+        ``disk-full``: no space left, or a quota.
+    """
+
+    def __init__(self, path: Path, size: int, *, sync: bool = True) -> None:
+        self.path = path
+        self.size = size
+        self._sync = sync
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _explained(path):
+            self._fd = os.open(path, flags, 0o666)
+            os.ftruncate(self._fd, size)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes all of ``data`` at ``offset``, looping over short writes."""
+        view = data.cast("B") if data.nbytes else memoryview(b"")
+        done = 0
+        with _explained(self.path):
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def seal(self, first_bytes: bytes) -> None:
+        """Syncs the data, writes the reserved first bytes, syncs again, and closes."""
+        with _explained(self.path):
+            self._fsync()
+            os.pwrite(self._fd, first_bytes, 0)
+            self._fsync()
+        self.close()
+
+    def close(self) -> None:
+        """Closes the descriptor, reporting what the close reports (NFS says "disk full" here)."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with _explained(self.path):
+                os.close(fd)
+
+    def _fsync(self) -> None:
+        if self._sync:
+            os.fsync(self._fd)
+
+
+def write_small(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Writes a new small file (JSON, tokenizer) whole and synced."""
+    file = OutputFile(path, len(data), sync=sync)
+    file.write(0, memoryview(data))
+    file.seal(data[:8])
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable; without it a rename may be lost in a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directory sync
+            raise
+    finally:
+        os.close(fd)
+
+
+def free_bytes(path: Path) -> int:
+    """Returns the bytes an ordinary user can still write to the file system of ``path`` or its nearest parent."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    status = os.statvfs(place)
+    return status.f_bavail * status.f_frsize
+
+
+class _explained:  # noqa: N801  # reads as a statement: with _explained(path)
+    """Turns an OSError of the body into an error of ours that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileExistsError):
+            raise OutputError("output-exists", "the file exists already", where=str(self._path)) from error
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise ResourceError(
+                "disk-full",
+                f"the disk is full: {error.strerror}",
+                where=str(self._path),
+                hint="free some space or choose another output path; the staging directory is removed",
+            ) from error
+        if isinstance(error, OSError):
+            raise OutputError(
+                "unwritable-output", f"cannot write: {error.strerror}", where=str(self._path)
+            ) from error

@@ -1,0 +1,184 @@
+"""What a tensor is and where its bytes lie. Opens no files.
+
+A checkpoint of any format becomes a ``Catalog`` of ``TensorEntry``; an entry is a dtype, a shape and ``Piece`` s that
+tile the tensor's row-major order exactly once, each held by an ``Extent`` of a file, or by a ``Strided`` view of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TypeAlias
+
+from shardmerge.dtypes import DType
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes ``[offset, offset + nbytes)`` of a file; opens nothing.
+
+    Attributes
+    ----------
+    file
+        Absolute path.
+    offset, nbytes
+        In bytes.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+
+    def slice(self, start: int, nbytes: int) -> Extent:
+        """Returns ``nbytes`` of this extent from its byte ``start`` on."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise ValueError(f"slice [{start}, {start + nbytes}) of an extent of {self.nbytes} bytes")
+        return Extent(self.file, self.offset + start, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """A non-contiguous view of an extent, as torch saves a transposed, expanded or sliced tensor.
+
+    Attributes
+    ----------
+    extent
+        From the view's first element to its last, nothing more.
+    shape, strides
+        In elements, as in ``torch.Tensor.stride()``; strides are never negative (torch has no negative strides).
+    """
+
+    extent: Extent
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``[start, start + count)`` of a tensor in row-major order, and what holds them."""
+
+    start: int
+    count: int
+    held: Extent | Strided
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor that a checkpoint holds.
+
+    Attributes
+    ----------
+    name
+        Its key in the state dict.
+    dtype, shape
+        As stored, before any cast.
+    pieces
+        A sequence, possibly computed on demand (a 1,024-rank model must not cost a million objects), in ascending
+        order of ``start``, without gaps or overlaps. Empty for a tensor without elements.
+    origin
+        Where in the checkpoint it was found, for people: ``"fp32 partitions"``, ``"frozen fragments"``, ...
+    """
+
+    name: str
+    dtype: DType
+    shape: Shape
+    pieces: Sequence[Piece]
+    origin: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a 0-d tensor."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, dense."""
+        return self.numel * self.dtype.itemsize
+
+
+def dense(extent: Extent, numel: int) -> tuple[Piece, ...]:
+    """Returns the pieces of a tensor that lies whole and contiguous in one extent."""
+    return (Piece(0, numel, extent),) if numel else ()
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What pins a source file between planning and reading.
+
+    Attributes
+    ----------
+    path
+        Absolute path.
+    size, mtime_ns
+        From ``stat``.
+    header
+        SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    header: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """A checkpoint, reduced to what its headers say.
+
+    Attributes
+    ----------
+    path
+        What the user named, resolved.
+    kind
+        The format, for people and JSON: ``"safetensors"``, ``"torch zip"``, ``"DeepSpeed ZeRO-2"``, ...
+    entries
+        By name, in the checkpoint's order.
+    aliases
+        Tied names: alias -> the entry that owns the bytes.
+    files
+        Every file that was opened.
+    side_files
+        Small files beside the weights (config.json, tokenizer files), by base name, each as one extent.
+    absent
+        Names that the checkpoint lists with no data (numel-0 placeholders of ZeRO-3).
+    notes
+        Facts a user should see: the view chosen, names dropped, a total_size that disagrees.
+    training_config
+        Text of the training config carried in the file (mmengine ``meta["cfg"]``), or ``""``. Never executed.
+    """
+
+    path: str
+    kind: str
+    entries: Mapping[str, TensorEntry]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[FileStamp, ...] = ()
+    side_files: Mapping[str, Extent] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    training_config: str = ""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries or name in self.aliases
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.entries[self.aliases.get(name, name)]
+
+    def names(self) -> Iterator[str]:
+        """Yields every name, aliases after the entries."""
+        yield from self.entries
+        yield from self.aliases
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 (hex) over names, dtypes, shapes, aliases and the files' sizes and headers.
+
+        Paths and times stay out: a copy of a checkpoint has the fingerprint of the original.
+        """
+        tensors = [[entry.name, entry.dtype.name, list(entry.shape)] for entry in self.entries.values()]
+        files = sorted([stamp.size, stamp.header] for stamp in self.files)
+        text = json.dumps([self.kind, tensors, sorted(self.aliases.items()), files], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
