@@ -1,0 +1,253 @@
+"""The functions of the public door, one for each command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shardmerge.conversion import Options, Prepared, Result, carry_out, prepare, prepare_mapping, prepare_plain
+from shardmerge.errors import UsageError, VerificationError
+from shardmerge.execute.engine import Progress
+from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
+from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
+from shardmerge.mapping.spec import SourceSpec, Spec
+from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.plan import Plan
+from shardmerge.sources.opening import OpenOptions, View, open_catalog
+from shardmerge.tensors import Catalog
+from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
+
+_YAML = (".yaml", ".yml")
+_COMMAND_LINE = Mark("command line", 1, 1)
+
+
+def inspect(source: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> Catalog:
+    """Returns what a checkpoint holds, from its headers alone.
+
+    Parameters
+    ----------
+    source
+        A file, a directory, or a hub id in the local cache (``org/name`` or ``org/name@revision``).
+    view
+        Of a DeepSpeed checkpoint: ``fp32`` master weights, or the 16-bit ``module``.
+    root
+        Dotted path of the state dict inside a torch file; empty to find it.
+    download
+        Whether a hub id may be downloaded.
+
+    Raises
+    ------
+    UsageError, CheckpointError
+        Nothing there, or nothing that can be read.
+    """
+    return open_catalog(source, OpenOptions(view=view, root=root, download=download))
+
+
+def open_checkpoint(
+    path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False
+) -> LazyCheckpoint:
+    """Opens a checkpoint as a mapping of names to lazy tensors; a ``mapping.yaml`` gives the target's tensors.
+
+    Parameters
+    ----------
+    path, view, root, download
+        As for ``inspect``; or the path of a mapping.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``inspect``, or as ``plan`` for a mapping.
+    """
+    if Path(path).suffix in _YAML:
+        return lazy_plan(plan(path, Options(download=download)))
+    return lazy_catalog(inspect(path, view=view, root=root, download=download))
+
+
+def plan(mapping: str | Path, options: Options | None = None) -> Plan:
+    """Plans a mapping without reading tensor data.
+
+    Raises
+    ------
+    ShardmergeError
+        Everything that is wrong with a stage, at once.
+    """
+    return prepare_mapping(Path(mapping), options or Options()).plan
+
+
+def run(
+    mapping: str | Path,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Carries out a mapping and publishes the result.
+
+    Parameters
+    ----------
+    mapping
+        The YAML file.
+    out
+        Instead of its ``output.path``.
+    options
+        Overrides.
+    progress
+        Called with the bytes of every tile written.
+
+    Raises
+    ------
+    UsageError
+        ``no-output``: neither the mapping nor the caller names an output path.
+    ShardmergeError
+        As ``plan``, and what the run meets. The output path is then as it was.
+    """
+    options = options or Options()
+    prepared = prepare_mapping(Path(mapping), options)
+    return carry_out(prepared, output_path(prepared, out, str(mapping)), options, progress)
+
+
+def output_path(prepared: Prepared, out: str | Path | None, where: str) -> Path:
+    """Returns the output path of a plan, or raises ``no-output``."""
+    if out is not None:
+        return Path(out).expanduser().absolute()
+    if prepared.out is None:
+        raise UsageError(
+            "no-output", "no output path is given", where=where, hint="add `output: {path: out/model}`, or --out"
+        )
+    return prepared.out
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    use: str = "",
+    bases: Mapping[str, str] | None = None,
+    view: View = "fp32",
+    root: str = "",
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Converts a checkpoint without a mapping file: every name as it is, or through a preset.
+
+    Parameters
+    ----------
+    source, view, root
+        As for ``inspect``.
+    out
+        The directory to make.
+    use
+        A preset; its first required source is ``source``.
+    bases
+        The preset's other sources, by name.
+    options
+        dtype, shard size, memory, ...
+    progress
+        As for ``run``.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``run``.
+    """
+    options = options or Options()
+    prepared = prepare_conversion(source, use=use, bases=bases, view=view, root=root, options=options)
+    return carry_out(prepared, Path(out).expanduser().absolute(), options, progress)
+
+
+def prepare_conversion(
+    source: str | Path,
+    *,
+    use: str = "",
+    bases: Mapping[str, str] | None = None,
+    view: View = "fp32",
+    root: str = "",
+    options: Options | None = None,
+) -> Prepared:
+    """Plans what ``convert`` would do."""
+    options = options or Options()
+    if not use:
+        if bases:
+            raise UsageError("no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET")
+        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+    preset = load_preset(use)
+    first = next(name for name, role in preset.roles.items() if role.required)
+    sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
+    for name, path in (bases or {}).items():
+        if name not in preset.roles:
+            raise UsageError(
+                "unknown-source",
+                f"the preset {use} has no source {name!r}",
+                expected=", ".join(role for role in preset.roles if role != first),
+            )
+        sources[name] = SourceSpec(name, path, mark=_COMMAND_LINE)
+    spec = Spec("command line", sources, None, use, None, (), ())
+    return prepare(spec, Path(), options)
+
+
+def verify(
+    directory: str | Path,
+    *,
+    sources: str | Path | None = None,
+    reference: str | Path | None = None,
+    load: bool = False,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Verifies a finished directory.
+
+    Parameters
+    ----------
+    directory
+        What ``run`` or ``convert`` made.
+    sources
+        The mapping that made it: every tensor is made again and compared bit for bit.
+    reference
+        A checkpoint that must hold the same tensors with the same values.
+    load
+        Whether to load it with the installed transformers, in a child process.
+    options
+        Those of the run, where they were not the mapping's (``sources`` only).
+    progress
+        Called with the bytes of every tensor checked.
+
+    Raises
+    ------
+    VerificationError
+        All that differs, at once.
+    """
+    folder = Path(directory)
+    verdict = verify_directory(folder, progress)
+    checks = list(verdict.checks)
+    if sources is not None:
+        checks += verify_sources(folder, plan(sources, options), progress).checks
+    if reference is not None:
+        checks.append(_equals(folder, reference))
+    if load:
+        found = verify_load(folder)
+        checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
+    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes)
+
+
+def _equals(folder: Path, reference: str | Path) -> str:
+    found = list(diff(folder, reference))
+    if found:
+        first = "; ".join(f"{d.name}: {d.what} ({d.detail})" for d in found[:5])
+        raise VerificationError(
+            "reference-differs", f"{len(found)} differences from the reference", where=str(reference), found=first
+        )
+    return f"equal to {reference}"
+
+
+def diff(a: str | Path, b: str | Path, progress: Progress | None = None) -> Iterator[Difference]:
+    """Yields the differences between two checkpoints of any format."""
+    return compare(inspect(a), inspect(b), progress)
+
+
+def presets() -> tuple[Preset, ...]:
+    """Returns the presets that come with shardmerge."""
+    return tuple(load_preset(name) for name in list_presets())
+
+
+def preset_text(name: str) -> str:
+    """Returns a preset's YAML as it is written."""
+    return read_preset(name)

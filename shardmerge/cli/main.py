@@ -1,0 +1,329 @@
+"""The commands. stdout is the answer, stderr is progress, warnings and errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import click
+
+import shardmerge
+from shardmerge import Options, Result, ShardmergeError, api, explain
+from shardmerge.cli.progress import progress_bar
+from shardmerge.conversion import Prepared, carry_out, prepare_mapping
+from shardmerge.dtypes import float_dtype
+from shardmerge.mapping.sizes import parse_size
+
+_INTERNAL_ERROR = 70
+_INTERRUPTED = 5
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+_Decorator: TypeAlias = Callable[[_Command], _Command]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(shardmerge.__version__, prog_name="shardmerge")
+def cli() -> None:
+    """Turns training checkpoints into Hugging Face models, tensor by tensor, in a few dozen MB of memory.
+
+    \b
+    shardmerge run mapping.yaml                      what the mapping says
+    shardmerge plan mapping.yaml                     all of it, without reading data
+    shardmerge convert global_step500/ out/ --dtype bfloat16
+    shardmerge inspect work_dirs/iter_5198.pth
+    """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
+
+
+def _options(function: _Command) -> _Command:
+    """The options of everything that plans."""
+    for option in reversed(
+        [
+            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
+            click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
+            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
+            click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
+            click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
+            click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."),
+            click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+_out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
+_use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
+_base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+_view = click.option(
+    "--view", type=click.Choice(["fp32", "module"]), default="fp32", help="DeepSpeed: master weights or 16-bit."
+)
+_root = click.option("--root", default="", help="Dotted path of the state dict inside a torch file.")
+
+
+@cli.command()
+@click.argument("mapping", type=click.Path())
+@_out
+@_options
+@_quiet
+@_json
+def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: FBT001, ANN401
+    """Carry out a mapping.yaml and publish the result, whole or not at all."""
+    options = _parsed(given)
+    prepared = prepare_mapping(Path(mapping), options)
+    _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
+
+
+@cli.command()
+@click.argument("mapping", type=click.Path())
+@_out
+@_options
+@click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
+@_json
+def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: FBT001, ANN401
+    """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
+    prepared = prepare_mapping(Path(mapping), _parsed(given))
+    _show_plan(prepared, out or str(prepared.out or "(no output path)"), tensors=tensors, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path())
+@_use
+@_base
+@_view
+@_root
+@_options
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@_quiet
+@_json
+def convert(  # noqa: PLR0913  # one parameter an option
+    source: str,
+    out: str,
+    use: str,
+    bases: tuple[str, ...],
+    view: Any,  # noqa: ANN401  # click's Choice
+    root: str,
+    dry_run: bool,  # noqa: FBT001
+    quiet: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Convert a checkpoint SOURCE to the directory OUT; replaces zero_to_fp32.py.
+
+    Without --use every tensor keeps its name.
+    """
+    options = _parsed(given)
+    named = dict(_pair(text) for text in bases)
+    prepared = api.prepare_conversion(source, use=use, bases=named, view=view, root=root, options=options)
+    if dry_run:
+        _show_plan(prepared, out, tensors=False, as_json=as_json)
+        return
+    _carry_out(prepared, Path(out).expanduser().absolute(), options, quiet=quiet, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source", type=click.Path())
+@_view
+@_root
+@click.option("--download", is_flag=True, help="Fetch a hub id that is not in the local cache.")
+@_json
+def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: FBT001, ANN401
+    """List what a checkpoint holds, from its headers alone."""
+    catalog = shardmerge.inspect(source, view=view, root=root, download=download)
+    click.echo(_dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path())
+@click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
+@click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
+@click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
+@_options
+@_quiet
+@_json
+def verify(  # noqa: PLR0913  # one parameter an option
+    directory: str,
+    sources: str | None,
+    reference: str | None,
+    load: bool,  # noqa: FBT001
+    quiet: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
+    with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
+        verdict = shardmerge.verify(
+            directory, sources=sources, reference=reference, load=load, options=_parsed(given), progress=progress
+        )
+    if as_json:
+        click.echo(_dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
+        return
+    for check in verdict.checks:
+        click.echo(f"ok  {check}")
+
+
+@cli.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@_json
+def diff(a: str, b: str, as_json: bool) -> NoReturn:  # noqa: FBT001
+    """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ."""
+    found = list(shardmerge.diff(a, b))
+    if as_json:
+        rows = [{"name": d.name, "what": d.what, "detail": d.detail} for d in found]
+        click.echo(_dumped({"equal": not found, "differences": rows}))
+    else:
+        for difference in found:
+            click.echo(f"{difference.name}: {difference.what}: {difference.detail}")
+        click.echo(f"{len(found)} differences" if found else "equal")
+    sys.exit(3 if found else 0)
+
+
+@cli.group()
+def presets() -> None:
+    """Mappings that come with shardmerge."""
+
+
+@presets.command("list")
+@_json
+def presets_list(as_json: bool) -> None:  # noqa: FBT001
+    """Name every preset with its title."""
+    found = api.presets()
+    if as_json:
+        click.echo(_dumped([{"name": preset.name, "title": preset.title} for preset in found]))
+        return
+    for preset in found:
+        click.echo(f"{preset.name}  {preset.title}")
+
+
+@presets.command("show")
+@click.argument("name")
+def presets_show(name: str) -> None:
+    """Print a preset as it is written, to read or to copy from."""
+    click.echo(api.preset_text(name), nl=False)
+
+
+def _parsed(given: dict[str, Any]) -> Options:
+    return Options(
+        dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
+        shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
+        memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
+        workers=given["workers"],
+        download=given["download"],
+        io=given["io"],
+        sync=not given["no_sync"],
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise shardmerge.UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
+    return name, path
+
+
+def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(_dumped(explain.plan_json(prepared.plan)))
+        return
+    if tensors:
+        for line in explain.tensor_lines(prepared.plan):
+            click.echo(line)
+        return
+    click.echo(explain.plan_text(prepared.plan, out))
+    _warn(prepared)
+
+
+def _warn(prepared: Prepared) -> None:
+    for warning in prepared.plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool) -> None:
+    _warn(prepared)
+    started = time.monotonic()
+    total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
+    with progress_bar(total, quiet=quiet or as_json, label=out.name) as progress:
+        result = carry_out(prepared, out, options, progress)
+    seconds = time.monotonic() - started
+    if as_json:
+        click.echo(_dumped(_result_json(result, seconds)))
+        return
+    for name, count in sorted(result.outcome.overflows.items()):
+        click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
+    if not quiet:
+        click.echo(explain.plan_text(result.plan, str(out)))
+        rate = result.outcome.bytes_written / max(seconds, 1e-9) / 1e9
+        click.echo(f"written in {seconds:.1f} s ({rate:.2f} GB/s)")
+
+
+def _result_json(result: Result, seconds: float) -> dict[str, object]:
+    return {
+        "path": str(result.path),
+        "plan": result.plan.id,
+        "tensors": len(result.outcome.checksums),
+        "total_size": result.plan.tensor_bytes,
+        "bytes_read": result.outcome.bytes_read,
+        "bytes_written": result.outcome.bytes_written,
+        "overflows": result.outcome.overflows,
+        "planned_peak": result.plan.memory.peak,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _size_of(directory: str) -> int:
+    folder = Path(directory)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def _dumped(value: object) -> str:
+    return json.dumps(value, indent=2)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """Slurm and Kubernetes send SIGTERM: the same clean stop as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs the command line and turns what happened into an exit code; no traceback reaches a user."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_guarded())
+
+
+def _guarded() -> int:
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except ShardmergeError as error:
+        click.echo("\n".join(f"error: {text}" for text in _blocks(error)), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("error: interrupted; nothing was published, the same command starts again", err=True)
+        return _INTERRUPTED
+    except BrokenPipeError:  # `shardmerge inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last resort: a bug is ours, and says so in one line
+        if os.environ.get("SHARDMERGE_TRACEBACK"):
+            raise
+        click.echo(f"error: this is a bug in shardmerge: {type(error).__name__}: {error}", err=True)
+        click.echo("  hint: set SHARDMERGE_TRACEBACK=1, run it again, and report what it prints", err=True)
+        return _INTERNAL_ERROR
+    return code if isinstance(code, int) else 0
+
+
+def _blocks(error: ShardmergeError) -> list[str]:
+    return ["\n".join(single.lines()) for single in error.each()]

@@ -1,0 +1,278 @@
+"""Puts the rooms together: opens sources, fills in what the training config knows, plans, runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from shardmerge.dtypes import DType
+from shardmerge.errors import ShardmergeError, UsageError, raise_all
+from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.mapping.preset_files import Preset, combine, load_preset
+from shardmerge.mapping.resolve import Assignment, Resolution, resolve
+from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, load_spec
+from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.plan import Plan
+from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.publish import RECEIPT, check_output, staged
+from shardmerge.receipt import receipt_json
+from shardmerge.sources.hub import is_hub_id
+from shardmerge.sources.opening import OpenOptions, locate, open_catalog
+from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.reading import FilePool, IoMode, SourceFile
+from shardmerge.storage.writing import write_small
+from shardmerge.targets import llava
+from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
+from shardmerge.targets.plain import expect_same
+from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
+from shardmerge.targets.training_config import read_training_config
+from shardmerge.tensors import Catalog, Extent
+from shardmerge.version import __version__
+
+PLAIN = "state-dict"
+
+Expect: TypeAlias = Callable[
+    [Mapping[str, str], Mapping[str, Catalog], ReadSideFile, "DType | None"], Expectation
+]
+
+# A target is a module with `expect` and one line here.
+TARGETS: dict[str, Expect] = {"hf/llava": llava.expect}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller may override or add to a mapping.
+
+    Attributes
+    ----------
+    dtype, shard_size
+        Instead of those of the mapping's ``output``.
+    memory, workers
+        Budget in bytes and threads; None for the defaults of ``storage.limits``.
+    download
+        Whether hub ids may be downloaded.
+    io
+        How sources are read.
+    sync
+        Whether the result is made durable before it is published.
+    """
+
+    dtype: DType | None = None
+    shard_size: int | None = None
+    memory: int | None = None
+    workers: int | None = None
+    download: bool = False
+    io: IoMode = "auto"
+    sync: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan and where its result goes; ``out`` is None if the mapping names no output."""
+
+    plan: Plan
+    out: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A published directory.
+
+    Attributes
+    ----------
+    path
+        The directory.
+    plan
+        What was carried out.
+    outcome
+        Overflows, checksums, bytes.
+    """
+
+    path: Path
+    plan: Plan
+    outcome: Outcome
+
+
+def prepare_mapping(path: Path, options: Options) -> Prepared:
+    """Plans a mapping.yaml. Relative paths in it are relative to its own directory."""
+    spec = load_spec(path)
+    return prepare(spec, path.resolve().parent, options)
+
+
+def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
+    """Plans a conversion that keeps every name."""
+    catalog = _open(source, Path(), options)
+    expectation = expect_same(catalog, read_side_file, options.dtype)
+    mark = Mark("command line", 1, 1)
+    everything = Template.parse("{rest...}")
+    rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
+    assignments = {name: Assignment(name, source.name, name, rule) for name in catalog.names()}
+    if not assignments:
+        raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
+    resolution = Resolution(assignments, (), ())
+    plan = make_plan(
+        PLAIN, {source.name: catalog}, {source.name: source.path}, resolution, expectation, _output(None, options)
+    )
+    return Prepared(plan, None)
+
+
+def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
+    """Plans a spec whose relative paths are relative to ``folder``.
+
+    Raises
+    ------
+    ShardmergeError
+        Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
+    """
+    preset = load_preset(spec.use) if spec.use else None
+    catalogs = _open_all(spec, folder, options)
+    if preset is not None:
+        spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
+        spec = combine(spec, preset)
+    output = _output(spec.output, options)
+    expectation = _expectation(spec, catalogs, output.dtype)
+    resolution = resolve(spec.rules, spec.drops, catalogs, expectation, user_file=spec.file)
+    plan = make_plan(
+        spec.target.name if spec.target else PLAIN,
+        catalogs,
+        {name: source.path for name, source in spec.sources.items()},
+        resolution,
+        expectation or _as_resolved(resolution, catalogs),
+        output,
+    )
+    return Prepared(plan, folder / Path(spec.output.path).expanduser() if spec.output else None)
+
+
+def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progress | None = None) -> Result:
+    """Runs a plan and publishes the result as ``out``.
+
+    Raises
+    ------
+    ShardmergeError
+        See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
+    """
+    plan = prepared.plan
+    check_output(plan, out)
+    with staged(plan, out, sync=options.sync) as staging:
+        outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
+        digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
+        receipt = receipt_json(plan, outcome, digests, __version__)
+        write_small(staging / RECEIPT, receipt, sync=options.sync)
+    return Result(out, plan, outcome)
+
+
+def read_side_file(extent: Extent) -> bytes:
+    """Returns the bytes of a small file."""
+    with SourceFile(extent.file) as file:
+        return file.read(extent.offset, extent.nbytes)
+
+
+def _index_last(plan: Plan) -> list[SideFile]:
+    """The index comes last: a directory without it is visibly not finished."""
+    return sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
+
+
+def _write_side_file(staging: Path, side: SideFile, *, sync: bool) -> str:
+    data = b"".join(part if isinstance(part, bytes) else read_side_file(part) for part in side.parts)
+    write_small(staging / side.name, data, sync=sync)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _output(spec: OutputSpec | None, options: Options) -> OutputOptions:
+    return OutputOptions(
+        options.dtype or (spec.dtype if spec else None),
+        options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
+        options.memory or default_budget(),
+        options.workers or default_workers(),
+    )
+
+
+def _open_all(spec: Spec, folder: Path, options: Options) -> dict[str, Catalog]:
+    catalogs: dict[str, Catalog] = {}
+    problems: list[ShardmergeError] = []
+    for source in spec.sources.values():
+        try:
+            catalogs[source.name] = _open(source, folder, options)
+        except UsageError as error:
+            if source.required or error.code not in ("missing-path", "not-in-cache"):
+                problems.append(_at(error, source))
+        except ShardmergeError as error:
+            problems.extend(error.each())
+    raise_all(problems)
+    return catalogs
+
+
+def _at(error: UsageError, source: SourceSpec) -> UsageError:
+    """Adds the line of the mapping that names the source."""
+    where = f"{source.mark} (source '{source.name}'): {error.where}"
+    return UsageError(error.code, error.what, where=where, hint=error.hint)
+
+
+def _open(source: SourceSpec, folder: Path, options: Options) -> Catalog:
+    view = "module" if source.view == "module" else "fp32"
+    opening = OpenOptions(view=view, root=source.root, download=options.download)
+    return open_catalog(_located(source.path, folder), opening)
+
+
+def _located(text: str, folder: Path) -> Path | str:
+    """A path relative to the mapping if there is something, a hub id if it reads like one."""
+    path = folder / Path(text).expanduser()
+    return text if is_hub_id(text) and not path.exists() else path
+
+
+def _filled_in(
+    spec: Spec, preset: Preset, catalogs: dict[str, Catalog], folder: Path, options: Options
+) -> tuple[Spec, dict[str, Catalog]]:
+    """Adds the base models that the training config names and the user left out, if they are to be found here."""
+    roles = preset.target.roles if preset.target else {}
+    trained = catalogs.get(roles.get("trained", ""))
+    if trained is None or not trained.training_config:
+        return spec, catalogs
+    facts = read_training_config(trained.training_config)
+    sources = dict(spec.sources)
+    for role, path in (("text", facts.llm_path), ("vision", facts.vision_path)):
+        name = roles.get(role, "")
+        if not name or name in sources or not path:
+            continue
+        place = _find_base(path, folder, Path(trained.path))
+        if place is None and not (options.download and is_hub_id(path)):
+            continue
+        found = SourceSpec(name, str(place or path), mark=Mark("training config", 1, 1))
+        sources[name] = found
+        note = f"not in the mapping: taken from the training config, which names {path!r}"
+        catalog = _open(found, folder, options)
+        catalogs[name] = replace(catalog, notes=(note, *catalog.notes))
+    return replace(spec, sources=sources), catalogs
+
+
+def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
+    """Looks where the training run may have meant: beside the mapping, beside the run, here, in the hub cache."""
+    for place in (folder, *trained.parents[:4], Path()):
+        if (place / text).exists():
+            return (place / text).resolve()
+    try:
+        return locate(text) if is_hub_id(text) else None
+    except UsageError:
+        return None
+
+
+def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None) -> Expectation | None:
+    if spec.target is None:
+        return None
+    if spec.target.name not in TARGETS:
+        raise UsageError(
+            "unknown-target",
+            f"there is no target {spec.target.name!r}",
+            where=str(spec.target.mark),
+            expected=", ".join(TARGETS),
+        )
+    return TARGETS[spec.target.name](spec.target.roles, catalogs, read_side_file, dtype)
+
+
+def _as_resolved(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> Expectation:
+    shapes = {name: catalogs[a.source][a.name].shape for name, a in resolution.assignments.items()}
+    return Expectation(shapes)

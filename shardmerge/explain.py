@@ -1,0 +1,176 @@
+"""A plan or a catalog as text and as JSON. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shardmerge.plan import Copy, Plan, PlannedTensor, Step, bytes_read, canonical, part_json, tensor_json
+from shardmerge.tensors import Catalog
+
+# Schema of every --json answer of this module.
+JSON_SCHEMA = 1
+
+
+def human_bytes(count: int) -> str:
+    """Returns bytes in decimal units, as disks and the ecosystem count them: ``16.71 GB``."""
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def plan_json(plan: Plan) -> dict[str, object]:
+    """Returns the plan as JSON: its id, its canonical form, and what it costs."""
+    return {
+        "schema": JSON_SCHEMA,
+        "id": plan.id,
+        "plan": canonical(plan),
+        "tensors": [tensor_json(tensor) for tensor in plan.tensors()],
+        "sources": [
+            {"name": s.name, "path": s.path, "kind": s.kind, "fingerprint": s.fingerprint, "notes": list(s.notes)}
+            for s in plan.sources
+        ],
+        "warnings": list(plan.warnings),
+        "cost": {
+            "tensors": sum(1 for _ in plan.tensors()),
+            "total_size": plan.tensor_bytes,
+            "bytes_read": sum(bytes_read(tensor) for tensor in plan.tensors()),
+            "bytes_written": plan.file_bytes,
+            "planned_peak": plan.memory.peak,
+            "workers": plan.memory.workers,
+        },
+    }
+
+
+def plan_text(plan: Plan, out: str) -> str:
+    """Returns the plan for people: where every part of the model comes from, what it costs, what is left out."""
+    blocks = [_headline(plan, out), _sources(plan), _groups_table(plan), _files(plan), _unused(plan), _cost(plan)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def tensor_lines(plan: Plan) -> Iterable[str]:
+    """Yields one line a tensor: its name, type, shape, and the whole way it takes."""
+    for tensor in plan.tensors():
+        parts = "; ".join(_way(part_json(part)) for part in tensor.parts) or "empty"
+        yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {parts}  [{tensor.rule}]"
+
+
+def catalog_json(catalog: Catalog) -> dict[str, object]:
+    """Returns a catalog as JSON; ``tensors`` lists name, dtype (as in safetensors), shape and nbytes."""
+    tensors = [
+        {"name": name, "dtype": catalog[name].dtype.name, "shape": list(catalog[name].shape), "nbytes": catalog[name].nbytes}
+        for name in catalog.names()
+    ]  # fmt: skip
+    return {
+        "schema": JSON_SCHEMA,
+        "kind": catalog.kind,
+        "path": catalog.path,
+        "fingerprint": catalog.fingerprint(),
+        "tensors": tensors,
+        "aliases": dict(catalog.aliases),
+        "absent": sorted(catalog.absent),
+        "notes": list(catalog.notes),
+        "files": [{"path": stamp.path, "nbytes": stamp.size} for stamp in catalog.files],
+    }
+
+
+def catalog_text(catalog: Catalog) -> str:
+    """Returns a catalog as a table: name, type, shape, bytes, where it lies."""
+    rows = [("tensor", "dtype", "shape", "bytes", "found in")]
+    for name in catalog.names():
+        entry = catalog[name]
+        owner = catalog.aliases.get(name)
+        where = f"tied to {owner}" if owner else entry.origin
+        rows.append((name, entry.dtype.name, str(list(entry.shape)), human_bytes(entry.nbytes), where))
+    total = sum(entry.nbytes for entry in catalog.entries.values())
+    count = len(catalog.entries)
+    tied = f", {len(catalog.aliases)} tied" if catalog.aliases else ""
+    head = f"{catalog.kind}: {count} tensors{tied}, {human_bytes(total)}"
+    notes = [f"note: {note}" for note in catalog.notes]
+    return "\n".join([head, *notes, "", *_table(rows)])
+
+
+@dataclass(slots=True)
+class _Group:
+    """Tensors that share a component, a source and a way."""
+
+    count: int = 0
+    nbytes: int = 0
+
+
+def _headline(plan: Plan, out: str) -> str:
+    count = sum(1 for _ in plan.tensors())
+    shards = f"{len(plan.shards)} file" + ("s" if len(plan.shards) > 1 else "")
+    return f"{plan.target} -> {out}\n{count} tensors, {human_bytes(plan.tensor_bytes)} in {shards}"
+
+
+def _sources(plan: Plan) -> str:
+    rows = [("source", "format", "path")]
+    rows += [(source.name, source.kind, source.path) for source in plan.sources]
+    notes = [f"note: {source.name}: {note}" for source in plan.sources for note in source.notes]
+    return "\n".join([*_table(rows), *notes])
+
+
+def _groups_table(plan: Plan) -> str:
+    groups: dict[tuple[str, str, str], _Group] = {}
+    for tensor in plan.tensors():
+        group = groups.setdefault(_group_key(tensor), _Group())
+        group.count += 1
+        group.nbytes += tensor.nbytes
+    rows = [("target", "tensors", "bytes", "from", "how")]
+    for (component, source, way), group in sorted(groups.items()):
+        rows.append((component, str(group.count), human_bytes(group.nbytes), source, way))
+    return "\n".join(_table(rows))
+
+
+def _group_key(tensor: PlannedTensor) -> tuple[str, str, str]:
+    head, dot, _ = tensor.name.partition(".")
+    component = f"{head}.*" if dot else tensor.name
+    sources = dict.fromkeys(f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts)
+    ways = dict.fromkeys(_op(part.step) for part in tensor.parts)
+    return component, " + ".join(sources), " + ".join(ways) or "empty"
+
+
+def _op(step: Step) -> str:
+    return "copy" if isinstance(step, Copy) else step.op.label
+
+
+def _way(part: Mapping[str, object]) -> str:
+    return f"{part['op']} {part['source']}:{part['tensor']} ({part['origin']})"
+
+
+def _files(plan: Plan) -> str:
+    names = [shard.name for shard in plan.shards[:2]]
+    if len(plan.shards) > 2:
+        names.append(f"... {plan.shards[-1].name}")
+    names += [side.name for side in plan.side_files]
+    return "files: " + ", ".join(names)
+
+
+def _unused(plan: Plan) -> str:
+    counts: dict[tuple[str, str], list[str]] = {}
+    for unused in plan.unused:
+        counts.setdefault((unused.source, unused.reason.split(":")[0]), []).append(unused.name)
+    lines = [
+        f"  {len(names)} of {source}, {reason}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for (source, reason), names in sorted(counts.items())
+    ]
+    return "\n".join(["not used:", *lines]) if lines else ""
+
+
+def _cost(plan: Plan) -> str:
+    read = sum(bytes_read(tensor) for tensor in plan.tensors())
+    memory = plan.memory
+    return (
+        f"reads {human_bytes(read)}, writes {human_bytes(plan.file_bytes)}; "
+        f"peak memory at most {memory.peak / 2**20:.0f} MiB with {memory.workers} workers\n"
+        f"plan {plan.id[:16]}"
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,240 @@
+"""Tensors as values that read their bytes when asked: of a checkpoint, or of a merge that is never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+
+from shardmerge.dtypes import DType
+from shardmerge.execute.engine import Tile, make_tile, new_buffers
+from shardmerge.execute.gather import gather
+from shardmerge.memory import LARGEST_TILE
+from shardmerge.ops.arrays import Array, as_array, numpy_dtype
+from shardmerge.plan import Part, Plan, PlannedShard, PlannedTensor, Reduce
+from shardmerge.storage.reading import FilePool
+from shardmerge.tensors import Catalog, Shape, TensorEntry
+
+if TYPE_CHECKING:
+    import torch
+
+Index: TypeAlias = "int | slice | ellipsis | tuple[int | slice | ellipsis, ...]"  # noqa: F821  # builtin of the stubs
+
+
+class _Reader(Protocol):
+    """Something that gives any range of a tensor's elements, row-major."""
+
+    def read(self, start: int, out: memoryview) -> None: ...
+
+
+class LazyTensor:
+    """A tensor that is not in memory.
+
+    Attributes
+    ----------
+    name
+        In its checkpoint or merge.
+    dtype
+        Its element type; ``str(dtype)`` is the safetensors name.
+    shape
+        Its shape; ``()`` for a scalar.
+    origin
+        Where it comes from, for people.
+
+    Examples
+    --------
+    ``tensor.numpy()`` reads all of it, ``tensor[10:20]`` the bytes of ten rows, ``tensor.torch()`` needs torch.
+    bfloat16 and the float8 types are the numpy types of ml_dtypes.
+    """
+
+    __slots__ = ("_reader", "dtype", "name", "origin", "shape")
+
+    def __init__(self, name: str, dtype: DType, shape: Shape, origin: str, reader: _Reader) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.origin = origin
+        self._reader = reader
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, {self.dtype}, {list(self.shape)}, {self.origin!r})"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> Array:
+        """Reads the whole tensor.
+
+        Raises
+        ------
+        CheckpointError
+            ``truncated-file``, ``unreadable-file``.
+        """
+        return self._range(0, prod(self.shape)).reshape(self.shape)
+
+    def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:  # noqa: FBT001
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def torch(self) -> torch.Tensor:
+        """Reads the whole tensor as a torch tensor on the CPU; torch must be installed."""
+        import torch  # noqa: PLC0415  # 200 MiB that no conversion needs
+
+        plain = self.numpy().reshape(-1).view(np.uint8)
+        return torch.from_numpy(plain).view(getattr(torch, self.dtype.torch)).reshape(self.shape)
+
+    def __getitem__(self, index: Index) -> Array:
+        """Reads a basic slice: integers, slices, an ellipsis. Only the runs of elements it takes are read."""
+        ranges, kept = _ranges(index, self.shape)
+        lengths = tuple(len(r) for r in ranges)
+        found = np.empty(lengths, numpy_dtype(self.dtype))
+        if found.size:
+            self._fill(ranges, found)
+        return found.reshape([n for n, keep in zip(lengths, kept, strict=True) if keep])
+
+    def _fill(self, ranges: list[range], found: Array) -> None:
+        """One read a run: the axes at the end that are whole, and the last one that is not, if its step is 1."""
+        axis = len(ranges)
+        while axis and ranges[axis - 1] == range(self.shape[axis - 1]):
+            axis -= 1
+        if axis and ranges[axis - 1].step == 1:
+            axis -= 1
+        strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        tail = sum(r.start * s for r, s in zip(ranges[axis:], strides[axis:], strict=True))
+        run = prod(len(r) for r in ranges[axis:])
+        flat = found.reshape(-1, run)
+        for number, outer in enumerate(product(*ranges[:axis])):
+            start = sum(i * s for i, s in zip(outer, strides, strict=False)) + tail
+            flat[number] = self._range(start, run)
+
+    def _range(self, start: int, count: int) -> Array:
+        data = bytearray(count * self.dtype.itemsize)
+        self._reader.read(start, memoryview(data))
+        return as_array(memoryview(data), self.dtype)
+
+
+def _ranges(index: Index, shape: Shape) -> tuple[list[range], list[bool]]:
+    """Returns one range an axis, and whether the axis stays (a slice) or goes (an integer)."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if sum(item is Ellipsis for item in items) > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    at = items.index(Ellipsis)
+    missing = len(shape) - len(items) + 1
+    if missing < 0:
+        raise IndexError(f"too many indices: the tensor has {len(shape)} dimensions")
+    items[at : at + 1] = [slice(None)] * missing
+    found: list[range] = []
+    for item, size in zip(items, shape, strict=True):
+        if isinstance(item, slice):
+            found.append(range(*item.indices(size)))
+            continue
+        if not isinstance(item, (int, np.integer)):
+            raise TypeError("only integers, slices and an ellipsis can index a tensor that is not in memory")
+        if not -size <= item < size:
+            raise IndexError(f"index {item} is out of bounds for a dimension of size {size}")
+        found.append(range(int(item) % size, int(item) % size + 1))
+    return found, [isinstance(item, slice) for item in items]
+
+
+class LazyCheckpoint(Mapping[str, LazyTensor]):
+    """A checkpoint, or the result of a merge, as a mapping of names to tensors that read when asked.
+
+    Attributes
+    ----------
+    kind
+        The format, or the name of the target.
+    notes
+        What a user should know about it.
+    """
+
+    def __init__(self, kind: str, notes: tuple[str, ...], tensors: dict[str, LazyTensor]) -> None:
+        self.kind = kind
+        self.notes = notes
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}: {len(self)} tensors, {sum(t.nbytes for t in self.values()):,} bytes>"
+
+
+class _EntryReader:
+    """Ranges of a source tensor."""
+
+    __slots__ = ("_entry", "_pool")
+
+    def __init__(self, pool: FilePool, entry: TensorEntry) -> None:
+        self._pool = pool
+        self._entry = entry
+
+    def read(self, start: int, out: memoryview) -> None:
+        gather(self._pool, self._entry, start, out)
+
+
+class _PlannedReader:
+    """Ranges of a planned tensor, made as a run would make them."""
+
+    __slots__ = ("_pool", "_shard", "_tensor")
+
+    def __init__(self, pool: FilePool, shard: PlannedShard, tensor: PlannedTensor) -> None:
+        self._pool = pool
+        self._shard = shard
+        self._tensor = tensor
+
+    def read(self, start: int, out: memoryview) -> None:
+        size = self._tensor.dtype.itemsize
+        stop = start + len(out) // size
+        for part in self._tensor.parts:
+            low, high = max(start, part.start), min(stop, part.start + part.count)
+            if low < high:
+                self._part(part, low - part.start, out[(low - start) * size : (high - start) * size])
+
+    def _part(self, part: Part, start: int, out: memoryview) -> None:
+        size = self._tensor.dtype.itemsize
+        count = len(out) // size
+        if isinstance(part.step, Reduce):
+            whole, _ = make_tile(Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0))
+            out[:] = whole[start * size : (start + count) * size]
+            return
+        most = LARGEST_TILE // max(size, part.step.read.entry.dtype.itemsize)
+        buffers = new_buffers(LARGEST_TILE)
+        for first in range(0, count, most):
+            tile = Tile(self._shard, self._tensor, part, start + first, min(most, count - first))
+            data, _ = make_tile(tile, self._pool, buffers)
+            out[first * size : first * size + len(data)] = data
+
+
+def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
+    """Returns the tensors of a catalog; tied names give the same bytes."""
+    pool = FilePool()
+    tensors = {}
+    for name in catalog.names():
+        entry = catalog[name]
+        tensors[name] = LazyTensor(name, entry.dtype, entry.shape, entry.origin, _EntryReader(pool, entry))
+    return LazyCheckpoint(catalog.kind, catalog.notes, tensors)
+
+
+def lazy_plan(plan: Plan) -> LazyCheckpoint:
+    """Returns the tensors that a plan would write."""
+    pool = FilePool()
+    tensors = {}
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            origin = ", ".join(dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts))
+            reader = _PlannedReader(pool, shard, tensor)
+            tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
+    return LazyCheckpoint(plan.target, plan.warnings, tensors)

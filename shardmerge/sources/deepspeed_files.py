@@ -1,0 +1,113 @@
+"""The files of a DeepSpeed tag directory, told apart by name (``runtime/engine.py``, ``checkpoint/constants.py``)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmerge.errors import CheckpointError
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
+_OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
+_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*_optim_states\.pt")
+_LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """A file of one rank.
+
+    Attributes
+    ----------
+    data_parallel, model_parallel
+        The two ranks in its name; 0 where the name has none.
+    """
+
+    path: Path
+    data_parallel: int
+    model_parallel: int
+
+
+@dataclass(frozen=True, slots=True)
+class TagFiles:
+    """Model and optimizer files, each in numeric rank order (rank 10 after rank 9)."""
+
+    models: tuple[RankFile, ...]
+    optims: tuple[RankFile, ...]
+
+
+def is_tag_folder(folder: Path) -> bool:
+    """Tells whether a directory holds DeepSpeed state files or is a universal checkpoint."""
+    if (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt")):
+        return True
+    return any(_kind(path.name) for path in folder.glob("*_states.pt"))
+
+
+def is_tag_file(path: Path) -> bool:
+    """Tells whether a file's name is one that DeepSpeed gives to the files of a tag."""
+    return bool(_kind(path.name))
+
+
+def list_tag(folder: Path) -> TagFiles:
+    """Returns the rank files of a tag directory.
+
+    Raises
+    ------
+    CheckpointError
+        ``kind-not-yet`` for layouts with model parallelism or experts and for universal checkpoints;
+        ``missing-rank`` when there is no model file at all.
+    """
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*_states.pt")):
+        kinds.setdefault(_kind(path.name), []).append(path)
+    models = _ranks(kinds.get("model", []), _MODEL)
+    optims = _ranks(kinds.get("optim", []), _OPTIM)
+    _refuse_other_kinds(folder, kinds, models)
+    if not models:
+        raise CheckpointError(
+            "missing-rank",
+            "the directory has optimizer files and no model file",
+            where=str(folder),
+            expected="mp_rank_00_model_states.pt or zero_pp_rank_*_mp_rank_00_model_states.pt",
+            hint="rank 0 writes it: gather the files of all nodes in one directory",
+        )
+    return TagFiles(models, optims)
+
+
+def _kind(name: str) -> str:
+    patterns = (("expert", _EXPERT), ("layer", _LAYER), ("optim", _OPTIM), ("model", _MODEL))
+    return next((kind for kind, pattern in patterns if pattern.fullmatch(name)), "")
+
+
+def _ranks(paths: list[Path], pattern: re.Pattern[str]) -> tuple[RankFile, ...]:
+    found = []
+    for path in paths:
+        match = pattern.fullmatch(path.name)
+        if match:
+            found.append(RankFile(path, int(match["dp"] or 0), int(match["mp"])))
+    return tuple(sorted(found, key=lambda rank: (rank.model_parallel, rank.data_parallel)))
+
+
+def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], models: tuple[RankFile, ...]) -> None:
+    if (folder / "zero").is_dir():
+        kind = "universal"
+    elif "expert" in kinds:
+        kind = "mixture-of-experts (MoE)"
+    elif "layer" in kinds:
+        kind = "pipeline-parallel"
+    elif any(rank.model_parallel for rank in models):
+        kind = "tensor-parallel"
+    else:
+        return
+    raise kind_not_yet(folder, kind)
+
+
+def kind_not_yet(folder: Path, kind: str) -> CheckpointError:
+    """Returns the error for a layout that is recognised and not read."""
+    return CheckpointError(
+        "kind-not-yet",
+        f"this is a {kind} DeepSpeed checkpoint, which shardmerge does not read yet",
+        where=str(folder),
+        hint="ZeRO stages 0 to 3 without model parallelism are read",
+    )

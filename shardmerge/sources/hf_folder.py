@@ -1,0 +1,150 @@
+"""A Hugging Face directory: one file, or shards with an index that is checked against their headers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.storage.reading import SourceFile
+from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
+
+ReadShard: TypeAlias = Callable[[Path], Catalog]
+
+# A shard is a plain file beside its index. Anything else in an index ("../", absolute, a drive) is an attack or a
+# mistake: transformers #46913, huggingface_hub #4935.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(safetensors|bin|pt|pth)")
+# An index of a million tensors is about 100 MB.
+_LARGEST_INDEX = 256 << 20
+# tokenizer.json of the largest vocabularies is about 20 MB; weights are told apart by suffix, not by size.
+_LARGEST_SIDE_FILE = 64 << 20
+_SIDE_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".jsonl"})
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index file: which shard holds which tensor, as it claims."""
+
+    path: Path
+    weight_map: dict[str, str]
+    total_size: int | None
+
+
+def read_indexed(path: Path, read_shard: ReadShard) -> Catalog:
+    """Returns the catalog of all shards that an index names, after comparing it with their headers.
+
+    Raises
+    ------
+    CheckpointError
+        ``unsafe-index``: a shard name with a path in it. ``damaged-index``: not the expected JSON.
+        ``missing-shard``, ``lying-index``: shards absent, or tensors not where the index says; all at once.
+    """
+    index = _read_index(path)
+    names = sorted(set(index.weight_map.values()))
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            "missing-shard",
+            f"{len(missing)} of {len(names)} shards are not there: {', '.join(missing[:5])}",
+            where=str(path),
+            hint="download the rest, or remove the index if a single file is the whole model",
+        )
+    shards = {name: read_shard(path.parent / name) for name in names}
+    raise_all(_lies(index, shards))
+    return _merged(index, shards)
+
+
+def side_files(folder: Path) -> dict[str, Extent]:
+    """Returns the small files of a directory that are no weights and no index, by name."""
+    found: dict[str, Extent] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SIDE_SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
+            size = path.stat().st_size
+            if size <= _LARGEST_SIDE_FILE:
+                found[path.name] = Extent(str(path), 0, size)
+    return found
+
+
+def _read_index(path: Path) -> Index:
+    with SourceFile(path) as file:
+        if file.size > _LARGEST_INDEX:
+            raise _damaged(path, f"{file.size} bytes is too large for an index")
+        raw = file.read(0, file.size)
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"not strict JSON: {error}") from error
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise _damaged(path, "weight_map is not an object of strings")
+    raise_all(_unsafe_names(path, weight_map))
+    metadata = value.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(path, weight_map, total if isinstance(total, int) else None)
+
+
+def _unsafe_names(path: Path, weight_map: dict[str, str]) -> Iterator[ShardmergeError]:
+    suffix = ".safetensors" if ".safetensors" in path.name else ""
+    for name in sorted(set(weight_map.values())):
+        if not _SHARD_NAME.fullmatch(name) or not name.endswith(suffix):
+            yield CheckpointError(
+                "unsafe-index",
+                f"the index names {name!r} as a shard",
+                where=str(path),
+                expected="a plain file name beside the index" + (f", ending in {suffix}" if suffix else ""),
+                hint="do not use this checkpoint unless you know who made it",
+            )
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice, so a tensor may be in two shards")
+    return found
+
+
+def _lies(index: Index, shards: dict[str, Catalog]) -> Iterator[ShardmergeError]:
+    claimed: dict[str, set[str]] = {name: set() for name in shards}
+    for tensor, shard in index.weight_map.items():
+        claimed[shard].add(tensor)
+    for shard, catalog in shards.items():
+        held = set(catalog.names()) | catalog.absent
+        for what, names in (
+            ("the shard does not hold", claimed[shard] - held),
+            ("the index leaves out", held - claimed[shard]),
+        ):
+            if names:
+                yield CheckpointError(
+                    "lying-index",
+                    f"{what} {len(names)} tensors: {', '.join(sorted(names)[:5])}",
+                    where=f"{index.path}, shard {shard}",
+                    hint="the index and the shards are of different downloads: fetch both again",
+                )
+
+
+def _merged(index: Index, shards: dict[str, Catalog]) -> Catalog:
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    files: list[FileStamp] = []
+    absent: set[str] = set()
+    for catalog in shards.values():
+        entries.update(catalog.entries)
+        aliases.update(catalog.aliases)
+        files.extend(catalog.files)
+        absent.update(catalog.absent)
+    total = sum(entry.nbytes for entry in entries.values())
+    notes = []
+    if index.total_size not in (None, total):
+        notes.append(f"{index.path.name} says total_size {index.total_size}; the headers add up to {total}")
+    kind = f"{next(iter(shards.values())).kind}, {len(shards)} shards"
+    return Catalog(
+        str(index.path.parent), kind, entries, aliases, tuple(files), absent=frozenset(absent), notes=tuple(notes)
+    )
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError("damaged-index", f"the index cannot be used: {what}", where=str(path))

@@ -1,0 +1,81 @@
+"""Hugging Face hub ids: found in the local cache, downloaded only when asked.
+
+Layout of the cache (huggingface_hub ``file_download.py``): ``models--org--name/refs/<revision>`` holds a commit,
+``snapshots/<commit>/`` its files as links into ``blobs/``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from shardmerge.errors import UsageError
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_id(text: str) -> bool:
+    """Tells whether a text reads like ``org/name`` or ``org/name@revision``."""
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith((".", "/", "~"))
+
+
+def cache_folder() -> Path:
+    """Returns the hub cache: ``HF_HUB_CACHE``, else ``HF_HOME/hub``, else ``~/.cache/huggingface/hub``."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return Path(os.environ.get("HF_HOME", default)).expanduser() / "hub"
+
+
+def find_in_cache(hub_id: str) -> Path | None:
+    """Returns the snapshot directory of a hub id, or None if the cache does not have it."""
+    match = _HUB_ID.fullmatch(hub_id)
+    if match is None:
+        return None
+    repo = cache_folder() / f"models--{match['repo'].replace('/', '--')}"
+    revision = match["revision"] or "main"
+    ref = repo / "refs" / revision
+    commit = ref.read_text("utf-8").strip() if ref.is_file() else revision
+    snapshot = repo / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def resolve_hub_id(hub_id: str, *, download: bool) -> Path:
+    """Returns the local directory of a hub id.
+
+    Raises
+    ------
+    UsageError
+        ``not-in-cache``: neither a path nor in the cache, and downloading was not asked for.
+        ``no-huggingface-hub``: downloading was asked for without the package that does it.
+        ``download-failed``: the hub refused or is out of reach.
+    """
+    found = find_in_cache(hub_id)
+    if found is not None:
+        return found
+    if not download:
+        raise UsageError(
+            "not-in-cache",
+            f"{hub_id!r} is neither a path nor a model in the local Hugging Face cache",
+            where=str(cache_folder()),
+            hint="pass a path, or add --download to fetch it (needs `pip install shardmerge[transformers]`)",
+        )
+    return _download(hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  # only when a download is asked for
+    except ImportError as error:
+        raise UsageError(
+            "no-huggingface-hub",
+            "downloading needs the huggingface_hub package",
+            hint="pip install shardmerge[transformers]",
+        ) from error
+    repo, _, revision = hub_id.partition("@")
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001  # the hub's errors are many and change between versions
+        raise UsageError("download-failed", f"cannot download {hub_id!r}: {error}") from error

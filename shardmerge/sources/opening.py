@@ -1,0 +1,223 @@
+"""From a path to a catalog: recognises the format by content, through any entry point people really pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.sources.deepspeed import View, read_deepspeed
+from shardmerge.sources.deepspeed_files import is_tag_file, is_tag_folder
+from shardmerge.sources.hf_folder import read_indexed, side_files
+from shardmerge.sources.hub import is_hub_id, resolve_hub_id
+from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
+from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
+from shardmerge.sources.torch_file import is_torch_file
+from shardmerge.tensors import Catalog
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+# Beside the weights in Trainer and mmengine directories, and none of them a model.
+_NO_MODEL = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin"})
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """What a user may say about a source.
+
+    Attributes
+    ----------
+    view
+        Of a DeepSpeed checkpoint: ``fp32`` master weights or the 16-bit ``module``.
+    root
+        Dotted path of the state dict inside a torch file; empty to find it.
+    download
+        Whether a hub id that is not in the cache may be downloaded.
+    """
+
+    view: View = "fp32"
+    root: str = ""
+    download: bool = False
+
+
+Reader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
+
+
+def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalog:
+    """Returns the catalog of the checkpoint at a path, or of a hub id.
+
+    Raises
+    ------
+    UsageError
+        ``missing-path``: nothing there. ``not-in-cache``: a hub id that is not here.
+    CheckpointError
+        ``unknown-format`` and whatever the reader of the format raises.
+    """
+    options = options or OpenOptions()
+    path = locate(text, download=options.download)
+    for reader in _FOLDER_READERS if path.is_dir() else _FILE_READERS:
+        catalog = reader(path, options)
+        if catalog is not None:
+            folder = path if path.is_dir() else path.parent
+            return replace(catalog, side_files=catalog.side_files or side_files(folder))
+    raise _unknown(path)
+
+
+def locate(text: str | Path, *, download: bool = False) -> Path:
+    """Returns the existing path that a text means: a file, a directory, or a hub id's snapshot."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    if is_hub_id(str(text)) and not path.parent.is_dir():
+        return resolve_hub_id(str(text), download=download)
+    near = difflib.get_close_matches(path.name, _siblings(path), n=1)
+    raise UsageError(
+        "missing-path",
+        "no such file or directory",
+        where=str(path),
+        hint=f"did you mean {path.parent / near[0]}?" if near else "",
+    )
+
+
+def _siblings(path: Path) -> list[str]:
+    return [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _tag(path: Path, options: OpenOptions) -> Catalog | None:
+    return read_deepspeed(path, view=options.view) if is_tag_folder(path) else None
+
+
+def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
+    """``latest`` names the newest tag (DeepSpeed, HF Trainer, Accelerate); without it one tag must be the only one."""
+    for marker in ("latest", "latest_universal"):
+        if (path / marker).is_file():
+            tag = (path / marker).read_text("utf-8", "replace").strip()
+            folder = path / tag
+            if Path(tag).name != tag or not is_tag_folder(folder):
+                raise CheckpointError(
+                    "missing-tag",
+                    f"'{marker}' names a tag directory that is not a DeepSpeed checkpoint",
+                    where=str(path / marker),
+                    found=repr(tag),
+                    hint="pass the tag directory itself, e.g. .../global_step500",
+                )
+            return replace(read_deepspeed(folder, view=options.view), side_files=side_files(path))
+    tags = [item for item in sorted(path.iterdir()) if item.is_dir() and is_tag_folder(item)]
+    if len(tags) > 1:
+        raise CheckpointError(
+            "several-tags",
+            "the directory holds several checkpoints and no 'latest' file to choose one",
+            where=str(path),
+            found=", ".join(tag.name for tag in tags[:8]),
+            hint=f"pass one of them, e.g. {tags[-1]}",
+        )
+    return read_deepspeed(tags[0], view=options.view) if tags else None
+
+
+def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
+    """An mmengine work_dir: ``last_checkpoint`` holds the path of the newest ``.pth``, often an absolute one."""
+    marker = path / "last_checkpoint"
+    if not marker.is_file():
+        return None
+    target = Path(marker.read_text("utf-8", "replace").strip())
+    for candidate in (path / target.name, target, path / target):
+        if target.name and candidate.exists():
+            return open_catalog(candidate, options)
+    raise CheckpointError(
+        "missing-tag", "'last_checkpoint' names a checkpoint that is not there", where=str(marker), found=str(target)
+    )
+
+
+def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
+    if not (path / "adapter_config.json").is_file():
+        return None
+    raise CheckpointError(
+        "lora-not-yet",
+        "this is a PEFT adapter (adapter_config.json), which shardmerge does not merge yet",
+        where=str(path),
+        hint="merge it with peft's merge_and_unload first, and convert the result",
+    )
+
+
+def _indexed(path: Path, options: OpenOptions) -> Catalog | None:
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / name).is_file():
+            return read_indexed(path / name, lambda shard: _shard(shard, options))
+    return None
+
+
+def _single(path: Path, options: OpenOptions) -> Catalog | None:
+    """A directory with one weight file, or one under the usual name; safetensors before ``.bin``."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return replace(_shard(path / name, options), path=str(path))
+    indexes = sorted(path.glob("*.index.json"))
+    if len(indexes) == 1:
+        return read_indexed(indexes[0], lambda shard: _shard(shard, options))
+    for pattern in _WEIGHTS:
+        found = sorted(item for item in path.glob(pattern) if item.name not in _NO_MODEL)
+        if len(found) > 1:
+            raise CheckpointError(
+                "several-files",
+                f"the directory holds {len(found)} {pattern} files and no index",
+                where=str(path),
+                found=", ".join(item.name for item in found[:5]),
+                hint=f"pass the one that is meant, e.g. {found[-1]}",
+            )
+        if found:
+            return open_catalog(found[0], options)
+    return None
+
+
+def _shard(path: Path, options: OpenOptions) -> Catalog:
+    if is_safetensors(path):
+        return read_safetensors(path)
+    if is_torch_file(path):
+        return read_torch_checkpoint(path, root=options.root)
+    raise _unknown(path)
+
+
+def _index_file(path: Path, options: OpenOptions) -> Catalog | None:
+    if not path.name.endswith(".index.json"):
+        return None
+    return read_indexed(path, lambda shard: _shard(shard, options))
+
+
+def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
+    """One file of a DeepSpeed directory stands for the whole of it (xtuner #745)."""
+    if not is_tag_file(path) or options.root:
+        return None
+    catalog = read_deepspeed(path.parent, view=options.view)
+    note = f"{path.name} is one file of a DeepSpeed checkpoint: the whole of {path.parent.name}/ is read"
+    return replace(catalog, notes=(note, *catalog.notes))
+
+
+def _safetensors(path: Path, options: OpenOptions) -> Catalog | None:
+    return read_safetensors(path) if is_safetensors(path) else None
+
+
+def _torch(path: Path, options: OpenOptions) -> Catalog | None:
+    return read_torch_checkpoint(path, root=options.root) if is_torch_file(path) else None
+
+
+# The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
+# and the fp32 master weights are the better source.
+_FOLDER_READERS: tuple[Reader, ...] = (_tag, _tag_parent, _work_dir, _adapter, _indexed, _single)
+_FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _safetensors, _torch)
+
+
+def _unknown(path: Path) -> CheckpointError:
+    if path.is_dir():
+        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "an empty directory"
+    else:
+        with path.open("rb") as file:
+            found = f"first bytes {file.read(8)!r}"
+    return CheckpointError(
+        "unknown-format",
+        "not a checkpoint that shardmerge knows",
+        where=str(path),
+        found=found,
+        expected="safetensors, torch .pth/.pt/.bin, a DeepSpeed directory, an XTuner work_dir, or an HF model directory",
+    )

@@ -1,0 +1,64 @@
+"""A single torch file (``.pth .pt .bin``) as a catalog: plain, nested, or written by mmengine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
+from shardmerge.tensors import Catalog, TensorEntry
+
+
+def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
+    """Returns the catalog of one torch file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    root
+        Dotted path of the state dict inside the file; empty to find it (``state_dict``, ``module``, ``model``, ...).
+
+    Raises
+    ------
+    CheckpointError
+        As ``read_torch_file`` and ``state_dict``.
+    """
+    file = read_torch_file(path)
+    return torch_catalog(file, state_dict(file.root, key=root))
+
+
+def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
+    """Returns the catalog of a state dict of an opened torch file: shared storages as aliases, placeholders absent."""
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    absent: set[str] = set()
+    owners: dict[object, str] = {}
+    for name, ref in found.tensors.items():
+        if ref.shape == (0,):  # what ZeRO-3 leaves of a parameter whose data lives elsewhere
+            absent.add(name)
+            continue
+        owner = owners.setdefault(file.alias_key(ref), name)
+        if owner == name or 0 in ref.shape:
+            entries[name] = file.entry(name, ref, f"{found.root_key or 'top level'} of {Path(file.path).name}")
+        else:
+            aliases[name] = owner
+    config = training_config(file)
+    kind = f"XTuner / mmengine {file.kind}" if config else file.kind
+    notes = (f"{len(absent)} names are placeholders without data (shape [0]), taken as absent",) if absent else ()
+    return Catalog(
+        file.path,
+        kind,
+        entries,
+        aliases,
+        files=(file.stamp,),
+        absent=frozenset(absent),
+        notes=notes,
+        training_config=config,
+    )
+
+
+def training_config(file: TorchFile) -> str:
+    """Returns the text of mmengine's ``meta["cfg"]``, or ``""``."""
+    meta = file.root.get("meta") if isinstance(file.root, dict) else None
+    config = meta.get("cfg") if isinstance(meta, dict) else None
+    return config if isinstance(config, str) else ""

@@ -1,0 +1,120 @@
+"""Numbers out of a config.json, with the defaults that transformers fills in, and a clear refusal of anything
+odd.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from shardmerge.errors import TargetError
+from shardmerge.targets.expectation import ReadSideFile
+from shardmerge.tensors import Extent
+
+JsonObject: TypeAlias = dict[str, object]
+
+# A config of a few kilobytes is normal, a tokenizer_config of many thousand added tokens has 2 MB. Parsing
+# costs about ten times the text, and planning has a memory promise to keep.
+MAX_JSON_BYTES = 4 << 20
+
+# Far above any model, far below what would let a hostile config ask for a billion names.
+_MAX_LAYERS = 4096
+_MAX_DIMENSION = 1 << 31
+
+# Describes the run that wrote the config, or promises code and weights that are not in the output directory.
+_NOT_CARRIED = (
+    "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
+    "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version",
+)  # fmt: skip
+
+
+def load_object(extent: Extent, read: ReadSideFile) -> JsonObject:
+    """Returns the JSON object that a small side file holds.
+
+    Raises
+    ------
+    TargetError
+        ``side-file-too-large`` or ``bad-json``.
+    """
+    if extent.nbytes > MAX_JSON_BYTES:
+        raise TargetError(
+            "side-file-too-large",
+            "a JSON file beside the weights is larger than any such file should be",
+            where=extent.file,
+            found=f"{extent.nbytes} bytes",
+            expected=f"at most {MAX_JSON_BYTES} bytes",
+        )
+    try:
+        value = json.loads(read(extent).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise TargetError(
+            "bad-json", "a file beside the weights is not valid JSON", where=extent.file, found=str(error)
+        ) from error
+    if not isinstance(value, dict):
+        raise TargetError(
+            "bad-json", "a JSON object was expected", where=extent.file, found=type(value).__name__
+        )
+    return value
+
+
+def dump(value: JsonObject, *, sort: bool = True) -> bytes:
+    """Returns JSON as it is written beside the weights: indented, in one fixed order, with a newline at the
+    end.
+    """
+    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
+
+
+def dimension(
+    config: Mapping[str, object], key: str, default: int, where: str, limit: int = _MAX_DIMENSION
+) -> int:
+    """Returns a size from a config: a positive integer, ``default`` where the key is absent or null."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+        raise TargetError(
+            "odd-config",
+            f"`{key}` in config.json cannot be used",
+            where=where,
+            found=repr(value)[:80],
+            expected=f"an integer from 1 to {limit}",
+        )
+    return value
+
+
+def layers(config: Mapping[str, object], default: int, where: str) -> int:
+    """Returns ``num_hidden_layers``."""
+    return dimension(config, "num_hidden_layers", default, where, limit=_MAX_LAYERS)
+
+
+def flag(config: Mapping[str, object], key: str, where: str) -> bool:
+    """Returns a switch from a config, false where it is absent or null."""
+    value = config.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise TargetError(
+        "odd-config",
+        f"`{key}` in config.json cannot be used",
+        where=where,
+        found=repr(value)[:80],
+        expected="a boolean",
+    )
+
+
+def portable(config: Mapping[str, object], dtype: str) -> JsonObject:
+    """Returns a nested config without what only describes the directory it came from, and with its dtype.
+
+    Transformers 4.56 and later write ``dtype``, earlier ones know only ``torch_dtype``, and all read the
+    latter.
+    """
+    kept = {key: value for key, value in config.items() if key not in _NOT_CARRIED}
+    return kept | ({"torch_dtype": dtype} if dtype else {})
+
+
+def stored_dtype(config: Mapping[str, object]) -> str:
+    """Returns the dtype that a config names, without torch's prefix, or ``""``."""
+    value = config.get("torch_dtype") or config.get("dtype")
+    return value.removeprefix("torch.") if isinstance(value, str) else ""

@@ -1,0 +1,188 @@
+"""LLaMA and the text models that share its layout: expected names and shapes, and its config as 4.x and 5.x
+read it.
+
+Names and shapes follow ``modeling_llama.py``, ``modeling_mistral.py`` and ``modeling_qwen2.py`` of
+transformers (4.51 to 5.23 agree); defaults follow their configuration classes, because a nested config lists
+only what differs from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from shardmerge.errors import TargetError
+from shardmerge.targets.architectures import JsonObject, dimension, flag, layers, portable
+from shardmerge.tensors import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What sets one model type apart from the others of this layout."""
+
+    vocab_size: int
+    intermediate_size: int
+    kv_heads: int | None  # None: as many as attention heads
+    tokenizer_class: str
+
+
+_FAMILIES = {
+    "llama": _Family(32000, 11008, None, "LlamaTokenizer"),
+    "mistral": _Family(32000, 14336, 8, "LlamaTokenizer"),
+    "qwen2": _Family(151936, 22016, 32, "Qwen2Tokenizer"),
+}
+
+SUPPORTED = tuple(_FAMILIES)
+
+_DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextArchitecture:
+    """The sizes of a text model.
+
+    Attributes
+    ----------
+    qkv_bias, output_bias, mlp_bias
+        Which linear layers have a bias.
+    tied
+        ``lm_head`` is the embedding.
+    tokenizer_class
+        What transformers takes for this model type where tokenizer_config.json names no class.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    tokenizer_class: str
+
+
+def read_architecture(config: Mapping[str, object], where: str) -> TextArchitecture:
+    """Returns the sizes that a text model's config implies.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture``, or ``odd-config`` for a size that is no size.
+    """
+    model_type = config.get("model_type")
+    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or not isinstance(model_type, str):
+        raise _unsupported(model_type, where)
+    hidden, heads = (
+        dimension(config, "hidden_size", 4096, where),
+        dimension(config, "num_attention_heads", 32, where),
+    )
+    attention_bias = model_type == "llama" and flag(config, "attention_bias", where)
+    return TextArchitecture(
+        model_type=model_type,
+        vocab_size=dimension(config, "vocab_size", family.vocab_size, where),
+        hidden_size=hidden,
+        intermediate_size=dimension(config, "intermediate_size", family.intermediate_size, where),
+        num_layers=layers(config, 32, where),
+        heads=heads,
+        kv_heads=_kv_heads(config, family, heads, where),
+        head_dim=dimension(config, "head_dim", hidden // heads, where),
+        qkv_bias=attention_bias or model_type == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=model_type == "llama" and flag(config, "mlp_bias", where),
+        tied=flag(config, "tie_word_embeddings", where),
+        tokenizer_class=family.tokenizer_class,
+    )
+
+
+def _kv_heads(config: Mapping[str, object], family: _Family, heads: int, where: str) -> int:
+    """An absent key means the family's default, a null one means no grouping."""
+    absent = family.kv_heads if "num_key_value_heads" not in config else None
+    return dimension(config, "num_key_value_heads", absent or heads, where)
+
+
+def _unsupported(model_type: object, where: str) -> TargetError:
+    return TargetError(
+        "unsupported-architecture",
+        "the text model's architecture is not one whose tensors are known here",
+        where=where,
+        found=f"model_type {model_type!r}"[:120],
+        expected=f"model_type {', '.join(SUPPORTED)}",
+        hint="a Phi-3 with fused qkv_proj and gate_up_proj has to be split to the LLaMA layout first",
+    )
+
+
+def expected(text: TextArchitecture, rows: int) -> Iterator[tuple[str, Shape]]:
+    """Yields every name of the model with its shape, the vocabulary having ``rows`` rows; ``lm_head`` unless
+    tied.
+    """
+    yield "model.embed_tokens.weight", (rows, text.hidden_size)
+    for index in range(text.num_layers):
+        for name, shape in _layer(text):
+            yield f"model.layers.{index}.{name}", shape
+    yield "model.norm.weight", (text.hidden_size,)
+    if not text.tied:
+        yield "lm_head.weight", (rows, text.hidden_size)
+
+
+def _layer(text: TextArchitecture) -> Iterator[tuple[str, Shape]]:
+    hidden, inner = text.hidden_size, text.intermediate_size
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    yield "input_layernorm.weight", (hidden,)
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield from _linear(f"self_attn.{name}", rows, hidden, bias=text.qkv_bias)
+    yield from _linear("self_attn.o_proj", hidden, queries, bias=text.output_bias)
+    yield "post_attention_layernorm.weight", (hidden,)
+    for name, rows, columns in (
+        ("gate_proj", inner, hidden),
+        ("up_proj", inner, hidden),
+        ("down_proj", hidden, inner),
+    ):
+        yield from _linear(f"mlp.{name}", rows, columns, bias=text.mlp_bias)
+
+
+def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
+
+
+def text_config(
+    config: Mapping[str, object], text: TextArchitecture, rows: int, dtype: str, where: str
+) -> JsonObject:
+    """Returns the ``text_config`` of a LLaVA config.json, the vocabulary having ``rows`` rows."""
+    nested = portable(_with_v4_rope(config, where), dtype)
+    return nested | {"model_type": text.model_type, "tie_word_embeddings": text.tied, "vocab_size": rows}
+
+
+def _with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:
+    """Returns the config with ``rope_theta`` and ``rope_scaling`` in place of ``rope_parameters``.
+
+    Transformers 5 saves ``rope_parameters`` only, which 4.x ignores without a word and takes theta 10000,
+    where LLaMA-3 has 500000. The 4.x keys are read by both. Precedence as in 5.x
+    (``convert_rope_params_to_dict``): ``rope_scaling`` before ``rope_parameters``, a theta inside of either
+    before the one beside it.
+    """
+    plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise TargetError(
+            "odd-config",
+            "the rotary embedding in config.json is not one setting for all layers",
+            where=where,
+            found=repr(rope)[:120],
+            expected="`rope_theta` and `rope_scaling`, or one flat `rope_parameters`",
+        )
+    scaling = dict(rope)
+    for key, default in (("rope_theta", _DEFAULT_THETA), ("partial_rotary_factor", None)):
+        value = scaling.pop(key, plain.get(key, default))
+        if value is not None:
+            plain[key] = value
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        return plain
+    return plain | {"rope_scaling": scaling}

@@ -1,0 +1,351 @@
+"""A finished directory against its receipt, its sources, a reference, or transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
+from shardmerge.execute.engine import make_tile, new_buffers, tiles
+from shardmerge.execute.gather import gather
+from shardmerge.ops.arrays import as_array
+from shardmerge.plan import Plan
+from shardmerge.publish import RECEIPT
+from shardmerge.receipt import FORMAT
+from shardmerge.sources.safetensors_file import SafetensorsHeader, read_header
+from shardmerge.storage.reading import FilePool
+from shardmerge.tensors import Catalog, TensorEntry
+
+# Bytes of a tensor compared or summed at a time.
+_BLOCK = 4 << 20
+
+Progress: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was checked, for people and JSON; a failure is raised, so a verdict is always good.
+
+    Attributes
+    ----------
+    checks
+        One line a check, in the order they were made.
+    tensors, nbytes
+        Of the directory.
+    """
+
+    checks: tuple[str, ...]
+    tensors: int
+    nbytes: int
+
+
+def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
+    """Checks a directory against its own receipt, by our parser and the reference parser, every byte.
+
+    Raises
+    ------
+    UsageError
+        ``no-receipt``: not a directory that shardmerge made.
+    VerificationError
+        All that differs, at once.
+    """
+    receipt = _receipt(folder)
+    shards = _table(receipt, "shards")
+    tensors = _table(receipt, "tensors")
+    raise_all(_file_problems(folder, receipt))
+    headers = {name: read_header(folder / name) for name in shards}
+    raise_all(_header_problems(headers, shards, tensors))
+    raise_all(_reference_problems(folder, headers))
+    raise_all(_checksum_problems(headers, tensors, progress))
+    total = sum(entry.nbytes for header in headers.values() for entry in header.entries.values())
+    checks = (
+        f"{len(shards)} shard(s) and {len(_table(receipt, 'side_files'))} side file(s) are those of the receipt",
+        f"{len(tensors)} tensors have the receipt's names, types, shapes and places",
+        "the reference safetensors reader finds the same tensors",
+        f"{total:,} bytes have the receipt's checksums",
+    )
+    return Verdict(checks, len(tensors), total)
+
+
+def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -> Verdict:
+    """Makes every tensor again from the sources and compares it with the directory, bit for bit.
+
+    Raises
+    ------
+    VerificationError
+        ``plan-differs``: sources or mapping are not those of the run. ``tensor-differs``: with the tensor and byte.
+    """
+    recorded = _receipt(folder).get("plan")
+    if recorded != plan.id:
+        raise VerificationError(
+            "plan-differs",
+            "the mapping and sources now give another plan than the one that made this directory",
+            where=str(folder),
+            found=plan.id[:16],
+            expected=str(recorded)[:16],
+            hint="a source, the mapping or the options changed; convert again, or verify without --sources",
+        )
+    raise_all(_remade_problems(folder, plan, progress))
+    return Verdict(("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes)
+
+
+def verify_load(folder: Path, python: str = sys.executable) -> dict[str, object]:
+    """Loads the directory with the transformers of an environment, in a child process.
+
+    Parameters
+    ----------
+    folder
+        A model directory.
+    python
+        The interpreter whose transformers is asked.
+
+    Raises
+    ------
+    UsageError
+        ``no-transformers``: that environment cannot load models.
+    VerificationError
+        ``does-not-load``: an exception, or missing, unexpected or mismatched keys.
+    """
+    script = Path(__file__).with_name("load_check.py")
+    done = subprocess.run([python, str(script), str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        if "ModuleNotFoundError" in last[0]:
+            raise UsageError("no-transformers", last[0], hint="pip install shardmerge[transformers]")
+        raise VerificationError("does-not-load", f"transformers could not load it: {last[0]}", where=str(folder))
+    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    wrong = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what in _KEYS if (keys := _names(found.get(what)))]
+    if wrong:
+        raise VerificationError(
+            "does-not-load",
+            f"transformers {found['transformers']} loads it as {found['class']} with wrong keys",
+            where=str(folder),
+            found="; ".join(wrong),
+            expected="no missing, unexpected or mismatched keys",
+        )
+    return found
+
+
+_KEYS = ("missing", "unexpected", "mismatched")
+
+
+def _names(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One way in which two checkpoints differ.
+
+    Attributes
+    ----------
+    name
+        The tensor.
+    what
+        ``only in A``, ``only in B``, ``dtype``, ``shape`` or ``values``.
+    detail
+        For people: the two sides, or how many elements differ and by how much.
+    """
+
+    name: str
+    what: str
+    detail: str
+
+
+def compare(left: Catalog, right: Catalog, progress: Progress | None = None) -> Iterator[Difference]:
+    """Yields every difference between two checkpoints, tensor by tensor; names, types, shapes, then values.
+
+    Floats are compared after widening to float32 (float64 stays), so a cast copy differs in dtype and, where rounding
+    changed something, in values. NaN equals NaN.
+    """
+    pool = FilePool()
+    for name in left.names():
+        if name not in right:
+            yield Difference(name, "only in A", _describe(left[name]))
+    for name in right.names():
+        if name not in left:
+            yield Difference(name, "only in B", _describe(right[name]))
+            continue
+        if name in left:
+            yield from _compare_tensor(pool, name, left[name], right[name])
+            if progress is not None:
+                progress(left[name].nbytes)
+
+
+def _compare_tensor(pool: FilePool, name: str, left: TensorEntry, right: TensorEntry) -> Iterator[Difference]:
+    if left.shape != right.shape:
+        yield Difference(name, "shape", f"{list(left.shape)} and {list(right.shape)}")
+        return
+    if left.dtype != right.dtype:
+        yield Difference(name, "dtype", f"{left.dtype} and {right.dtype}")
+    count, largest = 0, 0.0
+    step = _BLOCK // 8
+    for start in range(0, left.numel, step):
+        size = min(step, left.numel - start)
+        a, b = (_widened(pool, entry, start, size) for entry in (left, right))
+        unequal = ~((a == b) | ((a != a) & (b != b)))  # noqa: PLR0124  # NaN is what differs from itself
+        count += int(np.count_nonzero(unequal))
+        if unequal.any():
+            gaps = np.abs(a[unequal].astype(np.complex128) - b[unequal].astype(np.complex128))
+            largest = max(largest, float(np.nanmax(gaps, initial=0.0)))
+    if count:
+        yield Difference(name, "values", f"{count:,} of {left.numel:,} elements, by at most {largest:g}")
+
+
+def _widened(pool: FilePool, entry: TensorEntry, start: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
+    data = bytearray(count * entry.dtype.itemsize)
+    gather(pool, entry, start, memoryview(data))
+    array = as_array(memoryview(data), entry.dtype)
+    narrow = entry.dtype.kind == "float" and entry.dtype.itemsize < 8
+    return array.astype(np.float32) if narrow else array
+
+
+def _describe(entry: TensorEntry) -> str:
+    return f"{entry.dtype} {list(entry.shape)}"
+
+
+def _receipt(folder: Path) -> Mapping[str, object]:
+    path = folder / RECEIPT
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            "no-receipt",
+            f"there is no {RECEIPT}: shardmerge did not make this directory",
+            where=str(folder),
+            hint="to compare it with another checkpoint: shardmerge diff A B",
+        ) from None
+    except ValueError as error:
+        raise VerificationError("damaged-receipt", f"the receipt is not JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise VerificationError("damaged-receipt", "the receipt is not one of ours", where=str(path))
+    return value
+
+
+def _table(receipt: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
+    value = receipt.get(key)
+    if not isinstance(value, dict):
+        raise VerificationError("damaged-receipt", f"the receipt has no {key}", where=RECEIPT)
+    return value
+
+
+def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[ShardmergeError]:
+    for name, shard in _table(receipt, "shards").items():
+        path = folder / name
+        if not path.is_file():
+            yield _wrong("missing-file", "a shard is missing", path)
+        elif path.stat().st_size != shard["nbytes"]:
+            yield _wrong("size-differs", "a shard has another size", path, path.stat().st_size, shard["nbytes"])
+    for name, digest in _table(receipt, "side_files").items():
+        path = folder / name
+        if not path.is_file():
+            yield _wrong("missing-file", "a side file is missing", path)
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != str(digest):
+            yield _wrong("file-differs", "a side file was changed after the run", path)
+
+
+def _header_problems(
+    headers: Mapping[str, SafetensorsHeader],
+    shards: Mapping[str, Mapping[str, object]],
+    tensors: Mapping[str, Mapping[str, object]],
+) -> Iterator[ShardmergeError]:
+    for name, header in headers.items():
+        if hashlib.sha256(_header_bytes(Path(header.stamp.path))).hexdigest() != shards[name]["header_sha256"]:
+            yield _wrong("header-differs", "the header of a shard was changed", Path(header.stamp.path))
+    held = {entry.name for header in headers.values() for entry in header.entries.values()}
+    if held != set(tensors):
+        names = ", ".join(sorted(held ^ set(tensors))[:5])
+        yield VerificationError("tensors-differ", f"shards and receipt do not list the same tensors: {names}")
+
+
+def _header_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        start = file.read(8)
+        return start + file.read(int.from_bytes(start, "little"))
+
+
+def _reference_problems(folder: Path, headers: Mapping[str, SafetensorsHeader]) -> Iterator[ShardmergeError]:
+    """A second opinion: the reference parser opens every shard and sees the same names and shapes."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    for name, header in headers.items():
+        try:
+            with safe_open(str(folder / name), framework="numpy") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            yield _wrong("reference-refuses", f"the reference reader refuses a shard: {error}", folder / name)
+            continue
+        if shapes != {entry.name: entry.shape for entry in header.entries.values()}:
+            yield _wrong("reference-differs", "the reference reader sees other tensors", folder / name)
+
+
+def _checksum_problems(
+    headers: Mapping[str, SafetensorsHeader],
+    tensors: Mapping[str, Mapping[str, object]],
+    progress: Progress | None,
+) -> Iterator[ShardmergeError]:
+    pool = FilePool()
+    for header in headers.values():
+        for entry in header.entries.values():
+            recorded = tensors[entry.name]["crc32"]
+            found = f"{_checksum(pool, entry):08x}"
+            if found != recorded:
+                yield VerificationError(
+                    "checksum-differs",
+                    f"the bytes of {entry.name} are not those that were written",
+                    where=header.stamp.path,
+                    found=found,
+                    expected=str(recorded),
+                    hint="the disk or a copy damaged the file: convert again",
+                )
+            if progress is not None:
+                progress(entry.nbytes)
+
+
+def _checksum(pool: FilePool, entry: TensorEntry) -> int:
+    total = 0
+    step = _BLOCK // entry.dtype.itemsize
+    for start in range(0, entry.numel, step):
+        data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
+        gather(pool, entry, start, memoryview(data))
+        total = zlib.crc32(data, total)
+    return total
+
+
+def _remade_problems(folder: Path, plan: Plan, progress: Progress | None) -> Iterator[ShardmergeError]:
+    pool = FilePool()
+    buffers = new_buffers(plan.memory.tile)
+    for tile in tiles(plan):
+        made, _ = make_tile(tile, pool, buffers)
+        offset = tile.tensor.offset + (tile.part.start + tile.start) * tile.tensor.dtype.itemsize
+        try:
+            held = pool.view(str(folder / tile.shard.name), offset, made.nbytes)
+        except CheckpointError as error:
+            yield _wrong("size-differs", error.what, folder / tile.shard.name)
+            return
+        if made.cast("B") != held:
+            yield VerificationError(
+                "tensor-differs",
+                f"{tile.tensor.name} is not what its sources give",
+                where=f"{folder / tile.shard.name}, bytes {offset} to {offset + made.nbytes}",
+            )
+        if progress is not None:
+            progress(made.nbytes)
+
+
+def _count(plan: Plan) -> int:
+    return sum(1 for _ in plan.tensors())
+
+
+def _wrong(code: str, what: str, path: Path, found: object = "", expected: object = "") -> VerificationError:
+    return VerificationError(code, what, where=str(path), found=str(found), expected=str(expected))
+
