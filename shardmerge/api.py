@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from shardmerge.conversion import Options, Prepared, Result, carry_out, prepare, prepare_mapping, prepare_plain
+from shardmerge.conversion import (
+    Options,
+    Prepared,
+    Result,
+    carry_out,
+    prepare,
+    prepare_mapping,
+    prepare_plain,
+)
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
@@ -13,7 +21,8 @@ from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
-from shardmerge.sources.opening import OpenOptions, View, open_catalog
+from shardmerge.sources.deepspeed import View
+from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
 
@@ -111,7 +120,10 @@ def output_path(prepared: Prepared, out: str | Path | None, where: str) -> Path:
         return Path(out).expanduser().absolute()
     if prepared.out is None:
         raise UsageError(
-            "no-output", "no output path is given", where=where, hint="add `output: {path: out/model}`, or --out"
+            "no-output",
+            "no output path is given",
+            where=where,
+            hint="add `output: {path: out/model}`, or --out",
         )
     return prepared.out
 
@@ -167,8 +179,12 @@ def prepare_conversion(
     options = options or Options()
     if not use:
         if bases:
-            raise UsageError("no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET")
-        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+            raise UsageError(
+                "no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET"
+            )
+        return prepare_plain(
+            SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options
+        )
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
     sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
@@ -224,7 +240,9 @@ def verify(
         checks.append(_equals(folder, reference))
     if load:
         found = verify_load(folder)
-        checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
+        checks.append(
+            f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched"
+        )
     return Verdict(tuple(checks), verdict.tensors, verdict.nbytes)
 
 
@@ -233,7 +251,10 @@ def _equals(folder: Path, reference: str | Path) -> str:
     if found:
         first = "; ".join(f"{d.name}: {d.what} ({d.detail})" for d in found[:5])
         raise VerificationError(
-            "reference-differs", f"{len(found)} differences from the reference", where=str(reference), found=first
+            "reference-differs",
+            f"{len(found)} differences from the reference",
+            where=str(reference),
+            found=first,
         )
     return f"equal to {reference}"
 

@@ -20,6 +20,7 @@ from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.publish import RECEIPT, check_output, staged
 from shardmerge.receipt import receipt_json
+from shardmerge.sources.deepspeed import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, locate, open_catalog
 from shardmerge.storage.limits import default_budget, default_workers
@@ -115,7 +116,12 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
     resolution = Resolution(assignments, (), ())
     plan = make_plan(
-        PLAIN, {source.name: catalog}, {source.name: source.path}, resolution, expectation, _output(None, options)
+        PLAIN,
+        {source.name: catalog},
+        {source.name: source.path},
+        resolution,
+        expectation,
+        _output(None, options),
     )
     return Prepared(plan, None)
 
@@ -159,7 +165,9 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     check_output(plan, out)
     with staged(plan, out, sync=options.sync) as staging:
         outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
-        digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
+        digests = {
+            side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)
+        }
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)
     return Result(out, plan, outcome)
@@ -213,7 +221,7 @@ def _at(error: UsageError, source: SourceSpec) -> UsageError:
 
 
 def _open(source: SourceSpec, folder: Path, options: Options) -> Catalog:
-    view = "module" if source.view == "module" else "fp32"
+    view: View = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
     return open_catalog(_located(source.path, folder), opening)
 

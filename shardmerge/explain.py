@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.plan import Copy, Plan, PlannedTensor, Step, bytes_read, canonical, part_json, tensor_json
@@ -30,7 +30,13 @@ def plan_json(plan: Plan) -> dict[str, object]:
         "plan": canonical(plan),
         "tensors": [tensor_json(tensor) for tensor in plan.tensors()],
         "sources": [
-            {"name": s.name, "path": s.path, "kind": s.kind, "fingerprint": s.fingerprint, "notes": list(s.notes)}
+            {
+                "name": s.name,
+                "path": s.path,
+                "kind": s.kind,
+                "fingerprint": s.fingerprint,
+                "notes": list(s.notes),
+            }
             for s in plan.sources
         ],
         "warnings": list(plan.warnings),
@@ -47,7 +53,14 @@ def plan_json(plan: Plan) -> dict[str, object]:
 
 def plan_text(plan: Plan, out: str) -> str:
     """Returns the plan for people: where every part of the model comes from, what it costs, what is left out."""
-    blocks = [_headline(plan, out), _sources(plan), _groups_table(plan), _files(plan), _unused(plan), _cost(plan)]
+    blocks = [
+        _headline(plan, out),
+        _sources(plan),
+        _groups_table(plan),
+        _files(plan),
+        _unused(plan),
+        _cost(plan),
+    ]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -129,7 +142,9 @@ def _groups_table(plan: Plan) -> str:
 def _group_key(tensor: PlannedTensor) -> tuple[str, str, str]:
     head, dot, _ = tensor.name.partition(".")
     component = f"{head}.*" if dot else tensor.name
-    sources = dict.fromkeys(f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts)
+    sources = dict.fromkeys(
+        f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts
+    )
     ways = dict.fromkeys(_op(part.step) for part in tensor.parts)
     return component, " + ".join(sources), " + ".join(ways) or "empty"
 
@@ -171,6 +186,8 @@ def _cost(plan: Plan) -> str:
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -207,7 +207,9 @@ class _PlannedReader:
         size = self._tensor.dtype.itemsize
         count = len(out) // size
         if isinstance(part.step, Reduce):
-            whole, _ = make_tile(Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0))
+            whole, _ = make_tile(
+                Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0)
+            )
             out[:] = whole[start * size : (start + count) * size]
             return
         most = LARGEST_TILE // max(size, part.step.read.entry.dtype.itemsize)
@@ -234,7 +236,9 @@ def lazy_plan(plan: Plan) -> LazyCheckpoint:
     tensors = {}
     for shard in plan.shards:
         for tensor in shard.tensors:
-            origin = ", ".join(dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts))
+            origin = ", ".join(
+                dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts)
+            )
             reader = _PlannedReader(pool, shard, tensor)
             tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
     return LazyCheckpoint(plan.target, plan.warnings, tensors)

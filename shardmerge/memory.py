@@ -67,7 +67,11 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
 
 def _tile_peak(tensors: list[PlannedTensor], tile: int) -> int:
     """Input and output of a tile, and the largest workspace any op of the plan asks for."""
-    return 2 * tile + _STRIDED + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
+    return (
+        2 * tile
+        + _STRIDED
+        + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
+    )
 
 
 def _workspace(part: Part, tile: int) -> int:

@@ -145,4 +145,3 @@ def _unused(resolution: Resolution) -> tuple[Unused, ...]:
                 for source, name, target in resolution.shadowed)  # fmt: skip
     dropped = (Unused(source, name, "dropped") for source, name in resolution.dropped)
     return (*shadowed, *dropped)
-

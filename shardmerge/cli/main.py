@@ -25,7 +25,6 @@ _INTERNAL_ERROR = 70
 _INTERRUPTED = 5
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
-_Decorator: TypeAlias = Callable[[_Command], _Command]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,13 +44,23 @@ def _options(function: _Command) -> _Command:
     """The options of everything that plans."""
     for option in reversed(
         [
-            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
-            click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
-            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
+            click.option(
+                "--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."
+            ),
+            click.option(
+                "--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."
+            ),
+            click.option(
+                "--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."
+            ),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
-            click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."),
-            click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
+            click.option(
+                "--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."
+            ),
+            click.option(
+                "--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."
+            ),
         ]
     ):
         function = option(function)
@@ -62,9 +71,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
-_base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+_base = click.option(
+    "--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset."
+)
 _view = click.option(
-    "--view", type=click.Choice(["fp32", "module"]), default="fp32", help="DeepSpeed: master weights or 16-bit."
+    "--view",
+    type=click.Choice(["fp32", "module"]),
+    default="fp32",
+    help="DeepSpeed: master weights or 16-bit.",
 )
 _root = click.option("--root", default="", help="Dotted path of the state dict inside a torch file.")
 
@@ -144,7 +158,9 @@ def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) ->
 
 @cli.command()
 @click.argument("directory", type=click.Path())
-@click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
+@click.option(
+    "--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits."
+)
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
 @click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
 @_options
@@ -162,7 +178,12 @@ def verify(  # noqa: PLR0913  # one parameter an option
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
     with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
         verdict = shardmerge.verify(
-            directory, sources=sources, reference=reference, load=load, options=_parsed(given), progress=progress
+            directory,
+            sources=sources,
+            reference=reference,
+            load=load,
+            options=_parsed(given),
+            progress=progress,
         )
     if as_json:
         click.echo(_dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
@@ -227,7 +248,9 @@ def _parsed(given: dict[str, Any]) -> Options:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
-        raise shardmerge.UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
+        raise shardmerge.UsageError(
+            "bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/"
+        )
     return name, path
 
 

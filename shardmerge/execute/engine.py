@@ -115,7 +115,9 @@ def execute(
             while thread.is_alive():
                 thread.join(timeout=0.5)  # a join without a timeout would not see Ctrl-C
     except KeyboardInterrupt as error:
-        run.stop(InterruptedRunError("interrupted", "stopped before the result was published", hint="run it again"))
+        run.stop(
+            InterruptedRunError("interrupted", "stopped before the result was published", hint="run it again")
+        )
         for thread in threads:
             thread.join()
         raise run.failure or error from error
@@ -294,4 +296,3 @@ def _blocks(pool: FilePool, entry: TensorEntry, width: int) -> Iterator[Array]:
         data = bytearray(rows * width * entry.dtype.itemsize)
         gather(pool, entry, first * width, memoryview(data))
         yield as_array(memoryview(data), entry.dtype).reshape(rows, width)
-

@@ -40,4 +40,3 @@ class ReduceOp(Protocol):
 
 
 Op: TypeAlias = TileOp | ReduceOp
-

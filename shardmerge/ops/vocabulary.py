@@ -60,4 +60,3 @@ class MeanRows:
         overflows = wide.apply(mean, row)
         np.copyto(out, np.tile(row, self.rows))
         return overflows * self.rows
-

@@ -275,7 +275,9 @@ class _Builder:
             return
         named = _only_naming(module, masters)
         if named is None:
-            self.notes.append("the fp32 masters have no names and fit more than one way: taken from module instead")
+            self.notes.append(
+                "the fp32 masters have no names and fit more than one way: taken from module instead"
+            )
             return
         for name, ref in named.items():
             self.entries[name] = self.first.file.entry(name, ref, "fp32 masters")
@@ -433,7 +435,9 @@ def _missing_ranks(
             )
 
 
-def _mixed_runs(folder: Path, states: list[_RankState], optims: list[_OptimState]) -> Iterator[ShardmergeError]:
+def _mixed_runs(
+    folder: Path, states: list[_RankState], optims: list[_OptimState]
+) -> Iterator[ShardmergeError]:
     facts: list[tuple[str, list[tuple[Path, object]]]] = [
         ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
         ("world size", [(o.rank.path, o.world) for o in optims]),

@@ -142,7 +142,13 @@ def _merged(index: Index, shards: dict[str, Catalog]) -> Catalog:
         notes.append(f"{index.path.name} says total_size {index.total_size}; the headers add up to {total}")
     kind = f"{next(iter(shards.values())).kind}, {len(shards)} shards"
     return Catalog(
-        str(index.path.parent), kind, entries, aliases, tuple(files), absent=frozenset(absent), notes=tuple(notes)
+        str(index.path.parent),
+        kind,
+        entries,
+        aliases,
+        tuple(files),
+        absent=frozenset(absent),
+        notes=tuple(notes),
     )
 
 

@@ -126,7 +126,10 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
         if target.name and candidate.exists():
             return open_catalog(candidate, options)
     raise CheckpointError(
-        "missing-tag", "'last_checkpoint' names a checkpoint that is not there", where=str(marker), found=str(target)
+        "missing-tag",
+        "'last_checkpoint' names a checkpoint that is not there",
+        where=str(marker),
+        found=str(target),
     )
 
 

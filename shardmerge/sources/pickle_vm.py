@@ -172,9 +172,7 @@ def interpret(
     return parsed.value
 
 
-def interpret_at(
-    data: bytes | memoryview, start: int, *, where: str, legacy: bool = False, base: int = 0
-) -> Parsed:
+def interpret_at(data: bytes | memoryview, start: int, *, where: str, legacy: bool = False, base: int = 0) -> Parsed:
     """Returns the pickle that begins at ``data[start]``, with its end and storages; see ``interpret``."""
     machine = _Machine(bytes(data), start, legacy)
     try:
@@ -290,9 +288,7 @@ class _Machine:
     def _take(self, length: int) -> bytes:
         start, end = self.pos, self.pos + length
         if end > self._limit:
-            raise _damaged(
-                "a length is larger than what is left", f"{length}", f"at most {self._limit - start}"
-            )
+            raise _damaged("a length is larger than what is left", f"{length}", f"at most {self._limit - start}")
         self.pos = end
         return self.data[start:end]
 
@@ -313,9 +309,7 @@ class _Machine:
     def _charge(self, nodes: int = 1) -> None:
         self._nodes += nodes
         if self._nodes > _MOST_NODES:
-            raise _hostile(
-                "a pickle builds more objects than any checkpoint", expected=f"at most {_MOST_NODES}"
-            )
+            raise _hostile("a pickle builds more objects than any checkpoint", expected=f"at most {_MOST_NODES}")
 
     # Scalars
 
@@ -343,9 +337,7 @@ class _Machine:
     def long1(self) -> None:
         length = self._u8()
         if length > _LONGEST_INT:
-            raise _hostile(
-                "an integer longer than any checkpoint needs", f"{length} bytes", f"{_LONGEST_INT}"
-            )
+            raise _hostile("an integer longer than any checkpoint needs", f"{length} bytes", f"{_LONGEST_INT}")
         self._stack.append(int.from_bytes(self._take(length), "little", signed=True))
 
     def float8(self) -> None:

@@ -90,7 +90,9 @@ def _header_length(file: SourceFile) -> int:
         raise _damaged(file.path, "the file is shorter than the 8 bytes of its header length")
     length: int = struct.unpack("<Q", file.read(0, 8))[0]
     if length > _LARGEST_HEADER:
-        raise _damaged(file.path, "the header length is impossible", f"{length} bytes", f"at most {_LARGEST_HEADER}")
+        raise _damaged(
+            file.path, "the header length is impossible", f"{length} bytes", f"at most {_LARGEST_HEADER}"
+        )
     return length
 
 

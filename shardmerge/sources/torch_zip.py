@@ -1,7 +1,7 @@
-"""The zip container of torch >= 1.6: where ``data.pkl`` and every storage lie, checked before anything is believed.
+"""The zip container of torch >= 1.6: where ``data.pkl`` and the storages lie, checked before it is believed.
 
-Readers that differ on a crafted zip see different models in one file, so there is one canonical reading here: the
-central directory, confirmed by each local header, without duplicates, overlaps or compression of storages. Zip
+Readers that differ on a crafted zip see different models in one file, so there is one canonical reading here:
+the central directory, confirmed by each local header, without duplicates, overlaps or compressed storages. Zip
 structures are those of PKWARE's APPNOTE 6.3.10 (sections 4.3.7 to 4.3.16), record names those of
 ``caffe2/serialize/inline_container.cc``.
 """
@@ -35,8 +35,10 @@ _LOCATOR = struct.Struct("<4sIQI")
 
 # A descriptor is 12 bytes at least (CRC and two sizes); the signature and zip64 sizes are optional.
 _SMALLEST_DESCRIPTOR = 12
-# 100 bytes a member: room for two million storages.
-_LARGEST_DIRECTORY = 256 << 20
+# A million storages, and what is held of them in memory, about 400 MB.
+_MOST_MEMBERS = 1_000_000
+# Fixed part, a name and a zip64 field; torch's entries have about 80 bytes.
+_LARGEST_ENTRY = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     Raises
     ------
     CheckpointError
-        ``truncated-file``, ``damaged-zip``: cut short or malformed. ``hostile-zip``: two readers could see different
-        contents. ``torchscript``, ``big-endian``, ``compressed-storage``: kinds that are not read.
+        ``truncated-file``, ``damaged-zip``: cut short or malformed. ``hostile-zip``: two readers could see
+        different contents. ``torchscript``, ``big-endian``, ``compressed-storage``: kinds that are not read.
     """
     members, directory = read_directory(file)
     _check_names(file, members)
@@ -98,9 +100,7 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     name = f"{prefix}/data.pkl"
     member, offset = payloads[name]
     pickle = _unpack(file, member, offset)
-    return TorchZip(
-        pickle, offset if member.method == _STORED else 0, _storages(file, f"{prefix}/data/", payloads)
-    )
+    return TorchZip(pickle, offset if member.method == _STORED else 0, _storages(file, f"{prefix}/data/", payloads))
 
 
 def _zip_error(code: str, what: str, file: SourceFile, at: int, found: str = "") -> CheckpointError:
@@ -124,7 +124,7 @@ def _hostile(what: str, file: SourceFile, at: int, found: str = "") -> Checkpoin
 def read_directory(file: SourceFile) -> tuple[list[Member], int]:
     """Returns the members that the central directory lists, and the offset it begins at."""
     start, size, count = _locate_directory(file)
-    if size > _LARGEST_DIRECTORY:
+    if count > _MOST_MEMBERS or size > count * _LARGEST_ENTRY:
         raise _hostile("the zip directory is larger than any checkpoint's", file, start, f"{size} bytes")
     data = file.read(start, size)
     members = []
@@ -133,9 +133,7 @@ def read_directory(file: SourceFile) -> tuple[list[Member], int]:
         member, at = _central_entry(file, data, at, start)
         members.append(member)
     if len(members) != count or not members:
-        raise _damaged(
-            "the zip directory has another number of entries than its end record says", file, start
-        )
+        raise _damaged("the zip directory has another number of entries than its end record says", file, start)
     return members, start
 
 
@@ -160,7 +158,7 @@ def _locate_directory(file: SourceFile) -> tuple[int, int, int]:
 
 
 def _end64(file: SourceFile, end: int) -> tuple[int, int, int] | None:
-    """The zip64 end record, which torch always writes; its locator must point to where it is (CVE-2025-8291)."""
+    """The zip64 end record, which torch always writes; its locator must point to it (CVE-2025-8291)."""
     at = end - _LOCATOR.size
     raw = file.read(at, _LOCATOR.size) if at >= _END64.size else b""
     if raw[:4] != b"PK\x06\x07":
@@ -168,9 +166,7 @@ def _end64(file: SourceFile, end: int) -> tuple[int, int, int] | None:
     _, disk, record, disks = _LOCATOR.unpack(raw)
     if disk or disks > 1 or record + _END64.size != at:
         raise _hostile("the zip64 locator does not point to the record before it", file, at)
-    signature, length, _, _, disk, first_disk, here, count, size, start = _END64.unpack(
-        file.read(record, _END64.size)
-    )
+    signature, length, _, _, disk, first_disk, here, count, size, start = _END64.unpack(file.read(record, _END64.size))
     if signature != b"PK\x06\x06" or length != _END64.size - 12 or disk or first_disk or here != count:
         raise _damaged("the zip64 end record is malformed", file, record)
     if start + size != record:
@@ -210,10 +206,8 @@ def _central_entry(file: SourceFile, data: bytes, at: int, base: int) -> tuple[M
     return Member(name, header, packed, size, method, flags, crc), end
 
 
-def _wide_sizes(
-    extra: bytes, narrow: tuple[int, int, int], file: SourceFile, at: int
-) -> tuple[int, int, int]:
-    """Returns the three numbers, those that did not fit from the zip64 field (id 1), which has them in this order."""
+def _wide_sizes(extra: bytes, narrow: tuple[int, int, int], file: SourceFile, at: int) -> tuple[int, int, int]:
+    """Returns the three numbers; those that did not fit stand in the zip64 field (id 1), in this order."""
     while len(extra) >= 4:
         field, length = struct.unpack_from("<HH", extra)
         if field == 1:
@@ -245,9 +239,7 @@ def _check_names(file: SourceFile, members: Iterable[Member]) -> None:
     for member in members:
         name = member.name
         if "\0" in name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
-            raise _hostile(
-                "a member's name is not a plain relative path", file, member.header, repr(name[:80])
-            )
+            raise _hostile("a member's name is not a plain relative path", file, member.header, repr(name[:80]))
         same = unicodedata.normalize("NFC", name).casefold()
         if same in seen:
             raise _hostile("two members of the zip have one name", file, member.header, repr(name[:80]))
@@ -265,10 +257,8 @@ def _payloads(file: SourceFile, members: list[Member], directory: int) -> dict[s
         end = offsets[member.name] + member.packed
         end += _SMALLEST_DESCRIPTOR if member.flags & _SIZES_FOLLOW else 0
         if end > directory:
-            raise _hostile(
-                "a member reaches into the zip directory", file, member.header, repr(member.name[:80])
-            )
-    if members and min(member.header for member in members):
+            raise _hostile("a member reaches into the zip directory", file, member.header, repr(member.name[:80]))
+    if all(member.header for member in members):
         raise _hostile("the zip does not begin with its first member", file, 0)
     return {member.name: (member, offsets[member.name]) for member in members}
 
@@ -290,7 +280,7 @@ def _payload_offset(file: SourceFile, member: Member) -> int:
         raise _hostile("a member's two headers disagree", file, member.header, repr(member.name[:80]))
     if member.method == _STORED and member.packed != member.size:
         raise _hostile("a stored member has two sizes", file, member.header, repr(member.name[:80]))
-    return member.header + _LOCAL.size + name_length + extra_length
+    return member.header + len(raw) + int(extra_length)
 
 
 def _prefix(file: SourceFile, members: list[Member]) -> str:
@@ -350,9 +340,7 @@ def _inflate(file: SourceFile, member: Member, offset: int, raw: bytes) -> bytes
     except zlib.error as error:
         raise _damaged("a member cannot be inflated", file, offset, repr(member.name[:80])) from error
     if len(data) != member.size or not inflater.eof or inflater.unused_data:
-        raise _hostile(
-            "a member inflates to another size than announced", file, offset, repr(member.name[:80])
-        )
+        raise _hostile("a member inflates to another size than announced", file, offset, repr(member.name[:80]))
     return data
 
 

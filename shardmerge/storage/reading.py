@@ -95,7 +95,9 @@ class SourceFile:
                 raise self._truncated(offset, nbytes) from error
             if error.errno != errno.EINVAL:
                 raise self._broken(offset, error) from error
-            return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
+            return memoryview(
+                self.read(offset, nbytes)
+            )  # a kernel before 5.14: never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
     def close(self) -> None:
@@ -133,7 +135,9 @@ class SourceFile:
 
     def _broken(self, offset: int, error: OSError) -> CheckpointError:
         return CheckpointError(
-            "unreadable-file", f"the system could not read: {error.strerror}", where=f"{self.path}, byte {offset}"
+            "unreadable-file",
+            f"the system could not read: {error.strerror}",
+            where=f"{self.path}, byte {offset}",
         )
 
 

@@ -1,0 +1,348 @@
+"""A file that ``torch.save`` wrote: its values, and where the bytes of its tensors lie."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from shardmerge.errors import CheckpointError, ShardmergeError, UsageError
+from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value, interpret
+from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
+from shardmerge.sources.torch_zip import ZIP_MAGIC, read_directory, read_torch_zip
+from shardmerge.storage.reading import SourceFile
+from shardmerge.tensors import Extent, FileStamp, Piece, Strided, TensorEntry, dense
+
+# Where training frameworks put the state dict, most telling first. Optimizer states are never searched.
+_ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
+
+# A small file can hold a value that is endless once written out (a dict that holds itself, or one twice, and so on).
+_MOST_LEAVES = 2_000_000
+_LONGEST_NAME = 4096
+_MOST_DEPTH = 100
+
+# Records of the tar that torch <= 0.1.9 wrote (``torch/serialization.py``, ``legacy_load``).
+_TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A torch file, headers only.
+
+    Attributes
+    ----------
+    path
+        Absolute path.
+    kind
+        ``"torch zip"`` or ``"torch legacy"``.
+    root
+        What was saved.
+    storages
+        Where each storage lies, by key.
+    """
+
+    path: str
+    kind: str
+    root: Value
+    storages: Mapping[str, Extent]
+    stamp: FileStamp
+
+    def entry(self, name: str, ref: TensorRef, origin: str = "") -> TensorEntry:
+        """Returns the catalog entry of a tensor: one dense extent, or a strided view of one.
+
+        Raises
+        ------
+        CheckpointError
+            ``missing-storage``, ``storage-size``: the bytes are not there, or not as many as the tensor's storage
+            says. ``view-out-of-storage``: the tensor reaches over the end of its storage.
+        """
+        if 0 in ref.shape:
+            self._view(name, ref, 0)
+            return TensorEntry(name, ref.dtype, ref.shape, (), origin)
+        reach = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True)) + 1
+        extent = self._view(name, ref, reach)
+        numel = prod(ref.shape)
+        if _is_contiguous(ref):
+            return TensorEntry(name, ref.dtype, ref.shape, dense(extent, numel), origin)
+        piece = Piece(0, numel, Strided(extent, ref.shape, ref.strides))
+        return TensorEntry(name, ref.dtype, ref.shape, (piece,), origin)
+
+    def alias_key(self, ref: TensorRef) -> tuple[object, ...]:
+        """Returns a key that is equal for two tensors that show the same bytes in the same way: tied weights."""
+        return (ref.storage.key, ref.dtype.name, ref.offset, ref.shape, _telling_strides(ref))
+
+    def _view(self, name: str, ref: TensorRef, reach: int) -> Extent:
+        """Returns the bytes from a tensor's first element on, ``reach`` elements, checked against its storage."""
+        storage = self._storage(name, ref)
+        start = ref.offset * ref.dtype.itemsize
+        nbytes = reach * ref.dtype.itemsize
+        if start + nbytes > storage.nbytes:
+            raise CheckpointError(
+                "view-out-of-storage",
+                "a tensor reaches over the end of its storage",
+                where=f"{self.path}, {name}",
+                found=f"bytes {start} to {start + nbytes}",
+                expected=f"at most {storage.nbytes}",
+            )
+        return storage.slice(start, nbytes)
+
+    def _storage(self, name: str, ref: TensorRef) -> Extent:
+        extent = self.storages.get(ref.storage.key)
+        if extent is None:
+            raise CheckpointError(
+                "missing-storage",
+                "the file does not hold the storage of a tensor",
+                where=f"{self.path}, {name}",
+                expected=f"storage {ref.storage.key!r}",
+            )
+        expected = ref.storage.numel * ref.storage.dtype.itemsize
+        if extent.nbytes != expected:
+            raise CheckpointError(
+                "storage-size",
+                "a storage has another size than its tensor says",
+                where=f"{self.path}, {name}, byte {extent.offset}",
+                found=f"{extent.nbytes} bytes",
+                expected=f"{expected} bytes",
+            )
+        return extent
+
+
+def _telling_strides(ref: TensorRef) -> tuple[int, ...]:
+    """Strides, 0 where the dimension has one element and the stride says nothing."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(ref.shape, ref.strides, strict=True))
+
+
+def _is_contiguous(ref: TensorRef) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(ref.shape), reversed(ref.strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+# Files
+
+
+def is_torch_file(path: Path) -> bool:
+    """Tells by content whether ``torch.save`` wrote a file. Never raises; a damaged torch file is still one."""
+    try:
+        with SourceFile(path) as file:
+            head = file.read(0, min(512, file.size))
+            return _is_legacy(head) or _is_tar(head) or _is_zip(head, file)
+    except (ShardmergeError, OSError, ValueError):
+        return False
+
+
+def _is_legacy(head: bytes) -> bool:
+    return head[:1] == b"\x80" and LEGACY_MAGIC in head[:32]
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar" and head.startswith(_TAR_MEMBERS)
+
+
+def _is_zip(head: bytes, file: SourceFile) -> bool:
+    if not head.startswith(ZIP_MAGIC):
+        return False
+    name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+    if name.endswith(b"/data.pkl"):  # torch writes it first
+        return True
+    return any(member.name.endswith("/data.pkl") for member in read_directory(file)[0])
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Returns what a torch file holds. Reads its headers, not its tensors, and executes nothing.
+
+    Raises
+    ------
+    CheckpointError
+        What ``read_torch_zip``, ``read_torch_legacy`` and ``interpret`` raise; ``torch-tar``: a file of torch before
+        0.1.10; ``not-torch``: anything else.
+    """
+    with SourceFile(os.path.abspath(path)) as file:  # noqa: PTH100  # resolve() would follow links
+        head = file.read(0, min(512, file.size))
+        if head.startswith(ZIP_MAGIC):
+            return _from_zip(file)
+        if _is_legacy(head):
+            return _from_legacy(file)
+        if _is_tar(head):
+            raise CheckpointError(
+                "torch-tar",
+                "this is a tar file of torch before 0.1.10, which is not read",
+                where=file.path,
+                hint="load and save it once with a torch of today, where it is trusted",
+            )
+        raise CheckpointError(
+            "not-torch", "not a file that torch.save wrote", where=file.path, found=f"first bytes {head[:8]!r}"
+        )
+
+
+def _from_zip(file: SourceFile) -> TorchFile:
+    parts = read_torch_zip(file)
+    root = interpret(parts.pickle, where=file.path, base=parts.pickle_offset)
+    return TorchFile(file.path, "torch zip", root, parts.storages, _stamp(file, parts.pickle))
+
+
+def _from_legacy(file: SourceFile) -> TorchFile:
+    parts = read_torch_legacy(file)
+    return TorchFile(file.path, "torch legacy", parts.root, parts.storages, _stamp(file, parts.header))
+
+
+def _stamp(file: SourceFile, header: bytes) -> FileStamp:
+    return FileStamp(file.path, file.size, file.mtime_ns, hashlib.sha256(header).hexdigest())
+
+
+# State dicts
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """The named tensors of a file.
+
+    Attributes
+    ----------
+    root_key
+        Dotted path of the dict they were found in; empty for the top level.
+    tensors
+        By name; names of nested dicts are joined with dots.
+    skipped
+        Names of what is not a tensor.
+    """
+
+    root_key: str
+    tensors: dict[str, TensorRef]
+    skipped: tuple[str, ...]
+
+
+def state_dict(root: Value, *, key: str = "") -> StateDict:
+    """Finds the named tensors in what a file holds.
+
+    Parameters
+    ----------
+    root
+        ``TorchFile.root``.
+    key
+        Dotted path of the dict that is meant, e.g. ``model.ema``. Empty: the top level if it has tensors, else the
+        usual places.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-root``: no such key.
+    CheckpointError
+        ``no-tensors``; ``unsupported-tensor``: a quantized, sparse, meta, nested or conjugate tensor;
+        ``duplicate-name``; ``hostile-pickle``: a value that is endless when written out.
+    """
+    if key:
+        return _collect(_descend(root, key), key)
+    if isinstance(root, dict):
+        if any(isinstance(value, TensorRef) for value in root.values()):
+            return _collect(_without_optimizer(root), "")
+        for name in _ROOTS:
+            if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
+                return _collect(root[name], name)
+    raise _no_tensors(root, "")
+
+
+def _without_optimizer(root: dict[object, Value]) -> dict[object, Value]:
+    return {name: value for name, value in root.items() if not str(name).startswith("optimizer")}
+
+
+def _descend(root: Value, key: str) -> Value:
+    """Keys may hold dots themselves, so the longest one that fits wins."""
+    if not key:
+        return root
+    parts = key.split(".")
+    names = root if isinstance(root, dict) else {}
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in names:
+            return _descend(names[name], ".".join(parts[end:]))
+    raise UsageError(
+        "unknown-root",
+        f"the file has no {key!r}",
+        found=_keys(root),
+        hint="name a key, or several joined with dots",
+    )
+
+
+def _collect(holder: Value, root_key: str) -> StateDict:
+    tensors: dict[str, TensorRef] = {}
+    skipped = []
+    for name, leaf in _leaves(holder):
+        if name in tensors:
+            raise CheckpointError("duplicate-name", "two tensors have one name", where=name)
+        if isinstance(leaf, TensorRef):
+            tensors[name] = leaf
+        elif _is_tensor(leaf):
+            raise _unsupported(name, leaf)
+        else:
+            skipped.append(name)
+    if not tensors:
+        raise _no_tensors(holder, root_key)
+    return StateDict(root_key, tensors, tuple(skipped))
+
+
+def _leaves(
+    value: Value, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
+) -> Iterator[tuple[str, Value]]:
+    """Yields the leaves of nested dicts, with dotted names. Other containers are leaves."""
+    budget = budget or [_MOST_LEAVES]
+    if not isinstance(value, dict):
+        return
+    if id(value) in above or len(above) > _MOST_DEPTH:
+        raise _endless(prefix)
+    for name, item in value.items():
+        budget[0] -= 1
+        path = f"{prefix}{name}" if isinstance(name, str | int) else f"{prefix}<{type(name).__name__}>"
+        if budget[0] < 1 or len(path) > _LONGEST_NAME:
+            raise _endless(path[:80])
+        if isinstance(item, dict):
+            yield from _leaves(item, f"{path}.", (*above, id(value)), budget)
+        else:
+            yield path, item
+
+
+def _endless(name: str) -> CheckpointError:
+    return CheckpointError(
+        "hostile-pickle", "nested dicts hold more names, or longer ones, than any checkpoint", where=name
+    )
+
+
+def _is_tensor(value: Value) -> bool:
+    """Tells whether a value is a tensor, of a kind that is read or not."""
+    if isinstance(value, TensorRef):
+        return True
+    return isinstance(value, Opaque) and (
+        (value.type.module in ("torch._utils", "torch._tensor") and value.type.name.startswith("_rebuild"))
+        or value.type.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
+    )
+
+
+def _unsupported(name: str, value: Value) -> CheckpointError:
+    return CheckpointError(
+        "unsupported-tensor",
+        "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
+        where=name,
+        found=value.type.path if isinstance(value, Opaque) else "",
+        hint="save it as a plain dense tensor, or name another root",
+    )
+
+
+def _no_tensors(root: Value, key: str) -> CheckpointError:
+    return CheckpointError(
+        "no-tensors",
+        f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
+        found=_keys(root),
+        hint="name the dict that holds the weights as the root, with dots for nested ones",
+    )
+
+
+def _keys(value: Value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(str(name)[:80] for name in list(value)[:20]) or "an empty dict"
+    return value.type.path if isinstance(value, Opaque) else type(value).__name__
