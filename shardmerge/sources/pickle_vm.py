@@ -375,14 +375,16 @@ class _Machine:
         self.pos += 1
 
     def get4(self) -> None:
-        self._stack.append(self._memo[self._u32()])
+        self._stack.append(self._memo[_U32.unpack_from(self.data, self.pos)[0]])
+        self.pos += 4
 
     def put1(self) -> None:
         self._memo[self.data[self.pos]] = self._stack[-1]
         self.pos += 1
 
     def put4(self) -> None:
-        self._memo[self._u32()] = self._stack[-1]
+        self._memo[_U32.unpack_from(self.data, self.pos)[0]] = self._stack[-1]
+        self.pos += 4
 
     def memoize(self) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
@@ -692,7 +694,10 @@ def _is_size(value: Value) -> TypeGuard[int]:
 def _are_sizes(values: Value) -> TypeGuard[Sequence[int]]:
     if not isinstance(values, tuple | list) or len(values) > _MOST_DIMS:
         return False
-    return all(type(value) is int and 0 <= value <= _LARGEST_SIZE for value in values)
+    for value in values:  # noqa: SIM110  # a generator costs more, and this runs twice for every tensor
+        if type(value) is not int or not 0 <= value <= _LARGEST_SIZE:
+            return False
+    return True
 
 
 def _python2_text(raw: bytes) -> str | bytes:

@@ -87,7 +87,10 @@ class SourceFile:
         self._checked(offset, nbytes)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         length = offset + nbytes - start
-        mapping = mmap.mmap(self._fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED, offset=start)
+        try:
+            mapping = mmap.mmap(self._fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED, offset=start)
+        except ValueError as error:  # Python compares the length with the file's size right now
+            raise self._truncated(offset, nbytes) from error
         try:
             mapping.madvise(_MADV_POPULATE_READ)
         except OSError as error:

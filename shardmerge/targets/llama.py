@@ -157,7 +157,13 @@ def text_config(
 ) -> JsonObject:
     """Returns the ``text_config`` of a LLaVA config.json, the vocabulary having ``rows`` rows."""
     nested = portable(_with_v4_rope(config, where), dtype)
-    return nested | {"model_type": text.model_type, "tie_word_embeddings": text.tied, "vocab_size": rows}
+    stated = {
+        "model_type": text.model_type,
+        "num_key_value_heads": text.kv_heads,  # null is fine with 4.x, and refused by 5.x for mistral
+        "tie_word_embeddings": text.tied,
+        "vocab_size": rows,
+    }
+    return nested | stated
 
 
 def _with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:

@@ -1,0 +1,54 @@
+"""What all tests share: Hypothesis without a clock, paths of the golden files, a checkpoint reader to compare with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from shardmerge.execute.gather import gather
+from shardmerge.ops.arrays import Array, as_array
+from shardmerge.storage.reading import FilePool
+from shardmerge.tensors import Catalog, TensorEntry
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("ci")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The checkpoints made by real tools."""
+    return GOLDEN
+
+
+def read_entry(entry: TensorEntry) -> Array:
+    """Reads a tensor whole, through its pieces."""
+    data = bytearray(entry.nbytes)
+    gather(FilePool(), entry, 0, memoryview(data))
+    return as_array(memoryview(data), entry.dtype).reshape(entry.shape)
+
+
+def read_all(catalog: Catalog) -> dict[str, Array]:
+    """Reads every tensor of a catalog, aliases included."""
+    return {name: read_entry(catalog[name]) for name in catalog.names()}
+
+
+def same_values(left: Array, right: Array) -> bool:
+    """Tells whether two arrays have the same shape and values after widening; NaN equals NaN."""
+    wide = [np.asarray(a).astype(np.float64) for a in (left, right)]
+    return wide[0].shape == wide[1].shape and np.array_equal(wide[0], wide[1], equal_nan=True)
+
+
+def shardmerge(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own and checks its exit code."""
+    command = [sys.executable, "-m", "shardmerge", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done

@@ -1,0 +1,208 @@
+"""Names and shapes computed from a config, against the models that transformers builds from it."""
+
+from math import prod
+
+import pytest
+
+from shardmerge.errors import TargetError
+from shardmerge.targets import clip, llama
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TEXTS = {
+    "llama": {},
+    "llama, grouped queries": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "llama, one head of keys": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "llama, head_dim of its own": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},
+    "llama, attention bias": {"attention_bias": True},
+    "llama, mlp bias": {"mlp_bias": True},
+    "llama, tied": {"tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "num_attention_heads": 16},
+    "mistral, no grouping": {"model_type": "mistral", "num_attention_heads": 8, "num_key_value_heads": 8},
+    "mistral, head_dim of its own": {"model_type": "mistral", "num_key_value_heads": 4, "head_dim": 20},
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 32},
+    "qwen2, grouped and tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+}
+SMALL = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 131,
+}  # fmt: skip
+CLASSES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+}
+
+
+def shapes_of(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def text_model(config):
+    config_class, model_class = (getattr(transformers, name) for name in CLASSES[config["model_type"]])
+    with torch.device("meta"):
+        return model_class(config_class(**config))
+
+
+def expected(config, rows=None):
+    text = llama.read_architecture(config, "config.json")
+    return dict(llama.expected(text, rows or text.vocab_size))
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_models(case):
+    config = SMALL | TEXTS[case]
+    oracle = shapes_of(text_model(config))
+    if config.get("tie_word_embeddings"):
+        del oracle["lm_head.weight"]
+    assert expected(config) == oracle
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_null_means_no_grouping(model_type):
+    config = SMALL | {"model_type": model_type, "num_key_value_heads": None}
+    text = llama.read_architecture(config, "config.json")
+    assert text.kv_heads == 4
+    assert llama.text_config(config, text, 131, "", "config.json")["num_key_value_heads"] == 4
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_defaults_are_those_of_transformers(model_type):
+    """A nested config lists only what differs from the defaults."""
+    assert expected({"model_type": model_type}) == shapes_of(text_model({"model_type": model_type}))
+
+
+def test_more_rows():
+    names = expected(SMALL, rows=192)
+    assert names["model.embed_tokens.weight"] == names["lm_head.weight"] == (192, 64)
+
+
+VISIONS = {
+    "defaults": {},
+    "large, 336": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14,
+    },
+    "a patch that does not divide the image": {"image_size": 30, "patch_size": 14, "num_hidden_layers": 1},
+    "one channel": {"num_channels": 1, "num_hidden_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VISIONS)
+def test_vision_encoder(case):
+    with torch.device("meta"):
+        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISIONS[case]))
+    # Transformers 5.6 dropped this level from its own names, and still reads and expects it in files.
+    oracle = {f"vision_model.{name.removeprefix('vision_model.')}": shape for name, shape in shapes_of(model).items()}
+    vision = clip.read_architecture({"model_type": "clip_vision_model"} | VISIONS[case], "config.json")
+    assert dict(clip.expected(vision)) == oracle
+
+
+def test_clip_large_by_the_numbers():
+    vision = clip.read_architecture({"model_type": "clip_vision_model"} | VISIONS["large, 336"], "config.json")
+    names = dict(clip.expected(vision))
+    assert (len(names), sum(prod(shape) for shape in names.values())) == (391, 303_507_456)
+    assert names["vision_model.embeddings.position_embedding.weight"] == (577, 1024)
+    assert vision.patches == 576
+
+
+def test_a_full_clip_is_unwrapped():
+    nested = {"hidden_size": 1024, "patch_size": 14}
+    assert clip.unwrap({"model_type": "clip", "vision_config": nested}) == nested | {"model_type": "clip_vision_model"}
+    assert clip.unwrap({"model_type": "llava", "vision_config": {"model_type": "siglip"}}) == {"model_type": "siglip"}
+    legacy = {"model_type": "clip", "vision_config": {"hidden_size": 768}, "vision_config_dict": nested}
+    assert clip.unwrap(legacy)["hidden_size"] == 1024
+    assert clip.unwrap({"model_type": "clip", "vision_config": nested, "vision_config_dict": None})["patch_size"] == 14
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "siglip_vision_model", None, 7, ["llama"]])
+def test_unknown_architectures_are_named(model_type):
+    for read, known in ((llama.read_architecture, "qwen2"), (clip.read_architecture, "clip_vision_model")):
+        with pytest.raises(TargetError) as caught:
+            read({"model_type": model_type}, "models/base/config.json")
+        assert caught.value.code == "unsupported-architecture"
+        assert caught.value.where == "models/base/config.json"
+        assert repr(model_type) in caught.value.found
+        assert known in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "64"), ("hidden_size", 0), ("hidden_size", -1), ("hidden_size", 64.0), ("hidden_size", True),
+        ("hidden_size", 1 << 40), ("num_hidden_layers", 10**9), ("num_attention_heads", []), ("vocab_size", {}),
+        ("head_dim", "x"), ("tie_word_embeddings", "false"), ("attention_bias", 1), ("num_attention_heads", 65),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_no_sizes(key, value):
+    with pytest.raises(TargetError) as caught:
+        llama.read_architecture(SMALL | {key: value}, "config.json")
+    assert caught.value.code == "odd-config"
+
+
+def test_an_image_smaller_than_a_patch():
+    with pytest.raises(TargetError) as caught:
+        clip.read_architecture({"model_type": "clip_vision_model", "image_size": 8, "patch_size": 14}, "config.json")
+    assert caught.value.code == "odd-config"
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 500000.0}, 500000.0, None),
+        ({"rope_theta": 500000.0, "rope_scaling": None}, 500000.0, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, 500000.0, None),
+        ({"rope_parameters": {"rope_theta": 500000.0}}, 500000.0, None),
+        ({"rope_parameters": {"rope_theta": 5e5, **LLAMA3_ROPE}}, 5e5, LLAMA3_ROPE),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}, 5e5, LLAMA3_ROPE),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            5e5,
+            {"type": "linear", "factor": 2.0},
+        ),
+    ],
+)
+def test_rope_is_written_as_4x_reads_it_and_means_the_same_to_5x(stored, theta, scaling):
+    config = SMALL | stored
+    text = llama.read_architecture(config, "config.json")
+    written = llama.text_config(config, text, 131, "bfloat16", "config.json")
+    assert (written["rope_theta"], written.get("rope_scaling")) == (theta, scaling)
+    assert "rope_parameters" not in written
+    theirs = [rope_of(transformers.LlamaConfig(**each)) for each in (config, written)]
+    assert theirs[0] == theirs[1]
+    assert theirs[1]["rope_theta"] == theta
+
+
+def rope_of(config):
+    """The rotary embedding as the installed transformers understands it, 4.x or 5.x."""
+    named = getattr(config, "rope_parameters", None)
+    return named or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+
+
+@pytest.mark.parametrize("rope", [[1], "yarn", {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {}}])
+def test_rope_of_another_kind_is_refused(rope):
+    text = llama.read_architecture(SMALL, "config.json")
+    with pytest.raises(TargetError) as caught:
+        llama.text_config(SMALL | {"rope_parameters": rope}, text, 131, "", "config.json")
+    assert caught.value.code == "odd-config"
+
+
+def test_the_text_config_carries_no_traces_of_its_directory():
+    config = SMALL | {
+        "_name_or_path": "somewhere", "architectures": ["LlamaForCausalLM"], "transformers_version": "5.0.0",
+        "dtype": "float32", "torch_dtype": "float32", "auto_map": {}, "quantization_config": {"bits": 4},
+        "rms_norm_eps": 1e-5, "eos_token_id": [1, 2],
+    }  # fmt: skip
+    text = llama.read_architecture(config, "config.json")
+    assert llama.text_config(config, text, 192, "float16", "config.json") == SMALL | {
+        "eos_token_id": [1, 2], "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 192,
+    }  # fmt: skip

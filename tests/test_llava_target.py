@@ -1,0 +1,524 @@
+"""The target hf/llava as a whole, with transformers as the judge of what it writes."""
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from shardmerge.dtypes import DTYPES
+from shardmerge.errors import ShardmergeError, TargetError
+from shardmerge.targets.llava import EMBEDDING, HEAD, expect
+from shardmerge.tensors import Catalog, Extent, TensorEntry
+
+torch = pytest.importorskip("torch")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+ROLES = {"text": "llm", "vision": "vision", "trained": "trained"}
+
+# Meta-Llama-3-8B-Instruct and the vision part of clip-vit-large-patch14-336, as their config.json say.
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": 128009, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "llama", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0",
+    "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+CLIP_L_336 = {
+    "attention_dropout": 0.0, "hidden_act": "quick_gelu", "hidden_size": 1024, "image_size": 336,
+    "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 4096, "layer_norm_eps": 1e-05,
+    "model_type": "clip_vision_model", "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 24,
+    "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+# As openai published it in 2022: the vision part nested, no word of image_processor_type, bare sizes.
+FULL_CLIP = {
+    "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 768, "text_config": {"hidden_size": 768},
+    "text_config_dict": None, "vision_config": CLIP_L_336, "vision_config_dict": None, "transformers_version": "4.21.3",
+}  # fmt: skip
+PREPROCESSOR_2022 = {
+    "crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 336,
+}  # fmt: skip
+SMALL_TEXT = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 77, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 500000.0,
+    "torch_dtype": "float16",
+}  # fmt: skip
+SMALL_VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 36, "intermediate_size": 53, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "image_size": 28, "patch_size": 14, "projection_dim": 16,
+}  # fmt: skip
+
+FROZEN_ENCODER = """\
+model = dict(
+    freeze_llm=False,
+    freeze_visual_encoder=True,
+    llm=dict(pretrained_model_name_or_path='meta-llama/Meta-Llama-3-8B-Instruct'),
+    visual_encoder=dict(pretrained_model_name_or_path='openai/clip-vit-large-patch14-336'))
+"""
+
+
+def read(extent):
+    with Path(extent.file).open("rb") as file:
+        file.seek(extent.offset)
+        return file.read(extent.nbytes)
+
+
+def catalog(folder, **files):
+    """A checkpoint directory with these JSON files, and whatever lies there already."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    side = {path.name: Extent(str(path), 0, path.stat().st_size) for path in sorted(folder.iterdir())}
+    return Catalog(str(folder), "safetensors", {}, side_files=side)
+
+
+def trained(text="", names=()):
+    entries = {name: TensorEntry(name, DTYPES["BF16"], (1,), ()) for name in names}
+    return Catalog("work_dirs/iter_2.pth", "torch zip", entries, training_config=text)
+
+
+def save_tokenizer(folder, size, added=("<unk>", "<s>", "</s>")):
+    folder.mkdir(exist_ok=True)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{index}": index for index in range(3, size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(list(added))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A tiny but complete pair of bases, and a checkpoint that says nothing."""
+    save_tokenizer(tmp_path / "llm", 131)
+    return {
+        "llm": catalog(
+            tmp_path / "llm", config=SMALL_TEXT, generation_config={"temperature": 0.6, "eos_token_id": [2]}
+        ),
+        "vision": catalog(tmp_path / "vision", config=SMALL_VISION),
+        "trained": trained(),
+    }
+
+
+def written(expectation, folder):
+    folder.mkdir()
+    for file in expectation.side_files:
+        content = b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts)
+        (folder / file.name).write_bytes(content)
+    return folder
+
+
+def side_file(expectation, name):
+    (file,) = [file for file in expectation.side_files if file.name == name]
+    return json.loads(b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts))
+
+
+def problems(catalogs, roles=ROLES):
+    with pytest.raises(ShardmergeError) as caught:
+        expect(roles, catalogs, read, None)
+    return caught.value.each()
+
+
+# Runtime names of transformers 4.51 (the layout itself), 4.52 to 5.5 and 5.6 or later, by hand; first match wins.
+RUNTIME_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+
+
+def on_disk(name):
+    for runtime, stored in RUNTIME_NAMES:
+        if name.startswith(runtime):
+            return stored + name.removeprefix(runtime)
+    return name
+
+
+def model_of(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    return {on_disk(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+# ---- names, shapes, numbers
+
+
+def test_llama_3_8b_with_clip_large_by_the_numbers(tmp_path):
+    save_tokenizer(tmp_path / "llm", 128256)
+    catalogs = {
+        "llm": catalog(tmp_path / "llm", config=LLAMA_3_8B),
+        "vision": catalog(tmp_path / "vision", config=FULL_CLIP, preprocessor_config=PREPROCESSOR_2022),
+        "trained": trained(FROZEN_ENCODER),
+    }
+    expectation = expect(ROLES, catalogs, read, DTYPES["BF16"])
+    names = expectation.tensors
+    assert len(names) == 686
+    assert sum(2 * prod(shape) for shape in names.values()) == 16_710_545_408
+    assert names[EMBEDDING] == names[HEAD] == (128320, 4096)
+    assert names["multi_modal_projector.linear_1.weight"] == (4096, 1024)
+    assert names["multi_modal_projector.linear_2.weight"] == (4096, 4096)
+    assert expectation.grown == {EMBEDDING, HEAD}
+    config = side_file(expectation, "config.json")
+    assert (config["image_token_index"], config["pad_token_id"]) == (128256, 128257)
+    assert config["text_config"]["vocab_size"] == 128320
+    assert (config["image_seq_length"], config["vision_feature_layer"]) == (576, -2)
+    assert not expectation.warnings
+    assert model_of(written(expectation, tmp_path / "out")) == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 20},
+        {"model_type": "mistral"},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_names_and_shapes_are_those_of_the_model_it_describes(tmp_path, small, text):
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | text)
+    expectation = expect(ROLES, small, read, None)
+    oracle = model_of(written(expectation, tmp_path / "out"))
+    if "tie_word_embeddings" in text:
+        assert oracle.pop(HEAD) == oracle[EMBEDDING]
+    assert expectation.tensors == oracle
+
+
+def test_tied(tmp_path, small):
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"tie_word_embeddings": True})
+    expectation = expect(ROLES, small, read, None)
+    assert expectation.tied == {HEAD: EMBEDDING}
+    assert expectation.grown == {EMBEDDING}
+    config = side_file(expectation, "config.json")
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is True
+
+
+def test_untied(small):
+    expectation = expect(ROLES, small, read, None)
+    assert expectation.tied == {}
+    config = side_file(expectation, "config.json")
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+
+
+def rows_of_xtuner(vocab_size, pad_id):
+    """xtuner/model/llava.py, to_huggingface_llava: `pad_shape = 64`, and one less than the highest id needs."""
+    added = pad_id - vocab_size
+    return -(-(vocab_size + added) // 64) * 64 if added > 0 else vocab_size
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens", "rows"),
+    [
+        (32000, 32000, 32064),  # Vicuna
+        (32064, 32011, 32064),  # Phi-3: the vocabulary is padded, and the new ids fit
+        (32012, 32011, 32064),  # only <image> fits
+        (32013, 32011, 32013),  # both just fit
+        (32062, 32062, 32064),
+        (32063, 32063, 32128),  # <pad> is 32064: XTuner's 32064 rows would be one short
+        (131, 131, 192),
+    ],
+)
+def test_rows_are_xtuners_where_those_suffice(tmp_path, small, vocab_size, tokens, rows):
+    save_tokenizer(tmp_path / "llm", tokens)
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"vocab_size": vocab_size})
+    expectation = expect(ROLES, small, read, None)
+    config = side_file(expectation, "config.json")
+    assert (config["image_token_index"], config["pad_token_id"]) == (tokens, tokens + 1)
+    assert expectation.tensors[EMBEDDING][0] == config["text_config"]["vocab_size"] == rows
+    assert bool(expectation.grown) == (rows != vocab_size)
+    theirs = rows_of_xtuner(vocab_size, tokens + 1)
+    assert rows == theirs or theirs <= tokens + 1
+
+
+def test_a_tokenizer_that_has_the_tokens(tmp_path, small):
+    save_tokenizer(tmp_path / "llm", 129, added=["<pad>", "<image>"])
+    small["llm"] = catalog(tmp_path / "llm")
+    expectation = expect(ROLES, small, read, None)
+    config = side_file(expectation, "config.json")
+    assert (config["pad_token_id"], config["image_token_index"]) == (129, 130)
+    assert expectation.grown == frozenset()
+    assert expectation.tensors[EMBEDDING] == (131, 48)
+
+
+# ---- config.json
+
+
+def test_config_json(small):
+    config = side_file(expect(ROLES, small, read, DTYPES["BF16"]), "config.json")
+    text, vision = config.pop("text_config"), config.pop("vision_config")
+    assert config == {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_seq_length": 4,
+        "image_token_index": 131,
+        "model_type": "llava",
+        "multimodal_projector_bias": True,
+        "pad_token_id": 132,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    assert text == SMALL_TEXT | {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 192}
+    assert vision == SMALL_VISION | {"torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_without_a_cast_the_dtype_is_the_text_models(tmp_path, small, key):
+    base = {name: value for name, value in SMALL_TEXT.items() if name != "torch_dtype"}
+    small["llm"] = catalog(tmp_path / "llm", config=base | {key: "torch.float16"})
+    config = side_file(expect(ROLES, small, read, None), "config.json")
+    assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == "float16"
+    assert "torch_dtype" not in config["vision_config"]
+
+
+def test_the_feature_layer_of_the_training(small):
+    small["trained"] = trained("model = dict(visual_select_layer=-1)")
+    assert side_file(expect(ROLES, small, read, None), "config.json")["vision_feature_layer"] == -1
+
+
+def test_json_is_the_same_every_time(tmp_path, small):
+    first = expect(ROLES, small, read, None)
+    assert first == expect(ROLES, small, read, None)
+    text = (written(first, tmp_path / "out") / "config.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+
+
+def test_transformers_reads_the_config_as_it_is_meant(tmp_path, small):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 32
+    base = {name: value for name, value in SMALL_TEXT.items() if name != "rope_theta"}
+    small["llm"] = catalog(tmp_path / "llm", config=base | {"rope_parameters": rope})
+    folder = written(expect(ROLES, small, read, DTYPES["F16"]), tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert isinstance(config, transformers.LlavaConfig)
+    text = config.text_config
+    named = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta, **text.rope_scaling}
+    assert named == rope
+    assert (config.image_token_index, config.image_seq_length, text.vocab_size) == (131, 4, 192)
+    assert (config.vision_config.hidden_size, config.vision_config.hidden_act) == (36, "quick_gelu")
+
+
+def test_another_llava_serves_as_a_base(tmp_path, small):
+    plain = expect(ROLES, small, read, None)
+    whole = {"model_type": "llava", "text_config": SMALL_TEXT, "vision_config": SMALL_VISION}
+    base = catalog(tmp_path / "llm", config=whole)
+    assert expect(ROLES, small | {"llm": base, "vision": base}, read, None).tensors == plain.tensors
+
+
+def test_roles_name_the_sources(small):
+    roles = {"text": "base", "vision": "tower", "trained": "mine"}
+    renamed = {"base": small["llm"], "tower": small["vision"], "mine": trained(FROZEN_ENCODER)}
+    assert expect(roles, renamed, read, None).components[1].remedy == "Add `tower: openai/clip-vit-large-patch14-336`"
+
+
+def test_a_quantized_base_is_pointed_out(tmp_path, small):
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"quantization_config": {"bits": 4}})
+    expectation = expect(ROLES, small, read, None)
+    assert "quantized language model" in expectation.warnings[0]
+    assert "quantization_config" not in side_file(expectation, "config.json")["text_config"]
+
+
+# ---- the other files
+
+
+def test_files_of_the_directory(tmp_path, small):
+    for name in ("README.md", "modeling_x.py", "model.gguf", "model.safetensors.index.json", "tekken.json"):
+        (tmp_path / "llm" / name).write_text("{}")
+    (tmp_path / "llm" / "chat_template.jinja").write_text("{{ messages }}")
+    small["llm"] = catalog(tmp_path / "llm")
+    names = {file.name for file in expect(ROLES, small, read, None).side_files}
+    assert names - {"special_tokens_map.json"} == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "preprocessor_config.json", "processor_config.json",
+    }  # fmt: skip
+
+
+def test_generation_config(tmp_path, small):
+    generation = side_file(expect(ROLES, small, read, None), "generation_config.json")
+    assert generation == {"eos_token_id": [2], "pad_token_id": 132, "temperature": 0.6}
+    (tmp_path / "llm" / "generation_config.json").unlink()
+    small["llm"] = catalog(tmp_path / "llm")
+    generation = side_file(expect(ROLES, small, read, None), "generation_config.json")
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 132}
+
+
+def test_no_tokenizer_is_a_warning(tmp_path, small):
+    small["llm"] = catalog(tmp_path / "bare", config=SMALL_TEXT)
+    expectation = expect(ROLES, small, read, None)
+    config = side_file(expectation, "config.json")
+    assert (config["image_token_index"], config["pad_token_id"]) == (131, 132)
+    (warning, *_) = expectation.warnings
+    assert "`<image>` as 131 and `<pad>` as 132" in warning
+    assert not any("token" in file.name for file in expectation.side_files)
+
+
+PROCESSORS = {
+    "none": ({}, True),
+    "2022": ({"preprocessor_config": PREPROCESSOR_2022 | {"size": 28, "crop_size": 28}}, False),
+    "fast": (
+        {
+            "preprocessor_config": {
+                "image_processor_type": "CLIPImageProcessorFast",
+                "size": {"shortest_edge": 28},
+                "crop_size": {"height": 28, "width": 28},
+            }
+        },
+        False,
+    ),
+    "inside, as transformers 5 saves it": (
+        {
+            "processor_config": {
+                "processor_class": "CLIPProcessor",
+                "image_processor": {
+                    "image_processor_type": "CLIPImageProcessor",
+                    "size": {"shortest_edge": 28},
+                    "crop_size": {"height": 28, "width": 28},
+                },
+            }
+        },
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_transformers_processes_text_and_image(tmp_path, small, case):
+    pillow = pytest.importorskip("PIL.Image")
+    files, warned = PROCESSORS[case]
+    small["vision"] = catalog(tmp_path / "vision", **files)
+    expectation = expect(ROLES, small, read, None)
+    assert bool(expectation.warnings) is warned
+    folder = written(expectation, tmp_path / "out")
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert type(processor.image_processor).__name__.startswith("CLIPImageProcessor")
+    batch = processor(images=pillow.new("RGB", (50, 40)), text="t5 <image> t6", return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 28, 28)
+    assert batch["input_ids"].tolist() == [[5, 131, 131, 131, 131, 6]]
+    assert processor.tokenizer.pad_token_id == 132
+
+
+def test_the_written_directory_runs(tmp_path, small):
+    """Random weights under the expected names load without a missing or unexpected key, and the model answers."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    expectation = expect(ROLES, small, read, DTYPES["F32"])
+    folder = written(expectation, tmp_path / "out")
+    weights = {name: torch.full(shape, 0.01) for name, shape in expectation.tensors.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, report = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    ids = torch.tensor([[5, 131, 131, 131, 131, 6]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28)).logits
+    assert logits.shape == (1, 6, 192)
+
+
+# ---- what it refuses, and how it says so
+
+
+def test_a_frozen_encoder_without_a_source(small):
+    (problem,) = problems({"llm": small["llm"], "trained": trained(FROZEN_ENCODER)})
+    assert isinstance(problem, TargetError)
+    assert problem.code == "missing-source"
+    assert problem.what == (
+        "the mapping has no source for the visual encoder: the checkpoint was trained with the visual encoder frozen, "
+        "from 'openai/clip-vit-large-patch14-336'"
+    )
+    assert problem.hint == "vision: openai/clip-vit-large-patch14-336"
+
+
+def test_a_source_without_config(tmp_path, small):
+    small["vision"] = catalog(tmp_path / "weights only")
+    (problem,) = problems(small)
+    assert (problem.code, problem.where) == ("missing-source", str(tmp_path / "weights only"))
+    assert "`vision` has no config.json" in problem.what
+    assert problem.hint.startswith("vision: <")
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/data/models/clip-336", "vision: /data/models/clip-336"),
+        ("./clip", "vision: ./clip"),
+        (r"D:\models\clip", r'vision: "D:\\models\\clip"'),
+        ("a: b # c\n- d", r'vision: "a: b # c\n- d"'),
+    ],
+)
+def test_the_line_to_paste_is_yaml(small, path, line):
+    yaml = pytest.importorskip("yaml")
+    text = f"model = dict(visual_encoder=dict(pretrained_model_name_or_path={path!r}))"
+    (problem,) = problems({"llm": small["llm"], "trained": trained(text)})
+    assert problem.hint == line
+    assert yaml.safe_load(line) == {"vision": path}
+
+
+def test_everything_that_is_wrong_is_said_at_once():
+    text = FROZEN_ENCODER.replace("freeze_llm=False", "llm_lora=dict(r=64), projector_depth=3")
+    found = problems({"trained": trained(text)})
+    assert [problem.code for problem in found] == [
+        "lora-not-yet", "projector-depth", "missing-source", "missing-source",
+    ]  # fmt: skip
+    assert "language model was trained as a LoRA adapter" in found[0].what
+    assert found[0].where == "work_dirs/iter_2.pth"
+    assert "projector_depth 3" in found[1].found
+
+
+@pytest.mark.parametrize("text", ["", "model = dict(freeze_llm=True)"])
+def test_adapters_are_recognised_by_name_too(small, text):
+    names = ["llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    (problem,) = problems(small | {"trained": trained(text, names)})
+    assert problem.code == "lora-not-yet"
+
+
+def test_both_adapters(small):
+    text = "model = dict(llm_lora=dict(r=64), visual_encoder_lora=dict(r=64))"
+    assert [problem.code for problem in problems(small | {"trained": trained(text)})] == ["lora-not-yet"] * 2
+
+
+def test_both_configs_are_looked_at(tmp_path, small):
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"model_type": "phi3"})
+    small["vision"] = catalog(tmp_path / "vision", config=SMALL_VISION | {"model_type": "siglip_vision_model"})
+    assert [problem.where for problem in problems(small)] == [
+        str(tmp_path / "llm" / "config.json"),
+        str(tmp_path / "vision" / "config.json"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"a": ' + "[" * 100_000, '"\ud800"'], ids=range(6))
+def test_a_config_that_is_no_config(tmp_path, small, text):
+    (tmp_path / "llm" / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    small["llm"] = catalog(tmp_path / "llm")
+    (problem,) = problems(small)
+    assert (problem.code, problem.where) == ("bad-json", str(tmp_path / "llm" / "config.json"))
+
+
+def test_components_say_why_tensors_are_missing(small):
+    language, vision, projector = expect(ROLES, small | {"trained": trained(FROZEN_ENCODER)}, read, None).components
+    assert (vision.prefix, vision.reason, vision.remedy) == (
+        "vision_tower.",
+        "the checkpoint was trained with the visual encoder frozen",
+        "Add `vision: openai/clip-vit-large-patch14-336`",
+    )
+    assert (language.reason, language.remedy) == ("", "Add `llm: meta-llama/Meta-Llama-3-8B-Instruct`")
+    assert "`trained`" in projector.remedy
+
+
+def test_components_without_a_training_config(small):
+    del small["trained"]
+    language, vision, _ = expect(ROLES, small, read, None).components
+    assert language.remedy == "Add `llm: <directory or hub id of the pretrained language model>`"
+    assert vision.reason == ""
