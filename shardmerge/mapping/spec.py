@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
@@ -16,6 +17,7 @@ from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, read
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NOWHERE = Mark("", 1, 1)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,8 @@ class Reader:
         """Returns the node as a mapping, an empty one if it is something else."""
         if isinstance(node, Table):
             return node
-        self.add("wrong-kind", f"{what} is a set of `key: value` lines", _mark(node))
-        return Table((), _mark(node))
+        self.add("wrong-kind", f"{what} is a set of `key: value` lines", node.mark)
+        return Table((), node.mark)
 
     def fields(self, table: Table, known: tuple[str, ...]) -> dict[str, Node]:
         """Returns the values by key; unknown keys are problems."""
@@ -181,14 +183,14 @@ class Reader:
         """Returns the node's text, or ``""`` with a problem."""
         if isinstance(node, Scalar) and not node.empty:
             return node.text
-        self.add("wrong-kind", f"`{what}` is a piece of text", _mark(node))
+        self.add("wrong-kind", f"`{what}` is a piece of text", node.mark)
         return ""
 
     def flag(self, node: Node, what: str) -> bool:
         """Returns true or false; YAML 1.1's yes and no are not taken."""
         if isinstance(node, Scalar) and not node.quoted and node.text in ("true", "false"):
             return node.text == "true"
-        self.add("wrong-kind", f"`{what}` is true or false", _mark(node))
+        self.add("wrong-kind", f"`{what}` is true or false", node.mark)
         return False
 
     def version(self, node: Node | None, key: str, mark: Mark) -> None:
@@ -196,7 +198,7 @@ class Reader:
         if node is None:
             self.add("no-version", f"the first line says `{key}: 1`", mark, f"add `{key}: 1`")
         elif not isinstance(node, Scalar) or node.text != "1":
-            self.add("unknown-version", f"this shardmerge reads `{key}: 1`", _mark(node), f"write `{key}: 1`")
+            self.add("unknown-version", f"this shardmerge reads `{key}: 1`", node.mark, f"write `{key}: 1`")
 
     def sources(self, node: Node | None, mark: Mark) -> dict[str, SourceSpec]:
         """Reads ``sources:``."""
@@ -218,7 +220,7 @@ class Reader:
             self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: ...`")
         view = self.text(fields["view"], "view") if "view" in fields else ""
         if view not in ("", "fp32", "module"):
-            self.add("unknown-view", f"there is no view {view!r}", _mark(fields["view"]), "fp32 or module")
+            self.add("unknown-view", f"there is no view {view!r}", fields["view"].mark, "fp32 or module")
         return SourceSpec(
             key.text,
             self.text(fields["path"], "path") if "path" in fields else "",
@@ -237,11 +239,20 @@ class Reader:
         dtype = self._said(fields.get("dtype"), "dtype", float_dtype)
         size = self._said(fields.get("shard_size"), "shard_size", parse_size)
         if "path" not in fields:
-            self.add("no-path", "`output` has no path", _mark(node), "add `path: out/model`")
-        return OutputSpec(path, dtype, size, _mark(node))
+            self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
+        return OutputSpec(path, dtype, size, node.mark)
 
-    def _said[T](self, node: Node | None, what: str, read: Callable[[str], T]) -> T | None:
-        ...
+    def _said(self, node: Node | None, what: str, read: Callable[[str], _Value]) -> _Value | None:
+        """Returns what ``read`` makes of the text; its error gets the place in the file."""
+        if node is None:
+            return None
+        try:
+            return read(self.text(node, what))
+        except UsageError as error:
+            self.problems.append(
+                MappingError(error.code, error.what, where=str(node.mark), expected=error.expected, hint=error.hint)
+            )
+            return None
 
     def target(self, node: Node) -> TargetSpec | None:
         """Reads ``target:``: a name, and the source of each role."""
@@ -298,14 +309,14 @@ class Reader:
     def drops(self, node: Node, known: frozenset[str] | None, *, optional: bool = False) -> tuple[Drop, ...]:
         """Reads ``drop:``, a list of references."""
         if not isinstance(node, Items):
-            self.add("wrong-kind", "`drop` is a list of `- source:name` lines", _mark(node))
+            self.add("wrong-kind", "`drop` is a list of `- source:name` lines", node.mark)
             return ()
         return tuple(self._drops(node, known, optional=optional))
 
     def _drops(self, items: Items, known: frozenset[str] | None, *, optional: bool) -> Iterator[Drop]:
         for node in items.nodes:
             if not isinstance(node, Scalar):
-                self.add("wrong-kind", "a drop is one `source:name`", _mark(node))
+                self.add("wrong-kind", "a drop is one `source:name`", node.mark)
                 continue
             reference = self.reference(node, known)
             if reference is not None:
@@ -334,6 +345,3 @@ class Reader:
                 "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
             )
 
-
-def _mark(node: Node) -> Mark:
-    return node.mark

@@ -1,0 +1,158 @@
+"""Presets: mappings that come with the package, as YAML files. A recipe is data and no code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from importlib.abc import Traversable
+
+from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.spec import Drop, Reader, Rule, Spec, TargetSpec
+from shardmerge.mapping.yaml_nodes import Node, read_yaml
+
+_SUFFIX = ".yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class PresetRole:
+    """A source that a preset works with.
+
+    Attributes
+    ----------
+    about
+        What it is, for people.
+    required
+        Whether there is no conversion without it.
+    """
+
+    about: str
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A preset as its file says it."""
+
+    name: str
+    title: str
+    description: str
+    roles: Mapping[str, PresetRole]
+    target: TargetSpec | None
+    rules: tuple[Rule, ...]
+    drops: tuple[Drop, ...]
+
+
+def list_presets() -> tuple[str, ...]:
+    """Returns the names of all presets."""
+    return tuple(sorted(_walk(_folder(), "")))
+
+
+def read_preset(name: str) -> str:
+    """Returns a preset's YAML text.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-preset``.
+    """
+    known = list_presets()
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UsageError("unknown-preset", f"there is no preset {name!r}", hint=hint)
+    return _folder().joinpath(name + _SUFFIX).read_text("utf-8")
+
+
+def load_preset(name: str) -> Preset:
+    """Returns a preset.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-preset``.
+    """
+    text = read_preset(name)
+    reader = Reader(f"{name}{_SUFFIX}")
+    root = reader.table(read_yaml(text, reader.file), "a preset")
+    known = ("preset", "title", "description", "sources", "target", "tensors", "drop")
+    fields = reader.fields(root, known)
+    reader.version(fields.get("preset"), "preset", root.mark)
+    roles = dict(_roles(reader, fields["sources"]))
+    preset = Preset(
+        name,
+        reader.text(fields["title"], "title"),
+        reader.text(fields["description"], "description"),
+        roles,
+        reader.target(fields["target"]) if "target" in fields else None,
+        reader.rules(fields["tensors"], frozenset(roles)),
+        reader.drops(fields["drop"], frozenset(roles), optional=True) if "drop" in fields else (),
+    )
+    raise_all(reader.problems)
+    return preset
+
+
+def combine(spec: Spec, preset: Preset) -> Spec:
+    """Returns the spec with the preset's rules, drops and target; a user's rule replaces the one of the same target.
+
+    Raises
+    ------
+    MappingError
+        ``missing-source``: a source the preset cannot do without. ``unknown-source``: one nobody has a use for.
+    """
+    raise_all(_source_problems(spec, preset))
+    own = {rule.target.text for rule in spec.rules}
+    inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
+    return replace(
+        spec,
+        target=spec.target or preset.target,
+        rules=(*(rule for rule in inherited if rule is not None), *spec.rules),
+        drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
+    )
+
+
+def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
+    for name, role in preset.roles.items():
+        if role.required and name not in spec.sources:
+            yield MappingError(
+                "missing-source",
+                f"the preset {preset.name} needs the source `{name}`: {role.about}",
+                where=spec.file,
+                hint=f"add under `sources:`: `{name}: PATH`",
+            )
+    referred = {reference.source for rule in spec.rules for reference in rule.candidates}
+    referred |= {drop.source for drop in spec.drops} | set(spec.target.roles.values() if spec.target else ())
+    for name, source in spec.sources.items():
+        if name not in preset.roles and name not in referred:
+            hint = did_you_mean(name, preset.roles)
+            yield MappingError(
+                "unknown-source", f"nothing uses the source `{name}`", where=str(source.mark), hint=hint
+            )
+    for name in sorted(referred - set(spec.sources) - set(preset.roles)):
+        yield MappingError(
+            "unknown-source", f"there is no source `{name}`", where=spec.file, hint=did_you_mean(name, spec.sources)
+        )
+
+
+def _without_absent(rule: Rule, spec: Spec) -> Rule | None:
+    """Leaves out the candidates of optional sources that the user does not have."""
+    candidates = tuple(reference for reference in rule.candidates if reference.source in spec.sources)
+    return replace(rule, candidates=candidates) if candidates else None
+
+
+def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
+    for key, value in reader.table(node, "`sources`").entries:
+        fields = reader.fields(reader.table(value, key.text), ("about", "required"))
+        yield key.text, PresetRole(reader.text(fields["about"], "about"), reader.flag(fields["required"], "required"))
+
+
+def _folder() -> Traversable:
+    return files("shardmerge.mapping").joinpath("presets")
+
+
+def _walk(folder: Traversable, prefix: str) -> Iterator[str]:
+    for item in folder.iterdir():
+        if item.is_dir():
+            yield from _walk(item, f"{prefix}{item.name}/")
+        elif item.name.endswith(_SUFFIX):
+            yield prefix + item.name.removesuffix(_SUFFIX)
