@@ -17,7 +17,7 @@ from shardmerge.conversion import (
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
-from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
+from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from importlib.abc import Traversable
+from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.spec import Drop, Reader, Rule, Spec, TargetSpec
 from shardmerge.mapping.yaml_nodes import Node, read_yaml
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.11; the annotations are never evaluated
 
 _SUFFIX = ".yaml"
 
