@@ -1,4 +1,4 @@
-"""The functions of the public door, one for each command."""
+"""The functions of the public door, one for each command, and what the command line needs to call them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from shardmerge.conversion import (
     prepare_mapping,
     prepare_plain,
 )
+from shardmerge.dtypes import float_dtype
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
+from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
 from shardmerge.sources.opening import OpenOptions, open_catalog
+from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
+
+__all__ = [
+    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "float_dtype", "inspect", "open_checkpoint",
+    "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets",
+    "resident_bytes", "run", "verify",
+]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
 _COMMAND_LINE = Mark("command line", 1, 1)

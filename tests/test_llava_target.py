@@ -364,6 +364,17 @@ def test_no_tokenizer_is_a_warning(tmp_path, small):
     assert not any("token" in file.name for file in expectation.side_files)
 
 
+def test_a_tokenizer_without_tokenizer_json_is_a_warning(tmp_path, small):
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "tokenizer.model").write_bytes(b"\x0a\x05\x0a\x03<s>" * 100)
+    small["llm"] = catalog(tmp_path / "slow", config=SMALL_TEXT)
+    expectation = expect(ROLES, small, read, None)
+    assert "no tokenizer.json" in expectation.warnings[0]
+    config = side_file(expectation, "config.json")
+    assert (config["image_token_index"], config["pad_token_id"]) == (100, 101)
+    assert expectation.grown == frozenset()
+
+
 PROCESSORS = {
     "none": ({}, True),
     "2022": ({"preprocessor_config": PREPROCESSOR_2022 | {"size": 28, "crop_size": 28}}, False),

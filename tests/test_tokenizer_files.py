@@ -1,5 +1,6 @@
 """Tokenizer files edited as text, against the libraries that add the same tokens themselves."""
 
+import contextlib
 import json
 import random
 import tracemalloc
@@ -192,12 +193,13 @@ def test_damaged_files_are_refused_with_the_place(tmp_path, text, position):
 def test_any_cut_of_a_file_is_refused_or_harmless(tmp_path):
     """A scan that stops early may not see the end of a file; it must never loop, or raise anything of its own."""
     text = word_level(added=["<s>", "<x>"]).to_str()
+    accepted = set()
     for length in range(0, len(text), 7):
         (tmp_path / "tokenizer.json").write_text(text[:length])
-        try:
+        with contextlib.suppress(TargetError):
             add(tmp_path)
-        except TargetError as error:
-            assert error.code == "bad-tokenizer-json"
+            accepted.add(length)
+    assert not accepted or min(accepted) > text.index('"vocab"')
 
 
 def test_a_large_file_costs_little_more_than_its_bytes(tmp_path):
@@ -274,6 +276,7 @@ def test_no_class_that_only_transformers_5_has(tmp_path):
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     assert edited_json(add(base), "tokenizer_config.json") == {
         "additional_special_tokens": ["<x>"],
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 8192,
         "pad_token": "<pad>",
         "processor_class": "LlavaProcessor",

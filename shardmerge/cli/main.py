@@ -17,9 +17,7 @@ import click
 import shardmerge
 from shardmerge import Options, Result, ShardmergeError, api, explain
 from shardmerge.cli.progress import progress_bar
-from shardmerge.conversion import Prepared, carry_out, prepare_mapping
-from shardmerge.dtypes import float_dtype
-from shardmerge.mapping.sizes import parse_size
+from shardmerge.api import Prepared, carry_out, float_dtype, parse_size, prepare_mapping
 
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 5

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from shardmerge.storage.limits import resident_bytes
+from shardmerge.api import resident_bytes
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Nearest names, and lists of names short enough for a message.
 
 ``difflib`` alone takes seconds for one word against 100,000 tensor names. An index keeps them sorted
-forwards and backwards, so that the names sharing the most text at either end are a few steps from the word's own place;
-only those are compared in full.
+forwards and backwards, so that the names sharing the most text at either end are a few steps from the word's
+own place; only those are compared in full.
 """
 
 from __future__ import annotations

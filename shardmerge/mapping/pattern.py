@@ -2,8 +2,8 @@
 
 A template matches whole names, or does not. It is cut at its dots: every segment of it stands for exactly one
 segment of the name, except ``{rest...}``, which takes what lies between the segments before and behind it.
-Only one capture of a segment may be of open length. So no text can be divided in a growing number of ways, and
-a match takes time linear in the name, whatever the name.
+Only one capture of a segment may be of open length. So no text can be divided in a growing number of ways,
+and a match takes time linear in the name, whatever the name.
 """
 
 from __future__ import annotations

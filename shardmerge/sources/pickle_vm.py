@@ -107,9 +107,11 @@ class Parsed:
 # 50,000 tensors take 4.5 MB of pickle and 1.5 million opcodes, so these leave room for a million tensors.
 MOST_PICKLE_BYTES = 256 << 20
 _MOST_OPCODES = 32_000_000
-# A container or record costs about 100 bytes: this bounds what a small hostile file can make of our memory
-# (5 MB of EMPTY_DICT opcodes are 400 MB).
+# A container or record costs about 100 bytes: this bounds what a small hostile file can make of our memory (5 MB of
+# EMPTY_DICT opcodes would be 400 MB). A tensor is 8 of them in 90 bytes of pickle, so no real file comes near.
 _MOST_NODES = 10_000_000
+_FREE_NODES = 1_000_000
+_BYTES_A_NODE = 4
 _MOST_OPEN_MARKS = 200
 _MOST_DEPTH = 100
 _MOST_DIMS = 64
@@ -215,7 +217,7 @@ class _Machine:
     """The stack machine. Methods named after what they do, one for each opcode of ``_OPCODES``."""
 
     __slots__ = (
-        "_framed", "_legacy", "_limit", "_marks", "_memo", "_nodes", "_stack", "_start", "_tuple_keys",
+        "_budget", "_framed", "_legacy", "_limit", "_marks", "_memo", "_stack", "_start", "_tuple_keys",
         "data", "op", "pos", "storages",
     )  # fmt: skip
 
@@ -229,7 +231,7 @@ class _Machine:
         self._stack: list[Value] = []
         self._marks: list[list[Value]] = []
         self._memo: dict[int, Value] = {}
-        self._nodes = 0
+        self._budget = min(_MOST_NODES, _FREE_NODES + (len(data) - start) // _BYTES_A_NODE)
         self._tuple_keys = 0
 
     def run(self) -> None:
@@ -307,9 +309,9 @@ class _Machine:
         return number
 
     def _charge(self, nodes: int = 1) -> None:
-        self._nodes += nodes
-        if self._nodes > _MOST_NODES:
-            raise _hostile("a pickle builds more objects than any checkpoint", expected=f"at most {_MOST_NODES}")
+        self._budget -= nodes
+        if self._budget < 0:
+            raise _hostile("the pickle builds more objects than any checkpoint of its size")
 
     # Scalars
 

@@ -52,9 +52,7 @@ def load_object(extent: Extent, read: ReadSideFile) -> JsonObject:
             "bad-json", "a file beside the weights is not valid JSON", where=extent.file, found=str(error)
         ) from error
     if not isinstance(value, dict):
-        raise TargetError(
-            "bad-json", "a JSON object was expected", where=extent.file, found=type(value).__name__
-        )
+        raise TargetError("bad-json", "a JSON object was expected", where=extent.file, found=type(value).__name__)
     return value
 
 
@@ -62,14 +60,10 @@ def dump(value: JsonObject, *, sort: bool = True) -> bytes:
     """Returns JSON as it is written beside the weights: indented, in one fixed order, with a newline at the
     end.
     """
-    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
+    return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def dimension(
-    config: Mapping[str, object], key: str, default: int, where: str, limit: int = _MAX_DIMENSION
-) -> int:
+def dimension(config: Mapping[str, object], key: str, default: int, where: str, limit: int = _MAX_DIMENSION) -> int:
     """Returns a size from a config: a positive integer, ``default`` where the key is absent or null."""
     value = config.get(key)
     if value is None:

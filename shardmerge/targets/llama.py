@@ -152,9 +152,7 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple
         yield f"{name}.bias", (rows,)
 
 
-def text_config(
-    config: Mapping[str, object], text: TextArchitecture, rows: int, dtype: str, where: str
-) -> JsonObject:
+def text_config(config: Mapping[str, object], text: TextArchitecture, rows: int, dtype: str, where: str) -> JsonObject:
     """Returns the ``text_config`` of a LLaVA config.json, the vocabulary having ``rows`` rows."""
     nested = portable(_with_v4_rope(config, where), dtype)
     stated = {

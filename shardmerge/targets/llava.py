@@ -185,9 +185,7 @@ def _lora_refused(title: str, where: str) -> ShardmergeError:
 
 
 def _missing_sources(parts: Iterable[_Part], catalogs: Mapping[str, Catalog]) -> list[ShardmergeError]:
-    return [
-        problem for part in parts if (problem := _missing_source(part, catalogs.get(part.source))) is not None
-    ]
+    return [problem for part in parts if (problem := _missing_source(part, catalogs.get(part.source))) is not None]
 
 
 def _missing_source(part: _Part, catalog: Catalog | None) -> ShardmergeError | None:
@@ -213,9 +211,7 @@ def _because(part: _Part) -> str:
 
 def _components(parts: Iterable[_Part], trained: str) -> tuple[Component, ...]:
     bases = [Component(part.prefix, part.reason, f"Add `{part.line}`") for part in parts]
-    remedy = (
-        f"Check that `{trained}` is the checkpoint of the training: XTuner always saves the projector with it"
-    )
+    remedy = f"Check that `{trained}` is the checkpoint of the training: XTuner always saves the projector with it"
     return (*bases, Component("multi_modal_projector.", "", remedy))
 
 
@@ -288,9 +284,7 @@ def _grown(text: TextArchitecture, rows: int) -> frozenset[str]:
 # ---- config.json and generation_config.json
 
 
-def _config(
-    model: _Model, ids: Mapping[str, int], rows: int, facts: TrainingFacts, dtype: DType | None
-) -> JsonObject:
+def _config(model: _Model, ids: Mapping[str, int], rows: int, facts: TrainingFacts, dtype: DType | None) -> JsonObject:
     """Returns config.json. Every value is stated, since defaults changed between versions of transformers.
 
     The tie flag stands in both places: 4.x reads it in ``text_config``, 5.x at the top.
@@ -333,8 +327,17 @@ def _generation_config(model: _Model, read: ReadSideFile, pad_id: int) -> tuple[
 
 
 def _tokenizer_warnings(catalog: Catalog, tokens: TokenizerFiles) -> tuple[str, ...]:
-    if tokens.files:
+    if "tokenizer.json" in catalog.side_files:
         return ()
+    if tokens.files:
+        # 4.51, 4.57 and 5.23 compared: 5.x takes its generic class for every LLaVA, whatever class is named,
+        # and that one neither puts a space in front of a text nor keeps a newline.
+        warning = (
+            f"{catalog.path} has no tokenizer.json, and transformers 5 reads such a LLaVA's tokenizer differently "
+            "from 4.x. Save the base's tokenizer with transformers 4 first: "
+            "`AutoTokenizer.from_pretrained(BASE).save_pretrained(BASE)`"
+        )
+        return (warning,)
     numbered = " and ".join(f"`{token}` as {number}" for token, number in tokens.ids.items())
     warning = (
         f"{catalog.path} has no tokenizer files, so none are written, and {numbered} are assumed. Name a "

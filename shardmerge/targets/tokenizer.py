@@ -130,9 +130,7 @@ def add_tokens(
 # ---- tokenizer.json
 
 
-def _edit_tokenizer_json(
-    extent: Extent, read: ReadSideFile, tokens: Sequence[str]
-) -> tuple[SideFile, _Added]:
+def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[SideFile, _Added]:
     """Returns tokenizer.json with the new entries, and all added tokens as a loader numbers them."""
     data = _read_capped(extent, read)
     try:
@@ -173,9 +171,7 @@ def _entry() -> JsonObject:
 
 def _indented(entry: JsonObject) -> bytes:
     """As the tokenizers library indents an element of ``added_tokens``."""
-    return b"\n".join(
-        b"    " + line for line in json.dumps(entry, indent=2, ensure_ascii=False).encode().split(b"\n")
-    )
+    return b"\n".join(b"    " + line for line in json.dumps(entry, indent=2, ensure_ascii=False).encode().split(b"\n"))
 
 
 class _ScanError(ValueError):
@@ -213,9 +209,7 @@ def _added_array(data: bytes, start: int, array: int | None) -> tuple[_Place, li
         raise _ScanError(array, "a list of added tokens, each with its `content`")
     if not entries:
         return _Place(array + 1, b"\n", b"\n  "), []
-    last = (
-        len(data[array : end - 1].rstrip()) + array
-    )  # behind the last entry, before the space of the bracket
+    last = len(data[array : end - 1].rstrip()) + array  # behind the last entry, before the space of the bracket
     return _Place(last, b",\n", b""), contents
 
 
@@ -334,9 +328,7 @@ def _add(present: Sequence[str], vocabulary: _Vocabulary, tokens: Sequence[str])
 
 
 def _add_after(stated: Mapping[str, int], vocabulary: _Vocabulary, tokens: Sequence[str]) -> _Added:
-    return _Added(
-        _number(tokens, vocabulary, stated), tuple(token for token in tokens if token not in stated)
-    )
+    return _Added(_number(tokens, vocabulary, stated), tuple(token for token in tokens if token not in stated))
 
 
 def _number(tokens: Iterable[str], vocabulary: _Vocabulary, before: Mapping[str, int]) -> dict[str, int]:
@@ -365,9 +357,7 @@ def _stated_tokens(side_files: Mapping[str, Extent], read: ReadSideFile) -> dict
     return ids
 
 
-def _slow_vocabulary(
-    side_files: Mapping[str, Extent], read: ReadSideFile, wanted: Iterable[str]
-) -> _Vocabulary | None:
+def _slow_vocabulary(side_files: Mapping[str, Extent], read: ReadSideFile, wanted: Iterable[str]) -> _Vocabulary | None:
     """Returns the vocabulary of a tokenizer without tokenizer.json, or ``None`` for a file of another kind.
 
     It matters that this is the tokenizer's own size: transformers converts such a tokenizer to a fast one by
@@ -389,9 +379,7 @@ def _slow_vocabulary(
 
 def _counted(pieces: Sequence[bytes], wanted: Iterable[str]) -> _Vocabulary:
     names = {token.encode("utf-8", "surrogatepass"): token for token in wanted}
-    return _Vocabulary(
-        len(pieces), {names[piece]: index for index, piece in enumerate(pieces) if piece in names}
-    )
+    return _Vocabulary(len(pieces), {names[piece]: index for index, piece in enumerate(pieces) if piece in names})
 
 
 def _sentencepieces(data: bytes) -> list[bytes]:
@@ -471,8 +459,7 @@ def _with_decoder(config: JsonObject, special: JsonObject, legacy: JsonObject) -
     listed = (value if isinstance(value, list) else [value] for value in texts.values())
     named = {text for texts_of_name in listed for text in texts_of_name if isinstance(text, str)}
     decoder = {
-        str(number): _entry()
-        | {"content": token, "normalized": token not in named, "special": token in named}
+        str(number): _entry() | {"content": token, "normalized": token not in named, "special": token in named}
         for token, number in legacy.items()
     }
     return {**config, **texts, "added_tokens_decoder": decoder}
@@ -494,6 +481,9 @@ def _edit_config(config: JsonObject, added: _Added, pad_token: str, default_clas
     edited["pad_token"] = pad_token
     # Where no class is named transformers goes by config.json, and that one now says llava.
     edited.setdefault("tokenizer_class", default_class)
+    if edited["tokenizer_class"] == "PreTrainedTokenizerFast":
+        # The generic class of 4.x also makes token_type_ids, which no LLaVA's generate() takes.
+        edited.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if "processor_class" in edited:
         edited["processor_class"] = "LlavaProcessor"
     return edited

@@ -158,9 +158,7 @@ class _Config:
                 names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
                 return self._mapping(names, values, index, depth)
             case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
-                return self._mapping(
-                    [word.arg for word in keywords], [word.value for word in keywords], index, depth
-                )
+                return self._mapping([word.arg for word in keywords], [word.value for word in keywords], index, depth)
             case _:
                 return _UNKNOWN
 
@@ -168,9 +166,7 @@ class _Config:
         """Returns the items of a display or call. A name that is no string (``**``) may hide anything."""
         if not all(isinstance(name, str) for name in names):
             return _UNKNOWN
-        return {
-            str(name): self._evaluate(value, index, depth) for name, value in zip(names, values, strict=True)
-        }
+        return {str(name): self._evaluate(value, index, depth) for name, value in zip(names, values, strict=True)}
 
 
 def _parse(text: str) -> ast.expr | None:
