@@ -1,69 +1,39 @@
-"""mapping.yaml: the sources, the output, and what each target tensor is made of."""
+"""mapping.yaml as a value, every part with its place in the file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from shardmerge.dtypes import DType, float_dtype
-from shardmerge.errors import MappingError, UsageError
+from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.rules import (
-    SOURCE_NAME,
-    Drop,
-    Findings,
-    Reference,
-    Rule,
-    TargetSpec,
-    as_flag,
-    as_table,
-    as_text,
-    fields,
-    parse_drops,
-    parse_rules,
-    parse_target,
-    required_field,
-)
-from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, Mark, Node, Scalar, Table, read_yaml
+from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.sizes import parse_size
+from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, read_yaml
 
-__all__ = [
-    "Drop", "Mark", "OutputSpec", "Reference", "Rule", "SourceSpec", "Spec", "TargetSpec",
-    "load_spec", "parse_size", "parse_spec", "read_text", "unused_sources",
-]  # fmt: skip
-
-VERSION = "1"
-
-_KEYS = ("shardmerge", "sources", "output", "use", "target", "tensors", "drop")
-_SOURCE_KEYS = ("path", "required", "view", "root")
-_OUTPUT_KEYS = ("path", "dtype", "shard_size")
-_VIEWS = ("fp32", "module")
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BINARY_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?) ?(?P<unit>[A-Za-z]*)")
+_SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+_NOWHERE = Mark("", 1, 1)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """A checkpoint to read.
+    """A named source.
 
     Attributes
     ----------
-    name
-        What references call it.
-    path
-        As written: a file, a directory, or a hub id. Relative paths are relative to the mapping's directory.
+    name, path
+        The path as written: relative to the mapping, absolute, or a hub id.
     required
-        Whether it is an error if there is nothing at ``path``.
+        Whether it is an error if nothing is there.
     view
-        For DeepSpeed: ``fp32`` master weights or the 16-bit ``module``; ``""`` leaves it to the reader.
+        ``fp32`` or ``module``, for DeepSpeed; empty for the default.
     root
-        Key of the state dict in the file, or ``""`` to find it.
-    mark
-        Where the mapping names it.
+        Dotted path of the state dict inside a torch file; empty to find it.
     """
 
     name: str
@@ -71,24 +41,12 @@ class SourceSpec:
     required: bool = True
     view: str = ""
     root: str = ""
-    mark: Mark = Mark("", 1, 1)
+    mark: Mark = _NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """The directory to write.
-
-    Attributes
-    ----------
-    path
-        As written.
-    dtype
-        What floating-point tensors become; None keeps each one's own.
-    shard_size
-        Largest shard in bytes; None for the default.
-    mark
-        Where the mapping says so.
-    """
+    """Where the result goes and how it is written; ``None`` keeps the default."""
 
     path: str
     dtype: DType | None
@@ -97,27 +55,48 @@ class OutputSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """A whole mapping.
+class Reference:
+    """``source:template``."""
 
-    Attributes
-    ----------
-    file
-        The file's name, as marks carry it.
-    sources
-        By name.
-    output
-        None where the file leaves it out.
-    use
-        The preset's name, or ``""``.
-    target
-        None if only the rules say what the result is; nothing is then expected of it.
-    rules, drops
-        In the order written.
-    """
+    source: str
+    template: Template
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A target template and its candidates, the first that has the tensor winning."""
+
+    target: Template
+    candidates: tuple[Reference, ...]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Source tensors that are not wanted. ``optional`` ones (a preset's) may match nothing."""
+
+    source: str
+    template: Template
+    mark: Mark
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """A target and which source plays which role for it."""
+
+    name: str
+    roles: Mapping[str, str]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A whole mapping."""
 
     file: str
-    sources: Mapping[str, SourceSpec]
+    sources: dict[str, SourceSpec]
     output: OutputSpec | None
     use: str
     target: TargetSpec | None
@@ -126,236 +105,243 @@ class Spec:
 
 
 def load_spec(path: Path) -> Spec:
-    """Returns what a mapping file says; paths in it stay as written.
+    """Reads a mapping file.
 
     Raises
     ------
     UsageError
-        ``missing-file``.
-    MappingError, Problems
-        See ``parse_spec``.
+        ``missing-path``: no such file. ``unreadable-mapping``: the system refused, or it is not UTF-8.
+    MappingError
+        Everything that is wrong with it, at once.
     """
-    return parse_spec(read_text(path), str(path))
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of a file that is meant to be a mapping."""
-    if not path.exists():
-        hint = "`shardmerge presets list` shows ready-made mappings"
-        raise UsageError("missing-file", "there is no such mapping file", where=str(path), hint=hint)
-    if not path.is_file():
-        raise UsageError("not-a-file", "a mapping is a YAML file", where=str(path))
     try:
-        with path.open("rb") as file:
-            # Four bytes a character at the most; one more character shows that the text is too large.
-            data = file.read(4 * LARGEST_TEXT + 4)
-    except OSError as error:
-        what = f"the mapping file cannot be read: {error.strerror}"
-        raise UsageError("unreadable-file", what, where=str(path)) from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        hint = "is this a checkpoint? A mapping is a text file: `shardmerge run mapping.yaml`"
-        where = f"{path} byte {error.start}"
-        raise MappingError("not-utf8", "a mapping file is UTF-8 text", where=where, hint=hint) from error
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        near = sorted(item.name for item in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise UsageError("missing-path", "no such mapping", where=str(path), hint=did_you_mean(path.name, near)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("unreadable-mapping", f"cannot read the mapping: {error}", where=str(path)) from error
+    return parse_spec(text, str(path))
 
 
 def parse_spec(text: str, file: str) -> Spec:
-    """Returns what the text of a mapping file says.
-
-    Parameters
-    ----------
-    text
-        The YAML.
-    file
-        The name that messages give it.
+    """Returns the mapping that a YAML text says; ``file`` is its name in messages.
 
     Raises
     ------
-    MappingError, Problems
-        All that is wrong with the file at once, each with ``file:line:col``.
+    MappingError
+        As ``load_spec``.
     """
-    root = as_table(read_yaml(text, file), "a mapping file")
-    findings = Findings()
-    found = fields(root, _KEYS, "a mapping file", findings)
-    with findings.collecting():
-        _check_version(root, found)
-    with findings.collecting():
-        _check_complete(root, found)
-    sources = _sources(found.get("sources"), findings)
-    spec = _spec(file, found, sources, findings)
-    if not findings.errors and not spec.use:
-        findings.errors.extend(unused_sources(spec))
-    findings.raise_all()
+    reader = Reader(file)
+    root = reader.table(read_yaml(text, file), "the mapping")
+    fields = reader.fields(root, ("shardmerge", "sources", "output", "use", "target", "tensors", "drop"))
+    reader.version(fields.get("shardmerge"), "shardmerge", root.mark)
+    sources = reader.sources(fields.get("sources"), root.mark)
+    use = reader.text(fields["use"], "use") if "use" in fields else ""
+    known = None if use else frozenset(sources)  # a preset may bring sources of its own
+    spec = Spec(
+        file,
+        sources,
+        reader.output(fields["output"]) if "output" in fields else None,
+        use,
+        reader.target(fields["target"]) if "target" in fields else None,
+        reader.rules(fields["tensors"], known) if "tensors" in fields else (),
+        reader.drops(fields["drop"], known) if "drop" in fields else (),
+    )
+    if not use and not spec.rules:
+        reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
+    raise_all(reader.problems)
     return spec
 
 
-def _spec(file: str, found: dict[str, Node], sources: dict[str, SourceSpec], findings: Findings) -> Spec:
-    # Names of sources that are wrong themselves count as declared: one mistake, one error.
-    declared = _declared(found.get("sources"))
-    output: OutputSpec | None = None
-    target: TargetSpec | None = None
-    rules: tuple[Rule, ...] = ()
-    drops: tuple[Drop, ...] = ()
-    use = ""
-    with findings.collecting():
-        output = _output(found["output"], findings) if "output" in found else None
-    with findings.collecting():
-        use = as_text(found["use"], "`use`").text if "use" in found else ""
-    with findings.collecting():
-        target = parse_target(found["target"], declared, findings) if "target" in found else None
-    with findings.collecting():
-        rules = parse_rules(found["tensors"], declared, findings) if "tensors" in found else ()
-    with findings.collecting():
-        drops = parse_drops(found["drop"], declared, findings) if "drop" in found else ()
-    return Spec(file, sources, output, use, target, rules, drops)
+@dataclass(slots=True)
+class Reader:
+    """Turns nodes into values and collects what is wrong with them."""
 
+    file: str
+    problems: list[ShardmergeError] = field(default_factory=list)
 
-def _check_version(root: Table, found: Mapping[str, Node]) -> None:
-    if "shardmerge" not in found:
-        what = "a mapping file begins with the version of its language"
-        raise MappingError("missing-version", what, where=str(root.mark), hint="shardmerge: 1")
-    version = as_text(found["shardmerge"], "`shardmerge`")
-    if version.text != VERSION:
-        raise MappingError(
-            "unknown-version",
-            "this version of shardmerge reads mappings of version 1",
-            where=str(version.mark),
-            found=version.text[:40],
-            expected=VERSION,
-            hint="shardmerge: 1",
+    def add(self, code: str, what: str, mark: Mark, hint: str = "") -> None:
+        """Remembers a problem."""
+        self.problems.append(MappingError(code, what, where=str(mark), hint=hint))
+
+    def table(self, node: Node, what: str) -> Table:
+        """Returns the node as a mapping, an empty one if it is something else."""
+        if isinstance(node, Table):
+            return node
+        self.add("wrong-kind", f"{what} is a set of `key: value` lines", node.mark)
+        return Table((), node.mark)
+
+    def fields(self, table: Table, known: tuple[str, ...]) -> dict[str, Node]:
+        """Returns the values by key; unknown keys are problems."""
+        for key, _ in table.entries:
+            if key.text not in known:
+                self.add("unknown-key", f"unknown key `{key.text}`", key.mark, did_you_mean(key.text, known))
+        return {key.text: node for key, node in table.entries if key.text in known}
+
+    def text(self, node: Node, what: str) -> str:
+        """Returns the node's text, or ``""`` with a problem."""
+        if isinstance(node, Scalar) and not node.empty:
+            return node.text
+        self.add("wrong-kind", f"`{what}` is a piece of text", node.mark)
+        return ""
+
+    def flag(self, node: Node, what: str) -> bool:
+        """Returns true or false; YAML 1.1's yes and no are not taken."""
+        if isinstance(node, Scalar) and not node.quoted and node.text in ("true", "false"):
+            return node.text == "true"
+        self.add("wrong-kind", f"`{what}` is true or false", node.mark)
+        return False
+
+    def version(self, node: Node | None, key: str, mark: Mark) -> None:
+        """Checks ``shardmerge: 1``."""
+        if node is None:
+            self.add("no-version", f"the first line says `{key}: 1`", mark, f"add `{key}: 1`")
+        elif not isinstance(node, Scalar) or node.text != "1":
+            self.add("unknown-version", f"this shardmerge reads `{key}: 1`", node.mark, f"write `{key}: 1`")
+
+    def sources(self, node: Node | None, mark: Mark) -> dict[str, SourceSpec]:
+        """Reads ``sources:``."""
+        if node is None:
+            self.add("no-sources", "the mapping has no `sources:`", mark, "add `sources: {trained: PATH}`")
+            return {}
+        found = {}
+        for key, value in self.table(node, "`sources`").entries:
+            if not _SOURCE_NAME.fullmatch(key.text):
+                self.add("bad-source-name", f"{key.text!r} cannot name a source", key.mark, "use a-z, 0-9, _ and -")
+            found[key.text] = self._source(key, value)
+        return found
+
+    def _source(self, key: Scalar, node: Node) -> SourceSpec:
+        if isinstance(node, Scalar):
+            return SourceSpec(key.text, self.text(node, key.text), mark=node.mark)
+        fields = self.fields(self.table(node, f"`{key.text}`"), ("path", "required", "view", "root"))
+        if "path" not in fields:
+            self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: ...`")
+        view = self.text(fields["view"], "view") if "view" in fields else ""
+        if view not in ("", "fp32", "module"):
+            self.add("unknown-view", f"there is no view {view!r}", fields["view"].mark, "fp32 or module")
+        return SourceSpec(
+            key.text,
+            self.text(fields["path"], "path") if "path" in fields else "",
+            self.flag(fields["required"], "required") if "required" in fields else True,
+            view,
+            self.text(fields["root"], "root") if "root" in fields else "",
+            key.mark,
         )
 
+    def output(self, node: Node) -> OutputSpec | None:
+        """Reads ``output:``, a path or a set of keys."""
+        if isinstance(node, Scalar):
+            return OutputSpec(self.text(node, "output"), None, None, node.mark)
+        fields = self.fields(self.table(node, "`output`"), ("path", "dtype", "shard_size"))
+        path = self.text(fields["path"], "path") if "path" in fields else ""
+        dtype = self._said(fields.get("dtype"), "dtype", float_dtype)
+        size = self._said(fields.get("shard_size"), "shard_size", parse_size)
+        if "path" not in fields:
+            self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
+        return OutputSpec(path, dtype, size, node.mark)
 
-def _check_complete(root: Table, found: Mapping[str, Node]) -> None:
-    required_field(found, "sources", "a mapping file", root)
-    if "use" not in found and "tensors" not in found:
-        what = "the mapping says nothing about tensors"
-        hint = "name a preset (`use: xtuner/llava-to-hf`) or write rules under `tensors:`"
-        raise MappingError("nothing-to-do", what, where=str(root.mark), hint=hint)
+    def _said(self, node: Node | None, what: str, read: Callable[[str], _Value]) -> _Value | None:
+        """Returns what ``read`` makes of the text; its error gets the place in the file."""
+        if node is None:
+            return None
+        try:
+            return read(self.text(node, what))
+        except UsageError as error:
+            self.problems.append(
+                MappingError(error.code, error.what, where=str(node.mark), expected=error.expected, hint=error.hint)
+            )
+            return None
 
+    def target(self, node: Node) -> TargetSpec | None:
+        """Reads ``target:``: a name, and the source of each role."""
+        if isinstance(node, Scalar):
+            return TargetSpec(self.text(node, "target"), {}, node.mark)
+        table = self.table(node, "`target`")
+        texts = {key.text: self.text(value, key.text) for key, value in table.entries}
+        if "name" not in texts:
+            self.add("no-target-name", "`target` has no name", table.mark, "add `name: hf/llava`")
+        return TargetSpec(texts.pop("name", ""), texts, table.mark)
 
-# --- sources ---
+    def rules(self, node: Node, known: frozenset[str] | None) -> tuple[Rule, ...]:
+        """Reads ``tensors:``; ``known`` are the sources a reference may name, None for any."""
+        found = (self._rule(key, value, known) for key, value in self.table(node, "`tensors`").entries)
+        return tuple(rule for rule in found if rule is not None)
 
+    def _rule(self, key: Scalar, node: Node, known: frozenset[str] | None) -> Rule | None:
+        target = self._template(key.text, key.inside)
+        nodes = node.nodes if isinstance(node, Items) else (node,)
+        references = [self._candidate(item, known) for item in nodes]
+        if not nodes:
+            self.add("no-candidates", f"`{key.text}` names no source tensor", key.mark, "[trained:{rest...}]")
+        candidates = tuple(reference for reference in references if reference is not None)
+        if target is None or len(candidates) != len(references) or not candidates:
+            return None
+        for reference in candidates:
+            self._check_captures(target, reference)
+        return Rule(target, candidates, key.mark)
 
-def _declared(node: Node | None) -> tuple[str, ...]:
-    return tuple(key.text for key, _ in node.entries) if isinstance(node, Table) else ()
+    def _candidate(self, node: Node, known: frozenset[str] | None) -> Reference | None:
+        if isinstance(node, Table):
+            ops = [value.text for name, value in node.entries if name.text == "op" and isinstance(value, Scalar)]
+            what = f"the op `{ops[0]}`" if ops else "a rule with keys of its own"
+            self.add("op-not-yet", f"{what} is not part of this version, which renames and casts", node.mark)
+            return None
+        if isinstance(node, Items):
+            self.add("wrong-kind", "a candidate is one `source:name`", node.mark)
+            return None
+        return self.reference(node, known)
 
+    def reference(self, node: Scalar, known: frozenset[str] | None) -> Reference | None:
+        """Reads ``source:template``."""
+        source, colon, text = node.text.partition(":")
+        if not colon or not _SOURCE_NAME.fullmatch(source):
+            hint = f"write `{next(iter(sorted(known)))}:{node.text}`" if known else "write `source:name`"
+            self.add("no-source", f"`{node.text}` does not say which source it is of", node.mark, hint)
+            return None
+        if known is not None and source not in known:
+            self.add("unknown-source", f"there is no source `{source}`", node.mark, did_you_mean(source, known))
+            return None
+        template = self._template(text, node.inside.right(len(source) + 1))
+        return Reference(source, template, node.mark) if template else None
 
-def _sources(node: Node | None, findings: Findings) -> dict[str, SourceSpec]:
-    sources: dict[str, SourceSpec] = {}
-    if node is None:
-        return sources
-    with findings.collecting():
-        for key, value in as_table(node, "`sources`").entries:
-            with findings.collecting():
-                sources[key.text] = _source(key, value, findings)
-    return sources
+    def drops(self, node: Node, known: frozenset[str] | None, *, optional: bool = False) -> tuple[Drop, ...]:
+        """Reads ``drop:``, a list of references."""
+        if not isinstance(node, Items):
+            self.add("wrong-kind", "`drop` is a list of `- source:name` lines", node.mark)
+            return ()
+        return tuple(self._drops(node, known, optional=optional))
 
+    def _drops(self, items: Items, known: frozenset[str] | None, *, optional: bool) -> Iterator[Drop]:
+        for node in items.nodes:
+            if not isinstance(node, Scalar):
+                self.add("wrong-kind", "a drop is one `source:name`", node.mark)
+                continue
+            reference = self.reference(node, known)
+            if reference is not None:
+                yield Drop(reference.source, reference.template, reference.mark, optional)
 
-def _source(key: Scalar, value: Node, findings: Findings) -> SourceSpec:
-    if not SOURCE_NAME.fullmatch(key.text):
-        what = f"`{key.text[:80]}` cannot be the name of a source"
-        hint = "lower-case letters, digits, `_` and `-`, beginning with a letter"
-        raise MappingError("bad-source-name", what, where=str(key.mark), hint=hint)
-    what = f"the source `{key.text}`"
-    if isinstance(value, Scalar):
-        return SourceSpec(key.text, as_text(value, what).text, mark=key.mark)
-    found = fields(value, _SOURCE_KEYS, what, findings)
-    path = as_text(required_field(found, "path", what, value), f"the path of {what}").text
-    required = as_flag(found["required"], "`required`") if "required" in found else True
-    root = as_text(found["root"], "`root`").text if "root" in found else ""
-    return SourceSpec(key.text, path, required, _view(found.get("view")), root, key.mark)
+    def _template(self, text: str, mark: Mark) -> Template | None:
+        try:
+            template = Template.parse(text, mark)
+        except MappingError as error:
+            self.problems.append(error)
+            return None
+        if template.collects:
+            self.add("op-not-yet", "`{e*}` collects names for an op, and ops are not part of this version", mark)
+            return None
+        return template
 
+    def _check_captures(self, target: Template, reference: Reference) -> None:
+        """Both sides bind the same captures: else one name would have two sources, or a capture no value."""
+        ours, theirs = set(target.captures), set(reference.template.captures)
+        for name in sorted(ours ^ theirs):
+            side = "the source name" if name in ours else "the target name"
+            self.add(
+                "unbound-capture",
+                f"{{{name}}} is missing in {side}: `{target}` from `{reference.source}:{reference.template}`",
+                reference.mark,
+                "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
+            )
 
-def _view(node: Node | None) -> str:
-    if node is None:
-        return ""
-    view = as_text(node, "`view`")
-    if view.text not in _VIEWS:
-        what = f"there is no view `{view.text[:40]}`"
-        raise MappingError(
-            "unknown-view", what, where=str(view.mark), expected="fp32 (master weights) or module (16-bit)",
-            hint=did_you_mean(view.text, _VIEWS),
-        )  # fmt: skip
-    return view.text
-
-
-def unused_sources(spec: Spec, also_known: Iterable[str] = ()) -> list[MappingError]:
-    """Returns an error for each source that no rule, drop or role names; ``also_known`` helps the hints."""
-    used = {reference.source for rule in spec.rules for reference in rule.candidates}
-    used.update(drop.source for drop in spec.drops)
-    used.update(spec.target.roles.values() if spec.target else ())
-    free = {*used, *also_known} - set(spec.sources)
-    return [_unused(source, free) for name, source in spec.sources.items() if name not in used]
-
-
-def _unused(source: SourceSpec, free: Collection[str]) -> MappingError:
-    what = f"the source `{source.name}` is declared, and nothing is taken from it"
-    hint = did_you_mean(source.name, free) or "remove it, or name it in a rule under `tensors:`"
-    return MappingError("unused-source", what, where=str(source.mark), hint=hint)
-
-
-# --- output ---
-
-
-def _output(node: Node, findings: Findings) -> OutputSpec:
-    if isinstance(node, Scalar):
-        return OutputSpec(as_text(node, "`output`").text, None, None, node.mark)
-    found = fields(node, _OUTPUT_KEYS, "`output`", findings)
-    dtype, size = None, None
-    with findings.collecting():
-        dtype = _dtype(found["dtype"]) if "dtype" in found else None
-    with findings.collecting():
-        size = _shard_size(found["shard_size"]) if "shard_size" in found else None
-    path = as_text(required_field(found, "path", "`output`", node), "the path of `output`").text
-    return OutputSpec(path, dtype, size, node.mark)
-
-
-def _dtype(node: Node) -> DType:
-    scalar = as_text(node, "`dtype`")
-    try:
-        return float_dtype(scalar.text)
-    except UsageError as error:
-        raise _at(scalar, error) from error
-
-
-def _shard_size(node: Node) -> int:
-    scalar = as_text(node, "`shard_size`")
-    try:
-        return parse_size(scalar.text)
-    except UsageError as error:
-        raise _at(scalar, error) from error
-
-
-def _at(scalar: Scalar, error: UsageError) -> MappingError:
-    return MappingError(
-        error.code, error.what, where=str(scalar.mark), expected=error.expected, hint=error.hint
-    )
-
-
-def parse_size(text: str) -> int:
-    """Returns the bytes that ``5GB``, ``500 MB`` or ``1000000`` stand for; units are decimal.
-
-    Raises
-    ------
-    UsageError
-        ``bad-size``: not a size, a binary unit, or less than a byte.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    unit = match["unit"] if match else ""
-    if match is None or unit not in _UNITS:
-        what = f"{text[:40]!r} is not a size"
-        hint = _size_hint(match["number"], unit) if match else ""
-        raise UsageError("bad-size", what, expected="bytes, or a number with KB, MB, GB or TB", hint=hint)
-    size = int(Fraction(match["number"]) * _UNITS[unit])
-    if size < 1:
-        raise UsageError("bad-size", "a size is at least one byte", expected="for example 5GB")
-    return size
-
-
-def _size_hint(number: str, unit: str) -> str:
-    if unit.upper() in _BINARY_UNITS:
-        megabytes = -(-Fraction(number) * _BINARY_UNITS[unit.upper()] // _UNITS["MB"])
-        return f"sizes are decimal (1GB is 1,000,000,000 bytes): {number}{unit} is about {megabytes}MB"
-    return f"did you mean `{number}{unit.upper()}`?" if unit.upper() in _UNITS else ""

@@ -59,8 +59,8 @@ class TorchFile:
             ``missing-storage``, ``storage-size``: the bytes are not there, or not as many as the tensor's storage
             says. ``view-out-of-storage``: the tensor reaches over the end of its storage.
         """
-        if 0 in ref.shape:
-            self._view(name, ref, 0)
+        if 0 in ref.shape:  # nothing to read: torch lets its offset lie anywhere
+            self._storage(name, ref)
             return TensorEntry(name, ref.dtype, ref.shape, (), origin)
         reach = sum((size - 1) * stride for size, stride in zip(ref.shape, ref.strides, strict=True)) + 1
         extent = self._view(name, ref, reach)

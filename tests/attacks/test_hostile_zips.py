@@ -82,8 +82,8 @@ HOSTILE_TENSORS = {
     "view is too long": ("view-out-of-storage", build(changed(0, data=PICKLE.replace(b"K\x04\x85", b"K\x05\x85")))),
     "view begins too late": ("view-out-of-storage", build(changed(0, data=PICKLE.replace(b"QK\0", b"QK\1")))),
     "strides reach too far": ("view-out-of-storage", build(changed(0, data=PICKLE.replace(b"K\1\x85", b"K\2\x85")))),
-    "empty view far outside": (
-        "view-out-of-storage", build(changed(0, data=PICKLE.replace(b"QK\0K\4\x85", b"QK\5K\0\x85")))
+    "offset of 2^60": (
+        "view-out-of-storage", build(changed(0, data=PICKLE.replace(b"QK\0", b"Q\x8a\x08\0\0\0\0\0\0\0\x10")))
     ),
 }  # fmt: skip
 
