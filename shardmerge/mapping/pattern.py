@@ -20,9 +20,7 @@ from shardmerge.mapping.yaml_nodes import Mark
 Kind: TypeAlias = Literal["text", "int", "choice", "rest", "each"]
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<body>[^{}]*)\}|[^{}]+|[{}]")
-_BODY = re.compile(
-    r"(?P<name>[A-Za-z_]\w*)(?P<rest>\.\.\.)?(?P<each>\*)?(?::(?P<kind>.*))?", re.ASCII | re.DOTALL
-)
+_BODY = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<rest>\.\.\.)?(?P<each>\*)?(?::(?P<kind>.*))?", re.ASCII | re.DOTALL)
 _DIGITS = re.compile("[0-9]{1,9}")
 
 _SYNTAX = "captures are {x}, {i:int}, {x:a|b} and {rest...}; write {{ and }} for braces of the name itself"

@@ -123,18 +123,17 @@ def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
                 where=spec.file,
                 hint=f"add under `sources:`: `{name}: PATH`",
             )
-    referred = {reference.source for rule in spec.rules for reference in rule.candidates}
-    referred |= {drop.source for drop in spec.drops} | set(spec.target.roles.values() if spec.target else ())
+    references = [*(reference for rule in spec.rules for reference in rule.candidates), *spec.drops]
+    referred = {one.source for one in references} | set(spec.target.roles.values() if spec.target else ())
     for name, source in spec.sources.items():
         if name not in preset.roles and name not in referred:
             hint = did_you_mean(name, preset.roles)
-            yield MappingError(
-                "unknown-source", f"nothing uses the source `{name}`", where=str(source.mark), hint=hint
-            )
-    for name in sorted(referred - set(spec.sources) - set(preset.roles)):
-        yield MappingError(
-            "unknown-source", f"there is no source `{name}`", where=spec.file, hint=did_you_mean(name, spec.sources)
-        )
+            yield MappingError("unknown-source", f"nothing uses the source `{name}`", where=str(source.mark), hint=hint)
+    known = {*spec.sources, *preset.roles}
+    for one in references:
+        if one.source not in known:
+            hint = did_you_mean(one.source, known)
+            yield MappingError("unknown-source", f"there is no source `{one.source}`", where=str(one.mark), hint=hint)
 
 
 def _without_absent(rule: Rule, spec: Spec) -> Rule | None:

@@ -7,13 +7,15 @@ tensor is used, shadowed by an earlier candidate, or dropped by name.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.spec import Drop, Reference, Rule
+from shardmerge.mapping.suggest import drop_lines
+from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.targets.expectation import Component, Expectation
 from shardmerge.tensors import Catalog, Shape
 
@@ -74,7 +76,7 @@ def resolve(
     ShardmergeError
         All problems at once: ``double-claim``, ``rule-matches-nothing``, ``drop-matches-nothing``,
         ``unmatched-source``, ``lora-not-yet``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
-        ``shape-mismatch``.
+        ``shape-mismatch``, ``nothing-matched``.
     """
     work = _Work(catalogs, expectation, user_file)
     for drop in drops:
@@ -83,7 +85,9 @@ def resolve(
         work.apply(rule)
     work.finish(rules)
     raise_all(work.problems)
-    return Resolution(work.assignments, tuple(work.shadowed), tuple(sorted(work.dropped)))
+    used = {(assignment.source, assignment.name) for assignment in work.assignments.values()}
+    shadowed = tuple(case for case in work.shadowed if case[:2] not in used)
+    return Resolution(work.assignments, shadowed, tuple(sorted(work.dropped)))
 
 
 @dataclass(slots=True)
@@ -98,17 +102,27 @@ class _Work:
     dropped: set[tuple[str, str]] = field(default_factory=set)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
+    claimed_by: dict[str, Reference] = field(default_factory=dict)
+    clashes: dict[tuple[Mark, Mark], list[tuple[Assignment, Assignment]]] = field(default_factory=dict)
+    placeholders: dict[str, str] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
 
     def near(self, source: str, word: str) -> str:
         """Returns a hint with the names of a source that are like a word."""
-        index = self.indexes.setdefault(source, NameIndex(self.catalogs[source].names()))
-        found = index.near(word)
+        if source not in self.catalogs:  # declared `required: false`, and not there
+            return ""
+        if source not in self.indexes:
+            self.indexes[source] = NameIndex(self.catalogs[source].names())
+        found = self.indexes[source].near(word)
         return "near names: " + ", ".join(f"{source}:{name}" for name in found) if found else ""
 
     def drop(self, drop: Drop) -> None:
-        names = [name for name in self.catalogs[drop.source].names() if drop.template.match(name) is not None]
+        """Sets aside what a drop matches; one of the user's own must match something."""
+        catalog = self.catalogs.get(drop.source)
+        if catalog is None:
+            return
+        names = [name for name in catalog.names() if drop.template.match(name) is not None]
         self.dropped.update((drop.source, name) for name in names)
         if not names and not drop.optional:
             what = f"the drop `{drop.source}:{drop.template}` matches no tensor"
@@ -138,17 +152,16 @@ class _Work:
         self.matched.add((reference.source, name))
         before = self.assignments.get(target)
         if before is None:
-            if not self._is_placeholder(reference.source, name, target):
-                self.assignments[target] = Assignment(target, reference.source, name, rule)
-        elif before.rule is rule and self._is_later(rule, before, reference):
+            if self._is_placeholder(reference.source, name, target):
+                self.placeholders[target] = f"{reference.source}:{name}"
+                return
+            self.assignments[target] = Assignment(target, reference.source, name, rule)
+            self.claimed_by[target] = reference
+        elif before.rule is rule and self.claimed_by[target] is not reference:
             self.shadowed.append((reference.source, name, target))
-        else:
-            self.problems.append(_double_claim(before, rule, reference.source, name))
-
-    def _is_later(self, rule: Rule, before: Assignment, reference: Reference) -> bool:
-        """Two names of one candidate on one target are a clash; an earlier candidate's claim wins."""
-        first = next(r for r in rule.candidates if r.source == before.source and r.template.match(before.name) is not None)
-        return first is not reference
+        else:  # another rule's target, or two names that one candidate makes into one
+            claim = Assignment(target, reference.source, name, rule)
+            self.clashes.setdefault((before.rule.mark, rule.mark), []).append((before, claim))
 
     def _is_placeholder(self, source: str, name: str, target: str) -> bool:
         """A tensor without elements does not count where the target wants some."""
@@ -158,17 +171,37 @@ class _Work:
 
     def finish(self, rules: Sequence[Rule]) -> None:
         """Checks what is left over on either side."""
-        adapters = [pair for pair in self._left_over() if _is_adapter(pair[1])]
+        self.problems += map(_double_claim, self.clashes.values())
+        adapters = self._adapters()
         if adapters:
-            self.problems.append(_adapters(adapters, self.catalogs))
+            self.problems += [_adapters(source, names, self.catalogs[source]) for source, names in adapters.items()]
             return  # everything else follows from it
+        missing: list[str] = []
         if self.expectation is not None:
             self._drop_tied(self.expectation)
-            self.problems += self._missing(self.expectation)
+            missing = [name for name in self.expectation.tensors if name not in self.assignments]
+            self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
             self.problems += self._misshapen(self.expectation)
-        self.problems += self._idle_rules(rules)
+        self.problems += self._idle_rules(missing)
         self.problems += self._unmatched()
+        if not self.assignments and not self.problems:
+            hint = "`shardmerge inspect` shows what a source holds"
+            self.problems.append(
+                MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
+            )
+
+    def _adapters(self) -> dict[str, list[str]]:
+        """Returns the adapter tensors by source: those no rule uses, and those the target has no place for."""
+        pairs = self._left_over()
+        if self.expectation is not None:
+            made = ((a.source, a.name) for t, a in self.assignments.items() if t not in self.expectation.tensors)
+            pairs = [*pairs, *made]
+        found: dict[str, list[str]] = defaultdict(list)
+        for source, name in pairs:
+            if _is_adapter(name):
+                found[source].append(name)
+        return found
 
     def _left_over(self) -> list[tuple[str, str]]:
         everything = ((source, name) for source, catalog in self.catalogs.items() for name in catalog.names())
@@ -180,8 +213,9 @@ class _Work:
             if assignment is not None:
                 self.dropped.add((assignment.source, assignment.name))
 
-    def _missing(self, expectation: Expectation) -> Iterator[ShardmergeError]:
-        left = [name for name in expectation.tensors if name not in self.assignments]
+    def _missing(
+        self, expectation: Expectation, left: Sequence[str], rules: Sequence[Rule]
+    ) -> Iterator[ShardmergeError]:
         for component in expectation.components:
             own = [name for name in left if name.startswith(component.prefix)]
             whole = sum(name.startswith(component.prefix) for name in expectation.tensors)
@@ -189,24 +223,35 @@ class _Work:
                 yield _missing_component(component, len(own), self.user_file)
                 left = [name for name in left if not name.startswith(component.prefix)]
         if left:
-            hints = [hint for source in self.catalogs if (hint := self.near(source, _leaf(left[0])))]
+            looked_for = _looked_for(left[0], rules)
+            words = [*looked_for, *((source, _leaf(left[0])) for source in self.catalogs)]
+            hints = (hint for source, word in words if (hint := self.near(source, word)))
+            empty = [self.placeholders[name] for name in left if name in self.placeholders]
             yield TargetError(
                 "missing-tensor",
-                f"{count(len(left), 'tensor')} of the target have no source: {listed(left)}",
+                f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
                 where=self.user_file,
-                hint=hints[0] if hints else "add a source that has them, or a rule that names them",
+                found=f"placeholders without data: {listed(empty)}" if empty else "",
+                expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
+                hint=next(hints, "add a source that has them, or a rule that names them"),
             )
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
-        extra = [a for name, a in self.assignments.items() if name not in expectation.tensors]
-        if extra:
-            first = extra[0]
+        extra: dict[tuple[Mark, str], list[Assignment]] = defaultdict(list)
+        for name, assignment in self.assignments.items():
+            if name not in expectation.tensors:
+                extra[assignment.rule.mark, assignment.source].append(assignment)
+        index = NameIndex(expectation.tensors)
+        for (mark, source), cases in extra.items():
+            lines = drop_lines(source, [a.name for a in cases], self._used(source, without=cases))
+            near = index.near(cases[0].target)
             yield TargetError(
                 "unexpected-target",
-                f"{count(len(extra), 'tensor')} are not part of the target: {listed([a.target for a in extra])}",
-                where=str(first.rule.mark),
-                found=f"{first.source}:{first.name}",
-                hint=f"if they are not wanted, add under `drop:`: `- {first.source}:{_pattern([a.name for a in extra])}`",
+                f"{count(len(cases), 'tensor')} that the target does not have: {listed([a.target for a in cases])}",
+                where=str(mark),
+                found=f"{source}:{cases[0].name}",
+                expected=f"names such as {', '.join(near)}" if near else "",
+                hint=f"if not wanted, add under `drop:` {_ticked(lines)}",
             )
 
     def _misshapen(self, expectation: Expectation) -> Iterator[ShardmergeError]:
@@ -217,21 +262,22 @@ class _Work:
             if wanted is not None and not _fits(shape, wanted, grown=name in expectation.grown):
                 wrong[assignment.source].append((assignment, shape, wanted))
         for source, cases in wrong.items():
-            first, shape, wanted = cases[0]
-            more = f" (and {len(cases) - 1} more of this source)" if len(cases) > 1 else ""
+            targets = listed([assignment.target for assignment, _, _ in cases])
             yield TargetError(
                 "shape-mismatch",
-                f"{first.target} has another shape than the target's config implies{more}",
-                where=str(first.rule.mark),
-                found=f"{list(shape)} in {source}:{first.name}",
-                expected=f"{list(wanted)}",
-                hint="is it a base model of another size than the one that was trained?",
+                f"{count(len(cases), 'tensor')} of {source} in another shape than the target's config implies: {targets}",
+                where=str(cases[0][0].rule.mark),
+                found=listed([f"{list(shape)} in {source}:{a.name}" for a, shape, _ in cases]),
+                expected=listed([str(list(wanted)) for _, _, wanted in cases]),
+                hint=f"is `{source}` a base model of another size than the one that was trained?",
             )
 
-    def _idle_rules(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
+    def _idle_rules(self, missing: Sequence[str]) -> Iterator[ShardmergeError]:
         for rule in self.idle:
-            if self.expectation is not None and self.problems:
+            if any(rule.target.match(name) is not None for name in missing):
                 continue  # the tensors it would have made are already reported missing
+            if all(reference.source not in self.catalogs for reference in rule.candidates):
+                continue  # the user said that these sources may be absent
             first = rule.candidates[0]
             yield MappingError(
                 "rule-matches-nothing",
@@ -246,7 +292,7 @@ class _Work:
         for source, name in self._left_over():
             groups[source].append(name)
         for source, names in groups.items():
-            lines = " and ".join(f"`- {source}:{pattern}`" for pattern in _patterns(names))
+            lines = _ticked(drop_lines(source, names, self._used(source)))
             yield MappingError(
                 "unmatched-source",
                 f"no rule uses {count(len(names), 'tensor')} of {source}: {listed(names)}",
@@ -254,25 +300,46 @@ class _Work:
                 hint=f"write a rule for them, or add under `drop:` {lines}",
             )
 
+    def _used(self, source: str, without: Collection[Assignment] = ()) -> set[str]:
+        """Returns the names of a source that rules match, but for those of some assignments."""
+        return {name for owner, name in self.matched if owner == source} - {a.name for a in without}
 
-def _double_claim(before: Assignment, rule: Rule, source: str, name: str) -> MappingError:
+
+def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
+    before, after = cases[0]
+    targets = listed([assignment.target for assignment, _ in cases])
+    same = before.rule is after.rule
     return MappingError(
         "double-claim",
-        f"two rules claim {before.target}",
-        where=str(rule.mark),
+        f"{'one rule makes the same target name twice' if same else 'two rules claim'}: {targets}",
+        where=str(after.rule.mark),
         found=f"{before.source}:{before.name} by `{before.rule.target}` at {before.rule.mark}, and "
-        f"{source}:{name} by `{rule.target}`",
-        hint="make it one rule with an ordered list of candidates, or narrow one of the two",
+        f"{after.source}:{after.name} by `{after.rule.target}`",
+        hint="let each value of the captures make a name of its own"
+        if same
+        else "make it one rule with an ordered list of candidates, or narrow one of the two",
     )
 
 
-def _adapters(pairs: list[tuple[str, str]], catalogs: Mapping[str, Catalog]) -> MappingError:
-    source = pairs[0][0]
+def _looked_for(target: str, rules: Sequence[Rule]) -> list[tuple[str, str]]:
+    """Returns where the rules would have taken a target name from."""
+    found = []
+    for rule in rules:
+        bindings = rule.target.match(target)
+        if bindings is not None:
+            found += [(r.source, r.template.format(bindings)) for r in rule.candidates if r.template.fits(bindings)]
+    return found
+
+
+def _ticked(lines: Sequence[str]) -> str:
+    return " and ".join(f"`{line}`" for line in lines)
+
+
+def _adapters(source: str, names: list[str], catalog: Catalog) -> MappingError:
     return MappingError(
         "lora-not-yet",
-        f"{source} holds {count(len(pairs), 'LoRA tensor')}, which this version does not merge: "
-        f"{listed([name for _, name in pairs], 3)}",
-        where=catalogs[source].path,
+        f"{source} holds {count(len(names), 'LoRA tensor')}, which this version does not merge: {listed(names, 3)}",
+        where=catalog.path,
         hint="merge the adapter into its base with peft's merge_and_unload first, then convert the result",
     )
 
@@ -281,7 +348,7 @@ def _missing_component(component: Component, number: int, file: str) -> TargetEr
     reason = f": {component.reason}" if component.reason else ""
     return TargetError(
         "missing-component",
-        f"{number} tensors of {component.prefix}* have no source{reason}. {component.remedy}",
+        f"{number} tensors of {component.prefix}* have no source{reason}",
         where=file,
         hint=component.remedy,
     )
@@ -300,25 +367,3 @@ def _fits(shape: Shape, wanted: Shape, *, grown: bool) -> bool:
 def _leaf(name: str) -> str:
     """The part of a name that two layouts are most likely to share."""
     return ".".join(name.split(".")[-4:])
-
-
-def _patterns(names: list[str], most: int = 3) -> list[str]:
-    """Returns templates that cover the names, one for each first segment, a few at most."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[name.split(".")[0]].append(name)
-    if len(groups) > most:
-        return [_pattern(group) for group in list(groups.values())[:most]]
-    return [_pattern(group) for group in groups.values()]
-
-
-def _pattern(names: list[str]) -> str:
-    """Returns a template for names: the segments they share at the start, then the rest."""
-    if len(names) == 1:
-        return names[0].replace("{", "{{").replace("}", "}}")
-    shared = []
-    for segments in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(segments)) > 1:
-            break
-        shared.append(segments[0])
-    return ".".join([*shared, "{rest...}"])

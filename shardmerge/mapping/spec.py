@@ -13,7 +13,7 @@ from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_a
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, read_yaml
+from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, read_yaml
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NOWHERE = Mark("", 1, 1)
@@ -115,10 +115,13 @@ def load_spec(path: Path) -> Spec:
         Everything that is wrong with it, at once.
     """
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            # A checkpoint given by mistake is not read to its end; what is too long is refused with the YAML.
+            text = file.read(4 * LARGEST_TEXT + 4).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = sorted(item.name for item in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise UsageError("missing-path", "no such mapping", where=str(path), hint=did_you_mean(path.name, near)) from error
+        hint = did_you_mean(path.name, near)
+        raise UsageError("missing-path", "no such mapping", where=str(path), hint=hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("unreadable-mapping", f"cannot read the mapping: {error}", where=str(path)) from error
     return parse_spec(text, str(path))
@@ -148,7 +151,7 @@ def parse_spec(text: str, file: str) -> Spec:
         reader.rules(fields["tensors"], known) if "tensors" in fields else (),
         reader.drops(fields["drop"], known) if "drop" in fields else (),
     )
-    if not use and not spec.rules:
+    if not use and not spec.rules and not reader.problems:
         reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
     raise_all(reader.problems)
     return spec
@@ -285,8 +288,11 @@ class Reader:
     def _candidate(self, node: Node, known: frozenset[str] | None) -> Reference | None:
         if isinstance(node, Table):
             ops = [value.text for name, value in node.entries if name.text == "op" and isinstance(value, Scalar)]
-            what = f"the op `{ops[0]}`" if ops else "a rule with keys of its own"
-            self.add("op-not-yet", f"{what} is not part of this version, which renames and casts", node.mark)
+            if not ops:  # `[src:{x}]` is valid YAML: a list that holds a table
+                self.add("wrong-kind", "a candidate is one `source:name`", node.mark, QUOTE_BRACES)
+                return None
+            what = f"the op `{ops[0]}` is not part of this version, which renames and casts"
+            self.add("op-not-yet", what, node.mark)
             return None
         if isinstance(node, Items):
             self.add("wrong-kind", "a candidate is one `source:name`", node.mark)
@@ -344,4 +350,3 @@ class Reader:
                 reference.mark,
                 "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
             )
-
