@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -92,8 +93,10 @@ def write_zero(
     return tag
 
 
-def write_safetensors(path: Path, shapes: Shapes, dtype: str = "BF16", metadata: bool = True) -> None:
-    """Writes a safetensors file with a true header and a hole for its data."""
+def write_safetensors(
+    path: Path, shapes: Shapes, dtype: str = "BF16", metadata: bool = True, fill: bool = False
+) -> None:
+    """Writes a safetensors file with a true header, and random values or a hole for its data."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}} if metadata else {}
     cursor = 0
     for name, shape in shapes.items():
@@ -105,6 +108,8 @@ def write_safetensors(path: Path, shapes: Shapes, dtype: str = "BF16", metadata:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + cursor)
+        if fill:
+            _write_normal(file, cursor // (4 if dtype == "F32" else 2), seed=0, half=dtype != "F32")
 
 
 def write_torch(path: Path, value: object) -> None:
@@ -166,12 +171,17 @@ def _optim_states(numel: int, stage: int, world: int) -> dict[str, object]:
 
 def _fill(path: Path, numel: int, seed: int) -> None:
     """Writes normal values, 0.02 wide like real weights, into the last storage of ``numel`` floats of the file."""
-    offset = _last_storage(path, 4 * numel)
-    block = np.random.default_rng(seed).standard_normal(1 << 22, np.float32) * np.float32(0.02)
     with path.open("r+b") as file:
-        for start in range(0, numel, len(block)):
-            file.seek(offset + 4 * start)
-            file.write(block[: numel - start].tobytes())
+        file.seek(_last_storage(path, 4 * numel))
+        _write_normal(file, numel, seed)
+
+
+def _write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) -> None:
+    """Writes fp32 values at the file's position, or the upper halves of them, which are bf16 values."""
+    values = np.random.default_rng(seed).standard_normal(1 << 22, np.float32) * np.float32(0.02)
+    block = values.view(np.uint16)[1::2].copy() if half else values
+    for start in range(0, numel, len(block)):
+        file.write(block[: numel - start].tobytes())
 
 
 def _last_storage(path: Path, nbytes: int) -> int:
@@ -187,11 +197,10 @@ def _last_storage(path: Path, nbytes: int) -> int:
     return members[-1].header_offset + 30 + int(name) + int(extra)
 
 
-def clip_tensors(hidden: int, layers: int, image: int, patch: int, prefix: str = "vision_model.") -> Iterator[
-    tuple[str, tuple[int, ...]]
-]:
+def clip_tensors(
+    hidden: int, layers: int, image: int, patch: int, prefix: str = "vision_model."
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields the tensors of CLIPVisionModel, in the model's order."""
-    inner = 4 * hidden
     yield f"{prefix}embeddings.class_embedding", (hidden,)
     yield f"{prefix}embeddings.patch_embedding.weight", (hidden, 3, patch, patch)
     yield f"{prefix}embeddings.position_embedding.weight", ((image // patch) ** 2 + 1, hidden)
@@ -199,14 +208,33 @@ def clip_tensors(hidden: int, layers: int, image: int, patch: int, prefix: str =
         yield f"{prefix}pre_layrnorm.{side}", (hidden,)
         yield f"{prefix}post_layernorm.{side}", (hidden,)
     for layer in range(layers):
-        at = f"{prefix}encoder.layers.{layer}"
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield f"{at}.self_attn.{name}.weight", (hidden, hidden)
-            yield f"{at}.self_attn.{name}.bias", (hidden,)
-        for name in ("layer_norm1", "layer_norm2"):
-            yield f"{at}.{name}.weight", (hidden,)
-            yield f"{at}.{name}.bias", (hidden,)
-        yield f"{at}.mlp.fc1.weight", (inner, hidden)
-        yield f"{at}.mlp.fc1.bias", (inner,)
-        yield f"{at}.mlp.fc2.weight", (hidden, inner)
-        yield f"{at}.mlp.fc2.bias", (hidden,)
+        yield from _clip_layer(f"{prefix}encoder.layers.{layer}", hidden)
+
+
+def clip_model_tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the float tensors of the full CLIPModel ViT-L/14-336: both encoders, both projections, the scale."""
+    vision, text, projection = 1024, 768, 768
+    yield "logit_scale", ()
+    yield "text_model.embeddings.token_embedding.weight", (49408, text)
+    yield "text_model.embeddings.position_embedding.weight", (77, text)
+    for layer in range(12):
+        yield from _clip_layer(f"text_model.encoder.layers.{layer}", text)
+    for side in ("weight", "bias"):
+        yield f"text_model.final_layer_norm.{side}", (text,)
+    yield from clip_tensors(vision, 24, 336, 14)
+    yield "visual_projection.weight", (projection, vision)
+    yield "text_projection.weight", (projection, text)
+
+
+def _clip_layer(at: str, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    inner = 4 * hidden
+    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        yield f"{at}.self_attn.{name}.weight", (hidden, hidden)
+        yield f"{at}.self_attn.{name}.bias", (hidden,)
+    for name in ("layer_norm1", "layer_norm2"):
+        yield f"{at}.{name}.weight", (hidden,)
+        yield f"{at}.{name}.bias", (hidden,)
+    yield f"{at}.mlp.fc1.weight", (inner, hidden)
+    yield f"{at}.mlp.fc1.bias", (inner,)
+    yield f"{at}.mlp.fc2.weight", (hidden, inner)
+    yield f"{at}.mlp.fc2.bias", (hidden,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.spec import Drop, Reader, Rule, Spec, TargetSpec
+from shardmerge.mapping.spec import Drop, Reader, Reference, Rule, Spec, TargetSpec
 from shardmerge.mapping.yaml_nodes import Node, read_yaml
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
                 where=spec.file,
                 hint=f"add under `sources:`: `{name}: PATH`",
             )
-    references = [*(reference for rule in spec.rules for reference in rule.candidates), *spec.drops]
+    references: list[Reference | Drop] = [one for rule in spec.rules for one in rule.candidates]
+    references += spec.drops
     referred = {one.source for one in references} | set(spec.target.roles.values() if spec.target else ())
     for name, source in spec.sources.items():
         if name not in preset.roles and name not in referred:

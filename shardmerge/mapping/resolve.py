@@ -174,7 +174,9 @@ class _Work:
         self.problems += map(_double_claim, self.clashes.values())
         adapters = self._adapters()
         if adapters:
-            self.problems += [_adapters(source, names, self.catalogs[source]) for source, names in adapters.items()]
+            self.problems += [
+                _adapter_error(source, names, self.catalogs[source]) for source, names in adapters.items()
+            ]
             return  # everything else follows from it
         missing: list[str] = []
         if self.expectation is not None:
@@ -265,7 +267,7 @@ class _Work:
             targets = listed([assignment.target for assignment, _, _ in cases])
             yield TargetError(
                 "shape-mismatch",
-                f"{count(len(cases), 'tensor')} of {source} in another shape than the target's config implies: {targets}",
+                f"{count(len(cases), 'tensor')} of {source} in another shape than the target's config says: {targets}",
                 where=str(cases[0][0].rule.mark),
                 found=listed([f"{list(shape)} in {source}:{a.name}" for a, shape, _ in cases]),
                 expected=listed([str(list(wanted)) for _, _, wanted in cases]),
@@ -335,7 +337,7 @@ def _ticked(lines: Sequence[str]) -> str:
     return " and ".join(f"`{line}`" for line in lines)
 
 
-def _adapters(source: str, names: list[str], catalog: Catalog) -> MappingError:
+def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingError:
     return MappingError(
         "lora-not-yet",
         f"{source} holds {count(len(names), 'LoRA tensor')}, which this version does not merge: {listed(names, 3)}",

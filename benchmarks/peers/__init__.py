@@ -1,0 +1,1 @@
+"""What people run today instead, each as a program of its own."""

@@ -1,0 +1,15 @@
+"""Converts to bfloat16 and checks every byte: python convert_and_verify.py CHECKPOINT OUT."""
+
+import sys
+
+import shardmerge
+from shardmerge.api import float_dtype
+
+source, out = sys.argv[1:3]
+options = shardmerge.Options(dtype=float_dtype("bfloat16"), shard_size=2_000_000_000)
+result = shardmerge.convert(source, out, options=options)
+print(len(result.outcome.checksums), "tensors,", result.plan.tensor_bytes, "bytes")
+for name, count in result.outcome.overflows.items():
+    print("overflow:", name, count)
+for check in shardmerge.verify(out).checks:
+    print("ok:", check)

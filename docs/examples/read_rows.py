@@ -1,0 +1,11 @@
+"""Reads two rows of every matrix, whatever the size of the checkpoint: python read_rows.py CHECKPOINT."""
+
+import sys
+
+import shardmerge
+
+checkpoint = shardmerge.open_checkpoint(sys.argv[1])
+for name, tensor in checkpoint.items():
+    if len(tensor.shape) == 2:
+        rows = tensor[:2]  # a numpy array; only the bytes of these rows are read
+        print(name, rows.dtype, rows.shape)
