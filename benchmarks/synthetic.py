@@ -180,8 +180,7 @@ def _write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) 
     """Writes fp32 values at the file's position, or the upper halves of them, which are bf16 values."""
     values = np.random.default_rng(seed).standard_normal(1 << 22, np.float32) * np.float32(0.02)
     block = values.view(np.uint16)[1::2].copy() if half else values
-    for start in range(0, numel, len(block)):
-        file.write(block[: numel - start].tobytes())
+    file.writelines(block[: numel - start].tobytes() for start in range(0, numel, len(block)))
 
 
 def _last_storage(path: Path, nbytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,12 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         expectation or _as_resolved(resolution, catalogs),
         output,
     )
-    return Prepared(plan, folder / Path(spec.output.path).expanduser() if spec.output else None)
+    return Prepared(plan, _output_path(spec.output, folder))
+
+
+def _output_path(spec: OutputSpec | None, folder: Path) -> Path | None:
+    """``..`` goes by text, as the user reads the path, not by what links point to."""
+    return Path(os.path.normpath(folder / Path(spec.path).expanduser())) if spec else None
 
 
 def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progress | None = None) -> Result:

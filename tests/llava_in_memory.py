@@ -1,6 +1,6 @@
-"""Compares a finished LLaVA directory with the same model assembled in memory. Runs in an environment of its own.
+"""Compares finished LLaVA directories with the same models assembled in memory. Runs in an environment of its own.
 
-    python llava_in_memory.py OUT TRUTH LLM CLIP    prints one line of JSON
+    python llava_in_memory.py LLM CLIP OUT TRUTH [OUT TRUTH ...]    prints one line of JSON for each OUT
 
 TRUTH holds what was trained, under XTuner's names; LLM and CLIP are the base directories. The assembly goes through the
 model's own submodules and never through the names that shardmerge writes.
@@ -101,4 +101,6 @@ def main(out: Path, truth: Path, llm: Path, clip: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*map(Path, sys.argv[1:]))))
+    base_llm, base_clip, *pairs = map(Path, sys.argv[1:])
+    for finished, trained in zip(pairs[::2], pairs[1::2], strict=True):
+        print(json.dumps(main(finished, trained, base_llm, base_clip)))

@@ -73,11 +73,15 @@ class Template:
         Literal text (braces unescaped) and captures, in order.
     captures
         The names it binds, in order, each once.
+    head, tail
+        The literal text that every matching name begins and ends with.
     """
 
     text: str
     parts: tuple[Part, ...]
     captures: tuple[str, ...]
+    head: str
+    tail: str
     _front: tuple[_Segment, ...] = field(repr=False, compare=False)
     _rest: str = field(repr=False, compare=False)
     _back: tuple[_Segment, ...] = field(repr=False, compare=False)
@@ -110,21 +114,13 @@ class Template:
             text,
             parts,
             tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Capture))),
+            parts[0] if isinstance(parts[0], str) else "",
+            parts[-1] if isinstance(parts[-1], str) else "",
             *_halves([_segment(tuple(part for _, part in segment)) for segment in segments]),
         )
 
     def __str__(self) -> str:
         return self.text
-
-    @property
-    def head(self) -> str:
-        """The literal text that every matching name begins with."""
-        return self.parts[0] if isinstance(self.parts[0], str) else ""
-
-    @property
-    def tail(self) -> str:
-        """The literal text that every matching name ends with."""
-        return self.parts[-1] if isinstance(self.parts[-1], str) else ""
 
     @property
     def collects(self) -> bool:
@@ -148,6 +144,11 @@ class Template:
                 return None
             found[self._rest] = ".".join(taken)
         return found if _read(self._back, texts[len(self._front) + middle :], found) else None
+
+    def surely_fits(self, source: Template) -> bool:
+        """Tells whether ``fits`` holds for whatever ``source`` binds, since both have the same captures."""
+        theirs = {part for part in source.parts if isinstance(part, Capture)}
+        return all(part in theirs for part in self.parts if isinstance(part, Capture))
 
     def fits(self, bindings: Mapping[str, str]) -> bool:
         """Tells whether every capture could have taken the text that is bound to it."""
@@ -173,20 +174,19 @@ class _Segment:
 
 
 def _read(segments: tuple[_Segment, ...], texts: list[str], found: dict[str, str]) -> bool:
+    """Reads texts into ``found``; one function and no calls, since it runs for every name of a checkpoint."""
     for segment, text in zip(segments, texts, strict=True):
         if segment.pattern is None:
             if text != segment.literal:
                 return False
-        elif not _bind(segment.names, segment.pattern.fullmatch(text), found):
+            continue
+        match = segment.pattern.fullmatch(text)
+        if match is None:
             return False
+        for name, value in zip(segment.names, match.groups(), strict=True):
+            if found.setdefault(name, value) != value:
+                return False
     return True
-
-
-def _bind(names: tuple[str, ...], match: re.Match[str] | None, found: dict[str, str]) -> bool:
-    if match is None:
-        return False
-    taken = zip(names, match.groups(), strict=True)
-    return all(found.setdefault(name, value) == value for name, value in taken)
 
 
 # --- parsing ---
@@ -275,7 +275,7 @@ def _check_segment(segment: list[_Placed], source: _Source) -> None:
         what = "a `...` capture takes whole segments: put a dot on each side"
         raise source.error("rest-not-whole", what, rest)
     followers = [*(part for _, part in segment[1:]), None]
-    pairs = zip(segment, followers, strict=True)
+    pairs = zip(segment, followers, strict=False)  # an empty segment (`a..b`) has no part to follow
     opened = [offset for (offset, part), after in pairs if _is_open(part, after)]
     if len(opened) > 1:
         what = "two captures of open length in one segment: a name could be divided in several ways"

@@ -100,6 +100,7 @@ class _Work:
     assignments: dict[str, Assignment] = field(default_factory=dict)
     shadowed: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: set[tuple[str, str]] = field(default_factory=set)
+    names: dict[str, Sequence[str]] = field(default_factory=dict)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
     claimed_by: dict[str, Reference] = field(default_factory=dict)
@@ -133,20 +134,25 @@ class _Work:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
         for reference in rule.candidates:
-            for name in self._names(reference.source):
-                bindings = reference.template.match(name)
-                if bindings is None or not rule.target.fits(bindings):
+            template = reference.template
+            check = not rule.target.surely_fits(template)
+            # Most names fail at once: the inline test saves a call for each of them.
+            for name in [name for name in self._names(reference.source) if name.startswith(template.head)]:
+                bindings = template.match(name)
+                if bindings is None or (check and not rule.target.fits(bindings)):
                     continue
                 found = True
                 self._claim(rule, reference, name, rule.target.format(bindings))
         if not found:
             self.idle.append(rule)
 
-    def _names(self, source: str) -> Iterator[str]:
-        catalog = self.catalogs.get(source)
-        for name in catalog.names() if catalog else ():
-            if (source, name) not in self.dropped:
-                yield name
+    def _names(self, source: str) -> Sequence[str]:
+        """Returns the names of a source that are not dropped; asked for once all drops are known."""
+        if source not in self.names:
+            catalog = self.catalogs.get(source)
+            every = catalog.names() if catalog else ()
+            self.names[source] = [name for name in every if (source, name) not in self.dropped]
+        return self.names[source]
 
     def _claim(self, rule: Rule, reference: Reference, name: str, target: str) -> None:
         self.matched.add((reference.source, name))
@@ -165,9 +171,8 @@ class _Work:
 
     def _is_placeholder(self, source: str, name: str, target: str) -> bool:
         """A tensor without elements does not count where the target wants some."""
-        entry = self.catalogs[source][name]
         wanted = self.expectation.tensors.get(target) if self.expectation else None
-        return entry.numel == 0 and wanted is not None and prod(wanted) > 0
+        return wanted is not None and self.catalogs[source][name].numel == 0 and prod(wanted) > 0
 
     def finish(self, rules: Sequence[Rule]) -> None:
         """Checks what is left over on either side."""

@@ -36,8 +36,8 @@ class MeanRows:
 
     @property
     def label(self) -> str:
-        """``mean of rows, 64 times, to BF16``."""
-        return f"mean of rows, {self.rows} times, to {self.target}"
+        """``64 new rows (mean) in BF16``."""
+        return f"{self.rows} new rows (mean) in {self.target}"
 
     def workspace(self, width: int) -> int:
         """Returns the bytes of the sum, one block as stored and as float64, and the rows as float64 and final."""

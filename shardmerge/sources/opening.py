@@ -207,7 +207,7 @@ def _torch(path: Path, options: OpenOptions) -> Catalog | None:
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
-_FOLDER_READERS: tuple[Reader, ...] = (_tag, _tag_parent, _work_dir, _adapter, _indexed, _single)
+_FOLDER_READERS: tuple[Reader, ...] = (_tag, _work_dir, _tag_parent, _adapter, _indexed, _single)
 _FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _safetensors, _torch)
 
 

@@ -1,0 +1,168 @@
+"""The result appears whole or not at all, and is the same however it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import shardmerge as sm
+from benchmarks.synthetic import write_zero
+from shardmerge.dtypes import DTYPES
+from tests.conftest import GOLDEN, shardmerge
+
+CASE = GOLDEN / "zero" / "bag_z2_w3_bf16" / "ckpt"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_workers_memory_and_io_never_change_a_byte(tmp_path: Path) -> None:
+    tag = write_zero(tmp_path / "run", {f"w{i}": (300, 1000) for i in range(9)}, stage=3, world=3, fill=True)
+    settings = [{}, {"workers": 1}, {"workers": 4}, {"io": "pread"}, {"io": "mmap"}, {"memory": 72 << 20, "workers": 1}]
+    seen = []
+    for number, given in enumerate(settings):
+        options = sm.Options(dtype=DTYPES["BF16"], sync=False, shard_size=2_000_000, **given)
+        sm.convert(tag, tmp_path / f"out{number}", options=options)
+        seen.append(digests(tmp_path / f"out{number}"))
+    assert all(found == seen[0] for found in seen)
+    assert len(seen[0]) == 3 + 2  # three shards of three tensors, the index, the receipt
+
+
+def test_shards_follow_the_conventions(tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.w": torch.full((10, 10), float(i)) for i in range(12)}
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "ids": torch.arange(5), "half": torch.ones(3).half()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    sm.convert(tmp_path / "in.safetensors", tmp_path / "out", options=sm.Options(shard_size=1000))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    found = {}
+    for shard in shards:
+        with safe_open(tmp_path / "out" / shard, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        found |= load_file(tmp_path / "out" / shard)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    order = [int(name.split(".")[1]) for name in sorted(found, key=lambda n: (index["weight_map"][n])) if "." in name]
+    assert [index["weight_map"][f"layers.{i}.w"] for i in range(12)] == sorted(index["weight_map"][f"layers.{i}.w"] for i in range(12))
+    assert sorted(order) == list(range(12))
+
+
+def test_overflow_is_reported_and_infinities_are_kept(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, 70000.0, -1e30, float("inf"), float("nan"), 65504.0])
+    save_file({"w": values}, tmp_path / "in.safetensors")
+    done = shardmerge("convert", tmp_path / "in.safetensors", tmp_path / "out", "--dtype", "float16", "--json")
+    assert json.loads(done.stdout)["overflows"] == {"w": 2}
+    found = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert torch.equal(found.nan_to_num(nan=7.0), values.half().nan_to_num(nan=7.0))
+    done = shardmerge("convert", tmp_path / "in.safetensors", tmp_path / "out2", "--dtype", "float16")
+    assert "2 values of w overflowed" in done.stderr
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    sm.convert(CASE, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    sound = path.read_bytes()
+    rng = np.random.default_rng(0)
+    start = 8 + int.from_bytes(sound[:8], "little")
+    for at in [*rng.integers(start, len(sound), 20), *rng.integers(8, 300, 5)]:
+        damaged = bytearray(sound)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(sm.ShardmergeError):
+            sm.verify(tmp_path / "out")
+    path.write_bytes(sound)
+    sm.verify(tmp_path / "out")
+
+
+def test_verify_finds_what_is_missing_or_edited(tmp_path: Path) -> None:
+    sm.convert(CASE, tmp_path / "out")
+    receipt = tmp_path / "out" / "shardmerge.json"
+    text = receipt.read_text()
+    receipt.unlink()
+    assert "[no-receipt]" in shardmerge("verify", tmp_path / "out", code=2).stderr
+    receipt.write_text("{")
+    assert "[damaged-receipt]" in shardmerge("verify", tmp_path / "out", code=3).stderr
+    receipt.write_text(text)
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "elsewhere")
+    assert "[missing-file]" in shardmerge("verify", tmp_path / "out", code=3).stderr
+
+
+def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
+    sm.convert(CASE, tmp_path / "out")
+    assert "equal" in shardmerge("diff", CASE, tmp_path / "out").stdout
+    shardmerge("verify", tmp_path / "out", "--reference", CASE)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    name = next(n for n, t in tensors.items() if t.is_floating_point() and t.dim() == 2)
+    tensors[name][0, 0] += 1
+    tensors["more"] = torch.ones(1)
+    save_file(tensors, tmp_path / "other.safetensors")
+    done = shardmerge("diff", tmp_path / "out", tmp_path / "other.safetensors", "--json", code=3)
+    found = {row["name"]: row["what"] for row in json.loads(done.stdout)["differences"]}
+    assert found == {name: "values", "more": "only in B"}
+    assert "[reference-differs]" in shardmerge("verify", tmp_path / "out", "--reference", tmp_path / "other.safetensors", code=3).stderr
+
+
+def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> None:
+    import shutil
+
+    ids = set()
+    for place in ("here", "there"):
+        shutil.copytree(CASE, tmp_path / place / "ckpt")
+        done = shardmerge("convert", tmp_path / place / "ckpt", tmp_path / "out", "--dry-run", "--json",
+                          env={**os.environ, "PYTHONHASHSEED": "7" if place == "here" else "8"})  # fmt: skip
+        ids.add(json.loads(done.stdout)["id"])
+    assert len(ids) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_publishes_nothing_and_starts_again(tmp_path: Path, number: int, code: int) -> None:
+    tag = write_zero(tmp_path / "run", {f"w{i}": (1000, 4000) for i in range(40)}, stage=2, world=2, fill=False)
+    command = [sys.executable, "-m", "shardmerge", "convert", str(tag), str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("out.partial-*/model*")):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the machine was faster than the signal")
+    assert process.returncode == code
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in errors
+    if number != signal.SIGKILL:  # nobody can tidy up after a SIGKILL; the next run does
+        assert not list(tmp_path.glob("out.partial-*"))
+    shardmerge("convert", tag, tmp_path / "out", "-q")
+    assert not list(tmp_path.glob("out.partial-*"))
+    sm.verify(tmp_path / "out")
+
+
+def test_a_half_written_shard_is_refused_by_the_reference_reader(tmp_path: Path) -> None:
+    """The first eight bytes are written last: until then the header length is zero."""
+    from safetensors import SafetensorError
+
+    from shardmerge.storage.writing import OutputFile
+
+    sound = tmp_path / "sound.safetensors"
+    save_file({"w": torch.ones(100)}, sound)
+    data = sound.read_bytes()
+    file = OutputFile(tmp_path / "half.safetensors", len(data))
+    file.write(8, memoryview(data)[8:])
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "half.safetensors")
+    file.seal(data[:8])
+    assert torch.equal(load_file(tmp_path / "half.safetensors")["w"], torch.ones(100))
