@@ -61,9 +61,7 @@ def inspect(source: str | Path, *, view: View = "fp32", root: str = "", download
     return open_catalog(source, OpenOptions(view=view, root=root, download=download))
 
 
-def open_checkpoint(
-    path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False
-) -> LazyCheckpoint:
+def open_checkpoint(path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> LazyCheckpoint:
     """Opens a checkpoint as a mapping of names to lazy tensors; a ``mapping.yaml`` gives the target's tensors.
 
     Parameters
@@ -188,12 +186,8 @@ def prepare_conversion(
     options = options or Options()
     if not use:
         if bases:
-            raise UsageError(
-                "no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET"
-            )
-        return prepare_plain(
-            SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options
-        )
+            raise UsageError("no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET")
+        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
     sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
@@ -249,9 +243,7 @@ def verify(
         checks.append(_equals(folder, reference))
     if load:
         found = verify_load(folder)
-        checks.append(
-            f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched"
-        )
+        checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
     return Verdict(tuple(checks), verdict.tensors, verdict.nbytes)
 
 

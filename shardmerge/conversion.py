@@ -12,10 +12,10 @@ from typing import TypeAlias
 from shardmerge.dtypes import DType
 from shardmerge.errors import ShardmergeError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
 from shardmerge.mapping.resolve import Assignment, Resolution, resolve
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, load_spec
-from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
@@ -37,9 +37,7 @@ from shardmerge.version import __version__
 
 PLAIN = "state-dict"
 
-Expect: TypeAlias = Callable[
-    [Mapping[str, str], Mapping[str, Catalog], ReadSideFile, "DType | None"], Expectation
-]
+Expect: TypeAlias = Callable[[Mapping[str, str], Mapping[str, Catalog], ReadSideFile, "DType | None"], Expectation]
 
 # A target is a module with `expect` and one line here.
 TARGETS: dict[str, Expect] = {"hf/llava": llava.expect}
@@ -171,9 +169,7 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     check_output(plan, out)
     with staged(plan, out, sync=options.sync) as staging:
         outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
-        digests = {
-            side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)
-        }
+        digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)
     return Result(out, plan, outcome)

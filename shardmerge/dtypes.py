@@ -101,11 +101,7 @@ def float_dtype(text: str) -> DType:
         ``unknown-dtype``: not a float type of the table.
     """
     word = text.removeprefix("torch.")
-    row = (
-        DTYPES.get(word.upper())
-        or BY_TORCH_NAME.get(word.lower())
-        or DTYPES.get(_SHORT.get(word.lower(), ""))
-    )
+    row = DTYPES.get(word.upper()) or BY_TORCH_NAME.get(word.lower()) or DTYPES.get(_SHORT.get(word.lower(), ""))
     if row is None or row.kind != "float" or row.name == "F8_E8M0":
         raise UsageError(
             "unknown-dtype",

@@ -73,10 +73,11 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
 
 def catalog_json(catalog: Catalog) -> dict[str, object]:
     """Returns a catalog as JSON; ``tensors`` lists name, dtype (as in safetensors), shape and nbytes."""
+    entries = ((name, catalog[name]) for name in catalog.names())
     tensors = [
-        {"name": name, "dtype": catalog[name].dtype.name, "shape": list(catalog[name].shape), "nbytes": catalog[name].nbytes}
-        for name in catalog.names()
-    ]  # fmt: skip
+        {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape), "nbytes": entry.nbytes}
+        for name, entry in entries
+    ]
     return {
         "schema": JSON_SCHEMA,
         "kind": catalog.kind,
@@ -142,9 +143,7 @@ def _groups_table(plan: Plan) -> str:
 def _group_key(tensor: PlannedTensor) -> tuple[str, str, str]:
     head, dot, _ = tensor.name.partition(".")
     component = f"{head}.*" if dot else tensor.name
-    sources = dict.fromkeys(
-        f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts
-    )
+    sources = dict.fromkeys(f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts)
     ways = dict.fromkeys(_op(part.step) for part in tensor.parts)
     return component, " + ".join(sources), " + ".join(ways) or "empty"
 
@@ -188,6 +187,4 @@ def _cost(plan: Plan) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

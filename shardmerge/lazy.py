@@ -77,7 +77,7 @@ class LazyTensor:
         """
         return self._range(0, prod(self.shape)).reshape(self.shape)
 
-    def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:  # noqa: FBT001
+    def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype)
 
@@ -207,9 +207,7 @@ class _PlannedReader:
         size = self._tensor.dtype.itemsize
         count = len(out) // size
         if isinstance(part.step, Reduce):
-            whole, _ = make_tile(
-                Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0)
-            )
+            whole, _ = make_tile(Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0))
             out[:] = whole[start * size : (start + count) * size]
             return
         most = LARGEST_TILE // max(size, part.step.read.entry.dtype.itemsize)
@@ -236,9 +234,7 @@ def lazy_plan(plan: Plan) -> LazyCheckpoint:
     tensors = {}
     for shard in plan.shards:
         for tensor in shard.tensors:
-            origin = ", ".join(
-                dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts)
-            )
+            origin = ", ".join(dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts))
             reader = _PlannedReader(pool, shard, tensor)
             tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
     return LazyCheckpoint(plan.target, plan.warnings, tensors)

@@ -55,11 +55,12 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
         if peak <= budget:
             return Memory(workers, tile, peak)
         tile //= 2
+    least = fixed + workers * max(_tile_peak(listed, _SMALLEST_TILE), widest)
     raise ResourceError(
         "memory-budget",
         "the plan does not fit the memory budget",
         where=f"tensor {name}" if widest > _SMALLEST_TILE else "",
-        found=f"{fixed + workers * max(_tile_peak(listed, _SMALLEST_TILE), widest):,} bytes needed with {workers} workers",
+        found=f"{least:,} bytes needed with {workers} workers",
         expected=f"at most {budget:,} bytes",
         hint="allow more with --max-memory, or use fewer workers with --workers 1",
     )
@@ -67,11 +68,7 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
 
 def _tile_peak(tensors: list[PlannedTensor], tile: int) -> int:
     """Input and output of a tile, and the largest workspace any op of the plan asks for."""
-    return (
-        2 * tile
-        + _STRIDED
-        + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
-    )
+    return 2 * tile + _STRIDED + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
 
 
 def _workspace(part: Part, tile: int) -> int:
@@ -85,7 +82,7 @@ def _reduction(tensor: PlannedTensor) -> int:
 
 
 def _reduce_bytes(part: Part) -> int:
-    assert isinstance(part.step, Reduce)  # noqa: S101  # filtered by the caller
+    assert isinstance(part.step, Reduce)  # filtered by the caller
     entry = part.step.read.entry
     width = row_width(entry.shape)
     return part.step.op.workspace(width) + BLOCK_ROWS * width * entry.dtype.itemsize

@@ -252,13 +252,10 @@ def canonical(plan: Plan) -> dict[str, object]:
         "schema": SCHEMA,
         "target": plan.target,
         "sources": [
-            {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint}
-            for source in plan.sources
+            {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint} for source in plan.sources
         ],
         "shards": [_shard_json(shard) for shard in plan.shards],
-        "side_files": [
-            {"name": side.name, "parts": [_side_json(p) for p in side.parts]} for side in plan.side_files
-        ],
+        "side_files": [{"name": side.name, "parts": [_side_json(p) for p in side.parts]} for side in plan.side_files],
         "unused": sorted([unused.source, unused.name, unused.reason] for unused in plan.unused),
     }
 

@@ -151,7 +151,7 @@ def _owner_lives(staging: Path) -> bool:
 def _rename(staging: Path, out: Path) -> None:
     """The commit. Renaming onto an empty directory works, onto one with content fails (POSIX rename)."""
     try:
-        os.rename(staging, out)
+        staging.rename(out)
     except OSError as error:
         raise OutputError(
             "output-exists", f"cannot publish: {error.strerror}", where=str(out), hint="choose another path"

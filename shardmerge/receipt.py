@@ -34,16 +34,11 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
                 **{key: value for key, value in tensor_json(tensor).items() if key != "name"},
                 "shard": shard.name,
                 "crc32": f"{outcome.checksums[tensor.name]:08x}",
-                **(
-                    {"overflowed": outcome.overflows[tensor.name]} if tensor.name in outcome.overflows else {}
-                ),
+                **({"overflowed": outcome.overflows[tensor.name]} if tensor.name in outcome.overflows else {}),
             }
             for shard in plan.shards
             for tensor in shard.tensors
         },
-        "unused": [
-            {"source": unused.source, "tensor": unused.name, "reason": unused.reason}
-            for unused in plan.unused
-        ],
+        "unused": [{"source": unused.source, "tensor": unused.name, "reason": unused.reason} for unused in plan.unused],
     }
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

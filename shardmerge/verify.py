@@ -95,9 +95,7 @@ def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -
             hint="a source, the mapping or the options changed; convert again, or verify without --sources",
         )
     raise_all(_remade_problems(folder, plan, progress))
-    return Verdict(
-        ("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes
-    )
+    return Verdict(("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes)
 
 
 def verify_load(folder: Path, python: str = sys.executable) -> dict[str, object]:
@@ -123,13 +121,9 @@ def verify_load(folder: Path, python: str = sys.executable) -> dict[str, object]
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         if "ModuleNotFoundError" in last[0]:
             raise UsageError("no-transformers", last[0], hint="pip install shardmerge[transformers]")
-        raise VerificationError(
-            "does-not-load", f"transformers could not load it: {last[0]}", where=str(folder)
-        )
+        raise VerificationError("does-not-load", f"transformers could not load it: {last[0]}", where=str(folder))
     found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    wrong = [
-        f"{len(keys)} {what}: {', '.join(keys[:5])}" for what in _KEYS if (keys := _names(found.get(what)))
-    ]
+    wrong = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what in _KEYS if (keys := _names(found.get(what)))]
     if wrong:
         raise VerificationError(
             "does-not-load",
@@ -233,9 +227,7 @@ def _receipt(folder: Path) -> Mapping[str, object]:
             hint="to compare it with another checkpoint: shardmerge diff A B",
         ) from None
     except ValueError as error:
-        raise VerificationError(
-            "damaged-receipt", f"the receipt is not JSON: {error}", where=str(path)
-        ) from error
+        raise VerificationError("damaged-receipt", f"the receipt is not JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise VerificationError("damaged-receipt", "the receipt is not one of ours", where=str(path))
     return value
@@ -254,9 +246,7 @@ def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[Shar
         if not path.is_file():
             yield _wrong("missing-file", "a shard is missing", path)
         elif path.stat().st_size != shard["nbytes"]:
-            yield _wrong(
-                "size-differs", "a shard has another size", path, path.stat().st_size, shard["nbytes"]
-            )
+            yield _wrong("size-differs", "a shard has another size", path, path.stat().st_size, shard["nbytes"])
     for name, digest in _table(receipt, "side_files").items():
         path = folder / name
         if not path.is_file():
@@ -271,10 +261,7 @@ def _header_problems(
     tensors: Mapping[str, Mapping[str, object]],
 ) -> Iterator[ShardmergeError]:
     for name, header in headers.items():
-        if (
-            hashlib.sha256(_header_bytes(Path(header.stamp.path))).hexdigest()
-            != shards[name]["header_sha256"]
-        ):
+        if hashlib.sha256(_header_bytes(Path(header.stamp.path))).hexdigest() != shards[name]["header_sha256"]:
             yield _wrong("header-differs", "the header of a shard was changed", Path(header.stamp.path))
     held = {entry.name for header in headers.values() for entry in header.entries.values()}
     if held != set(tensors):

@@ -45,7 +45,9 @@ def same_values(left: Array, right: Array) -> bool:
     return wide[0].shape == wide[1].shape and np.array_equal(wide[0], wide[1], equal_nan=True)
 
 
-def shardmerge(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def shardmerge(
+    *arguments: object, code: int = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own and checks its exit code."""
     command = [sys.executable, "-m", "shardmerge", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)

@@ -49,7 +49,9 @@ def main() -> None:
         try:
             build(version)
         except subprocess.CalledProcessError as error:
-            print(f"WARNING: transformers {version} could not be installed ({error}): its tests are SKIPPED", flush=True)
+            print(
+                f"WARNING: transformers {version} could not be installed ({error}): its tests are SKIPPED", flush=True
+            )
 
 
 if __name__ == "__main__":

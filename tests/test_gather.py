@@ -68,9 +68,7 @@ def test_a_transposed_matrix_costs_one_read_a_column(tmp_path: Path) -> None:
     assert pool.bytes_read == 4 * 2048
 
 
-@given(
-    numels=st.lists(st.integers(0, 9), min_size=1, max_size=8), world=st.integers(1, 5), skip=st.integers(0, 3)
-)
+@given(numels=st.lists(st.integers(0, 9), min_size=1, max_size=8), world=st.integers(1, 5), skip=st.integers(0, 3))
 def test_stage_2_pieces_tile_every_parameter(numels: list[int], world: int, skip: int) -> None:
     """The oracle is concatenation: element k of the flat group has value k."""
     shapes = [(n,) for n in numels]

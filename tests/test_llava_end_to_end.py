@@ -145,7 +145,9 @@ def test_sources_left_out_are_found_through_the_training_config(tmp_path: Path) 
 
 def test_a_source_that_cannot_be_found_is_asked_for_by_name(tmp_path: Path) -> None:
     shutil.copytree(XTUNER / "frozen_z2", tmp_path / "run")
-    done = shardmerge("convert", tmp_path / "run" / "work_dirs", tmp_path / "out", "--use", "xtuner/llava-to-hf", code=1)
+    done = shardmerge(
+        "convert", tmp_path / "run" / "work_dirs", tmp_path / "out", "--use", "xtuner/llava-to-hf", code=1
+    )
     assert "trained with the visual encoder frozen" in done.stderr
     assert "vision: base_clip" in done.stderr
     assert "llm: base_llm" in done.stderr

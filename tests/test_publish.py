@@ -43,7 +43,12 @@ def test_workers_memory_and_io_never_change_a_byte(tmp_path: Path) -> None:
 
 def test_shards_follow_the_conventions(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.w": torch.full((10, 10), float(i)) for i in range(12)}
-    tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "ids": torch.arange(5), "half": torch.ones(3).half()}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+        "ids": torch.arange(5),
+        "half": torch.ones(3).half(),
+    }
     save_file(tensors, tmp_path / "in.safetensors")
     sm.convert(tmp_path / "in.safetensors", tmp_path / "out", options=sm.Options(shard_size=1000))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -57,8 +62,10 @@ def test_shards_follow_the_conventions(tmp_path: Path) -> None:
         found |= load_file(tmp_path / "out" / shard)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    order = [int(name.split(".")[1]) for name in sorted(found, key=lambda n: (index["weight_map"][n])) if "." in name]
-    assert [index["weight_map"][f"layers.{i}.w"] for i in range(12)] == sorted(index["weight_map"][f"layers.{i}.w"] for i in range(12))
+    order = [int(name.split(".")[1]) for name in sorted(found, key=lambda n: index["weight_map"][n]) if "." in name]
+    assert [index["weight_map"][f"layers.{i}.w"] for i in range(12)] == sorted(
+        index["weight_map"][f"layers.{i}.w"] for i in range(12)
+    )
     assert sorted(order) == list(range(12))
 
 
@@ -114,7 +121,10 @@ def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
     done = shardmerge("diff", tmp_path / "out", tmp_path / "other.safetensors", "--json", code=3)
     found = {row["name"]: row["what"] for row in json.loads(done.stdout)["differences"]}
     assert found == {name: "values", "more": "only in B"}
-    assert "[reference-differs]" in shardmerge("verify", tmp_path / "out", "--reference", tmp_path / "other.safetensors", code=3).stderr
+    assert (
+        "[reference-differs]"
+        in shardmerge("verify", tmp_path / "out", "--reference", tmp_path / "other.safetensors", code=3).stderr
+    )
 
 
 def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> None:

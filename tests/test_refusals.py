@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,14 +196,14 @@ def test_a_hostile_pickle_is_never_run(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def indexed(tmp_path: Path) -> Iterator[Path]:
+def indexed(tmp_path: Path) -> Path:
     """A directory of two shards with an honest index."""
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": torch.ones(2)}, folder / "model-00001-of-00002.safetensors")
     save_file({"b": torch.ones(3)}, folder / "model-00002-of-00002.safetensors")
     write_index(folder, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
-    yield folder
+    return folder
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:

@@ -61,8 +61,10 @@ HOSTILE = {
     "three offsets": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', bytes(8)),
     "wrong size": ('{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', bytes(8)),
     "hole": ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}', bytes(16)),
-    "overlap": ('{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],'
-                '"data_offsets":[2,6]}}', bytes(6)),
+    "overlap": (
+        '{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}',
+        bytes(6),
+    ),
     "trailing bytes": (GOOD, bytes(9)),
     "missing bytes": (GOOD, bytes(7)),
     "unknown dtype": ('{"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}}', bytes(8)),

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 import shardmerge
 from shardmerge import Options, Result, ShardmergeError, api, explain
-from shardmerge.cli.progress import progress_bar
 from shardmerge.api import Prepared, carry_out, float_dtype, parse_size, prepare_mapping
+from shardmerge.cli.progress import progress_bar
 
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 5
@@ -42,23 +42,13 @@ def _options(function: _Command) -> _Command:
     """The options of everything that plans."""
     for option in reversed(
         [
-            click.option(
-                "--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."
-            ),
-            click.option(
-                "--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."
-            ),
-            click.option(
-                "--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."
-            ),
+            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
+            click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
+            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
-            click.option(
-                "--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."
-            ),
-            click.option(
-                "--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."
-            ),
+            click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."),
+            click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
         ]
     ):
         function = option(function)
@@ -69,9 +59,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
-_base = click.option(
-    "--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset."
-)
+_base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
 _view = click.option(
     "--view",
     type=click.Choice(["fp32", "module"]),
@@ -87,7 +75,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @_options
 @_quiet
 @_json
-def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: FBT001, ANN401
+def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Carry out a mapping.yaml and publish the result, whole or not at all."""
     options = _parsed(given)
     prepared = prepare_mapping(Path(mapping), options)
@@ -100,7 +88,7 @@ def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any)
 @_options
 @click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
 @_json
-def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: FBT001, ANN401
+def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
     prepared = prepare_mapping(Path(mapping), _parsed(given))
     _show_plan(prepared, out or str(prepared.out or "(no output path)"), tensors=tensors, as_json=as_json)
@@ -124,9 +112,9 @@ def convert(  # noqa: PLR0913  # one parameter an option
     bases: tuple[str, ...],
     view: Any,  # noqa: ANN401  # click's Choice
     root: str,
-    dry_run: bool,  # noqa: FBT001
-    quiet: bool,  # noqa: FBT001
-    as_json: bool,  # noqa: FBT001
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
     **given: Any,  # noqa: ANN401
 ) -> None:
     """Convert a checkpoint SOURCE to the directory OUT; replaces zero_to_fp32.py.
@@ -148,7 +136,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
 @_root
 @click.option("--download", is_flag=True, help="Fetch a hub id that is not in the local cache.")
 @_json
-def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: FBT001, ANN401
+def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
     """List what a checkpoint holds, from its headers alone."""
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
     click.echo(_dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
@@ -156,21 +144,19 @@ def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) ->
 
 @cli.command()
 @click.argument("directory", type=click.Path())
-@click.option(
-    "--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits."
-)
+@click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
 @click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
 @_options
 @_quiet
 @_json
-def verify(  # noqa: PLR0913  # one parameter an option
+def verify(  # one parameter an option
     directory: str,
     sources: str | None,
     reference: str | None,
-    load: bool,  # noqa: FBT001
-    quiet: bool,  # noqa: FBT001
-    as_json: bool,  # noqa: FBT001
+    load: bool,
+    quiet: bool,
+    as_json: bool,
     **given: Any,  # noqa: ANN401
 ) -> None:
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
@@ -194,7 +180,7 @@ def verify(  # noqa: PLR0913  # one parameter an option
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @_json
-def diff(a: str, b: str, as_json: bool) -> NoReturn:  # noqa: FBT001
+def diff(a: str, b: str, as_json: bool) -> NoReturn:
     """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ."""
     found = list(shardmerge.diff(a, b))
     if as_json:
@@ -214,7 +200,7 @@ def presets() -> None:
 
 @presets.command("list")
 @_json
-def presets_list(as_json: bool) -> None:  # noqa: FBT001
+def presets_list(as_json: bool) -> None:
     """Name every preset with its title."""
     found = api.presets()
     if as_json:
@@ -246,9 +232,7 @@ def _parsed(given: dict[str, Any]) -> Options:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
-        raise shardmerge.UsageError(
-            "bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/"
-        )
+        raise shardmerge.UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
     return name, path
 
 

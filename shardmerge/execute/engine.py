@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
 from collections import Counter
@@ -115,9 +114,7 @@ def execute(
             while thread.is_alive():
                 thread.join(timeout=0.5)  # a join without a timeout would not see Ctrl-C
     except KeyboardInterrupt as error:
-        run.stop(
-            InterruptedRunError("interrupted", "stopped before the result was published", hint="run it again")
-        )
+        run.stop(InterruptedRunError("interrupted", "stopped before the result was published", hint="run it again"))
         for thread in threads:
             thread.join()
         raise run.failure or error from error
@@ -131,7 +128,7 @@ def check_stamps(stamps: Iterable[FileStamp]) -> None:
     """Compares source files with what they were when they were planned with."""
     for stamp in stamps:
         try:
-            status = os.stat(stamp.path)
+            status = Path(stamp.path).stat()
         except OSError as error:
             raise _changed(stamp, "it is gone") from error
         if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):

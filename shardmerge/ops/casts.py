@@ -97,12 +97,8 @@ def _saturate(near: Array, out: Array) -> int:
 def _overflows(tile: Array, out: Array, target: DType) -> int:
     if not _any_special(out, target):
         return 0
-    finite_before = np.isfinite(
-        tile.astype(np.float64 if tile.dtype.itemsize == 8 else np.float32, copy=False)
-    )
-    finite_after = (
-        np.isfinite(out.astype(np.float32, copy=False)) if target.itemsize < 4 else np.isfinite(out)
-    )
+    finite_before = np.isfinite(tile.astype(np.float64 if tile.dtype.itemsize == 8 else np.float32, copy=False))
+    finite_after = np.isfinite(out.astype(np.float32, copy=False)) if target.itemsize < 4 else np.isfinite(out)
     return int(np.count_nonzero(finite_before & ~finite_after))
 
 

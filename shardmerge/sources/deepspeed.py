@@ -275,9 +275,7 @@ class _Builder:
             return
         named = _only_naming(module, masters)
         if named is None:
-            self.notes.append(
-                "the fp32 masters have no names and fit more than one way: taken from module instead"
-            )
+            self.notes.append("the fp32 masters have no names and fit more than one way: taken from module instead")
             return
         for name, ref in named.items():
             self.entries[name] = self.first.file.entry(name, ref, "fp32 masters")
@@ -307,9 +305,7 @@ class _Builder:
             )
 
     def _layout(self, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
-        return CheckpointError(
-            "zero-layout", what, where=str(self.folder), found=found, expected=expected, hint=hint
-        )
+        return CheckpointError("zero-layout", what, where=str(self.folder), found=found, expected=expected, hint=hint)
 
 
 def as_dict(value: Value) -> Mapping[object, Value]:
@@ -402,9 +398,7 @@ def _check_ranks(folder: Path, states: list[_RankState], optims: list[_OptimStat
     raise_all([*_missing_ranks(folder, states, optims), *_mixed_runs(folder, states, optims)])
 
 
-def _missing_ranks(
-    folder: Path, states: list[_RankState], optims: list[_OptimState]
-) -> Iterator[ShardmergeError]:
+def _missing_ranks(folder: Path, states: list[_RankState], optims: list[_OptimState]) -> Iterator[ShardmergeError]:
     claims = [optim.world for optim in optims]
     saved_world = states[0].root.get("dp_world_size")
     if isinstance(saved_world, int) and optims:
@@ -435,9 +429,7 @@ def _missing_ranks(
             )
 
 
-def _mixed_runs(
-    folder: Path, states: list[_RankState], optims: list[_OptimState]
-) -> Iterator[ShardmergeError]:
+def _mixed_runs(folder: Path, states: list[_RankState], optims: list[_OptimState]) -> Iterator[ShardmergeError]:
     facts: list[tuple[str, list[tuple[Path, object]]]] = [
         ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
         ("world size", [(o.rank.path, o.world) for o in optims]),
@@ -472,9 +464,7 @@ def _masters(optimizer: Mapping[object, Value]) -> list[tuple[TensorRef, ...]] |
     return [group for group in found if group is not None] if None not in found else None
 
 
-def _only_naming(
-    module: Mapping[str, TensorRef], groups: Sequence[Sequence[TensorRef]]
-) -> dict[str, TensorRef] | None:
+def _only_naming(module: Mapping[str, TensorRef], groups: Sequence[Sequence[TensorRef]]) -> dict[str, TensorRef] | None:
     """Names the nameless masters if the order of ``module`` and the shapes leave exactly one way.
 
     A group lists its parameters in the order of the model, frozen ones left out, so its shapes are a subsequence of

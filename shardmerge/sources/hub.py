@@ -77,5 +77,5 @@ def _download(hub_id: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # noqa: BLE001  # the hub's errors are many and change between versions
+    except Exception as error:  # the hub's errors are many and change between versions
         raise UsageError("download-failed", f"cannot download {hub_id!r}: {error}") from error

@@ -222,5 +222,5 @@ def _unknown(path: Path) -> CheckpointError:
         "not a checkpoint that shardmerge knows",
         where=str(path),
         found=found,
-        expected="safetensors, torch .pth/.pt/.bin, a DeepSpeed directory, an XTuner work_dir, or an HF model directory",
+        expected="safetensors, torch .pth/.pt/.bin, a DeepSpeed directory, an XTuner work_dir, an HF directory",
     )

@@ -90,9 +90,7 @@ def _header_length(file: SourceFile) -> int:
         raise _damaged(file.path, "the file is shorter than the 8 bytes of its header length")
     length: int = struct.unpack("<Q", file.read(0, 8))[0]
     if length > _LARGEST_HEADER:
-        raise _damaged(
-            file.path, "the header length is impossible", f"{length} bytes", f"at most {_LARGEST_HEADER}"
-        )
+        raise _damaged(file.path, "the header length is impossible", f"{length} bytes", f"at most {_LARGEST_HEADER}")
     return length
 
 
@@ -175,7 +173,7 @@ def _data_start(entry: TensorEntry) -> tuple[int, int]:
 
 def _extent(entry: TensorEntry) -> Extent:
     held = entry.pieces.extent if isinstance(entry.pieces, _Nothing) else entry.pieces[0].held
-    assert isinstance(held, Extent)  # noqa: S101  # safetensors has no strided tensors
+    assert isinstance(held, Extent)  # safetensors has no strided tensors
     return held
 
 

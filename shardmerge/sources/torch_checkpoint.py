@@ -39,16 +39,12 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
             continue
         owner = owners.setdefault(file.alias_key(ref), name)
         if owner == name or 0 in ref.shape:
-            entries[name] = file.entry(
-                name, ref, f"{found.root_key or 'top level'} of {Path(file.path).name}"
-            )
+            entries[name] = file.entry(name, ref, f"{found.root_key or 'top level'} of {Path(file.path).name}")
         else:
             aliases[name] = owner
     config = training_config(file)
     kind = f"XTuner / mmengine {file.kind}" if config else file.kind
-    notes = (
-        (f"{len(absent)} names are placeholders without data (shape [0]), taken as absent",) if absent else ()
-    )
+    notes = (f"{len(absent)} names are placeholders without data (shape [0]), taken as absent",) if absent else ()
     return Catalog(
         file.path,
         kind,

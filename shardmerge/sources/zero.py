@@ -5,8 +5,8 @@ Layouts read in DeepSpeed 0.9 to 0.19 files (``runtime/zero/stage_1_and_2.py``, 
 * Stages 1 and 2: the parameters of a group, in ``param_shapes`` order, make one flat group, cut in equal parts; rank d
   holds part d. Padding stands at the end and is usually cut off before saving. ``param_alignment_paddings`` (0.19) says
   how many elements to skip after each parameter.
-* Stage 3: every parameter by itself is cut in ``ceil(numel / world)`` elements a rank; a rank's tensor of a sub-group is
-  those chunks one after the other. The padding of the last chunk is uninitialised memory.
+* Stage 3: every parameter by itself is cut in ``ceil(numel / world)`` elements a rank; a rank's tensor of a sub-group
+  is those chunks one after the other. The padding of the last chunk is uninitialised memory.
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ class SourceFile:
                 raise self._truncated(offset, nbytes) from error
             if error.errno != errno.EINVAL:
                 raise self._broken(offset, error) from error
-            return memoryview(
-                self.read(offset, nbytes)
-            )  # a kernel before 5.14: never touch an unchecked page
+            return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
     def close(self) -> None:
@@ -210,7 +208,7 @@ class FilePool:
 def file_system(path: str | Path) -> str:
     """Returns the type of the file system that holds ``path`` (``ext4``, ``nfs4``, ...), or ``""`` if unknown."""
     try:
-        device = os.stat(path).st_dev
+        device = Path(path).stat().st_dev
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""

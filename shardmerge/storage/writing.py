@@ -110,6 +110,4 @@ class _explained:  # noqa: N801  # reads as a statement: with _explained(path)
                 hint="free some space or choose another output path; the staging directory is removed",
             ) from error
         if isinstance(error, OSError):
-            raise OutputError(
-                "unwritable-output", f"cannot write: {error.strerror}", where=str(self._path)
-            ) from error
+            raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(self._path)) from error

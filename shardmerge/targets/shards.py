@@ -1,4 +1,4 @@
-"""How tensors are laid out in safetensors files, and the index over them. Every offset is fixed before any byte moves."""
+"""How tensors are laid out in safetensors files, and the index. Every offset is fixed before any byte moves."""
 
 from __future__ import annotations
 
