@@ -446,8 +446,8 @@ def test_a_frozen_encoder_without_a_source(small):
     assert isinstance(problem, TargetError)
     assert problem.code == "missing-source"
     assert problem.what == (
-        "the mapping has no source for the visual encoder: the checkpoint was trained with the visual encoder frozen, "
-        "from 'openai/clip-vit-large-patch14-336'"
+        "391 tensors of vision_tower.* have no source: the checkpoint was trained with the visual encoder frozen. "
+        "Add `vision: openai/clip-vit-large-patch14-336`"
     )
     assert problem.hint == "vision: openai/clip-vit-large-patch14-336"
 

@@ -172,3 +172,19 @@ def _standard_processor(size: int) -> JsonObject:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }
+
+
+# Encoder layers of the CLIPs that OpenAI published (config.json of openai/clip-vit-*), by the last part of their name.
+_PUBLISHED_LAYERS = {
+    "clip-vit-base-patch16": 12,
+    "clip-vit-base-patch32": 12,
+    "clip-vit-large-patch14": 24,
+    "clip-vit-large-patch14-336": 24,
+}
+
+
+def published_tensor_count(path: str) -> int:
+    """Returns the tensors of a published CLIP's vision tower, known by name alone; 0 for any other."""
+    layers = _PUBLISHED_LAYERS.get(path.rstrip("/").rsplit("/", 1)[-1], 0)
+    # Three embeddings, two norms around the layers with weight and bias, and 16 tensors a layer.
+    return 16 * layers + 7 if layers else 0

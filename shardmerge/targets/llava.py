@@ -192,7 +192,11 @@ def _missing_source(part: _Part, catalog: Catalog | None) -> ShardmergeError | N
     if catalog is not None and "config.json" in catalog.side_files:
         return None
     if catalog is None:
-        what = f"the mapping has no source for the {part.title}{_because(part)}"
+        count = clip.published_tensor_count(part.path)
+        if count and part.frozen:
+            what = f"{count} tensors of {part.prefix}* have no source: {part.reason}. Add `{part.line}`"
+        else:
+            what = f"the mapping has no source for the {part.title}{_because(part)}"
         return TargetError("missing-source", what, expected=f"a source named `{part.source}`", hint=part.line)
     return TargetError(
         "missing-source",
