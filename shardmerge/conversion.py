@@ -106,7 +106,7 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
     catalog = _open(source, Path(), options)
-    expectation = expect_same(catalog, read_side_file, options.dtype)
+    expectation = replace(expect_same(catalog, read_side_file, options.dtype), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -123,6 +123,15 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         _output(None, options),
     )
     return Prepared(plan, None)
+
+
+def _better_roads(catalog: Catalog) -> tuple[str, ...]:
+    """Says when a preset probably is what the user wants."""
+    if catalog.training_config and any(name.startswith("projector.model.") for name in catalog.entries):
+        return (
+            "this is an XTuner LLaVA and keeps XTuner's names: for a Hugging Face LLaVA add --use xtuner/llava-to-hf",
+        )
+    return ()
 
 
 def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
