@@ -62,7 +62,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     shards = _table(receipt, "shards")
     tensors = _table(receipt, "tensors")
     raise_all(_file_problems(folder, receipt))
-    headers = {name: read_header(folder / name) for name in shards}
+    headers = {name: _header(folder / name) for name in shards}
     raise_all(_header_problems(headers, shards, tensors))
     raise_all(_reference_problems(folder, headers))
     raise_all(_checksum_problems(headers, tensors, progress))
@@ -253,6 +253,14 @@ def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[Shar
             yield _wrong("missing-file", "a side file is missing", path)
         elif hashlib.sha256(path.read_bytes()).hexdigest() != str(digest):
             yield _wrong("file-differs", "a side file was changed after the run", path)
+
+
+def _header(path: Path) -> SafetensorsHeader:
+    """A shard that cannot be read is a failed verification here, not a refused input."""
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
 
 
 def _header_problems(

@@ -186,3 +186,9 @@ def test_inspecting_into_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.startswith("safetensors: 5000 tensors")
+
+
+def test_loose_tensors_beside_a_model_are_named_not_taken(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "loss": torch.tensor(0.5)}, tmp_path / "x.pt")
+    assert_holds(tmp_path / "x.pt", {"w": torch.ones(2)})
+    assert "1 tensors beside model are not part of it: loss" in shardmerge("inspect", tmp_path / "x.pt").stdout

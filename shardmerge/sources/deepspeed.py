@@ -17,7 +17,7 @@ from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.sources.deepspeed_files import RankFile, kind_not_yet, list_tag
 from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value
-from shardmerge.sources.torch_checkpoint import training_config
+from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, read_torch_file, state_dict
 from shardmerge.sources.zero import FlatGroup, Partition, RankChunks, chunk_numel, flat_offsets
 from shardmerge.storage.reading import SourceFile
@@ -306,11 +306,6 @@ class _Builder:
 
     def _layout(self, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
         return CheckpointError("zero-layout", what, where=str(self.folder), found=found, expected=expected, hint=hint)
-
-
-def as_dict(value: Value) -> Mapping[object, Value]:
-    """Returns the value if it is a dict, else an empty one."""
-    return value if isinstance(value, dict) else {}
 
 
 def _strings(value: Value) -> list[str]:

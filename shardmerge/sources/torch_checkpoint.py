@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from shardmerge.sources.pickle_vm import TensorRef, Value
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -44,7 +46,10 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
             aliases[name] = owner
     config = training_config(file)
     kind = f"XTuner / mmengine {file.kind}" if config else file.kind
-    notes = (f"{len(absent)} names are placeholders without data (shape [0]), taken as absent",) if absent else ()
+    notes = [f"{len(absent)} names are placeholders without data (shape [0]), taken as absent"] if absent else []
+    loose = [str(name) for name, value in as_dict(file.root).items() if isinstance(value, TensorRef)]
+    if found.root_key and loose:
+        notes.append(f"{len(loose)} tensors beside {found.root_key} are not part of it: {', '.join(loose[:5])}")
     return Catalog(
         file.path,
         kind,
@@ -52,7 +57,7 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         aliases,
         files=(file.stamp,),
         absent=frozenset(absent),
-        notes=notes,
+        notes=tuple(notes),
         training_config=config,
     )
 
@@ -62,3 +67,8 @@ def training_config(file: TorchFile) -> str:
     meta = file.root.get("meta") if isinstance(file.root, dict) else None
     config = meta.get("cfg") if isinstance(meta, dict) else None
     return config if isinstance(config, str) else ""
+
+
+def as_dict(value: Value) -> Mapping[object, Value]:
+    """Returns the value if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}

@@ -226,8 +226,8 @@ def state_dict(root: Value, *, key: str = "") -> StateDict:
     root
         ``TorchFile.root``.
     key
-        Dotted path of the dict that is meant, e.g. ``model.ema``. Empty: the top level if it has tensors, else the
-        usual places.
+        Dotted path of the dict that is meant, e.g. ``model.ema``. Empty: the first of the usual places that
+        has tensors, else the top level.
 
     Raises
     ------
@@ -240,11 +240,11 @@ def state_dict(root: Value, *, key: str = "") -> StateDict:
     if key:
         return _collect(_descend(root, key), key)
     if isinstance(root, dict):
-        if any(isinstance(value, TensorRef) for value in root.values()):
-            return _collect(_without_optimizer(root), "")
         for name in _ROOTS:
             if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
                 return _collect(root[name], name)
+        if any(isinstance(value, TensorRef) for value in root.values()):
+            return _collect(_without_optimizer(root), "")
     raise _no_tensors(root, "")
 
 

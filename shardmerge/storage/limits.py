@@ -8,7 +8,7 @@ from pathlib import Path
 # What a user who says nothing allows: a login node's leftovers.
 DEFAULT_BUDGET = 256 << 20
 
-# More threads than this did not help one disk, and each costs two tiles of memory.
+# Each worker costs two tiles of memory; with more the default would no longer fit a small cgroup beside the rest.
 _MOST_WORKERS = 4
 
 
