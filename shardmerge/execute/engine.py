@@ -176,11 +176,15 @@ class _Run:
         buffers = new_buffers(self.plan.memory.tile)
         try:
             while (tile := self._next()) is not None:
-                data, overflowed = make_tile(tile, self.pool, buffers)
-                self._file(tile.shard).write(_offset(tile), data)
-                self._done(tile, data, overflowed)
+                self._carry(tile, buffers)
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             self.stop(error)
+
+    def _carry(self, tile: Tile, buffers: Buffers) -> None:
+        """Makes and writes one tile; its window goes with this frame, before the next one is mapped."""
+        data, overflowed = make_tile(tile, self.pool, buffers)
+        self._file(tile.shard).write(_offset(tile), data)
+        self._done(tile, data, overflowed)
 
     def stop(self, error: BaseException) -> None:
         """Remembers the first failure; workers stop at their next tile, and open files are closed by the caller."""
