@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 Result: TypeAlias = Mapping[str, Any]
 
 _MIB = 1 << 20
+_OURS = ("shardmerge", "shardmerge-no-sync")
 
 _HEAD = """\
 # Benchmarks
@@ -114,10 +115,10 @@ def _case(result: Result) -> Iterator[str]:
     case = result["case"]
     yield f"## {case['title']}\n"
     commit = result["commit"][:12] + (" with changes" if result["changed_since"] else "")
-    yield f"{case['about']} {result['rounds']} rounds, {result['date']}, commit {commit}.\n"
+    yield f"{case['about']}\n\n{result['rounds']} rounds, {result['date']}, commit {commit}.\n"
     yield from _ratio_table(result)
     yield from _figure_table(result)
-    yield "".join(f"Checked: {check}.\n" for check in result["checks"])
+    yield "".join(f"- Checked: {check}.\n" for check in result["checks"])
 
 
 def _ratio_table(result: Result) -> Iterator[str]:
@@ -151,6 +152,11 @@ def _figure_table(result: Result) -> Iterator[str]:
             ]
         )
     yield ""
+    promised = min(_contender(result, key)["planned_peak"]["min"] for key in _OURS)
+    measured = max(_contender(result, key)["peak"]["max"] for key in _OURS)
+    verdict = "**which is more than promised**" if measured > promised else "as promised"
+    figures = f"promised at most {promised / _MIB:.1f} MiB; at most {measured / _MIB:.1f} were used"
+    yield f"shardmerge's plan {figures}, {verdict}.\n"
 
 
 def _contender(result: Result, key: str) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import traceback
 import types
 from typing import Any
 
@@ -94,6 +95,12 @@ def prepare_xtuner() -> None:
     torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
     torch.cuda.set_device = lambda *args: None
     prepare_deepspeed()
+    # transformers would build the parts already sharded (zero.Init); over gloo its loading then leaves
+    # some of the small frozen weights uninitialised, so DeepSpeed shards them afterwards instead.
+    # The files are laid out the same.
+    import transformers.integrations.deepspeed as integration
+
+    integration.set_hf_deepspeed_config = lambda config: None
 
 
 def stub_vision_packages() -> None:
@@ -159,11 +166,11 @@ def make_base_llm(folder: pathlib.Path) -> None:
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=12,
+        intermediate_size=20,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=64,
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
@@ -194,7 +201,7 @@ def make_base_clip(folder: pathlib.Path) -> None:
         text_config={"vocab_size": 40, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
                      "num_attention_heads": 2, "max_position_embeddings": 8, "projection_dim": 12,
                      "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 1},
-        vision_config={"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+        vision_config={"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 3,
                        "num_attention_heads": 4, "image_size": 28, "patch_size": 7, "projection_dim": 12},
         projection_dim=12,
         architectures=["CLIPModel"],
@@ -280,17 +287,18 @@ def train(case: Case) -> None:
     from mmengine.runner import FlexibleRunner, Runner
 
     kept: list[Any] = []
+    work = f"{case.name}/work_dirs"
 
     def keeping(original: Any) -> Any:
         def run(self: Any) -> Any:
             kept.append(self)
+            self._work_dir = work  # mmengine made it absolute; it ends up in the checkpoint
             return original(self)
 
         return run
 
     FlexibleRunner.train = keeping(FlexibleRunner.train)
     Runner.train = keeping(Runner.train)
-    work = f"{case.name}/work_dirs"
     sys.argv = ["train", f"{case.name}/config.py", "--work-dir", work]
     if case.stage is not None:
         sys.argv += ["--deepspeed", f"{case.name}/deepspeed.json", "--launcher", "pytorch"]
@@ -298,7 +306,8 @@ def train(case: Case) -> None:
 
     main()
     model = kept[0].model
-    model = getattr(model, "model", model) if case.stage is None else model.model.module
+    if case.stage is not None:
+        model = model.model.module
     live = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if case.stage == 3:
@@ -473,7 +482,11 @@ def main() -> int:
             print(f"FAILED {case.name}", flush=True)
             status = 1
             continue
-        finish(case)
+        try:
+            finish(case)
+        except Exception:
+            print(f"FAILED {case.name}\n{traceback.format_exc()}", flush=True)
+            status = 1
     shutil.rmtree("data")
     return status
 

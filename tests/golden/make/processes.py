@@ -23,12 +23,14 @@ def spawn(script: str, arguments: Sequence[str], world: int) -> int:
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(world),
             LOCAL_WORLD_SIZE=str(world),
+            LOCAL_SIZE=str(world),  # else DeepSpeed asks numactl
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
             GLOO_SOCKET_IFNAME="lo",
             OMP_NUM_THREADS="1",
             DS_ACCELERATOR="cpu",
             TOKENIZERS_PARALLELISM="false",
+            TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1",  # DeepSpeed before 0.15 knew no other loading
         )
         ranks.append(subprocess.Popen([sys.executable, script, *arguments], env=env))
     status = 0
