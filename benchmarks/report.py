@@ -101,7 +101,8 @@ def _memory(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _weights(result: Result) -> str:
-    return f"{result['case']['key'].removeprefix('zero2-').removesuffix('g')} GiB of fp32"
+    size = result["case"]["key"].removeprefix("zero2-").removesuffix("g")
+    return f"{size} GiB of fp32, commit {result['commit'][:12]}"
 
 
 def _peak(contender: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import runpy
 import shutil
@@ -197,6 +198,7 @@ def test_errors_end_with_their_code(
 # --- what the pages name ---
 
 
+@functools.cache
 def words_of_the_source() -> set[str]:
     """Every string literal of the package; error codes are among them."""
     trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "shardmerge").rglob("*.py")]
