@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.dtypes import DType
+from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import ShardmergeError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
 from shardmerge.mapping.resolve import Assignment, Resolution, resolve
-from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, load_spec
+from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, TargetSpec, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
@@ -50,7 +51,7 @@ class Options:
     Attributes
     ----------
     dtype, shard_size
-        Instead of those of the mapping's ``output``.
+        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
     memory, workers
         Budget in bytes and threads; None for the defaults of ``storage.limits``.
     download
@@ -61,7 +62,7 @@ class Options:
         Whether the result is made durable before it is published.
     """
 
-    dtype: DType | None = None
+    dtype: DType | str | None = None
     shard_size: int | None = None
     memory: int | None = None
     workers: int | None = None
@@ -106,7 +107,7 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
     catalog = _open(source, Path(), options)
-    expectation = replace(expect_same(catalog, read_side_file, options.dtype), warnings=_better_roads(catalog))
+    expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -144,6 +145,8 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     """
     preset = load_preset(spec.use) if spec.use else None
     catalogs = _open_all(spec, folder, options)
+    if spec.target is not None:
+        raise_all(_odd_roles(spec.target, catalogs))
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = combine(spec, preset)
@@ -201,9 +204,13 @@ def _write_side_file(staging: Path, side: SideFile, *, sync: bool) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _dtype(options: Options) -> DType | None:
+    return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
+
+
 def _output(spec: OutputSpec | None, options: Options) -> OutputOptions:
     return OutputOptions(
-        options.dtype or (spec.dtype if spec else None),
+        _dtype(options) or (spec.dtype if spec else None),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
         options.memory or default_budget(),
         options.workers or default_workers(),
@@ -290,6 +297,20 @@ def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | Non
             expected=", ".join(TARGETS),
         )
     return TARGETS[spec.target.name](spec.target.roles, catalogs, read_side_file, dtype)
+
+
+# The roles that a target's `expect` looks at.
+_ROLES = ("trained", "text", "vision")
+
+
+def _odd_roles(target: TargetSpec, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
+    for role, source in target.roles.items():
+        if role not in _ROLES:
+            hint = did_you_mean(role, _ROLES)
+            yield UsageError("unknown-role", f"{target.name} has no role {role!r}", where=str(target.mark), hint=hint)
+        elif source not in catalogs:
+            hint = did_you_mean(source, catalogs)
+            yield UsageError("unknown-source", f"there is no source {source!r}", where=str(target.mark), hint=hint)
 
 
 def _as_resolved(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> Expectation:

@@ -27,8 +27,8 @@ def check_output(plan: Plan, out: Path) -> None:
     Raises
     ------
     OutputError
-        ``output-exists``: a file, or a directory that is not empty. ``output-is-source``: a source lies in it, or it
-        in a source. ``unwritable-output``: the parent does not let us create it.
+        ``output-exists``: a file, or a directory that is not empty. ``output-is-source``: a source lies in it, or is
+        it. ``unwritable-output``: the parent does not let us create it.
     ResourceError
         ``disk-too-small``: fewer bytes free than the plan writes.
     """

@@ -21,7 +21,7 @@ TRAINER = sorted(GOLDEN.glob("hf_trainer/checkpoint-*"))
 
 def entry_of(case: Path) -> Path:
     """The tag that the case's `latest` names, or the XTuner checkpoint."""
-    return case / "ckpt" if (case / "ckpt").is_dir() else case / "work_dirs" / "iter_2.pth"
+    return case / json.loads((case / "case.json").read_text())["entry"]
 
 
 def truth_of(case: Path) -> dict[str, object]:

@@ -176,3 +176,23 @@ def test_a_half_written_shard_is_refused_by_the_reference_reader(tmp_path: Path)
         load_file(tmp_path / "half.safetensors")
     file.seal(data[:8])
     assert torch.equal(load_file(tmp_path / "half.safetensors")["w"], torch.ones(100))
+
+
+def test_a_comment_in_the_mapping_changes_no_plan_id(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4)}, tmp_path / "m.safetensors")
+    text = "shardmerge: 1\nsources: {src: m.safetensors}\noutput: out\ntensors:\n  x: src:w\n"
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("# why it is so\n\n" + text)
+    assert sm.plan(tmp_path / "a.yaml").id == sm.plan(tmp_path / "b.yaml").id
+    half = sm.plan(tmp_path / "a.yaml", sm.Options(dtype="float16"))
+    assert half.id != sm.plan(tmp_path / "a.yaml").id
+    assert {tensor.dtype.name for tensor in half.tensors()} == {"F16"}
+
+
+def test_a_role_that_no_target_has_is_an_error(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4)}, tmp_path / "m.safetensors")
+    text = "shardmerge: 1\nsources: {src: m.safetensors}\ntensors:\n  x: src:w\ntarget: {name: hf/llava, vison: src}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    done = shardmerge("plan", tmp_path / "a.yaml", code=2)
+    assert "[unknown-role]" in done.stderr
+    assert "did you mean `vision`" in done.stderr

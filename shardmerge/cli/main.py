@@ -237,15 +237,14 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) -> None:
+    _warn(prepared)
     if as_json:
         click.echo(_dumped(explain.plan_json(prepared.plan)))
-        return
-    if tensors:
+    elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
-        return
-    click.echo(explain.plan_text(prepared.plan, out))
-    _warn(prepared)
+    else:
+        click.echo(explain.plan_text(prepared.plan, out))
 
 
 def _warn(prepared: Prepared) -> None:
@@ -280,6 +279,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         "bytes_read": result.outcome.bytes_read,
         "bytes_written": result.outcome.bytes_written,
         "overflows": result.outcome.overflows,
+        "warnings": list(result.plan.warnings),
         "planned_peak": result.plan.memory.peak,
         "seconds": round(seconds, 3),
     }

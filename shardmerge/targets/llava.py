@@ -180,7 +180,7 @@ def _lora_refused(title: str, where: str) -> ShardmergeError:
         "lora-not-yet",
         f"the {title} was trained as a LoRA adapter, and adapters are not merged yet",
         where=where,
-        hint="merge the adapter into its base with peft first (merge_and_unload); the next version reads it",
+        hint="merge the adapter into its base with peft first (merge_and_unload), then convert the result",
     )
 
 
