@@ -393,6 +393,10 @@ def finish(case: Case) -> None:
                 tensors.update(load_file(file))
             save_file(dict(sorted(tensors.items())), here / "to_hf_huggingface.safetensors")
             shutil.copy(output / "config.json", here / "to_hf_huggingface.config.json")
+            notes.append(
+                "XTuner's converter loads the tokenizer as LlamaTokenizerFast, which adds <unk> (298) first: <image> is"
+                " 299 and <pad> 300 in to_hf_huggingface.config.json, not 298 and 299"
+            )
             converter = f"ok, {len(tensors)} tensors in to_hf_huggingface.safetensors (its new vocabulary rows are random)"
         else:
             converter = "fails: " + [x for x in done.stderr.splitlines() if x.strip()][-1].strip()[:300]
