@@ -86,7 +86,7 @@ def _card(result: Result) -> str:
 
 def _memory(results: Sequence[Result]) -> Iterator[str]:
     sized = [result for result in results if result["case"]["key"].startswith("zero2-")]
-    if len(sized) < 2:
+    if len(sized) < 2 or len({result["commit"] for result in sized}) > 1:  # other code, other memory
         return
     yield "## Memory does not grow with the checkpoint\n"
     yield "Peak resident memory in MiB, ZeRO-2 to bf16; in brackets the anonymous part.\n"
@@ -102,7 +102,7 @@ def _memory(results: Sequence[Result]) -> Iterator[str]:
 
 def _weights(result: Result) -> str:
     size = result["case"]["key"].removeprefix("zero2-").removesuffix("g")
-    return f"{size} GiB of fp32, commit {result['commit'][:12]}"
+    return f"{size} GiB of fp32"
 
 
 def _peak(contender: Mapping[str, Any]) -> str:

@@ -20,8 +20,8 @@ _RESERVED = 52 << 20
 # A planned tensor with its entry, pieces, rule and header text: 1.7 to 2.2 KB measured, over 20,000 and 700 tensors.
 _PER_TENSOR = 4 << 10
 
-# fp32 to bf16 with two workers peaks at 49, 55, 67 and 91 MiB with tiles of 1, 2, 4 and 8 MiB, and the times do not
-# differ by more than the noise of the machine: large enough for windows that pay, and no larger.
+# fp32 to bf16 peaked at 49, 55, 67 and 91 MiB with tiles of 1, 2, 4 and 8 MiB and two workers (buffers resident; now
+# they are not until used), and the times did not differ by more than the noise: large enough for windows, no larger.
 LARGEST_TILE = 2 << 20
 _SMALLEST_TILE = 64 << 10
 

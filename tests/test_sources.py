@@ -192,3 +192,9 @@ def test_loose_tensors_beside_a_model_are_named_not_taken(tmp_path: Path) -> Non
     torch.save({"model": {"w": torch.ones(2)}, "loss": torch.tensor(0.5)}, tmp_path / "x.pt")
     assert_holds(tmp_path / "x.pt", {"w": torch.ones(2)})
     assert "1 tensors beside model are not part of it: loss" in shardmerge("inspect", tmp_path / "x.pt").stdout
+
+
+def test_a_directory_of_config_alone_is_a_base_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert shardmerge("inspect", tmp_path).stdout.startswith("config without weights: 0 tensors")
+    assert "[nothing-to-convert]" in shardmerge("convert", tmp_path, tmp_path / "out", code=2).stderr

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine
 from shardmerge.execute.gather import gather, single_extent
@@ -240,21 +242,22 @@ def _checksum(sums: list[tuple[int, int, int]]) -> int:
 class Buffers:
     """The two tiles of memory a worker owns; reused for every tile."""
 
-    first: bytearray
-    second: bytearray
+    first: memoryview
+    second: memoryview
 
     def input(self, nbytes: int) -> memoryview:
         """Returns the start of the first tile."""
-        return memoryview(self.first)[:nbytes]
+        return self.first[:nbytes]
 
     def output(self, nbytes: int) -> memoryview:
         """Returns the start of the second tile."""
-        return memoryview(self.second)[:nbytes]
+        return self.second[:nbytes]
 
 
 def new_buffers(nbytes: int) -> Buffers:
     """Returns two fresh tiles of ``nbytes`` each."""
-    return Buffers(bytearray(nbytes), bytearray(nbytes))
+    # numpy leaves fresh memory untouched, so a tile that no step needs costs nothing; a bytearray is zeroed.
+    return Buffers(np.empty(nbytes, np.uint8).data, np.empty(nbytes, np.uint8).data)
 
 
 def make_tile(tile: Tile, pool: FilePool, buffers: Buffers) -> tuple[memoryview, int]:
@@ -275,8 +278,9 @@ def read_range(
 ) -> memoryview:
     """Returns elements ``[start, start + count)``: mapped where one extent holds them, else gathered in ``buffer``."""
     extent = single_extent(entry, start, count)
-    if extent is not None:
-        return pool.view(extent.file, extent.offset, extent.nbytes)
+    mapped = pool.window(extent.file, extent.offset, extent.nbytes) if extent is not None else None
+    if mapped is not None:
+        return mapped
     data = buffer(count * entry.dtype.itemsize)
     gather(pool, entry, start, data)
     return data

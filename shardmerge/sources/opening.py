@@ -174,6 +174,11 @@ def _single(path: Path, options: OpenOptions) -> Catalog | None:
     return None
 
 
+def _config_only(path: Path, options: OpenOptions) -> Catalog | None:
+    """A base model of which nothing but config and tokenizer is needed, since the checkpoint has all of its tensors."""
+    return Catalog(str(path), "config without weights", {}) if (path / "config.json").is_file() else None
+
+
 def _shard(path: Path, options: OpenOptions) -> Catalog:
     if is_safetensors(path):
         return read_safetensors(path)
@@ -207,7 +212,7 @@ def _torch(path: Path, options: OpenOptions) -> Catalog | None:
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
-_FOLDER_READERS: tuple[Reader, ...] = (_tag, _work_dir, _tag_parent, _adapter, _indexed, _single)
+_FOLDER_READERS: tuple[Reader, ...] = (_tag, _work_dir, _tag_parent, _adapter, _indexed, _single, _config_only)
 _FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _safetensors, _torch)
 
 

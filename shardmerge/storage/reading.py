@@ -179,13 +179,19 @@ class FilePool:
 
     def view(self, path: str, offset: int, nbytes: int) -> memoryview:
         """Returns the bytes, mapped where that is safe and pays, else read into fresh memory."""
-        file = self.get(path)
-        self._count(nbytes)
-        if nbytes >= _SMALLEST_WINDOW and self._mapped(path):
-            return file.window(offset, nbytes)
+        mapped = self.window(path, offset, nbytes)
+        if mapped is not None:
+            return mapped
         buffer = memoryview(bytearray(nbytes))
-        file.read_into(offset, buffer)
+        self.read_into(path, offset, buffer)
         return buffer
+
+    def window(self, path: str, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes mapped, or None where that is not safe or does not pay."""
+        if nbytes < _SMALLEST_WINDOW or not self._mapped(path):
+            return None
+        self._count(nbytes)
+        return self.get(path).window(offset, nbytes)
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fills ``out`` from the file's byte ``offset`` on."""
