@@ -25,8 +25,8 @@ _PER_TENSOR = 4 << 10
 LARGEST_TILE = 2 << 20
 _SMALLEST_TILE = 64 << 10
 
-# What `execute.gather` takes to read elements that lie apart.
-_STRIDED = 1 << 20
+# Most bytes that `execute.gather` reads at once for elements that lie apart.
+STRIDED_WORKSPACE = 1 << 20
 
 
 def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) -> Memory:
@@ -68,7 +68,11 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
 
 def _tile_peak(tensors: list[PlannedTensor], tile: int) -> int:
     """Input and output of a tile, and the largest workspace any op of the plan asks for."""
-    return 2 * tile + _STRIDED + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
+    return (
+        2 * tile
+        + STRIDED_WORKSPACE
+        + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
+    )
 
 
 def _workspace(part: Part, tile: int) -> int:

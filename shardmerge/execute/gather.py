@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from shardmerge.memory import STRIDED_WORKSPACE
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry
 
@@ -151,6 +152,3 @@ def _read_run(
 
 # Elements further apart than this are read one by one: the bytes between them would cost more than the calls.
 _PAGE = 4096
-
-# Most bytes read at once for elements that lie apart.
-STRIDED_WORKSPACE = 1 << 20

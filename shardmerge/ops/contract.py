@@ -6,7 +6,7 @@ An op is a frozen value: its fields are its parameters and stand in the plan. It
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from shardmerge.ops.arrays import Array
 
@@ -37,6 +37,3 @@ class ReduceOp(Protocol):
 
     def apply(self, blocks: Iterable[Array], width: int, out: Array) -> int:
         """Fills ``out`` (rows x width, flat) from 2-D blocks of whole rows; returns the count of overflows."""
-
-
-Op: TypeAlias = TileOp | ReduceOp

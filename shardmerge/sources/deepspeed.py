@@ -46,7 +46,7 @@ def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
     tag = list_tag(folder)
     states = [_RankState(read_torch_file(rank.path), rank) for rank in tag.models]
     first = states[0]
-    if "num_experts" in first.root and _expert_count(first.root["num_experts"]) > 0:
+    if "num_experts" in first.root and _largest(first.root["num_experts"]) > 0:
         raise kind_not_yet(folder, "mixture-of-experts (MoE)")
     optims = [_OptimState.of(read_torch_file(rank.path), rank) for rank in tag.optims]
     _check_ranks(folder, states, optims)
@@ -117,7 +117,7 @@ class _OptimState:
             rank,
             stage,
             flats,
-            _world(state.get("partition_count")),
+            _largest(state.get("partition_count")),
             _paddings(state.get("param_alignment_paddings")),
             as_dict(file.root).get("ds_config"),
             _first_step(file, state),
@@ -353,7 +353,8 @@ def _stage(optims: list[_OptimState]) -> int:
     return optims[0].stage if optims else 0
 
 
-def _world(value: Value) -> int:
+def _largest(value: Value) -> int:
+    """Returns a count, or the largest of a list of them (one a parameter group, or one a MoE layer); 0 for neither."""
     counts = value if isinstance(value, list) else [value]
     return max((count for count in counts if isinstance(count, int)), default=0)
 
@@ -361,11 +362,6 @@ def _world(value: Value) -> int:
 def _paddings(value: Value) -> tuple[tuple[int, ...], ...]:
     groups = value if isinstance(value, list) else []
     return tuple(tuple(n for n in group if isinstance(n, int)) for group in groups if isinstance(group, list))
-
-
-def _expert_count(value: Value) -> int:
-    counts = value if isinstance(value, list) else [value]
-    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def _first_step(file: TorchFile, state: Mapping[object, Value]) -> float | None:
