@@ -1,39 +1,258 @@
-"""What an op is. Two families: by tile, and over the whole input.
+"""What an op is. Two families: moves, which only say where bytes lie, and arithmetic.
 
-An op is a frozen value: its fields are its parameters and stand in the plan. It sees arrays, never names or files.
+An op is a frozen value: its fields are its parameters and stand in the plan. It sees types, shapes and arrays, never
+names or files. A move compiles away: the planner turns its ``layout`` into regions of the source files. Arithmetic
+works on any range of the output, in float32 (float64 where an input is), and is rounded once, by the cast behind it.
+
+A family is one module that exports ``KINDS``; ``ops.registry`` lists the families.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
 
+from shardmerge.dtypes import DTYPES, DType
 from shardmerge.ops.arrays import Array
 
-
-class TileOp(Protocol):
-    """Element ``i`` of the output is made of element ``i`` of the input, so any tile can be computed alone."""
-
-    @property
-    def label(self) -> str:
-        """How the plan calls it, parameters included, e.g. ``cast BF16``."""
-
-    def workspace(self, numel: int) -> int:
-        """Returns the bytes allocated inside ``apply`` for a tile of ``numel`` elements, at most."""
-
-    def apply(self, tile: Array, out: Array) -> int:
-        """Fills ``out`` from ``tile``, 1-D and of equal length; returns how many finite values overflowed."""
+Shape: TypeAlias = tuple[int, ...]
 
 
-class ReduceOp(Protocol):
-    """The output needs the whole input, seen once as a stream of row blocks, and is small."""
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """A tensor without its data."""
+
+    dtype: DType
+    shape: Shape
+
+
+class Op(ABC):
+    """Anything done to tensors."""
+
+    __slots__ = ()
 
     @property
+    @abstractmethod
     def label(self) -> str:
-        """How the plan calls it."""
+        """How the plan calls it, parameters included: ``cast F32 to BF16``, ``split dim 0 [4096, 1024, 1024] 2``."""
 
-    def workspace(self, width: int) -> int:
-        """Returns the bytes of state for rows of ``width`` elements, at most, a block's included."""
+    @abstractmethod
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns type and shape of the result.
 
-    def apply(self, blocks: Iterable[Array], width: int, out: Array) -> int:
-        """Fills ``out`` (rows x width, flat) from 2-D blocks of whole rows; returns the count of overflows."""
+        Raises
+        ------
+        MappingError
+            ``op-shape``: inputs that the op cannot take, with what was found and what was expected.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Strides:
+    """The result is ``torch.as_strided`` of the one input's row-major elements.
+
+    Attributes
+    ----------
+    offset
+        First element.
+    shape, strides
+        In elements; any number of axes. The row-major order of ``shape`` is that of the result.
+    """
+
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The inputs side by side: each is ``[rows, numel / rows]``, and row i of the result is row i of all, in order."""
+
+    rows: int
+
+
+Layout: TypeAlias = Strides | Joined
+
+
+class Move(Op):
+    """Moves bytes, makes none: the result's elements are elements of the inputs."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def layout(self, inputs: Sequence[Meta]) -> Layout:
+        """Returns where the elements of the result lie."""
+
+    @abstractmethod
+    def apply(self, inputs: Sequence[Array]) -> Array:
+        """Returns the result for whole arrays: what ``layout`` has to agree with."""
+
+
+class Stream(Protocol):
+    """An input that an op may read ahead of its tiles."""
+
+    @property
+    def meta(self) -> Meta:
+        """Its type and shape."""
+
+    def read(self, start: int, count: int) -> Array:
+        """Returns elements ``[start, start + count)``, row-major, 1-D, as stored, in memory of their own."""
+
+
+# What `prepare` found, given back to every `apply` of the same tensor. Each op narrows it to its own type.
+State: TypeAlias = object
+
+
+class Arithmetic(Op):
+    """Computes. Every range of the result can be made alone, once the state of the whole is known."""
+
+    __slots__ = ()
+
+    def unit(self, inputs: Sequence[Meta]) -> int:
+        """Returns how many elements are made together; ranges begin at its multiples.
+
+        Part of the result: a sum must not depend on where a tile happens to be cut.
+        """
+        del inputs
+        return 1
+
+    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """Returns the (start, count) that making elements ``[start, start + count)`` needs of each input.
+
+        A count of 0 asks for nothing: the state knows all of that input.
+        """
+        return ((start, count),) * len(inputs)
+
+    def state_peak(self, inputs: Sequence[Meta]) -> int:
+        """Returns the most bytes that ``prepare`` allocates and the state holds, arrays read from streams included."""
+        del inputs
+        return 0
+
+    def prepare(self, inputs: Sequence[Stream]) -> State:
+        """Returns what must be known of the whole inputs; called once a tensor. Reads in blocks of fixed size."""
+        del inputs
+        return None
+
+    @abstractmethod
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """Returns the most bytes that ``apply`` allocates for ``count`` elements of the result."""
+
+    @abstractmethod
+    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
+        """Fills ``out`` and returns how many finite values overflowed.
+
+        Parameters
+        ----------
+        state
+            From ``prepare``.
+        tiles
+            What ``ranges`` asked for, 1-D, as stored; must not be written to.
+        start
+            First element of the result in ``out``.
+        out
+            1-D, of the inferred type.
+        """
+
+
+def result_dtype(inputs: Sequence[Meta]) -> DType:
+    """Returns the type arithmetic is done in: float32, or float64 where an input is."""
+    return DTYPES["F64"] if any(meta.dtype.name == "F64" for meta in inputs) else DTYPES["F32"]
+
+
+# --- how an op is called in mapping.yaml ---
+
+Value: TypeAlias = int | float | bool | str | tuple[int, ...] | tuple[float, ...]
+ParamKind: TypeAlias = Literal["int", "number", "flag", "text", "ints", "numbers", "dtype"]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter of an op.
+
+    Attributes
+    ----------
+    kind
+        ``int`` and ``number`` take expressions (``heads * head_dim``), ``ints`` and ``numbers`` lists of them.
+    about
+        One line for the documentation.
+    default
+        None where the parameter must be given, or where ``optional`` says that it may be absent.
+    choices
+        What a ``text`` may be; empty for anything.
+    """
+
+    name: str
+    kind: ParamKind
+    about: str
+    default: Value | None = None
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+
+
+Texts: TypeAlias = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """One op undoes the other: ``params`` turns the parameters, as written, into those of the op ``name``."""
+
+    name: str
+    params: Callable[[Texts], Texts]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Siblings that differ in ``take`` alone and take every part are undone together, by the op ``name`` over them."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """Input k is the op ``name`` with the same parameters and ``take: k``; ``needs`` must be given to know the parts."""
+
+    name: str
+    needs: str
+
+
+Inverse: TypeAlias = Mirror | Gathered | Scattered
+
+
+@dataclass(frozen=True, slots=True)
+class OpKind:
+    """An op as mapping.yaml knows it.
+
+    Attributes
+    ----------
+    name
+        The word behind ``op:``.
+    about
+        What it does, for its page in the documentation: a sentence, then details, in Markdown.
+    example
+        A rule or two, as YAML, that the documentation shows and the tests execute.
+    params
+        Besides ``op`` and ``of``.
+    build
+        Makes the op of the parameters' values; raises MappingError ``op-value`` for values that make no sense.
+        A ``salt`` (text) of the target's name is among them, for ops that draw random numbers.
+    terms
+        Parameters that are tensors; they come before those of ``of`` in the op's inputs.
+    many
+        Whether ``of`` is a list (or a template with ``{e*}``).
+    inverse
+        None: lossy.
+    lossy
+        Why there is no inverse.
+    """
+
+    name: str
+    about: str
+    example: str
+    params: tuple[Param, ...]
+    build: Callable[[Mapping[str, Value]], Op]
+    terms: tuple[str, ...] = ()
+    many: bool = False
+    inverse: Inverse | None = None
+    lossy: str = ""
