@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from shardmerge.tensors import Extent, Shape
+from shardmerge.dtypes import DType
+from shardmerge.tensors import Catalog, Extent, Shape
 
 # Targets open no files: whoever calls them passes the function that reads a side file's bytes.
 ReadSideFile: TypeAlias = Callable[[Extent], bytes]
@@ -47,6 +48,113 @@ class Component:
     remedy: str
 
 
+How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
+Format: TypeAlias = Literal["safetensors", "bin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What the user wants of the vocabulary: ``vocabulary:`` of the mapping.
+
+    Attributes
+    ----------
+    rows
+        Rows of embedding and head; None to keep what the text model's config says.
+    multiple
+        Round up to a multiple of this; 1 for no rounding.
+    new
+        How new rows are made: the mean of the old ones, zeros, a copy of row ``row``, or drawn from a normal
+        distribution with the old rows' mean and deviation and ``seed``.
+    trim
+        Whether rows may be cut off.
+    tokens
+        Added to the tokenizer, in order; ``pad`` names the padding token among them.
+    """
+
+    rows: int | None = None
+    multiple: int = 1
+    new: How = "mean"
+    row: int = 0
+    seed: int = 0
+    trim: bool = False
+    tokens: tuple[str, ...] = ()
+    pad: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a target is asked for.
+
+    Attributes
+    ----------
+    roles
+        Which source plays which role.
+    options
+        The target's own settings, as written.
+    catalogs
+        All sources by name.
+    read
+        Reads a side file.
+    dtype
+        Float type of the output; None where every tensor keeps its own.
+    vocabulary
+        As the mapping says, None where it does not.
+    where
+        The mapping's line, for messages.
+    """
+
+    roles: Mapping[str, str]
+    options: Mapping[str, str]
+    catalogs: Mapping[str, Catalog]
+    read: ReadSideFile
+    dtype: DType | None = None
+    vocabulary: Vocabulary | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The rows (dim 0) of a target tensor need not be those of its source.
+
+    Attributes
+    ----------
+    how, row, seed
+        New rows, as in ``Vocabulary``.
+    trim
+        Whether the source may have more rows; the last ones are cut off.
+    """
+
+    how: How = "mean"
+    row: int = 0
+    seed: int = 0
+    trim: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FileGroup:
+    """Target tensors that share files. A tensor belongs to the first group whose prefix its name has.
+
+    Attributes
+    ----------
+    prefix
+        Of the target names; it is not part of the names in the files.
+    folder
+        Inside the output directory, ``""`` for the directory itself.
+    stem, suffix
+        Of the files: ``model`` and ``.safetensors`` give ``model.safetensors``, or ``model-00001-of-00002.safetensors``
+        with an index. An empty suffix leaves it to the user's ``output.format``, whose ``bin`` files are then called
+        ``pytorch_model`` where the stem is ``model``. ``.pth`` and ``.bin`` are torch files.
+    sharded
+        Whether it may be cut into several files.
+    """
+
+    prefix: str = ""
+    folder: str = ""
+    stem: str = "model"
+    suffix: str = ""
+    sharded: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """What the finished directory must hold.
@@ -55,8 +163,8 @@ class Expectation:
     ----------
     tensors
         Every target name with its final shape; nothing more and nothing less is written.
-    grown
-        Names whose source may have fewer rows (dim 0) than the final shape: new rows are the mean of the old ones.
+    resized
+        Names whose source may have another number of rows (dim 0) than the final shape, and what happens then.
     tied
         Names that are not written although a source may have them, with the name they are tied to.
     side_files
@@ -65,11 +173,42 @@ class Expectation:
         For the messages about missing tensors.
     warnings
         Things a user must see although nothing stops.
+    groups
+        How tensors are spread over files; every tensor belongs to one.
+    keep
+        Names that keep the type of their source whatever ``output.dtype`` says.
     """
 
     tensors: Mapping[str, Shape]
-    grown: frozenset[str] = frozenset()
+    resized: Mapping[str, Resize] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
     components: tuple[Component, ...] = ()
     warnings: tuple[str, ...] = ()
+    groups: tuple[FileGroup, ...] = (FileGroup(),)
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of finished directory, as mapping.yaml names it.
+
+    Attributes
+    ----------
+    name
+        ``hf/llava``, ...
+    about
+        One sentence for the documentation.
+    roles
+        Which sources it looks at, with a line about each.
+    options
+        Its own settings, with a line about each.
+    expect
+        Says what such a directory holds; raises TargetError.
+    """
+
+    name: str
+    about: str
+    roles: Mapping[str, str]
+    options: Mapping[str, str]
+    expect: Callable[[Request], Expectation]
