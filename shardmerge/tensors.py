@@ -2,6 +2,8 @@
 
 A checkpoint of any format becomes a ``Catalog`` of ``TensorEntry``; an entry is a dtype, a shape and ``Piece`` s that
 tile the tensor's row-major order exactly once, each held by an ``Extent`` of a file, or by a ``Strided`` view of one.
+A tensor made of other tensors is an entry too: its one piece is a ``View`` of another entry, ``Columns`` of several, or
+``Made`` by arithmetic. So a whole expression is one entry, and whoever can read an entry can read the result.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
 
@@ -64,7 +66,64 @@ class Piece:
 
     start: int
     count: int
-    held: Extent | Strided
+    held: Held
+
+
+class Recipe(Protocol):
+    """What makes elements of other elements; ``ops.contract`` says the rest."""
+
+    @property
+    def label(self) -> str:
+        """How the plan calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Elements of another tensor, some of them or in another order: ``torch.as_strided`` over its row-major elements.
+
+    Attributes
+    ----------
+    base
+        The other tensor.
+    offset
+        Its first element that is seen.
+    shape, strides
+        In elements, strides never negative. The row-major order of ``shape`` is that of the tensor so held.
+    recipe
+        The op that asked for it.
+    """
+
+    base: TensorEntry
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
+    recipe: Recipe
+
+    @property
+    def bases(self) -> tuple[TensorEntry, ...]:
+        """What it is made of."""
+        return (self.base,)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Tensors side by side: each is ``[rows, numel / rows]``, and row i is row i of all of them, in order."""
+
+    bases: tuple[TensorEntry, ...]
+    rows: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Computed from other tensors."""
+
+    bases: tuple[TensorEntry, ...]
+    recipe: Recipe
+
+
+Composed: TypeAlias = View | Columns | Made
+Held: TypeAlias = Extent | Strided | Composed
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +141,8 @@ class TensorEntry:
         order of ``start``, without gaps or overlaps. Empty for a tensor without elements.
     origin
         Where in the checkpoint it was found, for people: ``"fp32 partitions"``, ``"frozen fragments"``, ...
+    source
+        Name of its source in the mapping, once it is known.
     """
 
     name: str
@@ -89,6 +150,7 @@ class TensorEntry:
     shape: Shape
     pieces: Sequence[Piece]
     origin: str = ""
+    source: str = ""
 
     @property
     def numel(self) -> int:
@@ -99,6 +161,23 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Size in bytes, dense."""
         return self.numel * self.dtype.itemsize
+
+
+def composed(entry: TensorEntry) -> Composed | None:
+    """Returns what a tensor is made of, or None for one that lies in files (or has no elements)."""
+    held = entry.pieces[0].held if entry.pieces else None
+    return held if isinstance(held, (View, Columns, Made)) else None
+
+
+def leaves(entry: TensorEntry) -> Iterator[TensorEntry]:
+    """Yields the tensors of checkpoints that an entry is made of, the entry itself if it is one."""
+    held = composed(entry)
+    if held is None:
+        if entry.name:
+            yield entry
+        return
+    for base in held.bases:
+        yield from leaves(base)
 
 
 def dense(extent: Extent, numel: int) -> tuple[Piece, ...]:

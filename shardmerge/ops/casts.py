@@ -9,19 +9,21 @@ Measured on two x86-64 cores: ml_dtypes turns fp32 into bf16 at 5.5 GB/s of inpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from shardmerge.dtypes import DTYPES, DType
+from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.ops.arrays import Array
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Value
 
 # Types whose every value float32 holds exactly: a cast from them may pass through float32 and still rounds once.
 _EXACT_IN_F32 = frozenset({"F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(Arithmetic):
     """A cast from one float type to another.
 
     Attributes
@@ -38,15 +40,20 @@ class Cast:
         """``cast F32 to BF16``."""
         return f"cast {self.source} to {self.target}"
 
-    def workspace(self, numel: int) -> int:
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns the same shape in the target type."""
+        return Meta(self.target, inputs[0].shape)
+
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
         """Returns the bytes of temporaries: two float32 copies and two masks where float64 is narrowed."""
         if self.source.name == "F64":
-            return numel * (4 + 4 + 8 + 8 + 8 + 2)
-        clipped = numel * 9 if self.target.name == "F8_E4M3" else 0
-        return clipped + (0 if self._direct else numel * 4)
+            return count * (4 + 4 + 8 + 8 + 8 + 2)
+        clipped = count * 9 if self.target.name == "F8_E4M3" else 0
+        return clipped + (0 if self._direct else count * 4)
 
-    def apply(self, tile: Array, out: Array) -> int:
-        """Fills ``out`` (dtype ``target``) from ``tile`` (dtype ``source``), both 1-D; returns the overflow count."""
+    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
+        """Fills ``out`` (dtype ``target``) from the one tile (dtype ``source``); returns the overflow count."""
+        (tile,) = tiles
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             near = tile if self._direct else self._through_f32(tile)
             if self.target.name == "F8_E4M3":
@@ -121,4 +128,37 @@ _FIRST_SPECIAL = {
     "F8_E5M2": 0x7C,
 }
 
+# Whose every value the other holds exactly: sign, exponent range (subnormals included) and mantissa.
+_EXACT_IN = {
+    "F64": frozenset({"F32", *_EXACT_IN_F32}),
+    "F32": _EXACT_IN_F32,
+    "F16": frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}),
+    "BF16": frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}),
+}
+
+
+def exact(cast: Cast) -> bool:
+    """Tells whether a cast changes no value, so that a later one may skip it."""
+    return cast.source.name in _EXACT_IN.get(cast.target.name, ())
+
+
 CASTABLE = frozenset(row.name for row in DTYPES.values() if row.kind == "float" and row.name != "F8_E8M0")
+
+
+
+def _build(values: Mapping[str, Value]) -> Cast:
+    """The source type is not known yet: ``compose`` takes it from the input."""
+    return Cast(DTYPES["F32"], float_dtype(str(values["dtype"])))
+
+
+KINDS = (
+    OpKind(
+        name="cast",
+        about="Casts a float tensor, whatever `output.dtype` says of the rest. Ties go to the even neighbour; integers "
+        "and booleans stay what they are.",
+        example='"{name}.norm.weight": {op: cast, of: "src:{name}.norm.weight", dtype: float32}',
+        params=(Param("dtype", "dtype", "`float32`, `bfloat16`, `float16`, ..."),),
+        build=_build,
+        lossy="a cast to a narrower type forgets bits",
+    ),
+)
