@@ -2,16 +2,18 @@
 
 The planned peak is a sum of what is known before a byte is read:
 
-    interpreter and libraries  +  the plan itself  +  workers x (input tile + output tile + op workspace)
+    interpreter and libraries  +  the plan itself  +  workers x (a tile of output + what making it allocates)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shardmerge.compose import meta
 from shardmerge.errors import ResourceError
-from shardmerge.ops.vocabulary import BLOCK_ROWS
-from shardmerge.plan import Copy, Memory, Part, PlannedTensor, Reduce
+from shardmerge.ops.contract import Arithmetic
+from shardmerge.plan import Memory, PlannedTensor
+from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View
 
 # Resident after importing numpy, ml_dtypes, click, tqdm and PyYAML: 42 MiB measured (CPython 3.11, numpy 2.4); the rest
 # is room for other versions and for parsing the mapping.
@@ -25,8 +27,8 @@ _PER_TENSOR = 4 << 10
 LARGEST_TILE = 2 << 20
 _SMALLEST_TILE = 64 << 10
 
-# Most bytes that `execute.gather` reads at once for elements that lie apart.
-STRIDED_WORKSPACE = 1 << 20
+# Most bytes that `execute.gather` reads at once to rearrange them.
+WORKSPACE = 1 << 20
 
 
 def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) -> Memory:
@@ -39,7 +41,7 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
     budget
         Most resident bytes of the whole process.
     workers
-        Threads that stream tiles.
+        Threads that stream tiles; fewer are used where so many do not fit.
 
     Raises
     ------
@@ -48,53 +50,87 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
     """
     listed = list(tensors)
     fixed = _RESERVED + _PER_TENSOR * len(listed)
-    widest, name = max(((_reduction(tensor), tensor.name) for tensor in listed), default=(0, ""))
-    tile = LARGEST_TILE
-    while tile >= _SMALLEST_TILE:
-        peak = fixed + workers * max(_tile_peak(listed, tile), widest)
-        if peak <= budget:
-            return Memory(workers, tile, peak)
-        tile //= 2
-    least = fixed + workers * max(_tile_peak(listed, _SMALLEST_TILE), widest)
+    for count in range(workers, 0, -1):
+        tile = LARGEST_TILE
+        while tile >= _SMALLEST_TILE:
+            peak = fixed + count * max((_worker_peak(tensor.entry, tile) for tensor in listed), default=0)
+            if peak <= budget:
+                return Memory(count, tile, peak)
+            tile //= 2
+    least, name = max((_worker_peak(tensor.entry, _SMALLEST_TILE), tensor.name) for tensor in listed)
     raise ResourceError(
         "memory-budget",
         "the plan does not fit the memory budget",
-        where=f"tensor {name}" if widest > _SMALLEST_TILE else "",
-        found=f"{least:,} bytes needed with {workers} workers",
+        where=f"tensor {name}" if least > 4 * _SMALLEST_TILE else "",
+        found=f"{fixed + least:,} bytes needed with 1 worker",
         expected=f"at most {budget:,} bytes",
-        hint="allow more with --max-memory, or use fewer workers with --workers 1",
+        hint=f"allow more: --max-memory {-(-(fixed + least) // (1 << 20))}MiB",
     )
 
 
-def _tile_peak(tensors: list[PlannedTensor], tile: int) -> int:
-    """Input and output of a tile, and the largest workspace any op of the plan asks for."""
-    return (
-        2 * tile
-        + STRIDED_WORKSPACE
-        + max((_workspace(part, tile) for tensor in tensors for part in tensor.parts), default=0)
-    )
+def tile_elements(entry: TensorEntry, tile: int) -> int:
+    """Returns how many elements of an output tensor are made at a time, at most."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, Made):
+        return chunk_elements(entry, held, tile)
+    return max(tile // entry.dtype.itemsize, 1)
 
 
-def _workspace(part: Part, tile: int) -> int:
-    if isinstance(part.step, (Copy, Reduce)):
-        return 0
-    return part.step.op.workspace(tile // part.step.read.entry.dtype.itemsize)
+def chunk_elements(entry: TensorEntry, held: Made, tile: int) -> int:
+    """Returns how many elements arithmetic makes at a time: a tile on its larger side, cut where rows end."""
+    widest = max([entry.dtype.itemsize, *(base.dtype.itemsize for base in held.bases)])
+    unit = granule(entry)
+    return max(tile // widest // unit * unit, unit)
 
 
-def _reduction(tensor: PlannedTensor) -> int:
-    return max((_reduce_bytes(part) for part in tensor.parts if isinstance(part.step, Reduce)), default=0)
+def granule(entry: TensorEntry) -> int:
+    """Returns the elements that are best made together, so that no row is computed for two tiles."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if not isinstance(held, Made) or not isinstance(held.recipe, Arithmetic):
+        return 1
+    unit = held.recipe.unit([meta(base) for base in held.bases])
+    if unit == 1 and len(held.bases) == 1 and held.bases[0].numel == entry.numel:
+        return granule(held.bases[0])
+    return unit
 
 
-def _reduce_bytes(part: Part) -> int:
-    assert isinstance(part.step, Reduce)  # filtered by the caller
-    entry = part.step.read.entry
-    width = row_width(entry.shape)
-    return part.step.op.workspace(width) + BLOCK_ROWS * width * entry.dtype.itemsize
+def has_state(entry: TensorEntry) -> bool:
+    """Tells whether making a tensor begins with reading something whole, so that one worker should make all of it."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, Made) and isinstance(held.recipe, Arithmetic):
+        if held.recipe.state_peak([meta(base) for base in held.bases]):
+            return True
+    bases = held.bases if isinstance(held, (View, Columns, Made)) else ()
+    return any(has_state(base) for base in bases)
 
 
-def row_width(shape: tuple[int, ...]) -> int:
-    """Returns the elements of one row (dim 0) of a shape; 1 for a 0-d tensor."""
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    return width
+def _worker_peak(entry: TensorEntry, tile: int) -> int:
+    """The output of a tile, what making it needs, and the buffers that are kept to be used again."""
+    count = min(tile_elements(entry, tile), entry.numel)
+    return tile + count * entry.dtype.itemsize + _need(entry, count, tile)
+
+
+def _need(entry: TensorEntry, count: int, tile: int) -> int:
+    """Bytes allocated while ``count`` elements are written to a buffer that is there already."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, Made):
+        return _arithmetic_need(entry, held, count, tile)
+    if isinstance(held, (View, Columns)):
+        inner = max(_need(base, max(count, WORKSPACE // base.dtype.itemsize), tile) for base in held.bases)
+        return WORKSPACE + inner
+    # A plain tensor may have views among its pieces only if it is one (torch saves a view as one piece).
+    return WORKSPACE if isinstance(held, Strided) else 0
+
+
+def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> int:
+    op = held.recipe
+    assert isinstance(op, Arithmetic)  # moves are views and columns
+    metas = [meta(base) for base in held.bases]
+    unit = op.unit(metas)
+    chunk = min(chunk_elements(entry, held, tile), -(-count // unit) * unit + unit, entry.numel)
+    total = op.peak(metas, chunk) + op.state_peak(metas)
+    if unit > 1:
+        total += chunk * entry.dtype.itemsize  # a block whose middle is asked for is made whole
+    for base, (_, wanted) in zip(held.bases, op.ranges(metas, 0, chunk), strict=True):
+        total += wanted * base.dtype.itemsize
+    return total + max((_need(base, tile, tile) for base in held.bases), default=0)

@@ -4,71 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
-
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from shardmerge.dtypes import DType
-from shardmerge.ops.contract import ReduceOp, TileOp
 from shardmerge.targets.expectation import SideFile
-from shardmerge.tensors import Extent, FileStamp, Shape, TensorEntry
+from shardmerge.tensors import Extent, FileStamp, Made, Shape, TensorEntry, View, composed
 
 # Version of the plan's JSON. It is part of the plan id.
-SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A source tensor, whole.
-
-    Attributes
-    ----------
-    source
-        The source's name in the mapping.
-    entry
-        What it is and where its bytes lie.
-    """
-
-    source: str
-    entry: TensorEntry
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The bytes as they are."""
-
-    read: Read
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Element by element, any tile alone."""
-
-    op: TileOp
-    read: Read
-
-
-@dataclass(frozen=True, slots=True)
-class Reduce:
-    """From the whole input, streamed once."""
-
-    op: ReduceOp
-    read: Read
-
-
-Step: TypeAlias = Copy | Compute | Reduce
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Elements ``[start, start + count)`` of a target tensor, row-major, and the step that makes them.
-
-    A ``Copy`` or ``Compute`` takes the first ``count`` elements of what it reads.
-    """
-
-    start: int
-    count: int
-    step: Step
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +20,43 @@ class PlannedTensor:
 
     Attributes
     ----------
-    name, dtype, shape
-        As they will stand in the header.
-    parts
-        In ascending order, tiling the tensor.
+    name
+        Of the target, group prefix included.
+    entry
+        What it is made of; its type and shape are those of the output.
     rule
         ``file:line:col`` of the rule that asked for it, with its text.
+    stored
+        Its name in the file.
     offset
         In bytes, from the start of its shard's file.
     """
 
     name: str
-    dtype: DType
-    shape: Shape
-    parts: tuple[Part, ...]
+    entry: TensorEntry
     rule: str
-    offset: int
+    stored: str
+    offset: int = 0
+
+    @property
+    def dtype(self) -> DType:
+        """As in the header."""
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """As in the header."""
+        return self.entry.shape
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return sum(part.count for part in self.parts)
+        return self.entry.numel
 
     @property
     def nbytes(self) -> int:
         """Bytes in the output."""
-        return self.numel * self.dtype.itemsize
+        return self.entry.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +66,22 @@ class PlannedShard:
     Attributes
     ----------
     name
-        Base name.
-    header
-        The safetensors header, the 8 bytes of its length included; the data follows.
+        Path inside the output directory.
+    nbytes
+        Size of the file.
+    blobs
+        All bytes that are no tensor data, as (offset, bytes), ascending; the first is the header.
     tensors
         In the order of their data.
+    checksums
+        Where the CRC-32 of a tensor's bytes is to be written, by its name: fields of a torch file.
     """
 
     name: str
-    header: bytes
+    nbytes: int
+    blobs: tuple[tuple[int, bytes], ...]
     tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file in bytes."""
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+    checksums: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +192,23 @@ def _length(part: bytes | Extent) -> int:
 
 
 def bytes_read(tensor: PlannedTensor) -> int:
-    """Returns the data bytes that making this tensor reads."""
-    return sum(_part_bytes(part) for part in tensor.parts)
+    """Returns the data bytes that making this tensor reads once; an op that looks twice reads more."""
+    return _read_bytes(tensor.entry)
 
 
-def _part_bytes(part: Part) -> int:
-    entry = part.step.read.entry
-    return entry.nbytes if isinstance(part.step, Reduce) else part.count * entry.dtype.itemsize
+def _read_bytes(entry: TensorEntry) -> int:
+    held = composed(entry)
+    if held is None:
+        return entry.nbytes
+    if isinstance(held, View):
+        return min(entry.numel * held.base.dtype.itemsize, _read_bytes(held.base))
+    return sum(_read_bytes(base) for base in held.bases)
+
+
+def is_copy(entry: TensorEntry) -> bool:
+    """Tells whether a tensor is bytes of the sources, moved and not changed."""
+    held = composed(entry)
+    return held is None or (not isinstance(held, Made) and all(is_copy(base) for base in held.bases))
 
 
 def canonical(plan: Plan) -> dict[str, object]:
@@ -269,7 +234,7 @@ def _side_json(part: bytes | Extent) -> object:
 def _shard_json(shard: PlannedShard) -> dict[str, object]:
     return {
         "name": shard.name,
-        "header_nbytes": len(shard.header),
+        "nbytes": shard.nbytes,
         "tensors": [_without_rule(tensor_json(tensor)) for tensor in shard.tensors],
     }
 
@@ -288,18 +253,19 @@ def tensor_json(tensor: PlannedTensor) -> dict[str, object]:
         "nbytes": tensor.nbytes,
         "offset": tensor.offset,
         "rule": tensor.rule,
-        "parts": [part_json(part) for part in tensor.parts],
+        "made": entry_json(tensor.entry),
     }
 
 
-def part_json(part: Part) -> dict[str, object]:
-    """Returns one part as plain JSON values."""
-    return {
-        "start": part.start,
-        "count": part.count,
-        "op": "copy" if isinstance(part.step, Copy) else part.step.op.label,
-        "source": part.step.read.source,
-        "tensor": part.step.read.entry.name,
-        "dtype": part.step.read.entry.dtype.name,
-        "origin": part.step.read.entry.origin,
-    }
+def entry_json(entry: TensorEntry) -> dict[str, object]:
+    """Returns what a tensor is made of as plain JSON values: an op over others, or a tensor of a source."""
+    held = composed(entry)
+    if held is None:
+        return {
+            "source": entry.source,
+            "tensor": entry.name,
+            "dtype": entry.dtype.name,
+            "shape": list(entry.shape),
+            "origin": entry.origin,
+        }
+    return {"op": held.recipe.label, "of": [entry_json(base) for base in held.bases]}

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine
-from shardmerge.execute.gather import gather, single_extent
-from shardmerge.memory import row_width
-from shardmerge.ops.arrays import Array, as_array
-from shardmerge.ops.vocabulary import BLOCK_ROWS
-from shardmerge.plan import Compute, Copy, Part, Plan, PlannedShard, PlannedTensor, Reduce
+from shardmerge.execute.gather import Assembler
+from shardmerge.memory import has_state, tile_elements
+from shardmerge.plan import Plan, PlannedShard, PlannedTensor
+from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
-from shardmerge.tensors import FileStamp, TensorEntry
+from shardmerge.tensors import FileStamp
 
 # Called with the bytes just written, from any worker, one call at a time.
 Progress: TypeAlias = Callable[[int], None]
@@ -29,13 +26,17 @@ Progress: TypeAlias = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Elements ``[start, start + count)`` of a part; a ``Reduce`` part is one tile."""
+    """Elements ``[start, start + count)`` of a planned tensor."""
 
     shard: PlannedShard
     tensor: PlannedTensor
-    part: Part
     start: int
     count: int
+
+    @property
+    def offset(self) -> int:
+        """In bytes, from the start of the shard."""
+        return self.tensor.offset + self.start * self.tensor.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +62,18 @@ class Outcome:
     bytes_written: int
 
 
-def tiles(plan: Plan) -> Iterator[Tile]:
-    """Yields every tile of the plan, in output order."""
+def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
+    """Yields what a worker takes at a time, in output order: a tile, or all of a tensor that something is kept for."""
     for shard in plan.shards:
         for tensor in shard.tensors:
-            for part in tensor.parts:
-                yield from _split(shard, tensor, part, plan.memory.tile)
-
-
-def _split(shard: PlannedShard, tensor: PlannedTensor, part: Part, tile_bytes: int) -> Iterator[Tile]:
-    if isinstance(part.step, Reduce):
-        yield Tile(shard, tensor, part, 0, part.count)
-        return
-    step = tile_bytes // max(tensor.dtype.itemsize, part.step.read.entry.dtype.itemsize)
-    for start in range(0, part.count, step):
-        yield Tile(shard, tensor, part, start, min(step, part.count - start))
+            step = tile_elements(tensor.entry, plan.memory.tile)
+            every = (
+                Tile(shard, tensor, start, min(step, tensor.numel - start)) for start in range(0, tensor.numel, step)
+            )
+            if has_state(tensor.entry):
+                yield tuple(every)
+            else:
+                yield from ((tile,) for tile in every)
 
 
 def execute(
@@ -107,6 +105,7 @@ def execute(
     """
     stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
     check_stamps(stamps.values())
+    return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
     for thread in threads:
@@ -162,31 +161,35 @@ class _Run:
     written: int = 0
     overflows: Counter[str] = field(default_factory=Counter)
     sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
-    _queue: Iterator[Tile] = field(init=False)
+    _queue: Iterator[tuple[Tile, ...]] = field(init=False)
     _left: Counter[str] = field(init=False)
     _files: dict[str, OutputFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._queue = tiles(self.plan)
-        self._left = Counter(tile.shard.name for tile in tiles(self.plan))
+        self._queue = tasks(self.plan)
+        self._left = Counter(tile.shard.name for task in tasks(self.plan) for tile in task)
         for shard in self.plan.shards:
             if not self._left[shard.name]:  # nothing but empty tensors
-                self._open(shard).seal(shard.header[:8])
+                self._seal(shard, self._open(shard))
 
     def work(self) -> None:
-        """Takes tiles until there are none, or another worker failed."""
-        buffers = new_buffers(self.plan.memory.tile)
+        """Takes tasks until there are none, or another worker failed."""
+        assembler = Assembler(self.pool, self.plan.memory.tile)
         try:
-            while (tile := self._next()) is not None:
-                self._carry(tile, buffers)
+            while (task := self._next()) is not None:
+                for tile in task:
+                    self._carry(tile, assembler)
+                assembler.forget()
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             self.stop(error)
 
-    def _carry(self, tile: Tile, buffers: Buffers) -> None:
+    def _carry(self, tile: Tile, assembler: Assembler) -> None:
         """Makes and writes one tile; its window goes with this frame, before the next one is mapped."""
-        data, overflowed = make_tile(tile, self.pool, buffers)
-        self._file(tile.shard).write(_offset(tile), data)
-        self._done(tile, data, overflowed)
+        before = assembler.overflowed
+        data = assembler.view(tile.tensor.entry, tile.start, tile.count)
+        self._file(tile.shard).write(tile.offset, data)
+        self._done(tile, data, assembler.overflowed - before)
+        assembler.release(data)
 
     def stop(self, error: BaseException) -> None:
         """Remembers the first failure; workers stop at their next tile, and open files are closed by the caller."""
@@ -195,10 +198,10 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """Returns the totals of a finished run."""
-        checksums = {tensor.name: _checksum(self.sums.get(tensor.name, [])) for tensor in self.plan.tensors()}
+        checksums = {tensor.name: self._checksum(tensor.name) for tensor in self.plan.tensors()}
         return Outcome(dict(self.overflows), checksums, self.pool.bytes_read, self.pool.reads, self.written)
 
-    def _next(self) -> Tile | None:
+    def _next(self) -> tuple[Tile, ...] | None:
         with self.lock:
             return None if self.failure else next(self._queue, None)
 
@@ -208,7 +211,9 @@ class _Run:
 
     def _open(self, shard: PlannedShard) -> OutputFile:
         file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync)
-        file.write(8, memoryview(shard.header)[8:])
+        for offset, blob in shard.blobs:
+            reserved = max(8 - offset, 0)  # written last: see OutputFile
+            file.write(offset + reserved, memoryview(blob)[reserved:])
         self._files[shard.name] = file
         return file
 
@@ -216,7 +221,7 @@ class _Run:
         checksum = zlib.crc32(data)
         with self.lock:
             self.written += data.nbytes
-            self.sums.setdefault(tile.tensor.name, []).append((_offset(tile), data.nbytes, checksum))
+            self.sums.setdefault(tile.tensor.name, []).append((tile.offset, data.nbytes, checksum))
             if overflowed:
                 self.overflows[tile.tensor.name] += overflowed
             self._left[tile.shard.name] -= 1
@@ -224,80 +229,16 @@ class _Run:
             if self.progress is not None:
                 self.progress(data.nbytes)
         if last:  # outside the lock: syncing a shard takes seconds, and the other workers go on
-            self._files.pop(tile.shard.name).seal(tile.shard.header[:8])
+            self._seal(tile.shard, self._files.pop(tile.shard.name))
 
+    def _seal(self, shard: PlannedShard, file: OutputFile) -> None:
+        for name, offsets in shard.checksums.items():
+            for offset in offsets:
+                file.write(offset, memoryview(self._checksum(name).to_bytes(4, "little")))
+        file.seal(shard.blobs[0][1][:8])
 
-def _offset(tile: Tile) -> int:
-    return tile.tensor.offset + (tile.part.start + tile.start) * tile.tensor.dtype.itemsize
-
-
-def _checksum(sums: list[tuple[int, int, int]]) -> int:
-    total = 0
-    for _, nbytes, checksum in sorted(sums):
-        total = combine(total, checksum, nbytes)
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class Buffers:
-    """The two tiles of memory a worker owns; reused for every tile."""
-
-    first: memoryview
-    second: memoryview
-
-    def input(self, nbytes: int) -> memoryview:
-        """Returns the start of the first tile."""
-        return self.first[:nbytes]
-
-    def output(self, nbytes: int) -> memoryview:
-        """Returns the start of the second tile."""
-        return self.second[:nbytes]
-
-
-def new_buffers(nbytes: int) -> Buffers:
-    """Returns two fresh tiles of ``nbytes`` each."""
-    # numpy leaves fresh memory untouched, so a tile that no step needs costs nothing; a bytearray is zeroed.
-    return Buffers(np.empty(nbytes, np.uint8).data, np.empty(nbytes, np.uint8).data)
-
-
-def make_tile(tile: Tile, pool: FilePool, buffers: Buffers) -> tuple[memoryview, int]:
-    """Returns the output bytes of a tile, good until the buffers are used again, and how many values overflowed."""
-    step = tile.part.step
-    if isinstance(step, Copy):
-        return read_range(pool, step.read.entry, tile.start, tile.count, buffers.input), 0
-    if isinstance(step, Compute):
-        data = read_range(pool, step.read.entry, tile.start, tile.count, buffers.input)
-        out = buffers.output(tile.count * tile.tensor.dtype.itemsize)
-        overflowed = step.op.apply(as_array(data, step.read.entry.dtype), as_array(out, tile.tensor.dtype))
-        return out, overflowed
-    return _reduce(tile, step, pool)
-
-
-def read_range(
-    pool: FilePool, entry: TensorEntry, start: int, count: int, buffer: Callable[[int], memoryview]
-) -> memoryview:
-    """Returns elements ``[start, start + count)``: mapped where one extent holds them, else gathered in ``buffer``."""
-    extent = single_extent(entry, start, count)
-    mapped = pool.window(extent.file, extent.offset, extent.nbytes) if extent is not None else None
-    if mapped is not None:
-        return mapped
-    data = buffer(count * entry.dtype.itemsize)
-    gather(pool, entry, start, data)
-    return data
-
-
-def _reduce(tile: Tile, step: Reduce, pool: FilePool) -> tuple[memoryview, int]:
-    entry = step.read.entry
-    width = row_width(entry.shape)
-    out = memoryview(bytearray(tile.count * tile.tensor.dtype.itemsize))
-    overflowed = step.op.apply(_blocks(pool, entry, width), width, as_array(out, tile.tensor.dtype))
-    return out, overflowed
-
-
-def _blocks(pool: FilePool, entry: TensorEntry, width: int) -> Iterator[Array]:
-    """Yields the tensor's rows, ``BLOCK_ROWS`` at a time."""
-    for first in range(0, entry.shape[0], BLOCK_ROWS):
-        rows = min(BLOCK_ROWS, entry.shape[0] - first)
-        data = bytearray(rows * width * entry.dtype.itemsize)
-        gather(pool, entry, first * width, memoryview(data))
-        yield as_array(memoryview(data), entry.dtype).reshape(rows, width)
+    def _checksum(self, name: str) -> int:
+        total = 0
+        for _, nbytes, checksum in sorted(self.sums.get(name, [])):
+            total = combine(total, checksum, nbytes)
+        return total

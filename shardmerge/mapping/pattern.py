@@ -4,6 +4,9 @@ A template matches whole names, or does not. It is cut at its dots: every segmen
 segment of the name, except ``{rest...}``, which takes what lies between the segments before and behind it.
 Only one capture of a segment may be of open length. So no text can be divided in a growing number of ways,
 and a match takes time linear in the name, whatever the name.
+
+Numbers can be computed: ``{i + 16}`` matches a number and binds ``i`` to 16 less, and is written as 16 more. A formula
+of several names (``{i + stage * per_stage}``) can only be written, in a target.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import MappingError
+from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.yaml_nodes import Mark
 
-Kind: TypeAlias = Literal["text", "int", "choice", "rest", "each"]
+Kind: TypeAlias = Literal["text", "int", "choice", "rest", "each", "digits"]
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<body>[^{}]*)\}|[^{}]+|[{}]")
 _BODY = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<rest>\.\.\.)?(?P<each>\*)?(?::(?P<kind>.*))?", re.ASCII | re.DOTALL)
 _DIGITS = re.compile("[0-9]{1,9}")
+_SHIFT = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<sign>[+-])\s*(?P<by>[0-9]{1,9})\s*", re.ASCII)
 
-_SYNTAX = "captures are {x}, {i:int}, {x:a|b} and {rest...}; write {{ and }} for braces of the name itself"
+_SYNTAX = (
+    "captures are {x}, {i:int}, {r:02}, {x:a|b}, {rest...}, {e*} and {i + 1}; write {{ and }} for braces of the name itself"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +43,25 @@ class Capture:
         What the text is bound to.
     kind
         ``text`` (one segment, or a part of it), ``int`` (1 to 9 digits), ``choice``, ``rest`` (one segment or
-        more), ``each`` (one segment, all its values collected).
+        more), ``each`` (one segment, all its values collected), ``digits`` (a number of fixed width, zeros in front).
     choices
         What a ``choice`` may be, in the order written.
+    shift
+        What the number in the name is larger than the number bound; ``int`` only.
+    width
+        Of ``digits``.
     """
 
     name: str
     kind: Kind
     choices: tuple[str, ...] = ()
+    shift: int = 0
+    width: int = 0
 
     def accepts(self, value: str) -> bool:
         """Tells whether the capture could have taken this text."""
         match self.kind:
-            case "int":
+            case "int" | "digits":
                 return _DIGITS.fullmatch(value) is not None
             case "choice":
                 return value in self.choices
@@ -57,8 +70,21 @@ class Capture:
             case "text" | "each":
                 return value != "" and "." not in value
 
+    def bound(self, text: str) -> str | None:
+        """Returns what the text of a name binds; None where a shifted number would be negative."""
+        if not self.shift:
+            return text
+        number = int(text) - self.shift
+        return str(number) if number >= 0 else None
 
-Part: TypeAlias = str | Capture
+    def written(self, value: str) -> str:
+        """Returns the text of a name for a bound value."""
+        if self.kind == "digits":
+            return value.zfill(self.width)
+        return str(int(value) + self.shift) if self.shift else value
+
+
+Part: TypeAlias = str | Capture | Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +149,19 @@ class Template:
         return self.text
 
     @property
+    def formulas(self) -> tuple[Formula, ...]:
+        """Its parts that are computed of several names."""
+        return tuple(part for part in self.parts if isinstance(part, Formula))
+
+    @property
+    def collected(self) -> str:
+        """The name of its ``{e*}``, or ``""``."""
+        return next((part.name for part in self.parts if isinstance(part, Capture) and part.kind == "each"), "")
+
+    @property
     def collects(self) -> bool:
         """Whether it has a ``{e*}``, which stands for many names at once."""
-        return any(isinstance(part, Capture) and part.kind == "each" for part in self.parts)
+        return bool(self.collected)
 
     def match(self, name: str) -> dict[str, str] | None:
         """Returns what the captures take from ``name``, or None if it does not match."""
@@ -147,16 +183,27 @@ class Template:
 
     def surely_fits(self, source: Template) -> bool:
         """Tells whether ``fits`` holds for whatever ``source`` binds, since both have the same captures."""
-        theirs = {part for part in source.parts if isinstance(part, Capture)}
-        return all(part in theirs for part in self.parts if isinstance(part, Capture))
+        theirs = {(part.name, part.kind, part.choices) for part in source.parts if isinstance(part, Capture)}
+        return all((p.name, p.kind, p.choices) in theirs for p in self.parts if isinstance(p, Capture))
 
     def fits(self, bindings: Mapping[str, str]) -> bool:
         """Tells whether every capture could have taken the text that is bound to it."""
         return all(part.accepts(bindings[part.name]) for part in self.parts if isinstance(part, Capture))
 
-    def format(self, bindings: Mapping[str, str]) -> str:
-        """Returns the name that the bindings make; each capture must be bound."""
-        return "".join([part if isinstance(part, str) else bindings[part.name] for part in self.parts])
+    def format(self, bindings: Mapping[str, str], variables: Mapping[str, int] | None = None) -> str:
+        """Returns the name that the bindings make; each capture must be bound, and formulas know variables besides."""
+        return "".join([_written(part, bindings, variables or {}) for part in self.parts])
+
+
+def _written(part: Part, bindings: Mapping[str, str], variables: Mapping[str, int]) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Capture):
+        return part.written(bindings[part.name])
+    value = part.value(lambda name: int(bindings[name]) if bindings.get(name, "").isdigit() else variables.get(name))
+    if not isinstance(value, int) or value < 0:
+        raise MappingError("bad-formula", f"`{{{part.text}}}` is {value!r} here", expected="a number of a name")
+    return str(value)
 
 
 def escape(name: str) -> str:
@@ -170,7 +217,8 @@ class _Segment:
 
     literal: str
     pattern: re.Pattern[str] | None
-    names: tuple[str, ...]
+    captures: tuple[Capture, ...]
+    shifted: bool = False
 
 
 def _read(segments: tuple[_Segment, ...], texts: list[str], found: dict[str, str]) -> bool:
@@ -183,9 +231,21 @@ def _read(segments: tuple[_Segment, ...], texts: list[str], found: dict[str, str
         match = segment.pattern.fullmatch(text)
         if match is None:
             return False
-        for name, value in zip(segment.names, match.groups(), strict=True):
-            if found.setdefault(name, value) != value:
+        if segment.shifted:
+            if not _read_shifted(segment.captures, match.groups(), found):
                 return False
+            continue
+        for capture, value in zip(segment.captures, match.groups(), strict=True):
+            if found.setdefault(capture.name, value) != value:
+                return False
+    return True
+
+
+def _read_shifted(captures: tuple[Capture, ...], texts: tuple[str, ...], found: dict[str, str]) -> bool:
+    for capture, text in zip(captures, texts, strict=True):
+        value = capture.bound(text)
+        if value is None or found.setdefault(capture.name, value) != value:
+            return False
     return True
 
 
@@ -228,8 +288,15 @@ def _literal(token: re.Match[str], source: _Source) -> str:
     return text[0] if text in {"{{", "}}"} else text
 
 
-def _capture(body: str, offset: int, source: _Source) -> Capture:
+def _capture(body: str, offset: int, source: _Source) -> Capture | Formula:
+    shift = _SHIFT.fullmatch(body)
+    if shift is not None:
+        by = int(shift["by"])
+        return Capture(shift["name"], "int", shift=by if shift["sign"] == "+" else -by)
     match = _BODY.fullmatch(body)
+    if match is None and any(sign in body for sign in "+-*/%"):
+        where = str(source.mark.right(offset)) if source.mark else f"column {offset + 1}"
+        return Formula.parse(body, where)
     if match is None or [match["rest"], match["each"], match["kind"]].count(None) < 2:
         raise source.error("bad-capture", f"`{{{body}}}` is not a capture", offset)
     name, kind = match["name"], match["kind"]
@@ -237,6 +304,8 @@ def _capture(body: str, offset: int, source: _Source) -> Capture:
         return Capture(name, "rest" if match["rest"] else "each")
     if kind is None or kind == "int":
         return Capture(name, "text" if kind is None else "int")
+    if re.fullmatch("0[1-9]", kind):
+        return Capture(name, "digits", width=int(kind))
     choices = tuple(dict.fromkeys(kind.split("|")))
     if "|" not in kind or any(not choice or "." in choice for choice in choices):
         what = f"`{kind}` is neither `int` nor a list of dot-free words such as `a|b`"
@@ -247,7 +316,7 @@ def _capture(body: str, offset: int, source: _Source) -> Capture:
 def _segments(placed: tuple[_Placed, ...]) -> list[list[_Placed]]:
     segments: list[list[_Placed]] = [[]]
     for offset, part in placed:
-        if isinstance(part, Capture):
+        if not isinstance(part, str):
             segments[-1].append((offset, part))
             continue
         for index, text in enumerate(part.split(".")):
@@ -268,7 +337,7 @@ def _check(segments: list[list[_Placed]], source: _Source) -> None:
 
 def _check_segment(segment: list[_Placed], source: _Source) -> None:
     for (_, left), (offset, right) in pairwise(segment):
-        if isinstance(left, Capture) and isinstance(right, Capture):
+        if not isinstance(left, str) and not isinstance(right, str):
             raise source.error("adjacent-captures", "two captures need text between them", offset)
     rest = next((offset for offset, part in segment if _is_rest(part)), None)
     if rest is not None and len(segment) > 1:
@@ -290,7 +359,9 @@ def _is_open(part: Part, after: Part | None) -> bool:
     """Tells whether the text behind a capture leaves a choice of where the capture ends."""
     if isinstance(part, str):
         return False
-    if part.kind == "int":
+    if isinstance(part, Capture) and part.kind == "digits":
+        return False
+    if isinstance(part, Formula) or part.kind == "int":
         return isinstance(after, str) and after[0] in "0123456789"
     if part.kind == "choice":
         starts = ((a, b) for a in part.choices for b in part.choices if a != b)
@@ -302,17 +373,22 @@ def _segment(parts: tuple[Part, ...]) -> _Segment | Capture:
     """Returns the matcher of one segment, or the ``...`` capture that is no single segment."""
     if parts and isinstance(parts[0], Capture) and parts[0].kind == "rest":
         return parts[0]
-    names = tuple(part.name for part in parts if isinstance(part, Capture))
-    if not names:
+    captures = tuple(part for part in parts if isinstance(part, Capture))
+    if all(isinstance(part, str) for part in parts):
         return _Segment("".join(part for part in parts if isinstance(part, str)), None, ())
-    return _Segment("", re.compile("".join(map(_regex, parts)), re.DOTALL), names)
+    shifted = any(capture.shift for capture in captures)
+    return _Segment("", re.compile("".join(map(_regex, parts)), re.DOTALL), captures, shifted)
 
 
 def _regex(part: Part) -> str:
     if isinstance(part, str):
         return re.escape(part)
+    if isinstance(part, Formula):
+        return "[0-9]{1,9}"  # a number that binds nothing
     if part.kind == "int":
         return "([0-9]{1,9})"
+    if part.kind == "digits":
+        return f"([0-9]{{{part.width}}})"
     if part.kind == "choice":
         return "(" + "|".join(map(re.escape, part.choices)) + ")"
     return "(.+)"

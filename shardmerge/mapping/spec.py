@@ -6,14 +6,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, read_yaml
+from shardmerge.ops.contract import OpKind, Param
+from shardmerge.ops.registry import OPS
+from shardmerge.targets.expectation import Format, How, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _NOWHERE = Mark("", 1, 1)
@@ -46,12 +50,22 @@ class SourceSpec:
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """Where the result goes and how it is written; ``None`` keeps the default."""
+    """Where the result goes and how it is written; ``None`` keeps the default.
+
+    Attributes
+    ----------
+    dtypes
+        Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
+    format
+        ``safetensors`` or ``bin``.
+    """
 
     path: str
     dtype: DType | None
     shard_size: int | None
     mark: Mark
+    dtypes: tuple[tuple[Template, DType | None], ...] = ()
+    format: Format = "safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +78,82 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Argument:
+    """A parameter of an op as written: text, and the formulas it holds where it is a number or a list of them."""
+
+    text: str
+    formulas: tuple[Formula, ...]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class OpTerm:
+    """An op over terms.
+
+    Attributes
+    ----------
+    inputs
+        The op's own tensor parameters first, then those of ``of``.
+    arguments
+        As written; absent ones have their default.
+    """
+
+    kind: OpKind
+    inputs: tuple[Term, ...]
+    arguments: Mapping[str, Argument]
+    mark: Mark
+
+
+Term: TypeAlias = Reference | OpTerm
+
+
+def references(term: Term) -> Iterator[Reference]:
+    """Yields every reference of a term, in order."""
+    if isinstance(term, Reference):
+        yield term
+        return
+    for one in term.inputs:
+        yield from references(one)
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """A target template and its candidates, the first that has the tensor winning."""
+    """A target template and its candidates, the first that has the tensor winning.
+
+    Attributes
+    ----------
+    ranges
+        Captures of the target that count from 0 to a number (``for:``).
+    optional
+        Whether it may match nothing: rules of a preset, which serves several variants of a layout.
+    """
 
     target: Template
-    candidates: tuple[Reference, ...]
+    candidates: tuple[Term, ...]
     mark: Mark
+    ranges: Mapping[str, Formula] = field(default_factory=dict)
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """An adapter to be merged into a base before any rule sees the base.
+
+    Attributes
+    ----------
+    source, onto
+        Where its tensors are, by the names that peft gives them inside of a ``{rest...}`` template, and whose they are.
+    settings
+        ``r``, ``alpha``, ``rslora``, ``fan_in_fan_out``, ``name``: what the user says of it, as written.
+    optional
+        Whether it may find nothing to merge: a preset's.
+    """
+
+    source: Reference
+    onto: Reference
+    settings: Mapping[str, str]
+    mark: Mark
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +168,18 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """A target and which source plays which role for it."""
+    """A target and what is said of it: which source plays which role, and its options."""
 
     name: str
     roles: Mapping[str, str]
+    mark: Mark
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A named number of the mapping: ``let: {heads: llm.config.num_attention_heads}``."""
+
+    formula: Formula
     mark: Mark
 
 
@@ -102,6 +194,16 @@ class Spec:
     target: TargetSpec | None
     rules: tuple[Rule, ...]
     drops: tuple[Drop, ...]
+    variables: Mapping[str, Variable] = field(default_factory=dict)
+    adapters: tuple[AdapterSpec, ...] = ()
+    vocabulary: Vocabulary | None = None
+    notes: tuple[str, ...] = ()
+
+
+# What a mapping.yaml may say.
+KEYS = (
+    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "drop",
+)  # fmt: skip
 
 
 def load_spec(path: Path) -> Spec:
@@ -137,7 +239,7 @@ def parse_spec(text: str, file: str) -> Spec:
     """
     reader = Reader(file)
     root = reader.table(read_yaml(text, file), "the mapping")
-    fields = reader.fields(root, ("shardmerge", "sources", "output", "use", "target", "tensors", "drop"))
+    fields = reader.fields(root, KEYS)
     reader.version(fields.get("shardmerge"), "shardmerge", root.mark)
     sources = reader.sources(fields.get("sources"), root.mark)
     use = reader.text(fields["use"], "use") if "use" in fields else ""
@@ -150,6 +252,9 @@ def parse_spec(text: str, file: str) -> Spec:
         reader.target(fields["target"]) if "target" in fields else None,
         reader.rules(fields["tensors"], known) if "tensors" in fields else (),
         reader.drops(fields["drop"], known) if "drop" in fields else (),
+        reader.variables(fields["let"]) if "let" in fields else {},
+        reader.adapters(fields["adapters"], known) if "adapters" in fields else (),
+        reader.vocabulary(fields["vocabulary"]) if "vocabulary" in fields else None,
     )
     if not use and not spec.rules and not reader.problems:
         reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
@@ -237,13 +342,44 @@ class Reader:
         """Reads ``output:``, a path or a set of keys."""
         if isinstance(node, Scalar):
             return OutputSpec(self.text(node, "output"), None, None, node.mark)
-        fields = self.fields(self.table(node, "`output`"), ("path", "dtype", "shard_size"))
+        fields = self.fields(self.table(node, "`output`"), ("path", "dtype", "shard_size", "format", "dtypes", "keep"))
         path = self.text(fields["path"], "path") if "path" in fields else ""
         dtype = self._said(fields.get("dtype"), "dtype", float_dtype)
         size = self._said(fields.get("shard_size"), "shard_size", parse_size)
         if "path" not in fields:
             self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
-        return OutputSpec(path, dtype, size, node.mark)
+        dtypes = (*self._kept(fields.get("keep")), *self._dtypes(fields.get("dtypes")))
+        return OutputSpec(path, dtype, size, node.mark, dtypes, self._format(fields.get("format")))
+
+    def _kept(self, node: Node | None) -> Iterator[tuple[Template, DType | None]]:
+        """Reads ``keep:``: target names whose tensors keep their own type."""
+        for item in self._list(node, "keep"):
+            template = self._template(self.text(item, "keep"), item.mark)
+            if template is not None:
+                yield template, None
+
+    def _dtypes(self, node: Node | None) -> Iterator[tuple[Template, DType | None]]:
+        """Reads ``dtypes:``: a type for some target names."""
+        for key, value in self.table(node, "`dtypes`").entries if node is not None else ():
+            template, dtype = self._template(key.text, key.inside), self._said(value, "dtypes", float_dtype)
+            if template is not None and dtype is not None:
+                yield template, dtype
+
+    def _format(self, node: Node | None) -> Format:
+        text = self.text(node, "format") if node is not None else "safetensors"
+        if text == "bin":
+            return "bin"
+        if text != "safetensors" and node is not None:
+            self.add("unknown-format", f"there is no format {text!r}", node.mark, "safetensors or bin")
+        return "safetensors"
+
+    def _list(self, node: Node | None, what: str) -> tuple[Node, ...]:
+        if node is None:
+            return ()
+        if not isinstance(node, Items):
+            self.add("wrong-kind", f"`{what}` is a list", node.mark, f"{what}: [...]")
+            return ()
+        return node.nodes
 
     def _said(self, node: Node | None, what: str, read: Callable[[str], _Value]) -> _Value | None:
         """Returns what ``read`` makes of the text; its error gets the place in the file."""
@@ -275,29 +411,200 @@ class Reader:
     def _rule(self, key: Scalar, node: Node, known: frozenset[str] | None) -> Rule | None:
         target = self._template(key.text, key.inside)
         nodes = node.nodes if isinstance(node, Items) else (node,)
-        references = [self._candidate(item, known) for item in nodes]
+        terms = [self.term(item, known) for item in nodes]
         if not nodes:
             self.add("no-candidates", f"`{key.text}` names no source tensor", key.mark, "[trained:{rest...}]")
-        candidates = tuple(reference for reference in references if reference is not None)
-        if target is None or len(candidates) != len(references) or not candidates:
+        candidates = tuple(term for term in terms if term is not None)
+        if target is None or len(candidates) != len(terms) or not candidates:
             return None
-        for reference in candidates:
-            self._check_captures(target, reference)
-        return Rule(target, candidates, key.mark)
+        if target.collects:
+            self.add("collecting-target", f"`{key.text}` collects, which only the names of an op can", key.mark)
+            return None
+        ranges = self._ranges(node)
+        for candidate in candidates:
+            self._check_captures(target, candidate, ranges)
+        return Rule(target, candidates, key.mark, ranges)
 
-    def _candidate(self, node: Node, known: frozenset[str] | None) -> Reference | None:
+    def term(self, node: Node, known: frozenset[str] | None) -> Term | None:
+        """Reads ``source:name``, or ``{op: ..., of: ...}``."""
         if isinstance(node, Table):
-            ops = [value.text for name, value in node.entries if name.text == "op" and isinstance(value, Scalar)]
-            if not ops:  # `[src:{x}]` is valid YAML: a list that holds a table
-                self.add("wrong-kind", "a candidate is one `source:name`", node.mark, QUOTE_BRACES)
-                return None
-            what = f"the op `{ops[0]}` is not part of this version, which renames and casts"
-            self.add("op-not-yet", what, node.mark)
-            return None
+            return self._op(node, known)
         if isinstance(node, Items):
-            self.add("wrong-kind", "a candidate is one `source:name`", node.mark)
+            self.add("wrong-kind", "a candidate is one `source:name`, or an op", node.mark)
             return None
-        return self.reference(node, known)
+        reference = self.reference(node, known)
+        if reference is not None and reference.template.formulas:
+            what = f"`{node.text}` would have to be solved for several names"
+            hint = "write the formula on the side of the target"
+            self.add("bad-formula", what, node.mark, hint)
+            return None
+        return reference
+
+    def _op(self, node: Table, known: frozenset[str] | None) -> OpTerm | None:
+        named = {key.text: value for key, value in node.entries}
+        word = named.get("op")
+        if not isinstance(word, Scalar):  # `[src:{x}]` is valid YAML: a list that holds a table
+            hint = QUOTE_BRACES if "op" not in named and len(named) == 1 else "write `{op: NAME, of: source:name}`"
+            self.add("wrong-kind", "a candidate is one `source:name`, or an op", node.mark, hint)
+            return None
+        kind = OPS.get(word.text)
+        if kind is None:
+            hint = did_you_mean(word.text, OPS) or f"there are {', '.join(sorted(OPS))}"
+            self.add("unknown-op", f"there is no op `{word.text}`", word.mark, hint)
+            return None
+        params = {param.name: param for param in kind.params}
+        fields = self.fields(node, ("op", "of", "for", *kind.terms, *params))
+        inputs = self._inputs(kind, fields, node.mark, known)
+        arguments = {
+            name: argument
+            for name, value in fields.items()
+            if name in params and (argument := self._argument(params[name], value)) is not None
+        }
+        for param in kind.params:
+            if param.default is None and not param.optional and param.name not in fields:
+                what = f"the op `{kind.name}` needs `{param.name}`: {param.about}"
+                self.add("missing-parameter", what, node.mark, f"add `{param.name}: ...`")
+        return OpTerm(kind, inputs, arguments, node.mark) if inputs is not None else None
+
+    def _inputs(
+        self, kind: OpKind, fields: Mapping[str, Node], mark: Mark, known: frozenset[str] | None
+    ) -> tuple[Term, ...] | None:
+        nodes: list[Node] = []
+        for name in kind.terms:
+            if name in fields:
+                nodes.append(fields[name])
+            else:
+                self.add("missing-parameter", f"the op `{kind.name}` needs `{name}: source:name`", mark)
+        of = fields.get("of")
+        if of is None and kind.takes_of:
+            self.add("missing-parameter", f"the op `{kind.name}` needs `of: source:name`", mark)
+        if isinstance(of, Items) and not kind.many:
+            self.add("wrong-kind", f"`of` of the op `{kind.name}` is one tensor", of.mark)
+            return None
+        if of is not None:
+            nodes += of.nodes if isinstance(of, Items) else (of,)
+        terms = [self.term(node, known) for node in nodes]
+        found = tuple(term for term in terms if term is not None)
+        for reference in found if not kind.many else ():
+            if isinstance(reference, Reference) and reference.template.collects:
+                what = f"`{{{reference.template.collected}*}}` collects several tensors, and `{kind.name}` takes one"
+                self.add("collecting-one", what, reference.mark)
+                return None
+        return found if len(found) == len(terms) and (found or not kind.takes_of) else None
+
+    def _argument(self, param: Param, node: Node) -> Argument | None:
+        if param.kind in ("ints", "numbers"):
+            items = node.nodes if isinstance(node, Items) else (node,)
+            texts = [self.text(item, param.name) for item in items]
+            formulas = [self._formula(text, item.mark) for text, item in zip(texts, items, strict=True)]
+            found = tuple(formula for formula in formulas if formula is not None)
+            text = f"[{', '.join(texts)}]" if isinstance(node, Items) else texts[0]
+            return Argument(text, found, node.mark) if len(found) == len(formulas) else None
+        text = self.text(node, param.name)
+        if param.kind in ("int", "number"):
+            formula = self._formula(text, node.mark)
+            return Argument(text, (formula,), node.mark) if formula is not None else None
+        if param.choices and text not in param.choices:
+            hint = did_you_mean(text, param.choices) or f"one of {', '.join(param.choices)}"
+            self.add("op-value", f"`{param.name}` cannot be {text!r}", node.mark, hint)
+            return None
+        if param.kind == "dtype":
+            self._said(node, param.name, float_dtype)
+        if param.kind == "flag":
+            self.flag(node, param.name)
+        return Argument(text, (), node.mark)
+
+    def _formula(self, text: str, mark: Mark) -> Formula | None:
+        if not text:
+            return None
+        try:
+            return Formula.parse(text, str(mark))
+        except MappingError as error:
+            self.problems.append(error)
+            return None
+
+    def _ranges(self, node: Node) -> dict[str, Formula]:
+        """Reads ``for: {r: 8}``."""
+        named = {key.text: value for key, value in node.entries} if isinstance(node, Table) else {}
+        if "for" not in named:
+            return {}
+        found = {}
+        for key, value in self.table(named["for"], "`for`").entries:
+            formula = self._formula(self.text(value, key.text), value.mark)
+            if formula is not None:
+                found[key.text] = formula
+        return found
+
+    def variables(self, node: Node) -> dict[str, Variable]:
+        """Reads ``let:``, a set of names with formulas."""
+        found = {}
+        for key, value in self.table(node, "`let`").entries:
+            if not key.text.isidentifier():
+                self.add("bad-name", f"{key.text!r} cannot name a number", key.mark, "letters, digits and _")
+                continue
+            formula = self._formula(self.text(value, key.text), value.mark)
+            if formula is not None:
+                found[key.text] = Variable(formula, key.mark)
+        return found
+
+    def adapters(
+        self, node: Node, known: frozenset[str] | None, *, optional: bool = False
+    ) -> tuple[AdapterSpec, ...]:
+        """Reads ``adapters:``, a list of ``{from: source, onto: source}``."""
+        found = (self._adapter(item, known, optional=optional) for item in self._list(node, "adapters"))
+        return tuple(adapter for adapter in found if adapter is not None)
+
+    def _adapter(self, node: Node, known: frozenset[str] | None, *, optional: bool) -> AdapterSpec | None:
+        settings = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
+        fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *settings))
+        for key in ("from", "onto"):
+            if key not in fields:
+                self.add("missing-parameter", f"an adapter needs `{key}: source`", node.mark, "{from: lora, onto: llm}")
+        if "from" not in fields or "onto" not in fields:
+            return None
+        source, onto = (self._whole(fields[key], key, known) for key in ("from", "onto"))
+        if source is None or onto is None:
+            return None
+        said = {key: self.text(fields[key], key) for key in settings if key in fields}
+        return AdapterSpec(source, onto, said, node.mark, optional)
+
+    def _whole(self, node: Node, what: str, known: frozenset[str] | None) -> Reference | None:
+        """Reads a source's name, or ``source:template`` with one ``{rest...}``."""
+        text = self.text(node, what)
+        if not text or not isinstance(node, Scalar):
+            return None
+        reference = self.reference(node if ":" in text else Scalar(f"{text}:{{rest...}}", node.mark, False), known)
+        if reference is not None and reference.template.captures != ("rest",):
+            self.add("bad-capture", f"`{what}` has one capture, `{{rest...}}`", node.mark, f"{text}:llm.{{rest...}}")
+            return None
+        return reference
+
+    def vocabulary(self, node: Node) -> Vocabulary:
+        """Reads ``vocabulary:``."""
+        known = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")
+        fields = self.fields(self.table(node, "`vocabulary`"), known)
+        numbers = {key: self._count(fields[key], key) for key in ("rows", "multiple", "row", "seed") if key in fields}
+        new = self.text(fields["new"], "new") if "new" in fields else "mean"
+        hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
+        if new not in hows:
+            self.add("op-value", f"`new` cannot be {new!r}", fields["new"].mark, f"one of {', '.join(hows)}")
+        return Vocabulary(
+            numbers.get("rows"),
+            max(numbers.get("multiple", 1), 1),
+            hows.get(new, "mean"),
+            numbers.get("row", 0),
+            numbers.get("seed", 0),
+            self.flag(fields["trim"], "trim") if "trim" in fields else False,
+            tuple(self.text(item, "tokens") for item in self._list(fields.get("tokens"), "tokens")),
+            self.text(fields["pad"], "pad") if "pad" in fields else "",
+        )
+
+    def _count(self, node: Node, what: str) -> int:
+        text = self.text(node, what)
+        if text.isascii() and text.isdigit() and len(text) < 12:
+            return int(text)
+        self.add("wrong-kind", f"`{what}` is a whole number", node.mark)
+        return 0
 
     def reference(self, node: Scalar, known: frozenset[str] | None) -> Reference | None:
         """Reads ``source:template``."""
@@ -334,19 +641,29 @@ class Reader:
         except MappingError as error:
             self.problems.append(error)
             return None
-        if template.collects:
-            self.add("op-not-yet", "`{e*}` collects names for an op, and ops are not part of this version", mark)
-            return None
         return template
 
-    def _check_captures(self, target: Template, reference: Reference) -> None:
+    def _check_captures(self, target: Template, term: Term, ranges: Mapping[str, Formula]) -> None:
         """Both sides bind the same captures: else one name would have two sources, or a capture no value."""
-        ours, theirs = set(target.captures), set(reference.template.captures)
-        for name in sorted(ours ^ theirs):
-            side = "the source name" if name in ours else "the target name"
-            self.add(
-                "unbound-capture",
-                f"{{{name}}} is missing in {side}: `{target}` from `{reference.source}:{reference.template}`",
-                reference.mark,
-                "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
-            )
+        ours = set(target.captures) - set(ranges)
+        counted = set(ranges) | {name for formula in target.formulas for name in formula.names}
+        for reference in references(term):
+            template = reference.template
+            theirs = set(template.captures) - {template.collected}
+            missing = ours - theirs if isinstance(term, Reference) else set()
+            for name in sorted(missing | (theirs - ours - counted)):
+                side = "the source name" if name in ours else "the target name"
+                self.add(
+                    "unbound-capture",
+                    f"{{{name}}} is missing in {side}: `{target}` from `{reference.source}:{template}`",
+                    reference.mark,
+                    "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
+                )
+            if template.collects and isinstance(term, Reference):
+                what = f"`{{{template.collected}*}}` collects tensors for an op, e.g. concat or stack"
+                self.add("collecting-one", what, reference.mark)
+        bound = [ours - set(reference.template.captures) for reference in references(term)]
+        if isinstance(term, OpTerm) and ours and (not bound or min(map(len, bound))):
+            name = sorted(min(bound, key=len, default=ours))[0]
+            what = f"no name in the op has all captures of `{target}`: {{{name}}} is missing"
+            self.add("unbound-capture", what, term.mark, f"`for: {{{name}: 8}}` counts it from 0 to 7")

@@ -245,6 +245,8 @@ class OpKind:
         None: lossy.
     lossy
         Why there is no inverse.
+    takes_of
+        Whether there is an ``of``; an op without makes its elements of nothing.
     """
 
     name: str
@@ -256,3 +258,4 @@ class OpKind:
     many: bool = False
     inverse: Inverse | None = None
     lossy: str = ""
+    takes_of: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -59,3 +60,20 @@ def _read_limit(path: Path) -> int | None:
         return None
     # v2 writes "max", v1 a number near 2**63, for no limit.
     return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+
+# glibc's mallopt parameter for the size from which memory is mapped (malloc.h), and a size below any tile.
+_M_MMAP_THRESHOLD = -3
+_MAPPED_FROM = 128 << 10
+
+
+def return_freed_memory() -> None:
+    """Makes the allocator give large buffers back to the system when they are freed.
+
+    glibc raises its threshold to 32 MiB with the first large buffer that is freed, and keeps what it then takes from
+    the heap: the measured peak of a run would depend on the order of sizes. Elsewhere (musl, macOS) nothing is done.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+    except (OSError, AttributeError):
+        return

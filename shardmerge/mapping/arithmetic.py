@@ -1,0 +1,150 @@
+"""Numbers in a mapping: ``heads * head_dim``, ``llm.config.num_key_value_heads or heads``, ``i + 16``.
+
+The grammar is a small part of Python's expressions: numbers, names with dots, ``+ - * // %``, brackets, and ``or``
+between a value that may be absent and what stands in for it. Python's own parser reads it; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from shardmerge.errors import MappingError
+
+Number = int | float
+Lookup = Callable[[str], Number | str | bool | None]
+
+# Real ones have under a hundred characters; the parser's stack is not ours to test.
+_LONGEST = 300
+# A product of three sizes stays far below; 10**9 // 1 repeated must not grow without end.
+_LARGEST = 1 << 62
+
+_OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+_GRAMMAR = "numbers, names, + - * / // %, ( ), and `or` for a value that may be absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A parsed expression.
+
+    Attributes
+    ----------
+    text
+        As written.
+    names
+        What it refers to, dots included, in order, each once.
+    """
+
+    text: str
+    names: tuple[str, ...]
+    _tree: ast.expr
+
+    @classmethod
+    def parse(cls, text: str, where: str = "") -> Formula:
+        """Returns the formula that a text says; braces around the whole are taken off.
+
+        Raises
+        ------
+        MappingError
+            ``bad-formula``.
+        """
+        plain = text.strip()
+        plain = plain[1:-1].strip() if plain.startswith("{") and plain.endswith("}") else plain
+        try:
+            tree = ast.parse(plain, mode="eval").body if len(plain) <= _LONGEST else None
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            tree = None
+        if tree is None or not _allowed(tree):
+            raise MappingError("bad-formula", f"`{text[:80]}` is not a formula", where=where, expected=_GRAMMAR)
+        return cls(text, tuple(dict.fromkeys(_names(tree))), tree)
+
+    def value(self, lookup: Lookup) -> Number | str | bool | None:
+        """Returns its value; None where a name is not known.
+
+        Parameters
+        ----------
+        lookup
+            Gives the value of a name, or None.
+
+        Raises
+        ------
+        MappingError
+            ``bad-formula``: a division by zero, text where a number is needed, a number without end.
+        """
+        try:
+            found = _value(self._tree, lookup)
+        except (ZeroDivisionError, TypeError, OverflowError) as error:
+            raise MappingError("bad-formula", f"`{self.text}` has no value: {error}") from error
+        if isinstance(found, (int, float)) and abs(found) > _LARGEST:
+            raise MappingError("bad-formula", f"`{self.text}` is too large")
+        return found
+
+
+def _allowed(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=int() | float()):
+            return True
+        case ast.Name():
+            return True
+        case ast.Attribute(value=value):
+            return isinstance(value, (ast.Name, ast.Attribute)) and _allowed(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return _allowed(operand)
+        case ast.BinOp(left=left, op=op, right=right):
+            return type(op) in _OPERATORS and _allowed(left) and _allowed(right)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return all(map(_allowed, values))
+        case _:
+            return False
+
+
+def _names(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        yield _dotted(node)
+        return
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            yield from _names(child)
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    assert isinstance(node, ast.Name)  # `_allowed` let nothing else through
+    return node.id
+
+
+def _value(node: ast.expr, lookup: Lookup) -> Number | str | bool | None:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name() | ast.Attribute():
+            return lookup(_dotted(node))
+        case ast.UnaryOp(operand=operand):
+            inner = _value(operand, lookup)
+            return None if inner is None else -_number(inner)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _value(left, lookup), _value(right, lookup)
+            return None if a is None or b is None else _OPERATORS[type(op)](_number(a), _number(b))
+        case ast.BoolOp(values=values):
+            return next((found for one in values if (found := _value(one, lookup)) is not None), None)
+        case _:
+            raise TypeError("not a formula")
+
+
+def _number(value: Number | str | bool) -> Number:
+    if isinstance(value, str):
+        raise TypeError(f"{value!r} is text")
+    if abs(value) > _LARGEST:
+        raise OverflowError("a number without end")
+    return value

@@ -1,0 +1,171 @@
+"""Terms of a rule against catalogs: which tensors an op finds for one target name, and the entry it makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from shardmerge.compose import compose
+from shardmerge.errors import MappingError
+from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
+from shardmerge.mapping.variables import Variables
+from shardmerge.ops.contract import Param, Value
+from shardmerge.targets.shards import natural_key
+from shardmerge.tensors import Catalog, TensorEntry
+
+Bindings = Mapping[str, str]
+
+# `for: {r: N}` counts ranks, experts, layers.
+_MOST_COUNTED = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor that a term uses."""
+
+    source: str
+    name: str
+
+
+@dataclass(slots=True)
+class Finder:
+    """Finds operands by bindings; the names of a source are read once for each collecting template."""
+
+    catalogs: Mapping[str, Catalog]
+    names: Mapping[str, Sequence[str]]
+    variables: Variables
+    _groups: dict[int, dict[tuple[tuple[str, str], ...], list[tuple[str, str]]]] = field(default_factory=dict)
+
+    def bindings(self, rule: Rule, term: OpTerm) -> Iterator[Bindings]:
+        """Yields what the captures of the target can be, each combination once, in the order of the names."""
+        counted = [dict(zip(rule.ranges, values, strict=True)) for values in self._counted(rule)]
+        wanted = set(rule.target.captures) - set(rule.ranges)
+        wanted |= {n for formula in rule.target.formulas for n in formula.names if self.variables.get(n) is None}
+        wanted -= set(rule.ranges)
+        seen: set[tuple[tuple[str, str], ...]] = set()
+        for found in self._driven(term, wanted):
+            key = tuple(sorted(found.items()))
+            if key not in seen:
+                seen.add(key)
+                yield from ({**found, **more} for more in counted)
+
+    def _driven(self, term: OpTerm, wanted: set[str]) -> Iterator[dict[str, str]]:
+        """Yields bindings from the first reference that has all captures."""
+        if not wanted and not any(r.template.captures for r in references(term)):
+            yield {}
+            return
+        driver = next((r for r in references(term) if wanted <= set(r.template.captures)), None)
+        if driver is None:
+            return
+        for name in self.names[driver.source]:
+            found = driver.template.match(name)
+            if found is not None:
+                found.pop(driver.template.collected, None)
+                yield found
+
+    def _counted(self, rule: Rule) -> Iterator[tuple[str, ...]]:
+        counts = [self._count(formula, rule) for formula in rule.ranges.values()]
+        combinations: list[tuple[str, ...]] = [()]
+        for count in counts:
+            combinations = [(*before, str(i)) for before in combinations for i in range(count)]
+        yield from combinations
+
+    def _count(self, formula: Formula, rule: Rule) -> int:
+        value = self.variables.number(formula, str(rule.mark))
+        if not isinstance(value, int) or not 0 < value <= _MOST_COUNTED:
+            raise MappingError("op-value", f"`for` counts to {value!r}", where=str(rule.mark), expected="a whole number")
+        return value
+
+    def operands(self, reference: Reference, bindings: Bindings) -> list[Operand]:
+        """Returns the tensors that a reference means: one, or all that ``{e*}`` collects; none if they are not there."""
+        template = reference.template
+        if reference.source not in self.catalogs:
+            return []
+        if not template.collects:
+            name = template.format(bindings)
+            return [Operand(reference.source, name)] if name in self.catalogs[reference.source] else []
+        groups = self._collected(reference)
+        key = tuple(sorted((n, bindings[n]) for n in template.captures if n != template.collected))
+        return [Operand(reference.source, name) for _, name in groups.get(key, [])]
+
+    def _collected(self, reference: Reference) -> dict[tuple[tuple[str, str], ...], list[tuple[str, str]]]:
+        if id(reference) not in self._groups:
+            template, groups = reference.template, defaultdict(list)
+            for name in self.names[reference.source]:
+                found = template.match(name)
+                if found is not None:
+                    each = found.pop(template.collected)
+                    groups[tuple(sorted(found.items()))].append((each, name))
+            for members in groups.values():
+                members.sort(key=lambda pair: natural_key(pair[0]))
+            self._groups[id(reference)] = dict(groups)
+        return self._groups[id(reference)]
+
+    def leaf(self, operand: Operand) -> TensorEntry:
+        """Returns an operand's entry, marked with its source."""
+        return replace(self.catalogs[operand.source][operand.name], source=operand.source)
+
+    def build(self, term: Term, bindings: Bindings, target: str) -> TensorEntry:
+        """Returns the entry that a term makes.
+
+        Raises
+        ------
+        MappingError
+            ``missing-operand``: a tensor of the op is not there. ``op-shape``, ``op-value``, ``bad-formula``: from the
+            op and its parameters.
+        """
+        if isinstance(term, Reference):
+            (entry,) = self._entries(term, bindings)
+            return entry
+        inputs = [entry for one in term.inputs for entry in self._several(one, bindings, target)]
+        return compose(term.kind.build(self._values(term, bindings, target)), inputs)
+
+    def _several(self, term: Term, bindings: Bindings, target: str) -> list[TensorEntry]:
+        if isinstance(term, Reference):
+            return self._entries(term, bindings)
+        return [self.build(term, bindings, target)]
+
+    def _entries(self, reference: Reference, bindings: Bindings) -> list[TensorEntry]:
+        found = self.operands(reference, bindings)
+        if not found:
+            shown = f"{reference.source}:{_shown(reference, bindings)}"
+            raise MappingError("missing-operand", f"{shown} is not there", where=str(reference.mark))
+        return [self.leaf(operand) for operand in found]
+
+    def _values(self, term: OpTerm, bindings: Bindings, target: str) -> dict[str, Value]:
+        """Returns the op's parameters as numbers and texts; the salt makes random draws of two targets differ."""
+        values: dict[str, Value] = {"salt": hashlib.sha256(target.encode()).hexdigest()[:16]}
+        for param in term.kind.params:
+            argument = term.arguments.get(param.name)
+            if argument is not None:
+                values[param.name] = self._value(param, argument, bindings)
+            elif param.default is not None:
+                values[param.name] = param.default
+        return values
+
+    def _value(self, param: Param, argument: Argument, bindings: Bindings) -> Value:
+        if param.kind in ("text", "dtype"):
+            return argument.text
+        if param.kind == "flag":
+            return argument.text == "true"
+        numbers = [self.variables.number(formula, str(argument.mark), bindings) for formula in argument.formulas]
+        if param.kind in ("int", "ints"):
+            whole = tuple(_whole(number, param, argument) for number in numbers)
+            return whole if param.kind == "ints" else whole[0]
+        return tuple(float(number) for number in numbers) if param.kind == "numbers" else numbers[0]
+
+
+def _whole(number: float, param: Param, argument: Argument) -> int:
+    if isinstance(number, int) or number.is_integer():
+        return int(number)
+    what = f"`{param.name}: {argument.text}` is {number}, and a whole number is needed"
+    raise MappingError("op-value", what, where=str(argument.mark), hint="// divides without a rest")
+
+
+def _shown(reference: Reference, bindings: Bindings) -> str:
+    known = {name: bindings.get(name, "*") for name in reference.template.captures}
+    known[reference.template.collected] = "*"
+    return reference.template.format({name: value if value != "*" else "0" for name, value in known.items()})

@@ -1,0 +1,136 @@
+"""The numbers that formulas may name: ``let:`` of the mapping, and what the sources' configs say.
+
+``SOURCE.config.x`` is a key of the source's config.json, ``SOURCE.params.x`` of params.json, ``SOURCE.adapter.x`` of
+adapter_config.json, ``SOURCE.facts.x`` a value found inside of the checkpoint, ``SOURCE.cfg.x`` one of the training
+config that mmengine stores. Without ``SOURCE.`` the first source that has it answers. Dots go into nested objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from shardmerge.errors import MappingError, ShardmergeError
+from shardmerge.mapping.arithmetic import Formula, Number
+from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.spec import Variable
+from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.expectation import ReadSideFile
+from shardmerge.targets.training_config import read_config_value
+from shardmerge.tensors import Catalog
+
+# How a formula calls a JSON file beside the weights.
+_FILES = {"config": "config.json", "params": "params.json", "adapter": "adapter_config.json"}
+_ROOMS = (*_FILES, "facts", "cfg")
+
+_Plain = int | float | str | bool
+
+
+@dataclass(slots=True)
+class Variables:
+    """Looks names up; every file is read once."""
+
+    catalogs: Mapping[str, Catalog]
+    read: ReadSideFile
+    variables: Mapping[str, Variable] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    _objects: dict[tuple[str, str], JsonObject] = field(default_factory=dict)
+    _busy: list[str] = field(default_factory=list)
+
+    def number(self, formula: Formula, where: str, bindings: Mapping[str, str] | None = None) -> Number:
+        """Returns a formula's value.
+
+        Parameters
+        ----------
+        formula
+            What to compute.
+        where
+            Its place, for messages.
+        bindings
+            Captures; those that are digits count as numbers.
+
+        Raises
+        ------
+        MappingError
+            ``unknown-value``: a name that nothing knows. ``bad-formula``: no number.
+        """
+        bound = bindings or {}
+        try:
+            value = formula.value(lambda name: int(bound[name]) if bound.get(name, "").isdigit() else self.get(name))
+        except MappingError as error:
+            raise MappingError(error.code, error.what, where=where) from error
+        if value is None:
+            missing = next((name for name in formula.names if name not in bound and self.get(name) is None), "")
+            raise MappingError(
+                "unknown-value",
+                f"`{formula.text}` needs `{missing}`, which nothing here knows",
+                where=where,
+                expected=self._looked(missing),
+                hint=self._near(missing) or f"say it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
+            )
+        if isinstance(value, str):
+            raise MappingError("bad-formula", f"`{formula.text}` is the text {value!r}, not a number", where=where)
+        return value
+
+    def get(self, name: str) -> _Plain | None:
+        """Returns the value of a name, or None."""
+        if name in self.variables:
+            return self._variable(name)
+        head, _, rest = name.partition(".")
+        if head in self.catalogs and rest:
+            return self._looked_up(head, rest)
+        if head in _ROOMS:
+            return next((value for source in self.catalogs if (value := self._looked_up(source, name)) is not None), None)
+        return None
+
+    def _variable(self, name: str) -> _Plain | None:
+        if name in self._busy:
+            circle = " -> ".join([*self._busy[self._busy.index(name) :], name])
+            raise MappingError("circular-value", f"`{name}` is defined by itself: {circle}")
+        self.used.add(name)
+        self._busy.append(name)
+        try:
+            return self.variables[name].formula.value(self.get)
+        finally:
+            self._busy.pop()
+
+    def _looked_up(self, source: str, path: str) -> _Plain | None:
+        room, _, key = path.partition(".")
+        catalog = self.catalogs[source]
+        if room == "cfg":
+            return read_config_value(catalog.training_config, key)
+        if room == "facts":
+            return catalog.facts.get(key)
+        return _entry(self._object(source, _FILES[room]), key) if room in _FILES else None
+
+    def _object(self, source: str, file: str) -> JsonObject:
+        if (source, file) not in self._objects:
+            extent = self.catalogs[source].side_files.get(file)
+            try:
+                self._objects[source, file] = load_object(extent, self.read) if extent is not None else {}
+            except ShardmergeError:
+                self._objects[source, file] = {}  # the target says what is wrong with it
+        return self._objects[source, file]
+
+    def _looked(self, name: str) -> str:
+        head, _, rest = name.partition(".")
+        room = rest.partition(".")[0] if head in self.catalogs else head
+        place = head if head in self.catalogs else "any source"
+        return f"{_FILES[room]} of {place}" if room in _FILES else ""
+
+    def _near(self, name: str) -> str:
+        return did_you_mean(name, [*self.variables, *self._config_names()])
+
+    def _config_names(self) -> Iterator[str]:
+        for source in self.catalogs:
+            for room, file in _FILES.items():
+                yield from (f"{source}.{room}.{key}" for key in self._object(source, file))
+            yield from (f"{source}.facts.{key}" for key in self.catalogs[source].facts)
+
+
+def _entry(found: object, path: str) -> _Plain | None:
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, (int, float, str, bool)) else None
+
+
