@@ -304,8 +304,9 @@ def _prefix(file: SourceFile, members: list[Member]) -> str:
 
 
 def _save_state(path: str) -> str:
-    """The command that saves the state dict of a TorchScript archive beside it."""
-    text = f"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), {PurePath(path).stem + '.pth'!r})"
+    """The command that saves the state dict of a TorchScript archive, in the directory it is run in."""
+    out = f"{PurePath(path).stem}-state.pth"
+    text = f"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), {out!r})"
     return f"python -c {shlex.quote(text)}"
 
 
