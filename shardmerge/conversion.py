@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.dtypes import DType, float_dtype
-from shardmerge.errors import ShardmergeError, UsageError, raise_all
+from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
@@ -33,7 +33,7 @@ from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
 from shardmerge.targets.training_config import read_training_config
-from shardmerge.tensors import Catalog, Extent
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
 from shardmerge.version import __version__
 
 PLAIN = "state-dict"
@@ -107,6 +107,8 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
     catalog = _open(source, Path(), options)
+    if catalog.kind == PEFT_ADAPTER:
+        raise _adapter_alone(catalog)
     expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -124,6 +126,15 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         _output(None, options),
     )
     return Prepared(plan, None)
+
+
+def _adapter_alone(catalog: Catalog) -> TargetError:
+    return TargetError(
+        "lora-not-yet",
+        "this is a PEFT adapter: on its own it makes no model, and shardmerge does not merge it yet",
+        where=catalog.path,
+        hint="merge it with peft's merge_and_unload first, and convert the result",
+    )
 
 
 def _better_roads(catalog: Catalog) -> tuple[str, ...]:

@@ -113,12 +113,6 @@ def test_a_directory_with_several_candidates_is_not_guessed(tmp_path: Path) -> N
     assert_holds(tmp_path, {"w": torch.ones(1)})
 
 
-def test_an_adapter_directory_is_recognised(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    save_file({"lora_A": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    assert "[lora-not-yet]" in shardmerge("inspect", tmp_path, code=1).stderr
-
-
 @pytest.mark.parametrize(
     "index",
     [

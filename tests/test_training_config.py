@@ -4,7 +4,13 @@ import tracemalloc
 
 import pytest
 
-from shardmerge.targets.training_config import MAX_CHARS, TrainingFacts, read_training_config
+from shardmerge.targets.training_config import (
+    MAX_CHARS,
+    LoraFacts,
+    TrainingFacts,
+    read_config_value,
+    read_training_config,
+)
 
 # As mmengine's Config.pretty_text writes it: sorted keys, classes as strings, one assignment per name.
 DUMPED = """\
@@ -95,8 +101,8 @@ def test_written_by_hand():
         vision_path="openai/clip-vit-large-patch14-336",
         visual_select_layer=-3,
         projector_depth=3,
-        llm_lora=True,
-        visual_encoder_lora=False,
+        llm_lora=LoraFacts(r=64, alpha=16),
+        visual_encoder_lora=None,
         quantized=True,
     )
 
@@ -112,7 +118,96 @@ def test_the_last_binding_of_the_model_counts():
 
 
 def test_an_adapter_that_cannot_be_read_is_still_an_adapter():
-    assert read_training_config("model = dict(llm_lora=make_lora(64))").llm_lora
+    assert read_training_config("model = dict(llm_lora=make_lora(64))").llm_lora == LoraFacts()
+
+
+# As mmengine writes it: names that are no identifiers make a display, inside a call where a dict holds it.
+DUMPED_LORA = """\
+betas = (
+    0.9,
+    0.999,
+)
+model = dict(
+    llm_lora=dict(
+        alpha_pattern=dict({
+            'layers.0.self_attn.q_proj': 64,
+        }),
+        bias='lora_only',
+        fan_in_fan_out=True,
+        lora_alpha=16,
+        modules_to_save=[
+            'lm_head',
+            'embed_tokens',
+        ],
+        r=8,
+        rank_pattern=dict({
+            'layers.0.self_attn.q_proj': 32,
+        }),
+        target_modules=[
+            'q_proj',
+        ],
+        type='peft.LoraConfig',
+        use_dora=True,
+        use_rslora=True),
+    type='xtuner.model.LLaVAModel')
+"""
+
+
+def test_everything_an_adapter_config_says():
+    assert read_training_config(DUMPED_LORA).llm_lora == LoraFacts(
+        r=8,
+        alpha=16,
+        use_rslora=True,
+        use_dora=True,
+        bias="lora_only",
+        fan_in_fan_out=True,
+        modules_to_save=("lm_head", "embed_tokens"),
+        rank_pattern={"layers.0.self_attn.q_proj": 32},
+        alpha_pattern={"layers.0.self_attn.q_proj": 64},
+    )
+
+
+@pytest.mark.parametrize(
+    "odd", ["use_rslora=flag()", "rank_pattern=make()", "alpha_pattern={'a': x}", "rank_pattern=dict(**base)"]
+)
+def test_a_scale_that_cannot_be_read_is_unknown(odd):
+    facts = read_training_config(f"model = dict(llm_lora=dict(r=8, lora_alpha=16, {odd}))").llm_lora
+    assert facts == LoraFacts(r=8)
+
+
+def test_the_golden_adapters(golden):
+    facts = read_training_config((golden / "xtuner" / "lora_both" / "config.py").read_text("utf-8"))
+    assert facts.llm_lora == LoraFacts(r=4, alpha=8)
+    assert facts.visual_encoder_lora == LoraFacts(r=2, alpha=1)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("model.llm_lora.r", 8),
+        ("model.llm_lora.bias", "lora_only"),
+        ("model.llm_lora.use_dora", True),
+        ("model.llm_lora.target_modules.0", "q_proj"),
+        ("betas.1", 0.999),
+        ("betas.2", None),
+        ("betas.-1", None),
+        ("betas", None),
+        ("model", None),
+        ("model.nothing.r", None),
+        ("model.llm_lora.r.x", None),
+        ("nothing", None),
+        ("", None),
+        ("model.", None),
+        ("(a+)+$.x", None),
+    ],
+)
+def test_a_value_by_its_name(dotted, value):
+    assert read_config_value(DUMPED_LORA, dotted) == value
+
+
+def test_lists_of_unknown_length_are_unknown():
+    text = "a = [1, *rest]\nb = [1, call(), 3]\nc = b\nc[0] = 2\n"
+    assert [read_config_value(text, name) for name in ("a.0", "b.0", "b.1", "b.2", "c.0")] == [None, 1, None, 3, None]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +224,7 @@ def test_an_adapter_that_cannot_be_read_is_still_an_adapter():
         "model = dict(freeze_llm=not False, projector_depth=1 + 1, visual_select_layer=-'2')",
         "model = dict(freeze_llm=True)\nmodel.update(freeze_llm=False)",
         "model = dict(freeze_llm=True)\nmodel['freeze_llm'] = False",
+        "frozen = dict(x=True)\nfrozen['x'] = False\nmodel = frozen",
         "if True:\n    model = dict(freeze_llm=True)",
         "model: dict = dict(freeze_llm=True",
         "model = model",
@@ -152,6 +248,8 @@ def test_anything_else_is_unknown(text):
         "model = '\udcff'",
         "model = '\\d'",
         "model = dict(freeze_llm=True\n" * 50,
+        "model = " + "[" * 5000 + "]" * 5000,
+        "a0 = 1\n" + "".join(f"a{i + 1} = [a{i}, a{i}]\n" for i in range(200)) + "model = a200",
         "a0 = 1\n" + "".join(f"a{i + 1} = dict(x=a{i}, y=a{i})\n" for i in range(200)) + "model = a200",
         "model = dict(x='" + "y" * MAX_CHARS + "')",
     ],

@@ -13,10 +13,21 @@ from shardmerge.sources.deepspeed import View, read_deepspeed
 from shardmerge.sources.deepspeed_files import is_tag_file, is_tag_folder
 from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
+from shardmerge.sources.megatron import (
+    distributed_not_yet,
+    is_distributed,
+    is_megatron_folder,
+    is_rank_file,
+    is_rank_folder,
+    newest_iteration,
+    read_megatron,
+)
+from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
+from shardmerge.sources.rank_sets import is_meta_file, read_meta
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.sources.torch_file import is_torch_file
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import PEFT_ADAPTER, Catalog
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 # Beside the weights in Trainer and mmengine directories, and none of them a model.
@@ -133,29 +144,41 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
     )
 
 
+def _megatron(path: Path, options: OpenOptions) -> Catalog | None:
+    """One iteration, the parent with its tracker file, or the folder of one rank, which stands for its iteration."""
+    if is_megatron_folder(path):
+        return read_megatron(path)
+    if is_rank_folder(path):
+        return _whole_set(read_megatron(path.parent), path)
+    newest = newest_iteration(path)
+    return read_megatron(newest) if newest else None
+
+
 def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
-    if not (path / "adapter_config.json").is_file():
-        return None
-    raise CheckpointError(
-        "lora-not-yet",
-        "this is a PEFT adapter (adapter_config.json), which shardmerge does not merge yet",
-        where=str(path),
-        hint="merge it with peft's merge_and_unload first, and convert the result",
-    )
+    return read_adapter(path, lambda weights: _shard(weights, options))
+
+
+def _meta(path: Path, options: OpenOptions) -> Catalog | None:
+    return read_meta(path)
 
 
 def _indexed(path: Path, options: OpenOptions) -> Catalog | None:
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (path / name).is_file():
-            return read_indexed(path / name, lambda shard: _shard(shard, options))
+            return _noted(read_indexed(path / name, lambda shard: _shard(shard, options)), *stray_config(path))
+    return None
+
+
+def _usual(path: Path, options: OpenOptions) -> Catalog | None:
+    """A directory with one weight file under the usual name; safetensors before ``.bin``."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return _noted(replace(_shard(path / name, options), path=str(path)), *stray_config(path))
     return None
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file, or one under the usual name; safetensors before ``.bin``."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return replace(_shard(path / name, options), path=str(path))
+    """A directory with one weight file under any name, or one index."""
     indexes = sorted(path.glob("*.index.json"))
     if len(indexes) == 1:
         return read_indexed(indexes[0], lambda shard: _shard(shard, options))
@@ -197,9 +220,36 @@ def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
     """One file of a DeepSpeed directory stands for the whole of it (xtuner #745)."""
     if not is_tag_file(path) or options.root:
         return None
-    catalog = read_deepspeed(path.parent, view=options.view)
-    note = f"{path.name} is one file of a DeepSpeed checkpoint: the whole of {path.parent.name}/ is read"
-    return replace(catalog, notes=(note, *catalog.notes))
+    return _whole_set(read_deepspeed(path.parent, view=options.view), path)
+
+
+def _rank_member(path: Path, options: OpenOptions) -> Catalog | None:
+    """One rank of Meta's or Megatron's stands for the whole set."""
+    if options.root:
+        return None
+    if is_rank_file(path):
+        return _whole_set(read_megatron(path.parent.parent), path)
+    if is_meta_file(path):
+        catalog = read_meta(path.parent)
+        return _whole_set(catalog, path) if catalog else None
+    if path.suffix == ".distcp" or (path.name == "common.pt" and is_distributed(path.parent)):
+        raise distributed_not_yet(path.parent)
+    return None
+
+
+def _whole_set(catalog: Catalog, member: Path) -> Catalog:
+    whole = Path(catalog.path).name
+    return _noted(catalog, f"{member.name} is one part of a checkpoint: the whole of {whole}/ is read")
+
+
+def _noted(catalog: Catalog, *notes: str) -> Catalog:
+    return replace(catalog, notes=(*notes, *catalog.notes))
+
+
+def _adapter_file(path: Path, options: OpenOptions) -> Catalog | None:
+    if options.root or not is_adapter_file(path):
+        return None
+    return replace(_shard(path, options), kind=PEFT_ADAPTER)
 
 
 def _safetensors(path: Path, options: OpenOptions) -> Catalog | None:
@@ -212,8 +262,10 @@ def _torch(path: Path, options: OpenOptions) -> Catalog | None:
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
-_FOLDER_READERS: tuple[Reader, ...] = (_tag, _work_dir, _tag_parent, _adapter, _indexed, _single, _config_only)
-_FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _safetensors, _torch)
+_FOLDER_READERS: tuple[Reader, ...] = (
+    _tag, _work_dir, _tag_parent, _megatron, _adapter, _indexed, _usual, _meta, _single, _config_only,
+)  # fmt: skip
+_FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _rank_member, _adapter_file, _safetensors, _torch)
 
 
 def _unknown(path: Path) -> CheckpointError:
@@ -227,5 +279,5 @@ def _unknown(path: Path) -> CheckpointError:
         "not a checkpoint that shardmerge knows",
         where=str(path),
         found=found,
-        expected="safetensors, torch .pth/.pt/.bin, a DeepSpeed directory, an XTuner work_dir, an HF directory",
+        expected="safetensors, torch .pth/.pt/.bin; a DeepSpeed, Megatron, XTuner, Meta, PEFT or HF directory",
     )

@@ -8,11 +8,13 @@ structures are those of PKWARE's APPNOTE 6.3.10 (sections 4.3.7 to 4.3.16), reco
 
 from __future__ import annotations
 
+import shlex
 import struct
 import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES
@@ -292,13 +294,20 @@ def _prefix(file: SourceFile, members: list[Member]) -> str:
     if f"{prefix}/constants.pkl" in names or any(name.startswith(f"{prefix}/code/") for name in names):
         raise CheckpointError(
             "torchscript",
-            "this is a TorchScript archive: a program, not a checkpoint",
+            "this is a TorchScript archive: a program, not a checkpoint (OpenAI's own CLIP files are such)",
             where=file.path,
-            hint="load it with torch.jit.load where it is trusted, and save its state_dict()",
+            hint="where it is trusted: " + _save_state(file.path),
         )
     if f"{prefix}/data.pkl" not in names or sum(name.endswith("/data.pkl") for name in names) != 1:
         raise _hostile("the zip does not hold exactly one data.pkl", file, 0)
     return prefix
+
+
+def _save_state(path: str) -> str:
+    """The command that saves the state dict of a TorchScript archive, in the directory it is run in."""
+    out = f"{PurePath(path).stem}-state.pth"
+    text = f"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), {out!r})"
+    return f"python -c {shlex.quote(text)}"
 
 
 def _check_byte_order(file: SourceFile, prefix: str, payloads: Mapping[str, tuple[Member, int]]) -> None:

@@ -137,7 +137,7 @@ def _parts(names: Mapping[str, str], facts: TrainingFacts) -> tuple[_Part, _Part
         source=names["text"],
         path=facts.llm_path,
         frozen=facts.freeze_llm,
-        lora=facts.llm_lora,
+        lora=facts.llm_lora is not None,
     )
     vision = _Part(
         title="visual encoder",
@@ -145,7 +145,7 @@ def _parts(names: Mapping[str, str], facts: TrainingFacts) -> tuple[_Part, _Part
         source=names["vision"],
         path=facts.vision_path,
         frozen=facts.freeze_visual_encoder,
-        lora=facts.visual_encoder_lora,
+        lora=facts.visual_encoder_lora is not None,
     )
     return language, vision
 

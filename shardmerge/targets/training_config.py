@@ -1,7 +1,7 @@
 """What a training config says about a checkpoint, read from its syntax tree and never executed.
 
 mmengine stores the whole config as Python text in ``meta["cfg"]``: one assignment per name, sorted, of
-literals and ``dict(...)`` calls. Configs written by hand also bind names first and use them later. Anything
+literals, lists and ``dict(...)`` calls. Configs written by hand also bind names first and use them later. Anything
 else is unknown, and an unknown fact only makes a message less precise.
 """
 
@@ -21,12 +21,13 @@ MAX_CHARS = 4 << 20
 # A syntax tree costs up to 600 bytes a character, so that only the statements that matter are parsed, one by
 # one. The model section of a real config has 1 to 4 KB.
 _MAX_STATEMENT = 32 << 10
+_LONGEST_INDEX = 6
 _MAX_NAMES = 16  # how long a chain of names bound to names is followed
 
 # A statement begins where a line begins with something that neither continues nor comments the one before.
 _STATEMENT = re.compile(r"^(?=[^\s#)\]}])", re.MULTILINE)
+_CHANGED_LATER = re.compile(r"^([A-Za-z_]\w*)[ \t]*[.\[]", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)[ \t]*=(?!=)")
-_CHANGED_LATER = re.compile(r"^model[ \t]*[.\[]", re.MULTILINE)
 
 
 class _Unknown(enum.Enum):
@@ -34,7 +35,41 @@ class _Unknown(enum.Enum):
 
 
 _UNKNOWN = _Unknown.UNKNOWN
-_Value: TypeAlias = "str | int | float | Mapping[str, _Value] | Literal[_Unknown.UNKNOWN] | None"
+_Value: TypeAlias = "str | int | float | tuple[_Value, ...] | Mapping[str, _Value] | Literal[_Unknown.UNKNOWN] | None"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFacts:
+    """What is known of a LoRA adapter's config; keys are those of ``peft.LoraConfig``.
+
+    Attributes
+    ----------
+    r, alpha
+        Rank and ``lora_alpha``; ``None`` where the config does not say. ``alpha`` is ``None`` too where something else
+        that changes the scale (``use_rslora``, the patterns) is there and cannot be read.
+    use_rslora
+        The scale is ``alpha / sqrt(r)``, not ``alpha / r``.
+    use_dora
+        The merged weight is scaled to a trained magnitude.
+    bias
+        Which biases were trained: ``none``, ``all`` or ``lora_only``.
+    fan_in_fan_out
+        The adapted weights are stored transposed, as in GPT-2.
+    modules_to_save
+        Modules that were trained whole.
+    rank_pattern, alpha_pattern
+        Other ranks and alphas, by the name of a module or a pattern of names.
+    """
+
+    r: int | None = None
+    alpha: float | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +87,8 @@ class TrainingFacts:
     projector_depth
         Linear layers of the projector.
     llm_lora, visual_encoder_lora
-        The part was trained as an adapter, which wins over its freeze flag.
+        The part was trained as an adapter, which wins over its freeze flag; ``None`` where it was not. An adapter whose
+        config cannot be read is one of which nothing is known.
     quantized
         The language model was loaded in 4 or 8 bits.
     """
@@ -63,8 +99,8 @@ class TrainingFacts:
     vision_path: str = ""
     visual_select_layer: int | None = None
     projector_depth: int | None = None
-    llm_lora: bool = False
-    visual_encoder_lora: bool = False
+    llm_lora: LoraFacts | None = None
+    visual_encoder_lora: LoraFacts | None = None
     quantized: bool = False
 
 
@@ -73,12 +109,7 @@ def read_training_config(text: str) -> TrainingFacts:
 
     Keys are those of ``xtuner.model.LLaVAModel``.
     """
-    if len(text) > MAX_CHARS or _CHANGED_LATER.search(text):
-        return TrainingFacts()
-    try:
-        model = _Config(_statements(text)).value("model")
-    except RecursionError:
-        return TrainingFacts()
+    model = _lookup(text, "model")
     if not isinstance(model, Mapping):
         return TrainingFacts()
     llm, vision = _section(model, "llm"), _section(model, "visual_encoder")
@@ -89,10 +120,83 @@ def read_training_config(text: str) -> TrainingFacts:
         vision_path=_text(vision, "pretrained_model_name_or_path"),
         visual_select_layer=_integer(model, "visual_select_layer"),
         projector_depth=_integer(model, "projector_depth"),
-        llm_lora=model.get("llm_lora") is not None,
-        visual_encoder_lora=model.get("visual_encoder_lora") is not None,
+        llm_lora=_lora(model, "llm_lora"),
+        visual_encoder_lora=_lora(model, "visual_encoder_lora"),
         quantized=llm.get("quantization_config") is not None,
     )
+
+
+def read_config_value(text: str, dotted: str) -> str | int | float | bool | None:
+    """Returns a plain value of a training config by its dotted name. Never raises, and never runs the text.
+
+    Parameters
+    ----------
+    text
+        The config, as Python.
+    dotted
+        A top-level name, then keys, or numbers for the items of a list: ``model.llm_lora.r``, ``betas.0``.
+
+    Returns
+    -------
+    str | int | float | bool | None
+        ``None`` where there is no such value, where it is no literal, and where it is ``None``.
+    """
+    name, *keys = dotted.split(".")
+    value = _lookup(text, name) if name.isidentifier() else _UNKNOWN
+    for key in keys:
+        value = _item(value, key)
+    return value if isinstance(value, str | int | float) else None
+
+
+def _lookup(text: str, name: str) -> _Value:
+    """Returns what a top-level name is bound to; unknown where it is changed in place later."""
+    if len(text) > MAX_CHARS:
+        return _UNKNOWN
+    changed = frozenset(match[1] for match in _CHANGED_LATER.finditer(text))
+    try:
+        return _Config(_statements(text), changed).value(name)
+    except RecursionError:
+        return _UNKNOWN
+
+
+def _item(value: _Value, key: str) -> _Value:
+    if isinstance(value, Mapping):
+        return value.get(key)
+    if isinstance(value, tuple) and key.isascii() and key.isdigit() and len(key) < _LONGEST_INDEX:
+        return value[int(key)] if int(key) < len(value) else None
+    return None
+
+
+def _lora(model: Mapping[str, _Value], key: str) -> LoraFacts | None:
+    """Returns what is known of an adapter; the config may be anything that is not ``None``."""
+    if model.get(key) is None:
+        return None
+    section = _section(model, key)
+    ranks, alphas = _numbers(section, "rank_pattern"), _numbers(section, "alpha_pattern")
+    rslora = section.get("use_rslora", False)
+    saved = section.get("modules_to_save")
+    alpha = _number(section, "lora_alpha") if isinstance(rslora, bool) else None
+    return LoraFacts(
+        r=_integer(section, "r"),
+        alpha=alpha if ranks is not None and alphas is not None else None,
+        use_rslora=rslora is True,
+        use_dora=_flag(section, "use_dora") or False,
+        bias=_text(section, "bias") or "none",
+        fan_in_fan_out=_flag(section, "fan_in_fan_out") or False,
+        modules_to_save=tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, tuple) else (),
+        rank_pattern={name: rank for name, rank in (ranks or {}).items() if isinstance(rank, int)},
+        alpha_pattern=alphas or {},
+    )
+
+
+def _numbers(section: Mapping[str, _Value], key: str) -> dict[str, float] | None:
+    """Returns a mapping of numbers, empty where it is not given; ``None`` where it cannot be read."""
+    value = section.get(key)
+    if value is None:
+        return {}
+    found = value if isinstance(value, Mapping) else {"": _UNKNOWN}
+    numbers = {name: number for name in found if (number := _number(found, name)) is not None}
+    return numbers if len(numbers) == len(found) else None
 
 
 def _section(model: Mapping[str, _Value], key: str) -> Mapping[str, _Value]:
@@ -108,6 +212,11 @@ def _flag(section: Mapping[str, _Value], key: str) -> bool | None:
 def _integer(section: Mapping[str, _Value], key: str) -> int | None:
     value = section.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(section: Mapping[str, _Value], key: str) -> float | None:
+    value = section.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _text(section: Mapping[str, _Value], key: str) -> str:
@@ -127,9 +236,13 @@ def _statements(text: str) -> list[tuple[str, str]]:
 
 @dataclass(slots=True)
 class _Config:
-    """Looks values up by name. A statement is evaluated once, so that names used twice cost nothing."""
+    """Looks values up by name; a name that is ``changed`` in place is unknown.
+
+    A statement is evaluated once, so that names used twice cost nothing.
+    """
 
     statements: list[tuple[str, str]]
+    changed: frozenset[str]
     known: dict[int, _Value] = field(default_factory=dict)
 
     def value(self, name: str) -> _Value:
@@ -139,7 +252,7 @@ class _Config:
     def _bound(self, name: str, before: int, depth: int) -> _Value:
         """Returns what a name is bound to before the statement ``before``."""
         index = next((i for i in range(before - 1, -1, -1) if self.statements[i][0] == name), None)
-        if index is None or depth > _MAX_NAMES:
+        if index is None or depth > _MAX_NAMES or name in self.changed:
             return _UNKNOWN
         if index not in self.known:
             node = _parse(self.statements[index][1])
@@ -154,13 +267,28 @@ class _Config:
                 return -value
             case ast.Name(id=name):
                 return self._bound(name, index, depth + 1)
+            case _:
+                return self._container(node, index, depth)
+
+    def _container(self, node: ast.expr, index: int, depth: int) -> _Value:
+        match node:
             case ast.Dict(keys=keys, values=values):
                 names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
                 return self._mapping(names, values, index, depth)
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return self._sequence(items, index, depth)
+            case ast.Call(func=ast.Name(id="dict"), args=[ast.Dict() as only], keywords=[]):
+                return self._container(only, index, depth)  # how mmengine writes keys that are no identifiers
             case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
                 return self._mapping([word.arg for word in keywords], [word.value for word in keywords], index, depth)
             case _:
                 return _UNKNOWN
+
+    def _sequence(self, items: Sequence[ast.expr], index: int, depth: int) -> _Value:
+        """Returns the items of a list or tuple. A starred one may stand for any number of items."""
+        if any(isinstance(item, ast.Starred) for item in items):
+            return _UNKNOWN
+        return tuple(self._evaluate(item, index, depth) for item in items)
 
     def _mapping(self, names: Sequence[object], values: list[ast.expr], index: int, depth: int) -> _Value:
         """Returns the items of a display or call. A name that is no string (``**``) may hide anything."""

@@ -1,0 +1,252 @@
+"""Megatron-core checkpoints of format ``torch``: ``iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt``.
+
+Folder and file names are those of ``megatron/training/checkpointing.py`` (``get_checkpoint_name``, and the tracker file
+of ``get_checkpoint_tracker_filename``); a pipeline number stands in them only where there are stages, an expert number
+only where there are experts. A tensor of tensor rank 1 in pipeline stage 2 is called ``01.002.name``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from shardmerge.errors import CheckpointError
+from shardmerge.sources.pickle_vm import Opaque, Value
+from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
+from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
+from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
+from shardmerge.tensors import Catalog, Fact
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+_RANK = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,})*)")
+# model_rng.pt: versions of 2022, which kept the distributed optimizer in folders of its own.
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_MOST_NAMED = 5
+_VIRTUAL = re.compile(r"model\d+")
+
+_CONVERT = (
+    "let Megatron's tools/checkpoint/convert.py write it with --target-pipeline-parallel-size 1"
+    " --target-tensor-parallel-size 1, and pass the result"
+)
+_AS_TORCH = (
+    "run Megatron's training command once more with --ckpt-convert-format torch --ckpt-convert-save NEW_DIRECTORY,"
+    " and pass that"
+)
+_AS_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt, and pass model.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class _RankFile:
+    """The file of one tensor rank in one pipeline stage; ``experts`` where its folder names an expert rank too."""
+
+    path: Path
+    tensor: int
+    stage: int
+    experts: bool
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.tensor, self.stage
+
+
+def is_megatron_folder(folder: Path) -> bool:
+    """Tells whether a directory holds the rank folders of one iteration, or a distributed checkpoint."""
+    return bool(_rank_files(folder)) or is_distributed(folder)
+
+
+def is_rank_folder(folder: Path) -> bool:
+    """Tells whether a directory is that of one rank."""
+    return _rank_file(folder) is not None
+
+
+def is_rank_file(path: Path) -> bool:
+    """Tells whether a file is the model of one rank."""
+    return path.name in _FILES and is_rank_folder(path.parent)
+
+
+def is_distributed(folder: Path) -> bool:
+    """Tells whether a directory is a checkpoint of torch's or Megatron's distributed checkpointing."""
+    return any(folder.glob("*.distcp")) or all((folder / name).is_file() for name in ("common.pt", "metadata.json"))
+
+
+def newest_iteration(folder: Path) -> Path | None:
+    """Returns the directory that the tracker file names, or ``None`` without a tracker file.
+
+    Raises
+    ------
+    CheckpointError
+        ``missing-tag``: it names a directory that is not there.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text("utf-8", "replace").strip()
+    name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+    if name == "release" or name.startswith("iter_"):
+        found = folder / name
+        if found.name == name and is_megatron_folder(found):
+            return found
+    raise CheckpointError(
+        "missing-tag",
+        f"{TRACKER} names an iteration that is not a Megatron checkpoint",
+        where=str(tracker),
+        found=repr(text[:80]),
+        expected="a number, with its directory iter_NNNNNNN, or the word release",
+        hint="pass the directory of the iteration itself, e.g. .../iter_0001000",
+    )
+
+
+def read_megatron(folder: Path) -> Catalog:
+    """Returns the catalog of one iteration: all tensor ranks and pipeline stages.
+
+    Raises
+    ------
+    CheckpointError
+        ``kind-not-yet``: a distributed checkpoint, virtual pipeline stages, or experts. ``missing-rank``,
+        ``mixed-ranks``: the files are not those of one whole model. And what the torch reader raises.
+    """
+    if is_distributed(folder):
+        raise distributed_not_yet(folder)
+    ranks = _rank_files(folder)
+    _check_experts(folder, ranks)
+    _check_grid(folder, ranks, {})
+    catalogs: dict[_RankFile, Catalog] = {}
+    facts: dict[str, Fact] = {}
+    skipped: list[str] = []
+    for rank in ranks:
+        file = read_torch_file(rank.path)
+        found = _model(file)
+        skipped += found.skipped
+        catalogs[rank] = torch_catalog(file, found)
+        if not facts:
+            facts = _scalars(as_dict(file.root).get("args"))
+            _check_arguments(folder, ranks, facts)
+    for stage in sorted({rank.stage for rank in ranks}):
+        check_same_names(folder, {_prefix(rank): catalogs[rank] for rank in ranks if rank.stage == stage})
+    named = {_prefix(rank): catalog for rank, catalog in catalogs.items()}
+    catalog = stack_ranks(folder, _kind(ranks), named, facts)
+    return replace(catalog, notes=(*catalog.notes, *_left_out(skipped)))
+
+
+def distributed_not_yet(folder: Path) -> CheckpointError:
+    """Returns the error for a distributed checkpoint."""
+    ours = (folder / "common.pt").is_file()
+    maker = "Megatron's dist_checkpointing" if ours else "torch.distributed.checkpoint"
+    return CheckpointError(
+        "kind-not-yet",
+        f"this is a distributed checkpoint ({maker}), which shardmerge does not read yet",
+        where=str(folder),
+        found=", ".join(sorted(path.name for path in folder.iterdir())[:5]),
+        hint=_AS_TORCH if ours else _AS_FILE.format(folder),
+    )
+
+
+def _rank_files(folder: Path) -> list[_RankFile]:
+    found = [rank for path in folder.glob("mp_rank_*") if (rank := _rank_file(path))]
+    return sorted(found, key=lambda rank: (rank.stage, rank.tensor))
+
+
+def _rank_file(folder: Path) -> _RankFile | None:
+    match = _RANK.fullmatch(folder.name)
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if match is None or path is None:
+        return None
+    numbers = [int(number) for number in match[2].split("_")[1:]]
+    return _RankFile(path, int(match[1]), numbers[0] if numbers else 0, len(numbers) > 1)
+
+
+def _model(file: TorchFile) -> StateDict:
+    virtual = [str(key) for key in as_dict(file.root) if _VIRTUAL.fullmatch(str(key))]
+    if virtual:
+        raise CheckpointError(
+            "kind-not-yet",
+            "this checkpoint has virtual pipeline stages, which shardmerge does not read yet",
+            where=file.path,
+            found=", ".join(virtual[:8]),
+            expected="one state dict, under the key model",
+            hint=_CONVERT,
+        )
+    return state_dict(file.root, key="model")
+
+
+def _scalars(arguments: Value) -> dict[str, Fact]:
+    """The plain values of an ``argparse.Namespace``, which pickles as its dict."""
+    values = arguments.state if isinstance(arguments, Opaque) else arguments
+    return {
+        name: value
+        for name, value in as_dict(values).items()
+        if isinstance(name, str) and isinstance(value, bool | int | float | str)
+    }
+
+
+def _check_experts(folder: Path, ranks: list[_RankFile]) -> None:
+    if any(rank.experts for rank in ranks):
+        raise _experts_not_yet(folder)
+
+
+def _experts_not_yet(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        "kind-not-yet",
+        "this checkpoint has expert-parallel ranks, which shardmerge does not read yet",
+        where=str(folder),
+        hint="let Megatron's tools/checkpoint/convert.py write it with --target-expert-parallel-size 1",
+    )
+
+
+def _check_arguments(folder: Path, ranks: list[_RankFile], facts: Mapping[str, Fact]) -> None:
+    experts = facts.get("expert_model_parallel_size")
+    if isinstance(experts, int) and experts > 1:
+        raise _experts_not_yet(folder)
+    _check_grid(folder, ranks, facts)
+
+
+def _check_grid(folder: Path, ranks: list[_RankFile], facts: Mapping[str, Fact]) -> None:
+    """Checks that every tensor rank of every stage has one file, as many as ``args`` says where it is known."""
+    found = {rank.key: rank for rank in ranks}
+    tensor = _size(facts, "tensor_model_parallel_size", max(rank.tensor for rank in ranks) + 1)
+    stages = _size(facts, "pipeline_model_parallel_size", max(rank.stage for rank in ranks) + 1)
+    total = tensor * stages
+    wanted = ((rank, stage) for stage in range(stages) for rank in range(tensor))
+    missing = list(islice((key for key in wanted if key not in found), _MOST_NAMED))
+    if missing:
+        raise missing_ranks(folder, [_file_name(*key, stages) for key in missing], total)
+    if len(ranks) != total:
+        raise CheckpointError(
+            "mixed-ranks",
+            "the directory holds more rank folders than the model has ranks",
+            where=str(folder),
+            found=f"{len(ranks)} rank folders",
+            expected=f"{tensor} tensor ranks x {stages} pipeline stages",
+            hint="rank folders of two runs are mixed: keep those of one",
+        )
+
+
+def _size(facts: Mapping[str, Fact], name: str, seen: int) -> int:
+    value = facts.get(name)
+    return value if isinstance(value, int) and value > 0 else seen
+
+
+def _file_name(rank: int, stage: int, stages: int) -> str:
+    folder = f"mp_rank_{rank:02d}_{stage:03d}" if stages > 1 else f"mp_rank_{rank:02d}"
+    return f"{folder}/{_FILES[0]}"
+
+
+def _prefix(rank: _RankFile) -> str:
+    return f"{rank.tensor:02d}.{rank.stage:03d}"
+
+
+def _kind(ranks: list[_RankFile]) -> str:
+    stages = len({rank.stage for rank in ranks})
+    kind = f"Megatron, {counted(len(ranks) // stages)}"
+    return f"{kind} x {stages} pipeline stages" if stages > 1 else kind
+
+
+def _left_out(skipped: list[str]) -> tuple[str, ...]:
+    """``_extra_state`` of Transformer Engine is a BytesIO, bytes, ``None`` or a tensor, by version."""
+    if not skipped:
+        return ()
+    return (f"{len(skipped)} entries of model are no tensors and are left out: {', '.join(skipped[:3])}",)
