@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolve import Assignment, Resolution
-from shardmerge.memory import plan_memory, row_width
-from shardmerge.ops.casts import CASTABLE, Cast
-from shardmerge.ops.vocabulary import MeanRows
-from shardmerge.plan import (
-    Compute,
-    Copy,
-    Part,
-    Plan,
-    PlannedSource,
-    PlannedTensor,
-    Read,
-    Reduce,
-    Step,
-    Unused,
-)
-from shardmerge.targets.expectation import Expectation, SideFile
-from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, index_json, lay_out
-from shardmerge.tensors import Catalog
+from shardmerge.memory import plan_memory
+from shardmerge.ops.moves import Concat, Slice
+from shardmerge.ops.vocabulary import NewRows
+from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
+from shardmerge.targets.expectation import Expectation, Format, Resize
+from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
+from shardmerge.tensors import Catalog, Shape, TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +27,20 @@ class OutputOptions:
     ----------
     dtype
         Float type of all float tensors; None to keep each tensor's own.
+    dtypes
+        For some target names another one, or None to keep their own; the first template that matches decides.
     shard_size
         Most bytes of tensors in a file.
+    format
+        Of the files of weights.
     memory, workers
         Budget in bytes, and threads.
     """
 
     dtype: DType | None = None
+    dtypes: tuple[tuple[Template, DType | None], ...] = ()
     shard_size: int = DEFAULT_SHARD_SIZE
+    format: Format = "safetensors"
     memory: int = 256 << 20
     workers: int = 2
 
@@ -82,52 +79,70 @@ def make_plan(
     problems: list[ShardmergeError] = []
     for assignment in resolution.assignments.values():
         try:
-            tensors.append(_planned(assignment, catalogs, expectation, options.dtype))
+            tensors.append(_planned(assignment, expectation, options))
         except MappingError as error:
-            problems.append(error)
-    raise_all(problems)
-    shards = lay_out(tensors, options.shard_size)
-    sides = list(expectation.side_files)
-    if len(shards) > 1:
-        sides.append(SideFile("model.safetensors.index.json", (index_json(shards),)))
+            problems.append(_with_rule(error, assignment))
+    raise_all([*problems, *_unused_dtypes(options, resolution)])
+    shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(
         target,
         tuple(_source(name, paths[name], catalog) for name, catalog in sorted(catalogs.items())),
         shards,
-        tuple(sides),
+        (*expectation.side_files, *indexes),
         _unused(resolution),
         expectation.warnings,
         plan_memory(tensors, budget=options.memory, workers=options.workers),
     )
 
 
-def _planned(
-    assignment: Assignment, catalogs: Mapping[str, Catalog], expectation: Expectation, dtype: DType | None
-) -> PlannedTensor:
-    entry = catalogs[assignment.source][assignment.name]
+def _planned(assignment: Assignment, expectation: Expectation, options: OutputOptions) -> PlannedTensor:
+    entry = assignment.entry
+    final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
-    final = dtype if dtype is not None and entry.dtype.kind == "float" else entry.dtype
-    read = Read(assignment.source, entry)
-    parts = [Part(0, entry.numel, _step(read, final, assignment))] if entry.numel else []
-    grown = shape[0] - entry.shape[0] if assignment.target in expectation.grown and shape else 0
-    if grown > 0:
-        mean = MeanRows(entry.dtype, final, grown)
-        parts.append(Part(entry.numel, grown * row_width(shape), Reduce(mean, read)))
-    return PlannedTensor(assignment.target, final, shape, tuple(parts), rule_text(assignment), 0)
+    if shape != entry.shape:
+        entry = resized(entry, shape, expectation.resized[assignment.target])
+    entry = cast_to(entry, final) if final.kind == "float" else entry
+    return PlannedTensor(assignment.target, entry, rule_text(assignment), assignment.target)
 
 
-def _step(read: Read, final: DType, assignment: Assignment) -> Step:
-    source = read.entry.dtype
-    if source == final:
-        return Copy(read)
-    if source.name not in CASTABLE or final.name not in CASTABLE:
-        raise MappingError(
-            "cannot-cast",
-            f"{assignment.target} is {source} and cannot be cast to {final}",
-            where=str(assignment.rule.mark),
-            hint="leave `dtype` out to keep every tensor's own type",
+def _final_dtype(assignment: Assignment, expectation: Expectation, options: OutputOptions) -> DType:
+    entry = assignment.entry
+    if assignment.pinned or entry.dtype.kind != "float":
+        return entry.dtype
+    for template, dtype in options.dtypes:
+        if template.match(assignment.target) is not None:
+            return dtype or own_dtype(entry)
+    if options.dtype is None or assignment.target in expectation.keep:
+        return own_dtype(entry)
+    return options.dtype
+
+
+def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
+    """Returns the entry with as many rows (dim 0) as ``shape`` says: cut off at the end, or with new ones behind."""
+    rows = shape[0] - entry.shape[0]
+    if rows < 0:
+        return compose(Slice(0, 0, shape[0]), [entry])
+    new = compose(NewRows(rows, resize.how, resize.row, resize.seed), [entry])
+    return compose(Concat(0), [entry, new])
+
+
+def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
+    what = f"{assignment.target}: {error.what}"
+    hint = error.hint or "leave `dtype` out, or name the tensor under `output: {keep: [...]}`"
+    return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
+
+
+def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> list[ShardmergeError]:
+    """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen."""
+    return [
+        MappingError(
+            "keep-matches-nothing",
+            f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
+            hint="`shardmerge plan --tensors` lists the names",
         )
-    return Compute(Cast(source, final), read)
+        for template, _ in options.dtypes
+        if not any(template.match(name) is not None for name in resolution.assignments)
+    ]
 
 
 def rule_text(assignment: Assignment) -> str:

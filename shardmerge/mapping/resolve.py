@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
 from shardmerge.mapping.near import NameIndex, count, listed
-from shardmerge.mapping.spec import Drop, Reference, Rule
+from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.suggest import drop_lines
+from shardmerge.mapping.terms import Bindings, Finder, Operand
+from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.targets.expectation import Component, Expectation
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.targets.expectation import Component, Expectation, Resize
+from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry
 
 # How peft spells what belongs to an adapter and not to a model.
 _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector", ".modules_to_save.", ".base_layer.")
@@ -25,12 +27,24 @@ _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector"
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A target name and the source tensor it is made of; ``name`` may be an alias."""
+    """A target name and what it is made of.
+
+    Attributes
+    ----------
+    source, name
+        The tensor it takes, or the first of an op's; ``name`` may be an alias. Empty for an op that needs none.
+    entry
+        The tensor, or the whole expression.
+    pinned
+        Whether the rule itself says the type.
+    """
 
     target: str
     source: str
     name: str
     rule: Rule
+    entry: TensorEntry
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,8 @@ def resolve(
     expectation: Expectation | None = None,
     *,
     user_file: str,
+    variables: Variables | None = None,
+    merged: Collection[tuple[str, str]] = (),
 ) -> Resolution:
     """Returns which source tensor every target takes.
 
@@ -70,24 +86,33 @@ def resolve(
         What the target must hold; None if the mapping alone decides.
     user_file
         The mapping, for messages that have no line of their own.
+    variables
+        What the formulas of ops may name.
+    merged
+        (source, name) of adapter tensors that are part of their bases by now.
 
     Raises
     ------
     ShardmergeError
         All problems at once: ``double-claim``, ``rule-matches-nothing``, ``drop-matches-nothing``,
-        ``unmatched-source``, ``lora-not-yet``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
-        ``shape-mismatch``, ``nothing-matched``.
+        ``unmatched-source``, ``unmerged-adapter``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
+        ``shape-mismatch``, ``nothing-matched``, and of ops ``missing-operand``, ``op-shape``, ``op-value``,
+        ``unknown-value``, ``bad-formula``.
     """
-    work = _Work(catalogs, expectation, user_file)
+    known = variables or Variables(catalogs, _no_files)
+    work = _Work(catalogs, expectation, user_file, known, matched=set(merged))
     for drop in drops:
         work.drop(drop)
     for rule in rules:
         work.apply(rule)
     work.finish(rules)
     raise_all(work.problems)
-    used = {(assignment.source, assignment.name) for assignment in work.assignments.values()}
-    shadowed = tuple(case for case in work.shadowed if case[:2] not in used)
+    shadowed = tuple(case for case in work.shadowed if case[:2] not in work.used)
     return Resolution(work.assignments, shadowed, tuple(sorted(work.dropped)))
+
+
+def _no_files(extent: Extent) -> bytes:
+    raise MappingError("unreadable-file", "no files can be read here", where=extent.file)
 
 
 @dataclass(slots=True)
@@ -97,17 +122,20 @@ class _Work:
     catalogs: Mapping[str, Catalog]
     expectation: Expectation | None
     user_file: str
+    variables: Variables
     assignments: dict[str, Assignment] = field(default_factory=dict)
     shadowed: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: set[tuple[str, str]] = field(default_factory=set)
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
-    claimed_by: dict[str, Reference] = field(default_factory=dict)
+    used: set[tuple[str, str]] = field(default_factory=set)
+    claimed_by: dict[str, Term] = field(default_factory=dict)
     clashes: dict[tuple[Mark, Mark], list[tuple[Assignment, Assignment]]] = field(default_factory=dict)
     placeholders: dict[str, str] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
+    _finder: Finder | None = None
 
     def near(self, source: str, word: str) -> str:
         """Returns a hint with the names of a source that are like a word."""
@@ -133,18 +161,70 @@ class _Work:
     def apply(self, rule: Rule) -> None:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
-        for reference in rule.candidates:
-            template = reference.template
-            check = not rule.target.surely_fits(template)
-            # Most names fail at once: the inline test saves a call for each of them.
-            for name in [name for name in self._names(reference.source) if name.startswith(template.head)]:
-                bindings = template.match(name)
-                if bindings is None or (check and not rule.target.fits(bindings)):
-                    continue
-                found = True
-                self._claim(rule, reference, name, rule.target.format(bindings))
+        for candidate in rule.candidates:
+            if isinstance(candidate, Reference):
+                found |= self._take(rule, candidate)
+            else:
+                found |= self._make(rule, candidate)
         if not found:
             self.idle.append(rule)
+
+    def _take(self, rule: Rule, reference: Reference) -> bool:
+        """Claims a target for every tensor that the reference matches."""
+        found = False
+        template = reference.template
+        check = not rule.target.surely_fits(template)
+        # Most names fail at once: the inline test saves a call for each of them.
+        for name in [name for name in self._names(reference.source) if name.startswith(template.head)]:
+            bindings = template.match(name)
+            if bindings is None or (check and not rule.target.fits(bindings)):
+                continue
+            found = True
+            entry = replace(self.catalogs[reference.source][name], source=reference.source)
+            self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
+        return found
+
+    def _make(self, rule: Rule, term: OpTerm) -> bool:
+        """Claims a target for every combination of captures that the op finds its first tensors for."""
+        found = False
+        failures: list[tuple[str, MappingError]] = []
+        for bindings in self._bindings(rule, term, failures):
+            if not rule.target.fits(bindings):
+                continue
+            found = True
+            target = self._target(rule, bindings)
+            operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
+            self.matched.update((one.source, one.name) for one in operands)
+            try:
+                entry = self.finder.build(term, bindings, target)
+            except MappingError as error:
+                failures.append((target, error))
+                continue
+            self._claim(rule, term, target, operands, entry)
+        self.problems += _failed(rule, term, failures)
+        return found or bool(failures)
+
+    def _bindings(self, rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[Bindings]:
+        try:
+            yield from self.finder.bindings(rule, term)
+        except MappingError as error:
+            failures.append((str(rule.target), error))
+
+    @property
+    def finder(self) -> Finder:
+        """Looks operands up; made when all drops are known."""
+        if self._finder is None:
+            names = {source: self._names(source) for source in self.catalogs}
+            self._finder = Finder(self.catalogs, defaultdict(tuple, names), self.variables)
+        return self._finder
+
+    def _target(self, rule: Rule, bindings: Bindings) -> str:
+        """Returns the target's name. Only formulas look at anything but the bindings."""
+        if not rule.target.formulas:
+            return rule.target.format(bindings)
+        names = {name for formula in rule.target.formulas for name in formula.names}
+        known = {name: value for name in names if isinstance(value := self.variables.get(name), int)}
+        return rule.target.format(bindings, known)
 
     def _names(self, source: str) -> Sequence[str]:
         """Returns the names of a source that are not dropped; asked for once all drops are known."""
@@ -154,25 +234,28 @@ class _Work:
             self.names[source] = [name for name in every if (source, name) not in self.dropped]
         return self.names[source]
 
-    def _claim(self, rule: Rule, reference: Reference, name: str, target: str) -> None:
-        self.matched.add((reference.source, name))
+    def _claim(self, rule: Rule, term: Term, target: str, operands: list[Operand], entry: TensorEntry) -> None:
+        first = operands[0] if operands else Operand("", "")
+        self.matched.update((one.source, one.name) for one in operands)
         before = self.assignments.get(target)
+        pinned = isinstance(term, OpTerm) and term.kind.name == "cast"
+        claim = Assignment(target, first.source, first.name, rule, entry, pinned)
         if before is None:
-            if self._is_placeholder(reference.source, name, target):
-                self.placeholders[target] = f"{reference.source}:{name}"
+            if self._is_placeholder(entry, target):
+                self.placeholders[target] = f"{first.source}:{first.name}"
                 return
-            self.assignments[target] = Assignment(target, reference.source, name, rule)
-            self.claimed_by[target] = reference
-        elif before.rule is rule and self.claimed_by[target] is not reference:
-            self.shadowed.append((reference.source, name, target))
+            self.assignments[target] = claim
+            self.claimed_by[target] = term
+            self.used.update((one.source, one.name) for one in operands)
+        elif before.rule is rule and self.claimed_by[target] is not term:
+            self.shadowed += [(one.source, one.name, target) for one in operands]
         else:  # another rule's target, or two names that one candidate makes into one
-            claim = Assignment(target, reference.source, name, rule)
             self.clashes.setdefault((before.rule.mark, rule.mark), []).append((before, claim))
 
-    def _is_placeholder(self, source: str, name: str, target: str) -> bool:
+    def _is_placeholder(self, entry: TensorEntry, target: str) -> bool:
         """A tensor without elements does not count where the target wants some."""
         wanted = self.expectation.tensors.get(target) if self.expectation else None
-        return wanted is not None and self.catalogs[source][name].numel == 0 and prod(wanted) > 0
+        return wanted is not None and entry.numel == 0 and prod(wanted) > 0
 
     def finish(self, rules: Sequence[Rule]) -> None:
         """Checks what is left over on either side."""
@@ -201,7 +284,7 @@ class _Work:
     def _adapters(self) -> dict[str, list[str]]:
         """Returns the adapter tensors by source: those no rule uses, and those the target has no place for."""
         pairs = self._left_over()
-        if self.expectation is not None:
+        if self.expectation is not None and not self.expectation.open:
             made = ((a.source, a.name) for t, a in self.assignments.items() if t not in self.expectation.tensors)
             pairs = [*pairs, *made]
         found: dict[str, list[str]] = defaultdict(list)
@@ -217,7 +300,7 @@ class _Work:
     def _drop_tied(self, expectation: Expectation) -> None:
         for target in expectation.tied:
             assignment = self.assignments.pop(target, None)
-            if assignment is not None:
+            if assignment is not None and assignment.source:
                 self.dropped.add((assignment.source, assignment.name))
 
     def _missing(
@@ -246,27 +329,27 @@ class _Work:
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
         extra: dict[tuple[Mark, str], list[Assignment]] = defaultdict(list)
         for name, assignment in self.assignments.items():
-            if name not in expectation.tensors:
+            if name not in expectation.tensors and not expectation.open:
                 extra[assignment.rule.mark, assignment.source].append(assignment)
         index = NameIndex(expectation.tensors)
         for (mark, source), cases in extra.items():
-            lines = drop_lines(source, [a.name for a in cases], self._used(source, without=cases))
+            lines = drop_lines(source, [a.name for a in cases], self._used(source, without=cases)) if source else []
             near = index.near(cases[0].target)
             yield TargetError(
                 "unexpected-target",
                 f"{count(len(cases), 'tensor')} that the target does not have: {listed([a.target for a in cases])}",
                 where=str(mark),
-                found=f"{source}:{cases[0].name}",
+                found=f"{source}:{cases[0].name}" if source else "",
                 expected=f"names such as {', '.join(near)}" if near else "",
-                hint=f"if not wanted, add under `drop:` {_ticked(lines)}",
+                hint=f"if not wanted, add under `drop:` {_ticked(lines)}" if lines else "remove the rule",
             )
 
     def _misshapen(self, expectation: Expectation) -> Iterator[ShardmergeError]:
         wrong: dict[str, list[tuple[Assignment, Shape, Shape]]] = defaultdict(list)
         for name, assignment in self.assignments.items():
             wanted = expectation.tensors.get(name)
-            shape = self.catalogs[assignment.source][assignment.name].shape
-            if wanted is not None and not _fits(shape, wanted, grown=name in expectation.grown):
+            shape = assignment.entry.shape
+            if wanted is not None and not _fits(shape, wanted, expectation.resized.get(name)):
                 wrong[assignment.source].append((assignment, shape, wanted))
         for source, cases in wrong.items():
             targets = listed([assignment.target for assignment, _, _ in cases])
@@ -276,21 +359,22 @@ class _Work:
                 where=str(cases[0][0].rule.mark),
                 found=listed([f"{list(shape)} in {source}:{a.name}" for a, shape, _ in cases]),
                 expected=listed([str(list(wanted)) for _, _, wanted in cases]),
-                hint=f"is `{source}` a base model of another size than the one that was trained?",
+                hint=_shape_hint(cases, expectation, source),
             )
 
     def _idle_rules(self, missing: Sequence[str]) -> Iterator[ShardmergeError]:
         for rule in self.idle:
             if any(rule.target.match(name) is not None for name in missing):
                 continue  # the tensors it would have made are already reported missing
-            if all(reference.source not in self.catalogs for reference in rule.candidates):
-                continue  # the user said that these sources may be absent
-            first = rule.candidates[0]
+            named = [reference for candidate in rule.candidates for reference in references(candidate)]
+            if rule.optional or not named or all(reference.source not in self.catalogs for reference in named):
+                continue  # a preset's, or the user said that these sources may be absent
+            first = named[0]
             yield MappingError(
                 "rule-matches-nothing",
                 f"no source tensor matches the rule for `{rule.target}`",
                 where=str(rule.mark),
-                found=", ".join(f"`{r.source}:{r.template}`" for r in rule.candidates),
+                found=", ".join(f"`{r.source}:{r.template}`" for r in named),
                 hint=self.near(first.source, first.template.text) or "shardmerge inspect shows the names",
             )
 
@@ -328,13 +412,44 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
     )
 
 
+def _failed(rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[MappingError]:
+    """One error for all targets that one op of a rule cannot make for the same reason."""
+    groups: dict[str, list[tuple[str, MappingError]]] = defaultdict(list)
+    for target, error in failures:
+        groups[error.code].append((target, error))
+    for code, cases in groups.items():
+        target, first = cases[0]
+        yield MappingError(
+            code,
+            f"{listed([name for name, _ in cases])}: {first.what}",
+            where=first.where or str(term.mark),
+            found=first.found,
+            expected=first.expected,
+            hint=first.hint or f"the rule is `{rule.target}` at {rule.mark}",
+        )
+
+
+def _shape_hint(cases: list[tuple[Assignment, Shape, Shape]], expectation: Expectation, source: str) -> str:
+    only_rows = all(len(have) == len(want) and have[1:] == want[1:] for _, have, want in cases)
+    names = {assignment.target.rsplit(".", 2)[-2] for assignment, _, _ in cases if assignment.target.count(".") > 1}
+    if only_rows and names & {"embed_tokens", "lm_head"}:
+        have, want = cases[0][1][0], cases[0][2][0]
+        cut = ", trim: true" if have > want else ""
+        return f"to resize the vocabulary, say `vocabulary: {{rows: {want}{cut}}}`, or `{{rows: {have}}}` to keep it"
+    return f"is `{source}` a base model of another size than the one that was trained?"
+
+
 def _looked_for(target: str, rules: Sequence[Rule]) -> list[tuple[str, str]]:
     """Returns where the rules would have taken a target name from."""
     found = []
     for rule in rules:
         bindings = rule.target.match(target)
-        if bindings is not None:
-            found += [(r.source, r.template.format(bindings)) for r in rule.candidates if r.template.fits(bindings)]
+        if bindings is None:
+            continue
+        for reference in (one for candidate in rule.candidates for one in references(candidate)):
+            template = reference.template
+            if set(template.captures) <= set(bindings) and template.fits(bindings):
+                found.append((reference.source, template.format(bindings)))
     return found
 
 
@@ -344,10 +459,10 @@ def _ticked(lines: Sequence[str]) -> str:
 
 def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingError:
     return MappingError(
-        "lora-not-yet",
-        f"{source} holds {count(len(names), 'LoRA tensor')}, which this version does not merge: {listed(names, 3)}",
+        "unmerged-adapter",
+        f"{source} holds {count(len(names), 'adapter tensor')} that no base takes: {listed(names, 3)}",
         where=catalog.path,
-        hint="merge the adapter into its base with peft's merge_and_unload first, then convert the result",
+        hint=f"add `adapters: [{{from: {source}, onto: BASE}}]`, where BASE is the source it was trained on",
     )
 
 
@@ -365,10 +480,12 @@ def _is_adapter(name: str) -> bool:
     return any(part in name for part in _ADAPTER)
 
 
-def _fits(shape: Shape, wanted: Shape, *, grown: bool) -> bool:
+def _fits(shape: Shape, wanted: Shape, resize: Resize | None) -> bool:
     if shape == wanted:
         return True
-    return grown and len(shape) == len(wanted) and shape[1:] == wanted[1:] and 0 < shape[0] < wanted[0]
+    if resize is None or len(shape) != len(wanted) or not shape or shape[1:] != wanted[1:]:
+        return False
+    return 0 < shape[0] < wanted[0] or (resize.trim and shape[0] > wanted[0])
 
 
 def _leaf(name: str) -> str:
