@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
-
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
@@ -17,6 +15,7 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
 from shardmerge.mapping.resolve import Assignment, Resolution, resolve
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, TargetSpec, load_spec
+from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
@@ -28,20 +27,15 @@ from shardmerge.sources.opening import OpenOptions, locate, open_catalog
 from shardmerge.storage.limits import default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.storage.writing import write_small
-from shardmerge.targets import llava
-from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
+from shardmerge.targets.expectation import Expectation, Format, Request, SideFile, Target
 from shardmerge.targets.plain import expect_same
+from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
 from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
 from shardmerge.version import __version__
 
 PLAIN = "state-dict"
-
-Expect: TypeAlias = Callable[[Mapping[str, str], Mapping[str, Catalog], ReadSideFile, "DType | None"], Expectation]
-
-# A target is a module with `expect` and one line here.
-TARGETS: dict[str, Expect] = {"hf/llava": llava.expect}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,8 @@ class Options:
     ----------
     dtype, shard_size
         Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
+    format
+        ``safetensors`` or ``bin``, likewise.
     memory, workers
         Budget in bytes and threads; None for the defaults of ``storage.limits``.
     download
@@ -64,6 +60,7 @@ class Options:
 
     dtype: DType | str | None = None
     shard_size: int | None = None
+    format: Format | None = None
     memory: int | None = None
     workers: int | None = None
     download: bool = False
@@ -113,7 +110,10 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
-    assignments = {name: Assignment(name, source.name, name, rule) for name in catalog.names()}
+    assignments = {
+        name: Assignment(name, source.name, name, rule, replace(catalog[name], source=source.name))
+        for name in catalog.names()
+    }
     if not assignments:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
     resolution = Resolution(assignments, (), ())
@@ -162,14 +162,17 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = combine(spec, preset)
     output = _output(spec.output, options)
+    variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, output.dtype)
-    resolution = resolve(spec.rules, spec.drops, catalogs, expectation, user_file=spec.file)
+    resolution = resolve(
+        spec.rules, spec.drops, catalogs, expectation, user_file=spec.file, variables=variables,
+    )  # fmt: skip
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
         catalogs,
         {name: source.path for name, source in spec.sources.items()},
         resolution,
-        expectation or _as_resolved(resolution, catalogs),
+        expectation or _as_resolved(resolution),
         output,
     )
     return Prepared(plan, _output_path(spec.output, folder))
@@ -191,6 +194,7 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     plan = prepared.plan
     check_output(plan, out)
     with staged(plan, out, sync=options.sync) as staging:
+        _make_folders(plan, staging)
         outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
         digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
@@ -202,6 +206,11 @@ def read_side_file(extent: Extent) -> bytes:
     """Returns the bytes of a small file."""
     with SourceFile(extent.file) as file:
         return file.read(extent.offset, extent.nbytes)
+
+
+def _make_folders(plan: Plan, staging: Path) -> None:
+    for name in [*(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)]:
+        (staging / name).parent.mkdir(exist_ok=True)
 
 
 def _index_last(plan: Plan) -> list[SideFile]:
@@ -222,7 +231,9 @@ def _dtype(options: Options) -> DType | None:
 def _output(spec: OutputSpec | None, options: Options) -> OutputOptions:
     return OutputOptions(
         _dtype(options) or (spec.dtype if spec else None),
+        spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
+        options.format or (spec.format if spec else "safetensors"),
         options.memory or default_budget(),
         options.workers or default_workers(),
     )
@@ -300,30 +311,45 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
 def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None) -> Expectation | None:
     if spec.target is None:
         return None
-    if spec.target.name not in TARGETS:
+    target = _target(spec.target)
+    texts = spec.target.roles
+    return target.expect(
+        Request(
+            roles={role: source for role, source in texts.items() if role in target.roles},
+            options={key: value for key, value in texts.items() if key in target.options},
+            catalogs=catalogs,
+            read=read_side_file,
+            dtype=dtype,
+            vocabulary=spec.vocabulary,
+            where=str(spec.target.mark),
+        )
+    )
+
+
+def _target(spec: TargetSpec) -> Target:
+    if spec.name not in TARGETS:
+        hint = did_you_mean(spec.name, TARGETS)
         raise UsageError(
             "unknown-target",
-            f"there is no target {spec.target.name!r}",
-            where=str(spec.target.mark),
+            f"there is no target {spec.name!r}",
+            where=str(spec.mark),
             expected=", ".join(TARGETS),
+            hint=hint,
         )
-    return TARGETS[spec.target.name](spec.target.roles, catalogs, read_side_file, dtype)
+    return TARGETS[spec.name]
 
 
-# The roles that a target's `expect` looks at.
-_ROLES = ("trained", "text", "vision")
+def _odd_roles(spec: TargetSpec, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
+    target = _target(spec)
+    known = (*target.roles, *target.options)
+    for key, value in spec.roles.items():
+        if key not in known:
+            hint = did_you_mean(key, known)
+            yield UsageError("unknown-role", f"{spec.name} has no role {key!r}", where=str(spec.mark), hint=hint)
+        elif key in target.roles and value not in catalogs:
+            hint = did_you_mean(value, catalogs)
+            yield UsageError("unknown-source", f"there is no source {value!r}", where=str(spec.mark), hint=hint)
 
 
-def _odd_roles(target: TargetSpec, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
-    for role, source in target.roles.items():
-        if role not in _ROLES:
-            hint = did_you_mean(role, _ROLES)
-            yield UsageError("unknown-role", f"{target.name} has no role {role!r}", where=str(target.mark), hint=hint)
-        elif source not in catalogs:
-            hint = did_you_mean(source, catalogs)
-            yield UsageError("unknown-source", f"there is no source {source!r}", where=str(target.mark), hint=hint)
-
-
-def _as_resolved(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> Expectation:
-    shapes = {name: catalogs[a.source][a.name].shape for name, a in resolution.assignments.items()}
-    return Expectation(shapes)
+def _as_resolved(resolution: Resolution) -> Expectation:
+    return Expectation({name: assignment.entry.shape for name, assignment in resolution.assignments.items()})

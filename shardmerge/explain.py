@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from shardmerge.plan import Copy, Plan, PlannedTensor, Step, bytes_read, canonical, part_json, tensor_json
-from shardmerge.tensors import Catalog
+from shardmerge.plan import Plan, PlannedTensor, bytes_read, canonical, tensor_json
+from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
 
 # Schema of every --json answer of this module.
 JSON_SCHEMA = 1
@@ -67,8 +67,7 @@ def plan_text(plan: Plan, out: str) -> str:
 def tensor_lines(plan: Plan) -> Iterable[str]:
     """Yields one line a tensor: its name, type, shape, and the whole way it takes."""
     for tensor in plan.tensors():
-        parts = "; ".join(_way(part_json(part)) for part in tensor.parts) or "empty"
-        yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {parts}  [{tensor.rule}]"
+        yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {_way(tensor.entry)}  [{tensor.rule}]"
 
 
 def catalog_json(catalog: Catalog) -> dict[str, object]:
@@ -143,17 +142,27 @@ def _groups_table(plan: Plan) -> str:
 def _group_key(tensor: PlannedTensor) -> tuple[str, str, str]:
     head, dot, _ = tensor.name.partition(".")
     component = f"{head}.*" if dot else tensor.name
-    sources = dict.fromkeys(f"{part.step.read.source} ({part.step.read.entry.origin})" for part in tensor.parts)
-    ways = dict.fromkeys(_op(part.step) for part in tensor.parts)
-    return component, " + ".join(sources), " + ".join(ways) or "empty"
+    sources = dict.fromkeys(f"{leaf.source} ({leaf.origin})" for leaf in leaves(tensor.entry))
+    ways = dict.fromkeys(_ops(tensor.entry))
+    return component, " + ".join(sources), " + ".join(ways) or "copy"
 
 
-def _op(step: Step) -> str:
-    return "copy" if isinstance(step, Copy) else step.op.label
+def _ops(entry: TensorEntry) -> Iterator[str]:
+    """Yields the ops of an expression, the first one applied first."""
+    held = composed(entry)
+    if held is not None:
+        for base in held.bases:
+            yield from _ops(base)
+        yield held.recipe.label
 
 
-def _way(part: Mapping[str, object]) -> str:
-    return f"{part['op']} {part['source']}:{part['tensor']} ({part['origin']})"
+def _way(entry: TensorEntry) -> str:
+    held = composed(entry)
+    if held is None:
+        origin = f" ({entry.origin})" if entry.origin else ""
+        return f"{entry.source}:{entry.name}{origin}" if entry.name else "empty"
+    inner = ", ".join(_way(base) for base in held.bases)
+    return f"{held.recipe.label} of {inner}" if len(held.bases) == 1 else f"{held.recipe.label} of [{inner}]"
 
 
 def _files(plan: Plan) -> str:

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from shardmerge.dtypes import DType
-from shardmerge.execute.engine import Tile, make_tile, new_buffers
 from shardmerge.execute.gather import gather
-from shardmerge.memory import LARGEST_TILE
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
-from shardmerge.plan import Part, Plan, PlannedShard, PlannedTensor, Reduce
+from shardmerge.plan import Plan
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Catalog, Shape, TensorEntry
+from shardmerge.tensors import Catalog, Shape, TensorEntry, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -185,39 +183,6 @@ class _EntryReader:
         gather(self._pool, self._entry, start, out)
 
 
-class _PlannedReader:
-    """Ranges of a planned tensor, made as a run would make them."""
-
-    __slots__ = ("_pool", "_shard", "_tensor")
-
-    def __init__(self, pool: FilePool, shard: PlannedShard, tensor: PlannedTensor) -> None:
-        self._pool = pool
-        self._shard = shard
-        self._tensor = tensor
-
-    def read(self, start: int, out: memoryview) -> None:
-        size = self._tensor.dtype.itemsize
-        stop = start + len(out) // size
-        for part in self._tensor.parts:
-            low, high = max(start, part.start), min(stop, part.start + part.count)
-            if low < high:
-                self._part(part, low - part.start, out[(low - start) * size : (high - start) * size])
-
-    def _part(self, part: Part, start: int, out: memoryview) -> None:
-        size = self._tensor.dtype.itemsize
-        count = len(out) // size
-        if isinstance(part.step, Reduce):
-            whole, _ = make_tile(Tile(self._shard, self._tensor, part, 0, part.count), self._pool, new_buffers(0))
-            out[:] = whole[start * size : (start + count) * size]
-            return
-        most = LARGEST_TILE // max(size, part.step.read.entry.dtype.itemsize)
-        buffers = new_buffers(LARGEST_TILE)
-        for first in range(0, count, most):
-            tile = Tile(self._shard, self._tensor, part, start + first, min(most, count - first))
-            data, _ = make_tile(tile, self._pool, buffers)
-            out[first * size : first * size + len(data)] = data
-
-
 def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
     """Returns the tensors of a catalog; tied names give the same bytes."""
     pool = FilePool()
@@ -229,12 +194,11 @@ def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
 
 
 def lazy_plan(plan: Plan) -> LazyCheckpoint:
-    """Returns the tensors that a plan would write."""
+    """Returns the tensors that a plan would write, made as a run makes them."""
     pool = FilePool()
     tensors = {}
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            origin = ", ".join(dict.fromkeys(f"{p.step.read.source}:{p.step.read.entry.name}" for p in tensor.parts))
-            reader = _PlannedReader(pool, shard, tensor)
-            tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
+    for tensor in plan.tensors():
+        origin = ", ".join(dict.fromkeys(f"{leaf.source}:{leaf.name}" for leaf in leaves(tensor.entry)))
+        reader = _EntryReader(pool, tensor.entry)
+        tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
     return LazyCheckpoint(plan.target, plan.warnings, tensors)

@@ -333,23 +333,25 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
 
 def _remade_problems(folder: Path, plan: Plan, progress: Progress | None) -> Iterator[ShardmergeError]:
     pool = FilePool()
-    buffers = new_buffers(plan.memory.tile)
-    for tile in tiles(plan):
-        made, _ = make_tile(tile, pool, buffers)
-        offset = tile.tensor.offset + (tile.part.start + tile.start) * tile.tensor.dtype.itemsize
-        try:
-            held = pool.view(str(folder / tile.shard.name), offset, made.nbytes)
-        except CheckpointError as error:
-            yield _wrong("size-differs", error.what, folder / tile.shard.name)
-            return
-        if made.cast("B") != held:
-            yield VerificationError(
-                "tensor-differs",
-                f"{tile.tensor.name} is not what its sources give",
-                where=f"{folder / tile.shard.name}, bytes {offset} to {offset + made.nbytes}",
-            )
-        if progress is not None:
-            progress(made.nbytes)
+    assembler = Assembler(pool, plan.memory.tile)
+    for task in tasks(plan):
+        for tile in task:
+            made = assembler.view(tile.tensor.entry, tile.start, tile.count)
+            try:
+                held = pool.view(str(folder / tile.shard.name), tile.offset, made.nbytes)
+            except CheckpointError as error:
+                yield _wrong("size-differs", error.what, folder / tile.shard.name)
+                return
+            if made.cast("B") != held:
+                yield VerificationError(
+                    "tensor-differs",
+                    f"{tile.tensor.name} is not what its sources give",
+                    where=f"{folder / tile.shard.name}, bytes {tile.offset} to {tile.offset + made.nbytes}",
+                )
+            assembler.release(made)
+            if progress is not None:
+                progress(made.nbytes)
+        assembler.forget()
 
 
 def _count(plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""How tensors are laid out in safetensors files, and the index. Every offset is fixed before any byte moves."""
+"""How tensors are laid out in files of weights, and the index. Every offset is fixed before any byte moves."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from shardmerge.plan import PlannedShard, PlannedTensor
+from shardmerge.targets.expectation import FileGroup, Format, SideFile
+from shardmerge.targets.torch_layout import lay_out_torch
 
 # What huggingface_hub and DeepSpeed use; decimal, as everywhere in the ecosystem.
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -26,35 +28,93 @@ def natural_key(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts))
 
 
-def lay_out(tensors: Iterable[PlannedTensor], shard_size: int) -> tuple[PlannedShard, ...]:
-    """Returns the shards: natural key order, filled greedily, no tensor split, one that is too large alone.
+@dataclass(frozen=True, slots=True)
+class _Naming:
+    """How the files of a group are called."""
+
+    folder: str
+    stem: str
+    suffix: str
+    numbered: str
+
+    def path(self, name: str) -> str:
+        """Returns a path inside the output directory."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def lay_out(
+    tensors: Iterable[PlannedTensor],
+    shard_size: int,
+    groups: Sequence[FileGroup] = (FileGroup(),),
+    form: Format = "safetensors",
+) -> tuple[tuple[PlannedShard, ...], tuple[SideFile, ...]]:
+    """Returns the shards, and the indexes of the groups that have more than one.
+
+    Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
 
     Parameters
     ----------
     tensors
-        With any offset; the offsets are set here.
+        With any offset and stored name; both are set here.
     shard_size
         Most bytes of tensors in one shard.
+    groups
+        How tensors are spread; each belongs to the first whose prefix its name has.
+    form
+        Of the groups that leave it open.
     """
+    shards: list[PlannedShard] = []
+    indexes: list[SideFile] = []
     ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
-    groups = list(_groups(ordered, shard_size))
-    names = _names(len(groups))
-    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+    for group, members in _grouped(ordered, groups):
+        naming = _naming(group, form)
+        cut = list(_cut(members, shard_size if group.sharded else None))
+        made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
+        shards += made
+        if len(made) > 1:
+            name = naming.path(f"{naming.stem}{naming.suffix}.index.json")
+            indexes.append(SideFile(name, (index_json(made),)))
+    return tuple(shards), tuple(indexes)
 
 
 def index_json(shards: Sequence[PlannedShard]) -> bytes:
     """Returns ``model.safetensors.index.json`` as transformers writes it: sorted, indented, with the exact total."""
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    weight_map = {tensor.stored: shard.name.rsplit("/", 1)[-1] for shard in shards for tensor in shard.tensors}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     value = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _groups(tensors: list[PlannedTensor], shard_size: int) -> Iterator[list[PlannedTensor]]:
+def _grouped(
+    tensors: list[PlannedTensor], groups: Sequence[FileGroup]
+) -> Iterator[tuple[FileGroup, list[PlannedTensor]]]:
+    """Yields the groups that have tensors, the first group always if nothing else has any."""
+    members: list[list[PlannedTensor]] = [[] for _ in groups]
+    for tensor in tensors:
+        index = next(i for i, group in enumerate(groups) if tensor.name.startswith(group.prefix))
+        members[index].append(replace(tensor, stored=tensor.name.removeprefix(groups[index].prefix)))
+    for group, own in zip(groups, members, strict=True):
+        if own or (not tensors and group is groups[0]):
+            yield group, own
+
+
+def _naming(group: FileGroup, form: Format) -> _Naming:
+    suffix = group.suffix or (".bin" if form == "bin" else ".safetensors")
+    stem = "pytorch_model" if group.stem == "model" and suffix == ".bin" else group.stem
+    return _Naming(group.folder, stem, suffix, f"{stem}-{{:05d}}-of-{{:05d}}{suffix}")
+
+
+def _names(naming: _Naming, count: int) -> list[str]:
+    if count == 1:
+        return [f"{naming.stem}{naming.suffix}"]
+    return [naming.numbered.format(number, count) for number in range(1, count + 1)]
+
+
+def _cut(tensors: list[PlannedTensor], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
     group: list[PlannedTensor] = []
     filled = 0
     for tensor in tensors:
-        if group and filled + tensor.nbytes > shard_size:
+        if group and shard_size is not None and filled + tensor.nbytes > shard_size:
             yield group
             group, filled = [], 0
         group.append(tensor)
@@ -62,13 +122,12 @@ def _groups(tensors: list[PlannedTensor], shard_size: int) -> Iterator[list[Plan
     yield group
 
 
-def _names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedShard:
+    path = naming.path(name)
+    return _safetensors(path, tensors) if naming.suffix == ".safetensors" else _torch(path, tensors)
 
 
-def _shard(name: str, tensors: list[PlannedTensor]) -> PlannedShard:
+def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
     """Larger element types first, so that every tensor is aligned to its own type (the reference writer's order)."""
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header = _header(ordered)
@@ -77,7 +136,15 @@ def _shard(name: str, tensors: list[PlannedTensor]) -> PlannedShard:
     for tensor in ordered:
         placed.append(replace(tensor, offset=cursor))
         cursor += tensor.nbytes
-    return PlannedShard(name, header, tuple(placed))
+    return PlannedShard(path, cursor, ((0, header),), tuple(placed))
+
+
+def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
+    archive = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    layout = lay_out_torch([(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors], archive)
+    placed = tuple(replace(tensor, offset=at) for tensor, at in zip(tensors, layout.offsets, strict=True))
+    checksums = {tensor.name: fields for tensor, fields in zip(tensors, layout.crc_fields, strict=True) if fields}
+    return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)
 
 
 def _header(tensors: list[PlannedTensor]) -> bytes:
@@ -85,7 +152,7 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
     cursor = 0
     for tensor in tensors:
         end = cursor + tensor.nbytes
-        fields[tensor.name] = {
+        fields[tensor.stored] = {
             "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
             "data_offsets": [cursor, end],
