@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 
 from shardmerge.execute.engine import Outcome
-from shardmerge.plan import SCHEMA, Plan, tensor_json
+from shardmerge.plan import SCHEMA, Plan, PlannedShard, tensor_json
 
 FORMAT = "shardmerge receipt"
 
@@ -25,7 +26,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
             for source in plan.sources
         },
         "shards": {
-            shard.name: {"nbytes": shard.nbytes, "header_sha256": hashlib.sha256(shard.header).hexdigest()}
+            shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)}
             for shard in plan.shards
         },
         "side_files": side_digests,
@@ -33,6 +34,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
             tensor.name: {
                 **{key: value for key, value in tensor_json(tensor).items() if key != "name"},
                 "shard": shard.name,
+                "stored": tensor.stored,
                 "crc32": f"{outcome.checksums[tensor.name]:08x}",
                 **({"overflowed": outcome.overflows[tensor.name]} if tensor.name in outcome.overflows else {}),
             }
@@ -42,3 +44,16 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "unused": [{"source": unused.source, "tensor": unused.name, "reason": unused.reason} for unused in plan.unused],
     }
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:
+    """The digest of all bytes of a file that are no tensor data, the checksums of a torch file in their places."""
+    fields = {at: outcome.checksums[name] for name, offsets in shard.checksums.items() for at in offsets}
+    digest = hashlib.sha256()
+    places = sorted(fields)
+    for offset, blob in shard.blobs:
+        patched = bytearray(blob)
+        for at in places[bisect_left(places, offset) : bisect_left(places, offset + len(blob))]:
+            patched[at - offset : at - offset + 4] = fields[at].to_bytes(4, "little")
+        digest.update(patched)
+    return digest.hexdigest()

@@ -9,13 +9,27 @@ from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.spec import Drop, Reader, Reference, Rule, Spec, TargetSpec
+from shardmerge.mapping.spec import (
+    AdapterSpec,
+    Drop,
+    Reader,
+    Reference,
+    Rule,
+    Spec,
+    TargetSpec,
+    Term,
+    Variable,
+    references,
+)
 from shardmerge.mapping.yaml_nodes import Node, read_yaml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11; the annotations are never evaluated
 
 _SUFFIX = ".yaml"
+
+# What a preset may say.
+KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,8 @@ class Preset:
     target: TargetSpec | None
     rules: tuple[Rule, ...]
     drops: tuple[Drop, ...]
+    variables: Mapping[str, Variable]
+    adapters: tuple[AdapterSpec, ...]
 
 
 def list_presets() -> tuple[str, ...]:
@@ -78,8 +94,7 @@ def load_preset(name: str) -> Preset:
     text = read_preset(name)
     reader = Reader(f"{name}{_SUFFIX}")
     root = reader.table(read_yaml(text, reader.file), "a preset")
-    known = ("preset", "title", "description", "sources", "target", "tensors", "drop")
-    fields = reader.fields(root, known)
+    fields = reader.fields(root, KEYS)
     reader.version(fields.get("preset"), "preset", root.mark)
     roles = dict(_roles(reader, fields["sources"]))
     preset = Preset(
@@ -88,8 +103,10 @@ def load_preset(name: str) -> Preset:
         reader.text(fields["description"], "description"),
         roles,
         reader.target(fields["target"]) if "target" in fields else None,
-        reader.rules(fields["tensors"], frozenset(roles)),
+        tuple(replace(rule, optional=True) for rule in reader.rules(fields["tensors"], frozenset(roles))),
         reader.drops(fields["drop"], frozenset(roles), optional=True) if "drop" in fields else (),
+        reader.variables(fields["let"]) if "let" in fields else {},
+        reader.adapters(fields["adapters"], frozenset(roles), optional=True) if "adapters" in fields else (),
     )
     raise_all(reader.problems)
     return preset
@@ -106,11 +123,16 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     raise_all(_source_problems(spec, preset))
     own = {rule.target.text for rule in spec.rules}
     inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
+    replaced = [rule.target.text for rule in preset.rules if rule.target.text in own]
+    adapters = (one for one in preset.adapters if {one.source.source, one.onto.source} <= set(spec.sources))
     return replace(
         spec,
         target=spec.target or preset.target,
         rules=(*(rule for rule in inherited if rule is not None), *spec.rules),
         drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
+        variables={**preset.variables, **spec.variables},
+        adapters=(*adapters, *spec.adapters),
+        notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in replaced)),
     )
 
 
@@ -123,15 +145,15 @@ def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
                 where=spec.file,
                 hint=f"add under `sources:`: `{name}: PATH`",
             )
-    references: list[Reference | Drop] = [one for rule in spec.rules for one in rule.candidates]
-    references += spec.drops
-    referred = {one.source for one in references} | set(spec.target.roles.values() if spec.target else ())
+    named: list[Reference | Drop] = [r for rule in spec.rules for one in rule.candidates for r in references(one)]
+    named += [*spec.drops, *(one.source for one in spec.adapters), *(one.onto for one in spec.adapters)]
+    referred = {one.source for one in named} | set(spec.target.roles.values() if spec.target else ())
     for name, source in spec.sources.items():
         if name not in preset.roles and name not in referred:
             hint = did_you_mean(name, preset.roles)
             yield MappingError("unknown-source", f"nothing uses the source `{name}`", where=str(source.mark), hint=hint)
     known = {*spec.sources, *preset.roles}
-    for one in references:
+    for one in named:
         if one.source not in known:
             hint = did_you_mean(one.source, known)
             yield MappingError("unknown-source", f"there is no source `{one.source}`", where=str(one.mark), hint=hint)
@@ -139,8 +161,12 @@ def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
 
 def _without_absent(rule: Rule, spec: Spec) -> Rule | None:
     """Leaves out the candidates of optional sources that the user does not have."""
-    candidates = tuple(reference for reference in rule.candidates if reference.source in spec.sources)
+    candidates = tuple(one for one in rule.candidates if _present(one, spec))
     return replace(rule, candidates=candidates) if candidates else None
+
+
+def _present(term: Term, spec: Spec) -> bool:
+    return all(reference.source in spec.sources for reference in references(term))
 
 
 def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
