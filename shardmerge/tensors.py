@@ -16,6 +16,10 @@ from typing import TypeAlias
 from shardmerge.dtypes import DType
 
 Shape: TypeAlias = tuple[int, ...]
+Fact: TypeAlias = "int | float | str | bool"
+
+# The kind of a catalog of adapter weights, which say nothing without the base they change.
+PEFT_ADAPTER = "PEFT adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,9 @@ class Catalog:
         Facts a user should see: the view chosen, names dropped, a total_size that disagrees.
     training_config
         Text of the training config carried in the file (mmengine ``meta["cfg"]``), or ``""``. Never executed.
+    facts
+        Plain values that the training run left beside the weights, by name: the scalars of Megatron's ``args``
+        (``num_attention_heads``, ``tensor_model_parallel_size``, ...). Not in the fingerprint.
     """
 
     path: str
@@ -161,6 +168,7 @@ class Catalog:
     absent: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     training_config: str = ""
+    facts: Mapping[str, Fact] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self.aliases
