@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute

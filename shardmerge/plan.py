@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
 from shardmerge.dtypes import DType
 from shardmerge.targets.expectation import SideFile
 from shardmerge.tensors import Extent, FileStamp, Made, Shape, TensorEntry, View, composed

@@ -26,8 +26,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
             for source in plan.sources
         },
         "shards": {
-            shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)}
-            for shard in plan.shards
+            shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)} for shard in plan.shards
         },
         "side_files": side_digests,
         "tensors": {

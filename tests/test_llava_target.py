@@ -2,19 +2,21 @@
 
 import json
 from math import prod
-from pathlib import Path
 
 import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError, TargetError
-from shardmerge.targets.llava import EMBEDDING, HEAD, expect
-from shardmerge.tensors import Catalog, Extent, TensorEntry
+from shardmerge.targets import llava
+from shardmerge.targets.expectation import Request, Resize, Vocabulary
+from shardmerge.tensors import Catalog, TensorEntry
+from tests.target_files import catalog, read, save_tokenizer, side_file, written
 
 torch = pytest.importorskip("torch")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+EMBEDDING, HEAD = llava.LAYOUTS["legacy"].embedding, llava.LAYOUTS["legacy"].head
 ROLES = {"text": "llm", "vision": "vision", "trained": "trained"}
 
 # Meta-Llama-3-8B-Instruct and the vision part of clip-vit-large-patch14-336, as their config.json say.
@@ -61,36 +63,13 @@ model = dict(
 """
 
 
-def read(extent):
-    with Path(extent.file).open("rb") as file:
-        file.seek(extent.offset)
-        return file.read(extent.nbytes)
-
-
-def catalog(folder, **files):
-    """A checkpoint directory with these JSON files, and whatever lies there already."""
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    side = {path.name: Extent(str(path), 0, path.stat().st_size) for path in sorted(folder.iterdir())}
-    return Catalog(str(folder), "safetensors", {}, side_files=side)
+def expect(roles, catalogs, read, dtype, **more):
+    return llava.expect(Request(roles, more.pop("options", {}), catalogs, read, dtype, **more))
 
 
 def trained(text="", names=()):
     entries = {name: TensorEntry(name, DTYPES["BF16"], (1,), ()) for name in names}
     return Catalog("work_dirs/iter_2.pth", "torch zip", entries, training_config=text)
-
-
-def save_tokenizer(folder, size, added=("<unk>", "<s>", "</s>")):
-    folder.mkdir(exist_ok=True)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{index}": index for index in range(3, size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(list(added))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -104,19 +83,6 @@ def small(tmp_path):
         "vision": catalog(tmp_path / "vision", config=SMALL_VISION),
         "trained": trained(),
     }
-
-
-def written(expectation, folder):
-    folder.mkdir()
-    for file in expectation.side_files:
-        content = b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts)
-        (folder / file.name).write_bytes(content)
-    return folder
-
-
-def side_file(expectation, name):
-    (file,) = [file for file in expectation.side_files if file.name == name]
-    return json.loads(b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts))
 
 
 def problems(catalogs, roles=ROLES):
@@ -140,6 +106,11 @@ def on_disk(name):
         if name.startswith(runtime):
             return stored + name.removeprefix(runtime)
     return name
+
+
+def from_4_52(name):
+    """The name in memory from 5.6 on of what 4.52 called so; older names have no such prefix."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def model_of(folder):
@@ -166,7 +137,7 @@ def test_llama_3_8b_with_clip_large_by_the_numbers(tmp_path):
     assert names[EMBEDDING] == names[HEAD] == (128320, 4096)
     assert names["multi_modal_projector.linear_1.weight"] == (4096, 1024)
     assert names["multi_modal_projector.linear_2.weight"] == (4096, 4096)
-    assert expectation.grown == {EMBEDDING, HEAD}
+    assert expectation.resized == {EMBEDDING: Resize(), HEAD: Resize()}
     config = side_file(expectation, "config.json")
     assert (config["image_token_index"], config["pad_token_id"]) == (128256, 128257)
     assert config["text_config"]["vocab_size"] == 128320
@@ -199,7 +170,7 @@ def test_tied(tmp_path, small):
     small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"tie_word_embeddings": True})
     expectation = expect(ROLES, small, read, None)
     assert expectation.tied == {HEAD: EMBEDDING}
-    assert expectation.grown == {EMBEDDING}
+    assert set(expectation.resized) == {EMBEDDING}
     config = side_file(expectation, "config.json")
     assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is True
 
@@ -236,7 +207,7 @@ def test_rows_are_xtuners_where_those_suffice(tmp_path, small, vocab_size, token
     config = side_file(expectation, "config.json")
     assert (config["image_token_index"], config["pad_token_id"]) == (tokens, tokens + 1)
     assert expectation.tensors[EMBEDDING][0] == config["text_config"]["vocab_size"] == rows
-    assert bool(expectation.grown) == (rows != vocab_size)
+    assert bool(expectation.resized) == (rows != vocab_size)
     theirs = rows_of_xtuner(vocab_size, tokens + 1)
     assert rows == theirs or theirs <= tokens + 1
 
@@ -247,8 +218,110 @@ def test_a_tokenizer_that_has_the_tokens(tmp_path, small):
     expectation = expect(ROLES, small, read, None)
     config = side_file(expectation, "config.json")
     assert (config["pad_token_id"], config["image_token_index"]) == (129, 130)
-    assert expectation.grown == frozenset()
+    assert expectation.resized == {}
     assert expectation.tensors[EMBEDDING] == (131, 48)
+
+
+# ---- the other names, another LLaVA as a base, a vocabulary of one's own
+
+
+@pytest.mark.parametrize("names", ["4.52", "5.6"])
+def test_names_in_memory(tmp_path, small, names):
+    expectation = expect(ROLES, small, read, DTYPES["F32"], options={"names": names})
+    folder = written(expectation, tmp_path / "out")
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(transformers.AutoConfig.from_pretrained(folder))
+    assert {from_4_52(name) for name in expectation.tensors} == set(model.state_dict())
+    assert any("vision_model" in name for name in expectation.tensors) == (names == "4.52")
+    assert set(expectation.resized) == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    for component in expectation.components:
+        assert any(name.startswith(component.prefix) for name in expectation.tensors)
+
+
+@pytest.mark.parametrize("names", ["legacy", "4.52", "5.6"])
+def test_each_layout_loads(tmp_path, small, names):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    expectation = expect(ROLES, small, read, DTYPES["F32"], options={"names": names})
+    folder = written(expectation, tmp_path / "out")
+    weights = {name: torch.full(shape, 0.01) for name, shape in expectation.tensors.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, report = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_an_unknown_layout(small):
+    with pytest.raises(TargetError) as caught:
+        expect(ROLES, small, read, None, options={"names": "5.7"}, where="m.yaml:3:1")
+    assert (caught.value.code, caught.value.where) == ("bad-option", "m.yaml:3:1")
+
+
+OFFICIAL = SMALL_TEXT | {
+    "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "mm_hidden_size": 36, "use_mm_proj": True,
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "mm_vision_select_layer": -1,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad",
+}  # fmt: skip
+
+
+def test_an_official_llava_is_a_text_base(tmp_path, small):
+    plain = expect(ROLES, small, read, None)
+    small["llm"] = catalog(tmp_path / "llm", config=OFFICIAL)
+    expectation = expect(ROLES, small, read, None)
+    assert expectation.tensors == plain.tensors
+    config = side_file(expectation, "config.json")
+    assert config["vision_feature_layer"] == -1
+    assert config["text_config"] == side_file(plain, "config.json")["text_config"]
+
+
+def test_an_official_llava_names_the_encoder_that_is_missing(tmp_path, small):
+    base = catalog(tmp_path / "llm", config=OFFICIAL)
+    for catalogs in ({"llm": base}, {"llm": base, "vision": base}):
+        (problem,) = problems(catalogs)
+        assert (problem.code, problem.hint) == ("missing-source", "vision: openai/clip-vit-large-patch14-336")
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp3x_gelu", "ldpnetv2"])
+def test_another_projector_of_an_official_llava(tmp_path, small, kind):
+    small["llm"] = catalog(tmp_path / "llm", config=OFFICIAL | {"mm_projector_type": kind})
+    (problem,) = problems(small)
+    assert (problem.code, problem.found) == ("projector-depth", f"mm_projector_type {kind!r}")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    [
+        (Vocabulary(rows=150), 150),
+        (Vocabulary(multiple=100), 200),
+        (Vocabulary(new="zeros"), 192),
+        (Vocabulary(rows=134, new="copy", row=7, tokens=("<extra>",)), 134),
+    ],
+)
+def test_rows_as_the_mapping_says(small, vocabulary, rows):
+    expectation = expect(ROLES, small, read, None, vocabulary=vocabulary)
+    assert expectation.tensors[EMBEDDING][0] == expectation.tensors[HEAD][0] == rows
+    assert side_file(expectation, "config.json")["text_config"]["vocab_size"] == rows
+    assert expectation.resized[HEAD] == Resize(vocabulary.new, vocabulary.row)
+
+
+def test_tokens_of_the_mapping_come_first(small):
+    vocabulary = Vocabulary(tokens=("<a>", "<image>"), pad="</s>")
+    expectation = expect(ROLES, small, read, None, vocabulary=vocabulary)
+    config = side_file(expectation, "config.json")
+    assert (config["image_token_index"], config["pad_token_id"]) == (132, 2)
+    added = side_file(expectation, "tokenizer.json")["added_tokens"]
+    assert [token["content"] for token in added][-2:] == ["<a>", "<image>"]
+
+
+@pytest.mark.parametrize("vocabulary", [Vocabulary(rows=132), Vocabulary(rows=133, trim=True)])
+def test_rows_that_do_not_do(tmp_path, small, vocabulary):
+    if vocabulary.trim:
+        small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"vocab_size": 200})
+        assert expect(ROLES, small, read, None, vocabulary=vocabulary).tensors[EMBEDDING] == (133, 48)
+        vocabulary = Vocabulary(rows=133)
+    with pytest.raises(TargetError) as caught:
+        expect(ROLES, small, read, None, vocabulary=vocabulary)
+    assert caught.value.code == "vocabulary-rows"
+    assert caught.value.hint.startswith("vocabulary: {rows: 133")
 
 
 # ---- config.json
@@ -372,7 +445,7 @@ def test_a_tokenizer_without_tokenizer_json_is_a_warning(tmp_path, small):
     assert "no tokenizer.json" in expectation.warnings[0]
     config = side_file(expectation, "config.json")
     assert (config["image_token_index"], config["pad_token_id"]) == (100, 101)
-    assert expectation.grown == frozenset()
+    assert expectation.resized == {}
 
 
 PROCESSORS = {
@@ -480,24 +553,9 @@ def test_the_line_to_paste_is_yaml(small, path, line):
 def test_everything_that_is_wrong_is_said_at_once():
     text = FROZEN_ENCODER.replace("freeze_llm=False", "llm_lora=dict(r=64), projector_depth=3")
     found = problems({"trained": trained(text)})
-    assert [problem.code for problem in found] == [
-        "lora-not-yet", "projector-depth", "missing-source", "missing-source",
-    ]  # fmt: skip
-    assert "language model was trained as a LoRA adapter" in found[0].what
+    assert [problem.code for problem in found] == ["projector-depth", "missing-source", "missing-source"]
     assert found[0].where == "work_dirs/iter_2.pth"
-    assert "projector_depth 3" in found[1].found
-
-
-@pytest.mark.parametrize("text", ["", "model = dict(freeze_llm=True)"])
-def test_adapters_are_recognised_by_name_too(small, text):
-    names = ["llm.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
-    (problem,) = problems(small | {"trained": trained(text, names)})
-    assert problem.code == "lora-not-yet"
-
-
-def test_both_adapters(small):
-    text = "model = dict(llm_lora=dict(r=64), visual_encoder_lora=dict(r=64))"
-    assert [problem.code for problem in problems(small | {"trained": trained(text)})] == ["lora-not-yet"] * 2
+    assert "projector_depth 3" in found[0].found
 
 
 def test_both_configs_are_looked_at(tmp_path, small):

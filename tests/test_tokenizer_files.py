@@ -33,7 +33,13 @@ def side_files(folder):
 
 def add(folder, tokens=NEW, vocab_size=1000, default_class="LlamaTokenizer"):
     return add_tokens(
-        side_files(folder), read, tokens, pad_token="<pad>", vocab_size=vocab_size, default_class=default_class
+        side_files(folder),
+        read,
+        tokens,
+        pad_token="<pad>",
+        vocab_size=vocab_size,
+        default_class=default_class,
+        processor_class="LlavaProcessor",
     )
 
 

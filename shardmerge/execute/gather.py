@@ -219,9 +219,7 @@ class Assembler:
                 self.release(made)
             low = high
 
-    def _apply(
-        self, op: Arithmetic, metas: Sequence[Meta], held: Made, state: State, start: int, out: Array
-    ) -> None:
+    def _apply(self, op: Arithmetic, metas: Sequence[Meta], held: Made, state: State, start: int, out: Array) -> None:
         ranges = op.ranges(metas, start, len(out))
         tiles = [self.view(base, first, count) for base, (first, count) in zip(held.bases, ranges, strict=True)]
         arrays = [as_array(tile, base.dtype) for tile, base in zip(tiles, held.bases, strict=True)]

@@ -547,9 +547,7 @@ class Reader:
                 found[key.text] = Variable(formula, key.mark)
         return found
 
-    def adapters(
-        self, node: Node, known: frozenset[str] | None, *, optional: bool = False
-    ) -> tuple[AdapterSpec, ...]:
+    def adapters(self, node: Node, known: frozenset[str] | None, *, optional: bool = False) -> tuple[AdapterSpec, ...]:
         """Reads ``adapters:``, a list of ``{from: source, onto: source}``."""
         found = (self._adapter(item, known, optional=optional) for item in self._list(node, "adapters"))
         return tuple(adapter for adapter in found if adapter is not None)

@@ -76,7 +76,9 @@ class Finder:
     def _count(self, formula: Formula, rule: Rule) -> int:
         value = self.variables.number(formula, str(rule.mark))
         if not isinstance(value, int) or not 0 < value <= _MOST_COUNTED:
-            raise MappingError("op-value", f"`for` counts to {value!r}", where=str(rule.mark), expected="a whole number")
+            raise MappingError(
+                "op-value", f"`for` counts to {value!r}", where=str(rule.mark), expected="a whole number"
+            )
         return value
 
     def operands(self, reference: Reference, bindings: Bindings) -> list[Operand]:

@@ -80,7 +80,9 @@ class Variables:
         if head in self.catalogs and rest:
             return self._looked_up(head, rest)
         if head in _ROOMS:
-            return next((value for source in self.catalogs if (value := self._looked_up(source, name)) is not None), None)
+            return next(
+                (value for source in self.catalogs if (value := self._looked_up(source, name)) is not None), None
+            )
         return None
 
     def _variable(self, name: str) -> _Plain | None:
@@ -132,5 +134,3 @@ def _entry(found: object, path: str) -> _Plain | None:
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, (int, float, str, bool)) else None
-
-

@@ -145,7 +145,6 @@ def exact(cast: Cast) -> bool:
 CASTABLE = frozenset(row.name for row in DTYPES.values() if row.kind == "float" and row.name != "F8_E8M0")
 
 
-
 def _build(values: Mapping[str, Value]) -> Cast:
     """The source type is not known yet: ``compose`` takes it from the input."""
     return Cast(DTYPES["F32"], float_dtype(str(values["dtype"])))

@@ -210,4 +210,3 @@ KINDS = (
         inverse=Mirror("rotary_permute", same),
     ),
 )
-

@@ -20,7 +20,7 @@ class SideFile:
     Attributes
     ----------
     name
-        Base name, e.g. ``tokenizer.json``.
+        Where it stands inside the output directory: ``tokenizer.json``, ``projector/config.json``.
     parts
         Its content in order: bytes made here, or extents of source files copied as they are.
     """
@@ -162,7 +162,7 @@ class Expectation:
     Attributes
     ----------
     tensors
-        Every target name with its final shape; nothing more and nothing less is written.
+        Every target name with its final shape; nothing more and nothing less is written, unless ``open``.
     resized
         Names whose source may have another number of rows (dim 0) than the final shape, and what happens then.
     tied
@@ -179,6 +179,9 @@ class Expectation:
         Whether there may be tensors that ``tensors`` does not list: a model whose names are not known here.
     keep
         Names that keep the type of their source whatever ``output.dtype`` says.
+    open
+        The architecture is not known: ``tensors`` lists only names whose shape is known, and any other name that a
+        rule makes is written too, with the shape it has. At least one tensor must come out.
     """
 
     tensors: Mapping[str, Shape]
@@ -190,6 +193,7 @@ class Expectation:
     groups: tuple[FileGroup, ...] = (FileGroup(),)
     open: bool = False
     keep: frozenset[str] = frozenset()
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True)

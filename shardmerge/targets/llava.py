@@ -1,336 +1,295 @@
 """The target ``hf/llava``: a directory that ``LlavaForConditionalGeneration.from_pretrained`` loads.
 
-Names are the legacy ones, the only layout that transformers 4.51 to 5.23 all load. Config, tokenizer and
-processor files come from the pretrained text and vision models, edited as JSON.
+Config, tokenizer and processor files come from the pretrained text and vision models, edited as JSON. Names are the
+legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.23 all load.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-from shardmerge.dtypes import DType
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.targets import clip, llama, tokenizer
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
-from shardmerge.targets.clip import VisionArchitecture
-from shardmerge.targets.expectation import Component, Expectation, ReadSideFile, SideFile
-from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.bases import (
+    ROLES,
+    Cast,
+    TextBase,
+    VisionBase,
+    cast,
+    missing_sources,
+    quantized_warnings,
+    read_both,
+)
+from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.training_config import TrainingFacts, read_training_config
-from shardmerge.tensors import Catalog, Extent, Shape
+from shardmerge.targets.vocabulary import Rows, rows
+from shardmerge.targets.wiring import Wiring, wire
+from shardmerge.tensors import Shape
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-HEAD = "language_model.lm_head.weight"
-
 # XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
 _ROW_MULTIPLE = 64
 
-_DEFAULT_ROLES = {"text": "llm", "vision": "vision", "trained": "trained"}
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A pretrained part of the model, and what the training config says of it."""
-
-    title: str
-    prefix: str
-    source: str
-    path: str
-    frozen: bool | None
-    lora: bool
-
-    @property
-    def reason(self) -> str:
-        return f"the checkpoint was trained with the {self.title} frozen" if self.frozen else ""
-
-    @property
-    def line(self) -> str:
-        """The line of mapping.yaml that names the part's source."""
-        placeholder = f"<directory or hub id of the pretrained {self.title}>"
-        return f"{self.source}: {_yaml_scalar(self.path or placeholder)}"
+OPTIONS = {
+    "names": "`legacy` (what every transformers from 4.36 on loads), `4.52` or `5.6`: the names that a model has in "
+    "memory from that version on, which earlier ones do not load"
+}
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """The two bases, read: what the directory will describe."""
+class Names:
+    """Where the parts of the model stand among the target names."""
 
-    text_catalog: Catalog
-    text_config: JsonObject
-    text: TextArchitecture
-    text_where: str
-    vision_catalog: Catalog
-    vision_config: JsonObject
-    vision: VisionArchitecture
+    language: str
+    head: str
+    vision: str
+    projector: str
+    newline: str
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's name."""
+        return f"{self.language}embed_tokens.weight"
+
+    def text(self, name: str) -> str:
+        """Returns the target name of a tensor of the language model."""
+        return self.language + name.removeprefix("model.") if name.startswith("model.") else self.head
+
+    def tower(self, name: str) -> str:
+        """Returns the target name of a tensor of the encoder, which has ``vision_model.`` in front."""
+        return self.vision + name.removeprefix("vision_model.")
 
 
-def expect(
-    roles: Mapping[str, str], catalogs: Mapping[str, Catalog], read: ReadSideFile, dtype: DType | None
-) -> Expectation:
-    """Returns what the finished LLaVA directory must hold.
+# Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
+# took `vision_model.` out of CLIPVisionModel.
+LAYOUTS = {
+    "legacy": Names(
+        "language_model.model.",
+        "language_model.lm_head.weight",
+        "vision_tower.vision_model.",
+        "multi_modal_projector.",
+        "image_newline",
+    ),
+    "4.52": Names(
+        "model.language_model.",
+        "lm_head.weight",
+        "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+        "model.image_newline",
+    ),
+    "5.6": Names(
+        "model.language_model.",
+        "lm_head.weight",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+        "model.image_newline",
+    ),
+}
 
-    Parameters
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What sets one Hugging Face LLaVA apart from another.
+
+    Attributes
     ----------
-    roles
-        The source that plays ``text``, ``vision`` and ``trained``; `llm`, `vision` and `trained` where not
-        said.
-    catalogs
-        The sources by name.
-    read
-        Reads the bytes of a side file.
-    dtype
-        What the tensors are cast to, or ``None`` where each keeps its own.
+    model_type, architecture, processor_class
+        As its files name them.
+    newline
+        Whether it has ``image_newline``.
+    """
+
+    model_type: str
+    architecture: str
+    processor_class: str
+    newline: bool
+
+
+LLAVA = Kind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """All that was read and decided: what the directory will describe."""
+
+    kind: Kind
+    names: Names
+    players: Cast
+    text: TextBase
+    vision: VisionBase
+    wiring: Wiring
+    tokens: TokenizerFiles
+    pad_token: str
+    rows: Rows
+
+
+def expect(request: Request) -> Expectation:
+    """Returns what the finished LLaVA directory must hold.
 
     Raises
     ------
     TargetError
-        ``missing-source``, ``lora-not-yet``, ``projector-depth``, ``unsupported-architecture``,
-        ``odd-config``, or what the tokenizer and JSON files raise; all of one stage together.
+        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``bad-option``,
+        ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
     """
-    names = {**_DEFAULT_ROLES, **roles}
-    trained = catalogs.get(names["trained"])
-    facts = read_training_config(trained.training_config if trained else "")
-    parts = _parts(names, facts)
-    raise_all([*_refusals(trained, parts, facts), *_missing_sources(parts, catalogs)])
-    model = _read_model(catalogs[names["text"]], catalogs[names["vision"]], read)
-    tokens = tokenizer.add_tokens(
-        model.text_catalog.side_files,
-        read,
-        (IMAGE_TOKEN, PAD_TOKEN),
-        pad_token=PAD_TOKEN,
-        vocab_size=model.text.vocab_size,
-        default_class=model.text.tokenizer_class,
+    model = read_model(request, LLAVA)
+    return assemble(model, request, config_json(model, request), *processor_files(model, request))
+
+
+# ---- reading
+
+
+def read_model(request: Request, kind: Kind) -> Model:
+    """Reads the bases and decides on names, wiring, tokens and rows.
+
+    Raises
+    ------
+    TargetError
+        As ``expect``.
+    """
+    names = LAYOUTS[choice(request, "names", tuple(LAYOUTS))]
+    players = cast(request, names.language.removesuffix("model."), names.vision.removesuffix("vision_model."))
+    missing = missing_sources((players.text, players.vision), request.catalogs)
+    if missing:
+        raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
+    text, vision = read_both(players, request)
+    wiring = wire(players.facts, players.trained, text.whole)
+    raise_all(_two_layers(wiring, players))
+    tokens, pad = _tokens(request, text, kind)
+    counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
+    return Model(kind, names, players, text, vision, wiring, tokens, pad, counted)
+
+
+def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
+    if wiring.depth == 2:
+        return []
+    problem = TargetError(
+        "projector-depth",
+        "the projector does not fit: a Hugging Face LLaVA has exactly two linear layers",
+        where=players.trained.path if players.trained else "",
+        found=wiring.told,
+        expected="projector_depth 2",
+        hint="the targets official/llava and xtuner/llava hold a projector of any depth",
     )
-    rows = _rows(model.text.vocab_size, tokens.ids.values())
-    processors, warnings = _processor_files(model, read)
-    config = dump(_config(model, tokens.ids, rows, facts, dtype))
-    return Expectation(
-        tensors=_tensors(model, rows),
-        grown=_grown(model.text, rows),
-        tied={HEAD: EMBEDDING} if model.text.tied else {},
-        side_files=(
-            SideFile("config.json", (config,)),
-            *_generation_config(model, read, tokens.ids[PAD_TOKEN]),
-            *tokens.files,
-            *processors,
-        ),
-        components=_components(parts, names["trained"]),
-        warnings=(*_tokenizer_warnings(model.text_catalog, tokens), *_base_warnings(model), *warnings),
+    return [problem]
+
+
+def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFiles, str]:
+    """Returns the tokenizer with the tokens that a LLaVA needs, after those that the mapping asks for."""
+    wanted = request.vocabulary
+    pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN
+    asked = wanted.tokens if wanted else ()
+    needed = [token for token in (IMAGE_TOKEN, pad) if token not in asked]
+    files = tokenizer.add_tokens(
+        text.catalog.side_files,
+        request.read,
+        (*asked, *needed),
+        pad_token=pad,
+        vocab_size=text.architecture.vocab_size,
+        default_class=text.architecture.tokenizer_class,
+        processor_class=kind.processor_class,
     )
-
-
-# ---- what the training left out
-
-
-def _parts(names: Mapping[str, str], facts: TrainingFacts) -> tuple[_Part, _Part]:
-    language = _Part(
-        title="language model",
-        prefix="language_model.",
-        source=names["text"],
-        path=facts.llm_path,
-        frozen=facts.freeze_llm,
-        lora=facts.llm_lora is not None,
-    )
-    vision = _Part(
-        title="visual encoder",
-        prefix="vision_tower.",
-        source=names["vision"],
-        path=facts.vision_path,
-        frozen=facts.freeze_visual_encoder,
-        lora=facts.visual_encoder_lora is not None,
-    )
-    return language, vision
-
-
-def _yaml_scalar(text: str) -> str:
-    """Returns the text as YAML reads it back: plain where it is a path or hub id, else quoted as in JSON."""
-    return text if re.fullmatch(r"[\w.~/<][\w./<> -]*", text) else json.dumps(text)
-
-
-def _refusals(trained: Catalog | None, parts: Iterable[_Part], facts: TrainingFacts) -> list[ShardmergeError]:
-    where = trained.path if trained else ""
-    adapted = [part.title for part in parts if part.lora]
-    if not adapted and trained and any(".lora_" in name for name in trained.names()):
-        adapted = ["model"]
-    problems = [_lora_refused(title, where) for title in adapted]
-    if facts.projector_depth not in (None, 2):
-        problems.append(
-            TargetError(
-                "projector-depth",
-                "the projector does not fit: a Hugging Face LLaVA has exactly two linear layers",
-                where=where,
-                found=f"projector_depth {facts.projector_depth} in the training config",
-                expected="projector_depth 2",
-                hint="write `tensors:` rules for another layout, without the target hf/llava",
-            )
-        )
-    return problems
-
-
-def _lora_refused(title: str, where: str) -> ShardmergeError:
-    return TargetError(
-        "lora-not-yet",
-        f"the {title} was trained as a LoRA adapter, and adapters are not merged yet",
-        where=where,
-        hint="merge the adapter into its base with peft first (merge_and_unload), then convert the result",
-    )
-
-
-def _missing_sources(parts: Iterable[_Part], catalogs: Mapping[str, Catalog]) -> list[ShardmergeError]:
-    return [problem for part in parts if (problem := _missing_source(part, catalogs.get(part.source))) is not None]
-
-
-def _missing_source(part: _Part, catalog: Catalog | None) -> ShardmergeError | None:
-    if catalog is not None and "config.json" in catalog.side_files:
-        return None
-    if catalog is None:
-        count = clip.published_tensor_count(part.path)
-        if count and part.frozen:
-            what = f"{count} tensors of {part.prefix}* have no source: {part.reason}. Add `{part.line}`"
-        else:
-            what = f"the mapping has no source for the {part.title}{_because(part)}"
-        return TargetError("missing-source", what, expected=f"a source named `{part.source}`", hint=part.line)
-    return TargetError(
-        "missing-source",
-        f"the source `{part.source}` has no config.json to describe the {part.title}{_because(part)}",
-        where=catalog.path,
-        expected="a directory with config.json beside the weights",
-        hint=part.line,
-    )
-
-
-def _because(part: _Part) -> str:
-    if part.frozen:
-        return f": {part.reason}" + (f", from {part.path!r}" if part.path else "")
-    return f": the training started from {part.path!r}" if part.path else ""
-
-
-def _components(parts: Iterable[_Part], trained: str) -> tuple[Component, ...]:
-    bases = [Component(part.prefix, part.reason, f"Add `{part.line}`") for part in parts]
-    remedy = f"Check that `{trained}` is the checkpoint of the training: XTuner always saves the projector with it"
-    return (*bases, Component("multi_modal_projector.", "", remedy))
-
-
-# ---- the two bases
-
-
-def _read_model(text_catalog: Catalog, vision_catalog: Catalog, read: ReadSideFile) -> _Model:
-    """Reads both configs; what is wrong with one does not hide what is wrong with the other."""
-    problems: list[ShardmergeError] = []
-    text = _attempt(lambda: _read_text(text_catalog, read), problems)
-    vision = _attempt(lambda: _read_vision(vision_catalog, read), problems)
-    raise_all(problems)
-    if text is None or vision is None:
-        raise AssertionError("a part without a problem was read")
-    text_where = text_catalog.side_files["config.json"].file
-    return _Model(text_catalog, *text, text_where, vision_catalog, *vision)
-
-
-def _attempt(reads: Callable[[], _T], problems: list[ShardmergeError]) -> _T | None:
-    try:
-        return reads()
-    except ShardmergeError as error:
-        problems += error.each()
-        return None
-
-
-def _read_text(catalog: Catalog, read: ReadSideFile) -> tuple[JsonObject, TextArchitecture]:
-    extent = catalog.side_files["config.json"]
-    config = load_object(extent, read)
-    nested = config.get("text_config")  # another LLaVA can serve as the text base
-    config = nested if isinstance(nested, dict) else config
-    return config, llama.read_architecture(config, extent.file)
-
-
-def _read_vision(catalog: Catalog, read: ReadSideFile) -> tuple[JsonObject, VisionArchitecture]:
-    extent = catalog.side_files["config.json"]
-    config = clip.unwrap(load_object(extent, read))
-    return config, clip.read_architecture(config, extent.file)
+    return files, pad
 
 
 # ---- names and shapes
 
 
-def _rows(vocab_size: int, ids: Iterable[int]) -> int:
-    """Returns the rows of the vocabulary: as they are if all ids fit, else rounded up as XTuner does.
+def assemble(
+    model: Model, request: Request, config: JsonObject, files: tuple[SideFile, ...], warnings: tuple[str, ...]
+) -> Expectation:
+    """Returns the expectation of a Hugging Face LLaVA, given its config.json and its processor's files."""
+    names, tied = model.names, model.text.architecture.tied
+    return Expectation(
+        tensors=_tensors(model),
+        resized=model.rows.resized([names.embedding] if tied else [names.embedding, names.head]),
+        tied={names.head: names.embedding} if tied else {},
+        side_files=(
+            SideFile("config.json", (dump(config),)),
+            generation_config(model.text, request, {"pad_token_id": model.tokens.ids[model.pad_token]}),
+            *model.tokens.files,
+            *files,
+        ),
+        components=_components(model),
+        warnings=(
+            *_tokenizer_warnings(model.text, model.tokens),
+            *quantized_warnings(model.text, model.vision),
+            *warnings,
+        ),
+    )
 
-    XTuner asks for one row less than it needs, and only the rounding makes up for it; where that falls short
-    of the highest id, this is 64 rows more, and in all other cases the same number.
-    """
-    needed = max(ids) + 1
-    return vocab_size if needed <= vocab_size else -(-needed // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+def _tensors(model: Model) -> dict[str, Shape]:
+    names, text, vision = model.names, model.text.architecture, model.vision.architecture
+    tensors = {names.text(name): shape for name, shape in llama.expected(text, model.rows.count)}
+    tensors |= {names.tower(name): shape for name, shape in clip.expected(vision)}
+    hidden = text.hidden_size
+    for layer, columns in ((1, vision.hidden_size * model.wiring.layers), (2, hidden)):
+        tensors[f"{names.projector}linear_{layer}.weight"] = (hidden, columns)
+        if model.wiring.bias:
+            tensors[f"{names.projector}linear_{layer}.bias"] = (hidden,)
+    return tensors | ({names.newline: (hidden,)} if model.kind.newline else {})
 
 
-def _tensors(model: _Model, rows: int) -> dict[str, Shape]:
-    tensors = {f"language_model.{name}": shape for name, shape in llama.expected(model.text, rows)}
-    tensors |= {f"vision_tower.{name}": shape for name, shape in clip.expected(model.vision)}
-    hidden = model.text.hidden_size
-    for layer, columns in ((1, model.vision.hidden_size), (2, hidden)):
-        tensors[f"multi_modal_projector.linear_{layer}.weight"] = (hidden, columns)
-        tensors[f"multi_modal_projector.linear_{layer}.bias"] = (hidden,)
-    return tensors
-
-
-def _grown(text: TextArchitecture, rows: int) -> frozenset[str]:
-    if rows == text.vocab_size:
-        return frozenset()
-    return frozenset({EMBEDDING} if text.tied else {EMBEDDING, HEAD})
+def _components(model: Model) -> tuple[Component, ...]:
+    players = model.players
+    remedy = (
+        f"Check that `{players.trained_name}` is the checkpoint of the training: XTuner always saves the projector "
+        "with it"
+    )
+    return (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
 
 
 # ---- config.json and generation_config.json
 
 
-def _config(model: _Model, ids: Mapping[str, int], rows: int, facts: TrainingFacts, dtype: DType | None) -> JsonObject:
+def config_json(model: Model, request: Request) -> JsonObject:
     """Returns config.json. Every value is stated, since defaults changed between versions of transformers.
 
     The tie flag stands in both places: 4.x reads it in ``text_config``, 5.x at the top.
     """
-    text_dtype = dtype.torch if dtype else stored_dtype(model.text_config)
-    vision_dtype = dtype.torch if dtype else stored_dtype(model.vision_config)
-    layer = facts.visual_select_layer
+    text, vision, wiring = model.text, model.vision, model.wiring
+    text_dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
+    vision_dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
     config: JsonObject = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "image_seq_length": model.vision.patches,
-        "image_token_index": ids[IMAGE_TOKEN],
-        "model_type": "llava",
-        "multimodal_projector_bias": True,
-        "pad_token_id": ids[PAD_TOKEN],
-        "projector_hidden_act": "gelu",
-        "text_config": llama.text_config(model.text_config, model.text, rows, text_dtype, model.text_where),
-        "tie_word_embeddings": model.text.tied,
-        "vision_config": clip.vision_config(model.vision_config, vision_dtype),
-        "vision_feature_layer": -2 if layer is None else layer,
-        "vision_feature_select_strategy": "default",
+        "architectures": [model.kind.architecture],
+        "image_seq_length": vision.architecture.patches + (wiring.strategy == "full"),
+        "image_token_index": model.tokens.ids[IMAGE_TOKEN],
+        "model_type": model.kind.model_type,
+        "multimodal_projector_bias": wiring.bias,
+        "pad_token_id": model.tokens.ids[model.pad_token],
+        "projector_hidden_act": wiring.activation,
+        "text_config": llama.text_config(text.config, text.architecture, model.rows.count, text_dtype, text.where),
+        "tie_word_embeddings": text.architecture.tied,
+        "vision_config": clip.vision_config(vision.config, vision_dtype),
+        "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,
+        "vision_feature_select_strategy": wiring.strategy,
     }
     return config | ({"torch_dtype": text_dtype} if text_dtype else {})
 
 
-def _generation_config(model: _Model, read: ReadSideFile, pad_id: int) -> tuple[SideFile, ...]:
-    """Returns generation_config.json: the text base's, or its special tokens; with the pad token that was
-    added.
-    """
-    extent = model.text_catalog.side_files.get("generation_config.json")
+def generation_config(text: TextBase, request: Request, changes: Mapping[str, object]) -> SideFile:
+    """Returns generation_config.json: the text base's, or its special tokens, with ``changes``."""
+    extent = text.catalog.side_files.get("generation_config.json")
     if extent is not None:
-        config = load_object(extent, read)
+        config = load_object(extent, request.read)
         config.pop("_from_model_config", None)  # lets transformers replace the file by what config.json says
     else:
-        config = {key: model.text_config.get(key) for key in ("bos_token_id", "eos_token_id")}
+        config = {key: text.config.get(key) for key in ("bos_token_id", "eos_token_id")}
         config = {key: value for key, value in config.items() if value is not None}
-    return (SideFile("generation_config.json", (dump(config | {"pad_token_id": pad_id}),)),)
+    return SideFile("generation_config.json", (dump({**config, **changes}),))
 
 
 # ---- tokenizer and processor
 
 
-def _tokenizer_warnings(catalog: Catalog, tokens: TokenizerFiles) -> tuple[str, ...]:
+def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ...]:
+    catalog = text.catalog
     if "tokenizer.json" in catalog.side_files:
         return ()
     if tokens.files:
@@ -350,32 +309,34 @@ def _tokenizer_warnings(catalog: Catalog, tokens: TokenizerFiles) -> tuple[str, 
     return (warning,)
 
 
-def _base_warnings(model: _Model) -> tuple[str, ...]:
-    bases = (
-        (model.text_catalog, model.text_config, "language model"),
-        (model.vision_catalog, model.vision_config, "visual encoder"),
-    )
-    return tuple(
-        f"{catalog.path} is a quantized {title}: tensors taken from it are not what the output's config says"
-        for catalog, config, title in bases
-        if config.get("quantization_config")
-    )
+def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    """Returns preprocessor_config.json and processor_config.json, and warnings."""
+    vision = model.vision
+    images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
+    return two_files(model, images), warnings
 
 
-def _processor_files(model: _Model, read: ReadSideFile) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    side_files: Mapping[str, Extent] = model.vision_catalog.side_files
-    images, warnings = clip.image_processor(side_files, read, model.vision)
+def two_files(model: Model, images: JsonObject) -> tuple[SideFile, SideFile]:
+    """Returns the files of a LLaVA's processor, given what its image processor's says."""
     # Without this file the processor of 4.51 to 5.23 loads and fails when called, and without the additional
     # token, which is CLIP's class token, it counts one image token too few.
     processor: JsonObject = {
         "image_token": IMAGE_TOKEN,
         "num_additional_image_tokens": 1,
-        "patch_size": model.vision.patch_size,
-        "processor_class": "LlavaProcessor",
-        "vision_feature_select_strategy": "default",
+        "patch_size": model.vision.architecture.patch_size,
+        "processor_class": model.kind.processor_class,
+        "vision_feature_select_strategy": model.wiring.strategy,
     }
-    files = (
-        SideFile("preprocessor_config.json", (dump(images | {"processor_class": "LlavaProcessor"}),)),
+    return (
+        SideFile("preprocessor_config.json", (dump(images | {"processor_class": model.kind.processor_class}),)),
         SideFile("processor_config.json", (dump(processor),)),
     )
-    return files, warnings
+
+
+TARGET = Target(
+    name="hf/llava",
+    about="A LLaVA 1.5 for transformers: `LlavaForConditionalGeneration.from_pretrained` loads it.",
+    roles=ROLES,
+    options=OPTIONS,
+    expect=expect,
+)

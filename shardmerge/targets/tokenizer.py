@@ -31,6 +31,11 @@ _COPIED = (
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
+# All that belongs to a tokenizer, by how the name begins.
+_PREFIXES = (
+    "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
 
@@ -77,6 +82,15 @@ class _Added:
 
 
 @dataclass(frozen=True, slots=True)
+class _Names:
+    """What tokenizer_config.json is to name; ``""`` for what it names already."""
+
+    pad_token: str
+    default_class: str
+    processor_class: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where new entries go: the end of the array ``added_tokens``, or the start of a file that has none."""
 
@@ -85,14 +99,20 @@ class _Place:
     after: bytes
 
 
+def copies(side_files: Mapping[str, Extent]) -> tuple[SideFile, ...]:
+    """Returns a tokenizer's files as they are."""
+    return tuple(SideFile(name, (extent,)) for name, extent in side_files.items() if name.startswith(_PREFIXES))
+
+
 def add_tokens(
     side_files: Mapping[str, Extent],
     read: ReadSideFile,
     tokens: Sequence[str],
     *,
-    pad_token: str,
     vocab_size: int,
     default_class: str,
+    pad_token: str = "",
+    processor_class: str = "",
 ) -> TokenizerFiles:
     """Returns a tokenizer's files with special tokens added, in order, and a pad token set.
 
@@ -106,6 +126,10 @@ def add_tokens(
         The model's, which stands in for the tokenizer's where that cannot be read.
     default_class
         The tokenizer class that the base's model type implies where tokenizer_config.json names none.
+    pad_token
+        ``""`` leaves it as it is.
+    processor_class
+        Replaces the one that tokenizer_config.json may name, ``""`` leaves it.
 
     Raises
     ------
@@ -122,7 +146,8 @@ def add_tokens(
         vocabulary = _slow_vocabulary(side_files, read, {*stated, *tokens}) or _Vocabulary(vocab_size, {})
         added = _add_after(stated, vocabulary, tokens)
         edited = []
-    edited += _edit_configs(side_files, read, added, pad_token, default_class)
+    names = _Names(pad_token, default_class, processor_class)
+    edited += _edit_configs(side_files, read, added, names)
     copied = [SideFile(name, (side_files[name],)) for name in _COPIED if name in side_files]
     return TokenizerFiles({token: added.ids[token] for token in tokens}, tuple(edited + copied))
 
@@ -431,18 +456,16 @@ def _load(side_files: Mapping[str, Extent], read: ReadSideFile, name: str) -> Js
     return load_object(side_files[name], read) if name in side_files else None
 
 
-def _edit_configs(
-    side_files: Mapping[str, Extent], read: ReadSideFile, added: _Added, pad_token: str, default_class: str
-) -> list[SideFile]:
+def _edit_configs(side_files: Mapping[str, Extent], read: ReadSideFile, added: _Added, names: _Names) -> list[SideFile]:
     slow_only = "tokenizer.json" not in side_files
     special = _load(side_files, read, "special_tokens_map.json")
     legacy = _load(side_files, read, "added_tokens.json")
     config = _load(side_files, read, "tokenizer_config.json") or {}
     if slow_only and "added_tokens_decoder" not in config:
         config = _with_decoder(config, special or {}, legacy or {})
-    edited = {"tokenizer_config.json": _edit_config(config, added, pad_token, default_class)}
+    edited = {"tokenizer_config.json": _edit_config(config, added, names)}
     if special is not None:
-        edited["special_tokens_map.json"] = _edit_special_tokens(special, pad_token)
+        edited["special_tokens_map.json"] = _edit_special_tokens(special, names.pad_token)
     if legacy is not None or slow_only:
         edited["added_tokens.json"] = {**(legacy or {}), **{token: added.ids[token] for token in added.new}}
     return [SideFile(name, (dump(value, sort=False),)) for name, value in edited.items()]
@@ -472,20 +495,21 @@ def _content(token: object) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _edit_config(config: JsonObject, added: _Added, pad_token: str, default_class: str) -> JsonObject:
+def _edit_config(config: JsonObject, added: _Added, names: _Names) -> JsonObject:
     edited = _without_v5_class(config)
     decoder = edited.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         new = {str(added.ids[token]): {"content": token, **_entry()} for token in added.new}
         edited["added_tokens_decoder"] = {**decoder, **new}
-    edited["pad_token"] = pad_token
-    # Where no class is named transformers goes by config.json, and that one now says llava.
-    edited.setdefault("tokenizer_class", default_class)
+    if names.pad_token:
+        edited["pad_token"] = names.pad_token
+    # Where no class is named transformers goes by config.json, and that one may now say llava.
+    edited.setdefault("tokenizer_class", names.default_class)
     if edited["tokenizer_class"] == "PreTrainedTokenizerFast":
         # The generic class of 4.x also makes token_type_ids, which no LLaVA's generate() takes.
         edited.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    if "processor_class" in edited:
-        edited["processor_class"] = "LlavaProcessor"
+    if "processor_class" in edited and names.processor_class:
+        edited["processor_class"] = names.processor_class
     return edited
 
 
@@ -506,6 +530,8 @@ def _without_v5_class(config: JsonObject) -> JsonObject:
 
 def _edit_special_tokens(special: JsonObject, pad_token: str) -> JsonObject:
     """Sets the pad token in the style of the file: bare strings, or objects with flags."""
+    if not pad_token:
+        return special
     if not any(isinstance(value, dict) for value in special.values()):
         return {**special, "pad_token": pad_token}
     flags = {key: value for key, value in _entry().items() if key != "special"}

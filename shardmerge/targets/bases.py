@@ -1,0 +1,271 @@
+"""The pretrained parts that a LLaVA is made of: who plays them, what the training says of them, what their configs say.
+
+A part's source is the model the training started from, or another LLaVA, of Hugging Face's kind or of its own code's,
+whose config holds the part.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.targets import clip, llama, official_config
+from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.clip import VisionArchitecture
+from shardmerge.targets.expectation import Component, ReadSideFile, Request
+from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.training_config import TrainingFacts, read_training_config
+from shardmerge.tensors import Catalog
+
+ROLES = {
+    "text": "the pretrained language model, or a LLaVA that holds one: config.json and tokenizer files",
+    "vision": "the pretrained CLIP, or a Hugging Face LLaVA that holds one: config.json and preprocessor_config.json",
+    "trained": "the checkpoint; its training config says what was frozen and how the projector is wired",
+}
+
+_SOURCES = {"text": "llm", "vision": "vision", "trained": "trained"}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A pretrained part of the model, and what the training config says of it.
+
+    Attributes
+    ----------
+    title
+        For people: ``visual encoder``.
+    prefix
+        Of its target names.
+    source
+        The name of the source that plays it.
+    path
+        What the training started from, ``""`` where nobody says.
+    frozen
+        Whether the training left it alone, ``None`` where nobody says.
+    """
+
+    title: str
+    prefix: str
+    source: str
+    path: str
+    frozen: bool | None
+
+    @property
+    def reason(self) -> str:
+        """Why the checkpoint may lack the part, or ``""``."""
+        return f"the checkpoint was trained with the {self.title} frozen" if self.frozen else ""
+
+    @property
+    def line(self) -> str:
+        """The line of mapping.yaml that names the part's source."""
+        placeholder = f"<directory or hub id of the pretrained {self.title}>"
+        return f"{self.source}: {_yaml_scalar(self.path or placeholder)}"
+
+    @property
+    def component(self) -> Component:
+        """What to say when its tensors are missing."""
+        return Component(self.prefix, self.reason, f"Add `{self.line}`")
+
+
+@dataclass(frozen=True, slots=True)
+class TextBase:
+    """A language model's directory, read. ``whole`` is its config.json, ``config`` the language model's part."""
+
+    catalog: Catalog
+    whole: JsonObject
+    config: JsonObject
+    architecture: TextArchitecture
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class VisionBase:
+    """A visual encoder's directory, read. ``whole`` is its config.json, ``config`` the encoder's part."""
+
+    catalog: Catalog
+    whole: JsonObject
+    config: JsonObject
+    architecture: VisionArchitecture
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Which source plays which part, and what the training config says.
+
+    Attributes
+    ----------
+    trained
+        The checkpoint; ``None`` where no source plays it.
+    trained_name
+        The name of its source.
+    facts
+        Of its training config.
+    text, vision
+        The parts.
+    """
+
+    trained: Catalog | None
+    trained_name: str
+    facts: TrainingFacts
+    text: Part
+    vision: Part
+
+
+def cast(request: Request, text_prefix: str, vision_prefix: str) -> Cast:
+    """Returns who plays what; the sources are `llm`, `vision` and `trained` where the mapping does not say.
+
+    Parameters
+    ----------
+    text_prefix, vision_prefix
+        Of the parts' target names.
+    """
+    names = {**_SOURCES, **request.roles}
+    trained = request.catalogs.get(names["trained"])
+    facts = read_training_config(trained.training_config if trained else "")
+    tower = facts.vision_path or _named_tower(request.catalogs.get(names["text"]), request.read)
+    return Cast(
+        trained=trained,
+        trained_name=names["trained"],
+        facts=facts,
+        text=Part("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
+        vision=Part("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
+    )
+
+
+def _named_tower(catalog: Catalog | None, read: ReadSideFile) -> str:
+    """Returns the encoder that an official LLaVA's config names, or ``""``. A damaged config is reported elsewhere."""
+    if catalog is None or "config.json" not in catalog.side_files:
+        return ""
+    try:
+        tower = load_object(catalog.side_files["config.json"], read).get("mm_vision_tower")
+    except ShardmergeError:
+        return ""
+    return tower if isinstance(tower, str) else ""
+
+
+def _yaml_scalar(text: str) -> str:
+    """Returns the text as YAML reads it back: plain where it is a path or hub id, else quoted as in JSON."""
+    return text if re.fullmatch(r"[\w.~/<][\w./<> -]*", text) else json.dumps(text)
+
+
+# ---- sources that are not there
+
+
+def missing_sources(parts: Iterable[Part], catalogs: Mapping[str, Catalog]) -> list[ShardmergeError]:
+    """Returns a ``missing-source`` error for each part that no source with a config.json plays."""
+    return [problem for part in parts if (problem := _missing_source(part, catalogs.get(part.source))) is not None]
+
+
+def _missing_source(part: Part, catalog: Catalog | None) -> ShardmergeError | None:
+    if catalog is not None and "config.json" in catalog.side_files:
+        return None
+    if catalog is None:
+        count = clip.published_tensor_count(part.path)
+        if count and part.frozen:
+            what = f"{count} tensors of {part.prefix}* have no source: {part.reason}. Add `{part.line}`"
+        else:
+            what = f"the mapping has no source for the {part.title}{_because(part)}"
+        return TargetError("missing-source", what, expected=f"a source named `{part.source}`", hint=part.line)
+    return TargetError(
+        "missing-source",
+        f"the source `{part.source}` has no config.json to describe the {part.title}{_because(part)}",
+        where=catalog.path,
+        expected="a directory with config.json beside the weights",
+        hint=part.line,
+    )
+
+
+def _because(part: Part) -> str:
+    if part.frozen:
+        return f": {part.reason}" + (f", from {part.path!r}" if part.path else "")
+    return f": the training started from {part.path!r}" if part.path else ""
+
+
+# ---- reading
+
+
+def read_both(players: Cast, request: Request) -> tuple[TextBase, VisionBase]:
+    """Reads both configs; what is wrong with one does not hide what is wrong with the other.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture``, ``odd-config``, ``bad-json``, ``missing-source``.
+    """
+    problems: list[ShardmergeError] = []
+    text = _attempt(lambda: read_text(request.catalogs[players.text.source], request.read), problems)
+    vision = _attempt(lambda: read_vision(players.vision, request.catalogs, request.read), problems)
+    raise_all(problems)
+    if text is None or vision is None:
+        raise AssertionError("a part without a problem was read")
+    return text, vision
+
+
+def _attempt(reads: Callable[[], _T], problems: list[ShardmergeError]) -> _T | None:
+    try:
+        return reads()
+    except ShardmergeError as error:
+        problems += error.each()
+        return None
+
+
+def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
+    """Reads the config of the part ``text``: a language model's own, or a LLaVA's.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture``, ``odd-config``, ``bad-json``.
+    """
+    extent = catalog.side_files["config.json"]
+    whole = load_object(extent, read)
+    nested = whole.get("text_config")
+    config = nested if isinstance(nested, dict) else whole
+    if official_config.is_official(whole):
+        config = official_config.language_part(whole)
+    return TextBase(catalog, whole, config, llama.read_architecture(config, extent.file), extent.file)
+
+
+def read_vision(part: Part, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> VisionBase:
+    """Reads the config of the part ``vision``: a CLIP's or its vision part's, or a Hugging Face LLaVA's.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture``, ``odd-config``, ``bad-json``; ``missing-source`` for an official LLaVA, whose
+        config only names its encoder.
+    """
+    catalog = catalogs[part.source]
+    extent = catalog.side_files["config.json"]
+    whole = load_object(extent, read)
+    if official_config.is_official(whole):
+        tower = whole.get("mm_vision_tower")
+        name = tower if isinstance(tower, str) else "<directory or hub id of its visual encoder>"
+        raise TargetError(
+            "missing-source",
+            f"the source `{part.source}` is a LLaVA whose config.json only names its visual encoder",
+            where=extent.file,
+            found=f"mm_vision_tower {tower!r}"[:120],
+            expected=f"a source named `{part.source}` with the encoder's own config.json",
+            hint=f"{part.source}: {_yaml_scalar(name)}",
+        )
+    config = clip.unwrap(whole)
+    return VisionBase(catalog, whole, config, clip.read_architecture(config, extent.file))
+
+
+def quantized_warnings(text: TextBase, vision: VisionBase | None) -> tuple[str, ...]:
+    """Returns a warning for each base whose config says that its weights are packed."""
+    named = [(text.catalog, text.config, "language model")]
+    if vision is not None:
+        named.append((vision.catalog, vision.config, "visual encoder"))
+    return tuple(
+        f"{catalog.path} is a quantized {title}: tensors taken from it are not what the output's config says"
+        for catalog, config, title in named
+        if config.get("quantization_config")
+    )

@@ -1,0 +1,87 @@
+"""A target's own settings, read from the text that stands in the mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardmerge.errors import TargetError
+from shardmerge.targets.expectation import Request
+
+_YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
+
+
+def choice(request: Request, key: str, allowed: Sequence[str]) -> str:
+    """Returns an option that is one of a few words; the first where it is not given.
+
+    Raises
+    ------
+    TargetError
+        ``bad-option``.
+    """
+    value = request.options.get(key, allowed[0])
+    if value not in allowed:
+        raise bad_option(request, key, value, " or ".join(allowed))
+    return value
+
+
+def switch(request: Request, key: str, *, default: bool) -> bool:
+    """Returns an option that is on or off.
+
+    Raises
+    ------
+    TargetError
+        ``bad-option``.
+    """
+    value = request.options.get(key)
+    if value is None:
+        return default
+    if value.lower() not in (*_YES, *_NO):
+        raise bad_option(request, key, value, "true or false")
+    return value.lower() in _YES
+
+
+def count(request: Request, key: str, default: int, *, most: int) -> int:
+    """Returns an option that counts something: 1 to ``most``.
+
+    Raises
+    ------
+    TargetError
+        ``bad-option``.
+    """
+    value = request.options.get(key)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdecimal() and len(value) <= 9 and 1 <= int(value) <= most):
+        raise bad_option(request, key, value, f"a number from 1 to {most}")
+    return int(value)
+
+
+def number(request: Request, key: str) -> float | None:
+    """Returns an option that is a positive number, or ``None`` where it is not given.
+
+    Raises
+    ------
+    TargetError
+        ``bad-option``.
+    """
+    value = request.options.get(key)
+    if value is None:
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise bad_option(request, key, value, "a positive number")
+    return found
+
+
+def bad_option(request: Request, key: str, value: str, expected: str) -> TargetError:
+    """Returns the error about an option's value."""
+    return TargetError(
+        "bad-option",
+        f"the target's option `{key}` cannot be used",
+        where=request.where,
+        found=repr(value)[:80],
+        expected=expected,
+    )

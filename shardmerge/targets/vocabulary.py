@@ -1,0 +1,90 @@
+"""How many rows embedding and head get, and how the new ones are made.
+
+Weights, config and tokenizer change together: a vocabulary that was resized in one place only is the most reported
+defect of converted models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardmerge.errors import TargetError
+from shardmerge.targets.expectation import Request, Resize
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of embedding and head.
+
+    Attributes
+    ----------
+    count
+        In the finished directory.
+    resize
+        What happens to a source with another number, ``None`` where it must have exactly these.
+    """
+
+    count: int
+    resize: Resize | None
+
+    def resized(self, names: Iterable[str]) -> dict[str, Resize]:
+        """Returns ``Expectation.resized`` for the tensors whose rows these are."""
+        return dict.fromkeys(names, self.resize) if self.resize else {}
+
+
+def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple: int = 1) -> Rows:
+    """Returns the rows for a vocabulary of ``vocab_size`` rows and the ids that must fit.
+
+    Parameters
+    ----------
+    vocab_size
+        As the text model's config says.
+    ids
+        Of the tokens that were added.
+    multiple
+        What is rounded up to where the ids do not fit and the mapping does not say.
+
+    Raises
+    ------
+    TargetError
+        ``vocabulary-rows``: more ids than rows, or fewer rows than the model has without ``trim``.
+    """
+    wanted = request.vocabulary
+    needed = max(ids, default=-1) + 1
+    if wanted is None:
+        count = vocab_size if needed <= vocab_size else _round_up(needed, multiple)
+        return Rows(count, Resize() if count != vocab_size else None)
+    if wanted.rows is not None:
+        count = _round_up(wanted.rows, wanted.multiple)
+    elif needed > vocab_size and wanted.multiple == 1:
+        count = _round_up(needed, multiple)
+    else:
+        count = _round_up(max(needed, vocab_size), wanted.multiple)
+    _check(request, count, needed, vocab_size)
+    return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // max(multiple, 1)) * max(multiple, 1)
+
+
+def _check(request: Request, count: int, needed: int, vocab_size: int) -> None:
+    if count < needed:
+        raise TargetError(
+            "vocabulary-rows",
+            "the vocabulary has fewer rows than its tokens need",
+            where=request.where,
+            found=f"{count} rows, and a token with the id {needed - 1}",
+            expected=f"at least {needed} rows",
+            hint=f"vocabulary: {{rows: {needed}}}",
+        )
+    if count < vocab_size and request.vocabulary and not request.vocabulary.trim:
+        raise TargetError(
+            "vocabulary-rows",
+            "the vocabulary would lose rows, and the mapping does not say that it may",
+            where=request.where,
+            found=f"{count} rows, where the text model's config says {vocab_size}",
+            expected="`trim: true` where the last rows are padding",
+            hint=f"vocabulary: {{rows: {count}, trim: true}}",
+        )
