@@ -660,8 +660,9 @@ class Reader:
             if template.collects and isinstance(term, Reference):
                 what = f"`{{{template.collected}*}}` collects tensors for an op, e.g. concat or stack"
                 self.add("collecting-one", what, reference.mark)
-        bound = [ours - set(reference.template.captures) for reference in references(term)]
-        if isinstance(term, OpTerm) and ours and (not bound or min(map(len, bound))):
-            name = sorted(min(bound, key=len, default=ours))[0]
+        lacking = [sorted(ours - set(reference.template.captures)) for reference in references(term)]
+        fewest = min(lacking, key=len, default=sorted(ours))
+        if isinstance(term, OpTerm) and fewest:
+            name = fewest[0]
             what = f"no name in the op has all captures of `{target}`: {{{name}}} is missing"
             self.add("unbound-capture", what, term.mark, f"`for: {{{name}: 8}}` counts it from 0 to 7")

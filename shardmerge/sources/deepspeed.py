@@ -21,7 +21,7 @@ from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, read_torch_file, state_dict
 from shardmerge.sources.zero import FlatGroup, Partition, RankChunks, chunk_numel, flat_offsets
 from shardmerge.storage.reading import SourceFile
-from shardmerge.tensors import Catalog, Extent, Piece, Shape, TensorEntry
+from shardmerge.tensors import Catalog, Extent, Piece, Shape, Strided, TensorEntry
 
 View: TypeAlias = Literal["fp32", "module"]
 
@@ -379,7 +379,8 @@ def _first_step(file: TorchFile, state: Mapping[object, Value]) -> float | None:
 
 def _read_float(file: TorchFile, ref: TensorRef) -> float:
     held = file.entry("step", ref).pieces[0].held
-    extent = held if isinstance(held, Extent) else held.extent
+    extent = held.extent if isinstance(held, Strided) else held
+    assert isinstance(extent, Extent)  # a checkpoint's own tensors are not made of others
     with SourceFile(extent.file) as source:
         number: float = struct.unpack("<f", source.read(extent.offset, 4))[0]
     return number

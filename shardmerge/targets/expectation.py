@@ -175,8 +175,6 @@ class Expectation:
         Things a user must see although nothing stops.
     groups
         How tensors are spread over files; every tensor belongs to one.
-    open
-        Whether there may be tensors that ``tensors`` does not list: a model whose names are not known here.
     keep
         Names that keep the type of their source whatever ``output.dtype`` says.
     open
@@ -191,7 +189,6 @@ class Expectation:
     components: tuple[Component, ...] = ()
     warnings: tuple[str, ...] = ()
     groups: tuple[FileGroup, ...] = (FileGroup(),)
-    open: bool = False
     keep: frozenset[str] = frozenset()
     open: bool = False
 
