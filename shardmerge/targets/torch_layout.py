@@ -102,7 +102,7 @@ def lay_out_torch(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], archive
 
 
 def _check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """A shape like ``(0, 2**40, 2**40)`` is fine in safetensors, and torch fails to load it: its strides overflow."""
+    """A shape like ``(2**40, 2**40, 0)`` is fine in safetensors; torch can neither make nor load such a tensor."""
     if prod(size or 1 for size in shape) > _MOST_ELEMENTS:
         raise TargetError(
             "shape-too-large",
