@@ -11,6 +11,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.mapping.adapters import merge_adapters
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
@@ -163,14 +164,20 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = combine(spec, preset)
     output = _output(spec.output, options)
-    variables = Variables(catalogs, read_side_file, spec.variables)
+    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
     expectation = _expectation(spec, catalogs, output.dtype)
     resolution = resolve(
-        spec.rules, spec.drops, catalogs, expectation, user_file=spec.file, variables=variables,
-    )  # fmt: skip
+        spec.rules,
+        spec.drops,
+        merged.catalogs,
+        expectation,
+        user_file=spec.file,
+        variables=Variables(catalogs, read_side_file, spec.variables),
+        merged=merged.used,
+    )
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
-        catalogs,
+        merged.catalogs,
         {name: source.path for name, source in spec.sources.items()},
         resolution,
         expectation or _as_resolved(resolution),

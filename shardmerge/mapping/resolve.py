@@ -100,7 +100,7 @@ def resolve(
         ``unknown-value``, ``bad-formula``.
     """
     known = variables or Variables(catalogs, _no_files)
-    work = _Work(catalogs, expectation, user_file, known, matched=set(merged))
+    work = _Work(catalogs, expectation, user_file, known, merged=frozenset(merged))
     for drop in drops:
         work.drop(drop)
     for rule in rules:
@@ -123,6 +123,7 @@ class _Work:
     expectation: Expectation | None
     user_file: str
     variables: Variables
+    merged: frozenset[tuple[str, str]] = frozenset()
     assignments: dict[str, Assignment] = field(default_factory=dict)
     shadowed: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: set[tuple[str, str]] = field(default_factory=set)
@@ -231,7 +232,8 @@ class _Work:
         if source not in self.names:
             catalog = self.catalogs.get(source)
             every = catalog.names() if catalog else ()
-            self.names[source] = [name for name in every if (source, name) not in self.dropped]
+            gone = self.dropped | self.merged
+            self.names[source] = [name for name in every if (source, name) not in gone]
         return self.names[source]
 
     def _claim(self, rule: Rule, term: Term, target: str, operands: list[Operand], entry: TensorEntry) -> None:
@@ -295,7 +297,8 @@ class _Work:
 
     def _left_over(self) -> list[tuple[str, str]]:
         everything = ((source, name) for source, catalog in self.catalogs.items() for name in catalog.names())
-        return [pair for pair in everything if pair not in self.matched and pair not in self.dropped]
+        settled = self.matched | self.dropped | self.merged
+        return [pair for pair in everything if pair not in settled]
 
     def _drop_tied(self, expectation: Expectation) -> None:
         for target in expectation.tied:
