@@ -157,6 +157,8 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
     preset = load_preset(spec.use) if spec.use else None
+    if preset is not None:
+        spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
     if spec.target is not None:
         raise_all(_odd_roles(spec.target, catalogs))
@@ -184,6 +186,11 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         output,
     )
     return Prepared(plan, _output_path(spec.output, folder))
+
+
+def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
+    role = preset.roles.get(source.name)
+    return replace(source, strip=source.strip or role.strip) if role is not None else source
 
 
 def _output_path(spec: OutputSpec | None, folder: Path) -> Path | None:
@@ -271,7 +278,21 @@ def _at(error: UsageError, source: SourceSpec) -> UsageError:
 def _open(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     view: View = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return open_catalog(_located(source.path, folder), opening)
+    return _stripped(open_catalog(_located(source.path, folder), opening), source.strip)
+
+
+def _stripped(catalog: Catalog, prefix: str) -> Catalog:
+    """Takes a prefix off all names, or off none."""
+    if not prefix or not all(name.startswith(prefix) for name in catalog.names()):
+        return catalog
+    entries = {
+        name.removeprefix(prefix): replace(entry, name=name.removeprefix(prefix))
+        for name, entry in catalog.entries.items()
+    }
+    aliases = {alias.removeprefix(prefix): owner.removeprefix(prefix) for alias, owner in catalog.aliases.items()}
+    absent = frozenset(name.removeprefix(prefix) for name in catalog.absent)
+    note = f"`{prefix}` is taken off every name"
+    return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=(*catalog.notes, note))
 
 
 def _located(text: str, folder: Path) -> Path | str:

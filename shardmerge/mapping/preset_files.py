@@ -42,10 +42,13 @@ class PresetRole:
         What it is, for people.
     required
         Whether there is no conversion without it.
+    strip
+        As ``SourceSpec.strip``, where the mapping says nothing.
     """
 
     about: str
     required: bool
+    strip: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,10 @@ def _present(term: Term, spec: Spec) -> bool:
 
 def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
-        fields = reader.fields(reader.table(value, key.text), ("about", "required"))
-        yield key.text, PresetRole(reader.text(fields["about"], "about"), reader.flag(fields["required"], "required"))
+        fields = reader.fields(reader.table(value, key.text), ("about", "required", "strip"))
+        about = reader.text(fields["about"], "about")
+        strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
+        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)
 
 
 def _folder() -> Traversable:
