@@ -162,11 +162,15 @@ class _Work:
     def apply(self, rule: Rule) -> None:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
+        failures: list[tuple[OpTerm, str, MappingError]] = []
         for candidate in rule.candidates:
             if isinstance(candidate, Reference):
                 found |= self._take(rule, candidate)
             else:
-                found |= self._make(rule, candidate)
+                found |= self._make(rule, candidate, failures)
+        # An op that lacks a tensor is passed over where a later candidate makes the target.
+        left = [case for case in failures if case[2].code != "missing-operand" or case[1] not in self.assignments]
+        self.problems += _failed(rule, left)
         if not found:
             self.idle.append(rule)
 
@@ -185,31 +189,32 @@ class _Work:
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
-    def _make(self, rule: Rule, term: OpTerm) -> bool:
+    def _make(self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]) -> bool:
         """Claims a target for every combination of captures that the op finds its first tensors for."""
         found = False
-        failures: list[tuple[str, MappingError]] = []
         for bindings in self._bindings(rule, term, failures):
             if not rule.target.fits(bindings):
                 continue
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
-            self.matched.update((one.source, one.name) for one in operands)
             try:
                 entry = self.finder.build(term, bindings, target)
             except MappingError as error:
-                failures.append((target, error))
+                failures.append((term, target, error))
+                if error.code != "missing-operand":
+                    self.matched.update((one.source, one.name) for one in operands)
                 continue
             self._claim(rule, term, target, operands, entry)
-        self.problems += _failed(rule, term, failures)
         return found or bool(failures)
 
-    def _bindings(self, rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[Bindings]:
+    def _bindings(
+        self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]
+    ) -> Iterator[Bindings]:
         try:
             yield from self.finder.bindings(rule, term)
         except MappingError as error:
-            failures.append((str(rule.target), error))
+            failures.append((term, str(rule.target), error))
 
     @property
     def finder(self) -> Finder:
@@ -415,16 +420,16 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
     )
 
 
-def _failed(rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[MappingError]:
-    """One error for all targets that one op of a rule cannot make for the same reason."""
-    groups: dict[str, list[tuple[str, MappingError]]] = defaultdict(list)
-    for target, error in failures:
-        groups[error.code].append((target, error))
+def _failed(rule: Rule, failures: list[tuple[OpTerm, str, MappingError]]) -> Iterator[MappingError]:
+    """One error for all targets that the ops of a rule cannot make for the same reason."""
+    groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
+    for case in failures:
+        groups[case[2].code].append(case)
     for code, cases in groups.items():
-        target, first = cases[0]
+        term, _, first = cases[0]
         yield MappingError(
             code,
-            f"{listed([name for name, _ in cases])}: {first.what}",
+            f"{listed(list(dict.fromkeys(name for _, name, _ in cases)))}: {first.what}",
             where=first.where or str(term.mark),
             found=first.found,
             expected=first.expected,

@@ -653,13 +653,14 @@ class Reader:
             template = reference.template
             theirs = set(template.captures) - {template.collected}
             missing = ours - theirs if isinstance(term, Reference) else set()
-            for name in sorted(missing | (theirs - ours - counted)):
+            extra = {name for name in theirs - ours - counted if not name.startswith("_")}
+            for name in sorted(missing | extra):
                 side = "the source name" if name in ours else "the target name"
                 self.add(
                     "unbound-capture",
                     f"{{{name}}} is missing in {side}: `{target}` from `{reference.source}:{template}`",
                     reference.mark,
-                    "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
+                    "use the same captures on both sides; call it {_x} if it has one value only, or drop the rest",
                 )
             if template.collects and isinstance(term, Reference):
                 what = f"`{{{template.collected}*}}` collects tensors for an op, e.g. concat or stack"
