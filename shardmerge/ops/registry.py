@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardmerge.ops import casts, heads, moves
+from shardmerge.ops import casts, fill, heads, moves, pointwise
 from shardmerge.ops.contract import OpKind
 
-OPS: dict[str, OpKind] = {kind.name: kind for family in (moves, heads, casts) for kind in family.KINDS}
+OPS: dict[str, OpKind] = {kind.name: kind for family in (moves, heads, casts, pointwise, fill) for kind in family.KINDS}
