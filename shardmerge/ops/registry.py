@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from shardmerge.ops import casts, fill, heads, moves, pointwise
+from shardmerge.ops import casts, fill, heads, merging, moves, pointwise, spherical
 from shardmerge.ops.contract import OpKind
 
-OPS: dict[str, OpKind] = {kind.name: kind for family in (moves, heads, casts, pointwise, fill) for kind in family.KINDS}
+_FAMILIES = (moves, heads, casts, pointwise, fill, merging, spherical)
+
+OPS: dict[str, OpKind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}
+    kind.name: kind for family in (moves, heads, casts, pointwise, fill, merging) for kind in family.KINDS
+}
