@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 from shardmerge.conversion import (
@@ -17,10 +18,11 @@ from shardmerge.conversion import (
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Progress
+from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec
+from shardmerge.mapping.spec import SourceSpec, Spec, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
@@ -30,7 +32,7 @@ from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "float_dtype", "inspect", "open_checkpoint",
+    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype", "inspect", "open_checkpoint",
     "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets",
     "resident_bytes", "run", "verify",
 ]  # fmt: skip
@@ -273,3 +275,41 @@ def presets() -> tuple[Preset, ...]:
 def preset_text(name: str) -> str:
     """Returns a preset's YAML as it is written."""
     return read_preset(name)
+
+
+def explain_text(mapping: str | Path, tensor: str, options: Options | None = None) -> str:
+    """Returns the whole story of one tensor of a mapping's plan, for people.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-tensor``, with the nearest names.
+    ShardmergeError
+        As ``plan``.
+    """
+    made = plan(mapping, options)
+    return tensor_story_text(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
+
+
+def explain_json(mapping: str | Path, tensor: str, options: Options | None = None) -> dict[str, object]:
+    """As ``explain_text``, as plain JSON values."""
+    made = plan(mapping, options)
+    return tensor_story_json(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
+
+
+def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
+    """Returns a rule as it is written in the mapping or in its preset: its line and those further in."""
+    file, line, _ = rule.split(" ", 1)[0].rsplit(":", 2)
+    use = load_spec(mapping).use
+    texts = {use.rsplit("/", 1)[-1] + ".yaml": use, mapping.name: ""}
+    if file not in texts:
+        return ()
+    text = read_preset(texts[file]) if texts[file] else mapping.read_text("utf-8")
+    lines = text.splitlines()[int(line) - 1 :]
+    indent = _indent(lines[0])
+    more = takewhile(lambda one: one.strip() and _indent(one) > indent, lines[1:])
+    return tuple(one[indent:].rstrip() for one in (lines[0], *more))
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())

@@ -104,6 +104,11 @@ def has_state(entry: TensorEntry) -> bool:
     return any(has_state(base) for base in bases)
 
 
+def making_peak(entry: TensorEntry, tile: int) -> int:
+    """Returns the most bytes a worker allocates to make a tensor in tiles of so many bytes."""
+    return _worker_peak(entry, tile)
+
+
 def _worker_peak(entry: TensorEntry, tile: int) -> int:
     """The output of a tile, what making it needs, and the buffers that are kept to be used again."""
     count = min(tile_elements(entry, tile), entry.numel)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 import shardmerge
 from shardmerge import Options, Result, ShardmergeError, api, explain
-from shardmerge.api import Prepared, carry_out, float_dtype, parse_size, prepare_mapping
+from shardmerge.api import Prepared, carry_out, prepare_mapping
+from shardmerge.cli.mappings import add_commands
+from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 from shardmerge.cli.progress import progress_bar
 
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 5
-
-_Command = TypeVar("_Command", bound=Callable[..., object])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,24 +36,6 @@ def cli() -> None:
     """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
 
 
-def _options(function: _Command) -> _Command:
-    """The options of everything that plans."""
-    for option in reversed(
-        [
-            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
-            click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
-            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
-            click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
-            click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
-            click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."),
-            click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
@@ -72,12 +52,12 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @cli.command()
 @click.argument("mapping", type=click.Path())
 @_out
-@_options
+@plan_options
 @_quiet
-@_json
+@json_option
 def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Carry out a mapping.yaml and publish the result, whole or not at all."""
-    options = _parsed(given)
+    options = parsed(given)
     prepared = prepare_mapping(Path(mapping), options)
     _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
 
@@ -85,12 +65,12 @@ def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any)
 @cli.command()
 @click.argument("mapping", type=click.Path())
 @_out
-@_options
+@plan_options
 @click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
-@_json
+@json_option
 def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
-    prepared = prepare_mapping(Path(mapping), _parsed(given))
+    prepared = prepare_mapping(Path(mapping), parsed(given))
     _show_plan(prepared, out or str(prepared.out or "(no output path)"), tensors=tensors, as_json=as_json)
 
 
@@ -101,10 +81,10 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @_base
 @_view
 @_root
-@_options
+@plan_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
-@_json
+@json_option
 def convert(  # noqa: PLR0913  # one parameter an option
     source: str,
     out: str,
@@ -121,8 +101,8 @@ def convert(  # noqa: PLR0913  # one parameter an option
 
     Without --use every tensor keeps its name.
     """
-    options = _parsed(given)
-    named = dict(_pair(text) for text in bases)
+    options = parsed(given)
+    named = dict(pair(text) for text in bases)
     prepared = api.prepare_conversion(source, use=use, bases=named, view=view, root=root, options=options)
     if dry_run:
         _show_plan(prepared, out, tensors=False, as_json=as_json)
@@ -135,11 +115,11 @@ def convert(  # noqa: PLR0913  # one parameter an option
 @_view
 @_root
 @click.option("--download", is_flag=True, help="Fetch a hub id that is not in the local cache.")
-@_json
+@json_option
 def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
     """List what a checkpoint holds, from its headers alone."""
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
-    click.echo(_dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
+    click.echo(dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
 
 
 @cli.command()
@@ -147,9 +127,9 @@ def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) ->
 @click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
 @click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
-@_options
+@plan_options
 @_quiet
-@_json
+@json_option
 def verify(  # one parameter an option
     directory: str,
     sources: str | None,
@@ -166,11 +146,11 @@ def verify(  # one parameter an option
             sources=sources,
             reference=reference,
             load=load,
-            options=_parsed(given),
+            options=parsed(given),
             progress=progress,
         )
     if as_json:
-        click.echo(_dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
+        click.echo(dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
         return
     for check in verdict.checks:
         click.echo(f"ok  {check}")
@@ -179,13 +159,13 @@ def verify(  # one parameter an option
 @cli.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@_json
+@json_option
 def diff(a: str, b: str, as_json: bool) -> NoReturn:
     """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ."""
     found = list(shardmerge.diff(a, b))
     if as_json:
         rows = [{"name": d.name, "what": d.what, "detail": d.detail} for d in found]
-        click.echo(_dumped({"equal": not found, "differences": rows}))
+        click.echo(dumped({"equal": not found, "differences": rows}))
     else:
         for difference in found:
             click.echo(f"{difference.name}: {difference.what}: {difference.detail}")
@@ -199,12 +179,12 @@ def presets() -> None:
 
 
 @presets.command("list")
-@_json
+@json_option
 def presets_list(as_json: bool) -> None:
     """Name every preset with its title."""
     found = api.presets()
     if as_json:
-        click.echo(_dumped([{"name": preset.name, "title": preset.title} for preset in found]))
+        click.echo(dumped([{"name": preset.name, "title": preset.title} for preset in found]))
         return
     for preset in found:
         click.echo(f"{preset.name}  {preset.title}")
@@ -217,29 +197,13 @@ def presets_show(name: str) -> None:
     click.echo(api.preset_text(name), nl=False)
 
 
-def _parsed(given: dict[str, Any]) -> Options:
-    return Options(
-        dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
-        shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
-        memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
-        workers=given["workers"],
-        download=given["download"],
-        io=given["io"],
-        sync=not given["no_sync"],
-    )
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise shardmerge.UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
-    return name, path
+add_commands(cli)
 
 
 def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) -> None:
     _warn(prepared)
     if as_json:
-        click.echo(_dumped(explain.plan_json(prepared.plan)))
+        click.echo(dumped(explain.plan_json(prepared.plan)))
     elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
@@ -260,7 +224,7 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
         result = carry_out(prepared, out, options, progress)
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(_dumped(_result_json(result, seconds)))
+        click.echo(dumped(_result_json(result, seconds)))
         return
     for name, count in sorted(result.outcome.overflows.items()):
         click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
@@ -288,10 +252,6 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
 def _size_of(directory: str) -> int:
     folder = Path(directory)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
-def _dumped(value: object) -> str:
-    return json.dumps(value, indent=2)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,30 @@
+"""Commands that help to write a mapping, and to understand one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardmerge import api
+from shardmerge.cli.options import dumped, json_option, parsed, plan_options
+
+
+def add_commands(group: click.Group) -> None:
+    """Puts the commands of this module on the group."""
+    for command in (explain,):
+        group.add_command(command)
+
+
+@click.command()
+@click.argument("mapping", type=click.Path())
+@click.option("--tensor", required=True, metavar="NAME", help="A tensor of the result.")
+@plan_options
+@json_option
+def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+    """Tell the whole story of one tensor: its rule, what it is made of, files and bytes, memory, where it goes."""
+    if as_json:
+        click.echo(dumped(api.explain_json(Path(mapping), tensor, parsed(given))))
+    else:
+        click.echo(api.explain_text(Path(mapping), tensor, parsed(given)))

@@ -1,0 +1,60 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from shardmerge import Options, UsageError
+from shardmerge.api import float_dtype, parse_size
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+def plan_options(function: _Command) -> _Command:
+    """The options of everything that plans."""
+    for option in reversed(
+        [
+            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
+            click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
+            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
+            click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
+            click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
+            click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", help="How to read."),
+            click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def parsed(given: dict[str, Any]) -> Options:
+    """Returns what the options of everything that plans say."""
+    return Options(
+        dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
+        shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
+        memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
+        workers=given["workers"],
+        download=given["download"],
+        io=given["io"],
+        sync=not given["no_sync"],
+    )
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Returns the two sides of ``NAME=PATH``."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
+    return name, path
+
+
+def dumped(value: object) -> str:
+    """Returns a value as JSON text."""
+    return json.dumps(value, indent=2)

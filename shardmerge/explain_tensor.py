@@ -1,0 +1,145 @@
+"""The whole story of one tensor of a plan: the rule, what it is made of, where the bytes lie and where they go. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from shardmerge.errors import UsageError
+from shardmerge.explain import JSON_SCHEMA, human_bytes
+from shardmerge.mapping.near import NameIndex, shown
+from shardmerge.memory import making_peak
+from shardmerge.plan import Plan, PlannedShard, PlannedTensor, bytes_read, is_copy
+from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, composed
+
+# A tensor of a ZeRO checkpoint has a piece for each of a thousand ranks.
+_PIECES_SHOWN = 4
+
+
+def find_tensor(plan: Plan, name: str) -> tuple[PlannedShard, PlannedTensor]:
+    """Returns a tensor of the plan and the file it is written to.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-tensor``, with the nearest names.
+    """
+    for shard in plan.shards:
+        for tensor in shard.tensors:
+            if name in (tensor.name, tensor.stored):
+                return shard, tensor
+    near = NameIndex(tensor.name for tensor in plan.tensors()).near(name)
+    hint = f"near names: {', '.join(near)}" if near else "`shardmerge plan --tensors` lists the names"
+    raise UsageError("unknown-tensor", f"the plan has no tensor {shown(name)!r}", hint=hint)
+
+
+def tensor_story_json(plan: Plan, name: str, rule_lines: tuple[str, ...] = ()) -> dict[str, object]:
+    """Returns the story of one tensor as plain JSON values.
+
+    Parameters
+    ----------
+    plan, name
+        The plan, and a name of its target.
+    rule_lines
+        The rule as it is written.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-tensor``.
+    """
+    shard, tensor = find_tensor(plan, name)
+    return {
+        "schema": JSON_SCHEMA,
+        "name": tensor.name,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "nbytes": tensor.nbytes,
+        "rule": tensor.rule,
+        "rule_lines": list(rule_lines),
+        "made": _node_json(tensor.entry),
+        "copy": is_copy(tensor.entry),
+        "bytes_read": bytes_read(tensor),
+        "memory": making_peak(tensor.entry, plan.memory.tile),
+        "written": {"file": shard.name, "name": tensor.stored, "offset": tensor.offset, "nbytes": tensor.nbytes},
+    }
+
+
+def tensor_story_text(plan: Plan, name: str, rule_lines: tuple[str, ...] = ()) -> str:
+    """Returns the story of one tensor for people; parameters and errors as ``tensor_story_json``."""
+    shard, tensor = find_tensor(plan, name)
+    stored = f" as {tensor.stored}" if tensor.stored != tensor.name else ""
+    read = "copied as it is" if is_copy(tensor.entry) else "computed"
+    lines = [
+        f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  {human_bytes(tensor.nbytes)}",
+        f"rule     {tensor.rule}",
+        *(f"         {line}" for line in rule_lines),
+        "made of",
+        *(f"  {line}" for line in _node_lines(tensor.entry)),
+        f"reads    {human_bytes(bytes_read(tensor))}, {read}",
+        f"memory   {human_bytes(making_peak(tensor.entry, plan.memory.tile))} a worker at most",
+        f"written  {shard.name}{stored}, bytes {tensor.offset} to {tensor.offset + tensor.nbytes}",
+    ]
+    return "\n".join(lines)
+
+
+def _node_json(entry: TensorEntry) -> dict[str, object]:
+    held = composed(entry)
+    meta: dict[str, object] = {"dtype": entry.dtype.name, "shape": list(entry.shape)}
+    if held is not None:
+        return {"op": held.recipe.label, **meta, "of": [_node_json(base) for base in held.bases]}
+    first = list(islice(entry.pieces, _PIECES_SHOWN))
+    return {
+        "source": entry.source,
+        "tensor": entry.name,
+        **meta,
+        "origin": entry.origin,
+        "nbytes": entry.nbytes,
+        "pieces": len(entry.pieces),
+        "first_pieces": [_piece_json(piece) for piece in first],
+    }
+
+
+def _extent(piece: Piece) -> Extent:
+    held = piece.held.extent if isinstance(piece.held, Strided) else piece.held
+    assert isinstance(held, Extent)  # composed entries have gone another way
+    return held
+
+
+def _piece_json(piece: Piece) -> dict[str, object]:
+    extent = _extent(piece)
+    found: dict[str, object] = {
+        "start": piece.start,
+        "count": piece.count,
+        "file": extent.file,
+        "offset": extent.offset,
+        "nbytes": extent.nbytes,
+    }
+    if isinstance(piece.held, Strided):
+        found["view"] = {"shape": list(piece.held.shape), "strides": list(piece.held.strides)}
+    return found
+
+
+def _node_lines(entry: TensorEntry) -> Iterator[str]:
+    """Yields an expression, one op a line, what it works on further in."""
+    held = composed(entry)
+    meta = f"{entry.dtype} {list(entry.shape)}"
+    if held is not None:
+        yield f"{held.recipe.label}  -> {meta}"
+        for base in held.bases:
+            yield from (f"  {line}" for line in _node_lines(base))
+        return
+    origin = f"  ({entry.origin})" if entry.origin else ""
+    yield f"{entry.source}:{shown(entry.name)}  {meta}{origin}" if entry.name else f"nothing  {meta}"
+    for piece in islice(entry.pieces, _PIECES_SHOWN):
+        yield f"  {_piece_line(piece)}"
+    more = len(entry.pieces) - _PIECES_SHOWN
+    if more > 0:
+        yield f"  and {more:,} more pieces"
+
+
+def _piece_line(piece: Piece) -> str:
+    extent = _extent(piece)
+    view = f", seen with strides {list(piece.held.strides)}" if isinstance(piece.held, Strided) else ""
+    elements = f"elements {piece.start} to {piece.start + piece.count}"
+    return f"{extent.file}, bytes {extent.offset} to {extent.offset + extent.nbytes}: {elements}{view}"
