@@ -202,7 +202,8 @@ class Dare(_Merge):
             found = _delta(wide, models[index])
             np.multiply(found, self.mask(index, start, len(found)), out=found)
             np.divide(found, found.dtype.type(self.density), out=found)
-            return np.multiply(found, found.dtype.type(weights[index]), out=found)
+            np.multiply(found, found.dtype.type(weights[index]), out=found)
+            return found
 
         if self.sign_consensus:
             _agreed(delta, weights, out, normalize=False)
