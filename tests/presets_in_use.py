@@ -29,6 +29,10 @@ def usable(name: str) -> Preset:
     return preset if known else replace(preset, target=None)
 
 
+def _without_target(name: str) -> Preset:
+    return replace(load_preset(name), target=None)
+
+
 def use_preset(
     preset: str,
     sources: Mapping[str, Path],
@@ -36,8 +40,9 @@ def use_preset(
     let: Mapping[str, float] | None = None,
     *,
     format: str = "safetensors",
+    checked: bool = True,
 ) -> Path:
-    """Runs a preset and returns ``out``."""
+    """Runs a preset and returns ``out``; ``checked`` says whether its target has a word in it."""
     mapping = {
         "shardmerge": 1,
         "sources": {name: str(path) for name, path in sources.items()},
@@ -48,7 +53,7 @@ def use_preset(
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "load_preset", usable)
+        patch.setattr(conversion, "load_preset", usable if checked else _without_target)
         prepared = conversion.prepare(spec, out.parent, options)
     conversion.carry_out(prepared, out, options)
     return out
