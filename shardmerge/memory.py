@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from shardmerge.compose import meta
 from shardmerge.errors import ResourceError
-from shardmerge.ops.contract import Arithmetic
+from shardmerge.ops.contract import Arithmetic, Meta
 from shardmerge.plan import Memory, PlannedTensor
 from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View
 
@@ -97,9 +97,8 @@ def granule(entry: TensorEntry) -> int:
 def has_state(entry: TensorEntry) -> bool:
     """Tells whether making a tensor begins with reading something whole, so that one worker should make all of it."""
     held = entry.pieces[0].held if entry.pieces else None
-    if isinstance(held, Made) and isinstance(held.recipe, Arithmetic):
-        if held.recipe.state_peak([meta(base) for base in held.bases]):
-            return True
+    if isinstance(held, Made) and isinstance(held.recipe, Arithmetic) and held.recipe.state_peak(_metas(held)):
+        return True
     bases = held.bases if isinstance(held, (View, Columns, Made)) else ()
     return any(has_state(base) for base in bases)
 
@@ -107,6 +106,10 @@ def has_state(entry: TensorEntry) -> bool:
 def making_peak(entry: TensorEntry, tile: int) -> int:
     """Returns the most bytes a worker allocates to make a tensor in tiles of so many bytes."""
     return _worker_peak(entry, tile)
+
+
+def _metas(held: Made) -> list[Meta]:
+    return [meta(base) for base in held.bases]
 
 
 def _worker_peak(entry: TensorEntry, tile: int) -> int:

@@ -470,7 +470,7 @@ def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingEr
         "unmerged-adapter",
         f"{source} holds {count(len(names), 'adapter tensor')} that no base takes: {listed(names, 3)}",
         where=catalog.path,
-        hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, where BASE is the source it was trained on",
+        hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, BASE being what it was trained on",
     )
 
 

@@ -211,7 +211,7 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """Input k is the op ``name`` with the same parameters and ``take: k``; ``needs`` must be given to know the parts."""
+    """Input k is the op ``name`` with the same parameters and ``take: k``; ``needs`` must be given."""
 
     name: str
     needs: str
