@@ -32,9 +32,9 @@ from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype", "inspect", "open_checkpoint",
-    "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets",
-    "resident_bytes", "run", "verify",
+    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
+    "inspect", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping",
+    "preset_text", "presets", "resident_bytes", "run", "verify",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")

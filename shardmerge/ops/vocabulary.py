@@ -27,8 +27,8 @@ BLOCK_ROWS = 256
 class NewRows(Arithmetic):
     """So many rows ``[rows, ...]`` after the example of an input ``[old rows, ...]``. The result is float64.
 
-    XTuner and transformers draw new rows from a normal distribution around the old ones' mean, unseeded; the mean is the
-    same on every run, and gives a new token neither a large nor a zero logit.
+    XTuner and transformers draw new rows from a normal distribution around the old ones' mean, unseeded; the mean is
+    the same on every run, and gives a new token neither a large nor a zero logit.
 
     Attributes
     ----------
