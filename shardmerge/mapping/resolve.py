@@ -276,6 +276,7 @@ class _Work:
         missing: list[str] = []
         if self.expectation is not None:
             self._drop_tied(self.expectation)
+            self._leave_out(self.expectation)
             missing = [name for name in self.expectation.tensors if name not in self.assignments]
             self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
@@ -309,6 +310,13 @@ class _Work:
         for target in expectation.tied:
             assignment = self.assignments.pop(target, None)
             if assignment is not None and assignment.source:
+                self.dropped.add((assignment.source, assignment.name))
+
+    def _leave_out(self, expectation: Expectation) -> None:
+        """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for prefix in expectation.left_out:
+            for target in [name for name in self.assignments if name.startswith(prefix)]:
+                assignment = self.assignments.pop(target)
                 self.dropped.add((assignment.source, assignment.name))
 
     def _missing(

@@ -78,6 +78,7 @@ def expect(request: Request) -> Expectation:
         tensors=_tensors(model),
         resized=model.rows.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),
         tied={HEAD: EMBEDDING} if tied else {},
+        left_out={} if model.tower else {TOWER: "LLaVA loads a frozen encoder by the name in config.json"},
         side_files=(
             SideFile("config.json", (dump(_config(model, request)),)),
             generation_config(model.text, request, {}),

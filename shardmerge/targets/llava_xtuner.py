@@ -28,6 +28,7 @@ from shardmerge.targets.expectation import Component, Expectation, FileGroup, Re
 from shardmerge.targets.llava import generation_config
 from shardmerge.targets.options import choice, number
 from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
+from shardmerge.targets.training_config import LoraFacts
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape
@@ -131,7 +132,8 @@ def _joined(branches: list[_Branch], players: Cast) -> Expectation:
 
 def _language_model(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
-        yield _adapter(request, trained, players.text, LLM_ADAPTER, "llm_alpha", "CAUSAL_LM")
+        lora = players.facts.llm_lora
+        yield _adapter(request, trained, players.text, LLM_ADAPTER, "llm_alpha", "CAUSAL_LM", lora)
     if form != "whole":
         return
     text = read_text(request.catalogs[players.text.source], request.read)
@@ -153,7 +155,8 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
 
 def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
-        yield _adapter(request, trained, players.vision, ENCODER_ADAPTER, "vision_alpha", "")
+        lora = players.facts.visual_encoder_lora
+        yield _adapter(request, trained, players.vision, ENCODER_ADAPTER, "vision_alpha", "", lora)
     if form != "whole":
         return
     vision = read_vision(players.vision, request.catalogs, request.read)
@@ -167,9 +170,13 @@ def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> 
 # ---- adapters and the projector
 
 
-def _adapter(request: Request, trained: Catalog, part: Part, folder: str, option: str, task: str) -> _Branch:
+def _adapter(
+    request: Request, trained: Catalog, part: Part, folder: str, option: str, task: str, lora: LoraFacts | None
+) -> _Branch:
     tensors = peft_adapter.adapter_tensors(trained, "llm." if folder == LLM_ADAPTER else "visual_encoder.")
-    facts = AdapterFacts(alpha=number(request, option), base=part.path, task_type=task)
+    said = lora or LoraFacts()
+    alpha = number(request, option)
+    facts = AdapterFacts(said.alpha if alpha is None else alpha, said.use_rslora, part.path, task, said)
     config = peft_adapter.adapter_config(tensors, facts, trained.path)
     return _Branch(folder, tensors, (SideFile(peft_adapter.CONFIG, (dump(config),)),), peft_adapter.STEM)
 

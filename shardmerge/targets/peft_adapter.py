@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
 from shardmerge.targets.architectures import JsonObject, dump, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
 from shardmerge.targets.options import number, switch
+from shardmerge.targets.training_config import LoraFacts
 from shardmerge.tensors import Catalog, Shape
 
 ROOT = "base_model.model."
@@ -44,12 +45,15 @@ class AdapterFacts:
         Hub id or path of the model that it changes, ``""`` where nobody says.
     task_type
         peft's name of the task, ``""`` for none.
+    trained
+        What the training config says besides.
     """
 
     alpha: float | None = None
     use_rslora: bool = False
     base: str = ""
     task_type: str = ""
+    trained: LoraFacts = field(default_factory=LoraFacts)
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -108,11 +112,11 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(facts.trained.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": facts.base or None,
         "bias": _bias(tensors, ranks),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": facts.trained.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(facts.alpha) if facts.alpha == int(facts.alpha) else facts.alpha,
