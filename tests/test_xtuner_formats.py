@@ -114,14 +114,17 @@ def test_xtuner(case: str, tmp_path: Path) -> None:
 def _check_adapter(case: str, part: str, kind: type, folder: Path) -> None:
     """Peft loads it onto the base, finds every key, and takes the values of the run."""
     base = kind.from_pretrained(BASES["llm" if part == "llm" else "vision"])
+    if part == "visual_encoder" and not hasattr(base, "vision_model"):
+        # transformers 5.6 dropped the level that the model which was trained had.
+        wrapper = torch.nn.Module()
+        wrapper.vision_model = base
+        base = wrapper
     model = peft.PeftModel.from_pretrained(base, folder)
     loaded = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     expected = {name.removeprefix(f"{part}."): t for name, t in truth(case).items() if name.startswith(f"{part}.")}
-    # transformers 5.6 dropped the level `vision_model` of a lone CLIP, and peft renames on loading.
-    plain = {name.replace(".vision_model.", "."): tensor for name, tensor in expected.items()}
-    assert {name.replace(".vision_model.", ".") for name in loaded} == set(plain)
+    assert set(loaded) == set(expected)
     for name, tensor in loaded.items():
-        assert torch.equal(tensor.double(), plain[name.replace(".vision_model.", ".")].double()), name
+        assert torch.equal(tensor.double(), expected[name].double()), name
     config = peft.PeftConfig.from_pretrained(folder)
     stated = {"llm": (4, 8), "visual_encoder": (2, 1)}[part] if case == "lora_both" else (config.r, config.lora_alpha)
     assert (config.r, config.lora_alpha) == stated
