@@ -8,5 +8,3 @@ from shardmerge.ops.contract import OpKind
 _FAMILIES = (moves, heads, casts, pointwise, fill, merging, spherical)
 
 OPS: dict[str, OpKind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}
-    kind.name: kind for family in (moves, heads, casts, pointwise, fill, merging) for kind in family.KINDS
-}
