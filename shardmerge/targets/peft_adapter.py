@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
 from shardmerge.targets.architectures import JsonObject, dump, load_object
@@ -44,12 +44,18 @@ class AdapterFacts:
         Hub id or path of the model that it changes, ``""`` where nobody says.
     task_type
         peft's name of the task, ``""`` for none.
+    alpha_pattern
+        Other alphas, by the name of a module or a pattern of names.
+    fan_in_fan_out
+        The adapted weights are stored transposed, as in GPT-2.
     """
 
     alpha: float | None = None
     use_rslora: bool = False
     base: str = ""
     task_type: str = ""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -108,11 +114,11 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": dict(facts.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": facts.base or None,
         "bias": _bias(tensors, ranks),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": facts.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(facts.alpha) if facts.alpha == int(facts.alpha) else facts.alpha,
