@@ -24,7 +24,7 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, load_spec
+from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
