@@ -276,6 +276,7 @@ class _Work:
         missing: list[str] = []
         if self.expectation is not None:
             self._drop_tied(self.expectation)
+            self._leave_out(self.expectation)
             missing = [name for name in self.expectation.tensors if name not in self.assignments]
             self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
@@ -309,6 +310,13 @@ class _Work:
         for target in expectation.tied:
             assignment = self.assignments.pop(target, None)
             if assignment is not None and assignment.source:
+                self.dropped.add((assignment.source, assignment.name))
+
+    def _leave_out(self, expectation: Expectation) -> None:
+        """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for prefix in expectation.left_out:
+            for target in [name for name in self.assignments if name.startswith(prefix)]:
+                assignment = self.assignments.pop(target)
                 self.dropped.add((assignment.source, assignment.name))
 
     def _missing(
@@ -470,7 +478,7 @@ def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingEr
         "unmerged-adapter",
         f"{source} holds {count(len(names), 'adapter tensor')} that no base takes: {listed(names, 3)}",
         where=catalog.path,
-        hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, where BASE is the source it was trained on",
+        hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, BASE being what it was trained on",
     )
 
 

@@ -1,8 +1,9 @@
 """The numbers that formulas may name: ``let:`` of the mapping, and what the sources' configs say.
 
 ``SOURCE.config.x`` is a key of the source's config.json, ``SOURCE.params.x`` of params.json, ``SOURCE.adapter.x`` of
-adapter_config.json, ``SOURCE.model_config.x`` of litgpt's model_config.yaml, ``SOURCE.facts.x`` a value found inside of the checkpoint, ``SOURCE.cfg.x`` one of the training
-config that mmengine stores. Without ``SOURCE.`` the first source that has it answers. Dots go into nested objects.
+adapter_config.json, ``SOURCE.model_config.x`` of litgpt's model_config.yaml, ``SOURCE.facts.x`` a value found inside
+of the checkpoint, ``SOURCE.cfg.x`` one of the training config that mmengine stores. Without ``SOURCE.`` the first
+source that has it answers. Dots go into nested objects.
 """
 
 from __future__ import annotations

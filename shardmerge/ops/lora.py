@@ -1,7 +1,7 @@
 """Low-rank adapters: LoRA and DoRA merged into a weight, a block of rows at a time.
 
 Formulas as in peft 0.21 (``tuners/lora/layer.py``, ``dora.py``). An adapter of an embedding, or one trained with
-``fan_in_fan_out``, is the same sum over transposed views, and a convolution's over reshaped ones: the planner makes those.
+``fan_in_fan_out``, is the same sum over transposed views, a convolution's over reshaped ones: the planner makes those.
 
 peft casts ``scale * B @ A`` to the adapter's type before it adds, so on a 16-bit base it rounds twice; here the sum is
 float32 and rounded once by the cast behind it. On a float32 base both are the same up to the order of one matrix
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Lora(Arithmetic):
     scale
         ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
     """
+
+    like: ClassVar[int] = -1
 
     scale: float
 
@@ -96,6 +99,8 @@ class Dora(Arithmetic):
     Inputs: A ``[r, in]``, B ``[out, r]``, magnitude ``[out]``, base ``[out, in]``. The norm is taken in the type of the
     sum, as peft does.
     """
+
+    like: ClassVar[int] = -1
 
     scale: float
 
@@ -190,7 +195,7 @@ KINDS = (
         name="lora",
         about="Adds `scale * B @ A` to a weight, in float32, rounded once. For whole adapters use `adapters:`, which "
         "finds the pairs, the scale and the special cases by itself.",
-        example='q_proj.weight: {op: lora, a: "adapter:q.lora_A", b: "adapter:q.lora_B", of: "src:q.weight", scale: 0.5}',
+        example='q.weight: {op: lora, a: "adapter:q.lora_A", b: "adapter:q.lora_B", of: "src:q.weight", scale: 0.5}',
         params=(_SCALE,),
         build=lambda values: Lora(_scale(values)),
         terms=("a", "b"),
