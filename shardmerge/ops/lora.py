@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Lora(Arithmetic):
     scale
         ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
     """
+
+    like: ClassVar[int] = -1
 
     scale: float
 
@@ -96,6 +99,8 @@ class Dora(Arithmetic):
     Inputs: A ``[r, in]``, B ``[out, r]``, magnitude ``[out]``, base ``[out, in]``. The norm is taken in the type of the
     sum, as peft does.
     """
+
+    like: ClassVar[int] = -1
 
     scale: float
 

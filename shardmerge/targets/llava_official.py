@@ -47,6 +47,8 @@ _CLASSES = {
 _KEPT = ("image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution",
          "mm_patch_merge_type")  # fmt: skip
 
+_NEXT: JsonObject = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+
 
 @dataclass(frozen=True, slots=True)
 class _Model:
@@ -184,7 +186,7 @@ def _tensors(model: _Model) -> dict[str, Shape]:
     tensors |= dict(_projector(model))
     if model.tower and model.vision is not None:
         tensors |= {f"{TOWER}{name}": shape for name, shape in clip.expected(model.vision.architecture)}
-    if "unpad" in str(model.text.whole.get("mm_patch_merge_type", "")):
+    if _is_next(model.text) or "unpad" in str(model.text.whole.get("mm_patch_merge_type", "")):
         tensors[_NEWLINE] = (model.text.architecture.hidden_size,)
     return tensors
 
@@ -235,7 +237,12 @@ def _config(model: _Model, request: Request) -> JsonObject:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    return plain | fields | kept
+    return plain | fields | (_NEXT if _is_next(text) else {}) | kept
+
+
+def _is_next(text: TextBase) -> bool:
+    """Whether the text base is a Hugging Face LLaVA-NeXT."""
+    return text.whole.get("model_type") == "llava_next"
 
 
 def _processor(model: _Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:

@@ -17,7 +17,6 @@ from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
     Cast,
-    Part,
     cast,
     missing_sources,
     quantized_warnings,
@@ -28,7 +27,6 @@ from shardmerge.targets.expectation import Component, Expectation, FileGroup, Re
 from shardmerge.targets.llava import generation_config
 from shardmerge.targets.options import choice, number
 from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
-from shardmerge.targets.training_config import LoraFacts
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape
@@ -132,8 +130,7 @@ def _joined(branches: list[_Branch], players: Cast) -> Expectation:
 
 def _language_model(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
-        lora = players.facts.llm_lora
-        yield _adapter(request, trained, players.text, LLM_ADAPTER, "llm_alpha", "CAUSAL_LM", lora)
+        yield _adapter(request, players, trained, LLM_ADAPTER)
     if form != "whole":
         return
     text = read_text(request.catalogs[players.text.source], request.read)
@@ -155,8 +152,7 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
 
 def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
-        lora = players.facts.visual_encoder_lora
-        yield _adapter(request, trained, players.vision, ENCODER_ADAPTER, "vision_alpha", "", lora)
+        yield _adapter(request, players, trained, ENCODER_ADAPTER)
     if form != "whole":
         return
     vision = read_vision(players.vision, request.catalogs, request.read)
@@ -170,13 +166,22 @@ def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> 
 # ---- adapters and the projector
 
 
-def _adapter(
-    request: Request, trained: Catalog, part: Part, folder: str, option: str, task: str, lora: LoraFacts | None
-) -> _Branch:
-    tensors = peft_adapter.adapter_tensors(trained, "llm." if folder == LLM_ADAPTER else "visual_encoder.")
-    said = lora or LoraFacts()
-    alpha = number(request, option)
-    facts = AdapterFacts(said.alpha if alpha is None else alpha, said.use_rslora, part.path, task, said)
+def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> _Branch:
+    part, lora, option, task, prefix = (
+        (players.text, players.facts.llm_lora, "llm_alpha", "CAUSAL_LM", "llm.")
+        if folder == LLM_ADAPTER
+        else (players.vision, players.facts.visual_encoder_lora, "vision_alpha", "", "visual_encoder.")
+    )
+    tensors = peft_adapter.adapter_tensors(trained, prefix)
+    stated = number(request, option)
+    facts = AdapterFacts(
+        alpha=lora.alpha if stated is None and lora else stated,
+        use_rslora=lora.use_rslora if lora else False,
+        base=part.path,
+        task_type=task,
+        alpha_pattern=lora.alpha_pattern if lora else {},
+        fan_in_fan_out=lora.fan_in_fan_out if lora else False,
+    )
     config = peft_adapter.adapter_config(tensors, facts, trained.path)
     return _Branch(folder, tensors, (SideFile(peft_adapter.CONFIG, (dump(config),)),), peft_adapter.STEM)
 

@@ -14,7 +14,6 @@ from shardmerge.errors import TargetError
 from shardmerge.targets.architectures import JsonObject, dump, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
 from shardmerge.targets.options import number, switch
-from shardmerge.targets.training_config import LoraFacts
 from shardmerge.tensors import Catalog, Shape
 
 ROOT = "base_model.model."
@@ -45,15 +44,18 @@ class AdapterFacts:
         Hub id or path of the model that it changes, ``""`` where nobody says.
     task_type
         peft's name of the task, ``""`` for none.
-    trained
-        What the training config says besides.
+    alpha_pattern
+        Other alphas, by the name of a module or a pattern of names.
+    fan_in_fan_out
+        The adapted weights are stored transposed, as in GPT-2.
     """
 
     alpha: float | None = None
     use_rslora: bool = False
     base: str = ""
     task_type: str = ""
-    trained: LoraFacts = field(default_factory=LoraFacts)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -112,11 +114,11 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
     return {
-        "alpha_pattern": dict(facts.trained.alpha_pattern),
+        "alpha_pattern": dict(facts.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": facts.base or None,
         "bias": _bias(tensors, ranks),
-        "fan_in_fan_out": facts.trained.fan_in_fan_out,
+        "fan_in_fan_out": facts.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(facts.alpha) if facts.alpha == int(facts.alpha) else facts.alpha,
