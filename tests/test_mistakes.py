@@ -71,8 +71,6 @@ def one_op(op: str, of: str = "m:model.norm.weight", more: str = "") -> str:
     return f'{GQA}  "old.{{rest...}}": "m:{{rest...}}"\n  made: {{op: {op}, of: "{of}"{more}}}\n'
 
 
-
-
 NAMES = [
     Mistake(
         "a wrong prefix",
@@ -542,7 +540,11 @@ def packed(tensors: Tensors) -> Tensors:
 def ragged(tensors: Tensors) -> Tensors:
     """An embedding that was resized without its head."""
     embed = tensors["model.embed_tokens.weight"]
-    return {**tensors, "model.embed_tokens.weight": torch.cat([embed, embed[:8]])[:112], "lm_head.weight": embed[:104].clone()}
+    return {
+        **tensors,
+        "model.embed_tokens.weight": torch.cat([embed, embed[:8]])[:112],
+        "lm_head.weight": embed[:104].clone(),
+    }
 
 
 def adapted(folder: Path) -> dict[str, Path]:
