@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from shardmerge import conversion
-from shardmerge.mapping.preset_files import Preset, load_preset
 from shardmerge.mapping.spec import parse_spec
-from shardmerge.targets.registry import TARGETS
 from tests.conftest import GOLDEN
 
 LAYOUTS = GOLDEN / "layouts"
 
 Tensors = dict[str, torch.Tensor]
-
-
-def usable(name: str) -> Preset:
-    """Returns a preset, without its target where no such target is registered."""
-    preset = load_preset(name)
-    known = preset.target is None or preset.target.name in TARGETS
-    return preset if known else replace(preset, target=None)
-
-
-def _without_target(name: str) -> Preset:
-    return replace(load_preset(name), target=None)
 
 
 def use_preset(
@@ -40,9 +25,8 @@ def use_preset(
     let: Mapping[str, float] | None = None,
     *,
     format: str = "safetensors",
-    checked: bool = True,
 ) -> Path:
-    """Runs a preset and returns ``out``; ``checked`` says whether its target has a word in it."""
+    """Runs a preset and returns ``out``."""
     mapping = {
         "shardmerge": 1,
         "sources": {name: str(path) for name, path in sources.items()},
@@ -52,10 +36,7 @@ def use_preset(
     }
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "load_preset", usable if checked else _without_target)
-        prepared = conversion.prepare(spec, out.parent, options)
-    conversion.carry_out(prepared, out, options)
+    conversion.carry_out(conversion.prepare(spec, out.parent, options), out, options)
     return out
 
 
