@@ -3,11 +3,12 @@
 Formulas as in peft 0.21 (``tuners/lora/layer.py``, ``dora.py``). An adapter of an embedding, or one trained with
 ``fan_in_fan_out``, is the same sum over transposed views, a convolution's over reshaped ones: the planner makes those.
 
-The product is summed in float64, and ``base + scale * B @ A`` rounded to float32 once. Measured with OpenBLAS 0.3.31: the
-bits of a float32 product change with the number of BLAS threads, with the processor and with the height of the block;
-those of a float64 product rounded to float32 were the same for 1 and 2 threads, Haswell and Nehalem kernels, blocks of 16
-to 64 rows, at every rank from 8 to 512. Products of 16-bit numbers are exact in float64, and so are nearly all their sums.
-It costs half the speed: on one core 170, 90 and 20 million elements a second at ranks 64, 128 and 512.
+The product is summed in float64, and ``base + scale * B @ A`` rounded to float32 once. Measured with OpenBLAS 0.3.31:
+the bits of a float32 product change with the number of BLAS threads, with the processor and with the height of the
+block; those of a float64 product rounded to float32 were the same for 1 and 2 threads, Haswell and Nehalem kernels,
+blocks of 16 to 64 rows, at every rank from 8 to 512. Products of 16-bit numbers are exact in float64, and so are
+nearly all their sums. It costs half the speed: on one core 170, 90 and 20 million elements a second at ranks 64, 128
+and 512.
 
 peft casts ``scale * B @ A`` to the adapter's type before it adds, so on a 16-bit base it rounds twice; here the cast
 behind the op rounds a float32 sum. On a float32 base both are the same up to the rounding of peft's own product.
@@ -25,8 +26,8 @@ from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value, result_dtype
 
-# One product is [BLOCK_ROWS, r] @ [r, BLOCK_COLUMNS]: part of the result, so it depends on no budget. 32 rows of a 14,336
-# wide layer are 1.8 MB and still fit a tile; a panel of A at r = 512 is 2 MB in float64 and fits a second-level cache.
+# One product is [BLOCK_ROWS, r] @ [r, BLOCK_COLUMNS]: part of the result, so it depends on no budget. 32 rows of a
+# 14,336 wide layer are 1.8 MB and still fit a tile; a panel of A at r = 512 is 2 MB in float64, a second-level cache.
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 512
 
@@ -91,7 +92,7 @@ class Lora(Arithmetic):
         overflows = 0
         with np.errstate(all="ignore"):
             for rows, columns, product, total in self.blocks(a, tiles[1], base):
-                total += product
+                np.add(total, product, out=total)
                 overflows += _narrow(total, result[rows, columns], product, base[rows, columns])
         return overflows
 
@@ -180,7 +181,7 @@ class Dora(Arithmetic):
         """Fills ``result`` with ``W``; returns the norm of each row, summed in float64 before the rounding."""
         squares = np.zeros(len(base))
         for rows, columns, product, total in self._lora.blocks(a, b, base):
-            total += product
+            np.add(total, product, out=total)
             np.copyto(result[rows, columns], total, casting="unsafe")
             squares[rows] += np.square(total, out=total).sum(axis=1)
         return np.sqrt(squares, out=squares)
