@@ -11,6 +11,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.mapping.adapters import merge_adapters
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
@@ -156,6 +157,8 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
     preset = load_preset(spec.use) if spec.use else None
+    if preset is not None:
+        spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
     if spec.target is not None:
         raise_all(_odd_roles(spec.target, catalogs))
@@ -163,20 +166,32 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = combine(spec, preset)
     output = _output(spec.output, options)
+    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
     variables = Variables(catalogs, read_side_file, spec.variables)
-    expectation = _expectation(spec, catalogs, output.dtype)
+    expectation = _expectation(spec, catalogs, output.dtype, variables)
     resolution = resolve(
-        spec.rules, spec.drops, catalogs, expectation, user_file=spec.file, variables=variables,
-    )  # fmt: skip
+        spec.rules,
+        spec.drops,
+        merged.catalogs,
+        expectation,
+        user_file=spec.file,
+        variables=variables,
+        merged=merged.used,
+    )
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
-        catalogs,
+        merged.catalogs,
         {name: source.path for name, source in spec.sources.items()},
         resolution,
         expectation or _as_resolved(resolution),
         output,
     )
     return Prepared(plan, _output_path(spec.output, folder))
+
+
+def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
+    role = preset.roles.get(source.name)
+    return replace(source, strip=source.strip or role.strip) if role is not None else source
 
 
 def _output_path(spec: OutputSpec | None, folder: Path) -> Path | None:
@@ -264,7 +279,21 @@ def _at(error: UsageError, source: SourceSpec) -> UsageError:
 def _open(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     view: View = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return open_catalog(_located(source.path, folder), opening)
+    return _stripped(open_catalog(_located(source.path, folder), opening), source.strip)
+
+
+def _stripped(catalog: Catalog, prefix: str) -> Catalog:
+    """Takes a prefix off all names, or off none."""
+    if not prefix or not all(name.startswith(prefix) for name in catalog.names()):
+        return catalog
+    entries = {
+        name.removeprefix(prefix): replace(entry, name=name.removeprefix(prefix))
+        for name, entry in catalog.entries.items()
+    }
+    aliases = {alias.removeprefix(prefix): owner.removeprefix(prefix) for alias, owner in catalog.aliases.items()}
+    absent = frozenset(name.removeprefix(prefix) for name in catalog.absent)
+    note = f"`{prefix}` is taken off every name"
+    return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=(*catalog.notes, note))
 
 
 def _located(text: str, folder: Path) -> Path | str:
@@ -309,7 +338,9 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
         return None
 
 
-def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None) -> Expectation | None:
+def _expectation(
+    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables
+) -> Expectation | None:
     if spec.target is None:
         return None
     target = _target(spec.target)
@@ -317,7 +348,7 @@ def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | Non
     return target.expect(
         Request(
             roles={role: source for role, source in texts.items() if role in target.roles},
-            options={key: value for key, value in texts.items() if key in target.options},
+            options={key: _option(value, variables) for key, value in texts.items() if key in target.options},
             catalogs=catalogs,
             read=read_side_file,
             dtype=dtype,
@@ -325,6 +356,11 @@ def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | Non
             where=str(spec.target.mark),
         )
     )
+
+
+def _option(text: str, variables: Variables) -> str:
+    """An option of a target may be a number of ``let:``, by its name."""
+    return str(variables.get(text)) if text in variables.variables else text
 
 
 def _target(spec: TargetSpec) -> Target:

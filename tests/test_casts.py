@@ -14,7 +14,6 @@ from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import UsageError
 from shardmerge.ops.arrays import Array, numpy_dtype
 from shardmerge.ops.casts import CASTABLE, Cast
-from shardmerge.ops.vocabulary import MeanRows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -40,7 +39,7 @@ def torch_cast(values: Array, source: DType, target: DType) -> Array:
 def test_every_cast_has_the_bits_of_torch(source: str, target: str) -> None:
     values = every_value(DTYPES[source])
     out = np.empty(values.shape, numpy_dtype(DTYPES[target]))
-    Cast(DTYPES[source], DTYPES[target]).apply(values, out)
+    Cast(DTYPES[source], DTYPES[target]).apply(None, [values], 0, out)
     expected = torch_cast(values, DTYPES[source], DTYPES[target])
     nan = np.isnan(expected.astype(np.float32))
     assert np.array_equal(nan, np.isnan(out.astype(np.float32)))
@@ -52,7 +51,7 @@ def test_every_cast_has_the_bits_of_torch(source: str, target: str) -> None:
 def test_overflow_is_counted(source: str, target: str) -> None:
     values = every_value(DTYPES[source])
     out = np.empty(values.shape, numpy_dtype(DTYPES[target]))
-    counted = Cast(DTYPES[source], DTYPES[target]).apply(values, out)
+    counted = Cast(DTYPES[source], DTYPES[target]).apply(None, [values], 0, out)
     wide = values.astype(np.float64)
     if target == "F8_E4M3":  # saturates: whatever lies above the tie between 448 and the next step, 480
         assert counted == np.count_nonzero(np.abs(wide) > 464)
@@ -77,7 +76,7 @@ def test_float64_is_rounded_once_to_the_nearest_even(target: str, seed: int) -> 
     cases = [(ties, even), (np.nextafter(ties, np.inf), above64), (np.nextafter(ties, -np.inf), low64)]
     for values, expected in cases:
         out = np.empty(values.shape, numpy_dtype(dtype))
-        Cast(DTYPES["F64"], dtype).apply(values, out)
+        Cast(DTYPES["F64"], dtype).apply(None, [values], 0, out)
         assert np.array_equal(out.astype(np.float64), expected)
 
 
@@ -89,11 +88,3 @@ def test_spellings_of_float_types() -> None:
         with pytest.raises(UsageError, match="not a float type") as caught:
             float_dtype(text)
         assert caught.value.code == "unknown-dtype"
-
-
-def test_new_rows_are_the_mean_rounded_once() -> None:
-    rows = np.random.default_rng(0).standard_normal((700, 8)).astype(np.float32)
-    out = np.empty(3 * 8, numpy_dtype(DTYPES["BF16"]))
-    MeanRows(DTYPES["F32"], DTYPES["BF16"], 3).apply([rows[:256], rows[256:512], rows[512:]], 8, out)
-    expected = torch.from_numpy(rows.astype(np.float64).mean(axis=0)).to(torch.bfloat16)
-    assert np.array_equal(out.reshape(3, 8).astype(np.float32), np.tile(expected.float().numpy(), (3, 1)))

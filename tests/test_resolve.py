@@ -13,7 +13,7 @@ from shardmerge.mapping.preset_files import combine, load_preset
 from shardmerge.mapping.resolve import Resolution, resolve
 from shardmerge.mapping.spec import parse_spec
 from shardmerge.mapping.suggest import drop_lines
-from shardmerge.targets.expectation import Component, Expectation
+from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Shape, TensorEntry
 
 START = "shardmerge: 1\nsources: {a: x, b: {path: y, required: false}}\n"  # what follows begins on line 3
@@ -129,7 +129,7 @@ def test_tied_names_are_dropped():
     ],
 )
 def test_shapes(shape, wanted, grown, fits):
-    expectation = Expectation({"w": wanted}, grown=frozenset({"w"} if grown else ()))
+    expectation = Expectation({"w": wanted}, resized={"w": Resize()} if grown else {})
     if fits:
         assert taken(run("tensors:\n  w: a:w\n", {"a": catalog(w=shape)}, expectation)) == {"w": "a:w"}
         return
@@ -289,7 +289,7 @@ ADAPTERS = [
 @pytest.mark.parametrize("rule", ["t.{r...}: a:m.{r...}", "t.{x}: a:m.{x}"])
 def test_adapters_are_named_as_such(name, rule):
     error = only(f"tensors:\n  {rule}\n", {"a": catalog("m.w", name)}, Expectation({"t.w": (1,)}))
-    assert error.code == "lora-not-yet"
+    assert error.code == "unmerged-adapter"
     assert name in error.what
     assert "merge" in error.hint
 
@@ -441,8 +441,8 @@ def test_an_adapter_is_not_silently_left_out():
         "visual_encoder.base_model.model.vision_model.encoder.layers.0.mlp.fc1.lora_B.default.weight",
     )
     (error,) = failures(trained=trained, llm=catalog(*LLAMA), vision=_vision_base())
-    assert error.code == "lora-not-yet"
-    assert "2 LoRA tensors" in error.what
+    assert error.code == "unmerged-adapter"
+    assert "2 adapter tensors" in error.what
 
 
 # --- size ---

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from shardmerge.compose import meta
-from shardmerge.memory import LARGEST_TILE, WORKSPACE, chunk_elements
+from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
@@ -78,9 +78,9 @@ class Assembler:
 
     def take(self, nbytes: int) -> memoryview:
         """Returns a buffer of so many bytes, a used one where one fits."""
-        for index, buffer in enumerate(self._free):
-            if nbytes <= buffer.nbytes <= 2 * nbytes:
-                return self._free.pop(index).data[:nbytes]
+        fitting = [(buffer.nbytes, i) for i, buffer in enumerate(self._free) if nbytes <= buffer.nbytes <= 2 * nbytes]
+        if fitting:
+            return self._free.pop(min(fitting)[1]).data[:nbytes]
         return np.empty(nbytes, np.uint8).data
 
     def release(self, data: memoryview) -> None:
@@ -88,7 +88,7 @@ class Assembler:
         owner = data.obj
         if isinstance(owner, np.ndarray) and owner.nbytes <= self._tile:
             self._free.append(owner)
-            while sum(buffer.nbytes for buffer in self._free) > self._tile:
+            while sum(buffer.nbytes for buffer in self._free) > KEPT_TILES * self._tile:
                 self._free.pop(0)
 
     def _piece(self, entry: TensorEntry, piece: Piece, start: int, out: memoryview) -> None:

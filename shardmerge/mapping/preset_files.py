@@ -42,10 +42,13 @@ class PresetRole:
         What it is, for people.
     required
         Whether there is no conversion without it.
+    strip
+        As ``SourceSpec.strip``, where the mapping says nothing.
     """
 
     about: str
     required: bool
+    strip: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +130,24 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     adapters = (one for one in preset.adapters if {one.source.source, one.onto.source} <= set(spec.sources))
     return replace(
         spec,
-        target=spec.target or preset.target,
+        target=spec.target or _with_present(preset.target, spec),
         rules=(*(rule for rule in inherited if rule is not None), *spec.rules),
         drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
         variables={**preset.variables, **spec.variables},
         adapters=(*adapters, *spec.adapters),
         notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in replaced)),
     )
+
+
+def _with_present(target: TargetSpec | None, spec: Spec) -> TargetSpec | None:
+    """A preset's role may name several sources, ``config|clip``: the first that is there plays it."""
+    if target is None:
+        return None
+    roles = {}
+    for role, text in target.roles.items():
+        names = text.split("|")
+        roles[role] = next((name for name in names if name in spec.sources), names[-1])
+    return replace(target, roles=roles)
 
 
 def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
@@ -171,8 +185,10 @@ def _present(term: Term, spec: Spec) -> bool:
 
 def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
-        fields = reader.fields(reader.table(value, key.text), ("about", "required"))
-        yield key.text, PresetRole(reader.text(fields["about"], "about"), reader.flag(fields["required"], "required"))
+        fields = reader.fields(reader.table(value, key.text), ("about", "required", "strip"))
+        about = reader.text(fields["about"], "about")
+        strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
+        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)
 
 
 def _folder() -> Traversable:

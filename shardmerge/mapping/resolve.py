@@ -100,7 +100,7 @@ def resolve(
         ``unknown-value``, ``bad-formula``.
     """
     known = variables or Variables(catalogs, _no_files)
-    work = _Work(catalogs, expectation, user_file, known, matched=set(merged))
+    work = _Work(catalogs, expectation, user_file, known, merged=frozenset(merged))
     for drop in drops:
         work.drop(drop)
     for rule in rules:
@@ -123,6 +123,7 @@ class _Work:
     expectation: Expectation | None
     user_file: str
     variables: Variables
+    merged: frozenset[tuple[str, str]] = frozenset()
     assignments: dict[str, Assignment] = field(default_factory=dict)
     shadowed: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: set[tuple[str, str]] = field(default_factory=set)
@@ -161,11 +162,15 @@ class _Work:
     def apply(self, rule: Rule) -> None:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
+        failures: list[tuple[OpTerm, str, MappingError]] = []
         for candidate in rule.candidates:
             if isinstance(candidate, Reference):
                 found |= self._take(rule, candidate)
             else:
-                found |= self._make(rule, candidate)
+                found |= self._make(rule, candidate, failures)
+        # An op that lacks a tensor is passed over where a later candidate makes the target.
+        left = [case for case in failures if case[2].code != "missing-operand" or case[1] not in self.assignments]
+        self.problems += _failed(rule, left)
         if not found:
             self.idle.append(rule)
 
@@ -184,31 +189,32 @@ class _Work:
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
-    def _make(self, rule: Rule, term: OpTerm) -> bool:
+    def _make(self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]) -> bool:
         """Claims a target for every combination of captures that the op finds its first tensors for."""
         found = False
-        failures: list[tuple[str, MappingError]] = []
         for bindings in self._bindings(rule, term, failures):
             if not rule.target.fits(bindings):
                 continue
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
-            self.matched.update((one.source, one.name) for one in operands)
             try:
                 entry = self.finder.build(term, bindings, target)
             except MappingError as error:
-                failures.append((target, error))
+                failures.append((term, target, error))
+                if error.code != "missing-operand":
+                    self.matched.update((one.source, one.name) for one in operands)
                 continue
             self._claim(rule, term, target, operands, entry)
-        self.problems += _failed(rule, term, failures)
         return found or bool(failures)
 
-    def _bindings(self, rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[Bindings]:
+    def _bindings(
+        self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]
+    ) -> Iterator[Bindings]:
         try:
             yield from self.finder.bindings(rule, term)
         except MappingError as error:
-            failures.append((str(rule.target), error))
+            failures.append((term, str(rule.target), error))
 
     @property
     def finder(self) -> Finder:
@@ -231,7 +237,8 @@ class _Work:
         if source not in self.names:
             catalog = self.catalogs.get(source)
             every = catalog.names() if catalog else ()
-            self.names[source] = [name for name in every if (source, name) not in self.dropped]
+            gone = self.dropped | self.merged
+            self.names[source] = [name for name in every if (source, name) not in gone]
         return self.names[source]
 
     def _claim(self, rule: Rule, term: Term, target: str, operands: list[Operand], entry: TensorEntry) -> None:
@@ -269,6 +276,7 @@ class _Work:
         missing: list[str] = []
         if self.expectation is not None:
             self._drop_tied(self.expectation)
+            self._leave_out(self.expectation)
             missing = [name for name in self.expectation.tensors if name not in self.assignments]
             self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
@@ -295,12 +303,20 @@ class _Work:
 
     def _left_over(self) -> list[tuple[str, str]]:
         everything = ((source, name) for source, catalog in self.catalogs.items() for name in catalog.names())
-        return [pair for pair in everything if pair not in self.matched and pair not in self.dropped]
+        settled = self.matched | self.dropped | self.merged
+        return [pair for pair in everything if pair not in settled]
 
     def _drop_tied(self, expectation: Expectation) -> None:
         for target in expectation.tied:
             assignment = self.assignments.pop(target, None)
             if assignment is not None and assignment.source:
+                self.dropped.add((assignment.source, assignment.name))
+
+    def _leave_out(self, expectation: Expectation) -> None:
+        """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for prefix in expectation.left_out:
+            for target in [name for name in self.assignments if name.startswith(prefix)]:
+                assignment = self.assignments.pop(target)
                 self.dropped.add((assignment.source, assignment.name))
 
     def _missing(
@@ -412,16 +428,16 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
     )
 
 
-def _failed(rule: Rule, term: OpTerm, failures: list[tuple[str, MappingError]]) -> Iterator[MappingError]:
-    """One error for all targets that one op of a rule cannot make for the same reason."""
-    groups: dict[str, list[tuple[str, MappingError]]] = defaultdict(list)
-    for target, error in failures:
-        groups[error.code].append((target, error))
+def _failed(rule: Rule, failures: list[tuple[OpTerm, str, MappingError]]) -> Iterator[MappingError]:
+    """One error for all targets that the ops of a rule cannot make for the same reason."""
+    groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
+    for case in failures:
+        groups[case[2].code].append(case)
     for code, cases in groups.items():
-        target, first = cases[0]
+        term, _, first = cases[0]
         yield MappingError(
             code,
-            f"{listed([name for name, _ in cases])}: {first.what}",
+            f"{listed(list(dict.fromkeys(name for _, name, _ in cases)))}: {first.what}",
             where=first.where or str(term.mark),
             found=first.found,
             expected=first.expected,
@@ -462,7 +478,7 @@ def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingEr
         "unmerged-adapter",
         f"{source} holds {count(len(names), 'adapter tensor')} that no base takes: {listed(names, 3)}",
         where=catalog.path,
-        hint=f"add `adapters: [{{from: {source}, onto: BASE}}]`, where BASE is the source it was trained on",
+        hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, BASE being what it was trained on",
     )
 
 

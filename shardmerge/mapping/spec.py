@@ -38,6 +38,8 @@ class SourceSpec:
         ``fp32`` or ``module``, for DeepSpeed; empty for the default.
     root
         Dotted path of the state dict inside a torch file; empty to find it.
+    strip
+        Taken off the front of every name, if every name has it: ``module.`` of DistributedDataParallel.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SourceSpec:
     view: str = ""
     root: str = ""
     mark: Mark = _NOWHERE
+    strip: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +326,7 @@ class Reader:
     def _source(self, key: Scalar, node: Node) -> SourceSpec:
         if isinstance(node, Scalar):
             return SourceSpec(key.text, self.text(node, key.text), mark=node.mark)
-        fields = self.fields(self.table(node, f"`{key.text}`"), ("path", "required", "view", "root"))
+        fields = self.fields(self.table(node, f"`{key.text}`"), ("path", "required", "view", "root", "strip"))
         if "path" not in fields:
             self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: ...`")
         view = self.text(fields["view"], "view") if "view" in fields else ""
@@ -336,6 +339,7 @@ class Reader:
             view,
             self.text(fields["root"], "root") if "root" in fields else "",
             key.mark,
+            self.text(fields["strip"], "strip") if "strip" in fields else "",
         )
 
     def output(self, node: Node) -> OutputSpec | None:
@@ -649,13 +653,14 @@ class Reader:
             template = reference.template
             theirs = set(template.captures) - {template.collected}
             missing = ours - theirs if isinstance(term, Reference) else set()
-            for name in sorted(missing | (theirs - ours - counted)):
+            extra = {name for name in theirs - ours - counted if not name.startswith("_")}
+            for name in sorted(missing | extra):
                 side = "the source name" if name in ours else "the target name"
                 self.add(
                     "unbound-capture",
                     f"{{{name}}} is missing in {side}: `{target}` from `{reference.source}:{template}`",
                     reference.mark,
-                    "use the same captures on both sides; fix the value with {x:a} or drop what is left over",
+                    "use the same captures on both sides; call it {_x} if it has one value only, or drop the rest",
                 )
             if template.collects and isinstance(term, Reference):
                 what = f"`{{{template.collected}*}}` collects tensors for an op, e.g. concat or stack"

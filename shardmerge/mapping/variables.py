@@ -1,8 +1,9 @@
 """The numbers that formulas may name: ``let:`` of the mapping, and what the sources' configs say.
 
 ``SOURCE.config.x`` is a key of the source's config.json, ``SOURCE.params.x`` of params.json, ``SOURCE.adapter.x`` of
-adapter_config.json, ``SOURCE.facts.x`` a value found inside of the checkpoint, ``SOURCE.cfg.x`` one of the training
-config that mmengine stores. Without ``SOURCE.`` the first source that has it answers. Dots go into nested objects.
+adapter_config.json, ``SOURCE.model_config.x`` of litgpt's model_config.yaml, ``SOURCE.facts.x`` a value found inside
+of the checkpoint, ``SOURCE.cfg.x`` one of the training config that mmengine stores. Without ``SOURCE.`` the first
+source that has it answers. Dots go into nested objects.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.arithmetic import Formula, Number
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.spec import Variable
+from shardmerge.mapping.yaml_nodes import Scalar, Table, read_yaml
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.targets.training_config import read_config_value
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, Extent
 
 # How a formula calls a JSON file beside the weights.
-_FILES = {"config": "config.json", "params": "params.json", "adapter": "adapter_config.json"}
+_FILES = {
+    "config": "config.json",
+    "params": "params.json",
+    "adapter": "adapter_config.json",
+    "model_config": "model_config.yaml",
+}
 _ROOMS = (*_FILES, "facts", "cfg")
 
 _Plain = int | float | str | bool
@@ -109,7 +116,8 @@ class Variables:
         if (source, file) not in self._objects:
             extent = self.catalogs[source].side_files.get(file)
             try:
-                self._objects[source, file] = load_object(extent, self.read) if extent is not None else {}
+                load = load_yaml if file.endswith(".yaml") else load_object
+                self._objects[source, file] = load(extent, self.read) if extent is not None else {}
             except ShardmergeError:
                 self._objects[source, file] = {}  # the target says what is wrong with it
         return self._objects[source, file]
@@ -128,6 +136,34 @@ class Variables:
             for room, file in _FILES.items():
                 yield from (f"{source}.{room}.{key}" for key in self._object(source, file))
             yield from (f"{source}.facts.{key}" for key in self.catalogs[source].facts)
+
+
+def load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
+    """Returns the plain values at the top of a YAML file; null ones are left out.
+
+    Raises
+    ------
+    MappingError
+        As ``read_yaml``.
+    """
+    root = read_yaml(read(extent).decode("utf-8", "replace"), extent.file)
+    pairs = root.entries if isinstance(root, Table) else ()
+    values = ((key.text, _plain(node)) for key, node in pairs if isinstance(node, Scalar))
+    return {key: value for key, value in values if value is not None}
+
+
+def _plain(node: Scalar) -> _Plain | None:
+    """YAML's plain scalars: numbers, true and false, null; anything else is text."""
+    if node.quoted or node.empty:
+        return node.text if node.quoted else None
+    if node.text in ("true", "false"):
+        return node.text == "true"
+    for kind in (int, float):
+        try:
+            return kind(node.text)
+        except ValueError:
+            continue
+    return node.text
 
 
 def _entry(found: object, path: str) -> _Plain | None:

@@ -1,52 +1,174 @@
-"""New rows for a vocabulary that grew."""
+"""New rows for a vocabulary that grew.
+
+The resize itself is a slice, or these rows behind the old ones; the planner puts that together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from shardmerge.dtypes import DTYPES
+from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, State, Stream
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value
 
+How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
+
+# Rows summed at a time. Part of the result (float64 addition is not associative), so it never depends on the budget.
 BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class NewRows(Arithmetic):
+    """So many rows ``[rows, ...]`` after the example of an input ``[old rows, ...]``. The result is float64.
+
+    XTuner and transformers draw new rows from a normal distribution around the old ones' mean, unseeded; the mean is
+    the same on every run, and gives a new token neither a large nor a zero logit.
+
+    Attributes
+    ----------
+    rows
+        New rows.
+    how
+        ``mean`` of the old rows, summed in float64; ``zeros``; ``copy`` of the row ``row``; ``normal``: mean plus the
+        standard deviation of each column times a draw that depends on ``seed`` and its place alone.
+    """
+
     rows: int
-    how: str = "mean"
+    how: How = "mean"
     row: int = 0
     seed: int = 0
 
     @property
     def label(self) -> str:
-        return f"{self.rows} new rows ({self.how})"
+        """``64 new rows (mean)``."""
+        detail = {"copy": f" of row {self.row}", "normal": f", seed {self.seed}"}.get(self.how, "")
+        return f"{self.rows} new rows ({self.how}{detail})"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
-        return Meta(DTYPES["F64"], (self.rows, *inputs[0].shape[1:]))
+        """Returns the shape of the new rows."""
+        (one,) = inputs
+        if one.dtype.kind != "float" or not one.shape or not one.shape[0]:
+            what = f"{self.label}: the tensor has no rows of floats"
+            raise MappingError("op-shape", what, found=f"{one.dtype} {list(one.shape)}", expected="[rows, ...] floats")
+        if self.how == "copy" and not 0 <= self.row < one.shape[0]:
+            what = f"{self.label}: there is no such row"
+            raise MappingError("op-value", what, found=str(self.row), expected=f"0 to {one.shape[0] - 1}")
+        return Meta(DTYPES["F64"], (self.rows, *one.shape[1:]))
 
     def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """Nothing: the state knows all that matters of the old rows."""
         return ((0, 0),)
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
-        width = inputs[0].shape[1]
-        return 16 * width + BLOCK_ROWS * width * (inputs[0].dtype.itemsize + 8)
+        """One block as stored, as float64 and squared, and four rows of float64."""
+        width = _width(inputs[0])
+        return 32 * width + BLOCK_ROWS * width * (inputs[0].dtype.itemsize + 24)
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
-        rows, width = inputs[0].meta.shape
-        total = np.zeros(width, np.float64)
-        for first in range(0, rows, BLOCK_ROWS):
-            n = min(BLOCK_ROWS, rows - first)
-            total += inputs[0].read(first * width, n * width).reshape(n, width).astype(np.float64).sum(axis=0)
-        return total / max(rows, 1)
+        """Returns the row every new one is like, and the deviation of each column (0 but for ``normal``)."""
+        stream = inputs[0]
+        width = _width(stream.meta)
+        flat = np.zeros(width)
+        match self.how:
+            case "zeros":
+                return flat, flat
+            case "copy":
+                return stream.read(self.row * width, width).astype(np.float64), flat
+            case "mean":
+                return _mean(stream, width), flat
+            case "normal":
+                mean = _mean(stream, width)
+                return mean, _deviation(stream, width, mean)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        return 16 * count
+        """Indices, two gathered rows, and the draws, of which those of one more row are made."""
+        width = _width(inputs[0])
+        return 24 * count + (48 * (count + 2 * width) if self.how == "normal" else 0)
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
-        mean = np.asarray(state)
-        np.copyto(out, np.take(mean, np.arange(start, start + len(out)) % len(mean)))
+        """Fills any range."""
+        assert isinstance(state, tuple)
+        like, deviation = state
+        columns = np.arange(start, start + len(out)) % len(like)
+        np.take(like, columns, out=out)
+        if self.how == "normal":
+            out += np.take(deviation, columns) * self._draws(start, len(out), len(like))
         return 0
+
+    def _draws(self, start: int, count: int, width: int) -> Array:
+        """Standard normal numbers of a range: each row has a Philox generator of its own, keyed by seed and row.
+
+        Box-Muller over its raw words, in float64: numpy promises those for ever, its own normal numbers it does not.
+        """
+        first, last = start // width, -(-(start + count) // width)
+        rows = [_normal(np.random.Philox(key=[self.seed, row]).random_raw(2 * width)) for row in range(first, last)]
+        return np.concatenate(rows)[start - first * width :][:count]
+
+
+def _normal(words: Array) -> Array:
+    """Turns pairs of 64-bit words into standard normal numbers, one a pair."""
+    uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    radius = np.sqrt(-2 * np.log1p(-uniform[0::2]))
+    normal: Array = radius * np.cos(2 * np.pi * uniform[1::2])
+    return normal
+
+
+def _width(meta: Meta) -> int:
+    return prod(meta.shape[1:])
+
+
+def _blocks(stream: Stream, width: int) -> Iterator[Array]:
+    rows = stream.meta.shape[0]
+    for first in range(0, rows, BLOCK_ROWS):
+        count = min(BLOCK_ROWS, rows - first)
+        yield stream.read(first * width, count * width).reshape(count, width).astype(np.float64)
+
+
+def _mean(stream: Stream, width: int) -> Array:
+    total = np.zeros(width)
+    for block in _blocks(stream, width):
+        total += block.sum(axis=0)
+    return total / stream.meta.shape[0]
+
+
+def _deviation(stream: Stream, width: int, mean: Array) -> Array:
+    total = np.zeros(width)
+    for block in _blocks(stream, width):
+        off = block - mean
+        total += (off * off).sum(axis=0)
+    return np.sqrt(total / stream.meta.shape[0])
+
+
+def _build(values: Mapping[str, Value]) -> NewRows:
+    rows, row, seed = (values[key] for key in ("rows", "row", "seed"))
+    assert isinstance(rows, int)
+    assert isinstance(row, int)
+    assert isinstance(seed, int)
+    if rows < 1 or seed < 0:
+        raise MappingError("op-value", f"`rows` is {rows} and `seed` {seed}", expected="at least 1 row, and no sign")
+    hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
+    return NewRows(rows, hows[str(values["new"])], row, seed)
+
+
+KINDS = (
+    OpKind(
+        name="new_rows",
+        about="Rows for a vocabulary that grew, made after the old ones. To resize embedding and head together with "
+        "the config use `vocabulary:`; this op is for other tensors, with `concat`.",
+        example='embed.weight: {op: concat, of: ["src:embed.weight", {op: new_rows, of: "src:embed.weight", rows: 2}]}',
+        params=(
+            Param("rows", "int", "How many."),
+            Param("new", "text", "How they are made.", "mean", choices=("mean", "zeros", "copy", "normal")),
+            Param("row", "int", "The row that `copy` copies.", 0),
+            Param("seed", "int", "Of `normal`.", 0),
+        ),
+        build=_build,
+        lossy="new rows say nothing of the old ones",
+    ),
+)

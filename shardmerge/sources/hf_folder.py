@@ -22,7 +22,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(safetensors|bin|pt
 _LARGEST_INDEX = 256 << 20
 # tokenizer.json of the largest vocabularies is about 20 MB; weights are told apart by suffix, not by size.
 _LARGEST_SIDE_FILE = 64 << 20
-_SIDE_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".jsonl"})
+_SIDE_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".jsonl", ".yaml"})
 
 
 @dataclass(frozen=True, slots=True)

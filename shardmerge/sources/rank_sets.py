@@ -42,7 +42,15 @@ def read_meta(folder: Path) -> Catalog | None:
     ranks = {f"{rank:02d}": read_torch_checkpoint(folder / _meta_name(rank)) for rank in sorted(found)}
     check_same_names(folder, ranks)
     _check_numbers(folder, found, _stated_ranks(folder, ranks["00"]))
-    return stack_ranks(folder, f"Meta consolidated, {counted(len(ranks))}", ranks)
+    facts: dict[str, Fact] = {"ranks": len(ranks), "embedding_dim": _embedding_dim(ranks["00"])}
+    return stack_ranks(folder, f"Meta consolidated, {counted(len(ranks))}", ranks, facts)
+
+
+def _embedding_dim(first: Catalog) -> int:
+    """Returns the axis along which the embedding is cut: 1, the columns, in Llama 1 and 2; 0, the rows, in Llama 3."""
+    if "tok_embeddings.weight" not in first or "norm.weight" not in first:
+        return 0
+    return int(first["tok_embeddings.weight"].shape[1:] != first["norm.weight"].shape)
 
 
 def stack_ranks(

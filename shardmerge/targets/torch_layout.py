@@ -1,9 +1,9 @@
 """How tensors are laid out in a torch file (``.bin``, ``.pth``). Every offset is fixed before any byte moves.
 
-The file is the zip of ``torch.save`` byte for byte (torch 2.13), but for the record ``.data/serialization_id``: that is
-a hash over the data, only ever used in a log, and files before torch 2.1 have none. Keeping to torch's bytes rather than
-to some other valid zip matters, since torch itself computes where records lie without reading their headers
-(``torch.utils.serialization.config.load.calculate_storage_offsets``, and under a ``FakeTensorMode``).
+The file is the zip of ``torch.save`` byte for byte (torch 2.13), without its last record ``.data/serialization_id``:
+a hash over the data, used in a log alone, which files before torch 2.1 do not have. Any valid zip would not do, since
+torch can compute where records lie instead of reading their headers (``calculate_storage_offsets`` in
+``torch/utils/serialization/config.py``, and always under a ``FakeTensorMode``).
 
 Sources: ``caffe2/serialize/inline_container.cc`` (records, padding), ``mz_zip_writer_add_mem_ex_v2`` in miniz 3.0.2
 (headers), PKWARE's APPNOTE 6.3.10 (sections 4.3.7 to 4.3.16, 4.5.3), and files written by torch 2.13.
@@ -102,7 +102,7 @@ def lay_out_torch(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], archive
 
 
 def _check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """A shape like ``(0, 2**40, 2**40)`` is fine in safetensors, and torch fails to load it: its strides overflow."""
+    """A shape like ``(2**40, 2**40, 0)`` is fine in safetensors; torch can neither make nor load such a tensor."""
     if prod(size or 1 for size in shape) > _MOST_ELEMENTS:
         raise TargetError(
             "shape-too-large",
@@ -189,9 +189,9 @@ def _flags(size: int) -> int:
     return _UTF8 | _SIZES_FOLLOW if size else _UTF8
 
 
-def _zip64(header: int, size: int) -> bytes:
-    """Returns the zip64 extra field: the sizes and the header's offset, those that do not fit 32 bits; or nothing."""
-    numbers = ([size, size] if size >= _WIDE else []) + ([header] if header >= _WIDE else [])
+def _zip64(header: int, size: int, packed: int) -> bytes:
+    """Returns the zip64 extra field: the two sizes and the header's offset, where they do not fit; or nothing."""
+    numbers = ([size, packed] if size >= _WIDE else []) + ([header] if header >= _WIDE else [])
     return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
@@ -200,7 +200,7 @@ def _local_header(name: bytes, header: int, size: int) -> bytes:
 
     The time is zero, as in every file of torch, and so is the version needed.
     """
-    extra = _zip64(header, size)
+    extra = _zip64(header, size, 0)  # miniz does not know the packed size yet
     padding = -(header + _LOCAL.size + len(name) + len(extra) + 4) % ALIGNMENT
     extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
     fixed = _LOCAL.pack(b"PK\x03\x04", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra))
@@ -216,7 +216,7 @@ def _descriptor(header: int, size: int, crc: int) -> bytes:
 
 
 def _central_entry(name: bytes, header: int, size: int, crc: int) -> bytes:
-    extra = _zip64(header, size)
+    extra = _zip64(header, size, size)
     sizes = min(size, _WIDE)
     lengths = (len(name), len(extra), 0)
     fields = (0, 0, _flags(size), 0, 0, 0, crc, sizes, sizes, *lengths, 0, 0, 0, min(header, _WIDE))

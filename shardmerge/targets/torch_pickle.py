@@ -76,10 +76,10 @@ def _write_tensor(writer: _Writer, key: str, dtype: DType, shape: tuple[int, ...
 def _write_storage(writer: _Writer, storage_class: bytes, key: str, numel: int) -> None:
     """Writes the persistent id ``("storage", class, key, "cpu", numel)``."""
     writer.write(b"(")
-    writer.once(_text("storage"))
+    writer.once(_STORAGE)
     writer.once(storage_class)
     writer.text(key)
-    writer.once(_text("cpu"))
+    writer.once(_CPU)
     writer.number(numel)
     writer.write(b"t")
     writer.keep()
@@ -90,6 +90,10 @@ def _text(text: str) -> bytes:
     """BINUNICODE; like pickle, it carries even the surrogates that a file name may have brought in."""
     raw = text.encode("utf-8", "surrogatepass")
     return b"X%s%s" % (struct.pack("<I", len(raw)), raw)
+
+
+_STORAGE = _text("storage")
+_CPU = _text("cpu")
 
 
 class _Writer:

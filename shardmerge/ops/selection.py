@@ -1,0 +1,121 @@
+"""The k-th largest magnitude of a tensor that is only streamed: exact, by two histograms of bit patterns.
+
+The bits of a non-negative float32 order like an unsigned integer (IEEE 754), infinity and NaN above all numbers. The
+first pass counts the upper 16 bits, the second the lower 16 of those in the bin that holds the k-th largest, and a
+third looks for the last element that is kept among its equals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from shardmerge.ops.arrays import Array
+
+# Elements that are read at once to learn something of a whole tensor.
+BLOCK = 1 << 16
+
+_BINS = 1 << 16
+
+# First index, number of the tensor, and keys of its block.
+KeyBlocks: TypeAlias = Callable[[Collection[int]], Iterator[tuple[int, int, Array]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of a tensor: all above a threshold, and its equals up to an index.
+
+    Attributes
+    ----------
+    threshold
+        A key.
+    stop
+        Elements of just this key are kept below this row-major index.
+    """
+
+    threshold: int
+    stop: int
+
+    def mask(self, block: Array, start: int) -> Array:
+        """Returns which elements are kept, for the keys of elements ``[start, start + len(block))``."""
+        mask: Array = block > self.threshold
+        equal = max(min(self.stop - start, len(block)), 0)
+        mask[:equal] |= block[:equal] == self.threshold
+        return mask
+
+
+def blocks(numel: int) -> Iterator[tuple[int, int]]:
+    """Yields (start, count) of blocks of fixed size."""
+    for start in range(0, numel, BLOCK):
+        yield start, min(BLOCK, numel - start)
+
+
+def keys(values: Array) -> Array:
+    """Returns the bits of the magnitudes in float32, uint32; what float32 cannot hold is infinite."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        narrow = values.astype(np.float32)
+    return np.abs(narrow, out=narrow).view(np.uint32)
+
+
+def select_peak(tensors: int) -> int:
+    """Returns the bytes that ``select`` allocates for so many tensors, those of ``stream`` not included."""
+    return 8 * _BINS * (tensors + 4) + BLOCK * (4 + 4 + 8 + 8)
+
+
+def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kept, ...]:
+    """Returns how the ``count`` largest elements of each tensor are told from the others.
+
+    Parameters
+    ----------
+    stream
+        Yields the keys of the tensors asked for, in blocks, indices ascending; called up to three times.
+    count
+        From 1 to ``numel``. Among equal magnitudes those with the lowest index are kept.
+    """
+    everything = range(tensors)
+    upper = np.zeros((tensors, _BINS), np.int64)
+    for _, index, block in stream(everything):
+        upper[index] += np.bincount(block >> 16, minlength=_BINS)
+    tops = [_bin(upper[index], count) for index in everything]
+    del upper
+    lower = np.zeros((tensors, _BINS), np.int64)
+    for _, index, block in stream(everything):
+        lower[index] += np.bincount(block[block >> 16 == tops[index][0]] & (_BINS - 1), minlength=_BINS)
+    thresholds, pending = [], {}
+    for index, (top, wanted) in enumerate(tops):
+        low, missing = _bin(lower[index], wanted)
+        thresholds.append(top << 16 | low)
+        if missing < lower[index, low]:
+            pending[index] = missing
+    stops = _stops(stream, thresholds, pending)
+    return tuple(Kept(threshold, stops.get(index, numel)) for index, threshold in enumerate(thresholds))
+
+
+def _bin(histogram: Array, count: int) -> tuple[int, int]:
+    """Returns the bin of the ``count``-th largest, and how many of it are among those."""
+    above = np.cumsum(histogram[::-1])
+    place = int(np.searchsorted(above, count))
+    found = len(histogram) - 1 - place
+    return found, count - int(above[place] - histogram[found])
+
+
+def _stops(stream: KeyBlocks, thresholds: list[int], pending: dict[int, int]) -> dict[int, int]:
+    """Returns behind which index no more equals are kept, for the tensors that have too many of them."""
+    stops: dict[int, int] = {}
+    if not pending:
+        return stops
+    left = dict(pending)
+    for start, index, block in stream(tuple(pending)):
+        if index in stops:
+            continue
+        equal = block == thresholds[index]
+        found = int(np.count_nonzero(equal))
+        if found >= left[index]:
+            stops[index] = start + int(np.flatnonzero(equal)[left[index] - 1]) + 1
+            if len(stops) == len(pending):
+                break
+        left[index] -= found
+    return stops
