@@ -65,7 +65,7 @@ def test_what_shardmerge_made_is_recognised(tmp_path: Path) -> None:
     }
 
 
-# Names as `xtuner-llava`'s, Megatron's and InternVL's own code writes them; no real file of these is small.
+# Names as Megatron's, InternVL's and LLaVA's own code writes them; no real file of these is small.
 WRITTEN = {
     "Megatron-Core": {"00.000.decoder.layers.0.self_attention.linear_qkv.weight": (8, 4)},
     "InternVL": {
