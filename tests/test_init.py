@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import shardmerge as sm
 from shardmerge import api
+from shardmerge.mapping.fingerprints import LAYOUTS
 from shardmerge.mapping.guess import recognise, unsaid_numbers
-from shardmerge.mapping.layouts import LAYOUTS
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import list_presets, load_preset
 from shardmerge.mapping.spec import parse_spec

@@ -1,6 +1,6 @@
 """What a checkpoint is, by its names and shapes, and a mapping to begin with. Pure; nothing is guessed in silence.
 
-The table of layouts is ``mapping.layouts``. What fits several layouts, or leads to several targets, is an error with
+The table of layouts is ``mapping.fingerprints``. What fits several layouts, or leads to several targets, is an error with
 all candidates until the caller says which target is wanted.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
-from shardmerge.mapping.layouts import LAYOUTS, Layout, Mark, Road, Want
+from shardmerge.mapping.fingerprints import LAYOUTS, Layout, Mark, Road, Want
 from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
