@@ -17,6 +17,7 @@ import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
+from shardmerge.ops.blas import PRODUCT_BYTES, multiply
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value, result_dtype
 
 # Rows multiplied at a time. Part of the result, since BLAS adds up in another order for another number of rows.
@@ -70,10 +71,10 @@ class Lora(Arithmetic):
         return inputs[0].read(0, meta.shape[0] * meta.shape[1]).astype(dtype, copy=False).reshape(meta.shape)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """B's rows and one product block."""
+        """B's rows, one product block with the base in its type, and what the BLAS library keeps."""
         width, rank = inputs[-1].shape[1], inputs[0].shape[0]
         size = result_dtype(inputs).itemsize
-        return (count // width + 1) * rank * size + 2 * BLOCK_ROWS * width * size
+        return (count // width + 1) * rank * size + 2 * BLOCK_ROWS * width * size + PRODUCT_BYTES
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills whole rows."""
@@ -83,7 +84,7 @@ class Lora(Arithmetic):
         sums, base = out.reshape(-1, width), tiles[-1].reshape(-1, width)
         for first in range(0, len(sums), BLOCK_ROWS):
             rows = slice(first, first + BLOCK_ROWS)
-            product = b[rows] @ a
+            product = multiply(b[rows], a)
             product *= a.dtype.type(self.scale)
             np.add(product, base[rows].astype(a.dtype, copy=False), out=sums[rows])
         return 0
