@@ -18,7 +18,8 @@ from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
-# Runs of a view at least this long are read one by one where they are far apart: a shorter one costs a page anyway.
+# Runs of a view at least this long are read one by one where more than a quarter of what is read with them would not be
+# used: a shorter one costs a page anyway.
 _PAGE = 4096
 
 
@@ -139,7 +140,7 @@ class Assembler:
         if span == target.size and _in_order(shape, strides) and target.flags.c_contiguous:
             self.fill(base, first, _bytes(target))
             return
-        wasteful = _run(shape, strides) * size >= _PAGE and 2 * target.size < span
+        wasteful = _run(shape, strides) * size >= _PAGE and 4 * target.size < 3 * span
         if (span * size > WORKSPACE or wasteful) and max(reach):
             axis = reach.index(max(reach))
             half = shape[axis] // 2
