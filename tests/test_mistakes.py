@@ -59,6 +59,13 @@ GQA = "sources: {m: $gqa}\noutput: out\ntensors:\n"
 REST = '  "{rest...}": "m:{rest...}"\n'
 Q = "model.layers.{i}.self_attn.q_proj.weight"
 K = "model.layers.{i}.self_attn.k_proj.weight"
+KEPT = (
+    '  lm_head.weight: m:lm_head.weight\n  "model.{n:norm|embed_tokens}.weight": "m:model.{n:norm|embed_tokens}.weight"\n'
+    '  "model.layers.{i}.{n:mlp|self_attn}.{p:gate_proj|up_proj|down_proj|v_proj|o_proj}.weight": '
+    '"m:model.layers.{i}.{n:mlp|self_attn}.{p:gate_proj|up_proj|down_proj|v_proj|o_proj}.weight"\n'
+    '  "model.layers.{i}.{n:input_layernorm|post_attention_layernorm}.weight": '
+    '"m:model.layers.{i}.{n:input_layernorm|post_attention_layernorm}.weight"\n'
+)
 DROP = 'drop: ["m:{rest...}.weight"]\n'
 LLAMA = "target: {name: hf/llama, text: m}\n"
 XTUNER = "sources: {trained: $frozen, llm: $llm, vision: $clip}\noutput: out\nuse: xtuner/llava-to-hf\n"
@@ -108,7 +115,7 @@ NAMES = [
     Mistake(
         "braces without quotes",
         GQA + "  {rest...}: m:{rest...}\n",
-        "bad-yaml", "mapping.yaml:5", '"', ("{rest...}:", '"{rest...}":'),
+        "yaml-key", "mapping.yaml:5:3", '"{rest...}": ', ("  {rest...}: m:{rest...}", '  "{rest...}": "m:{rest...}"'),
     ),
     Mistake(
         "a capture on one side only",
@@ -133,13 +140,12 @@ NAMES = [
     Mistake(
         "a name the target does not have",
         LLAMA + GQA + REST + "  lm_head.bias: m:model.norm.weight\n",
-        "unexpected-target", "mapping.yaml:7:3", "remove", ("  lm_head.bias: m:model.norm.weight\n", ""),
+        "unexpected-target", "mapping.yaml:7:3", "remove the rule `lm_head.bias`", ("  lm_head.bias: m:model.norm.weight\n", ""),
     ),
     Mistake(
         "q and k swapped in a model with grouped queries",
-        LLAMA + GQA + f'  "{Q}": "m:{K}"\n  "{K}": "m:{Q}"\n'
-        '  "model.layers.{i}.{a}_proj.weight": "m:model.layers.{i}.{a}_proj.weight"\n',
-        "shape-mismatch", "mapping.yaml:6:3", "swapped", None,
+        f'{LLAMA}{GQA}{KEPT}  "{Q}": "m:{K}"\n  "{K}": "m:{Q}"\n',
+        "shape-mismatch", "mapping.yaml:10:3", "are the two swapped?", (f'"{Q}": "m:{K}"\n  "{K}": "m:{Q}"', f'"{Q}": "m:{Q}"\n  "{K}": "m:{K}"'),
     ),
 ]  # fmt: skip
 
@@ -173,7 +179,7 @@ OPS = [
         "a misspelt variable",
         "let: {heads: m.config.num_attention_heads}\n"
         + one_op("rotary_permute", "m:model.layers.0.self_attn.q_proj.weight", ", heads: haeds"),
-        "unknown-value", "mapping.yaml:7", "`heads`", ("haeds", "heads"),
+        "unused-variable", "mapping.yaml:2:7", "did you mean `haeds`? A formula names it", ("haeds", "heads"),
     ),
     Mistake(
         "a number nobody knows", one_op("chunk", more=", chunks: ranks, take: 0"),
@@ -181,7 +187,7 @@ OPS = [
     ),
     Mistake(
         "a variable that nothing uses", "let: {chunk: 2}\n" + one_op("chunk", more=", chunks: chunks, take: 0"),
-        "unused-variable", "mapping.yaml:2:7", "`chunks`", ("chunk: 2", "chunks: 2"),
+        "unused-variable", "mapping.yaml:2:7", "did you mean `chunks`?", ("chunk: 2", "chunks: 2"),
     ),
     Mistake(
         "a variable defined by itself",
@@ -198,7 +204,7 @@ OPS = [
     ),
     Mistake(
         "an operand that is not there", one_op("add", "[m:model.norm.weight, m:model.nrom.weight]").replace('"[', "[").replace(']"', "]"),
-        "missing-operand", "mapping.yaml:6", "m:model.norm.weight", ("nrom", "norm"),
+        "missing-operand", "mapping.yaml:6", "near names: m:model.norm.weight", ("nrom", "norm"),
     ),
     Mistake(
         "a collecting name without an op", GQA + '  made: "m:model.layers.{e*}.input_layernorm.weight"\n',
@@ -288,19 +294,19 @@ ADAPTERS = [
     ),
     Mistake(
         "an adapter's tensors in a rule", LORA + "adapters: [{from: lora, onto: llm}]\n" + ALL_LLM.replace('"}', '", extra: "lora:base_model.model.lm_head.lora_A.weight"}'),
-        "rule-matches-nothing", "mapping.yaml:5", "adapters", None,
+        "rule-matches-nothing", "mapping.yaml:5", "`adapters:` merges lora:", None,
     ),
     Mistake(
         "an adapter merged twice", LORA + "adapters: [{from: lora, onto: llm}, {from: lora, onto: llm}]\n" + ALL_LLM,
-        "adapter-twice", "mapping.yaml:4", "", (", {from: lora, onto: llm}", ""),
+        "adapter-twice", "mapping.yaml:4:37", "remove one of the two", (", {from: lora, onto: llm}", ""),
     ),
     Mistake(
         "a directory with the adapter's config alone", LORA.replace("$lora", "$no_weights") + "adapters: [{from: lora, onto: llm}]\n" + ALL_LLM,
-        "unknown-format", "no_weights", "adapter_model.safetensors", ("$no_weights", "$lora"),
+        "missing-adapter", "no_weights", "adapter_model.safetensors", ("$no_weights", "$lora"),
     ),
     Mistake(
         "an adapter converted alone", ("convert", "$lora", "out"),
-        "adapter-alone", "adapter", "adapters: [{from: ", None,
+        "adapter-alone", "adapter", "adapters: [{from: lora, onto: llm}]", None,
     ),
     Mistake(
         "from and onto swapped", LORA + "adapters: [{from: llm, onto: lora}]\n" + ALL_LLM,
@@ -331,11 +337,11 @@ VOCABULARY = [
     ),
     Mistake(
         "head and embedding of different rows", (LLAMA + GQA + REST).replace("$gqa", "$ragged"),
-        "shape-mismatch", "mapping.yaml:6", "vocabulary: {rows: ", ("output: out", "output: out\nvocabulary: {rows: 112}"),
+        "shape-mismatch", "mapping.yaml:6", "`vocabulary: {rows: 112}`", ("output: out", "output: out\nvocabulary: {rows: 112}"),
     ),
     Mistake(
         "a vocabulary without a target", GQA.replace("output", "vocabulary: {rows: 128}\noutput") + REST,
-        "no-target", "mapping.yaml:3", "target: {name: hf/llama", ("vocabulary: {rows: 128}\n", ""),
+        "no-target", "mapping.yaml", "target: {name: hf/llama", ("vocabulary: {rows: 128}\n", ""),
     ),
     Mistake(
         "an unknown way to make rows", LLAMA + GQA.replace("output", "vocabulary: {rows: 128, new: random}\noutput") + REST,
@@ -354,7 +360,7 @@ PRESETS = [
     ),
     Mistake(
         "a forgotten base", "sources: {trained: $alone}\noutput: out\nuse: xtuner/llava-to-hf\n",
-        "no-base", "", "vision: base_clip", ("$alone}", "$alone, llm: $llm, vision: $clip}"),
+        "missing-source", "", "vision: base_clip", ("$alone}", "$alone, llm: $llm, vision: $clip}"),
     ),
     Mistake(
         "LLM and encoder swapped", XTUNER.replace("$llm", "$x").replace("$clip", "$llm").replace("$x", "$clip"),
@@ -366,7 +372,7 @@ PRESETS = [
     ),
     Mistake(
         "litgpt's preset for Meta's files", ("convert", "$meta", "out", "--use", "llama/litgpt-to-hf"),
-        "another-layout", "source", "--use llama/meta-to-hf", None,
+        "another-layout", "source", "`llama/meta-to-hf`", None,
     ),
     Mistake(
         "Meta's preset for a Hugging Face directory", ("convert", "$gqa", "out", "--use", "llama/meta-to-hf"),
@@ -404,8 +410,8 @@ PRESETS = [
     ),
     Mistake(
         "a variable that the preset does not know",
-        "sources: {hf: $gqa}\noutput: out\nuse: llama/hf-to-meta\nlet: {rank: 2}\n",
-        "unused-variable", "mapping.yaml:5:7", "`ranks`", ("rank:", "ranks:"),
+        "sources: {hf: $gqa}\noutput: out\nuse: llama/hf-to-litgpt\nlet: {kv_head: 2}\n",
+        "unused-variable", "mapping.yaml:5:7", "`kv_heads`", ("kv_head:", "kv_heads:"),
     ),
 ]  # fmt: skip
 
@@ -455,7 +461,7 @@ SOURCES = [
     ),
     Mistake(
         "a state dict that is not there", "sources: {m: {path: $wrapped, root: state_dct}}\noutput: out\ntensors:\n" + REST,
-        "unknown-root", "", "state_dict", ("state_dct", "state_dict"), 2,
+        "unknown-root", "mapping.yaml:2:11", "state_dict", ("state_dct", "state_dict"), 2,
     ),
     Mistake(
         "a source forgotten in the rules", GQA.replace("m: $gqa", "m: $gqa, extra: $mixed") + REST,
