@@ -1,4 +1,4 @@
-"""Which preset reads a checkpoint: the one whose rules find most of its names. Recipes are data, and so they can tell."""
+"""Which preset reads a checkpoint: the one whose rules find most of its names. Recipes are data: they can tell."""
 
 from __future__ import annotations
 

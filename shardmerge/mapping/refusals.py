@@ -35,9 +35,8 @@ def shape_hint(cases: Sequence[Misfit], expectation: Expectation, source: str) -
         have, want = first.shape[0], first.wanted[0]
         cut = ", trim: true" if have > want else ""
         other = "" if names >= {"embed_tokens", "lm_head"} else "; embedding and head come with different rows"
-        return (
-            f"to resize the vocabulary, say `vocabulary: {{rows: {want}{cut}}}`, or `{{rows: {have}}}` to keep it{other}"
-        )
+        said = f"`vocabulary: {{rows: {want}{cut}}}`, or `{{rows: {have}}}` to keep it"
+        return f"to resize the vocabulary, say {said}{other}"
     return f"is `{source}` a base model of another size than the one that was trained?"
 
 

@@ -417,7 +417,6 @@ class _Work:
             named = [reference for candidate in rule.candidates for reference in references(candidate)]
             if rule.optional or not named or all(reference.source not in self.catalogs for reference in named):
                 continue  # a preset's, or the user said that these sources may be absent
-            first = named[0]
             yield MappingError(
                 "rule-matches-nothing",
                 f"no source tensor matches the rule for `{rule.target}`",
@@ -432,7 +431,9 @@ class _Work:
             mine = sorted(name for source, name in self.merged if source == one.source)
             gone = next((name for name in mine if one.template.match(name) is not None), "")
             if gone:
-                return f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
+                return (
+                    f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
+                )
         return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
@@ -463,10 +464,16 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
         where=str(after.rule.mark),
         found=f"{before.source}:{before.name} by `{before.rule.target}` at {before.rule.mark}, and "
         f"{after.source}:{after.name} by `{after.rule.target}`",
-        hint="let each value of the captures make a name of its own"
-        if same
-        else "make it one rule with an ordered list of candidates, or narrow one of the two",
+        hint=_clash_hint(before.rule, after.rule),
     )
+
+
+def _clash_hint(before: Rule, after: Rule) -> str:
+    if before is after:
+        return "let each value of the captures make a name of its own"
+    if before.optional and not after.optional:  # a preset's, and one that was probably meant to replace it
+        return f"to replace the preset's rule, write its target to the letter: `{before.target}`"
+    return "make it one rule with an ordered list of candidates, or narrow one of the two"
 
 
 def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[Assignment]) -> str:

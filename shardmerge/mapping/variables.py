@@ -70,7 +70,8 @@ class Variables:
             missing = next((name for name in formula.names if name not in bound and self.get(name) is None), "")
             raise MappingError(
                 "unknown-value",
-                f"`{formula.text}` needs `{missing}`, which nothing here knows",
+                f"nothing here knows `{missing}`"
+                + (f", which `{formula.text}` needs" if formula.text != missing else ""),
                 where=where,
                 expected=self._looked(missing),
                 hint=self._near(missing) or f"say it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
