@@ -20,9 +20,11 @@ from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
+from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, load_spec
+from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
@@ -143,6 +145,7 @@ def convert(
     *,
     use: str = "",
     bases: Mapping[str, str] | None = None,
+    let: Mapping[str, str] | None = None,
     view: View = "fp32",
     root: str = "",
     options: Options | None = None,
@@ -160,6 +163,8 @@ def convert(
         A preset; its first required source is ``source``.
     bases
         The preset's other sources, by name.
+    let
+        Numbers of the preset, as formulas.
     options
         dtype, shard size, memory, ...
     progress
@@ -171,7 +176,7 @@ def convert(
         As ``run``.
     """
     options = options or Options()
-    prepared = prepare_conversion(source, use=use, bases=bases, view=view, root=root, options=options)
+    prepared = prepare_conversion(source, use=use, bases=bases, let=let, view=view, root=root, options=options)
     return carry_out(prepared, Path(out).expanduser().absolute(), options, progress)
 
 
@@ -180,6 +185,7 @@ def prepare_conversion(
     *,
     use: str = "",
     bases: Mapping[str, str] | None = None,
+    let: Mapping[str, str] | None = None,
     view: View = "fp32",
     root: str = "",
     options: Options | None = None,
@@ -187,8 +193,9 @@ def prepare_conversion(
     """Plans what ``convert`` would do."""
     options = options or Options()
     if not use:
-        if bases:
-            raise UsageError("no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET")
+        if bases or let:
+            what = "--base and --let need a preset that has a use for them"
+            raise UsageError("no-preset", what, hint="add --use PRESET")
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
@@ -201,8 +208,18 @@ def prepare_conversion(
                 expected=", ".join(role for role in preset.roles if role != first),
             )
         sources[name] = SourceSpec(name, path, mark=_COMMAND_LINE)
-    spec = Spec("command line", sources, None, use, None, (), ())
+    spec = Spec("command line", sources, None, use, None, (), (), _variables(let or {}, preset))
     return prepare(spec, Path(), options)
+
+
+def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
+    found = {}
+    for name, text in let.items():
+        if name not in preset.variables:
+            hint = did_you_mean(name, preset.variables) or f"it has {', '.join(preset.variables) or 'none'}"
+            raise UsageError("unknown-value", f"the preset {preset.name} has no number {name!r}", hint=hint)
+        found[name] = Variable(Formula.parse(text, f"--let {name}"), _COMMAND_LINE)
+    return found
 
 
 def verify(

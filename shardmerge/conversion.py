@@ -181,14 +181,15 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = _output(spec.output, options)
     merged = merge_adapters(spec.adapters, catalogs, read_side_file)
-    expectation = _expectation(spec, catalogs, output.dtype)
+    variables = Variables(catalogs, read_side_file, spec.variables)
+    expectation = _expectation(spec, catalogs, output.dtype, variables)
     resolution = resolve(
         spec.rules,
         spec.drops,
         merged.catalogs,
         expectation,
         user_file=spec.file,
-        variables=Variables(catalogs, read_side_file, spec.variables),
+        variables=variables,
         merged=merged.used,
     )
     plan = make_plan(
@@ -368,7 +369,9 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
         return None
 
 
-def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None) -> Expectation | None:
+def _expectation(
+    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables
+) -> Expectation | None:
     if spec.target is None:
         return None
     target = _target(spec.target)
@@ -376,7 +379,7 @@ def _expectation(spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | Non
     return target.expect(
         Request(
             roles={role: source for role, source in texts.items() if role in target.roles},
-            options={key: value for key, value in texts.items() if key in target.options},
+            options={key: _option(value, variables) for key, value in texts.items() if key in target.options},
             catalogs=catalogs,
             read=read_side_file,
             dtype=dtype,
@@ -395,6 +398,11 @@ def _idle_vocabulary(spec: Spec) -> Iterator[ShardmergeError]:
             where=spec.file,
             hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
         )
+
+
+def _option(text: str, variables: Variables) -> str:
+    """An option of a target may be a number of ``let:``, by its name."""
+    return str(variables.get(text)) if text in variables.variables else text
 
 
 def _target(spec: TargetSpec) -> Target:

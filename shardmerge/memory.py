@@ -31,8 +31,8 @@ _SMALLEST_TILE = 64 << 10
 WORKSPACE = 1 << 20
 
 
-# Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every tile
-# cost a third of the time of a ZeRO-3 gather.
+# Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
+# tile cost a third of the time of a ZeRO-3 gather.
 KEPT_TILES = 2
 
 

@@ -75,7 +75,8 @@ def trained(base: Tensors, own: Tensors, scale: float) -> Tensors:
     for name, tensor in own.items():
         if "lora_A" in name:
             place = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
-            found[place] = base[place].float() + scale * (own[name.replace("lora_A", "lora_B")] @ tensor)
+            product = own[name.replace("lora_A", "lora_B")].double() @ tensor.double()
+            found[place] = (base[place].double() + scale * product).float()
         elif "lora_B" not in name:
             found[name] = tensor
     return found

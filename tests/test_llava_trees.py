@@ -74,12 +74,11 @@ PARTS = {
     "lora_llm": {"llm_adapter", "projector"},
     "lora_both": {"llm_adapter", "projector", "visual_encoder_adapter"},
 }
-ALPHAS = {"llm_alpha": "8", "vision_alpha": "1"}
 
 
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_are_those_of_the_checkpoint(tmp_path, case):
-    expectation = llava_xtuner.expect(request(case, tmp_path, **ALPHAS))
+    expectation = llava_xtuner.expect(request(case, tmp_path))
     assert {group.folder for group in expectation.groups} == PARTS[case]
     assert expectation.groups[-1].prefix == "" or "" not in PARTS[case]
     for name in expectation.tensors:
@@ -147,7 +146,7 @@ def test_a_projector_of_any_depth_loads_and_computes(tmp_path, depth):
 ])  # fmt: skip
 def test_peft_reads_the_adapters(tmp_path, folder, rank, alpha, base):
     peft = pytest.importorskip("peft")
-    expectation = llava_xtuner.expect(request("lora_both", tmp_path, **ALPHAS))
+    expectation = llava_xtuner.expect(request("lora_both", tmp_path))
     config = peft.PeftConfig.from_pretrained(written(expectation, tmp_path / "out") / folder)
     assert isinstance(config, peft.LoraConfig)
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (rank, alpha, base)
@@ -165,6 +164,12 @@ def test_peft_reads_the_adapters(tmp_path, folder, rank, alpha, base):
         if name.startswith(f"{folder}/")
     }
     assert ours == {name.replace(".model.vision_model.", ".model."): shape for name, shape in oracle.items()}
+
+
+def test_alpha_of_the_option_wins(tmp_path):
+    expectation = llava_xtuner.expect(request("lora_both", tmp_path, llm_alpha="32", vision_alpha="0.5"))
+    assert side_file(expectation, "llm_adapter/adapter_config.json")["lora_alpha"] == 32
+    assert side_file(expectation, "visual_encoder_adapter/adapter_config.json")["lora_alpha"] == 0.5
 
 
 def test_an_adapter_without_alpha(tmp_path):

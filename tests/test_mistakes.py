@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shardmerge.cli.main import main
-from tests.conftest import GOLDEN, shardmerge
+from tests.conftest import GOLDEN
 
 Tensors = Mapping[str, torch.Tensor]
 

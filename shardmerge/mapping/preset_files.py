@@ -138,13 +138,24 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     )
     return replace(
         spec,
-        target=spec.target or preset.target,
+        target=spec.target or _with_present(preset.target, spec),
         rules=(*(rule for rule in inherited if rule is not None), *spec.rules),
         drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
         variables={**preset.variables, **spec.variables},
         adapters=(*adapters, *spec.adapters),
         notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in replaced)),
     )
+
+
+def _with_present(target: TargetSpec | None, spec: Spec) -> TargetSpec | None:
+    """A preset's role may name several sources, ``config|clip``: the first that is there plays it."""
+    if target is None:
+        return None
+    roles = {}
+    for role, text in target.roles.items():
+        names = text.split("|")
+        roles[role] = next((name for name in names if name in spec.sources), names[-1])
+    return replace(target, roles=roles)
 
 
 def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
-from shardmerge.targets.options import count
+from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
 
@@ -25,7 +27,7 @@ def expect(request: Request) -> Expectation:
         ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``, ``bad-yaml``, ``bad-option``,
         ``vocabulary-rows``, or what the tokenizer's files raise.
     """
-    text = read_text_source(request)
+    text = _tied_or_not(request, read_text_source(request))
     tokens_of = request.catalogs.get(request.roles.get("tokenizer", "tokenizer"), text.catalog)
     side_files = tokens_of.side_files
     warnings = text.warnings
@@ -49,6 +51,12 @@ def expect(request: Request) -> Expectation:
         components=(Component("model.", "", f"Check that {text.where} describes these weights"),),
         warnings=warnings,
     )
+
+
+def _tied_or_not(request: Request, text: TextSource) -> TextSource:
+    asked = choice(request, "tie", ("keep", "true", "false"))
+    tied = text.architecture.tied if asked == "keep" else asked == "true"
+    return replace(text, architecture=replace(text.architecture, tied=tied))
 
 
 def _config(request: Request, text: TextSource, counted: Rows) -> JsonObject:
@@ -91,6 +99,9 @@ TARGET = Target(
         "text": "what describes it: config.json, Meta's params.json, litgpt's model_config.yaml, Megatron's args",
         "tokenizer": "the source with the tokenizer's files, where it is another",
     },
-    options={"context": "`max_position_embeddings`, where the description does not say it (Meta's does not)"},
+    options={
+        "context": "`max_position_embeddings`, where the description does not say it (Meta's does not)",
+        "tie": "`keep`; `true`: the head is the embedding and is not written; `false`: it is written",
+    },
     expect=expect,
 )

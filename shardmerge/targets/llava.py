@@ -38,8 +38,8 @@ _ROW_MULTIPLE = 64
 OPTIONS = {
     "names": "`legacy` (what every transformers from 4.36 on loads), `4.52` or `5.6`: the names that a model has "
     "in memory from that version on, which earlier ones do not load",
-    "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source is a "
-    "Hugging Face LLaVA, whose tokens and rows stay as they are",
+    "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source "
+    "is a Hugging Face LLaVA, whose tokens and rows stay as they are",
 }
 
 

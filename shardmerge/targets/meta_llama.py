@@ -41,10 +41,11 @@ def expect(request: Request) -> Expectation:
     shapes = dict(_tensors(text.architecture, counted.count, ranks, by_columns=by_columns))
     names = [f"{rank:02}" for rank in range(ranks)]
     tokenizer = text.catalog.side_files.get("tokenizer.model")
-    over_vocabulary = ("output.weight",) if by_columns else ("tok_embeddings.weight", "output.weight")
+    # Rows are added to a whole matrix, before it is cut: with several ranks the rules have to do it.
+    resizable = [f"{rank}.{name}.weight" for rank in names[: ranks == 1] for name in ("tok_embeddings", "output")]
     return Expectation(
         tensors={f"{rank}.{name}": shape for rank in names for name, shape in shapes.items()},
-        resized=counted.resized(f"{rank}.{name}" for rank in names for name in over_vocabulary) if ranks == 1 else {},
+        resized=counted.resized(resizable),
         side_files=(
             SideFile("params.json", (dump(params(text, counted.count)),)),
             *((SideFile("tokenizer.model", (tokenizer,)),) if tokenizer else ()),
