@@ -16,13 +16,16 @@ from shardmerge.conversion import (
     prepare_plain,
 )
 from shardmerge.dtypes import float_dtype
-from shardmerge.errors import UsageError, VerificationError
+from shardmerge.errors import OutputError, UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
-from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
+from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.invert import invert_spec
+from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.preset_files import Preset, combine, list_presets, load_preset, read_preset
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, load_spec
+from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
@@ -32,9 +35,9 @@ from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype", "inspect", "open_checkpoint",
-    "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets",
-    "resident_bytes", "run", "verify",
+    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
+    "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
+    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "verify", "write_new",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
@@ -143,6 +146,7 @@ def convert(
     *,
     use: str = "",
     bases: Mapping[str, str] | None = None,
+    let: Mapping[str, str] | None = None,
     view: View = "fp32",
     root: str = "",
     options: Options | None = None,
@@ -160,6 +164,8 @@ def convert(
         A preset; its first required source is ``source``.
     bases
         The preset's other sources, by name.
+    let
+        Numbers of the preset, as formulas.
     options
         dtype, shard size, memory, ...
     progress
@@ -171,7 +177,7 @@ def convert(
         As ``run``.
     """
     options = options or Options()
-    prepared = prepare_conversion(source, use=use, bases=bases, view=view, root=root, options=options)
+    prepared = prepare_conversion(source, use=use, bases=bases, let=let, view=view, root=root, options=options)
     return carry_out(prepared, Path(out).expanduser().absolute(), options, progress)
 
 
@@ -180,6 +186,7 @@ def prepare_conversion(
     *,
     use: str = "",
     bases: Mapping[str, str] | None = None,
+    let: Mapping[str, str] | None = None,
     view: View = "fp32",
     root: str = "",
     options: Options | None = None,
@@ -187,8 +194,9 @@ def prepare_conversion(
     """Plans what ``convert`` would do."""
     options = options or Options()
     if not use:
-        if bases:
-            raise UsageError("no-preset", "--base needs a preset that has a use for it", hint="add --use PRESET")
+        if bases or let:
+            what = "--base and --let need a preset that has a use for them"
+            raise UsageError("no-preset", what, hint="add --use PRESET")
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
@@ -201,8 +209,18 @@ def prepare_conversion(
                 expected=", ".join(role for role in preset.roles if role != first),
             )
         sources[name] = SourceSpec(name, path, mark=_COMMAND_LINE)
-    spec = Spec("command line", sources, None, use, None, (), ())
+    spec = Spec("command line", sources, None, use, None, (), (), _variables(let or {}, preset))
     return prepare(spec, Path(), options)
+
+
+def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
+    found = {}
+    for name, text in let.items():
+        if name not in preset.variables:
+            hint = did_you_mean(name, preset.variables) or f"it has {', '.join(preset.variables) or 'none'}"
+            raise UsageError("unknown-value", f"the preset {preset.name} has no number {name!r}", hint=hint)
+        found[name] = Variable(Formula.parse(text, f"--let {name}"), _COMMAND_LINE)
+    return found
 
 
 def verify(
@@ -297,6 +315,27 @@ def explain_json(mapping: str | Path, tensor: str, options: Options | None = Non
     return tensor_story_json(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
 
 
+def invert(mapping: str | Path, source: str = "") -> str:
+    """Returns the mapping, as YAML, that leads from what a mapping makes back to one of its sources.
+
+    Parameters
+    ----------
+    mapping
+        The YAML file. No checkpoint is opened.
+    source
+        The source to get back; empty for the first.
+
+    Raises
+    ------
+    MappingError
+        ``no-inverse``: for every rule that has none, and why.
+    UsageError
+        ``unknown-source``.
+    """
+    spec = load_spec(Path(mapping))
+    return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+
+
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
     """Returns a rule as it is written in the mapping or in its preset: its line and those further in."""
     file, line, _ = rule.split(" ", 1)[0].rsplit(":", 2)
@@ -313,3 +352,21 @@ def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a text file that must not be there yet.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``, ``unwritable-output``.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        hint = "give another -o, or remove it yourself"
+        raise OutputError("output-exists", "the file is there already", where=str(path), hint=hint) from error
+    except OSError as error:
+        raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(path)) from error

@@ -11,7 +11,7 @@ from math import prod
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError
 from shardmerge.ops.casts import CASTABLE, Cast, exact
-from shardmerge.ops.contract import Joined, Meta, Move, Op
+from shardmerge.ops.contract import Arithmetic, Joined, Meta, Move, Op
 from shardmerge.tensors import Columns, Composed, Made, Piece, TensorEntry, View, composed
 
 
@@ -67,17 +67,12 @@ def cast_to(entry: TensorEntry, dtype: DType) -> TensorEntry:
 
 
 def own_dtype(entry: TensorEntry) -> DType:
-    """Returns the type a tensor keeps where nobody asks for another: that of the tensor it is essentially made of.
-
-    Arithmetic is done in float32 and hands its last input (a base, not its adapter) the word.
-    """
+    """Returns the type a tensor keeps where nobody asks for another: that of the tensor it is essentially made of."""
     held = composed(entry)
-    if held is None or not held.bases or isinstance(held.recipe, Cast):
+    if held is None or not held.bases or entry.dtype.kind != "float" or isinstance(held.recipe, Cast):
         return entry.dtype
-    if isinstance(held, View):
-        return own_dtype(held.base)
-    owns = [own_dtype(base) for base in held.bases]
-    return owns[-1] if isinstance(held, Made) and entry.dtype.kind == "float" else owns[0]
+    like = held.recipe.like if isinstance(held.recipe, Arithmetic) else 0
+    return own_dtype(held.bases[like])
 
 
 def _entry(dtype: DType, shape: tuple[int, ...], held: Composed) -> TensorEntry:

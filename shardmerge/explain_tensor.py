@@ -1,4 +1,4 @@
-"""The whole story of one tensor of a plan: the rule, what it is made of, where the bytes lie and where they go. Pure."""
+"""The whole story of one tensor of a plan: the rule, what it is made of, where its bytes lie and go. Pure."""
 
 from __future__ import annotations
 

@@ -51,10 +51,11 @@ def load(module: torch.nn.Module, tensors: Tensors) -> None:
 def assembled(out: Path, truth: Tensors, llm: Path, clip: Path) -> torch.nn.Module:
     config = transformers.AutoConfig.from_pretrained(out)
     model = transformers.LlavaForConditionalGeneration(config).float()  # buffers such as inv_freq stay fp32
-    text = {**base_tensors(llm), **under(truth, "llm.")}
+    # The golden runs have (r, alpha) = (4, 8) for the language model and (2, 1) for the encoder.
+    text = with_adapter(base_tensors(llm), under(truth, "llm."), 2.0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         text[name] = grown(text[name], config.text_config.vocab_size)
-    vision = {**base_tensors(clip), **under(truth, "visual_encoder.")}
+    vision = with_adapter(base_tensors(clip), under(truth, "visual_encoder."), 0.5)
     projector = under(truth, "projector.model.")
     core = getattr(model, "model", model)
     if core is model:  # before 4.52 the language model had its head inside
@@ -66,6 +67,19 @@ def assembled(out: Path, truth: Tensors, llm: Path, clip: Path) -> torch.nn.Modu
     for layer, index in (("linear_1", "0."), ("linear_2", "2.")):
         load(getattr(core.multi_modal_projector, layer), under(projector, index))
     return model
+
+
+def with_adapter(base: Tensors, own: Tensors, scale: float) -> Tensors:
+    """The base with what a run trained of it: whole tensors, or LoRA, said again in torch."""
+    found = dict(base)
+    for name, tensor in own.items():
+        if "lora_A" in name:
+            place = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
+            product = own[name.replace("lora_A", "lora_B")].double() @ tensor.double()
+            found[place] = (base[place].double() + scale * product).float()
+        elif "lora_B" not in name:
+            found[name] = tensor
+    return found
 
 
 def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

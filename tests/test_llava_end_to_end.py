@@ -16,7 +16,7 @@ from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 from tests.load_environments import VERSIONS, interpreter, ready
 
 XTUNER = GOLDEN / "xtuner"
-CASES = ("frozen_z2", "frozen_z3", "pretrain_z2", "single_frozen", "single_trainvit")
+CASES = ("frozen_z2", "frozen_z3", "lora_both", "lora_llm", "pretrain_z2", "single_frozen", "single_trainvit")
 
 pytestmark = pytest.mark.load
 
@@ -184,12 +184,6 @@ def test_a_base_of_another_size_is_refused_before_anything_is_written(tmp_path: 
     assert "[shape-mismatch]" in done.stderr
     assert "base model of another size" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_lora_runs_are_recognised_and_refused(tmp_path: Path) -> None:
-    done = shardmerge("run", mapping(tmp_path, "lora_llm"), code=1)
-    assert "[lora-not-yet]" in done.stderr
-    assert "merge_and_unload" in done.stderr
 
 
 def test_a_merge_can_be_used_without_writing_it(finished: dict[str, Path], tmp_path: Path) -> None:

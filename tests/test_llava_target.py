@@ -324,6 +324,26 @@ def test_rows_that_do_not_do(tmp_path, small, vocabulary):
     assert caught.value.hint.startswith("vocabulary: {rows: 133")
 
 
+@pytest.mark.parametrize("names", ["legacy", "4.52", "5.6"])
+def test_a_llava_that_is_only_renamed_keeps_its_vocabulary(tmp_path, small, names):
+    first = written(expect(ROLES, small, read, DTYPES["F32"]), tmp_path / "first")
+    hf = catalog(first)
+    roles = {"text": "hf", "vision": "hf", "trained": "hf"}
+    again = expect(roles, {"hf": hf}, read, None, options={"names": names, "vocabulary": "keep"})
+    assert again.resized == {}
+    assert len(again.tensors) == len(expect(ROLES, small, read, None).tensors)
+    folder = written(again, tmp_path / "again")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                 "preprocessor_config.json", "processor_config.json"):  # fmt: skip
+        assert (folder / file).read_bytes() == (first / file).read_bytes(), file
+
+
+def test_only_a_llava_has_a_vocabulary_to_keep(small):
+    with pytest.raises(TargetError) as caught:
+        expect(ROLES, small, read, None, options={"vocabulary": "keep"})
+    assert caught.value.code == "bad-option"
+
+
 # ---- config.json
 
 

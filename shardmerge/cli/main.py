@@ -40,6 +40,7 @@ _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no s
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
 _base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+_let = click.option("--let", "lets", multiple=True, metavar="NAME=VALUE", help="A number of the preset: ranks=8.")
 _view = click.option(
     "--view",
     type=click.Choice(["fp32", "module"]),
@@ -79,6 +80,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @click.argument("out", type=click.Path())
 @_use
 @_base
+@_let
 @_view
 @_root
 @plan_options
@@ -90,6 +92,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
     out: str,
     use: str,
     bases: tuple[str, ...],
+    lets: tuple[str, ...],
     view: Any,  # noqa: ANN401  # click's Choice
     root: str,
     dry_run: bool,
@@ -103,7 +106,8 @@ def convert(  # noqa: PLR0913  # one parameter an option
     """
     options = parsed(given)
     named = dict(pair(text) for text in bases)
-    prepared = api.prepare_conversion(source, use=use, bases=named, view=view, root=root, options=options)
+    let = dict(pair(text, "--let", "ranks=8") for text in lets)
+    prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
     if dry_run:
         _show_plan(prepared, out, tensors=False, as_json=as_json)
         return

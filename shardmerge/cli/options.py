@@ -20,6 +20,9 @@ def plan_options(function: _Command) -> _Command:
         [
             click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
             click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
+            click.option(
+                "--format", "form", type=click.Choice(["safetensors", "bin"]), help="Of the files of weights."
+            ),
             click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
@@ -39,6 +42,7 @@ def parsed(given: dict[str, Any]) -> Options:
     return Options(
         dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
         shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
+        format=given["form"],
         memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
         workers=given["workers"],
         download=given["download"],
@@ -47,12 +51,12 @@ def parsed(given: dict[str, Any]) -> Options:
     )
 
 
-def pair(text: str) -> tuple[str, str]:
-    """Returns the two sides of ``NAME=PATH``."""
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise UsageError("bad-base", f"--base takes NAME=PATH, not {text!r}", hint="--base vision=clip/")
-    return name, path
+def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tuple[str, str]:
+    """Returns the two sides of ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise UsageError("bad-pair", f"{option} takes NAME=VALUE, not {text!r}", hint=f"{option} {example}")
+    return name, value
 
 
 def dumped(value: object) -> str:

@@ -12,13 +12,14 @@ from math import prod
 import numpy as np
 
 from shardmerge.compose import meta
-from shardmerge.memory import LARGEST_TILE, WORKSPACE, chunk_elements
+from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
-# Runs of a view at least this long are read one by one where they are far apart: a shorter one costs a page anyway.
+# Runs of a view at least this long are read one by one where more than a quarter of what is read with them would not be
+# used: a shorter one costs a page anyway.
 _PAGE = 4096
 
 
@@ -78,9 +79,9 @@ class Assembler:
 
     def take(self, nbytes: int) -> memoryview:
         """Returns a buffer of so many bytes, a used one where one fits."""
-        for index, buffer in enumerate(self._free):
-            if nbytes <= buffer.nbytes <= 2 * nbytes:
-                return self._free.pop(index).data[:nbytes]
+        fitting = [(buffer.nbytes, i) for i, buffer in enumerate(self._free) if nbytes <= buffer.nbytes <= 2 * nbytes]
+        if fitting:
+            return self._free.pop(min(fitting)[1]).data[:nbytes]
         return np.empty(nbytes, np.uint8).data
 
     def release(self, data: memoryview) -> None:
@@ -88,7 +89,7 @@ class Assembler:
         owner = data.obj
         if isinstance(owner, np.ndarray) and owner.nbytes <= self._tile:
             self._free.append(owner)
-            while sum(buffer.nbytes for buffer in self._free) > self._tile:
+            while sum(buffer.nbytes for buffer in self._free) > KEPT_TILES * self._tile:
                 self._free.pop(0)
 
     def _piece(self, entry: TensorEntry, piece: Piece, start: int, out: memoryview) -> None:
@@ -139,7 +140,7 @@ class Assembler:
         if span == target.size and _in_order(shape, strides) and target.flags.c_contiguous:
             self.fill(base, first, _bytes(target))
             return
-        wasteful = _run(shape, strides) * size >= _PAGE and 2 * target.size < span
+        wasteful = _run(shape, strides) * size >= _PAGE and 4 * target.size < 3 * span
         if (span * size > WORKSPACE or wasteful) and max(reach):
             axis = reach.index(max(reach))
             half = shape[axis] // 2

@@ -118,14 +118,13 @@ class _Merge:
                 where=str(self.spec.mark),
                 found=listed(list(self.adapter.names()), 3),
                 expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
-                hint="`shardmerge inspect` shows the names; say `from: source:prefix.{rest...}` where there is a prefix",
+                hint="`shardmerge inspect` shows the names; say `from: source:prefix.{rest...}` if there is a prefix",
             )
         settings = read_settings(self.spec, self.adapter, self.read)
         entries = dict(self.base.entries)
         problems: list[ShardmergeError] = []
         homeless: list[str] = []
-        for name, entry in self._made(settings, problems, homeless):
-            entries[name] = entry
+        entries |= dict(self._made(settings, problems, homeless))
         raise_all([*problems, *self._without_base(homeless)])
         note = f"{count(len(self.modules) + len(self.whole), 'module')} merged from {self.spec.source.source}"
         alpha = f", alpha {settings.alpha:g} from {settings.said_by}" if settings.alpha is not None else ""

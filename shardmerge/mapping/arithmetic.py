@@ -91,10 +91,9 @@ class Formula:
 
 
 def _allowed(node: ast.expr) -> bool:
+    """Tells whether a tree is of the grammar, and nothing but."""
     match node:
-        case ast.Constant(value=int() | float()):
-            return True
-        case ast.Name():
+        case ast.Name() | ast.Constant(value=int() | float()):
             return True
         case ast.Attribute(value=value):
             return isinstance(value, (ast.Name, ast.Attribute)) and _allowed(value)

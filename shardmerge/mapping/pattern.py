@@ -28,7 +28,10 @@ _BODY = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<rest>\.\.\.)?(?P<each>\*)?(?::(?P
 _DIGITS = re.compile("[0-9]{1,9}")
 _SHIFT = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?P<sign>[+-])\s*(?P<by>[0-9]{1,9})\s*", re.ASCII)
 
-_SYNTAX = "captures are {x}, {i:int}, {r:02}, {x:a|b}, {rest...}, {e*} and {i + 1}; write {{ and }} for braces of the name itself"
+_SYNTAX = (
+    "captures are {x}, {i:int}, {r:02}, {x:a|b}, {rest...}, {e*} and {i + 1}; "
+    "write {{ and }} for braces of the name itself"
+)
 
 
 @dataclass(frozen=True, slots=True)

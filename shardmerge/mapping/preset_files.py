@@ -116,7 +116,9 @@ def load_preset(name: str) -> Preset:
 
 
 def combine(spec: Spec, preset: Preset) -> Spec:
-    """Returns the spec with the preset's rules, drops and target; a user's rule replaces the one of the same target.
+    """Returns the spec with the preset's rules, drops, adapters and target; a user's own replaces the preset's.
+
+    A rule replaces the one of the same target, an adapter the one that is taken from the same place.
 
     Raises
     ------
@@ -127,16 +129,33 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     own = {rule.target.text for rule in spec.rules}
     inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
     replaced = [rule.target.text for rule in preset.rules if rule.target.text in own]
-    adapters = (one for one in preset.adapters if {one.source.source, one.onto.source} <= set(spec.sources))
+    said = {(one.source.source, one.source.template.text) for one in spec.adapters}
+    adapters = (
+        one
+        for one in preset.adapters
+        if {one.source.source, one.onto.source} <= set(spec.sources)
+        and (one.source.source, one.source.template.text) not in said
+    )
     return replace(
         spec,
-        target=spec.target or preset.target,
+        target=spec.target or _with_present(preset.target, spec),
         rules=(*(rule for rule in inherited if rule is not None), *spec.rules),
         drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
         variables={**preset.variables, **spec.variables},
         adapters=(*adapters, *spec.adapters),
         notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in replaced)),
     )
+
+
+def _with_present(target: TargetSpec | None, spec: Spec) -> TargetSpec | None:
+    """A preset's role may name several sources, ``config|clip``: the first that is there plays it."""
+    if target is None:
+        return None
+    roles = {}
+    for role, text in target.roles.items():
+        names = text.split("|")
+        roles[role] = next((name for name in names if name in spec.sources), names[-1])
+    return replace(target, roles=roles)
 
 
 def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:

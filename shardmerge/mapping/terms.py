@@ -82,7 +82,7 @@ class Finder:
         return value
 
     def operands(self, reference: Reference, bindings: Bindings) -> list[Operand]:
-        """Returns the tensors that a reference means: one, or all that ``{e*}`` collects; none if they are not there."""
+        """Returns the tensors that a reference means: one, or all that ``{e*}`` collects; none if they are absent."""
         template = reference.template
         if reference.source not in self.catalogs:
             return []

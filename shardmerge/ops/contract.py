@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.ops.arrays import Array
@@ -106,9 +106,17 @@ State: TypeAlias = object
 
 
 class Arithmetic(Op):
-    """Computes. Every range of the result can be made alone, once the state of the whole is known."""
+    """Computes. Every range of the result can be made alone, once the state of the whole is known.
+
+    Attributes
+    ----------
+    like
+        Which input's type the result keeps where nobody asks for another: that of a base, not of its adapter.
+    """
 
     __slots__ = ()
+
+    like: ClassVar[int] = 0
 
     def unit(self, inputs: Sequence[Meta]) -> int:
         """Returns how many elements are made together; ranges begin at its multiples.
@@ -211,7 +219,7 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """Input k is the op ``name`` with the same parameters and ``take: k``; ``needs`` must be given to know the parts."""
+    """Input k is the op ``name`` with the same parameters and ``take: k``; ``needs`` must be given."""
 
     name: str
     needs: str

@@ -177,7 +177,7 @@ KINDS = (
         name="grouped_split",
         about="Takes one part of every group of the rows: q, k or v of a fused weight that is stored group by group "
         "(Megatron-Core, InternLM2).",
-        example='k_proj.weight: {op: grouped_split, of: "src:grouped_qkv.weight", groups: 2, sizes: [4, 2, 2], take: 1}',
+        example='k.weight: {op: grouped_split, of: "src:grouped_qkv.weight", groups: 2, sizes: [4, 2, 2], take: 1}',
         params=(_GROUPS, _SIZES, Param("take", "int", "Which part, counted from 0.")),
         build=_grouped_split,
         inverse=Gathered("grouped_merge"),
@@ -194,8 +194,8 @@ KINDS = (
     ),
     OpKind(
         name="rotary_permute",
-        about="Turns the rows of every head from Meta's order (neighbouring pairs are rotated) into Hugging Face's (the "
-        "two halves are). For q and k, weight, bias and LoRA B; never for v.",
+        about="Turns the rows of every head from Meta's order (neighbouring pairs are rotated) into Hugging Face's "
+        "(the two halves are). For q and k, weight, bias and LoRA B; never for v.",
         example='q_proj.weight: {op: rotary_permute, of: "src:wq.weight", heads: 4}',
         params=(_HEADS,),
         build=lambda values: Rotary(positive(values, "heads")[0], inverse=False),

@@ -1,7 +1,8 @@
 """Merges of fine-tuned models with their base: task arithmetic, TIES, DARE.
 
 A delta is a model less its base, in float32 (float64 where an input is), never stored. The semantics are those of
-mergekit 0.1.5 (``merge_methods/generalized_task_arithmetic.py``, ``sparsify.py``) where not said otherwise. mergekit computes in the type of the tensors unless told to widen them; here the one rounding comes last.
+mergekit 0.1.5 (``merge_methods/generalized_task_arithmetic.py``, ``sparsify.py``) where not said otherwise. mergekit
+computes in the type of the tensors unless told to widen them; here the one rounding comes last.
 
 Nothing depends on how the tensor is cut: what is known of the whole is found in blocks of fixed size, random numbers
 belong to the absolute position of an element, and the rest is one IEEE operation after the other.
@@ -161,7 +162,7 @@ class Ties(_Merge):
 
 @dataclass(frozen=True, slots=True)
 class Dare(_Merge):
-    """Drop and rescale (Yu et al., "Language models are super Mario", 2024): ``dare_linear`` and ``dare_ties`` of mergekit.
+    """Drop and rescale (Yu et al., "Language models are super Mario", 2024): mergekit's ``dare_linear``, ``dare_ties``.
 
     Every element of a delta is kept with probability ``density``, and then divided by it, which keeps the expectation
     (mergekit rescales to the L1 norm of the whole delta instead). The weighted deltas are added to the base; with

@@ -536,8 +536,8 @@ KINDS = (
     ),
     OpKind(
         name="concat",
-        about="Puts tensors one after the other along an axis. A template with `{e*}` stands for all of its matches, in "
-        "natural order (ranks, experts).",
+        about="Puts tensors one after the other along an axis. A template with `{e*}` stands for all of its "
+        "matches, in natural order (ranks, experts).",
         example='qkv.weight: {op: concat, of: ["src:q.weight", "src:k.weight", "src:v.weight"], sizes: [8, 4, 4]}',
         params=(
             _DIM,

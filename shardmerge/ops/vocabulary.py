@@ -27,8 +27,8 @@ BLOCK_ROWS = 256
 class NewRows(Arithmetic):
     """So many rows ``[rows, ...]`` after the example of an input ``[old rows, ...]``. The result is float64.
 
-    XTuner and transformers draw new rows from a normal distribution around the old ones' mean, unseeded; the mean itself
-    is the same on every run, and gives a new token neither a large nor a zero logit.
+    XTuner and transformers draw new rows from a normal distribution around the old ones' mean, unseeded; the mean is
+    the same on every run, and gives a new token neither a large nor a zero logit.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class NewRows(Arithmetic):
     def _draws(self, start: int, count: int, width: int) -> Array:
         """Standard normal numbers of a range: each row has a Philox generator of its own, keyed by seed and row.
 
-        Box-Muller over its raw words, in float64: numpy promises the words for ever, its own normal numbers it does not.
+        Box-Muller over its raw words, in float64: numpy promises those for ever, its own normal numbers it does not.
         """
         first, last = start // width, -(-(start + count) // width)
         rows = [_normal(np.random.Philox(key=[self.seed, row]).random_raw(2 * width)) for row in range(first, last)]
@@ -140,8 +140,8 @@ def _mean(stream: Stream, width: int) -> Array:
 def _deviation(stream: Stream, width: int, mean: Array) -> Array:
     total = np.zeros(width)
     for block in _blocks(stream, width):
-        block -= mean
-        total += (block * block).sum(axis=0)
+        off = block - mean
+        total += (off * off).sum(axis=0)
     return np.sqrt(total / stream.meta.shape[0])
 
 
@@ -159,8 +159,8 @@ def _build(values: Mapping[str, Value]) -> NewRows:
 KINDS = (
     OpKind(
         name="new_rows",
-        about="Rows for a vocabulary that grew, made after the old ones. To resize embedding and head together with the "
-        "config use `vocabulary:`; this op is for other tensors, with `concat`.",
+        about="Rows for a vocabulary that grew, made after the old ones. To resize embedding and head together with "
+        "the config use `vocabulary:`; this op is for other tensors, with `concat`.",
         example='embed.weight: {op: concat, of: ["src:embed.weight", {op: new_rows, of: "src:embed.weight", rows: 2}]}',
         params=(
             Param("rows", "int", "How many."),

@@ -90,20 +90,20 @@ def expected(vision: VisionArchitecture) -> Iterator[tuple[str, Shape]]:
     patch = (hidden, vision.channels, vision.patch_size, vision.patch_size)
     yield "vision_model.embeddings.patch_embedding.weight", patch
     yield "vision_model.embeddings.position_embedding.weight", (vision.patches + 1, hidden)
-    yield from _norm("vision_model.pre_layrnorm", hidden)  # sic: the name in every checkpoint
+    yield from norm("vision_model.pre_layrnorm", hidden)  # sic: the name in every checkpoint
     for index in range(vision.num_layers):
-        yield from _layer(f"vision_model.encoder.layers.{index}", vision)
-    yield from _norm("vision_model.post_layernorm", hidden)
+        yield from encoder_layer(f"vision_model.encoder.layers.{index}", hidden, vision.intermediate_size)
+    yield from norm("vision_model.post_layernorm", hidden)
 
 
-def _layer(prefix: str, vision: VisionArchitecture) -> Iterator[tuple[str, Shape]]:
-    hidden, inner = vision.hidden_size, vision.intermediate_size
+def encoder_layer(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of a layer, which CLIP's two encoders have in common."""
     for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
         yield from _linear(f"{prefix}.self_attn.{name}", hidden, hidden)
-    yield from _norm(f"{prefix}.layer_norm1", hidden)
+    yield from norm(f"{prefix}.layer_norm1", hidden)
     yield from _linear(f"{prefix}.mlp.fc1", inner, hidden)
     yield from _linear(f"{prefix}.mlp.fc2", hidden, inner)
-    yield from _norm(f"{prefix}.layer_norm2", hidden)
+    yield from norm(f"{prefix}.layer_norm2", hidden)
 
 
 def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, Shape]]:
@@ -111,7 +111,8 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.bias", (rows,)
 
 
-def _norm(name: str, size: int) -> Iterator[tuple[str, Shape]]:
+def norm(name: str, size: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of a LayerNorm."""
     yield f"{name}.weight", (size,)
     yield f"{name}.bias", (size,)
 

@@ -167,6 +167,8 @@ class Expectation:
         Names whose source may have another number of rows (dim 0) than the final shape, and what happens then.
     tied
         Names that are not written although a source may have them, with the name they are tied to.
+    left_out
+        Prefixes of names that rules may make and that are not part of this directory, with the reason.
     side_files
         config.json, tokenizer files and so on.
     components
@@ -185,6 +187,7 @@ class Expectation:
     tensors: Mapping[str, Shape]
     resized: Mapping[str, Resize] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
     components: tuple[Component, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -36,8 +36,10 @@ PAD_TOKEN = "<pad>"
 _ROW_MULTIPLE = 64
 
 OPTIONS = {
-    "names": "`legacy` (what every transformers from 4.36 on loads), `4.52` or `5.6`: the names that a model has in "
-    "memory from that version on, which earlier ones do not load"
+    "names": "`legacy` (what every transformers from 4.36 on loads), `4.52` or `5.6`: the names that a model has "
+    "in memory from that version on, which earlier ones do not load",
+    "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source "
+    "is a Hugging Face LLaVA, whose tokens and rows stay as they are",
 }
 
 
@@ -124,7 +126,7 @@ class Model:
     vision: VisionBase
     wiring: Wiring
     tokens: TokenizerFiles
-    pad_token: str
+    pad_id: int | None
     rows: Rows
 
 
@@ -160,9 +162,9 @@ def read_model(request: Request, kind: Kind) -> Model:
     text, vision = read_both(players, request)
     wiring = wire(players.facts, players.trained, text.whole)
     raise_all(_two_layers(wiring, players))
-    tokens, pad = _tokens(request, text, kind)
+    tokens, pad_id = _tokens(request, text, kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
-    return Model(kind, names, players, text, vision, wiring, tokens, pad, counted)
+    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted)
 
 
 def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
@@ -179,8 +181,10 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
     return [problem]
 
 
-def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFiles, str]:
+def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFiles, int | None]:
     """Returns the tokenizer with the tokens that a LLaVA needs, after those that the mapping asks for."""
+    if choice(request, "vocabulary", ("extend", "keep")) == "keep":
+        return _kept_tokens(request, text)
     wanted = request.vocabulary
     pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN
     asked = wanted.tokens if wanted else ()
@@ -194,7 +198,24 @@ def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFile
         default_class=text.architecture.tokenizer_class,
         processor_class=kind.processor_class,
     )
-    return files, pad
+    return files, files.ids[pad]
+
+
+def _kept_tokens(request: Request, text: TextBase) -> tuple[TokenizerFiles, int | None]:
+    """Returns the tokenizer of a LLaVA as it is, with the ids that its config.json states."""
+    image = text.whole.get("image_token_index", text.whole.get("image_token_id"))
+    pad = text.whole.get("pad_token_id", text.config.get("pad_token_id"))
+    if not isinstance(image, int) or isinstance(image, bool):
+        raise TargetError(
+            "bad-option",
+            "`vocabulary: keep` needs a text source that is a Hugging Face LLaVA",
+            where=request.where,
+            found=f"no image_token_index in {text.where}",
+            expected="`image_token_index` in its config.json",
+            hint="vocabulary: extend",
+        )
+    files = TokenizerFiles({IMAGE_TOKEN: image}, tokenizer.copies(text.catalog.side_files))
+    return files, pad if isinstance(pad, int) else None
 
 
 # ---- names and shapes
@@ -211,7 +232,7 @@ def assemble(
         tied={names.head: names.embedding} if tied else {},
         side_files=(
             SideFile("config.json", (dump(config),)),
-            generation_config(model.text, request, {"pad_token_id": model.tokens.ids[model.pad_token]}),
+            generation_config(model.text, request, _pad(model)),
             *model.tokens.files,
             *files,
         ),
@@ -262,7 +283,6 @@ def config_json(model: Model, request: Request) -> JsonObject:
         "image_token_index": model.tokens.ids[IMAGE_TOKEN],
         "model_type": model.kind.model_type,
         "multimodal_projector_bias": wiring.bias,
-        "pad_token_id": model.tokens.ids[model.pad_token],
         "projector_hidden_act": wiring.activation,
         "text_config": llama.text_config(text.config, text.architecture, model.rows.count, text_dtype, text.where),
         "tie_word_embeddings": text.architecture.tied,
@@ -270,7 +290,11 @@ def config_json(model: Model, request: Request) -> JsonObject:
         "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,
         "vision_feature_select_strategy": wiring.strategy,
     }
-    return config | ({"torch_dtype": text_dtype} if text_dtype else {})
+    return config | _pad(model) | ({"torch_dtype": text_dtype} if text_dtype else {})
+
+
+def _pad(model: Model) -> JsonObject:
+    return {} if model.pad_id is None else {"pad_token_id": model.pad_id}
 
 
 def generation_config(text: TextBase, request: Request, changes: Mapping[str, object]) -> SideFile:

@@ -15,6 +15,11 @@ _PREFIXES = (
 )  # fmt: skip
 
 
+def is_model_file(name: str) -> bool:
+    """Whether loaders look for a file of this name beside the weights."""
+    return name.startswith(_PREFIXES)
+
+
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
     """Returns the expectation that every name, aliases included, arrives with its shape.
 
@@ -24,7 +29,7 @@ def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Ex
     sides = [
         SideFile(name, (_with_dtype(read(extent), dtype),) if name == "config.json" and dtype else (extent,))
         for name, extent in catalog.side_files.items()
-        if name.startswith(_PREFIXES)
+        if is_model_file(name)
     ]
     return Expectation(tensors, side_files=tuple(sides))
 

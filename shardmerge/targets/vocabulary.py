@@ -6,11 +6,15 @@ defect of converted models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
+from shardmerge.targets import tokenizer
 from shardmerge.targets.expectation import Request, Resize
+from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.tokenizer import TokenizerFiles
+from shardmerge.tensors import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,27 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
         count = _round_up(max(needed, vocab_size), wanted.multiple)
     _check(request, count, needed, vocab_size)
     return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
+
+
+def tokenizer_files(request: Request, side_files: Mapping[str, Extent], text: TextArchitecture) -> TokenizerFiles:
+    """Returns a language model's tokenizer as it is, or with the tokens that the mapping adds.
+
+    Raises
+    ------
+    TargetError
+        ``bad-tokenizer-json``, ``bad-json``, ``side-file-too-large``.
+    """
+    wanted = request.vocabulary
+    if wanted is None or not wanted.tokens:
+        return TokenizerFiles({}, tokenizer.copies(side_files))
+    return tokenizer.add_tokens(
+        side_files,
+        request.read,
+        wanted.tokens,
+        pad_token=wanted.pad,
+        vocab_size=text.vocab_size,
+        default_class=text.tokenizer_class,
+    )
 
 
 def _round_up(count: int, multiple: int) -> int:

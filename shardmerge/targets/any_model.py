@@ -1,0 +1,112 @@
+"""The target ``hf/model``: a Hugging Face directory of an architecture that is not known here.
+
+Names and shapes are whatever the rules make; config and tokenizer are the source's own, with type and vocabulary
+brought up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardmerge.errors import TargetError
+from shardmerge.targets import plain, tokenizer
+from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
+from shardmerge.targets.expectation import Expectation, Request, SideFile, Target
+from shardmerge.targets.tokenizer import TokenizerFiles
+from shardmerge.targets.vocabulary import rows
+from shardmerge.tensors import Catalog, Shape
+
+# How transformers calls embeddings and heads over the vocabulary, by the end of their names.
+_VOCABULARY = (
+    "embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+    "embed_out.weight", "tok_embeddings.weight", "lm_head.bias",
+)  # fmt: skip
+
+
+def expect(request: Request) -> Expectation:
+    """Returns what is known of the finished directory: its files, and the tensors that a vocabulary resizes.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``, ``bad-json``, ``odd-config``, ``vocabulary-rows``, or what the tokenizer's files raise.
+    """
+    name = request.roles.get("text", "text")
+    catalog = request.catalogs.get(name)
+    if catalog is None or "config.json" not in catalog.side_files:
+        raise TargetError(
+            "missing-source",
+            f"no source has a config.json to copy, and `{name}` should",
+            where=catalog.path if catalog else request.where,
+            expected=f"a source named `{name}` with config.json",
+        )
+    config = load_object(catalog.side_files["config.json"], request.read)
+    if request.dtype:
+        config["dtype" if "dtype" in config else "torch_dtype"] = request.dtype.torch
+    if request.vocabulary is None:
+        files = tuple(SideFile(each, (extent,)) for each, extent in catalog.side_files.items() if _is_copied(each))
+        changed = {"config.json": SideFile("config.json", (dump(config, sort=False),))} if request.dtype else {}
+        return Expectation({}, side_files=tuple(changed.get(file.name, file) for file in files), open=True)
+    return _resized(request, catalog, config)
+
+
+def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectation:
+    """Returns the expectation with a vocabulary: config, tokenizer, embedding and head change together."""
+    where = catalog.side_files["config.json"].file
+    nested = config.get("text_config")
+    part = nested if "vocab_size" not in config and isinstance(nested, dict) else config
+    size = dimension(part, "vocab_size", 0, where)
+    tokens = _tokens(request, catalog, size)
+    counted = rows(request, size, tokens.ids.values())
+    part["vocab_size"] = counted.count
+    tensors = {name: (counted.count, *shape[1:]) for name, shape in _over_vocabulary(catalog, size)}
+    if not tensors:
+        raise TargetError(
+            "no-vocabulary",
+            "none of the source's tensors is known as an embedding or head over the vocabulary",
+            where=catalog.path,
+            found=f"no name that ends in {', '.join(_VOCABULARY[:4])}, ... with {size} rows",
+            hint="leave `vocabulary:` out, and write rules with `op: resize` for these tensors",
+        )
+    made = (SideFile("config.json", (dump(config, sort=False),)), *tokens.files)
+    names = {file.name for file in made}
+    rest = (
+        SideFile(name, (extent,))
+        for name, extent in catalog.side_files.items()
+        if _is_copied(name) and name not in names
+    )
+    return Expectation(tensors, resized=counted.resized(tensors), side_files=(*made, *rest), open=True)
+
+
+def _is_copied(name: str) -> bool:
+    return plain.is_model_file(name)
+
+
+def _tokens(request: Request, catalog: Catalog, size: int) -> TokenizerFiles:
+    wanted = request.vocabulary
+    if wanted is None or not wanted.tokens:
+        return TokenizerFiles({}, ())
+    return tokenizer.add_tokens(
+        catalog.side_files,
+        request.read,
+        wanted.tokens,
+        vocab_size=size,
+        default_class="PreTrainedTokenizerFast",
+        pad_token=wanted.pad,
+    )
+
+
+def _over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]:
+    for name in catalog.names():
+        shape = catalog[name].shape
+        if name.endswith(_VOCABULARY) and shape and shape[0] == size:
+            yield name, shape
+
+
+TARGET = Target(
+    name="hf/model",
+    about="A Hugging Face directory of any architecture: names and shapes as the rules make them, not checked.",
+    roles={"text": "the source whose config.json and tokenizer files are copied"},
+    options={},
+    expect=expect,
+)

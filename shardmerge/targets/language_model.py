@@ -1,0 +1,107 @@
+"""The target ``hf/llama``: a directory that ``AutoModelForCausalLM.from_pretrained`` loads, of the LLaMA layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardmerge.targets import llama
+from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
+from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.options import choice, count
+from shardmerge.targets.text_sources import TextSource, read_text_source
+from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+_MAX_CONTEXT = 1 << 26
+
+
+def expect(request: Request) -> Expectation:
+    """Returns what the finished directory must hold.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``, ``bad-yaml``, ``bad-option``,
+        ``vocabulary-rows``, or what the tokenizer's files raise.
+    """
+    text = _tied_or_not(request, read_text_source(request))
+    tokens_of = request.catalogs.get(request.roles.get("tokenizer", "tokenizer"), text.catalog)
+    side_files = tokens_of.side_files
+    warnings = text.warnings
+    if text.kind == "meta" and "tokenizer.json" not in side_files and "tokenizer.model" in side_files:
+        tiktoken = not request.read(side_files["tokenizer.model"].slice(0, 1)).startswith(b"\n")
+        if tiktoken:
+            side_files = {name: extent for name, extent in side_files.items() if name != "tokenizer.model"}
+            warnings = (*warnings, _tiktoken_warning(tokens_of.path))
+    tokens = tokenizer_files(request, side_files, text.architecture)
+    counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
+    tied = text.architecture.tied
+    return Expectation(
+        tensors=dict(llama.expected(text.architecture, counted.count)),
+        resized=counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),
+        tied={HEAD: EMBEDDING} if tied else {},
+        side_files=(
+            SideFile("config.json", (dump(_config(request, text, counted)),)),
+            *_generation_config(request, text),
+            *tokens.files,
+        ),
+        components=(Component("model.", "", f"Check that {text.where} describes these weights"),),
+        warnings=warnings,
+    )
+
+
+def _tied_or_not(request: Request, text: TextSource) -> TextSource:
+    asked = choice(request, "tie", ("keep", "true", "false"))
+    tied = text.architecture.tied if asked == "keep" else asked == "true"
+    return replace(text, architecture=replace(text.architecture, tied=tied))
+
+
+def _config(request: Request, text: TextSource, counted: Rows) -> JsonObject:
+    dtype = request.dtype.torch if request.dtype else stored_dtype(text.config) or _stored(text)
+    config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
+    context = count(request, "context", 0, most=_MAX_CONTEXT)
+    if context:
+        config["max_position_embeddings"] = context
+    return config | {"architectures": [CLASSES[text.architecture.model_type]]}
+
+
+def _stored(text: TextSource) -> str:
+    """Returns the type of the weights, where they all have one."""
+    types = {entry.dtype.torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
+    return types.pop() if len(types) == 1 else ""
+
+
+def _generation_config(request: Request, text: TextSource) -> tuple[SideFile, ...]:
+    extent = text.catalog.side_files.get("generation_config.json")
+    if extent is not None:
+        config = load_object(extent, request.read)
+        config.pop("_from_model_config", None)  # lets transformers replace the file by what config.json says
+    else:
+        stated = {key: text.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = {key: value for key, value in stated.items() if value is not None}
+    return (SideFile("generation_config.json", (dump(config),)),) if config else ()
+
+
+def _tiktoken_warning(path: str) -> str:
+    return (
+        f"{path}/tokenizer.model is LLaMA 3's own kind of file, which transformers does not load, and is not copied. "
+        "Name a source with the tokenizer.json of the same model: `tokenizer: <directory>`"
+    )
+
+
+TARGET = Target(
+    name="hf/llama",
+    about="A language model of the LLaMA layout for transformers: LLaMA, Mistral, Qwen2, or a Phi-3 split to it.",
+    roles={
+        "text": "what describes it: config.json, Meta's params.json, litgpt's model_config.yaml, Megatron's args",
+        "tokenizer": "the source with the tokenizer's files, where it is another",
+    },
+    options={
+        "context": "`max_position_embeddings`, where the description does not say it (Meta's does not)",
+        "tie": "`keep`; `true`: the head is the embedding and is not written; `false`: it is written",
+    },
+    expect=expect,
+)

@@ -1,0 +1,248 @@
+"""The target ``xtuner/llava``: the tree that XTuner's ``--save-format xtuner`` writes, one directory for each part.
+
+What was trained is there and nothing else: the language model at the top or ``llm_adapter/``, ``visual_encoder/`` or
+``visual_encoder_adapter/``, and always ``projector/``. Which, is read from the names in the checkpoint. A target name
+has the part's directory in front: ``projector/model.0.weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.targets import clip, llama, peft_adapter, projector_code
+from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
+from shardmerge.targets.bases import (
+    ROLES,
+    Cast,
+    cast,
+    missing_sources,
+    quantized_warnings,
+    read_text,
+    read_vision,
+)
+from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, SideFile, Target
+from shardmerge.targets.llava import generation_config
+from shardmerge.targets.options import choice, number
+from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
+from shardmerge.targets.vocabulary import rows, tokenizer_files
+from shardmerge.targets.wiring import wire
+from shardmerge.tensors import Catalog, Shape
+
+LLM_ADAPTER, ENCODER, ENCODER_ADAPTER, PROJECTOR = (
+    "llm_adapter",
+    "visual_encoder",
+    "visual_encoder_adapter",
+    "projector",
+)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+_Form: TypeAlias = Literal["whole", "adapter", "absent"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A directory of the tree: its tensors under their target names, its files, its place among the groups."""
+
+    folder: str
+    tensors: dict[str, Shape]
+    files: tuple[SideFile, ...]
+    stem: str = "model"
+    resized: tuple[tuple[str, Resize], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> FileGroup:
+        prefix = f"{self.folder}/" if self.folder else ""
+        return FileGroup(prefix, self.folder, self.stem, sharded=self.stem == "model")
+
+
+def expect(request: Request) -> Expectation:
+    """Returns what the finished tree must hold.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``, ``no-projector``, ``adapter-alpha``, ``unsupported-architecture``, ``odd-config``,
+        ``bad-option``, ``vocabulary-rows``; all of one stage together.
+    """
+    players = cast(request, "", f"{ENCODER}/")
+    trained = players.trained
+    if trained is None:
+        raise TargetError(
+            "missing-source",
+            "the mapping has no source for the checkpoint of the training",
+            where=request.where,
+            expected=f"a source named `{players.trained_name}`",
+        )
+    forms = _forms(request, trained)
+    raise_all(_missing(players, request, forms))
+    branches = [
+        *_encoder(request, players, trained, forms[1]),
+        _projector(request, players, trained),
+        # Last, because the prefix of a language model at the top is the empty one.
+        *_language_model(request, players, trained, forms[0]),
+    ]
+    return _joined(branches, players)
+
+
+def _forms(request: Request, trained: Catalog) -> tuple[_Form, _Form]:
+    if choice(request, "parts", ("auto", "all")) == "all":
+        return "whole", "whole"
+    return _form(trained, "llm."), _form(trained, "visual_encoder.")
+
+
+def _form(trained: Catalog, prefix: str) -> _Form:
+    names = [name for name in trained.names() if name.startswith(prefix)]
+    if not names:
+        return "absent"
+    return "adapter" if is_adapter(names) else "whole"
+
+
+def _missing(players: Cast, request: Request, forms: tuple[_Form, _Form]) -> list[ShardmergeError]:
+    parts = zip((players.text, players.vision), forms, strict=True)
+    return missing_sources([part for part, form in parts if form == "whole"], request.catalogs)
+
+
+def _joined(branches: list[_Branch], players: Cast) -> Expectation:
+    prefixed = [(f"{branch.folder}/" if branch.folder else "", branch) for branch in branches]
+    remedy = f"Check that `{players.trained_name}` is the checkpoint of the training"
+    return Expectation(
+        tensors={prefix + name: shape for prefix, branch in prefixed for name, shape in branch.tensors.items()},
+        resized={name: resize for branch in branches for name, resize in branch.resized},
+        tied={name: owner for branch in branches for name, owner in branch.tied},
+        side_files=tuple(
+            SideFile(prefix + file.name, file.parts) for prefix, branch in prefixed for file in branch.files
+        ),
+        components=tuple(Component(branch.group.prefix, "", remedy) for branch in branches),
+        warnings=tuple(warning for branch in branches for warning in branch.warnings),
+        groups=tuple(branch.group for branch in branches),
+    )
+
+
+# ---- whole parts
+
+
+def _language_model(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
+    if form == "adapter":
+        yield _adapter(request, players, trained, LLM_ADAPTER)
+    if form != "whole":
+        return
+    text = read_text(request.catalogs[players.text.source], request.read)
+    tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
+    counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
+    dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
+    config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
+    config |= {"architectures": [_CLASSES[text.architecture.model_type]]}
+    tied = text.architecture.tied
+    yield _Branch(
+        "",
+        dict(llama.expected(text.architecture, counted.count)),
+        (SideFile("config.json", (dump(config),)), generation_config(text, request, {}), *tokens.files),
+        resized=tuple(counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]).items()),
+        tied=((HEAD, EMBEDDING),) if tied else (),
+        warnings=quantized_warnings(text, None),
+    )
+
+
+def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
+    if form == "adapter":
+        yield _adapter(request, players, trained, ENCODER_ADAPTER)
+    if form != "whole":
+        return
+    vision = read_vision(players.vision, request.catalogs, request.read)
+    dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
+    config = clip.vision_config(vision.config, dtype) | {"architectures": ["CLIPVisionModel"]}
+    images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
+    files = (SideFile("config.json", (dump(config),)), SideFile("preprocessor_config.json", (dump(images),)))
+    yield _Branch(ENCODER, dict(clip.expected(vision.architecture)), files, warnings=warnings)
+
+
+# ---- adapters and the projector
+
+
+def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> _Branch:
+    part, lora, option, task, prefix = (
+        (players.text, players.facts.llm_lora, "llm_alpha", "CAUSAL_LM", "llm.")
+        if folder == LLM_ADAPTER
+        else (players.vision, players.facts.visual_encoder_lora, "vision_alpha", "", "visual_encoder.")
+    )
+    tensors = peft_adapter.adapter_tensors(trained, prefix)
+    stated = number(request, option)
+    facts = AdapterFacts(
+        alpha=lora.alpha if stated is None and lora else stated,
+        use_rslora=lora.use_rslora if lora else False,
+        base=part.path,
+        task_type=task,
+        alpha_pattern=lora.alpha_pattern if lora else {},
+        fan_in_fan_out=lora.fan_in_fan_out if lora else False,
+    )
+    config = peft_adapter.adapter_config(tensors, facts, trained.path)
+    return _Branch(folder, tensors, (SideFile(peft_adapter.CONFIG, (dump(config),)),), peft_adapter.STEM)
+
+
+def _projector(request: Request, players: Cast, trained: Catalog) -> _Branch:
+    wiring = wire(players.facts, trained, {})
+    hidden, columns = _widths(request, trained)
+    depth = wiring.depth or 2
+    tensors: dict[str, Shape] = {}
+    for index in range(depth):
+        tensors[f"model.{2 * index}.weight"] = (hidden, hidden if index else columns)
+        tensors[f"model.{2 * index}.bias"] = (hidden,)
+    dtype = request.dtype.torch if request.dtype else _projector_dtype(trained)
+    config: JsonObject = {
+        "architectures": ["ProjectorModel"],
+        "auto_map": projector_code.AUTO_MAP,
+        "bias": True,
+        "depth": depth,
+        "hidden_act": "gelu",
+        "llm_hidden_size": hidden,
+        "model_type": "projector",
+        "visual_hidden_size": columns,
+    }
+    config |= {"torch_dtype": dtype} if dtype else {}
+    code = (SideFile(name, (text,)) for name, text in projector_code.FILES.items())
+    return _Branch(PROJECTOR, tensors, (SideFile("config.json", (dump(config),)), *code))
+
+
+_FIRST = ("projector.model.0.weight", "multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight")
+
+
+def _widths(request: Request, trained: Catalog) -> tuple[int, int]:
+    """Returns the widths of language model and encoder, as the trained projector's first layer has them."""
+    for name in _FIRST:
+        if name in trained and len(trained[name].shape) == 2:
+            return trained[name].shape[0], trained[name].shape[1]
+    raise TargetError(
+        "no-projector",
+        "the checkpoint has no projector, which XTuner saves with every LLaVA",
+        where=trained.path,
+        expected=" or ".join(_FIRST),
+        hint=f"check what it holds: `shardmerge inspect {trained.path}`",
+    )
+
+
+def _projector_dtype(trained: Catalog) -> str:
+    return next(trained[name].dtype.torch for name in _FIRST if name in trained)
+
+
+TARGET = Target(
+    name="xtuner/llava",
+    about="XTuner's own tree: the trained language model or its adapter, encoder or its adapter, and projector.",
+    roles=ROLES
+    | {
+        "text": f"{ROLES['text']}; needed only where the language model was trained whole",
+        "vision": f"{ROLES['vision']}; needed only where the encoder was trained whole",
+    },
+    options={
+        "parts": "`auto`: those that the checkpoint has; `all`: language model and encoder whole, whatever was trained",
+        "llm_alpha": "`lora_alpha` of the language model's adapter, where the training config does not say it",
+        "vision_alpha": "`lora_alpha` of the encoder's adapter, where the training config does not say it",
+    },
+    expect=expect,
+)

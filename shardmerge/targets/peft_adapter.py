@@ -1,0 +1,260 @@
+"""The target ``peft/adapter``: the trained tensors of an adapter as a directory that peft loads.
+
+File names, keys and fields follow peft 0.11 to 0.21 (``get_peft_model_state_dict``, ``LoraConfig``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shardmerge.errors import TargetError
+from shardmerge.targets.architectures import JsonObject, dump, load_object
+from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
+from shardmerge.targets.options import number, switch
+from shardmerge.tensors import Catalog, Shape
+
+ROOT = "base_model.model."
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+
+# ...q_proj.lora_A.default.weight and its kin: the module, the kind, the adapter's name where the key has one.
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
+)
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
+# What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
+_BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What the weights of an adapter do not say.
+
+    Attributes
+    ----------
+    alpha
+        ``lora_alpha``; ``None`` where nobody says.
+    use_rslora
+        The scale is ``alpha / sqrt(r)``, not ``alpha / r``.
+    base
+        Hub id or path of the model that it changes, ``""`` where nobody says.
+    task_type
+        peft's name of the task, ``""`` for none.
+    alpha_pattern
+        Other alphas, by the name of a module or a pattern of names.
+    fan_in_fan_out
+        The adapted weights are stored transposed, as in GPT-2.
+    """
+
+    alpha: float | None = None
+    use_rslora: bool = False
+    base: str = ""
+    task_type: str = ""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether any of these names is one of a LoRA adapter."""
+    return any(".lora_" in name for name in names)
+
+
+def saved_name(name: str) -> str:
+    """Returns the key that peft saves for a parameter of a wrapped model: without the adapter's name.
+
+    ``base_model.model.x.lora_A.default.weight`` is saved as ``base_model.model.x.lora_A.weight``, and a module of
+    ``modules_to_save`` under its plain name. A magnitude vector has no ``.weight``, whichever peft trained it.
+    """
+    if (match := _SAVED.fullmatch(name)) is not None:
+        return f"{match['module']}.{match['leaf']}"
+    if (match := _PART.fullmatch(name)) is not None:
+        leaf = "" if match["kind"] == "lora_magnitude_vector" else match["leaf"] or ""
+        return f"{match['module']}.{match['kind']}{leaf}"
+    return name
+
+
+def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
+    """Returns the keys and shapes that peft saves for an adapter.
+
+    Parameters
+    ----------
+    catalog
+        Of the training: the wrapped model's parameters, or keys as peft saves them.
+    prefix
+        What stands in front of ``base_model.model.``, e.g. ``llm.``.
+    """
+    start = prefix + ROOT
+    names = [name for name in catalog.names() if name.startswith(start) and not name.endswith(_BASE)]
+    return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
+
+
+def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str) -> JsonObject:
+    """Returns adapter_config.json: ranks, modules and kinds as the tensors say, the rest as ``facts`` say.
+
+    Raises
+    ------
+    TargetError
+        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA.
+    """
+    ranks = _ranks(tensors)
+    if not ranks:
+        raise TargetError("no-adapter", "the checkpoint has no tensor of a LoRA adapter", where=where)
+    if facts.alpha is None:
+        raise TargetError(
+            "adapter-alpha",
+            "nobody says the adapter's alpha, and its weights cannot tell",
+            where=where,
+            expected="`lora_alpha` in the training config or in adapter_config.json",
+            hint="set the target's option, e.g. `alpha: 16`",
+        )
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    odd = {module: found for module, found in ranks.items() if found != rank}
+    return {
+        "alpha_pattern": dict(facts.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": facts.base or None,
+        "bias": _bias(tensors, ranks),
+        "fan_in_fan_out": facts.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(facts.alpha) if facts.alpha == int(facts.alpha) else facts.alpha,
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
+        "lora_dropout": 0.0,
+        "modules_to_save": _whole_modules(tensors) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": odd,
+        "revision": None,
+        "target_modules": _targets(ranks),
+        "task_type": facts.task_type or None,
+        "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
+        "use_rslora": facts.use_rslora,
+    }
+
+
+def _ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
+    """Returns the rank of each adapted module. A is [r, in] for a linear layer, and for an embedding [r, rows]."""
+    ranks: dict[str, int] = {}
+    for name, shape in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is not None and match["kind"] in ("lora_A", "lora_embedding_A") and shape:
+            ranks[match["module"].removeprefix(ROOT)] = shape[0]
+    return ranks
+
+
+def _targets(ranks: Mapping[str, int]) -> list[str]:
+    """Returns ``target_modules``: last names where each is adapted in every layer, else whole names.
+
+    peft takes a last name for every module that ends so, and an untrained adapter there would be news to the user.
+    """
+    layers: dict[str, set[int]] = {}
+    for module in ranks:
+        numbers = [int(part) for part in module.split(".") if part.isdecimal()]
+        layers.setdefault(re.sub(r"\d+", "#", module), set()).update(numbers[:1])
+    everywhere = [numbers for numbers in layers.values() if numbers]
+    count = max((len(numbers) for numbers in everywhere), default=0)
+    if all(numbers == set(range(count)) for numbers in everywhere):
+        return sorted({module.rsplit(".", 1)[-1] for module in ranks})
+    return sorted(ranks)
+
+
+def _plain(tensors: Mapping[str, Shape]) -> list[str]:
+    """Returns the names of trained tensors that are not LoRA's, without the root."""
+    return [name.removeprefix(ROOT) for name in tensors if ".lora_" not in name]
+
+
+def _bias(tensors: Mapping[str, Shape], ranks: Mapping[str, int]) -> str:
+    """Returns peft's ``bias``: which of the base's own biases were trained."""
+    whole = set(_whole_modules(tensors))
+    biased = {name.rsplit(".", 1)[0] for name in _plain(tensors) if name.endswith(".bias")}
+    modules = {module.removesuffix(".base_layer") for module in biased if module.rsplit(".", 1)[-1] not in whole}
+    if not modules:
+        return "none"
+    return "lora_only" if modules <= set(ranks) else "all"
+
+
+def _whole_modules(tensors: Mapping[str, Shape]) -> list[str]:
+    """Returns the last names of modules that were trained whole."""
+    return sorted(
+        {name.rsplit(".", 2)[-2] for name in _plain(tensors) if name.endswith(".weight") and "." in name[:-7]}
+    )
+
+
+# ---- the target
+
+
+def expect(request: Request) -> Expectation:
+    """Returns what the adapter's directory must hold.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``, ``no-adapter``, ``adapter-alpha``, ``bad-option``, ``bad-json``.
+    """
+    source = request.roles.get("trained", "trained")
+    catalog = request.catalogs.get(source)
+    if catalog is None:
+        raise TargetError(
+            "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
+        )
+    tensors = adapter_tensors(catalog, _prefix(request, catalog))
+    config = _config(request, catalog, tensors)
+    return Expectation(
+        tensors=tensors,
+        side_files=(SideFile(CONFIG, (dump(config),)),),
+        groups=(FileGroup(stem=STEM, sharded=False),),
+    )
+
+
+def _prefix(request: Request, catalog: Catalog) -> str:
+    """Returns what stands in front of the adapter's names: as said, else what the names themselves have there."""
+    stated = request.options.get("under")
+    if stated is not None:
+        return stated if not stated or stated.endswith(".") else f"{stated}."
+    found = {name.split(ROOT, 1)[0] for name in catalog.names() if ".lora_" in name and ROOT in name}
+    if len(found) > 1:
+        raise TargetError(
+            "no-adapter",
+            "the checkpoint has more than one adapter",
+            where=catalog.path,
+            found=", ".join(sorted(repr(prefix) for prefix in found)),
+            hint=f"set the target's option, e.g. `under: {min(found)}`",
+        )
+    return next(iter(found), "")
+
+
+def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
+    """Returns adapter_config.json: the source's own where it has one, with the options over it."""
+    own = load_object(catalog.side_files[CONFIG], request.read) if CONFIG in catalog.side_files else {}
+    stated = number(request, "alpha")
+    alpha = own.get("lora_alpha") if stated is None else stated
+    base = own.get("base_model_name_or_path")
+    task = own.get("task_type")
+    facts = AdapterFacts(
+        alpha=float(alpha) if isinstance(alpha, int | float) else None,
+        use_rslora=switch(request, "rslora", default=own.get("use_rslora") is True),
+        base=request.options.get("base", base if isinstance(base, str) else ""),
+        task_type=request.options.get("task_type", task if isinstance(task, str) else ""),
+    )
+    made = adapter_config(tensors, facts, catalog.path)
+    changed = {key: made[key] for key in ("base_model_name_or_path", "lora_alpha", "task_type", "use_rslora")}
+    return made | own | changed if own else made
+
+
+TARGET = Target(
+    name="peft/adapter",
+    about="A LoRA adapter for peft: adapter_model and adapter_config.json.",
+    roles={"trained": "the checkpoint with the adapter's tensors"},
+    options={
+        "alpha": "`lora_alpha`, where the source has no adapter_config.json that says it",
+        "base": "`base_model_name_or_path`: hub id or path of the model that the adapter changes",
+        "rslora": "`true` where the scale is alpha / sqrt(r)",
+        "task_type": "peft's name of the task, e.g. `CAUSAL_LM`",
+        "under": "what stands in front of `base_model.model.`, e.g. `llm.`, where there is more than one adapter",
+    },
+    expect=expect,
+)

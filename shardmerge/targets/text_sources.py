@@ -1,0 +1,123 @@
+"""The config of a language model, from whichever file or facts its source has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import yaml
+
+from shardmerge.errors import TargetError
+from shardmerge.targets import foreign_configs, llama, official_config
+from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.expectation import ReadSideFile, Request
+from shardmerge.targets.llama import TextArchitecture
+from shardmerge.tensors import Catalog, Extent
+
+_PARAMS, _LITGPT = "params.json", "model_config.yaml"
+_MAX_YAML_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """A language model, described.
+
+    Attributes
+    ----------
+    catalog
+        The source.
+    config
+        As transformers would have it.
+    architecture
+        Its sizes.
+    where
+        The file that says so.
+    kind
+        Whose description it is: ``hf``, ``meta``, ``litgpt``, ``megatron``.
+    warnings
+        What the description cannot carry over.
+    """
+
+    catalog: Catalog
+    config: JsonObject
+    architecture: TextArchitecture
+    where: str
+    kind: str
+    warnings: tuple[str, ...] = ()
+
+
+def read_text_source(request: Request, default: str = "text") -> TextSource:
+    """Returns the source that plays ``text``, or, where the mapping lacks it, the only one that describes itself.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``, ``bad-json``, ``bad-yaml``, ``unsupported-architecture``, ``odd-config``.
+    """
+    name = request.roles.get("text", default)
+    catalog = request.catalogs.get(name)
+    if catalog is None:
+        able = [each for each in request.catalogs.values() if _describes(each)]
+        catalog = able[0] if len(able) == 1 else None
+    if catalog is None or not _describes(catalog):
+        raise TargetError(
+            "missing-source",
+            f"no source says what the language model is, and `{name}` should",
+            where=catalog.path if catalog else request.where,
+            expected=f"a source `{name}` with config.json, {_PARAMS}, {_LITGPT} or Megatron's args",
+        )
+    return _read(catalog, request.read)
+
+
+def _describes(catalog: Catalog) -> bool:
+    files = catalog.side_files
+    return any(name in files for name in ("config.json", _PARAMS, _LITGPT)) or "num_layers" in catalog.facts
+
+
+def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
+    files = catalog.side_files
+    warnings: tuple[str, ...] = ()
+    if "config.json" in files:
+        kind, where = "hf", files["config.json"].file
+        config, warnings = _own(load_object(files["config.json"], read), where)
+    elif _PARAMS in files:
+        kind, where = "meta", files[_PARAMS].file
+        rows, tied = foreign_configs.meta_rows(catalog), foreign_configs.meta_is_tied(catalog)
+        config = foreign_configs.from_params(load_object(files[_PARAMS], read), rows, tied=tied, where=where)
+    elif _LITGPT in files:
+        kind, where = "litgpt", files[_LITGPT].file
+        config = foreign_configs.from_litgpt(_load_yaml(files[_LITGPT], read), where)
+    else:
+        kind, where = "megatron", catalog.path
+        config = foreign_configs.from_megatron(catalog.facts, where)
+    return TextSource(catalog, config, llama.read_architecture(config, where), where, kind, warnings)
+
+
+def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
+    """Returns the language model's config: the whole, or the part that a LLaVA has of it."""
+    nested = whole.get("text_config")
+    if official_config.is_official(whole):
+        return official_config.language_part(whole), ()
+    config = nested if isinstance(nested, dict) else whole
+    if config.get("model_type") == "phi3":
+        return foreign_configs.from_phi3(config, where)
+    if config.get("model_type") == "internlm2":
+        return foreign_configs.from_internlm2(config), ()
+    return config, ()
+
+
+def _load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
+    problem = "it is too large" if extent.nbytes > _MAX_YAML_BYTES else ""
+    value: object = None
+    if not problem:
+        try:
+            value = yaml.safe_load(read(extent))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            problem = str(error)[:200]
+    if not isinstance(value, dict):
+        raise TargetError(
+            "bad-yaml",
+            "a file beside the weights is not a YAML table",
+            where=extent.file,
+            found=problem or type(value).__name__,
+        )
+    return {str(key): item for key, item in value.items()}
