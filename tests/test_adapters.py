@@ -240,7 +240,9 @@ def bounds(before: State, model: PeftModel) -> dict[str, torch.Tensor]:
     return found
 
 
-def _grown(bound: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, module: nn.Module, *, turned: bool) -> torch.Tensor:
+def _grown(
+    bound: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, module: nn.Module, *, turned: bool
+) -> torch.Tensor:
     """DoRA multiplies by magnitude / norm. A norm of n squares is off by n/2 + 2 roundings at most, and by its terms."""
     magnitude = module.lora_magnitude_vector["default"].weight.double()
     scale = module.scaling["default"]
