@@ -1,11 +1,11 @@
 """Matrix products whose bits do not depend on how many threads the BLAS library takes.
 
-numpy hands ``@`` to a BLAS, mostly OpenBLAS, which cuts the product into as many parts as there are CPUs. Where it cuts
-decides in which order an element is summed up: measured with OpenBLAS 0.3.31, ``[32, 512] @ [512, 14336]`` had other
-bits with 1, 2, 3 and 8 threads. So a product is made by one thread; the engine's workers run side by side anyway, and
-together they were as fast (81 against 82 GFLOP/s with two workers on two cores). One thread also keeps the memory of a
-product what the plan says it is: every thread of the library packs its own part, on a node of 64 cores 64 times. The kernels of other kinds of CPU, and
-other BLAS libraries, may still differ in the last bit.
+numpy hands ``@`` to a BLAS, mostly OpenBLAS, which cuts the product into as many parts as there are CPUs. Where it
+cuts decides in which order an element is summed up: measured with OpenBLAS 0.3.31, ``[32, 512] @ [512, 14336]`` had
+other bits with 1, 2, 3 and 8 threads. So a product is made by one thread; the engine's workers run side by side
+anyway, and together they were as fast (81 against 82 GFLOP/s with two workers on two cores). One thread also keeps
+the memory of a product what the plan says it is: every thread of the library packs its own part, on a node of 64
+cores 64 times. The kernels of other kinds of CPU, and other BLAS libraries, may still differ in the last bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.linalg import _umath_linalg  # type: ignore[attr-defined]  # numpy's own library that is linked to the BLAS
+from numpy.linalg import _umath_linalg  # numpy's own library that is linked to the BLAS
 
 from shardmerge.ops.arrays import Array
 
