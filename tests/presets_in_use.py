@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ def use_preset(
     let: Mapping[str, float] | None = None,
     *,
     format: str = "safetensors",
+    drop: Sequence[str] = (),
 ) -> Path:
     """Runs a preset and returns ``out``."""
     mapping = {
@@ -33,6 +34,7 @@ def use_preset(
         "output": {"path": str(out), "format": format},
         "use": preset,
         **({"let": dict(let)} if let else {}),
+        **({"drop": list(drop)} if drop else {}),
     }
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)
