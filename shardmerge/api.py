@@ -24,6 +24,7 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, combine, list_presets, load_preset, read_preset
+from shardmerge.mapping.schema import mapping_schema, preset_schema
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
@@ -37,7 +38,8 @@ from shardmerge.verify import Difference, Verdict, compare, verify_directory, ve
 __all__ = [
     "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
     "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
-    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "verify", "write_new",
+    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "schema", "verify",
+    "write_new",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
@@ -334,6 +336,11 @@ def invert(mapping: str | Path, source: str = "") -> str:
     """
     spec = load_spec(Path(mapping))
     return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+
+
+def schema(*, preset: bool = False) -> dict[str, object]:
+    """Returns the JSON Schema (draft 2020-12) of mapping.yaml, or of a preset's file."""
+    return preset_schema() if preset else mapping_schema()
 
 
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:

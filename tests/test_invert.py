@@ -169,6 +169,30 @@ def test_sources_overlaid(tmp_path: Path) -> None:
         api.invert(tmp_path / "there.yaml", "bsae")
 
 
+def test_joined_of_two_sources(tmp_path: Path) -> None:
+    ours = {"x": torch.randn(2, 3)}
+    save_file(ours, tmp_path / "ours.safetensors")
+    save_file({"y": torch.randn(1, 3), "z": torch.randn(4, 3)}, tmp_path / "theirs.safetensors")
+    mapping = (
+        "shardmerge: 1\nsources: {a: ours.safetensors, b: theirs.safetensors}\noutput: {path: there}\ntensors:\n"
+        '  xy: {op: concat, of: ["a:x", "b:y"], sizes: [2, 1]}\n'
+        '  z0: {op: chunk, of: "b:z", chunks: 2, take: 0}\n  z1: {op: chunk, of: "b:z", chunks: 2, take: 1}\n'
+    )
+    after = there_and_back(tmp_path, mapping)
+    assert list(after) == ["x"]
+    assert torch.equal(after["x"], ours["x"])
+
+
+def test_a_lossy_first_candidate_is_not_passed_over() -> None:
+    text = (
+        "shardmerge: 1\nsources: {delta: d, base: b}\ntensors:\n"
+        '  "{x}": [{op: add_top_left, base: "base:{x}", of: "delta:{x}"}, "delta:{x}"]\n'
+    )
+    with pytest.raises(sm.ShardmergeError, match="`add_top_left` is lossy") as raised:
+        invert_spec(parse_spec(text, "m.yaml"))
+    assert raised.value.code == "no-inverse"
+
+
 def test_numbers_of_a_config_stay_with_it(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"hidden": 4}', "utf-8")

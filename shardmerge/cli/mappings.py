@@ -13,7 +13,7 @@ from shardmerge.cli.options import dumped, json_option, parsed, plan_options
 
 def add_commands(group: click.Group) -> None:
     """Puts the commands of this module on the group."""
-    for command in (explain, invert):
+    for command in (explain, invert, schema):
         group.add_command(command)
 
 
@@ -37,6 +37,13 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 def invert(mapping: str, source: str, out: str | None) -> None:
     """Write the mapping that leads back, or say which rules have no way back and why."""
     _write(api.invert(Path(mapping), source), out)
+
+
+@click.command()
+@click.option("--preset", is_flag=True, help="Of a preset's file instead.")
+def schema(preset: bool) -> None:
+    """Print the JSON Schema of mapping.yaml, for editors."""
+    click.echo(dumped(api.schema(preset=preset)))
 
 
 def _write(text: str, out: str | None) -> None:

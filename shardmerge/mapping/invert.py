@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
@@ -69,6 +69,8 @@ class _Back:
         Of the result: a source's template, and what it is made of.
     drops
         Made tensors that lead nowhere, with the reason.
+    others
+        Made tensors that lead to another source, some of them only in part.
     """
 
     source: str
@@ -76,6 +78,7 @@ class _Back:
     drops: dict[str, str] = field(default_factory=dict)
     parts: dict[str, _Parts] = field(default_factory=dict)
     problems: list[ShardmergeError] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, rule: Rule, why: str, hint: str = "") -> None:
         """Remembers a rule that has no way back."""
@@ -83,13 +86,11 @@ class _Back:
         self.problems.append(MappingError("no-inverse", what, where=str(rule.mark), hint=hint))
 
     def rule(self, rule: Rule) -> None:
-        """Undoes a rule: its first candidate that is of the source alone."""
-        own = [one for one in rule.candidates if all(r.source == self.source for r in references(one))]
+        """Undoes a rule: its first candidate that takes anything of the source."""
+        own = [one for one in rule.candidates if any(r.source == self.source for r in references(one))]
         if not own:
             others = sorted({r.source for one in rule.candidates for r in references(one)})
             self.drops[rule.target.text] = f"comes from {', '.join(others)}" if others else "made of nothing"
-        elif not any(True for _ in references(own[0])):
-            self.drops[rule.target.text] = "made of nothing"
         elif rule.target.formulas:
             why = "its name is computed of several numbers, which cannot be told apart again"
             self.refuse(rule, why)
@@ -99,7 +100,7 @@ class _Back:
     def undo(self, rule: Rule, term: Term, way: _Way) -> None:
         """Goes one step in: ``way`` makes what ``term`` stands for."""
         if isinstance(term, Reference):
-            self._arrive(rule, term.template, way)
+            self._arrive(rule, term, way)
         elif isinstance(term.kind.inverse, Mirror):
             self._mirror(rule, term, term.kind.inverse, way)
         elif isinstance(term.kind.inverse, Gathered):
@@ -109,7 +110,11 @@ class _Back:
         else:
             self.refuse(rule, f"`{term.kind.name}` is lossy: {term.kind.lossy or 'it forgets what it was made of'}")
 
-    def _arrive(self, rule: Rule, template: Template, way: _Way) -> None:
+    def _arrive(self, rule: Rule, reference: Reference, way: _Way) -> None:
+        template = reference.template
+        if reference.source != self.source:
+            self.others.update((name.text, reference.source) for name in _names(way))
+            return
         bound = set().union(*(name.captures for name in _names(way))) - set(_ranges(way))
         odd = bound ^ (set(template.captures) - set(_ranges(way)))
         if odd:
@@ -175,6 +180,8 @@ class _Back:
                 self.refuse(parts.rule, why, hint)
                 continue
             self._joined(parts.rule, parts.term, tuple(parts.found[i] for i in range(parts.number)))
+        used = {name.text for way in self.rules.values() for name in _names(way)}
+        self.drops |= {text: f"comes from {source}" for text, source in self.others.items() if text not in used}
 
     def _joined(self, rule: Rule, term: OpTerm, ways: tuple[_Way, ...]) -> None:
         assert isinstance(term.kind.inverse, Gathered)
@@ -211,7 +218,7 @@ class _Back:
         each = reference.template.collected
         text = reference.template.text.replace(f"{{{each}*}}", f"{{{each}}}")
         undone = _Undone(name, (way,), {**params, "take": each}, {each: number})
-        self._arrive(rule, Template.parse(text), undone)
+        self._arrive(rule, replace(reference, template=Template.parse(text)), undone)
 
 
 def invert_spec(spec: Spec, source: str = "") -> str:
@@ -357,6 +364,9 @@ def _remarks(spec: Spec) -> Iterator[str]:
         yield "# The mapping casts; what a narrower type has rounded stays rounded."
     if spec.vocabulary is not None:
         yield "# Rows that the mapping added to the vocabulary stay, and rows that it cut off are gone."
+    for source in spec.sources.values():
+        if source.strip:
+            yield f"# The names of {source.name} come back without {source.strip!r}."
     for adapter in spec.adapters:
         yield f"# An adapter of {adapter.source.source}, if there was one, stays merged into {adapter.onto.source}."
     for drop in spec.drops:

@@ -31,6 +31,8 @@ _SUFFIX = ".yaml"
 # What a preset may say.
 KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "drop")
 
+ROLE_KEYS = ("about", "required", "strip")
+
 
 @dataclass(frozen=True, slots=True)
 class PresetRole:
@@ -193,7 +195,7 @@ def _present(term: Term, spec: Spec) -> bool:
 
 def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
-        fields = reader.fields(reader.table(value, key.text), ("about", "required", "strip"))
+        fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")
         strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
         yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)
