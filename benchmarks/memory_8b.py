@@ -56,11 +56,11 @@ def main() -> None:
     for kind in given.kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="memory-8b-", dir=given.scratch) as name:
             folder = Path(name)
-            card = machine_card(folder, None, given.note)
+            seen = {**provenance(), "machine": machine_card(folder, None, given.note)}
             figures = measure_merge(kind, replace(LLAMA_3_8B, layers=given.layers), folder)
             shutil.rmtree(folder / "out")
         runs = json.loads(RESULT.read_text("utf-8"))["runs"] if RESULT.is_file() else {}
-        runs[kind] = {"about": ABOUT[kind], **figures, **provenance(), "machine": card}
+        runs[kind] = {"about": ABOUT[kind], **figures, **seen}
         RESULT.write_text(json.dumps({"schema": 1, "runs": runs}, indent=1) + "\n", "utf-8")
         print(kind, json.dumps(figures), flush=True)
 
