@@ -81,7 +81,7 @@ class Lora(Arithmetic):
         return inputs[0].read(0, rank * width).reshape(rank, width)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """In float64: B's rows, a panel of A, one product block with the base there; its masks; and what the BLAS keeps."""
+        """In float64: B's rows, a panel of A, one product block with the base there; masks; and the BLAS's own."""
         rank, width = inputs[0].shape
         rows, columns = _rows(count, width), min(width, BLOCK_COLUMNS)
         return 8 * rank * (rows + columns) + min(rows, BLOCK_ROWS) * columns * (8 + 8 + 3) + _OVERHEAD + PRODUCT_BYTES
