@@ -118,7 +118,9 @@ def load_preset(name: str) -> Preset:
 
 
 def combine(spec: Spec, preset: Preset) -> Spec:
-    """Returns the spec with the preset's rules, drops and target; a user's rule replaces the one of the same target.
+    """Returns the spec with the preset's rules, drops, adapters and target; a user's own replaces the preset's.
+
+    A rule replaces the one of the same target, an adapter the one that is taken from the same place.
 
     Raises
     ------
@@ -129,7 +131,13 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     own = {rule.target.text for rule in spec.rules}
     inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
     replaced = [rule.target.text for rule in preset.rules if rule.target.text in own]
-    adapters = (one for one in preset.adapters if {one.source.source, one.onto.source} <= set(spec.sources))
+    said = {(one.source.source, one.source.template.text) for one in spec.adapters}
+    adapters = (
+        one
+        for one in preset.adapters
+        if {one.source.source, one.onto.source} <= set(spec.sources)
+        and (one.source.source, one.source.template.text) not in said
+    )
     return replace(
         spec,
         target=spec.target or _with_present(preset.target, spec),

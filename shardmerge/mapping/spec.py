@@ -39,7 +39,9 @@ class SourceSpec:
     root
         Dotted path of the state dict inside a torch file; empty to find it.
     strip
-        Taken off the front of every name, if every name has it: ``module.`` of DistributedDataParallel.
+        Taken off the front of every name: ``module.`` of DistributedDataParallel.
+    strip_required
+        Whether every name must have it; a preset's ``strip`` is taken off only if all have.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SourceSpec:
     root: str = ""
     mark: Mark = _NOWHERE
     strip: str = ""
+    strip_required: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,7 +562,15 @@ class Reader:
     def adapters(self, node: Node, known: frozenset[str] | None, *, optional: bool = False) -> tuple[AdapterSpec, ...]:
         """Reads ``adapters:``, a list of ``{from: source, onto: source}``."""
         found = (self._adapter(item, known, optional=optional) for item in self._list(node, "adapters"))
-        return tuple(adapter for adapter in found if adapter is not None)
+        adapters = tuple(adapter for adapter in found if adapter is not None)
+        seen: dict[tuple[str, ...], Mark] = {}
+        for one in adapters:
+            key = (one.source.source, one.source.template.text, one.onto.source, one.settings.get("name", ""))
+            if key in seen:
+                what = f"the adapter `{one.source.source}` is merged into `{one.onto.source}` twice"
+                self.add("adapter-twice", what, one.mark, f"remove one of the two; the other is at {seen[key]}")
+            seen[key] = one.mark
+        return adapters
 
     def _adapter(self, node: Node, known: frozenset[str] | None, *, optional: bool) -> AdapterSpec | None:
         fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *ADAPTER_SETTINGS))
