@@ -1,7 +1,7 @@
 """What a checkpoint is, by its names and shapes, and a mapping to begin with. Pure; nothing is guessed in silence.
 
-The table of layouts is ``mapping.fingerprints``. What fits several layouts, or leads to several targets, is an error with
-all candidates until the caller says which target is wanted.
+The table of layouts is ``mapping.fingerprints``. What fits several layouts, or leads to several targets, is an error
+with all candidates until the caller says which target is wanted.
 """
 
 from __future__ import annotations
