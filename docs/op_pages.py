@@ -11,7 +11,6 @@ import numpy as np
 from docs.markdown import link, table
 from docs.tiny import Ran, run_example
 from shardmerge.mapping.spec import OpTerm, parse_spec
-from shardmerge.ops import registry
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Gathered, Inverse, Mirror, Move, OpKind, Param, Scattered
 from shardmerge.ops.registry import OPS
@@ -50,8 +49,9 @@ def _index() -> str:
         "Ops may stand in ops, candidates of a rule may be ops, and numbers may be formulas: see [the mapping language]"
         "(../guides/mapping-language.md).",
         "",
-        "**Moves** only say which source bytes go where. They cost nothing but the reading, and their result has the bits of the",
-        "source. **Arithmetic** is done in float32 (float64 where an input is) and rounded once at the end.",
+        "An op that *copies* only says which source bytes go where. It costs nothing but the reading, and its",
+        "result has the bits of the source. One that *computes* does so in float32 (float64 where an input is), and the result is",
+        "rounded once, at the end.",
     ]
     for title, kinds in _families().items():
         rows = [
@@ -64,9 +64,9 @@ def _index() -> str:
 
 def _families() -> dict[str, list[OpKind]]:
     found: dict[str, list[OpKind]] = {}
-    for family in registry._FAMILIES:
-        title = _FAMILIES.get(family.__name__.rsplit(".", 1)[-1], "Others")
-        found.setdefault(title, []).extend(family.KINDS)
+    for kind in OPS.values():
+        title = _FAMILIES.get(kind.build.__module__.rsplit(".", 1)[-1], "Others")
+        found.setdefault(title, []).append(kind)
     return found
 
 
