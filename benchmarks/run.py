@@ -12,28 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from benchmarks import report
 from benchmarks.harness import Measured, answer, measure, succeed
+from benchmarks.machine import ROOT, machine_card, provenance
 from benchmarks.peers import environment
 from benchmarks.synthetic import llama_of, write_safetensors, write_zero
-from shardmerge.storage.reading import file_system
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SCHEMA = 1
 _GIB = 1 << 30
 
 _MAPPING = """\
@@ -325,51 +319,6 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
-def machine_card(folder: Path, deepspeed: Path | None, note: str) -> dict[str, object]:
-    """Returns what a reader must know of the machine to judge the figures."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    card: dict[str, object] = {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / _GIB, 1),
-        "kernel": platform.release().split("-")[0],
-        "file_system": file_system(folder),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "ml_dtypes", "safetensors", "torch")},
-        "note": note,
-    }
-    return card | ({"deepspeed": environment.VERSION, **_versions_there(deepspeed)} if deepspeed else {})
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions_there(python: Path) -> dict[str, str]:
-    program = (
-        "from importlib.metadata import version\n"
-        "import json, platform\n"
-        "print(json.dumps({'deepspeed_python': platform.python_version(),"
-        " 'deepspeed': version('deepspeed'), 'deepspeed_torch': version('torch')}))"
-    )
-    return {key: str(value) for key, value in answer(measure([python, "-c", program])).items()}
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if not done.returncode else ""
-
-
-def _provenance() -> dict[str, object]:
-    return {
-        "schema": SCHEMA,
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_since": bool(_git("status", "--porcelain", "--", "shardmerge")),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory for gigabytes, removed whatever happens."""
@@ -404,7 +353,7 @@ def main() -> None:
         print(case.title, flush=True)
         with _scratch(given.scratch) as folder:
             card = machine_card(folder, deepspeed if case.key.startswith("zero") else None, given.note)
-            result = {**_provenance(), "machine": card, **run_case(case, folder, given.rounds)}
+            result = {**provenance(), "machine": card, **run_case(case, folder, given.rounds)}
         (RESULTS / f"{case.key}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     report.write(RESULTS, ROOT / "docs" / "benchmarks.md")
 

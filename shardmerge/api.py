@@ -16,13 +16,15 @@ from shardmerge.conversion import (
     prepare_plain,
 )
 from shardmerge.dtypes import float_dtype
-from shardmerge.errors import UsageError, VerificationError
+from shardmerge.errors import OutputError, UsageError, VerificationError
 from shardmerge.execute.engine import Progress
 from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
 from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.preset_files import Preset, list_presets, load_preset, read_preset
+from shardmerge.mapping.preset_files import Preset, combine, list_presets, load_preset, read_preset
+from shardmerge.mapping.schema import mapping_schema, preset_schema
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
 from shardmerge.mapping.yaml_nodes import Mark
@@ -35,8 +37,9 @@ from shardmerge.verify import Difference, Verdict, compare, verify_directory, ve
 
 __all__ = [
     "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
-    "inspect", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion", "prepare_mapping",
-    "preset_text", "presets", "resident_bytes", "run", "verify",
+    "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
+    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "schema", "verify",
+    "write_new",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
@@ -314,6 +317,32 @@ def explain_json(mapping: str | Path, tensor: str, options: Options | None = Non
     return tensor_story_json(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
 
 
+def invert(mapping: str | Path, source: str = "") -> str:
+    """Returns the mapping, as YAML, that leads from what a mapping makes back to one of its sources.
+
+    Parameters
+    ----------
+    mapping
+        The YAML file. No checkpoint is opened.
+    source
+        The source to get back; empty for the first.
+
+    Raises
+    ------
+    MappingError
+        ``no-inverse``: for every rule that has none, and why.
+    UsageError
+        ``unknown-source``.
+    """
+    spec = load_spec(Path(mapping))
+    return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+
+
+def schema(*, preset: bool = False) -> dict[str, object]:
+    """Returns the JSON Schema (draft 2020-12) of mapping.yaml, or of a preset's file."""
+    return preset_schema() if preset else mapping_schema()
+
+
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
     """Returns a rule as it is written in the mapping or in its preset: its line and those further in."""
     file, line, _ = rule.split(" ", 1)[0].rsplit(":", 2)
@@ -330,3 +359,21 @@ def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a text file that must not be there yet.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``, ``unwritable-output``.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        hint = "give another -o, or remove it yourself"
+        raise OutputError("output-exists", "the file is there already", where=str(path), hint=hint) from error
+    except OSError as error:
+        raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(path)) from error

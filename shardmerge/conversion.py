@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardmerge.dtypes import DType, float_dtype
-from shardmerge.errors import ShardmergeError, TargetError, UsageError, raise_all
+from shardmerge.errors import MappingError, ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.engine import Outcome, Progress, execute
 from shardmerge.mapping.adapters import merge_adapters
-from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.layouts import foreign_presets, odd_layouts
+from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, combine, load_preset
 from shardmerge.mapping.resolve import Assignment, Resolution, resolve
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, TargetSpec, load_spec
-from shardmerge.mapping.variables import Variables
+from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
@@ -132,10 +133,11 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
 
 def _adapter_alone(catalog: Catalog) -> TargetError:
     return TargetError(
-        "lora-not-yet",
-        "this is a PEFT adapter: on its own it makes no model, and shardmerge does not merge it yet",
+        "adapter-alone",
+        "this is a PEFT adapter: on its own it makes no model",
         where=catalog.path,
-        hint="merge it with peft's merge_and_unload first, and convert the result",
+        hint="write a mapping with `sources: {lora: ADAPTER, llm: BASE}`, `adapters: [{from: lora, onto: llm}]` and "
+        '`tensors: {"{rest...}": "llm:{rest...}"}`',
     )
 
 
@@ -145,7 +147,16 @@ def _better_roads(catalog: Catalog) -> tuple[str, ...]:
         return (
             "this is an XTuner LLaVA and keeps XTuner's names: for a Hugging Face LLaVA add --use xtuner/llava-to-hf",
         )
-    return ()
+    found = foreign_presets(catalog)
+    if not found:
+        return ()
+    needs = "".join(f" --base {name}=PATH" for name in _bases(load_preset(found[0])))
+    return (f"every tensor keeps its name: for a Hugging Face model add --use {found[0]}{needs}",)
+
+
+def _bases(preset: Preset) -> list[str]:
+    """Returns the sources that a preset cannot do without, but for the first, which is the checkpoint itself."""
+    return [name for name, role in preset.roles.items() if role.required][1:]
 
 
 def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
@@ -157,6 +168,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
     preset = load_preset(spec.use) if spec.use else None
+    own = {name for name in spec.variables if preset is None or name not in preset.variables}
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
@@ -164,7 +176,9 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         raise_all(_odd_roles(spec.target, catalogs))
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
+        raise_all(odd_layouts(spec, preset, catalogs))
         spec = combine(spec, preset)
+    raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = _output(spec.output, options)
     merged = merge_adapters(spec.adapters, catalogs, read_side_file)
     variables = Variables(catalogs, read_side_file, spec.variables)
@@ -191,7 +205,9 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
     role = preset.roles.get(source.name)
-    return replace(source, strip=source.strip or role.strip) if role is not None else source
+    if role is None or source.strip:
+        return source
+    return replace(source, strip=role.strip, strip_required=False)
 
 
 def _output_path(spec: OutputSpec | None, folder: Path) -> Path | None:
@@ -252,6 +268,7 @@ def _output(spec: OutputSpec | None, options: Options) -> OutputOptions:
         options.format or (spec.format if spec else "safetensors"),
         options.memory or default_budget(),
         options.workers or default_workers(),
+        str(spec.mark) if spec else "",
     )
 
 
@@ -272,19 +289,23 @@ def _open_all(spec: Spec, folder: Path, options: Options) -> dict[str, Catalog]:
 
 def _at(error: UsageError, source: SourceSpec) -> UsageError:
     """Adds the line of the mapping that names the source."""
-    where = f"{source.mark} (source '{source.name}'): {error.where}"
-    return UsageError(error.code, error.what, where=where, hint=error.hint)
+    where = f"{source.mark} (source '{source.name}')" + (f": {error.where}" if error.where else "")
+    return UsageError(error.code, error.what, where=where, found=error.found, expected=error.expected, hint=error.hint)
 
 
 def _open(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     view: View = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return _stripped(open_catalog(_located(source.path, folder), opening), source.strip)
+    return _stripped(open_catalog(_located(source.path, folder), opening), source)
 
 
-def _stripped(catalog: Catalog, prefix: str) -> Catalog:
-    """Takes a prefix off all names, or off none."""
-    if not prefix or not all(name.startswith(prefix) for name in catalog.names()):
+def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
+    """Takes a prefix off all names. One that a preset expects may be absent; one of the user's must be there."""
+    prefix = source.strip
+    without = [name for name in catalog.names() if not name.startswith(prefix)]
+    if without and source.strip_required:
+        raise _odd_strip(source, without)
+    if not prefix or without:
         return catalog
     entries = {
         name.removeprefix(prefix): replace(entry, name=name.removeprefix(prefix))
@@ -294,6 +315,16 @@ def _stripped(catalog: Catalog, prefix: str) -> Catalog:
     absent = frozenset(name.removeprefix(prefix) for name in catalog.absent)
     note = f"`{prefix}` is taken off every name"
     return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=(*catalog.notes, note))
+
+
+def _odd_strip(source: SourceSpec, without: list[str]) -> MappingError:
+    return MappingError(
+        "strip-matches-nothing",
+        f"not every name of {source.name} begins with {source.strip!r}, which `strip` takes off",
+        where=str(source.mark),
+        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}",
+        hint="leave `strip` out, and write the prefix into the rules of the names that have it",
+    )
 
 
 def _located(text: str, folder: Path) -> Path | str:
@@ -356,6 +387,17 @@ def _expectation(
             where=str(spec.target.mark),
         )
     )
+
+
+def _idle_vocabulary(spec: Spec) -> Iterator[ShardmergeError]:
+    """Without a target nobody knows which tensors have the vocabulary's rows, and nothing would be resized."""
+    if spec.vocabulary is not None and spec.target is None:
+        yield MappingError(
+            "no-target",
+            "`vocabulary` is for a target, and the mapping has none",
+            where=spec.file,
+            hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
+        )
 
 
 def _option(text: str, variables: Variables) -> str:

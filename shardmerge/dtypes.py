@@ -7,6 +7,7 @@ torch and user spellings map onto them. Nothing here needs numpy: arrays belong 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 from shardmerge.errors import UsageError
@@ -107,6 +108,12 @@ def float_dtype(text: str) -> DType:
             "unknown-dtype",
             f"{text!r} is not a float type that tensors can be cast to",
             expected=", ".join(FLOAT_SPELLINGS),
-            hint="integers, booleans and complex numbers are never cast",
+            hint=_near_dtype(word.lower()) or "integers, booleans and complex numbers are never cast",
         )
     return row
+
+
+def _near_dtype(word: str) -> str:
+    floats = [name for name, row in BY_TORCH_NAME.items() if row.kind == "float"]
+    near = get_close_matches(word, [*_SHORT, *floats], 2)
+    return f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.mapping.near import NameIndex
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolve import Assignment, Resolution
 from shardmerge.memory import plan_memory
@@ -35,6 +36,8 @@ class OutputOptions:
         Of the files of weights.
     memory, workers
         Budget in bytes, and threads.
+    where
+        The place of ``output:`` in the mapping, for messages.
     """
 
     dtype: DType | None = None
@@ -43,6 +46,7 @@ class OutputOptions:
     format: Format = "safetensors"
     memory: int = 256 << 20
     workers: int = 2
+    where: str = ""
 
 
 def make_plan(
@@ -134,14 +138,21 @@ def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
 
 def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> list[ShardmergeError]:
     """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen."""
+    idle = [
+        template
+        for template, _ in options.dtypes
+        if not any(template.match(name) is not None for name in resolution.assignments)
+    ]
+    index = NameIndex(resolution.assignments)
     return [
         MappingError(
             "keep-matches-nothing",
             f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
-            hint="`shardmerge plan --tensors` lists the names",
+            where=options.where,
+            hint="`shardmerge plan --tensors` lists the names"
+            + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
         )
-        for template, _ in options.dtypes
-        if not any(template.match(name) is not None for name in resolution.assignments)
+        for template in idle
     ]
 
 

@@ -52,10 +52,10 @@ def assembled(out: Path, truth: Tensors, llm: Path, clip: Path) -> torch.nn.Modu
     config = transformers.AutoConfig.from_pretrained(out)
     model = transformers.LlavaForConditionalGeneration(config).float()  # buffers such as inv_freq stay fp32
     # The golden runs have (r, alpha) = (4, 8) for the language model and (2, 1) for the encoder.
-    text = trained(base_tensors(llm), under(truth, "llm."), 2.0)
+    text = with_adapter(base_tensors(llm), under(truth, "llm."), 2.0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         text[name] = grown(text[name], config.text_config.vocab_size)
-    vision = trained(base_tensors(clip), under(truth, "visual_encoder."), 0.5)
+    vision = with_adapter(base_tensors(clip), under(truth, "visual_encoder."), 0.5)
     projector = under(truth, "projector.model.")
     core = getattr(model, "model", model)
     if core is model:  # before 4.52 the language model had its head inside
@@ -69,7 +69,7 @@ def assembled(out: Path, truth: Tensors, llm: Path, clip: Path) -> torch.nn.Modu
     return model
 
 
-def trained(base: Tensors, own: Tensors, scale: float) -> Tensors:
+def with_adapter(base: Tensors, own: Tensors, scale: float) -> Tensors:
     """The base with what a run trained of it: whole tensors, or LoRA, said again in torch."""
     found = dict(base)
     for name, tensor in own.items():

@@ -25,14 +25,16 @@ def use_preset(
     let: Mapping[str, float] | None = None,
     *,
     format: str = "safetensors",
+    more: Mapping[str, object] | None = None,
 ) -> Path:
-    """Runs a preset and returns ``out``."""
+    """Runs a preset and returns ``out``; ``more`` is what else the mapping says."""
     mapping = {
         "shardmerge": 1,
         "sources": {name: str(path) for name, path in sources.items()},
         "output": {"path": str(out), "format": format},
         "use": preset,
         **({"let": dict(let)} if let else {}),
+        **(more or {}),
     }
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)

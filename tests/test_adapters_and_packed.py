@@ -109,7 +109,7 @@ def test_a_llava_lora_directory(adapted: PeftModel, tmp_path: Path) -> None:
 
 def test_an_adapter_alone_is_not_converted(adapted: PeftModel, tmp_path: Path) -> None:
     saved(adapted, tmp_path / "adapter")
-    assert "[lora-not-yet]" in shardmerge("convert", tmp_path / "adapter", tmp_path / "out", code=1).stderr
+    assert "[adapter-alone]" in shardmerge("convert", tmp_path / "adapter", tmp_path / "out", code=1).stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -161,6 +161,15 @@ def test_llava_through_the_names_of_all_versions(llava: Path, tmp_path: Path) ->
     compare_bits(read_tensors(last), read_tensors(llava))
 
 
+@pytest.mark.parametrize(("case", "names"), [("llava_names_l2", "4.52"), ("llava_names_l3", "5.6")])
+def test_transformers_own_names_are_made(case: str, names: str, tmp_path: Path) -> None:
+    """The source is what ``state_dict()`` of a loaded model is called in those versions."""
+    if case not in CASES:
+        pytest.skip("the golden case is not here")
+    found = read_tensors(use_preset(f"llava/hf-to-{names}", {"hf": truth(case)}, tmp_path / "out"))
+    compare_bits(found, read_tensors(LAYOUTS / case / "source"))
+
+
 def test_llava_to_its_own_code_and_back(llava: Path, tmp_path: Path) -> None:
     official = use_preset("llava/hf-to-official", {"hf": llava}, tmp_path / "official")
     names = read_tensors(official)

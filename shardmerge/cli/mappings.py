@@ -13,7 +13,7 @@ from shardmerge.cli.options import dumped, json_option, parsed, plan_options
 
 def add_commands(group: click.Group) -> None:
     """Puts the commands of this module on the group."""
-    for command in (explain,):
+    for command in (explain, invert, schema):
         group.add_command(command)
 
 
@@ -28,3 +28,27 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
         click.echo(dumped(api.explain_json(Path(mapping), tensor, parsed(given))))
     else:
         click.echo(api.explain_text(Path(mapping), tensor, parsed(given)))
+
+
+@click.command()
+@click.argument("mapping", type=click.Path())
+@click.option("--source", default="", metavar="NAME", help="The source to get back. Default: the first.")
+@click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
+def invert(mapping: str, source: str, out: str | None) -> None:
+    """Write the mapping that leads back, or say which rules have no way back and why."""
+    _write(api.invert(Path(mapping), source), out)
+
+
+@click.command()
+@click.option("--preset", is_flag=True, help="Of a preset's file instead.")
+def schema(preset: bool) -> None:
+    """Print the JSON Schema of mapping.yaml, for editors."""
+    click.echo(dumped(api.schema(preset=preset)))
+
+
+def _write(text: str, out: str | None) -> None:
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    api.write_new(Path(out), text)
+    click.echo(f"written: {out}", err=True)

@@ -18,7 +18,8 @@ from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
-# Runs of a view at least this long are read one by one where they are far apart: a shorter one costs a page anyway.
+# Runs of a view at least this long are read one by one where more than a quarter of what is read with them would not be
+# used: a shorter one costs a page anyway.
 _PAGE = 4096
 
 
@@ -139,7 +140,7 @@ class Assembler:
         if span == target.size and _in_order(shape, strides) and target.flags.c_contiguous:
             self.fill(base, first, _bytes(target))
             return
-        wasteful = _run(shape, strides) * size >= _PAGE and 2 * target.size < span
+        wasteful = 4 * target.size < 3 * span and _run(shape, strides) * size >= _PAGE and _is_plain(base)
         if (span * size > WORKSPACE or wasteful) and max(reach):
             axis = reach.index(max(reach))
             half = shape[axis] // 2
@@ -318,6 +319,16 @@ def _in_order(shape: Shape, strides: Sequence[int]) -> bool:
             return False
         expected *= n
     return True
+
+
+def _is_plain(entry: TensorEntry) -> bool:
+    """Tells whether short ranges cost no more than their bytes: nothing is computed or rearranged to make them."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, View):
+        return _in_order(held.shape, held.strides) and _is_plain(held.base)
+    if isinstance(held, Columns):
+        return held.rows == 1 and all(_is_plain(base) for base in held.bases if base.numel)
+    return isinstance(held, Extent)
 
 
 def _run(shape: Shape, strides: Sequence[int]) -> int:

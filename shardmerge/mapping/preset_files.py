@@ -31,6 +31,8 @@ _SUFFIX = ".yaml"
 # What a preset may say.
 KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "drop")
 
+ROLE_KEYS = ("about", "required", "strip")
+
 
 @dataclass(frozen=True, slots=True)
 class PresetRole:
@@ -116,7 +118,9 @@ def load_preset(name: str) -> Preset:
 
 
 def combine(spec: Spec, preset: Preset) -> Spec:
-    """Returns the spec with the preset's rules, drops and target; a user's rule replaces the one of the same target.
+    """Returns the spec with the preset's rules, drops, adapters and target; a user's own replaces the preset's.
+
+    A rule replaces the one of the same target, an adapter the one that is taken from the same place.
 
     Raises
     ------
@@ -127,7 +131,13 @@ def combine(spec: Spec, preset: Preset) -> Spec:
     own = {rule.target.text for rule in spec.rules}
     inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
     replaced = [rule.target.text for rule in preset.rules if rule.target.text in own]
-    adapters = (one for one in preset.adapters if {one.source.source, one.onto.source} <= set(spec.sources))
+    said = {(one.source.source, one.source.template.text) for one in spec.adapters}
+    adapters = (
+        one
+        for one in preset.adapters
+        if {one.source.source, one.onto.source} <= set(spec.sources)
+        and (one.source.source, one.source.template.text) not in said
+    )
     return replace(
         spec,
         target=spec.target or _with_present(preset.target, spec),
@@ -185,7 +195,7 @@ def _present(term: Term, spec: Spec) -> bool:
 
 def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
-        fields = reader.fields(reader.table(value, key.text), ("about", "required", "strip"))
+        fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")
         strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
         yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)

@@ -7,17 +7,19 @@ tensor is used, shadowed by an earlier candidate, or dropped by name.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
 from shardmerge.mapping.near import NameIndex, count, listed
+from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.packed import packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry
 
@@ -136,6 +138,9 @@ class _Work:
     placeholders: dict[str, str] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    packed: dict[str, frozenset[str]] = field(default_factory=dict)
+    quantized: dict[str, tuple[Mark, dict[str, None]]] = field(default_factory=dict)
     _finder: Finder | None = None
 
     def near(self, source: str, word: str) -> str:
@@ -170,7 +175,8 @@ class _Work:
                 found |= self._make(rule, candidate, failures)
         # An op that lacks a tensor is passed over where a later candidate makes the target.
         left = [case for case in failures if case[2].code != "missing-operand" or case[1] not in self.assignments]
-        self.problems += _failed(rule, left)
+        self.failed.update(target for _, target, _ in left)
+        self.problems += _failed(rule, left, self.near)
         if not found:
             self.idle.append(rule)
 
@@ -185,6 +191,8 @@ class _Work:
             if bindings is None or (check and not rule.target.fits(bindings)):
                 continue
             found = True
+            if self.expectation is not None and not self.expectation.open:
+                self._note_packed(rule, [Operand(reference.source, name)])
             entry = replace(self.catalogs[reference.source][name], source=reference.source)
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
@@ -198,6 +206,8 @@ class _Work:
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
+            if self._note_packed(rule, operands):
+                continue
             try:
                 entry = self.finder.build(term, bindings, target)
             except MappingError as error:
@@ -207,6 +217,19 @@ class _Work:
                 continue
             self._claim(rule, term, target, operands, entry)
         return found or bool(failures)
+
+    def _note_packed(self, rule: Rule, operands: Sequence[Operand]) -> bool:
+        """Remembers the operands that are packed weights, and tells whether there are any."""
+        found = [one for one in operands if one.name in self._packed(one.source)]
+        for one in found:
+            self.quantized.setdefault(one.source, (rule.mark, {}))[1][one.name] = None
+            self.matched.add((one.source, one.name))
+        return bool(found)
+
+    def _packed(self, source: str) -> frozenset[str]:
+        if source not in self.packed:
+            self.packed[source] = frozenset(packed_weights(self.catalogs[source]))
+        return self.packed[source]
 
     def _bindings(
         self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]
@@ -273,11 +296,19 @@ class _Work:
                 _adapter_error(source, names, self.catalogs[source]) for source, names in adapters.items()
             ]
             return  # everything else follows from it
+        if self.quantized:
+            purpose = "an op" if self.expectation is None or self.expectation.open else "the target"
+            self.problems += [
+                packed_error(source, list(names), self._used(source), mark, purpose)
+                for source, (mark, names) in self.quantized.items()
+            ]
+            return  # their shapes, and the scales beside them, would only be more of the same
         missing: list[str] = []
         if self.expectation is not None:
             self._drop_tied(self.expectation)
             self._leave_out(self.expectation)
-            missing = [name for name in self.expectation.tensors if name not in self.assignments]
+            made = self.failed.union(self.assignments)
+            missing = [name for name in self.expectation.tensors if name not in made]
             self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
             self.problems += self._misshapen(self.expectation)
@@ -357,25 +388,26 @@ class _Work:
                 where=str(mark),
                 found=f"{source}:{cases[0].name}" if source else "",
                 expected=f"names such as {', '.join(near)}" if near else "",
-                hint=f"if not wanted, add under `drop:` {_ticked(lines)}" if lines else "remove the rule",
+                hint=_unwanted_hint(lines, cases, self.assignments.values()),
             )
 
     def _misshapen(self, expectation: Expectation) -> Iterator[ShardmergeError]:
-        wrong: dict[str, list[tuple[Assignment, Shape, Shape]]] = defaultdict(list)
+        wrong: dict[str, list[tuple[Assignment, Misfit]]] = defaultdict(list)
         for name, assignment in self.assignments.items():
             wanted = expectation.tensors.get(name)
             shape = assignment.entry.shape
             if wanted is not None and not _fits(shape, wanted, expectation.resized.get(name)):
-                wrong[assignment.source].append((assignment, shape, wanted))
+                wrong[assignment.source].append((assignment, Misfit(name, assignment.name, shape, wanted)))
         for source, cases in wrong.items():
-            targets = listed([assignment.target for assignment, _, _ in cases])
+            misfits = [one for _, one in cases]
+            targets = listed([one.target for one in misfits])
             yield TargetError(
                 "shape-mismatch",
                 f"{count(len(cases), 'tensor')} of {source} in another shape than the target's config says: {targets}",
                 where=str(cases[0][0].rule.mark),
-                found=listed([f"{list(shape)} in {source}:{a.name}" for a, shape, _ in cases]),
-                expected=listed([str(list(wanted)) for _, _, wanted in cases]),
-                hint=_shape_hint(cases, expectation, source),
+                found=listed([f"{list(one.shape)} in {source}:{one.name}" for one in misfits]),
+                expected=listed([str(list(one.wanted)) for one in misfits]),
+                hint=shape_hint(misfits, expectation, source),
             )
 
     def _idle_rules(self, missing: Sequence[str]) -> Iterator[ShardmergeError]:
@@ -385,14 +417,24 @@ class _Work:
             named = [reference for candidate in rule.candidates for reference in references(candidate)]
             if rule.optional or not named or all(reference.source not in self.catalogs for reference in named):
                 continue  # a preset's, or the user said that these sources may be absent
-            first = named[0]
             yield MappingError(
                 "rule-matches-nothing",
                 f"no source tensor matches the rule for `{rule.target}`",
                 where=str(rule.mark),
                 found=", ".join(f"`{r.source}:{r.template}`" for r in named),
-                hint=self.near(first.source, first.template.text) or "shardmerge inspect shows the names",
+                hint=self._idle_hint(named),
             )
+
+    def _idle_hint(self, named: Sequence[Reference]) -> str:
+        first = named[0]
+        for one in named:
+            mine = sorted(name for source, name in self.merged if source == one.source)
+            gone = next((name for name in mine if one.template.match(name) is not None), "")
+            if gone:
+                return (
+                    f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
+                )
+        return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
         groups: dict[str, list[str]] = defaultdict(list)
@@ -422,37 +464,46 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
         where=str(after.rule.mark),
         found=f"{before.source}:{before.name} by `{before.rule.target}` at {before.rule.mark}, and "
         f"{after.source}:{after.name} by `{after.rule.target}`",
-        hint="let each value of the captures make a name of its own"
-        if same
-        else "make it one rule with an ordered list of candidates, or narrow one of the two",
+        hint=_clash_hint(before.rule, after.rule),
     )
 
 
-def _failed(rule: Rule, failures: list[tuple[OpTerm, str, MappingError]]) -> Iterator[MappingError]:
+def _clash_hint(before: Rule, after: Rule) -> str:
+    if before is after:
+        return "let each value of the captures make a name of its own"
+    if before.optional and not after.optional:  # a preset's, and one that was probably meant to replace it
+        return f"to replace the preset's rule, write its target to the letter: `{before.target}`"
+    return "make it one rule with an ordered list of candidates, or narrow one of the two"
+
+
+def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[Assignment]) -> str:
+    """A tensor that makes a wanted target too must not be dropped: it is the rule that is one too many."""
+    unwanted = {case.target for case in cases}
+    elsewhere = {(one.source, one.name) for one in every if one.target not in unwanted}
+    if not lines or any((case.source, case.name) in elsewhere for case in cases):
+        return f"remove the rule `{cases[0].rule.target}`"
+    return f"if not wanted, add under `drop:` {_ticked(lines)}"
+
+
+def _failed(
+    rule: Rule, failures: list[tuple[OpTerm, str, MappingError]], near: Callable[[str, str], str]
+) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
     groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
     for case in failures:
         groups[case[2].code].append(case)
     for code, cases in groups.items():
         term, _, first = cases[0]
+        source, _, name = first.what.removesuffix(" is not there").partition(":")
+        alike = near(source, name) if code == "missing-operand" else ""
         yield MappingError(
             code,
             f"{listed(list(dict.fromkeys(name for _, name, _ in cases)))}: {first.what}",
             where=first.where or str(term.mark),
             found=first.found,
             expected=first.expected,
-            hint=first.hint or f"the rule is `{rule.target}` at {rule.mark}",
+            hint=first.hint or alike or f"the rule is `{rule.target}` at {rule.mark}",
         )
-
-
-def _shape_hint(cases: list[tuple[Assignment, Shape, Shape]], expectation: Expectation, source: str) -> str:
-    only_rows = all(len(have) == len(want) and have[1:] == want[1:] for _, have, want in cases)
-    names = {assignment.target.rsplit(".", 2)[-2] for assignment, _, _ in cases if assignment.target.count(".") > 1}
-    if only_rows and names & {"embed_tokens", "lm_head"}:
-        have, want = cases[0][1][0], cases[0][2][0]
-        cut = ", trim: true" if have > want else ""
-        return f"to resize the vocabulary, say `vocabulary: {{rows: {want}{cut}}}`, or `{{rows: {have}}}` to keep it"
-    return f"is `{source}` a base model of another size than the one that was trained?"
 
 
 def _looked_for(target: str, rules: Sequence[Rule]) -> list[tuple[str, str]]:

@@ -39,7 +39,9 @@ class SourceSpec:
     root
         Dotted path of the state dict inside a torch file; empty to find it.
     strip
-        Taken off the front of every name, if every name has it: ``module.`` of DistributedDataParallel.
+        Taken off the front of every name: ``module.`` of DistributedDataParallel.
+    strip_required
+        Whether every name must have it; a preset's ``strip`` is taken off only if all have.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SourceSpec:
     root: str = ""
     mark: Mark = _NOWHERE
     strip: str = ""
+    strip_required: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,11 @@ class Spec:
 KEYS = (
     "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "drop",
 )  # fmt: skip
+# What its parts may say; `mapping.schema` has a line about each.
+SOURCE_KEYS = ("path", "required", "view", "root", "strip")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep")
+ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
+VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")
 
 
 def load_spec(path: Path) -> Spec:
@@ -326,7 +334,7 @@ class Reader:
     def _source(self, key: Scalar, node: Node) -> SourceSpec:
         if isinstance(node, Scalar):
             return SourceSpec(key.text, self.text(node, key.text), mark=node.mark)
-        fields = self.fields(self.table(node, f"`{key.text}`"), ("path", "required", "view", "root", "strip"))
+        fields = self.fields(self.table(node, f"`{key.text}`"), SOURCE_KEYS)
         if "path" not in fields:
             self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: ...`")
         view = self.text(fields["view"], "view") if "view" in fields else ""
@@ -346,7 +354,7 @@ class Reader:
         """Reads ``output:``, a path or a set of keys."""
         if isinstance(node, Scalar):
             return OutputSpec(self.text(node, "output"), None, None, node.mark)
-        fields = self.fields(self.table(node, "`output`"), ("path", "dtype", "shard_size", "format", "dtypes", "keep"))
+        fields = self.fields(self.table(node, "`output`"), OUTPUT_KEYS)
         path = self.text(fields["path"], "path") if "path" in fields else ""
         dtype = self._said(fields.get("dtype"), "dtype", float_dtype)
         size = self._said(fields.get("shard_size"), "shard_size", parse_size)
@@ -554,11 +562,18 @@ class Reader:
     def adapters(self, node: Node, known: frozenset[str] | None, *, optional: bool = False) -> tuple[AdapterSpec, ...]:
         """Reads ``adapters:``, a list of ``{from: source, onto: source}``."""
         found = (self._adapter(item, known, optional=optional) for item in self._list(node, "adapters"))
-        return tuple(adapter for adapter in found if adapter is not None)
+        adapters = tuple(adapter for adapter in found if adapter is not None)
+        seen: dict[tuple[str, ...], Mark] = {}
+        for one in adapters:
+            key = (one.source.source, one.source.template.text, one.onto.source, one.settings.get("name", ""))
+            if key in seen:
+                what = f"the adapter `{one.source.source}` is merged into `{one.onto.source}` twice"
+                self.add("adapter-twice", what, one.mark, f"remove one of the two; the other is at {seen[key]}")
+            seen[key] = one.mark
+        return adapters
 
     def _adapter(self, node: Node, known: frozenset[str] | None, *, optional: bool) -> AdapterSpec | None:
-        settings = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
-        fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *settings))
+        fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *ADAPTER_SETTINGS))
         for key in ("from", "onto"):
             if key not in fields:
                 self.add("missing-parameter", f"an adapter needs `{key}: source`", node.mark, "{from: lora, onto: llm}")
@@ -567,7 +582,7 @@ class Reader:
         source, onto = (self._whole(fields[key], key, known) for key in ("from", "onto"))
         if source is None or onto is None:
             return None
-        said = {key: self.text(fields[key], key) for key in settings if key in fields}
+        said = {key: self.text(fields[key], key) for key in ADAPTER_SETTINGS if key in fields}
         return AdapterSpec(source, onto, said, node.mark, optional)
 
     def _whole(self, node: Node, what: str, known: frozenset[str] | None) -> Reference | None:
@@ -583,8 +598,7 @@ class Reader:
 
     def vocabulary(self, node: Node) -> Vocabulary:
         """Reads ``vocabulary:``."""
-        known = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")
-        fields = self.fields(self.table(node, "`vocabulary`"), known)
+        fields = self.fields(self.table(node, "`vocabulary`"), VOCABULARY_KEYS)
         numbers = {key: self._count(fields[key], key) for key in ("rows", "multiple", "row", "seed") if key in fields}
         new = self.text(fields["new"], "new") if "new" in fields else "mean"
         hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}

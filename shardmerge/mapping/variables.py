@@ -8,13 +8,13 @@ source that has it answers. Dots go into nested objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.arithmetic import Formula, Number
-from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.spec import Variable
+from shardmerge.mapping.near import NameIndex, did_you_mean
+from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
 from shardmerge.mapping.yaml_nodes import Scalar, Table, read_yaml
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
@@ -70,7 +70,8 @@ class Variables:
             missing = next((name for name in formula.names if name not in bound and self.get(name) is None), "")
             raise MappingError(
                 "unknown-value",
-                f"`{formula.text}` needs `{missing}`, which nothing here knows",
+                f"nothing here knows `{missing}`"
+                + (f", which `{formula.text}` needs" if formula.text != missing else ""),
                 where=where,
                 expected=self._looked(missing),
                 hint=self._near(missing) or f"say it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
@@ -136,6 +137,50 @@ class Variables:
             for room, file in _FILES.items():
                 yield from (f"{source}.{room}.{key}" for key in self._object(source, file))
             yield from (f"{source}.facts.{key}" for key in self.catalogs[source].facts)
+
+
+def unused_variables(spec: Spec, names: Collection[str]) -> Iterator[MappingError]:
+    """Yields an error for each of some variables that no formula of a mapping names: most likely a misspelt one."""
+    named = set(_formula_names(spec))
+    for name in names:
+        if name not in named:
+            yield MappingError(
+                "unused-variable",
+                f"nothing uses the variable `{name}`",
+                where=str(spec.variables[name].mark),
+                hint=_unused_hint(name, {one for one in named if "." not in one}, set(spec.variables) - {name}),
+            )
+
+
+def _unused_hint(name: str, named: set[str], others: set[str]) -> str:
+    """Either the variable is misspelt, or the formula that wants it."""
+    astray = NameIndex(named - others).near(name, 1)
+    if astray:
+        return f"did you mean `{astray[0]}`? A formula names it, and nothing defines it: write both alike"
+    near = NameIndex(others).near(name)
+    return f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "remove it"
+
+
+def _formula_names(spec: Spec) -> Iterator[str]:
+    for variable in spec.variables.values():
+        yield from variable.formula.names
+    for rule in spec.rules:
+        for formula in (*rule.ranges.values(), *rule.target.formulas):
+            yield from formula.names
+        for term in rule.candidates:
+            yield from _term_names(term)
+    if spec.target is not None:
+        yield from spec.target.roles.values()  # options of a target may be variables
+
+
+def _term_names(term: Term) -> Iterator[str]:
+    if not isinstance(term, OpTerm):
+        return
+    for argument in term.arguments.values():
+        for formula in argument.formulas:
+            yield from formula.names
+    for one in term.inputs:
+        yield from _term_names(one)
 
 
 def load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:

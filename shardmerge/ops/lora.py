@@ -24,6 +24,7 @@ import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
+from shardmerge.ops.blas import PRODUCT_BYTES, multiply
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value, result_dtype
 
 # One product is [BLOCK_ROWS, r] @ [r, BLOCK_COLUMNS]: part of the result, so it depends on no budget. 32 rows of a
@@ -80,10 +81,10 @@ class Lora(Arithmetic):
         return inputs[0].read(0, rank * width).reshape(rank, width)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """In float64: B's rows, a panel of A, one product block with the base there; and its masks."""
+        """In float64: B's rows, a panel of A, one product block with the base there; masks; and the BLAS's own."""
         rank, width = inputs[0].shape
         rows, columns = _rows(count, width), min(width, BLOCK_COLUMNS)
-        return 8 * rank * (rows + columns) + min(rows, BLOCK_ROWS) * columns * (8 + 8 + 3) + _OVERHEAD
+        return 8 * rank * (rows + columns) + min(rows, BLOCK_ROWS) * columns * (8 + 8 + 3) + _OVERHEAD + PRODUCT_BYTES
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills whole rows."""
@@ -110,7 +111,7 @@ class Lora(Arithmetic):
                 rows = slice(top, top + BLOCK_ROWS)
                 part = base[rows, columns]
                 product, total = (buffer[: part.size].reshape(part.shape) for buffer in (products, bases))
-                np.matmul(b[rows], panel, out=product)
+                multiply(b[rows], panel, product)
                 product *= self.scale
                 np.copyto(total, part)
                 yield rows, columns, product, total

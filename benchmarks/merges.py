@@ -1,0 +1,108 @@
+"""Merges of true width at any depth: a LoRA into its base, and TIES of three models. Holes stand for the values.
+
+python -m benchmarks.merges lora|ties DIRECTORY [--layers 32]     writes the inputs and a mapping.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.synthetic import LLAMA_3_8B, LlamaShape, Shapes, write_safetensors
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_LORA = """\
+shardmerge: 1
+sources: {base: base, adapter: adapter}
+adapters: [{from: adapter, onto: base}]
+tensors:
+  "{rest...}": base:{rest...}
+"""
+
+_TIES = """\
+shardmerge: 1
+sources: {base: base, a: a, b: b, c: c}
+tensors:
+  "{rest...}":
+    {op: ties, base: "base:{rest...}", of: ["a:{rest...}", "b:{rest...}", "c:{rest...}"], density: 0.2}
+"""
+
+
+def write_lora(folder: Path, shape: LlamaShape, rank: int, *, fill: bool = False) -> Path:
+    """Writes ``base`` in bf16, ``adapter`` on all linear layers in fp32, and returns the mapping that merges them."""
+    tensors = shape.tensors()
+    write_model(folder / "base", shape, fill=fill)
+    write_adapter(folder / "adapter", tensors, rank, fill=fill)
+    return _mapping(folder, _LORA)
+
+
+def write_ties(folder: Path, shape: LlamaShape, *, fill: bool = False) -> Path:
+    """Writes a base and three models in bf16, and returns the mapping that merges them."""
+    for name in ("base", "a", "b", "c"):
+        write_model(folder / name, shape, fill=fill)
+    return _mapping(folder, _TIES)
+
+
+def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False) -> None:
+    """Writes a LlamaForCausalLM directory that transformers loads."""
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "model.safetensors", shape.tensors(), fill=fill)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+
+
+def write_adapter(folder: Path, tensors: Shapes, rank: int, *, fill: bool = False) -> None:
+    """Writes a PEFT directory: a LoRA of all linear layers, with an alpha of twice the rank."""
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "adapter_model.safetensors", dict(_pairs(tensors, rank)), "F32", fill=fill)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEAR)}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+
+
+def _pairs(tensors: Shapes, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, shape in tensors.items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in LINEAR:
+            yield f"base_model.model.{module}.lora_A.weight", (rank, shape[1])
+            yield f"base_model.model.{module}.lora_B.weight", (shape[0], rank)
+
+
+def _mapping(folder: Path, text: str) -> Path:
+    path = folder / "mapping.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, LlamaShape], Path]] = {
+    "lora": lambda folder, shape: write_lora(folder, shape, 512),
+    "ties": write_ties,
+}
+
+
+def main() -> None:
+    """Writes the inputs of one merge of an 8B model."""
+    parser = argparse.ArgumentParser(description="Inputs of a merge, as holes.")
+    parser.add_argument("kind", choices=WRITERS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=LLAMA_3_8B.layers)
+    given = parser.parse_args()
+    print(WRITERS[given.kind](given.folder, replace(LLAMA_3_8B, layers=given.layers)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Which preset reads a checkpoint: the one whose rules find most of its names. Recipes are data: they can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from shardmerge.errors import MappingError
+from shardmerge.mapping.near import listed
+from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
+from shardmerge.mapping.spec import Spec, references
+from shardmerge.tensors import Catalog
+
+# Layers repeat: a few hundred names, taken evenly, tell the layout of a model with 100,000.
+_MOST_NAMES = 400
+
+# Below this share of its names, a source is not what the preset was written for. Two layouts share a norm or a head.
+_STRANGER = 0.1
+_WELL_KNOWN = 0.9
+
+# Names that need a preset to become a Hugging Face model; all others may be what the user wants as they are.
+_FOREIGN = (
+    "llama/meta-to-hf", "llama/megatron-to-hf", "llama/torchtune-to-hf", "llama/litgpt-to-hf", "clip/open-clip-to-hf",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How well a preset reads a source: the share of its names, and how many of the preset's templates found one."""
+
+    share: float
+    templates: int
+
+
+def odd_layouts(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Iterator[MappingError]:
+    """Yields an error for each source that a preset needs and finds next to nothing in.
+
+    Every later message (tensors missing, tensors left over) would only follow from that.
+    """
+    own = {one.source for rule in spec.rules for term in rule.candidates for one in references(term)}
+    own |= {one.source.source for one in spec.adapters}
+    for role, about in preset.roles.items():
+        templates = _templates(preset, role)
+        if not about.required or role in own or role not in catalogs or not templates:
+            continue
+        names = _sample(catalogs[role], about.strip)
+        if names and _fit(templates, names).share < _STRANGER:
+            yield _another_layout(preset, role, catalogs[role], templates)
+
+
+def foreign_presets(catalog: Catalog) -> tuple[str, ...]:
+    """Returns the presets that would turn a checkpoint of another tool into a Hugging Face model."""
+    return _best(catalog, _FOREIGN)
+
+
+def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: Sequence[Template]) -> MappingError:
+    found = _best(catalog, [name for name in list_presets() if name != preset.name])
+    hint = " or ".join(f"`{name}`" for name in found[:3])
+    return MappingError(
+        "another-layout",
+        f"`{role}` has not the names that the preset {preset.name} reads: {preset.roles[role].about}",
+        where=catalog.path,
+        found=f"names such as {listed(list(islice(catalog.names(), 3)), 3)}",
+        expected=f"names such as {listed([template.text for template in templates[:3]], 3)}",
+        hint=f"these names are read by {hint}" if hint else "`shardmerge presets list` names the layouts it can read",
+    )
+
+
+def _best(catalog: Catalog, presets: Sequence[str]) -> tuple[str, ...]:
+    """Returns the presets that read nearly all names, and of those the ones that know them best."""
+    fits: dict[str, _Fit] = {}
+    for name in presets:
+        preset = load_preset(name)
+        role = next(role for role, about in preset.roles.items() if about.required)
+        names = _sample(catalog, preset.roles[role].strip)
+        fit = _fit(_templates(preset, role), names)
+        if names and fit.share >= _WELL_KNOWN:
+            fits[name] = fit
+    most = max((fit.templates for fit in fits.values()), default=0)
+    return tuple(name for name, fit in fits.items() if fit.templates * 5 >= most * 4)
+
+
+def _templates(preset: Preset, role: str) -> list[Template]:
+    """Returns every template by which a preset looks into a source, drops and what takes everything aside."""
+    terms = (one for rule in preset.rules for term in rule.candidates for one in references(term))
+    named = [*terms, *(one.source for one in preset.adapters)]
+    found = {one.template.text: one.template for one in named if one.source == role}
+    return [template for text, template in found.items() if text != "{rest...}"]
+
+
+def _sample(catalog: Catalog, strip: str) -> list[str]:
+    names = list(catalog.names())
+    if strip and all(name.startswith(strip) for name in names):
+        names = [name.removeprefix(strip) for name in names]
+    return names[:: max(1, len(names) // _MOST_NAMES)]
+
+
+def _fit(templates: Sequence[Template], names: Sequence[str]) -> _Fit:
+    known = [{index for index, one in enumerate(templates) if one.match(name) is not None} for name in names]
+    return _Fit(sum(map(bool, known)) / max(len(names), 1), len(set().union(*known)) if known else 0)
