@@ -46,6 +46,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.run
 
 docs: $(VENV)/docs.stamp
+	$(BIN)/python -m docs.generate
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -53,7 +53,9 @@ def options(command: click.Command) -> set[str]:
     return found | {"-h", "--help"}
 
 
-ALL_OPTIONS = {"--version"}.union(*(options(command) for command in COMMANDS.values()))
+# Options of other tools that pages speak of.
+FOREIGN = {"--save-format"}
+ALL_OPTIONS = {"--version"}.union(FOREIGN, *(options(command) for command in COMMANDS.values()))
 
 
 # --- the examples ---
