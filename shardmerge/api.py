@@ -8,10 +8,12 @@ from itertools import takewhile
 from pathlib import Path
 
 from shardmerge.conversion import (
+    ADAPTER_PRESET,
     Options,
     Prepared,
     Result,
     carry_out,
+    is_adapter,
     prepare,
     prepare_mapping,
     prepare_plain,
@@ -165,7 +167,7 @@ def convert(
     out
         The directory to make.
     use
-        A preset; its first required source is ``source``.
+        A preset; its first required source is ``source``. For a PEFT adapter with bases it is ``peft/merge``.
     bases
         The preset's other sources, by name.
     let
@@ -197,6 +199,8 @@ def prepare_conversion(
 ) -> Prepared:
     """Plans what ``convert`` would do."""
     options = options or Options()
+    if not use and bases and is_adapter(source, options):
+        use = ADAPTER_PRESET
     if not use:
         if bases or let:
             what = "--base and --let need a preset that has a use for them"

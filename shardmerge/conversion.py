@@ -39,6 +39,8 @@ from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
 from shardmerge.version import __version__
 
 PLAIN = "state-dict"
+# What `convert ADAPTER OUT --base base=MODEL` does.
+ADAPTER_PRESET = "peft/merge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +133,19 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     return Prepared(plan, None)
 
 
+def is_adapter(source: str | Path, options: Options) -> bool:
+    """Tells whether a path, or a hub id, is a PEFT directory; reads headers only."""
+    return (
+        _open(SourceSpec("source", str(source), mark=Mark("command line", 1, 1)), Path(), options).kind == PEFT_ADAPTER
+    )
+
+
 def _adapter_alone(catalog: Catalog) -> TargetError:
     return TargetError(
         "adapter-alone",
         "this is a PEFT adapter: on its own it makes no model",
         where=catalog.path,
-        hint="write a mapping with `sources: {lora: ADAPTER, llm: BASE}`, `adapters: [{from: lora, onto: llm}]` and "
-        '`tensors: {"{rest...}": "llm:{rest...}"}`',
+        hint=f"name the model it was trained on: add --base base=MODEL, which is --use {ADAPTER_PRESET}",
     )
 
 

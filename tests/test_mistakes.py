@@ -490,7 +490,7 @@ ADAPTERS = [
         ("convert", "$lora", "out"),
         "adapter-alone",
         "adapter",
-        "adapters: [{from: lora, onto: llm}]",
+        "--base base=MODEL",
         None,
     ),
     Mistake(

@@ -173,10 +173,10 @@ class _Merge:
         packed = frozenset(packed_weights(self.base))
         for name, entry in self.whole.items():
             place = self._place(name)
-            if place is None:
-                homeless.append(name)
-            else:
+            if place is not None:
                 yield place, entry
+            elif not self._is_tied(entry):
+                homeless.append(name)
         for module, tensors in self.modules.items():
             place = self._place(f"{module}.weight")
             if place is None:
@@ -191,6 +191,10 @@ class _Merge:
                 problems.append(self._explained(error, module))
                 if error.code in ("unknown-alpha", "odd-pattern"):
                     return  # the same for every module
+
+    def _is_tied(self, entry: TensorEntry) -> bool:
+        """Tells whether a tensor has a second name: a full dump holds ``lm_head`` though a base that ties it does not."""
+        return entry.name in self.adapter.aliases or entry.name in self.adapter.aliases.values()
 
     def _module(
         self, module: str, place: str, parts: Mapping[str, TensorEntry], settings: Settings
