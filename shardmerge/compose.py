@@ -10,7 +10,7 @@ from math import prod
 
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError
-from shardmerge.ops.casts import CASTABLE, Cast, exact
+from shardmerge.ops.casts import CASTABLE, Cast, Widen, exact
 from shardmerge.ops.contract import Arithmetic, Joined, Meta, Move, Op
 from shardmerge.tensors import Columns, Composed, Made, Piece, TensorEntry, View, composed
 
@@ -69,7 +69,9 @@ def cast_to(entry: TensorEntry, dtype: DType) -> TensorEntry:
 def own_dtype(entry: TensorEntry) -> DType:
     """Returns the type a tensor keeps where nobody asks for another: that of the tensor it is essentially made of."""
     held = composed(entry)
-    if held is None or not held.bases or entry.dtype.kind != "float" or isinstance(held.recipe, Cast):
+    if held is None or not held.bases or entry.dtype.kind != "float":
+        return entry.dtype
+    if isinstance(held.recipe, Cast) and not isinstance(held.recipe, Widen):
         return entry.dtype
     like = held.recipe.like if isinstance(held.recipe, Arithmetic) else 0
     return own_dtype(held.bases[like])
@@ -87,7 +89,11 @@ def _one_dtype(inputs: Sequence[TensorEntry]) -> Sequence[TensorEntry]:
         return inputs  # if they differ, the op says so
     order = sorted(dtypes, key=lambda dtype: dtype.itemsize)
     common = next(wide for wide in (order[-1], DTYPES["F32"], DTYPES["F64"]) if all(_widens(d, wide) for d in dtypes))
-    return [cast_to(entry, common) for entry in inputs]
+    return [entry if entry.dtype == common else _widened(entry, common) for entry in inputs]
+
+
+def _widened(entry: TensorEntry, dtype: DType) -> TensorEntry:
+    return _entry(dtype, entry.shape, Made((entry,), Widen(entry.dtype, dtype)))
 
 
 def _widens(source: DType, target: DType) -> bool:
