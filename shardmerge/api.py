@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +22,7 @@ from shardmerge.execute.engine import Progress
 from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
 from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.guess import Found, Proposal, propose
 from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, combine, list_presets, load_preset, read_preset
@@ -37,7 +39,7 @@ from shardmerge.verify import Difference, Verdict, compare, verify_directory, ve
 
 __all__ = [
     "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
-    "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
+    "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
     "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "schema", "verify",
     "write_new",
 ]  # fmt: skip
@@ -341,6 +343,48 @@ def invert(mapping: str | Path, source: str = "") -> str:
 def schema(*, preset: bool = False) -> dict[str, object]:
     """Returns the JSON Schema (draft 2020-12) of mapping.yaml, or of a preset's file."""
     return preset_schema() if preset else mapping_schema()
+
+
+def init(
+    checkpoint: str | Path,
+    *,
+    bases: Mapping[str, str] | None = None,
+    to: str = "",
+    mapping: str | Path | None = None,
+    download: bool = False,
+) -> Proposal:
+    """Returns a mapping to begin with, for a checkpoint whose layout is recognised by its names and shapes.
+
+    Parameters
+    ----------
+    checkpoint, download
+        As for ``inspect``.
+    bases
+        The preset's other sources, by name.
+    to
+        The target wanted, or a preset; empty if there is one only.
+    mapping
+        Where the mapping will lie: paths in it are relative to its folder. None for the current one.
+
+    Raises
+    ------
+    MappingError
+        ``unknown-layout``, ``no-road``, ``several-roads``.
+    UsageError, CheckpointError
+        As ``inspect``; ``unknown-source``: a base that the preset has no use for.
+    """
+    folder = Path(mapping).parent if mapping is not None else Path()
+    found = {
+        name: Found(_relative(path, folder), inspect(path, download=download))
+        for name, path in {"": str(checkpoint), **(bases or {})}.items()
+    }
+    return propose(found.pop(""), found, to)
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A path as it reads from a folder; absolute ones and hub ids stay."""
+    place = Path(path).expanduser()
+    return os.path.relpath(place, folder) if place.exists() and not place.is_absolute() else path
 
 
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:

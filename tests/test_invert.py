@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,13 @@ BLOCKS = {
     ),
 }  # fmt: skip
 
-HEAD = "shardmerge: 1\nsources: {src: model.safetensors}\noutput: {path: there}\nlet: {n: 2, unused: 5}\ntensors:\n  "
+HEAD = "shardmerge: 1\nsources: {src: model.safetensors}\noutput: {path: there}\nlet: {n: 2}\ntensors:\n  "
 
 
 def mapping_of(names) -> str:
-    return HEAD + "\n  ".join(BLOCKS[name][0] for name in names) + "\n"
+    rules = "\n  ".join(BLOCKS[name][0] for name in names)
+    head = HEAD if re.search(r"\bn\b", rules) else HEAD.replace("let: {n: 2}\n", "")
+    return f"{head}{rules}\n"
 
 
 def tensors_of(names) -> dict[str, torch.Tensor]:

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from shardmerge import api
-from shardmerge.cli.options import dumped, json_option, parsed, plan_options
+from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 
 
 def add_commands(group: click.Group) -> None:
     """Puts the commands of this module on the group."""
-    for command in (explain, invert, schema):
+    for command in (explain, init, invert, schema):
         group.add_command(command)
 
 
@@ -37,6 +37,21 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 def invert(mapping: str, source: str, out: str | None) -> None:
     """Write the mapping that leads back, or say which rules have no way back and why."""
     _write(api.invert(Path(mapping), source), out)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+@click.option("--to", default="", metavar="TARGET", help="What is wanted: hf/llava, torchtune, or a preset.")
+@click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
+@click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
+def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:
+    """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing."""
+    named = dict(pair(text) for text in bases)
+    proposal = api.init(checkpoint, bases=named, to=to, mapping=out, download=download)
+    _write(proposal.text, out)
+    for note in proposal.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @click.command()

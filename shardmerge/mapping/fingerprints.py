@@ -1,0 +1,266 @@
+"""The layouts that `shardmerge init` knows, as data: what their names and shapes look like, and the ways from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A tensor that a layout has.
+
+    Attributes
+    ----------
+    names
+        Templates; a name of the checkpoint matches one of them.
+    rank
+        Its number of dimensions, a float tensor; None for any tensor.
+    """
+
+    names: tuple[str, ...]
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A source that a preset can do without, and this checkpoint cannot.
+
+    Attributes
+    ----------
+    role
+        Its name in the preset.
+    reason
+        Why it is needed.
+    unless
+        A template: with such a tensor in the checkpoint it is not needed.
+    unless_file
+        Likewise a file beside the weights.
+    """
+
+    role: str
+    reason: str
+    unless: str = ""
+    unless_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """A preset that leads away from a layout.
+
+    Attributes
+    ----------
+    preset
+        Its name.
+    to
+        What it makes, where the preset names no target.
+    role
+        Which of its sources the checkpoint is; empty for the first that it needs.
+    """
+
+    preset: str
+    to: str = ""
+    role: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout.
+
+    Attributes
+    ----------
+    name
+        For people.
+    marks
+        All of them must be there.
+    without
+        Templates that no name may match.
+    roads
+        Presets from here.
+    wants
+        Sources that are needed besides those that the preset says.
+    """
+
+    name: str
+    marks: tuple[Mark, ...]
+    roads: tuple[Road, ...]
+    without: tuple[str, ...] = ()
+    wants: tuple[Want, ...] = ()
+
+
+def _mark(*names: str, rank: int | None = None) -> Mark:
+    return Mark(names, rank)
+
+
+_LLM = Want("llm", "the LLM's config.json and tokenizer come from it, and every weight that was not trained")
+_VISION = Want("vision", "the encoder's config.json comes from it, and every weight that was not trained")
+_TOWER = Want("vision", "the checkpoint has no visual encoder", unless="model.vision_tower.{rest...}")
+_LLAVA = (Road("llava/official-to-hf"), Road("llava/official-to-hf-next"))
+_TO_HF = "model.layers.{i:int}.self_attn.q_proj.weight"
+
+LAYOUTS = (
+    Layout(
+        "XTuner LLaVA",
+        (_mark("projector.model.{i:int}.weight", rank=2),),
+        (Road("xtuner/llava-to-hf"), Road("xtuner/llava-to-official"), Road("xtuner/llava-to-xtuner")),
+        wants=(_LLM, _VISION),
+    ),
+    Layout(
+        "LLM or adapter of XTuner's LLaVA, LoRA",
+        (_mark("{part:llm|visual_encoder}.base_model.model.{rest...}.lora_A.default.weight", rank=2),),
+        (Road("peft/export"),),
+    ),
+    Layout(
+        "official LLaVA (LlavaLlamaForCausalLM)",
+        (_mark(_TO_HF, rank=2), _mark("model.mm_projector.{rest...}")),
+        _LLAVA[:1],
+        without=("model.image_newline",),
+        wants=(_TOWER,),
+    ),
+    Layout(
+        "official LLaVA with an image_newline (LLaVA-NeXT, or 1.5 of later code)",
+        (_mark(_TO_HF, rank=2), _mark("model.mm_projector.{rest...}"), _mark("model.image_newline", rank=1)),
+        _LLAVA,
+        wants=(_TOWER,),
+    ),
+    Layout(
+        "projector of an official LLaVA (mm_projector.bin, non_lora_trainables.bin)",
+        (
+            _mark(
+                "model.mm_projector.{rest...}",
+                "base_model.model.model.mm_projector.{rest...}",
+                "model.model.mm_projector.{rest...}",
+            ),
+        ),
+        tuple(Road(road.preset, role="projector") for road in _LLAVA),
+        without=(_TO_HF,),
+        wants=(Want("vision", "a projector has no visual encoder"),),
+    ),
+    Layout(
+        "Hugging Face LLaVA, legacy names (transformers 4.36 to 4.51, and what 4.52 to 4.57 save)",
+        (
+            _mark("language_model.model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _mark("multi_modal_projector.linear_1.weight", rank=2),
+            _mark("vision_tower.{rest...}"),
+        ),
+        (Road("llava/hf-to-4.52"), Road("llava/hf-to-5.6"), Road("llava/hf-to-official")),
+    ),
+    Layout(
+        "Hugging Face LLaVA, names of transformers 4.52 to 5.5",
+        (
+            _mark("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _mark("model.multi_modal_projector.linear_1.weight", rank=2),
+            _mark("model.vision_tower.vision_model.{rest...}"),
+        ),
+        (Road("llava/hf-to-legacy"), Road("llava/hf-to-5.6"), Road("llava/hf-to-official")),
+    ),
+    Layout(
+        "Hugging Face LLaVA, names of transformers 5.6 and later",
+        (
+            _mark("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _mark("model.multi_modal_projector.linear_1.weight", rank=2),
+            _mark("model.vision_tower.{top:embeddings|encoder}.{rest...}"),
+        ),
+        (Road("llava/hf-to-legacy"), Road("llava/hf-to-4.52"), Road("llava/hf-to-official")),
+    ),
+    Layout(
+        "Hugging Face LLaMA (Mistral, Qwen2)",
+        (_mark(_TO_HF, rank=2), _mark("model.embed_tokens.weight", rank=2)),
+        (
+            Road("llama/hf-to-meta"),
+            Road("llama/hf-to-torchtune", to="torchtune"),
+            Road("llama/hf-to-litgpt", to="litgpt"),
+            Road("llama/hf-to-hf"),
+        ),
+        without=("model.mm_projector.{rest...}", "{rest...}.lora_A.weight"),
+    ),
+    Layout(
+        "Hugging Face Phi-3, fused",
+        (
+            _mark("model.layers.{i:int}.self_attn.qkv_proj.weight", rank=2),
+            _mark("model.layers.{i:int}.mlp.gate_up_proj.weight", rank=2),
+        ),
+        (Road("llama/phi3-to-llama"), Road("llama/hf-to-torchtune-phi3", to="torchtune")),
+    ),
+    Layout(
+        "Meta's LLaMA (consolidated.NN.pth)",
+        (_mark("{r:02}.layers.{i:int}.attention.wq.weight", rank=2), _mark("{r:02}.tok_embeddings.weight", rank=2)),
+        (Road("llama/meta-to-hf"),),
+    ),
+    Layout(
+        "torchtune",
+        (_mark("layers.{i:int}.attn.q_proj.weight", rank=2), _mark("tok_embeddings.weight", rank=2)),
+        (Road("llama/torchtune-to-hf"), Road("llama/torchtune-phi3-to-hf")),
+    ),
+    Layout(
+        "LoRA adapter of torchtune",
+        (_mark("layers.{i:int}.{part:attn|mlp}.{name}.lora_a.weight", rank=2),),
+        (Road("llama/torchtune-lora-to-hf", role="adapter"),),
+    ),
+    Layout(
+        "litgpt",
+        (
+            _mark("transformer.h.{i:int}.attn.{kind:qkv|attn}.weight", rank=2),
+            _mark("transformer.wte.weight", rank=2),
+        ),
+        (Road("llama/litgpt-to-hf"),),
+    ),
+    Layout(
+        "Megatron-Core",
+        (_mark("{t:int}.{p:int}.decoder.layers.{i:int}.self_attention.linear_qkv.weight", rank=2),),
+        (Road("llama/megatron-to-hf"),),
+        wants=(Want("base", "Megatron keeps no config.json and no tokenizer"),),
+    ),
+    Layout(
+        "OpenAI's CLIP, open_clip",
+        (
+            _mark(
+                "visual.transformer.resblocks.{i:int}.attn.in_proj_weight",
+                "module.visual.transformer.resblocks.{i:int}.attn.in_proj_weight",
+                rank=2,
+            ),
+            _mark("visual.conv1.weight", "module.visual.conv1.weight", rank=4),
+        ),
+        (Road("clip/open-clip-to-hf"),),
+        wants=(Want("config", "there is no open_clip_config.json", unless_file="open_clip_config.json"),),
+    ),
+    Layout(
+        "Hugging Face CLIP",
+        (
+            _mark("vision_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _mark("text_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+        ),
+        (Road("clip/hf-to-open-clip", to="open_clip"), Road("clip/hf-to-vision")),
+    ),
+    Layout(
+        "Hugging Face CLIP vision tower",
+        (
+            _mark(
+                "vision_model.encoder.layers.{i:int}.self_attn.q_proj.weight",
+                "encoder.layers.{i:int}.self_attn.q_proj.weight",
+                rank=2,
+            ),
+        ),
+        (Road("clip/hf-to-vision"),),
+        without=("text_model.{rest...}", "language_model.{rest...}"),
+    ),
+    Layout(
+        "InternVL (InternVLChatModel)",
+        (
+            _mark("vision_model.encoder.layers.{i:int}.attn.qkv.weight", rank=2),
+            _mark("mlp1.{i:int}.weight"),
+            _mark("language_model.{rest...}"),
+        ),
+        (Road("internvl/original-to-hf"),),
+    ),
+    Layout(
+        "PEFT adapter",
+        (
+            _mark(
+                "base_model.model.{rest...}.lora_A.weight",
+                "base_model.model.{rest...}.lora_A.default.weight",
+                rank=2,
+            ),
+        ),
+        (Road("llama/hf-to-hf", role="adapter"), Road("peft/export")),
+    ),
+)
