@@ -1,4 +1,6 @@
-"""Writes the pages of ops and presets, and their places in mkdocs.yml: ``python -m docs.generate`` from the root.
+"""Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
+
+Pages of ops and presets, their places in mkdocs.yml, the list of targets, and the picture of layouts.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -9,13 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from docs.layout_picture import picture
+from docs.markdown import table
 from docs.op_pages import op_pages
 from docs.preset_pages import file_name, preset_pages
 from shardmerge.mapping.preset_files import list_presets
 from shardmerge.ops.registry import OPS
+from shardmerge.targets.registry import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
-_BEGIN, _END = "      # generated: {0}\n", "      # end of {0}\n"
 _FOLDERS = ("ops", "presets")
 
 
@@ -23,7 +26,12 @@ def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
     texts = {"guides/layouts.svg": picture(), **op_pages(), **preset_pages()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
-    return {**pages, ROOT / "mkdocs.yml": _configuration((ROOT / "mkdocs.yml").read_text("utf-8"))}
+    reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
+    return {
+        **pages,
+        reference: _with_targets(reference.read_text("utf-8")),
+        configuration: _configuration(configuration.read_text("utf-8")),
+    }
 
 
 def outdated() -> list[Path]:
@@ -55,11 +63,21 @@ def _configuration(text: str) -> str:
         "presets": ["presets/index.md", *(f"presets/{file_name(name)}" for name in list_presets())],
     }
     for name, paths in lists.items():
-        before, _, rest = text.partition(_BEGIN.format(name))
-        _, _, after = rest.partition(_END.format(name))
         lines = "".join(f"      - {path}\n" for path in paths)
-        text = before + _BEGIN.format(name) + lines + _END.format(name) + after
+        text = _between(text, f"      # generated: {name}\n", lines, f"      # end of {name}\n")
     return text
+
+
+def _with_targets(text: str) -> str:
+    rows = [(f"`{target.name}`", target.about) for target in TARGETS.values()]
+    lines = "\n".join(["", *table(("target", "what it makes"), rows), "", ""])
+    return _between(text, "<!-- generated: targets -->\n", lines, "<!-- end of targets -->\n")
+
+
+def _between(text: str, begin: str, inside: str, end: str) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + inside + end + after
 
 
 if __name__ == "__main__":

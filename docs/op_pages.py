@@ -50,8 +50,11 @@ def _index() -> str:
         "(../guides/mapping-language.md).",
         "",
         "An op that *copies* only says which source bytes go where. It costs nothing but the reading, and its",
-        "result has the bits of the source. One that *computes* does so in float32 (float64 where an input is), and the",
-        "result is rounded once, at the end.",
+        "result has the bits of the source. One that *computes* does so in float32 (float64 where an input is),",
+        "and the result is rounded once, at the end.",
+        "",
+        "Where every op of a mapping has an inverse, [`shardmerge invert`](../reference/commands.md#shardmerge-invert)",
+        "writes the mapping that leads back.",
     ]
     for title, kinds in _families().items():
         rows = [
