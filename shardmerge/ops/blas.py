@@ -1,10 +1,10 @@
 """Matrix products made by one thread, whatever numpy's BLAS would take for itself.
 
-numpy hands ``@`` to a BLAS, mostly OpenBLAS, which cuts a product into as many parts as there are CPUs, and whose threads
-wait for each other in busy loops. The products here are small and the engine's workers run side by side anyway: on two
-cores with other work, ``[32, 512] @ [512, 512]`` in float64 ran at 6 to 11 GFLOP/s with one thread and at 1 to 11 with
-two. Where the parts are cut also decides in which order an element is summed up, and each thread of the library keeps
-memory that no plan knows of.
+numpy hands ``@`` to a BLAS, mostly OpenBLAS, which cuts a product into as many parts as there are CPUs, and whose
+threads wait for each other in busy loops. The products here are small, and the engine's workers run side by side
+anyway: on two cores with other work, ``[32, 512] @ [512, 512]`` in float64 ran at 6 to 11 GFLOP/s with one thread, and
+at 1 to 11 with two. Where the parts are cut also decides in which order an element is summed up, and each thread of
+the library keeps memory that no plan knows of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.linalg import _umath_linalg  # type: ignore[attr-defined]  # numpy's own library that is linked to the BLAS
+from numpy.linalg import _umath_linalg  # numpy's library that is linked to its BLAS
 
 from shardmerge.ops.arrays import Array
 
