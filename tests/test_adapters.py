@@ -245,7 +245,7 @@ def bounds(before: State, model: PeftModel) -> dict[str, torch.Tensor]:
 def _grown(
     bound: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, module: nn.Module, *, turned: bool
 ) -> torch.Tensor:
-    """DoRA multiplies by magnitude / norm. A norm of n squares is off by n/2 + 2 roundings at most, and its terms."""
+    """DoRA multiplies by magnitude / norm; a norm of n squares is off by fewer than n + 8 roundings, and its terms."""
     magnitude = module.lora_magnitude_vector["default"].weight.double()
     scale = module.scaling["default"]
     delta = module.get_delta_weight("default").double() if scale else 0
@@ -273,19 +273,14 @@ def assert_close(found: Mapping[str, np.ndarray], truth: State, allowed: Mapping
     assert changed == len(allowed)
 
 
-# Patterns stand in the config alone, which a state dict has not; a .bin holds the tensors of the safetensors file.
-FORMS = [
-    (name, how)
-    for name in CASES
-    for how in ("safetensors", "bin", "whole")
-    if not (how == "whole" and "patterns" in name)
-    and not (how == "bin" and name not in ("linear", "dora", "embedding", "modules to save"))
-]
-
-
-@pytest.mark.parametrize(("name", "how"), FORMS)
+@pytest.mark.parametrize("how", ["safetensors", "bin", "whole"])
+@pytest.mark.parametrize("name", CASES)
 def test_float32_is_what_peft_merges(name: str, how: str, tmp_path: Path) -> None:
     case = CASES[name]
+    if how == "whole" and "patterns" in name:
+        pytest.skip("patterns stand in the config alone, and a state dict has none")
+    if how == "bin" and name not in ("linear", "dora", "embedding", "modules to save"):
+        pytest.skip("the tensors are those of the safetensors file")
     model = adapted(case)
     before = write_base(model, tmp_path / "base")
     adapter = save(model, tmp_path / "adapter", how)
