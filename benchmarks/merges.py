@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +32,12 @@ tensors:
 """
 
 
-def write_lora(folder: Path, shape: LlamaShape, rank: int, *, fill: bool = False) -> Path:
-    """Writes ``base`` in bf16, ``adapter`` on all linear layers in fp32, and returns the mapping that merges them."""
-    tensors = shape.tensors()
+def write_lora(
+    folder: Path, shape: LlamaShape, rank: int, *, fill: bool = False, modules: Sequence[str] = LINEAR
+) -> Path:
+    """Writes ``base`` in bf16, ``adapter`` on linear layers in fp32, and returns the mapping that merges them."""
     write_model(folder / "base", shape, fill=fill)
-    write_adapter(folder / "adapter", tensors, rank, fill=fill)
+    write_adapter(folder / "adapter", shape.tensors(), rank, fill=fill, modules=modules)
     return _mapping(folder, _LORA)
 
 
@@ -66,18 +67,18 @@ def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 
-def write_adapter(folder: Path, tensors: Shapes, rank: int, *, fill: bool = False) -> None:
-    """Writes a PEFT directory: a LoRA of all linear layers, with an alpha of twice the rank."""
+def write_adapter(folder: Path, tensors: Shapes, rank: int, *, fill: bool, modules: Sequence[str]) -> None:
+    """Writes a PEFT directory: a LoRA with an alpha of twice the rank."""
     folder.mkdir(parents=True)
-    write_safetensors(folder / "adapter_model.safetensors", dict(_pairs(tensors, rank)), "F32", fill=fill)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEAR)}
+    write_safetensors(folder / "adapter_model.safetensors", dict(_pairs(tensors, rank, modules)), "F32", fill=fill)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(modules)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 
-def _pairs(tensors: Shapes, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _pairs(tensors: Shapes, rank: int, modules: Sequence[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, shape in tensors.items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in LINEAR:
+        if module.rpartition(".")[2] in modules:
             yield f"base_model.model.{module}.lora_A.weight", (rank, shape[1])
             yield f"base_model.model.{module}.lora_B.weight", (shape[0], rank)
 

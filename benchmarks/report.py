@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 Result: TypeAlias = Mapping[str, Any]
 
 _MIB = 1 << 20
+# Written by `benchmarks.memory_8b`, and of another shape than the cases.
+MERGES = "memory-8b.json"
 _OURS = ("shardmerge", "shardmerge-no-sync")
 
 _HEAD = """\
@@ -38,8 +40,8 @@ _NOT_MEASURED = """\
 
 - Cold page cache, spinning disks, network file systems, file systems that can clone (XFS, btrfs).
 - More than two cores, and memory busy with other work.
-- Real 8B weights from end to end: `tests/test_plan_at_size.py` plans them at full size, from true headers and holes.
-- fp16 and float8 outputs, LoRA, torch `.pth` sources, several shards, `--download`.
+- Real 8B weights from end to end: holes stand for them.
+- fp16 and float8 outputs, torch `.pth` sources, several shards, `--download`.
 - Older DeepSpeed, `ds_to_universal`, XTuner's own `pth_to_hf`.
 - Energy, and anything on a GPU.
 """
@@ -47,13 +49,15 @@ _NOT_MEASURED = """\
 
 def write(results: Path, page: Path) -> None:
     """Writes the page from all result files of a directory."""
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))]
-    page.write_text(render(found), "utf-8")
+    paths = (path for path in sorted(results.glob("*.json")) if path.name != MERGES)
+    found = [json.loads(path.read_text("utf-8")) for path in paths]
+    merges = json.loads((results / MERGES).read_text("utf-8"))["runs"] if (results / MERGES).is_file() else {}
+    page.write_text(render(found, merges), "utf-8")
 
 
-def render(results: Sequence[Result]) -> str:
+def render(results: Sequence[Result], merges: Result) -> str:
     """Returns the page as Markdown."""
-    blocks = [_HEAD, *_machines(results), *_memory(results)]
+    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges)]
     for result in results:
         blocks += _case(result)
     return "\n".join([*blocks, _NOT_MEASURED])
@@ -107,6 +111,25 @@ def _weights(result: Result) -> str:
 
 def _peak(contender: Mapping[str, Any]) -> str:
     return f"{contender['peak']['max'] / _MIB:,.0f} ({contender['anonymous']['max'] / _MIB:,.0f})"
+
+
+# ---- merges at 8B
+
+
+def _merges(runs: Result) -> Iterator[str]:
+    """What `benchmarks.memory_8b` measured, each kind once."""
+    if not runs:
+        return
+    yield "## Memory of merges of a LLaMA-3-8B\n"
+    yield "One run each, from holes (all values are zeros), synced. The default budget is 256 MiB.\n"
+    yield _row(["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised"])
+    yield _row(["---", "---:", "---:", "---:", "---:", "---:", "---:"])
+    for run in runs.values():
+        figures = [f"{run[key] / 1e9:.1f}" for key in ("total_size", "bytes_read")]
+        peaks = [f"{run[key] / _MIB:.0f}" for key in ("peak", "planned_peak")]
+        yield _row([run["about"], str(run["layers"]), *figures, f"{run['wall']:.0f}", *peaks])
+    cards = {f"{_card(run)} Commit {run['commit'][:12]}, {run['date']}." for run in runs.values()}
+    yield "\n" + "\n".join(sorted(cards)) + "\n"
 
 
 # ---- a case

@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from benchmarks import report
 from benchmarks.harness import Measured, answer, measure, succeed
 from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.merges import write_lora
 from benchmarks.peers import environment
 from benchmarks.synthetic import llama_of, write_safetensors, write_zero
 
@@ -110,10 +112,19 @@ def cases(deepspeed: Path) -> list[Case]:
         _prepare_rename,
         _rename_contenders,
     )
+    lora = Case(
+        "lora-0.5b",
+        "Merge a LoRA with r = 64 on all linear layers into a bf16 model of 0.5 B parameters",
+        "A LLaMA and an fp32 adapter, both with random weights. peft rounds twice more than shardmerge, so the weights are "
+        "not the same to the bit; `tests/test_adapters.py` holds the difference to that.",
+        lambda folder: write_lora(folder, llama_of(2 * _GIB), 64, fill=True).parent,
+        _lora_contenders,
+    )
     return [
         zero("zero2-1g", 2, 2, _GIB),
         zero("zero3-1g", 3, 8, _GIB),
         rename,
+        lora,
         zero("zero2-4g", 2, 2, 4 * _GIB),
     ]
 
@@ -168,6 +179,25 @@ def _rename_contenders(source: Path, file: Path) -> list[Contender]:
             ],
             "load_file; rename; save_file",
             same=True,
+        ),
+        *_floor(file),
+    ]  # fmt: skip
+
+
+def _lora_contenders(source: Path, file: Path) -> list[Contender]:
+    return [
+        *_ours(
+            lambda out: [sys.executable, "-m", "shardmerge", "run", source / "mapping.yaml", "--out", out, "--json"],
+            "shardmerge run mapping.yaml --out OUT",
+        ),
+        Contender(
+            "peft",
+            f"peft {version('peft')}: from_pretrained, merge_and_unload, save_pretrained",
+            "peer",
+            lambda out: [
+                sys.executable, "-m", "benchmarks.peers.peft_merge", source / "base", source / "adapter", out,
+            ],
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)",
         ),
         *_floor(file),
     ]  # fmt: skip
@@ -340,8 +370,10 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, writes the results, and renders the page."""
     given = _arguments()
-    deepspeed = given.deepspeed_python or environment.build(ROOT / ".envs" / "deepspeed")
     chosen = [key for key in given.cases.split(",") if key]
+    home = ROOT / ".envs" / "deepspeed"
+    wanted = not chosen or any(key.startswith("zero") for key in chosen)
+    deepspeed = given.deepspeed_python or (environment.build(home) if wanted else home / "bin" / "python")
     known = cases(deepspeed)
     unknown = set(chosen) - {case.key for case in known}
     if unknown:

@@ -141,9 +141,9 @@ def stir(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_magnitude" in name:
-                parameter *= 1 + 0.2 * torch.rand_like(parameter)
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
             elif parameter.requires_grad:
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 def base_of(model: PeftModel) -> State:
@@ -245,7 +245,7 @@ def bounds(before: State, model: PeftModel) -> dict[str, torch.Tensor]:
 def _grown(
     bound: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, module: nn.Module, *, turned: bool
 ) -> torch.Tensor:
-    """DoRA multiplies by magnitude / norm. A norm of n squares is off by n/2 + 2 roundings at most, and by its terms."""
+    """DoRA multiplies by magnitude / norm; a norm of n squares is off by fewer than n + 8 roundings, and its terms."""
     magnitude = module.lora_magnitude_vector["default"].weight.double()
     scale = module.scaling["default"]
     delta = module.get_delta_weight("default").double() if scale else 0

@@ -193,7 +193,7 @@ class _Merge:
                     return  # the same for every module
 
     def _is_tied(self, entry: TensorEntry) -> bool:
-        """Tells whether a tensor has a second name: a full dump holds ``lm_head`` though a base that ties it does not."""
+        """Tells whether a tensor has a second name: a full dump has ``lm_head``, a base that ties it has not."""
         return entry.name in self.adapter.aliases or entry.name in self.adapter.aliases.values()
 
     def _module(

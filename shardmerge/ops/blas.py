@@ -1,8 +1,8 @@
 """Matrix products made by one thread, whatever numpy's BLAS would take for itself.
 
 numpy hands ``@`` to a BLAS, mostly OpenBLAS, which cuts a product into as many parts as there are CPUs, and whose
-threads wait for each other in busy loops. The products here are small and the engine's workers run side by side
-anyway: on two cores with other work, ``[32, 512] @ [512, 512]`` in float64 ran at 6 to 11 GFLOP/s with one thread and
+threads wait for each other in busy loops. The products here are small, and the engine's workers run side by side
+anyway: on two cores with other work, ``[32, 512] @ [512, 512]`` in float64 ran at 6 to 11 GFLOP/s with one thread, and
 at 1 to 11 with two. Where the parts are cut also decides in which order an element is summed up, and each thread of
 the library keeps memory that no plan knows of.
 """
@@ -10,13 +10,13 @@ the library keeps memory that no plan knows of.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.linalg import _umath_linalg  # numpy's library that is linked to its BLAS
 
 from shardmerge.ops.arrays import Array
 
@@ -72,15 +72,10 @@ def _one_thread() -> Iterator[None]:
         _LIBRARY.leave()
 
 
-def _linked_to_blas() -> str | None:
-    """Returns the path of numpy's own library that is linked to the BLAS."""
-    return importlib.import_module("numpy.linalg._umath_linalg").__file__
-
-
 def _library() -> _Threads | None:
     """Returns OpenBLAS, found among what numpy is linked to; None where numpy has another BLAS."""
     try:
-        library = ctypes.CDLL(_linked_to_blas())
+        library = ctypes.CDLL(_umath_linalg.__file__)
     except OSError:
         return None
     for name in _NAMES:

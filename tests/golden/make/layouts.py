@@ -76,7 +76,7 @@ def write_truth(case: pathlib.Path, state: Mapping[str, torch.Tensor], config: A
 
 
 def write_config(folder: pathlib.Path, config: Any) -> None:
-    fields = config if isinstance(config, Mapping) else json.loads(config.to_json_string(use_diff=False))
+    fields = config if isinstance(config, Mapping) else json.loads(config.to_json_string())
     fields = {name: value for name, value in fields.items() if name != "_name_or_path"}
     (folder / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
 

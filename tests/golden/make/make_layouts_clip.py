@@ -78,7 +78,7 @@ def make(out: pathlib.Path, name: str, quick_gelu: bool, trained: bool) -> None:
     twin.logit_scale = model.logit_scale
     truth = {key: tensor.to(dtype) for key, tensor in contiguous(twin.state_dict()).items()}
     all_distinct(truth)
-    write_truth(case, truth, json.loads(config.to_json_string(use_diff=False)) | {"torch_dtype": str(dtype)[6:]})
+    write_truth(case, truth, json.loads(config.to_json_string()) | {"torch_dtype": str(dtype)[6:]})
     ids = torch.randint(3, 97, (2, TEXT["context_length"]), generator=generator("text"))
     ids[:, 0], ids[0, 8], ids[1, 5] = 97, 98, 98
     pixels = torch.randn(2, 3, VISION["image_size"], VISION["image_size"], generator=generator("pixels"))

@@ -72,11 +72,11 @@ def hf_config(unpad: bool) -> Any:
     text, vision = LlamaConfig(**TEXT), CLIPVisionConfig(**VISION)
     if not unpad:
         return LlavaConfig(
-            vision, text, image_token_index=IMAGE_TOKEN, image_seq_length=(IMAGE // PATCH) ** 2,
+            vision, text, image_token_index=IMAGE_TOKEN, tie_word_embeddings=False, image_seq_length=(IMAGE // PATCH) ** 2,
             architectures=["LlavaForConditionalGeneration"],
         )  # fmt: skip
     return LlavaNextConfig(
-        vision, text, image_token_index=IMAGE_TOKEN, use_image_newline_parameter=True,
+        vision, text, image_token_index=IMAGE_TOKEN, use_image_newline_parameter=True, tie_word_embeddings=False,
         image_grid_pinpoints=[[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]],
         architectures=["LlavaNextForConditionalGeneration"],
     )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The memory law of merges, on real processes: measured peak <= planned peak <= 256 MiB, the default budget.
+
+The widths of an 8B model, one layer of it: what a worker holds depends on a tensor's width, not on how many there are.
+``benchmarks/memory_8b.py`` measures all 32 layers. The values are holes where nobody looks at them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Measured, answer, measure
+from tests.test_memory import CGROUP_LIMIT, DRIVER, MIB, _make_group
+
+merges = pytest.importorskip("benchmarks.merges", reason="torch is needed for the synthetic checkpoints")
+synthetic = pytest.importorskip("benchmarks.synthetic", reason="torch is needed for the synthetic checkpoints")
+
+BUDGET = 256 * MIB
+
+
+def merged(mapping: Path, out: Path, *options: str, group: str = "", threads: str = "") -> tuple[Measured, int]:
+    """Runs a mapping in a process of its own and returns it with its planned peak; the output stays."""
+    env = {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+    command = [sys.executable, "-c", DRIVER, "run", mapping, "--out", out, "--json", "--no-sync", *options]
+    done = measure(command, group=group, env=env)
+    planned = answer(done)["planned_peak"]
+    assert isinstance(planned, int)
+    return done, planned
+
+
+@pytest.fixture
+def group() -> Iterator[str]:
+    """A control group that kills what needs more than 128 MiB, page cache included."""
+    folder = _make_group()
+    yield str(folder / "cgroup.procs")
+    folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def wide_lora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A LoRA with r = 512 and its base: the widest layer and the widest vocabulary of an 8B model."""
+    folder = tmp_path_factory.mktemp("lora")
+    shape = replace(synthetic.LLAMA_3_8B, layers=1)
+    yield merges.write_lora(folder, shape, 512, modules=("q_proj", "down_proj"))
+    shutil.rmtree(folder)
+
+
+def test_a_wide_lora_keeps_the_law(wide_lora: Path, tmp_path: Path) -> None:
+    done, planned = merged(wide_lora, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    print(f"LoRA: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned, {done.wall:.1f} s")
+    assert done.peak <= planned <= BUDGET
+
+
+def test_a_wide_lora_runs_inside_a_cgroup_of_128_mib(wide_lora: Path, group: str, tmp_path: Path) -> None:
+    """One worker then: A of the widest layer has 28 MiB."""
+    done, planned = merged(wide_lora, tmp_path / "out", group=group)
+    shutil.rmtree(tmp_path / "out")
+    assert done.peak <= planned <= CGROUP_LIMIT
+
+
+def test_ties_of_three_models_keeps_the_law(tmp_path: Path) -> None:
+    mapping = merges.write_ties(tmp_path / "in", replace(synthetic.LLAMA_3_8B, layers=1, intermediate=3584, vocab=1024))
+    done, planned = merged(mapping, tmp_path / "out")
+    shutil.rmtree(tmp_path / "in")
+    shutil.rmtree(tmp_path / "out")
+    print(f"TIES: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned, {done.wall:.1f} s")
+    assert done.peak <= planned <= BUDGET
+
+
+@pytest.fixture(scope="module")
+def small_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With values, so that sums in another order show."""
+    shape = synthetic.LlamaShape(1024, 1, 8, 4, 2816, 1024)
+    return merges.write_lora(tmp_path_factory.mktemp("small"), shape, 96, fill=True)
+
+
+@pytest.fixture(scope="module")
+def expected(small_lora: Path) -> str:
+    """The digest of what the defaults write."""
+    merged(small_lora, small_lora.parent / "reference")
+    return digest(small_lora.parent / "reference")
+
+
+def digest(out: Path) -> str:
+    """Returns the SHA-256 of the one shard of a result."""
+    (shard,) = out.glob("*.safetensors")
+    return hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("workers", "budget", "threads"), [(1, 72, "1"), (1, 256, "2"), (2, 96, "2"), (4, 256, "1"), (4, 120, "8")]
+)
+def test_the_law_and_the_bytes(
+    workers: int, budget: int, threads: str, small_lora: Path, expected: str, tmp_path: Path
+) -> None:
+    """Neither workers, nor budget, nor the threads of the BLAS change a bit."""
+    options = ("--workers", str(workers), "--max-memory", f"{budget}MiB")
+    done, planned = merged(small_lora, tmp_path / "out", *options, threads=threads)
+    print(f"{workers} workers: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned")
+    assert done.peak <= planned <= budget * MIB
+    assert digest(tmp_path / "out") == expected
