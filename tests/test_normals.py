@@ -16,7 +16,9 @@ def words(count: int) -> np.ndarray:
 
 
 def test_log_is_that_of_the_c_library() -> None:
-    x = np.concatenate([1 - np.random.default_rng(0).random(20000), 2.0 ** -np.arange(54), 1 - 2.0 ** -np.arange(1, 54)])
+    x = np.concatenate(
+        [1 - np.random.default_rng(0).random(20000), 2.0 ** -np.arange(54), 1 - 2.0 ** -np.arange(1, 54)]
+    )
     expected = np.array([math.log(value) for value in x])
     assert np.all(np.abs(log(x) - expected) <= 3 * np.spacing(np.abs(expected)))
     assert log(np.ones(1))[0] == 0

@@ -1,8 +1,8 @@
 """Standard normal numbers of random words, with the same bits on every machine.
 
-Box-Muller in float64, by additions, multiplications, divisions and square roots alone: IEEE 754 rounds those in one way.
-numpy's ``log`` and ``cos`` it does not: they take the processor's own code where there is one (AVX-512), and the
-platform's C library where there is none, and differ in the last bits.
+Box-Muller in float64, by additions, multiplications, divisions and square roots alone: IEEE 754 says what those round
+to. It does not say so of ``log`` and ``cos``: numpy takes code for the processor where it has some (AVX-512), and the
+platform's C library where not, and they may differ in the last bits.
 """
 
 from __future__ import annotations
