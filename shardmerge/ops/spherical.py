@@ -52,9 +52,8 @@ class Slerp(Arithmetic):
         numel = prod(first.meta.shape)
         with np.errstate(all="ignore"):
             for start, count in blocks(numel):
-                left, right = (one.read(start, count).astype(np.float64, copy=False) for one in (first, second))
-                for index, (x, y) in enumerate(((left, left), (right, right), (left, right))):
-                    squares[index] += float((x * y).sum())
+                block = _products(first.read(start, count), second.read(start, count))
+                squares = [total + part for total, part in zip(squares, block, strict=True)]
         return _factors(self.t, *squares)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
@@ -73,6 +72,12 @@ class Slerp(Arithmetic):
             np.add(out, product, out=out)
             del product
             return count_overflows(out, tiles)
+
+
+def _products(left: Array, right: Array) -> tuple[float, float, float]:
+    """Returns the squared norms of two blocks and their scalar product; nothing of the block outlives the call."""
+    x, y = left.astype(np.float64, copy=False), right.astype(np.float64, copy=False)
+    return float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
 
 
 # The cosine above which two tensors count as parallel, and the norm below which one has no direction: mergekit's.

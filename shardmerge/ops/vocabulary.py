@@ -16,11 +16,18 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value
+from shardmerge.ops.normals import NORMAL_BYTES, normals
 
 How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
 
 # Rows summed at a time. Part of the result (float64 addition is not associative), so it never depends on the budget.
 BLOCK_ROWS = 256
+
+# Columns drawn at a time.
+_PIECE = 4096
+
+# A buffer of 8,192 numbers that numpy takes for a call; views, scalars and a random generator.
+_OVERHEAD = (64 + 16) << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +73,11 @@ class NewRows(Arithmetic):
         return ((0, 0),)
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """One block as stored, as float64 and squared, and four rows of float64."""
-        width = _width(inputs[0])
-        return 32 * width + BLOCK_ROWS * width * (inputs[0].dtype.itemsize + 24)
+        """One block as stored and as float64, and four rows of float64; of rows not summed one as stored alone."""
+        width, size = _width(inputs[0]), inputs[0].dtype.itemsize
+        if self.how in {"zeros", "copy"}:
+            return width * (size + 16) + _OVERHEAD
+        return width * (min(inputs[0].shape[0], BLOCK_ROWS) * (size + 8) + 32) + _OVERHEAD
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
         """Returns the row every new one is like, and the deviation of each column (0 but for ``normal``)."""
@@ -87,36 +96,37 @@ class NewRows(Arithmetic):
                 return mean, _deviation(stream, width, mean)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Indices, two gathered rows, and the draws, of which those of one more row are made."""
-        width = _width(inputs[0])
-        return 24 * count + (48 * (count + 2 * width) if self.how == "normal" else 0)
+        """Nothing but the words of one piece of ``normal`` and the draws made of them."""
+        piece = min(count, _width(inputs[0]), _PIECE) + 1
+        return _OVERHEAD + ((16 + NORMAL_BYTES) * piece if self.how == "normal" else 0)
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
-        """Fills any range."""
+        """Fills any range, a part of one row at a time."""
         assert isinstance(state, tuple)
         like, deviation = state
-        columns = np.arange(start, start + len(out)) % len(like)
-        np.take(like, columns, out=out)
-        if self.how == "normal":
-            out += np.take(deviation, columns) * self._draws(start, len(out), len(like))
+        place = start
+        while place < start + len(out):
+            row, low = divmod(place, len(like))
+            high = min(low + _PIECE, len(like), low + start + len(out) - place)
+            part = out[place - start :][: high - low]
+            np.copyto(part, like[low:high])
+            if self.how == "normal":
+                draws = self._draws(row, low, high)
+                np.multiply(draws, deviation[low:high], out=draws)
+                np.add(part, draws, out=part)
+                del draws
+            place += high - low
         return 0
 
-    def _draws(self, start: int, count: int, width: int) -> Array:
-        """Standard normal numbers of a range: each row has a Philox generator of its own, keyed by seed and row.
+    def _draws(self, row: int, low: int, high: int) -> Array:
+        """Standard normal numbers of columns of a row, which has a Philox generator of its own, keyed by seed and row.
 
-        Box-Muller over its raw words, in float64: numpy promises those for ever, its own normal numbers it does not.
+        Column c takes words 2 c and 2 c + 1, made here into a number: numpy promises the words for ever, its own normal
+        numbers it does not. The generator skips four words, a count of its counter, at a time.
         """
-        first, last = start // width, -(-(start + count) // width)
-        rows = [_normal(np.random.Philox(key=[self.seed, row]).random_raw(2 * width)) for row in range(first, last)]
-        return np.concatenate(rows)[start - first * width :][:count]
-
-
-def _normal(words: Array) -> Array:
-    """Turns pairs of 64-bit words into standard normal numbers, one a pair."""
-    uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    radius = np.sqrt(-2 * np.log1p(-uniform[0::2]))
-    normal: Array = radius * np.cos(2 * np.pi * uniform[1::2])
-    return normal
+        generator = np.random.Philox(key=[self.seed, row])
+        generator.advance(low // 2)
+        return normals(generator.random_raw(2 * (high - low // 2 * 2)))[low % 2 :]
 
 
 def _width(meta: Meta) -> int:
@@ -134,14 +144,17 @@ def _mean(stream: Stream, width: int) -> Array:
     total = np.zeros(width)
     for block in _blocks(stream, width):
         total += block.sum(axis=0)
+        del block  # before the next one is read
     return total / stream.meta.shape[0]
 
 
 def _deviation(stream: Stream, width: int, mean: Array) -> Array:
     total = np.zeros(width)
     for block in _blocks(stream, width):
-        off = block - mean
-        total += (off * off).sum(axis=0)
+        np.subtract(block, mean, out=block)
+        np.square(block, out=block)
+        total += block.sum(axis=0)
+        del block
     return np.sqrt(total / stream.meta.shape[0])
 
 
