@@ -64,6 +64,9 @@ TABLE = {
     "llava15_official": Layout("llava/official-to-hf", {"llava": ENTRY, "vision": "truth"}, more=_OFFICIAL),
     "llava_next_official": Layout("llava/official-to-hf-next", {"llava": ENTRY, "vision": "truth"}, more=_OFFICIAL),
     "llava_names_": Layout("llava/hf-to-legacy", {"hf": ENTRY}),
+    "phi3_to_llama_": Layout("llama/phi3-to-llama", {"phi": ENTRY}),
+    "internvl_": Layout("internvl/original-to-hf", {"internvl": ENTRY}),
+    "megatron_": Layout("llama/megatron-to-hf", {"megatron": ENTRY, "base": "truth"}),
 }
 
 CASES = sorted(path.parent.name for path in LAYOUTS.glob("*/case.json"))

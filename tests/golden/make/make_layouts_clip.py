@@ -57,7 +57,7 @@ def make(out: pathlib.Path, name: str, quick_gelu: bool, trained: bool) -> None:
     model = open_clip.CLIP(**cfg).eval()
     randomize(model, case.name)
     model.logit_scale.copy_(torch.tensor(2.659))
-    dtype = torch.float32 if trained else torch.float16
+    dtype = torch.bfloat16 if trained else torch.float16
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     state = {key: tensor.to(dtype) for key, tensor in contiguous(model.state_dict()).items()}

@@ -10,6 +10,7 @@ into the transformers model. The script's random rows for new tokens are left ou
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from layouts import HIDDEN, LAYERS, VOCAB, all_distinct, contiguous, fresh, generator, largest_difference, randomize
-from layouts import stand_in, versions, write_case, write_truth
+from layouts import stand_in, versions, write_case, write_config, write_truth
 
 stand_in("torchvision")
 
@@ -116,6 +117,8 @@ def make(out: pathlib.Path, name: str, unpad: bool) -> None:
     model.save_pretrained(
         case / "source", state_dict=state, safe_serialization=unpad, max_shard_size="60KB"
     )
+    saved = json.loads((case / "source" / "config.json").read_text())  # the model in memory is float32
+    write_config(case / "source", saved | {"torch_dtype": "float16"})
     script = next_script if unpad else llava_script
     truth = script.convert_state_dict_to_hf(state)
     all_distinct(truth)
