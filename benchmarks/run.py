@@ -115,8 +115,8 @@ def cases(deepspeed: Path) -> list[Case]:
     lora = Case(
         "lora-0.5b",
         "Merge a LoRA with r = 64 on all linear layers into a bf16 model of 0.5 B parameters",
-        "A LLaMA and an fp32 adapter, both with random weights. peft rounds twice more than shardmerge, so the weights are "
-        "not the same to the bit; `tests/test_adapters.py` holds the difference to that.",
+        "A LLaMA and an fp32 adapter, both with random weights. peft rounds twice more than shardmerge, so the "
+        "weights are not the same to the bit; `tests/test_adapters.py` holds the difference to that.",
         lambda folder: write_lora(folder, llama_of(2 * _GIB), 64, fill=True).parent,
         _lora_contenders,
     )
