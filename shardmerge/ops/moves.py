@@ -6,6 +6,7 @@ arrays. Sizes are in elements, axes may be negative, as in torch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -117,8 +118,18 @@ class Transpose(Move):
         return inputs[0].swapaxes(self.dim0, self.dim1)
 
 
+class _InOrder(Move):
+    """All elements of the input in their order, under another shape."""
+
+    __slots__ = ()
+
+    def layout(self, inputs: Sequence[Meta]) -> Layout:
+        """All elements in their order."""
+        return Strides(0, inputs[0].shape, row_major(inputs[0].shape))
+
+
 @dataclass(frozen=True, slots=True)
-class Reshape(Move):
+class Reshape(_InOrder):
     """Another shape for the same elements; one size may be -1."""
 
     shape: Shape
@@ -137,17 +148,13 @@ class Reshape(Move):
             raise odd_shape(f"{self.label} does not hold the tensor", list(one.shape), f"{numel} elements")
         return Meta(one.dtype, tuple(numel // known if size == -1 else size for size in self.shape))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
-        """All elements in their order."""
-        return Strides(0, inputs[0].shape, row_major(inputs[0].shape))
-
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
         return inputs[0].reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
-class Squeeze(Move):
+class Squeeze(_InOrder):
     """An axis of size 1 goes."""
 
     dim: int
@@ -165,17 +172,13 @@ class Squeeze(Move):
             raise odd_shape(f"{self.label}: that dim is not of size 1", list(one.shape), f"size 1 at dim {axis}")
         return Meta(one.dtype, one.shape[:axis] + one.shape[axis + 1 :])
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
-        """All elements in their order."""
-        return Strides(0, inputs[0].shape, row_major(inputs[0].shape))
-
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
         return inputs[0].squeeze(self.dim)
 
 
 @dataclass(frozen=True, slots=True)
-class Unsqueeze(Move):
+class Unsqueeze(_InOrder):
     """A new axis of size 1 at ``dim``."""
 
     dim: int
@@ -190,10 +193,6 @@ class Unsqueeze(Move):
         (one,) = inputs
         axis = axis_of(self.dim, len(one.shape) + 1, self.label)
         return Meta(one.dtype, (*one.shape[:axis], 1, *one.shape[axis:]))
-
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
-        """All elements in their order."""
-        return Strides(0, inputs[0].shape, row_major(inputs[0].shape))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -242,8 +241,30 @@ class Slice(Move):
         return inputs[0][(slice(None),) * axis + (slice(start, stop),)]
 
 
+class _Part(Move):
+    """A slice whose bounds follow from the shape."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _slice(self, shape: Shape) -> Slice:
+        """Returns the slice that takes the part out of a tensor of this shape."""
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns the shape of the part."""
+        return self._slice(inputs[0].shape).infer(inputs)
+
+    def layout(self, inputs: Sequence[Meta]) -> Layout:
+        """That of the slice."""
+        return self._slice(inputs[0].shape).layout(inputs)
+
+    def apply(self, inputs: Sequence[Array]) -> Array:
+        """As numpy does."""
+        return self._slice(inputs[0].shape).apply(inputs)
+
+
 @dataclass(frozen=True, slots=True)
-class Split(Move):
+class Split(_Part):
     """Part ``take`` of an axis that is divided into ``sizes``, which must add up to the whole axis."""
 
     dim: int
@@ -266,21 +287,9 @@ class Split(Move):
         starts = [0, *accumulate(self.sizes)]
         return Slice(axis, starts[self.take], starts[self.take + 1])
 
-    def infer(self, inputs: Sequence[Meta]) -> Meta:
-        """Returns the shape of the part."""
-        return self._slice(inputs[0].shape).infer(inputs)
-
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
-        """That of the slice."""
-        return self._slice(inputs[0].shape).layout(inputs)
-
-    def apply(self, inputs: Sequence[Array]) -> Array:
-        """As numpy does."""
-        return self._slice(inputs[0].shape).apply(inputs)
-
 
 @dataclass(frozen=True, slots=True)
-class Chunk(Move):
+class Chunk(_Part):
     """Part ``take`` of an axis divided into ``chunks`` equal parts."""
 
     dim: int
@@ -299,18 +308,6 @@ class Chunk(Move):
             raise odd_shape(what, list(shape), f"a multiple of {self.chunks} at dim {axis}")
         size = shape[axis] // self.chunks
         return Slice(axis, self.take * size, (self.take + 1) * size)
-
-    def infer(self, inputs: Sequence[Meta]) -> Meta:
-        """Returns the shape of the part."""
-        return self._slice(inputs[0].shape).infer(inputs)
-
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
-        """That of the slice."""
-        return self._slice(inputs[0].shape).layout(inputs)
-
-    def apply(self, inputs: Sequence[Array]) -> Array:
-        """As numpy does."""
-        return self._slice(inputs[0].shape).apply(inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,10 +449,6 @@ def _inverse_permutation(params: Texts) -> Texts:
     dims = [int(word) for word in params.get("dims", "").strip("[]").split(",") if word.strip()]
     inverse = [dims.index(axis) for axis in range(len(dims))] if sorted(dims) == list(range(len(dims))) else dims
     return {**params, "dims": f"[{', '.join(map(str, inverse))}]"} if dims else params
-
-
-def _joined(params: Texts) -> Texts:
-    return {key: value for key, value in params.items() if key not in ("take", "chunks")}
 
 
 _DIM = Param("dim", "int", "The axis, counted from 0, or from the end with a minus.", 0)
