@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, UsageError, raise_all
-from shardmerge.execute.engine import Outcome, Progress, execute
-from shardmerge.mapping.adapters import merge_adapters
-from shardmerge.mapping.layouts import foreign_presets, odd_layouts
 from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
-from shardmerge.mapping.preset_files import Preset, combine, load_preset
 from shardmerge.mapping.resolve import Assignment, Resolution, resolve
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, TargetSpec, load_spec
 from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
-from shardmerge.publish import RECEIPT, check_output, staged
-from shardmerge.receipt import receipt_json
 from shardmerge.sources.deepspeed import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, locate, open_catalog
 from shardmerge.storage.limits import default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
-from shardmerge.storage.writing import write_small
 from shardmerge.targets.expectation import Expectation, Format, Request, SideFile, Target
 from shardmerge.targets.plain import expect_same
-from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
-from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
-from shardmerge.version import __version__
+
+# What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
+if TYPE_CHECKING:
+    from shardmerge.execute.engine import Outcome, Progress
+    from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
 # What `convert ADAPTER OUT --base base=MODEL` does.
@@ -155,10 +150,12 @@ def _better_roads(catalog: Catalog) -> tuple[str, ...]:
         return (
             "this is an XTuner LLaVA and keeps XTuner's names: for a Hugging Face LLaVA add --use xtuner/llava-to-hf",
         )
+    from shardmerge.mapping.layouts import foreign_presets
+
     found = foreign_presets(catalog)
     if not found:
         return ()
-    needs = "".join(f" --base {name}=PATH" for name in _bases(load_preset(found[0])))
+    needs = "".join(f" --base {name}=PATH" for name in _bases(_preset(found[0])))
     return (f"every tensor keeps its name: for a Hugging Face model add --use {found[0]}{needs}",)
 
 
@@ -175,7 +172,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
-    preset = load_preset(spec.use) if spec.use else None
+    preset = _preset(spec.use) if spec.use else None
     own = {name for name in spec.variables if preset is None or name not in preset.variables}
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
@@ -184,31 +181,54 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         raise_all(_odd_roles(spec.target, catalogs))
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
-        raise_all(odd_layouts(spec, preset, catalogs))
-        spec = combine(spec, preset)
+        spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = _output(spec.output, options)
-    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
+    merged, used = _merged(spec, catalogs)
     variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, output.dtype, variables)
     resolution = resolve(
         spec.rules,
         spec.drops,
-        merged.catalogs,
+        merged,
         expectation,
         user_file=spec.file,
         variables=variables,
-        merged=merged.used,
+        merged=used,
     )
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
-        merged.catalogs,
+        merged,
         {name: source.path for name, source in spec.sources.items()},
         resolution,
         expectation or _as_resolved(resolution),
         output,
     )
     return Prepared(plan, _output_path(spec.output, folder))
+
+
+def _preset(name: str) -> Preset:
+    from shardmerge.mapping.preset_files import load_preset
+
+    return load_preset(name)
+
+
+def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Spec:
+    from shardmerge.mapping.layouts import odd_layouts
+    from shardmerge.mapping.preset_files import combine
+
+    raise_all(odd_layouts(spec, preset, catalogs))
+    return combine(spec, preset)
+
+
+def _merged(spec: Spec, catalogs: dict[str, Catalog]) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
+    """Returns the catalogs with all adapters merged into their bases, and the tensors that are so used up."""
+    if not spec.adapters:
+        return catalogs, frozenset()
+    from shardmerge.mapping.adapters import merge_adapters
+
+    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
+    return merged.catalogs, merged.used
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
@@ -231,6 +251,12 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     ShardmergeError
         See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
     """
+    from shardmerge.execute.engine import execute
+    from shardmerge.publish import RECEIPT, check_output, staged
+    from shardmerge.receipt import receipt_json
+    from shardmerge.storage.writing import write_small
+    from shardmerge.version import __version__
+
     plan = prepared.plan
     check_output(plan, out)
     with staged(plan, out, sync=options.sync) as staging:
@@ -259,6 +285,10 @@ def _index_last(plan: Plan) -> list[SideFile]:
 
 
 def _write_side_file(staging: Path, side: SideFile, *, sync: bool) -> str:
+    import hashlib
+
+    from shardmerge.storage.writing import write_small
+
     data = b"".join(part if isinstance(part, bytes) else read_side_file(part) for part in side.parts)
     write_small(staging / side.name, data, sync=sync)
     return hashlib.sha256(data).hexdigest()
@@ -349,6 +379,8 @@ def _filled_in(
     trained = catalogs.get(roles.get("trained", ""))
     if trained is None or not trained.training_config:
         return spec, catalogs
+    from shardmerge.targets.training_config import read_training_config
+
     facts = read_training_config(trained.training_config)
     sources = dict(spec.sources)
     for role, path in (("text", facts.llm_path), ("vision", facts.vision_path)):
@@ -414,6 +446,8 @@ def _option(text: str, variables: Variables) -> str:
 
 
 def _target(spec: TargetSpec) -> Target:
+    from shardmerge.targets.registry import TARGETS
+
     if spec.name not in TARGETS:
         hint = did_you_mean(spec.name, TARGETS)
         raise UsageError(

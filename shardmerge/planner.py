@@ -12,8 +12,6 @@ from shardmerge.mapping.near import NameIndex
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolve import Assignment, Resolution
 from shardmerge.memory import plan_memory
-from shardmerge.ops.moves import Concat, Slice
-from shardmerge.ops.vocabulary import NewRows
 from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
@@ -123,6 +121,9 @@ def _final_dtype(assignment: Assignment, expectation: Expectation, options: Outp
 
 def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
     """Returns the entry with as many rows (dim 0) as ``shape`` says: cut off at the end, or with new ones behind."""
+    from shardmerge.ops.moves import Concat, Slice
+    from shardmerge.ops.vocabulary import NewRows
+
     rows = shape[0] - entry.shape[0]
     if rows < 0:
         return compose(Slice(0, 0, shape[0]), [entry])

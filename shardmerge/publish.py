@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +133,7 @@ def _claim(staging: Path) -> None:
             ) from None
         shutil.rmtree(staging)
         staging.mkdir()
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    owner = {"host": os.uname().nodename, "pid": os.getpid()}
     (staging / _OWNER).write_text(json.dumps(owner), "utf-8")
 
 
@@ -145,7 +144,7 @@ def _owner_lives(staging: Path) -> bool:
         host, pid = str(owner["host"]), int(owner["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+    return host != os.uname().nodename or Path(f"/proc/{pid}").exists()
 
 
 def _rename(staging: Path, out: Path) -> None:

@@ -14,9 +14,8 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, read_yaml
+from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table
 from shardmerge.ops.contract import OpKind, Param
-from shardmerge.ops.registry import OPS
 from shardmerge.targets.expectation import Format, How, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -248,6 +247,8 @@ def parse_spec(text: str, file: str) -> Spec:
     MappingError
         As ``load_spec``.
     """
+    from shardmerge.mapping.yaml_text import read_yaml  # PyYAML: `convert` needs none
+
     reader = Reader(file)
     root = reader.table(read_yaml(text, file), "the mapping")
     fields = reader.fields(root, KEYS)
@@ -459,6 +460,8 @@ class Reader:
             hint = QUOTE_BRACES if "op" not in named and len(named) == 1 else "write `{op: NAME, of: source:name}`"
             self.add("wrong-kind", "a candidate is one `source:name`, or an op", node.mark, hint)
             return None
+        from shardmerge.ops.registry import OPS  # all ops and what they compute with: only where one is named
+
         kind = OPS.get(word.text)
         if kind is None:
             hint = did_you_mean(word.text, OPS) or f"there are {', '.join(sorted(OPS))}"
