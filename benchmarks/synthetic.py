@@ -155,6 +155,7 @@ def rank_numel(shapes: Shapes, stage: int, world: int, rank: int) -> int:
 
 def optim_states(numel: int, stage: int, world: int) -> dict[str, object]:
     """What a rank's ``optim_states`` file holds: flat masters of so many elements, Adam's moments."""
+
     def flat() -> torch.Tensor:
         return torch.empty(numel, dtype=torch.float32)
 

@@ -8,22 +8,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import (
-    ADAPTER_PRESET,
-    Options,
-    Prepared,
-    Result,
-    carry_out,
-    is_adapter,
-    prepare,
-    prepare_mapping,
-    prepare_plain,
-)
+from shardmerge.conversion import ADAPTER_PRESET, Options, Prepared, Result, carry_out, is_adapter, prepare_plain
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import OutputError, UsageError, VerificationError
 from shardmerge.inspection import inspect
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
+from shardmerge.mapping.spec import SourceSpec, Spec, Variable
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
@@ -77,6 +67,13 @@ def plan(mapping: str | Path, options: Options | None = None) -> Plan:
         Everything that is wrong with a stage, at once.
     """
     return prepare_mapping(Path(mapping), options or Options()).plan
+
+
+def prepare_mapping(path: Path, options: Options) -> Prepared:
+    """Plans a mapping.yaml, and says where its result goes. Relative paths in it are relative to its own directory."""
+    from shardmerge.preparation import prepare_mapping as prepare
+
+    return prepare(path, options)
 
 
 def run(
@@ -176,8 +173,6 @@ def prepare_conversion(
     options: Options | None = None,
 ) -> Prepared:
     """Plans what ``convert`` would do."""
-    from shardmerge.mapping.preset_files import load_preset
-
     options = options or Options()
     if not use and bases and is_adapter(source, options):
         use = ADAPTER_PRESET
@@ -186,6 +181,9 @@ def prepare_conversion(
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+    from shardmerge.mapping.preset_files import load_preset
+    from shardmerge.preparation import prepare
+
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
     sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
@@ -337,6 +335,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     """
     from shardmerge.mapping.invert import invert_spec
     from shardmerge.mapping.preset_files import combine, load_preset
+    from shardmerge.mapping.reader import load_spec
 
     spec = load_spec(Path(mapping))
     return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
@@ -396,6 +395,7 @@ def _relative(path: str, folder: Path) -> str:
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
     """Returns a rule as it is written in the mapping or in its preset: its line and those further in."""
     from shardmerge.mapping.preset_files import read_preset
+    from shardmerge.mapping.reader import load_spec
 
     file, line, _ = rule.split(" ", 1)[0].rsplit(":", 2)
     use = load_spec(mapping).use

@@ -55,10 +55,13 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
     """
     listed = list(tensors)
     fixed = _RESERVED + _PER_TENSOR * len(listed)
+    needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
     for count in range(workers, 0, -1):
         tile = LARGEST_TILE
         while tile >= _SMALLEST_TILE:
-            peak = fixed + count * max((_worker_peak(tensor.entry, tile) for tensor in listed), default=0)
+            if tile not in needs:
+                needs[tile] = max((_worker_peak(tensor.entry, tile) for tensor in listed), default=0)
+            peak = fixed + count * needs[tile]
             if peak <= budget:
                 return Memory(count, tile, peak)
             tile //= 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +112,7 @@ def staged(plan: Plan, out: Path, *, sync: bool = True) -> Iterator[Path]:
             sync_directory(staging)
         _rename(staging, out)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging, ignore_errors=True)
         raise
     if sync:
         sync_directory(out.parent)
@@ -131,10 +130,16 @@ def _claim(staging: Path) -> None:
                 where=str(staging),
                 hint="wait for it; if it is gone for sure, remove the directory",
             ) from None
-        shutil.rmtree(staging)
+        _remove(staging)
         staging.mkdir()
     owner = {"host": os.uname().nodename, "pid": os.getpid()}
     (staging / _OWNER).write_text(json.dumps(owner), "utf-8")
+
+
+def _remove(staging: Path, *, ignore_errors: bool = False) -> None:
+    import shutil  # noqa: PLC0415  # with all compressors; a run that succeeds needs none
+
+    shutil.rmtree(staging, ignore_errors=ignore_errors)
 
 
 def _owner_lives(staging: Path) -> bool:

@@ -9,13 +9,13 @@ A tensor made of other tensors is an entry too: its one piece is a ``View`` of a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
+from shardmerge.json_rows import Rows, canonical_text
 
 Shape: TypeAlias = tuple[int, ...]
 Fact: TypeAlias = "int | float | str | bool"
@@ -265,7 +265,11 @@ class Catalog:
 
         Paths and times stay out: a copy of a checkpoint has the fingerprint of the original.
         """
-        tensors = [[entry.name, entry.dtype.name, list(entry.shape)] for entry in self.entries.values()]
+        tensors = ([entry.name, entry.dtype.name, entry.shape] for entry in self.entries.values())
         files = sorted([stamp.size, stamp.header] for stamp in self.files)
-        text = json.dumps([self.kind, tensors, sorted(self.aliases.items()), files], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for piece in canonical_text(
+            Rows(lambda: iter([self.kind, Rows(lambda: tensors), sorted(self.aliases.items()), files]))
+        ):
+            digest.update(piece.encode())
+        return digest.hexdigest()

@@ -14,7 +14,7 @@ import click
 
 import shardmerge
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
+from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options, write_lines
 from shardmerge.cli.progress import progress_bar
 from shardmerge.errors import ShardmergeError
 
@@ -133,7 +133,10 @@ def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) ->
     from shardmerge import explain
 
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
-    click.echo(dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
+    if as_json:
+        write_lines(explain.catalog_json(catalog))
+    else:
+        click.echo(explain.catalog_text(catalog))
 
 
 @cli.command()
@@ -221,7 +224,7 @@ def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) ->
 
     _warn(prepared)
     if as_json:
-        click.echo(dumped(explain.plan_json(prepared.plan)))
+        write_lines(explain.plan_json(prepared.plan))
     elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)

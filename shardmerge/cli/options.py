@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,3 +67,11 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
 def dumped(value: object) -> str:
     """Returns a value as JSON text."""
     return json.dumps(value, indent=2)
+
+
+def write_lines(value: object) -> None:
+    """Writes a value with rows as JSON to stdout, piece by piece."""
+    from shardmerge.json_rows import lines
+
+    sys.stdout.writelines(lines(value))
+    sys.stdout.write("\n")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.pattern import Template
-from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.spec import Spec, references
 from shardmerge.tensors import Catalog
+
+if TYPE_CHECKING:
+    from shardmerge.mapping.preset_files import Preset
 
 # Layers repeat: a few hundred names, taken evenly, tell the layout of a model with 100,000.
 _MOST_NAMES = 400
@@ -62,6 +65,8 @@ def foreign_presets(catalog: Catalog) -> tuple[str, ...]:
 
 
 def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: Sequence[Template]) -> MappingError:
+    from shardmerge.mapping.preset_files import list_presets
+
     found = _best(catalog, [name for name in list_presets() if name != preset.name])
     hint = " or ".join(f"`{name}`" for name in found[:3])
     return MappingError(
@@ -78,6 +83,8 @@ def _best(catalog: Catalog, presets: Sequence[str]) -> tuple[str, ...]:
     """Returns the presets that read nearly all names, and of those the ones that know them best."""
     fits: dict[str, _Fit] = {}
     for name in presets:
+        from shardmerge.mapping.preset_files import load_preset
+
         preset = load_preset(name)
         role = next(role for role, about in preset.roles.items() if about.required)
         names = _sample(catalog, preset.roles[role].strip)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.reader import Reader
 from shardmerge.mapping.spec import (
     AdapterSpec,
     Drop,
-    Reader,
     Reference,
     Rule,
     Spec,

@@ -18,7 +18,6 @@ from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
 from shardmerge.mapping.yaml_nodes import Scalar, Table
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.targets.training_config import read_config_value
 from shardmerge.tensors import Catalog, Extent
 
 # How a formula calls a JSON file beside the weights.
@@ -108,6 +107,8 @@ class Variables:
         room, _, key = path.partition(".")
         catalog = self.catalogs[source]
         if room == "cfg":
+            from shardmerge.targets.training_config import read_config_value
+
             return read_config_value(catalog.training_config, key)
         if room == "facts":
             return catalog.facts.get(key)

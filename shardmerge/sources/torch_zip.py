@@ -8,7 +8,6 @@ structures are those of PKWARE's APPNOTE 6.3.10 (sections 4.3.7 to 4.3.16), reco
 
 from __future__ import annotations
 
-import shlex
 import struct
 import unicodedata
 import zlib
@@ -305,6 +304,8 @@ def _prefix(file: SourceFile, members: list[Member]) -> str:
 
 def _save_state(path: str) -> str:
     """The command that saves the state dict of a TorchScript archive, in the directory it is run in."""
+    import shlex
+
     out = f"{PurePath(path).stem}-state.pth"
     text = f"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), {out!r})"
     return f"python -c {shlex.quote(text)}"

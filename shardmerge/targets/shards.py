@@ -92,7 +92,8 @@ def _grouped(
     members: list[list[PlannedTensor]] = [[] for _ in groups]
     for tensor in tensors:
         index = next(i for i, group in enumerate(groups) if tensor.name.startswith(group.prefix))
-        members[index].append(replace(tensor, stored=tensor.name.removeprefix(groups[index].prefix)))
+        stored = tensor.name.removeprefix(groups[index].prefix)
+        members[index].append(tensor if tensor.stored == stored else replace(tensor, stored=stored))
     for group, own in zip(groups, members, strict=True):
         if own or (not tensors and group is groups[0]):
             yield group, own
