@@ -194,7 +194,7 @@ tensors:
 
 def write_671b(folder: Path, mapping: str) -> Path:
     """Writes DeepSeek-V3 in its 163 shards and a mapping beside it, and returns the mapping."""
-    write_sharded(folder / "model", DeepSeekShape().tensors(), 4_302_000_000)
+    write_sharded(folder / "model", DeepSeekShape().tensors(), 4_270_000_000)
     return _mapping(folder, mapping)
 
 

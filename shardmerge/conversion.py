@@ -23,7 +23,7 @@ from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
     assignments = {
-        name: Assignment(name, source.name, name, rule, replace(catalog[name], source=source.name))
+        name: Assignment(name, source.name, name, rule, of_source(catalog[name], source.name))
         for name in catalog.names()
     }
     if not assignments:
@@ -228,7 +228,12 @@ def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     """Returns the catalog of a source whose relative path is relative to ``folder``."""
     view: View = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return _stripped(open_catalog(_located(source.path, folder), opening), source)
+    return _marked(_stripped(open_catalog(_located(source.path, folder), opening), source), source.name)
+
+
+def _marked(catalog: Catalog, name: str) -> Catalog:
+    """Marks every entry once, instead of a copy of it for each use."""
+    return replace(catalog, entries={key: of_source(entry, name) for key, entry in catalog.entries.items()})
 
 
 def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:

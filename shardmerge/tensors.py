@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol, TypeAlias
 
@@ -165,6 +165,11 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Size in bytes, dense."""
         return self.numel * self.dtype.itemsize
+
+
+def of_source(entry: TensorEntry, source: str) -> TensorEntry:
+    """Returns the entry marked with the name of its source in the mapping."""
+    return entry if entry.source == source else replace(entry, source=source)
 
 
 def composed(entry: TensorEntry) -> Composed | None:

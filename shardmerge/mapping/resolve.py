@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
@@ -22,7 +22,7 @@ from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.packed import packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
-from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry
+from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.
 _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector", ".modules_to_save.", ".base_layer.")
@@ -155,7 +155,7 @@ class _Work:
             found = True
             if self.expectation is not None and not self.expectation.open:
                 self._note_packed(rule, [Operand(reference.source, name)])
-            entry = replace(self.catalogs[reference.source][name], source=reference.source)
+            entry = of_source(self.catalogs[reference.source][name], reference.source)
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
