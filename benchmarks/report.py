@@ -13,6 +13,8 @@ Result: TypeAlias = Mapping[str, Any]
 _MIB = 1 << 20
 # Written by `benchmarks.memory_8b`, and of another shape than the cases.
 MERGES = "memory-8b.json"
+# Written by `benchmarks.scale`, likewise.
+PLANNING = "planning.json"
 _OURS = ("shardmerge", "shardmerge-no-sync")
 
 _HEAD = """\
@@ -49,15 +51,19 @@ _NOT_MEASURED = """\
 
 def write(results: Path, page: Path) -> None:
     """Writes the page from all result files of a directory."""
-    paths = (path for path in sorted(results.glob("*.json")) if path.name != MERGES)
+    paths = (path for path in sorted(results.glob("*.json")) if path.name not in (MERGES, PLANNING))
     found = [json.loads(path.read_text("utf-8")) for path in paths]
-    merges = json.loads((results / MERGES).read_text("utf-8"))["runs"] if (results / MERGES).is_file() else {}
-    page.write_text(render(found, merges), "utf-8")
+    page.write_text(render(found, _runs(results / MERGES), _runs(results / PLANNING)), "utf-8")
 
 
-def render(results: Sequence[Result], merges: Result) -> str:
+def _runs(path: Path) -> Result:
+    runs: Result = json.loads(path.read_text("utf-8"))["runs"] if path.is_file() else {}
+    return runs
+
+
+def render(results: Sequence[Result], merges: Result, plans: Result) -> str:
     """Returns the page as Markdown."""
-    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges)]
+    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges), *_plans(plans)]
     for result in results:
         blocks += _case(result)
     return "\n".join([*blocks, _NOT_MEASURED])
@@ -114,6 +120,25 @@ def _peak(contender: Mapping[str, Any]) -> str:
 
 
 # ---- merges at 8B
+
+
+def _plans(plans: Result) -> Iterator[str]:
+    """What `benchmarks.scale` measured, each case once."""
+    if not plans:
+        return
+    yield "## Plan the largest models\n"
+    yield "Whole processes of `plan --json` and of `convert --dry-run --json`; the data are holes, all headers are true.\n"
+    yield "| checkpoint | files | tensors | command | wall | CPU | peak memory |"
+    yield "|---|---|---|---|---|---|---|"
+    for run in plans.values():
+        for command in ("plan", "convert"):
+            one = run[command]
+            yield (
+                f"| {run['about']} | {run['files']:,} | {one['tensors']:,} | `{command}` "
+                f"| {one['wall']:.1f} s | {one['cpu']:.1f} s | {one['peak'] / _MIB:.0f} MiB |"
+            )
+    notes = dict.fromkeys(run["machine"]["note"] for run in plans.values() if run["machine"]["note"])
+    yield "".join(f"\n{note}\n" for note in notes)
 
 
 def _merges(runs: Result) -> Iterator[str]:
