@@ -127,18 +127,16 @@ def _plans(plans: Result) -> Iterator[str]:
     if not plans:
         return
     yield "## Plan the largest models\n"
-    yield "Whole processes of `plan --json` and of `convert --dry-run --json`; the data are holes, all headers are true.\n"
-    yield "| checkpoint | files | tensors | command | wall | CPU | peak memory |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "Whole processes: `plan --json`, and `convert --dry-run --json`. The data are holes, all headers are true.\n"
+    yield _row(["", "files", "tensors", "command", "wall s", "CPU s", "peak MiB"])
+    yield _row(["---", "---:", "---:", "---", "---:", "---:", "---:"])
     for run in plans.values():
-        for command in ("plan", "convert"):
-            one = run[command]
-            yield (
-                f"| {run['about']} | {run['files']:,} | {one['tensors']:,} | `{command}` "
-                f"| {one['wall']:.1f} s | {one['cpu']:.1f} s | {one['peak'] / _MIB:.0f} MiB |"
-            )
-    notes = dict.fromkeys(run["machine"]["note"] for run in plans.values() if run["machine"]["note"])
-    yield "".join(f"\n{note}\n" for note in notes)
+        for name in ("plan", "convert"):
+            one = run[name]
+            figures = [f"{one['wall']:.1f}", f"{one['cpu']:.1f}", f"{one['peak'] / _MIB:.0f}"]
+            yield _row([run["about"], f"{run['files']:,}", f"{one['tensors']:,}", f"`{name}`", *figures])
+    cards = {f"{_card(run)} Commit {run['commit'][:12]}, {run['date']}." for run in plans.values()}
+    yield "\n" + "\n".join(sorted(cards)) + "\n"
 
 
 def _merges(runs: Result) -> Iterator[str]:
