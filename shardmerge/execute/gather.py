@@ -12,15 +12,22 @@ from math import prod
 import numpy as np
 
 from shardmerge.compose import meta
-from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements
+from shardmerge.execute.rearrange import rearrange
+from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.contract import Arithmetic, Meta, State
-from shardmerge.storage.reading import FilePool
+from shardmerge.storage.reading import SMALLEST_WINDOW, FilePool
+from shardmerge.strides import in_order, run, span
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
-# Runs of a view at least this long are read one by one where more than a quarter of what is read with them would not be
-# used: a shorter one costs a page anyway.
-_PAGE = 4096
+# Runs of a view are read one by one, and not with what lies between them, where that saves a quarter of the bytes and
+# either they are this long, half a page, or what lies between them is: a read of its own costs as much time as copying
+# 8 KiB (2.7 us against 0.3 us a KiB).
+_RUN = 2 << 10
+_GAP = 8 << 10
+
+# Most runs that are listed at a time, in Python objects.
+_MOST_RUNS = 2048
 
 
 def gather(pool: FilePool, entry: TensorEntry, start: int, out: memoryview) -> None:
@@ -133,25 +140,53 @@ class Assembler:
         self._strided(base, offset, shape, strides, start + rows * inner, target[rows * inner :])
 
     def _box(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
-        """Reads the span that a box lies in and rearranges it, or halves the box where the span is too much."""
-        reach = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
-        span = sum(reach) + 1
+        """Reads what a box lies in and rearranges it: run by run, or all of it, in halves where that is too much."""
         size = base.dtype.itemsize
-        if span == target.size and _in_order(shape, strides) and target.flags.c_contiguous:
+        reach = span(shape, strides)
+        if reach == target.size and in_order(shape, strides) and target.flags.c_contiguous:
             self.fill(base, first, _bytes(target))
             return
-        wasteful = 4 * target.size < 3 * span and _run(shape, strides) * size >= _PAGE and _is_plain(base)
-        if (span * size > WORKSPACE or wasteful) and max(reach):
-            axis = reach.index(max(reach))
+        apart = _read_apart(base, shape, strides)
+        much = min(WORKSPACE // size, _MOST_RUNS * run(shape, strides)) if apart else WORKSPACE // size
+        if (target.size if apart else reach) > much and reach > 1:
+            steps = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
+            axis = steps.index(max(steps))
             half = shape[axis] // 2
             for low, high in ((0, half), (half, shape[axis])):
                 part = target[(slice(None),) * axis + (slice(low, high),)]
                 self._box(base, first + low * strides[axis], part.shape, strides, part)
             return
-        data = self.take(span * size)
-        self.fill(base, first, data)
-        seen = _elements(data, size)
-        target[...] = np.lib.stride_tricks.as_strided(seen, shape, tuple(step * size for step in strides))
+        if apart:
+            self._runs(base, first, shape, strides, target)
+            return
+        data = self.view(base, first, reach)
+        rearrange(target, _strided(_elements(data, size), shape, strides))
+        self.release(data)
+
+    def _runs(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
+        """Reads the runs of a box one by one, side by side, and puts them where they belong."""
+        size, length = base.dtype.itemsize, run(shape, strides)
+        outer = [axis for axis in _descending(strides) if strides[axis] >= length and shape[axis] > 1]
+        packed = list(strides)
+        for count, axis in enumerate(reversed(outer)):
+            packed[axis] = length * prod(shape[inner] for inner in outer[len(outer) - count :])
+        offsets = np.zeros(1, np.int64)
+        for axis in outer:
+            offsets = np.add.outer(offsets, np.arange(shape[axis], dtype=np.int64) * strides[axis]).reshape(-1)
+        data = self.take(len(offsets) * length * size)
+        parts = (
+            (first + offset, data[i * length * size : (i + 1) * length * size])
+            for i, offset in enumerate(offsets.tolist())
+        )
+        extent = single_extent(base, first, span(shape, strides))
+        if extent is None:
+            for start, part in parts:
+                self.fill(base, start, part)
+        else:
+            begin = extent.offset - first * size
+            self._pool.expect(extent.file, extent.offset, extent.nbytes)
+            self._pool.read_runs(extent.file, ((begin + start * size, part) for start, part in parts))
+        rearrange(target, _strided(_elements(data, size), shape, packed))
         self.release(data)
 
     # --- columns ---
@@ -205,26 +240,39 @@ class Assembler:
         op = arithmetic(held)
         metas = [meta(base) for base in held.bases]
         unit, size = op.unit(metas), entry.dtype.itemsize
-        step = chunk_elements(entry, held, self._tile)
+        step = tile_elements(entry, self._tile)
         state = self._state(held, op)
         stop = start + len(out) // size
         low = start - start % unit
         while low < stop:
             high = min(low + step, entry.numel, -(-stop // unit) * unit)
+            if unit == 1 and len(held.bases) == 1:
+                high = _mapped_stop(held.bases[0], low, high)
             inside = out[(low - start) * size : (high - start) * size] if low >= start and high <= stop else None
             made = inside if inside is not None else self.take((high - low) * size)
-            self._apply(op, metas, held, state, low, as_array(made, entry.dtype))
+            self._apply(entry, held, state, low, as_array(made, entry.dtype))
             if inside is None:
                 first, last = max(low, start), min(high, stop)
                 out[(first - start) * size : (last - start) * size] = made[(first - low) * size : (last - low) * size]
                 self.release(made)
             low = high
 
-    def _apply(self, op: Arithmetic, metas: Sequence[Meta], held: Made, state: State, start: int, out: Array) -> None:
+    def _apply(self, entry: TensorEntry, held: Made, state: State, start: int, out: Array) -> None:
+        """Reads what the elements are made of at once, and makes them a chunk at a time."""
+        op, metas = arithmetic(held), [meta(base) for base in held.bases]
         ranges = op.ranges(metas, start, len(out))
         tiles = [self.view(base, first, count) for base, (first, count) in zip(held.bases, ranges, strict=True)]
         arrays = [as_array(tile, base.dtype) for tile, base in zip(tiles, held.bases, strict=True)]
-        self.overflowed += op.apply(state, arrays, start, out)
+        step = chunk_elements(entry, held, self._tile)
+        for low in range(0, len(out), step):
+            part = out[low : low + step]
+            wanted = op.ranges(metas, start + low, len(part)) if len(part) < len(out) else ranges
+            inputs = [
+                array[first - begin : first - begin + count]
+                for array, (first, count), (begin, _) in zip(arrays, wanted, ranges, strict=True)
+            ]
+            self.overflowed += op.apply(state, inputs, start + low, part)
+            del inputs
         del arrays
         for tile in tiles:
             self.release(tile)
@@ -259,6 +307,21 @@ def arithmetic(held: Made) -> Arithmetic:
     return held.recipe
 
 
+def _mapped_stop(base: TensorEntry, start: int, stop: int) -> int:
+    """Returns where to cut elements ``[start, stop)`` so that a piece large enough to be mapped is read alone.
+
+    What is computed of a mapped piece needs no gathering: every byte is copied once less.
+    """
+    least = SMALLEST_WINDOW // base.dtype.itemsize
+    if stop - start <= least:
+        return stop
+    for piece in pieces_in(base.pieces, start, stop - start):
+        low, high = max(start, piece.start), min(stop, piece.start + piece.count)
+        if high - low >= least:
+            return low if low > start else high
+    return stop
+
+
 def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
     """Returns the one extent that holds elements ``[start, start + count)``, or None if they lie otherwise."""
     piece = next(pieces_in(entry.pieces, start, count), None)
@@ -267,7 +330,7 @@ def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
     held, first, size = piece.held, start - piece.start, entry.dtype.itemsize
     if isinstance(held, Extent):
         return held.slice(first * size, count * size)
-    if isinstance(held, View) and _in_order(held.shape, held.strides):
+    if isinstance(held, View) and in_order(held.shape, held.strides):
         return single_extent(held.base, held.offset + first, count)
     if isinstance(held, Columns) and held.rows == 1:
         for base in held.bases:
@@ -311,31 +374,31 @@ def _bytes(target: Array) -> memoryview:
     return target.reshape(-1).view(np.uint8).data
 
 
-def _in_order(shape: Shape, strides: Sequence[int]) -> bool:
-    """Tells whether a view's elements lie one behind the other."""
-    expected = 1
-    for n, step in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and step != expected:
-            return False
-        expected *= n
-    return True
-
-
 def _is_plain(entry: TensorEntry) -> bool:
     """Tells whether short ranges cost no more than their bytes: nothing is computed or rearranged to make them."""
     held = entry.pieces[0].held if entry.pieces else None
     if isinstance(held, View):
-        return _in_order(held.shape, held.strides) and _is_plain(held.base)
+        return in_order(held.shape, held.strides) and _is_plain(held.base)
     if isinstance(held, Columns):
         return held.rows == 1 and all(_is_plain(base) for base in held.bases if base.numel)
     return isinstance(held, Extent)
 
 
-def _run(shape: Shape, strides: Sequence[int]) -> int:
-    """Returns how many elements lie one behind the other, at least, before the first jump."""
-    run = 1
-    for step, n in sorted(zip(strides, shape, strict=True)):
-        if n > 1 and step != run:
-            break
-        run *= n
-    return run
+def _read_apart(base: TensorEntry, shape: Shape, strides: Sequence[int]) -> bool:
+    """Tells whether the runs of a box are read for themselves, without what lies between them."""
+    seen, reach = prod(shape), span(shape, strides)
+    if 4 * seen >= 3 * reach or 0 in strides or not _is_plain(base):
+        return False
+    length = run(shape, strides)
+    gap = (reach - seen) // max(seen // length - 1, 1)
+    return length * base.dtype.itemsize >= _RUN or gap * base.dtype.itemsize >= _GAP
+
+
+def _descending(strides: Sequence[int]) -> list[int]:
+    """Returns the axes, the one that leads farthest first."""
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
+
+
+def _strided(elements: Array, shape: Shape, strides: Sequence[int]) -> Array:
+    size = elements.itemsize
+    return np.lib.stride_tricks.as_strided(elements, shape, tuple(step * size for step in strides), writeable=False)

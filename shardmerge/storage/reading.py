@@ -10,9 +10,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
@@ -25,10 +27,13 @@ IoMode: TypeAlias = Literal["auto", "mmap", "pread"]
 _MADV_POPULATE_READ = 22
 
 # Below this a window costs more system calls (mmap, madvise, munmap) than the copy it saves.
-_SMALLEST_WINDOW = 1 << 20
+SMALLEST_WINDOW = 1 << 20
 
-# A pool never holds more descriptors than this: 1,024 is the usual soft limit, and a ZeRO-3 run has 2 files a rank.
-_MOST_OPEN_FILES = 256
+# What a pool leaves of the descriptors that a process may have: the output's, libraries', the caller's own.
+_SPARED_FILES = 128
+
+# Model and optimizer files of 4,096 ranks; a descriptor costs the kernel a few hundred bytes.
+_WANTED_FILES = 8192 + _SPARED_FILES
 
 # /proc/self/mountinfo types whose mappings are coherent and cheap; every other file system is read with pread.
 _LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay"})
@@ -78,6 +83,11 @@ class SourceFile:
             if got == 0:
                 raise self._truncated(offset, len(out))
             done += got
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """Starts reading a range into the page cache, where the system does such things."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def window(self, offset: int, nbytes: int) -> memoryview:
         """Returns a read-only view of the bytes, mapped; the mapping goes when the last view of it goes.
@@ -156,13 +166,15 @@ class FilePool:
 
     Attributes
     ----------
-    bytes_read, reads
-        What has been read through the pool so far, in bytes and calls.
+    bytes_read, reads, opens
+        What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
     """
 
     def __init__(self, io: IoMode = "auto") -> None:
         self.bytes_read = 0
         self.reads = 0
+        self.opens = 0
+        self._most = most_open_files()
         self._io = io
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._maps: dict[str, bool] = {}
@@ -171,9 +183,12 @@ class FilePool:
     def get(self, path: str) -> SourceFile:
         """Returns the open file. An evicted file closes when its last user lets go of it."""
         with self._lock:
-            file = self._open.pop(path, None) or SourceFile(path)
+            file = self._open.pop(path, None)
+            if file is None:
+                file = SourceFile(path)
+                self.opens += 1
             self._open[path] = file
-            if len(self._open) > _MOST_OPEN_FILES:
+            if len(self._open) > self._most:
                 self._open.popitem(last=False)
             return file
 
@@ -188,7 +203,7 @@ class FilePool:
 
     def window(self, path: str, offset: int, nbytes: int) -> memoryview | None:
         """Returns the bytes mapped, or None where that is not safe or does not pay."""
-        if nbytes < _SMALLEST_WINDOW or not self._mapped(path):
+        if nbytes < SMALLEST_WINDOW or not self._mapped(path):
             return None
         self._count(nbytes)
         return self.get(path).window(offset, nbytes)
@@ -198,10 +213,24 @@ class FilePool:
         self._count(len(out))
         self.get(path).read_into(offset, out)
 
-    def _count(self, nbytes: int) -> None:
+    def read_runs(self, path: str, runs: Iterable[tuple[int, memoryview]]) -> None:
+        """Fills each buffer from its offset in the file on: many short reads at the price of their system calls."""
+        file = self.get(path)
+        nbytes = reads = 0
+        for offset, out in runs:
+            file.read_into(offset, out)
+            nbytes += len(out)
+            reads += 1
+        self._count(nbytes, reads)
+
+    def expect(self, path: str, offset: int, nbytes: int) -> None:
+        """Lets the system read these bytes ahead; it cannot guess that short reads apart from each other go on."""
+        self.get(path).expect(offset, nbytes)
+
+    def _count(self, nbytes: int, reads: int = 1) -> None:
         with self._lock:
             self.bytes_read += nbytes
-            self.reads += 1
+            self.reads += reads
 
     def _mapped(self, path: str) -> bool:
         if self._io != "auto":
@@ -209,6 +238,24 @@ class FilePool:
         if path not in self._maps:
             self._maps[path] = file_system(path) in _LOCAL_FILE_SYSTEMS
         return self._maps[path]
+
+
+def most_open_files() -> int:
+    """Returns how many files a pool may hold open, and raises the soft limit of the process to the hard one for it.
+
+    A tensor of a ZeRO-3 run lies in a file of each of its ranks: with fewer descriptors than ranks every tensor opens
+    all of them anew (measured with 256 for 1,024 ranks: 1,024 opens a tensor, now 1,024 in all). The usual soft limit
+    of 1,024 is kept low for the sake of ``select``; nothing here selects.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):  # a sandbox that forbids it
+            pass
+    return max(wanted if soft == resource.RLIM_INFINITY else min(soft, wanted) - _SPARED_FILES, 16)
 
 
 def file_system(path: str | Path) -> str:
