@@ -34,7 +34,7 @@ WORKSPACE = 1 << 20
 # What `execute.rearrange` allocates, and the list of runs of `execute.gather`.
 REARRANGING = 512 << 10
 
-# A transposed matrix is made in bands of at most so many tiles, 32 MiB at the default: a tile of it is so narrow a column
+# A transposed matrix is made in bands of at most so many tiles, 32 MiB at the default: a tile of it is so narrow a band
 # of its source that every page would be read up to 100 times. See decision 18.
 BAND_TILES = 16
 
