@@ -16,7 +16,7 @@ from shardmerge.execute.rearrange import rearrange
 from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.contract import Arithmetic, Meta, State
-from shardmerge.storage.reading import SMALLEST_WINDOW, FilePool
+from shardmerge.storage.reading import FilePool
 from shardmerge.strides import in_order, run, span
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
@@ -27,7 +27,7 @@ _RUN = 2 << 10
 _GAP = 8 << 10
 
 # Most runs that are listed at a time, in Python objects.
-_MOST_RUNS = 2048
+_MOST_RUNS = 1024
 
 
 def gather(pool: FilePool, entry: TensorEntry, start: int, out: memoryview) -> None:
@@ -103,7 +103,7 @@ class Assembler:
         held = piece.held
         size = entry.dtype.itemsize
         if isinstance(held, Extent):
-            part = held.slice(start * size, len(out))
+            part = held if len(out) == held.nbytes else held.slice(start * size, len(out))
             self._pool.read_into(part.file, part.offset, out)
         elif isinstance(held, Strided):
             span = held.extent.nbytes // size
@@ -166,26 +166,21 @@ class Assembler:
     def _runs(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
         """Reads the runs of a box one by one, side by side, and puts them where they belong."""
         size, length = base.dtype.itemsize, run(shape, strides)
-        outer = [axis for axis in _descending(strides) if strides[axis] >= length and shape[axis] > 1]
-        packed = list(strides)
-        for count, axis in enumerate(reversed(outer)):
-            packed[axis] = length * prod(shape[inner] for inner in outer[len(outer) - count :])
-        offsets = np.zeros(1, np.int64)
-        for axis in outer:
-            offsets = np.add.outer(offsets, np.arange(shape[axis], dtype=np.int64) * strides[axis]).reshape(-1)
-        data = self.take(len(offsets) * length * size)
-        parts = (
-            (first + offset, data[i * length * size : (i + 1) * length * size])
-            for i, offset in enumerate(offsets.tolist())
-        )
+        starts, packed = np.full(1, first, np.int64), list(strides)
+        for axis in sorted(range(len(shape)), key=lambda axis: -strides[axis]):
+            if strides[axis] >= length and shape[axis] > 1:  # not within a run
+                packed[axis] = target.size // (len(starts) * shape[axis])
+                starts = np.add.outer(starts, np.arange(shape[axis], dtype=np.int64) * strides[axis]).reshape(-1)
+        data = self.take(target.nbytes)
+        parts = [data[at : at + length * size] for at in range(0, target.nbytes, length * size)]
         extent = single_extent(base, first, span(shape, strides))
         if extent is None:
-            for start, part in parts:
+            for start, part in zip(starts.tolist(), parts, strict=True):
                 self.fill(base, start, part)
         else:
-            begin = extent.offset - first * size
+            offsets = extent.offset + (starts - first) * size
             self._pool.expect(extent.file, extent.offset, extent.nbytes)
-            self._pool.read_runs(extent.file, ((begin + start * size, part) for start, part in parts))
+            self._pool.read_runs(extent.file, offsets.tolist(), parts)
         rearrange(target, _strided(_elements(data, size), shape, packed))
         self.release(data)
 
@@ -246,8 +241,6 @@ class Assembler:
         low = start - start % unit
         while low < stop:
             high = min(low + step, entry.numel, -(-stop // unit) * unit)
-            if unit == 1 and len(held.bases) == 1:
-                high = _mapped_stop(held.bases[0], low, high)
             inside = out[(low - start) * size : (high - start) * size] if low >= start and high <= stop else None
             made = inside if inside is not None else self.take((high - low) * size)
             self._apply(entry, held, state, low, as_array(made, entry.dtype))
@@ -305,21 +298,6 @@ def arithmetic(held: Made) -> Arithmetic:
     if not isinstance(held.recipe, Arithmetic):
         raise TypeError(f"{held.recipe.label} does not compute")
     return held.recipe
-
-
-def _mapped_stop(base: TensorEntry, start: int, stop: int) -> int:
-    """Returns where to cut elements ``[start, stop)`` so that a piece large enough to be mapped is read alone.
-
-    What is computed of a mapped piece needs no gathering: every byte is copied once less.
-    """
-    least = SMALLEST_WINDOW // base.dtype.itemsize
-    if stop - start <= least:
-        return stop
-    for piece in pieces_in(base.pieces, start, stop - start):
-        low, high = max(start, piece.start), min(stop, piece.start + piece.count)
-        if high - low >= least:
-            return low if low > start else high
-    return stop
 
 
 def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
@@ -390,13 +368,10 @@ def _read_apart(base: TensorEntry, shape: Shape, strides: Sequence[int]) -> bool
     if 4 * seen >= 3 * reach or 0 in strides or not _is_plain(base):
         return False
     length = run(shape, strides)
+    if prod(n for n, step in zip(shape, strides, strict=True) if step < length) != length:  # runs that overlap
+        return False
     gap = (reach - seen) // max(seen // length - 1, 1)
     return length * base.dtype.itemsize >= _RUN or gap * base.dtype.itemsize >= _GAP
-
-
-def _descending(strides: Sequence[int]) -> list[int]:
-    """Returns the axes, the one that leads farthest first."""
-    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
 def _strided(elements: Array, shape: Shape, strides: Sequence[int]) -> Array:
