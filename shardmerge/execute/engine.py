@@ -1,4 +1,4 @@
-"""Streams a plan to files: workers take tiles in output order and write them at their final offsets."""
+"""Streams a plan to files: workers take tiles in the order of the sources and write them at their final offsets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeAlias
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
@@ -63,9 +64,11 @@ class Outcome:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
-    """Yields what a worker takes at a time, in output order: a tile, or all of a tensor that something is kept for."""
+    """Yields what a worker takes at a time, a shard in the order of its sources: a tile, or all of a tensor that something
+    is kept for.
+    """
     for shard in plan.shards:
-        for tensor in shard.tensors:
+        for tensor in ordered(shard.tensors):
             step = tile_elements(tensor.entry, plan.memory.tile)
             every = (
                 Tile(shard, tensor, start, min(step, tensor.numel - start)) for start in range(0, tensor.numel, step)

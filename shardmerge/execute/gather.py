@@ -5,13 +5,13 @@ The planner counts what this module allocates (``shardmerge.memory``); where one
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
 from shardmerge.compose import meta
+from shardmerge.execute.pieces import is_plain, pieces_in, single_extent
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
@@ -300,49 +300,6 @@ def arithmetic(held: Made) -> Arithmetic:
     return held.recipe
 
 
-def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
-    """Returns the one extent that holds elements ``[start, start + count)``, or None if they lie otherwise."""
-    piece = next(pieces_in(entry.pieces, start, count), None)
-    if piece is None or piece.start + piece.count < start + count:
-        return None
-    held, first, size = piece.held, start - piece.start, entry.dtype.itemsize
-    if isinstance(held, Extent):
-        return held.slice(first * size, count * size)
-    if isinstance(held, View) and in_order(held.shape, held.strides):
-        return single_extent(held.base, held.offset + first, count)
-    if isinstance(held, Columns) and held.rows == 1:
-        for base in held.bases:
-            if first < base.numel:
-                return single_extent(base, first, count) if first + count <= base.numel else None
-            first -= base.numel
-    return None
-
-
-def pieces_in(pieces: Sequence[Piece], start: int, count: int) -> Iterator[Piece]:
-    """Yields the pieces that overlap elements ``[start, start + count)``; touches no other piece of a lazy sequence."""
-    index = max(bisect_right(_Starts(pieces), start) - 1, 0)
-    while index < len(pieces):
-        piece = pieces[index]
-        if piece.start >= start + count:
-            return
-        if piece.start + piece.count > start:
-            yield piece
-        index += 1
-
-
-class _Starts(Sequence[int]):
-    """The starts of the pieces as a sequence that computes only what a bisection asks for."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # bisect never slices
-        return self._pieces[index].start
-
-
 def _elements(data: memoryview, size: int) -> Array:
     """Returns bytes as elements that can be copied and not computed with."""
     return np.frombuffer(data, f"u{size}")
@@ -352,20 +309,10 @@ def _bytes(target: Array) -> memoryview:
     return target.reshape(-1).view(np.uint8).data
 
 
-def _is_plain(entry: TensorEntry) -> bool:
-    """Tells whether short ranges cost no more than their bytes: nothing is computed or rearranged to make them."""
-    held = entry.pieces[0].held if entry.pieces else None
-    if isinstance(held, View):
-        return in_order(held.shape, held.strides) and _is_plain(held.base)
-    if isinstance(held, Columns):
-        return held.rows == 1 and all(_is_plain(base) for base in held.bases if base.numel)
-    return isinstance(held, Extent)
-
-
 def _read_apart(base: TensorEntry, shape: Shape, strides: Sequence[int]) -> bool:
     """Tells whether the runs of a box are read for themselves, without what lies between them."""
     seen, reach = prod(shape), span(shape, strides)
-    if 4 * seen >= 3 * reach or 0 in strides or not _is_plain(base):
+    if 4 * seen >= 3 * reach or 0 in strides or not is_plain(base):
         return False
     length = run(shape, strides)
     if prod(n for n, step in zip(shape, strides, strict=True) if step < length) != length:  # runs that overlap
