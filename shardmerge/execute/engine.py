@@ -64,9 +64,7 @@ class Outcome:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
-    """Yields what a worker takes at a time, a shard in the order of its sources: a tile, or all of a tensor that something
-    is kept for.
-    """
+    """Yields what a worker takes at a time, in source order: a tile, or all of a tensor that something is kept for."""
     for shard in plan.shards:
         for tensor in ordered(shard.tensors):
             step = tile_elements(tensor.entry, plan.memory.tile)
