@@ -26,6 +26,10 @@ from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, Ten
 _RUN = 2 << 10
 _GAP = 8 << 10
 
+# What lies between runs is read ahead with them where it is at most so many times as much: it is the next band's, and
+# cold, one large request to the disk was 2.5 times as fast as 4,096 of 8 KiB.
+_MOST_AHEAD = 8
+
 # Most runs that are listed at a time, in Python objects.
 _MOST_RUNS = 1024
 
@@ -179,7 +183,8 @@ class Assembler:
                 self.fill(base, start, part)
         else:
             offsets = extent.offset + (starts - first) * size
-            self._pool.expect(extent.file, extent.offset, extent.nbytes)
+            if _MOST_AHEAD * target.nbytes >= extent.nbytes:
+                self._pool.expect(extent.file, extent.offset, extent.nbytes)
             self._pool.read_runs(extent.file, offsets.tolist(), parts)
         rearrange(target, _strided(_elements(data, size), shape, packed))
         self.release(data)
