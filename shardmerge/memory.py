@@ -116,12 +116,30 @@ def _block(entry: TensorEntry) -> tuple[int, int] | None:
         if found is None and isinstance(held, View) and held.offset == 0 and in_order(held.shape, held.strides):
             return _block(held.base) if held.base.numel == entry.numel else None
         return found
-    if isinstance(held, Columns) and held.rows == 1 and len({base.numel for base in held.bases}) == 1:
-        return _block(held.bases[0])
+    if isinstance(held, Columns):
+        return _block_of_columns(entry, held)
     if isinstance(held, Made):
         blocks = (_block(base) for base in held.bases if base.numel == entry.numel)
         return max((found for found in blocks if found is not None), default=None)
     return None
+
+
+def _block_of_columns(entry: TensorEntry, held: Columns) -> tuple[int, int] | None:
+    """Returns as many rows as the blocks of the tensors side by side have; tensors one after the other are apart."""
+    blocks = [(base, found) for base in held.bases if (found := _block(base)) is not None]
+    if not blocks:
+        return None
+    if held.rows == 1:
+        return blocks[0][1] if len({base.numel for base in held.bases}) == 1 else None
+    row = entry.numel // held.rows
+    rows = max(-(-whole * held.rows // base.numel) for base, (whole, _) in blocks)
+    return rows * row, row
+
+
+def column_elements(base: TensorEntry, tile: int) -> int:
+    """Returns how many elements of one of several tensors side by side are read at a time, at most."""
+    least = WORKSPACE // base.dtype.itemsize
+    return max(least, tile_elements(base, tile)) if _block(base) is not None else least
 
 
 def granule(entry: TensorEntry) -> int:
@@ -164,7 +182,11 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
     held = entry.pieces[0].held if entry.pieces else None
     if isinstance(held, Made):
         return _arithmetic_need(entry, held, count, tile)
-    if isinstance(held, (View, Columns)):
+    if isinstance(held, Columns):
+        sizes = [min(column_elements(base, tile), base.numel) for base in held.bases]
+        buffer = max(size * base.dtype.itemsize for size, base in zip(sizes, held.bases, strict=True))
+        return buffer + max(_need(base, max(count, size), tile) for size, base in zip(sizes, held.bases, strict=True))
+    if isinstance(held, View):
         inner = max(_need(base, max(count, WORKSPACE // base.dtype.itemsize), tile) for base in held.bases)
         return WORKSPACE + REARRANGING + inner
     # A plain tensor may have views among its pieces only if it is one (torch saves a view as one piece).

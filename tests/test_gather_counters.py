@@ -102,6 +102,13 @@ CASES = {
     "experts transposed, stacked": Case(
         lambda f: f.op("stack", *(f.op("transpose", f.flat(BF16, 2048, 768)) for _ in range(4))), 12 * MIB, 4 * 4
     ),
+    "columns of transposed experts": Case(
+        lambda f: f.op("concat", *(f.op("transpose", f.flat(BF16, 2048, 768)) for _ in range(2)), dim=1), 6 * MIB, 8
+    ),
+    "transposed and fused by groups": Case(
+        lambda f: f.op("grouped_merge", *(f.op("transpose", f.flat(BF16, 2048, 1024)) for _ in range(3)),
+                       groups=8, sizes=(128, 128, 128)), 12 * MIB, 3 * 4
+    ),
     "ZeRO-3, transposed": Case(lambda f: f.op("transpose", f.zero3(F32, (2048, 2048), 8)), 16 * MIB, 16),
     # A head is 1 MiB.
     "rotary queries": Case(lambda f: f.op("rotary_permute", f.flat(BF16, 4096, 4096), heads=32), 32 * MIB, 32),
@@ -234,6 +241,26 @@ def test_casts_of_bands_are_what_torch_casts(tile: int, tmp_path: Path) -> None:
     parts = [files.op("chunk", files.op("transpose", entry), dim=0, chunks=2, take=take) for take in (1, 0)]
     expected = torch.cat([values.t()[515:], values.t()[:515]], dim=1).to(torch.bfloat16)
     assert made(cast_to(files.op("concat", *parts, dim=1), BF16), tile) == bits(expected)
+
+
+@pytest.mark.parametrize("tile", [4 << 10, 64 << 10, LARGEST_TILE])
+def test_columns_of_bands_are_what_torch_concatenates(tile: int, tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    entry, values = matrix(files, torch.bfloat16, 130, 1040)
+    wide, more = matrix(files, torch.bfloat16, 1040, 77)
+    turned = files.op("transpose", entry)
+    assert made(files.op("concat", turned, wide, turned, dim=1), tile) == bits(
+        torch.cat([values.t(), more, values.t()], 1)
+    )
+    fused = torch.cat([values.t().reshape(8, -1), more.reshape(8, -1)], 1)
+    sizes = {"groups": 8, "sizes": (130, 130)}
+    assert made(files.op("grouped_merge", turned, turned, **sizes), tile) == bits(
+        torch.cat([values.t().reshape(8, 130, 130)] * 2, 1)
+    )
+    flat = files.op(
+        "concat", files.op("reshape", turned, shape=(8, -1)), files.op("reshape", wide, shape=(8, -1)), dim=1
+    )
+    assert made(flat, tile) == bits(fused)
 
 
 @pytest.mark.parametrize("tile", [4 << 10, LARGEST_TILE])

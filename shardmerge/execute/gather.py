@@ -13,7 +13,7 @@ import numpy as np
 from shardmerge.compose import meta
 from shardmerge.execute.pieces import is_plain, pieces_in, single_extent
 from shardmerge.execute.rearrange import rearrange
-from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, tile_elements
+from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, column_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
@@ -203,15 +203,11 @@ class Assembler:
                 self._row(held, widths, row, within, target[done : done + taken])
                 row, within = row + 1, 0
             else:
-                rows = self._rows_at_once(widths, (len(target) - done) // total, target.itemsize)
+                rows = (len(target) - done) // total
                 taken = rows * total
                 self._block(held, widths, row, target[done : done + taken].reshape(rows, total))
                 row += rows
             done += taken
-
-    @staticmethod
-    def _rows_at_once(widths: Sequence[int], rows: int, size: int) -> int:
-        return max(min(rows, WORKSPACE // (max(widths) * size)), 1)
 
     def _row(self, held: Columns, widths: Sequence[int], row: int, within: int, target: Array) -> None:
         column = 0
@@ -222,17 +218,22 @@ class Assembler:
             column += width
 
     def _block(self, held: Columns, widths: Sequence[int], row: int, target: Array) -> None:
-        rows = len(target)
-        if rows == 1:
-            self._row(held, widths, row, 0, target[0])
-            return
         column = 0
         for base, width in zip(held.bases, widths, strict=True):
-            data = self.take(rows * width * target.itemsize)
-            self.fill(base, row * width, data)
-            target[:, column : column + width] = _elements(data, target.itemsize).reshape(rows, width)
-            self.release(data)
+            step = max(column_elements(base, self._tile) // max(width, 1), 1)
+            for low in range(0, len(target), step):
+                self._column(base, row + low, target[low : low + step, column : column + width])
             column += width
+
+    def _column(self, base: TensorEntry, row: int, target: Array) -> None:
+        """Fills a part of some rows; directly where it is of one, since that may be of any length."""
+        rows, width = target.shape
+        if rows == 1:
+            self.fill(base, row * width, _bytes(target[0]))
+            return
+        data = self.view(base, row * width, rows * width)
+        target[...] = _elements(data, target.itemsize).reshape(rows, width)
+        self.release(data)
 
     # --- arithmetic ---
 
