@@ -13,11 +13,13 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.storage.cache import Trail, drop_read
 
 IoMode: TypeAlias = Literal["auto", "mmap", "pread"]
 
@@ -101,6 +103,11 @@ class SourceFile:
             return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Lets the pages of a range leave the page cache."""
+        if self._fd >= 0:
+            drop_read(self._fd, offset, nbytes)
+
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
@@ -154,16 +161,24 @@ def _open(path: str) -> int:
 class FilePool:
     """Files held open for many reads, least recently used closed first. Safe for threads.
 
+    Parameters
+    ----------
+    io
+        How files are read.
+    bounded
+        Whether pages leave the page cache soon after they were read.
+
     Attributes
     ----------
     bytes_read, reads
         What has been read through the pool so far, in bytes and calls.
     """
 
-    def __init__(self, io: IoMode = "auto") -> None:
+    def __init__(self, io: IoMode = "auto", *, bounded: bool = False) -> None:
         self.bytes_read = 0
         self.reads = 0
         self._io = io
+        self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._maps: dict[str, bool] = {}
         self._lock = threading.Lock()
@@ -190,18 +205,22 @@ class FilePool:
         """Returns the bytes mapped, or None where that is not safe or does not pay."""
         if nbytes < _SMALLEST_WINDOW or not self._mapped(path):
             return None
-        self._count(nbytes)
-        return self.get(path).window(offset, nbytes)
+        file = self.get(path)
+        self._passed(file, offset, nbytes)
+        return file.window(offset, nbytes)
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fills ``out`` from the file's byte ``offset`` on."""
-        self._count(len(out))
-        self.get(path).read_into(offset, out)
+        file = self.get(path)
+        self._passed(file, offset, len(out))
+        file.read_into(offset, out)
 
-    def _count(self, nbytes: int) -> None:
+    def _passed(self, file: SourceFile, offset: int, nbytes: int) -> None:
         with self._lock:
             self.bytes_read += nbytes
             self.reads += 1
+        if self._trail is not None:
+            self._trail.passed(nbytes, partial(file.drop, offset, nbytes))
 
     def _mapped(self, path: str) -> bool:
         if self._io != "auto":
