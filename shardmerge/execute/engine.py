@@ -78,7 +78,13 @@ def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
 
 
 def execute(
-    plan: Plan, folder: Path, pool: FilePool, *, sync: bool = True, progress: Progress | None = None
+    plan: Plan,
+    folder: Path,
+    pool: FilePool,
+    *,
+    sync: bool = True,
+    bounded: bool = False,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -92,6 +98,8 @@ def execute(
         Reads the sources.
     sync
         Whether each shard is synced before its first bytes are written.
+    bounded
+        Whether what is written leaves the page cache at once: see ``storage.limits.bounds_cache``.
     progress
         Told about every tile.
 
@@ -107,7 +115,7 @@ def execute(
     stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
     check_stamps(stamps.values())
     return_freed_memory()
-    run = _Run(plan, folder, pool, sync, progress)
+    run = _Run(plan, folder, pool, sync, bounded, progress)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
     for thread in threads:
         thread.start()
@@ -156,6 +164,7 @@ class _Run:
     folder: Path
     pool: FilePool
     sync: bool
+    bounded: bool
     progress: Progress | None
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
@@ -163,12 +172,12 @@ class _Run:
     overflows: Counter[str] = field(default_factory=Counter)
     sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     _queue: Iterator[tuple[Tile, ...]] = field(init=False)
-    _left: Counter[str] = field(init=False)
+    _left: Counter[str] = field(init=False)  # bytes of tensors still to be written, by shard
     _files: dict[str, OutputFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._queue = tasks(self.plan)
-        self._left = Counter(tile.shard.name for task in tasks(self.plan) for tile in task)
+        self._left = Counter({shard.name: sum(tensor.nbytes for tensor in shard.tensors) for shard in self.plan.shards})
         for shard in self.plan.shards:
             if not self._left[shard.name]:  # nothing but empty tensors
                 self._seal(shard, self._open(shard))
@@ -211,7 +220,7 @@ class _Run:
             return self._files.get(shard.name) or self._open(shard)
 
     def _open(self, shard: PlannedShard) -> OutputFile:
-        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync)
+        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.bounded)
         for offset, blob in shard.blobs:
             reserved = max(8 - offset, 0)  # written last: see OutputFile
             file.write(offset + reserved, memoryview(blob)[reserved:])
@@ -225,7 +234,7 @@ class _Run:
             self.sums.setdefault(tile.tensor.name, []).append((tile.offset, data.nbytes, checksum))
             if overflowed:
                 self.overflows[tile.tensor.name] += overflowed
-            self._left[tile.shard.name] -= 1
+            self._left[tile.shard.name] -= data.nbytes
             last = not self._left[tile.shard.name]
             if self.progress is not None:
                 self.progress(data.nbytes)

@@ -15,11 +15,13 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.storage.cache import Trail, drop_read
 
 IoMode: TypeAlias = Literal["auto", "mmap", "pread"]
 
@@ -124,6 +126,11 @@ class SourceFile:
             return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Lets the pages of a range leave the page cache."""
+        if self._fd >= 0:
+            drop_read(self._fd, offset, nbytes)
+
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
@@ -177,18 +184,26 @@ def _open(path: str) -> int:
 class FilePool:
     """Files held open for many reads, least recently used closed first. Safe for threads.
 
+    Parameters
+    ----------
+    io
+        How files are read.
+    bounded
+        Whether pages leave the page cache soon after they were read.
+
     Attributes
     ----------
     bytes_read, reads, opens
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
     """
 
-    def __init__(self, io: IoMode = "auto") -> None:
+    def __init__(self, io: IoMode = "auto", *, bounded: bool = False) -> None:
         self.bytes_read = 0
         self.reads = 0
         self.opens = 0
         self._most = most_open_files()
         self._io = io
+        self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._maps: dict[str, bool] = {}
         self._lock = threading.Lock()
@@ -225,19 +240,30 @@ class FilePool:
         """Returns the bytes mapped, or None where that is not safe or does not pay."""
         if nbytes < _SMALLEST_WINDOW or not self._mapped(path):
             return None
-        return self._get(path, nbytes, 1).window(offset, nbytes)
+        file = self._get(path, nbytes, 1)
+        self._passed(file, offset, nbytes)
+        return file.window(offset, nbytes)
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fills ``out`` from the file's byte ``offset`` on."""
-        self._get(path, len(out), 1).read_into(offset, out)
+        file = self._get(path, len(out), 1)
+        self._passed(file, offset, len(out))
+        file.read_into(offset, out)
 
     def read_runs(self, path: str, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
-        """Fills each buffer from its offset in the file on: many short reads for the price of their system calls."""
+        """Fills each buffer from its offset in the file on: many short reads for the price of their system calls.
+
+        The pages stay in the page cache, since the other bands of a matrix are in the same ones.
+        """
         self._get(path, sum(map(len, outs)), len(outs)).read_runs(offsets, outs)
 
     def expect(self, path: str, offset: int, nbytes: int) -> None:
         """Lets the system read these bytes ahead; it cannot guess that short reads apart from each other go on."""
         self.get(path).expect(offset, nbytes)
+
+    def _passed(self, file: SourceFile, offset: int, nbytes: int) -> None:
+        if self._trail is not None:
+            self._trail.passed(nbytes, partial(file.drop, offset, nbytes))
 
     def _mapped(self, path: str) -> bool:
         if self._io != "auto":
