@@ -101,6 +101,10 @@ class SourceFile:
             return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
+    def fileno(self) -> int:
+        """Returns the descriptor, as long as the file is open."""
+        return self._fd
+
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
