@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +57,41 @@ def shardmerge(
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
+
+
+# mkfs and losetup are where ordinary users do not look.
+_TOOLS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_MAKE = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Gives, by its kind, the root of a real file system of 512 MiB in a sparse file; skips where it cannot."""
+    mounted: dict[str, Path] = {}
+
+    def mount(kind: str) -> Path:
+        if kind not in mounted:
+            mounted[kind] = _mount(kind, tmp_path_factory.mktemp(kind))
+        return mounted[kind]
+
+    yield mount
+    for folder in mounted.values():
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.with_name("image").unlink()
+
+
+def _mount(kind: str, parent: Path) -> Path:
+    make, *options = _MAKE[kind]
+    tool = shutil.which(make, path=_TOOLS)
+    if os.geteuid() or tool is None:
+        pytest.skip(f"making and mounting {kind} takes root and {make}")
+    image, folder = parent / "image", parent / "root"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    subprocess.run([tool, *options, str(image)], check=True, capture_output=True)
+    done = subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        image.unlink()
+        pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
+    return folder

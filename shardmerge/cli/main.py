@@ -155,10 +155,15 @@ def verify(  # one parameter an option
             progress=progress,
         )
     if as_json:
-        click.echo(dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
+        found = {"checks": list(verdict.checks), "unchecked": list(verdict.unchecked), "tensors": verdict.tensors}
+        click.echo(dumped({"ok": True, **found}))
         return
     for check in verdict.checks:
         click.echo(f"ok  {check}")
+    for rest in verdict.unchecked:
+        click.echo(f"not checked  {rest}")
+    if verdict.unchecked:
+        click.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
 
 
 @cli.command()
