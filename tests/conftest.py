@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,33 +66,34 @@ _MAKE = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkf
 
 
 @pytest.fixture(scope="session")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+def disk() -> Iterator[Callable[[str], Path]]:
     """Gives, by its kind, the root of a real file system of 512 MiB in a sparse file; skips where it cannot."""
     mounted: dict[str, Path] = {}
 
     def mount(kind: str) -> Path:
         if kind not in mounted:
-            mounted[kind] = _mount(kind, tmp_path_factory.mktemp(kind))
+            mounted[kind] = _mount(kind)
         return mounted[kind]
 
     yield mount
     for folder in mounted.values():
-        subprocess.run(["umount", str(folder)], check=True)
-        folder.with_name("image").unlink()
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test may still hold a file of it
+        folder.rmdir()
 
 
-def _mount(kind: str, parent: Path) -> Path:
+def _mount(kind: str) -> Path:
     make, *options = _MAKE[kind]
     tool = shutil.which(make, path=_TOOLS)
     if os.geteuid() or tool is None:
         pytest.skip(f"making and mounting {kind} takes root and {make}")
-    image, folder = parent / "image", parent / "root"
-    folder.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run([tool, *options, str(image)], check=True, capture_output=True)
-    done = subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=False, capture_output=True, text=True)
+    # Not below pytest's own directory: after a run that was killed it could not be tidied up while this is mounted.
+    folder = Path(tempfile.mkdtemp(prefix=f"shardmerge-{kind}-"))
+    with tempfile.NamedTemporaryFile(prefix=f"shardmerge-{kind}-") as image:  # goes when the mount goes
+        image.truncate(512 << 20)
+        subprocess.run([tool, *options, image.name], check=True, capture_output=True)
+        command = ["mount", "-o", "loop", image.name, str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        image.unlink()
+        folder.rmdir()
         pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
     return folder
