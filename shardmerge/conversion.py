@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, UsageError, raise_all
+from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Outcome, Progress, execute
 from shardmerge.mapping.adapters import merge_adapters
 from shardmerge.mapping.layouts import foreign_presets, odd_layouts
@@ -232,7 +233,7 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
         See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
     """
     plan = prepared.plan
-    check_output(plan, out)
+    check_output(plan, out, clonable_bytes(plan, out))
     bounded = bounds_cache(plan.file_bytes + sum(bytes_read(tensor) for tensor in plan.tensors()))
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from shardmerge.clones import Clone, overlapping
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine
+from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
@@ -48,11 +51,17 @@ class Outcome:
     overflows
         Finite values that became infinite (or NaN, in types without infinities), by tensor; only those with any.
     checksums
-        CRC-32 of each tensor's bytes in the output.
+        CRC-32 of each tensor's bytes in the output, but for those of which something was cloned: nobody saw the bytes.
     bytes_read, reads
         Data read from the sources, in bytes and calls.
     bytes_written
         Data written to the shards.
+    cloned
+        The source file of each tensor of which something was cloned, and where in it the tensor begins, in bytes.
+    bytes_cloned
+        Bytes of the shards that are shared with the sources.
+    clone_seconds
+        What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
     """
 
     overflows: dict[str, int]
@@ -60,20 +69,30 @@ class Outcome:
     bytes_read: int
     reads: int
     bytes_written: int
+    cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
+    bytes_cloned: int = 0
+    clone_seconds: float = 0.0
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
     """Yields what a worker takes at a time, in output order: a tile, or all of a tensor that something is kept for."""
     for shard in plan.shards:
-        for tensor in shard.tensors:
-            step = tile_elements(tensor.entry, plan.memory.tile)
-            every = (
-                Tile(shard, tensor, start, min(step, tensor.numel - start)) for start in range(0, tensor.numel, step)
-            )
-            if has_state(tensor.entry):
-                yield tuple(every)
-            else:
-                yield from ((tile,) for tile in every)
+        yield from shard_tasks(plan, shard, ())
+
+
+def shard_tasks(plan: Plan, shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tuple[Tile, ...]]:
+    """Yields the tasks of a shard of which some ranges are there already."""
+    for tensor in shard.tensors:
+        step = tile_elements(tensor.entry, plan.memory.tile)
+        every = (
+            Tile(shard, tensor, start, min(step, first + count - start))
+            for first, count in ranges_left(tensor, cloned)
+            for start in range(first, first + count, step)
+        )
+        if has_state(tensor.entry):
+            yield tuple(every)
+        else:
+            yield from ((tile,) for tile in every)
 
 
 def execute(
@@ -170,16 +189,15 @@ class _Run:
     written: int = 0
     overflows: Counter[str] = field(default_factory=Counter)
     sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
+    bytes_cloned: int = 0
+    clone_seconds: float = 0.0
     _queue: Iterator[tuple[Tile, ...]] = field(init=False)
-    _left: Counter[str] = field(init=False)  # bytes of tensors still to be written, by shard
+    _left: Counter[str] = field(default_factory=Counter)  # bytes of tensors still to be written, by shard
     _files: dict[str, OutputFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._queue = tasks(self.plan)
-        self._left = Counter({shard.name: sum(tensor.nbytes for tensor in shard.tensors) for shard in self.plan.shards})
-        for shard in self.plan.shards:
-            if not self._left[shard.name]:  # nothing but empty tensors
-                self._seal(shard, self._open(shard))
+        self._queue = (task for shard in self.plan.shards for task in self._begin(shard))
 
     def work(self) -> None:
         """Takes tasks until there are none, or another worker failed."""
@@ -207,16 +225,43 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """Returns the totals of a finished run."""
-        checksums = {tensor.name: self._checksum(tensor.name) for tensor in self.plan.tensors()}
-        return Outcome(dict(self.overflows), checksums, self.pool.bytes_read, self.pool.reads, self.written)
+        seen = (tensor.name for tensor in self.plan.tensors() if tensor.name not in self.cloned)
+        return Outcome(
+            dict(self.overflows),
+            {name: self._checksum(name) for name in seen},
+            self.pool.bytes_read,
+            self.pool.reads,
+            self.written,
+            self.cloned,
+            self.bytes_cloned,
+            self.clone_seconds,
+        )
 
     def _next(self) -> tuple[Tile, ...] | None:
         with self.lock:
             return None if self.failure else next(self._queue, None)
 
+    def _begin(self, shard: PlannedShard) -> Iterator[tuple[Tile, ...]]:
+        """Opens a shard, clones what can be cloned, and returns the tasks that are left. The lock is held."""
+        file = self._open(shard)
+        started = time.monotonic()
+        cloned = clone_shard(shard, file, self.pool)
+        self.clone_seconds += time.monotonic() - started
+        for tensor in shard.tensors:
+            for one in overlapping(tensor, cloned):
+                self.cloned[tensor.name] = one.file, one.start + tensor.offset - one.offset
+        nbytes = sum(one.nbytes for one in cloned)
+        self.bytes_cloned += nbytes
+        if self.progress is not None and nbytes:
+            self.progress(nbytes)
+        self._left[shard.name] = sum(tensor.nbytes for tensor in shard.tensors) - nbytes
+        if not self._left[shard.name]:  # all cloned, or nothing but empty tensors
+            self._seal(shard, self._files.pop(shard.name))
+        return shard_tasks(self.plan, shard, cloned)
+
     def _file(self, shard: PlannedShard) -> OutputFile:
         with self.lock:
-            return self._files.get(shard.name) or self._open(shard)
+            return self._files[shard.name]
 
     def _open(self, shard: PlannedShard) -> OutputFile:
         file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.bounded)

@@ -108,6 +108,10 @@ class SourceFile:
         if self._fd >= 0:
             drop_read(self._fd, offset, nbytes)
 
+    def fileno(self) -> int:
+        """Returns the descriptor, as long as the file is open."""
+        return self._fd
+
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
