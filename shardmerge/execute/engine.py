@@ -1,4 +1,4 @@
-"""Streams a plan to files: workers take tiles in output order and write them at their final offsets."""
+"""Streams a plan to files: workers take tiles in the order of the sources and write them at their final offsets."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
@@ -75,14 +76,14 @@ class Outcome:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
-    """Yields what a worker takes at a time, in output order: a tile, or all of a tensor that something is kept for."""
+    """Yields what a worker takes at a time, in source order: a tile, or all of a tensor that something is kept for."""
     for shard in plan.shards:
         yield from shard_tasks(plan, shard, ())
 
 
 def shard_tasks(plan: Plan, shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tuple[Tile, ...]]:
     """Yields the tasks of a shard of which some ranges are there already."""
-    for tensor in shard.tensors:
+    for tensor in ordered(shard.tensors):
         step = tile_elements(tensor.entry, plan.memory.tile)
         every = (
             Tile(shard, tensor, start, min(step, first + count - start))
