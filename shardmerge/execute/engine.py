@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, InterruptedRunError
-from shardmerge.execute.checksum import combine
+from shardmerge.execute.checksum import combine, crc32
 from shardmerge.execute.gather import Assembler
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
@@ -218,7 +217,7 @@ class _Run:
         return file
 
     def _done(self, tile: Tile, data: memoryview, overflowed: int) -> None:
-        checksum = zlib.crc32(data)
+        checksum = crc32(data)
         with self.lock:
             self.written += data.nbytes
             self.sums.setdefault(tile.tensor.name, []).append((tile.offset, data.nbytes, checksum))
