@@ -24,7 +24,11 @@ def test_it_is_that_of_zlib(size: int, offset: int) -> None:
 
 
 def test_it_is_that_of_zlib_without_the_library() -> None:
-    code = "import sys; sys.modules['zlib_ng'] = None\nfrom shardmerge.execute.checksum import crc32\nprint(crc32(b'123456789'))"
+    code = (
+        "import sys; sys.modules['zlib_ng'] = None\n"
+        "from shardmerge.execute.checksum import crc32\n"
+        "print(crc32(b'123456789'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 0xCBF43926  # the check value of CRC-32/ISO-HDLC in the catalogue of CRCs
 

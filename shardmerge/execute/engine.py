@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import combine, crc32
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.gpu import CudaCasts, require_cuda
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
@@ -21,6 +22,15 @@ from shardmerge.tensors import FileStamp
 
 # Called with the bytes just written, from any worker, one call at a time.
 Progress: TypeAlias = Callable[[int], None]
+
+# Where casts are made; everything else is done by the CPU.
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+
+def check_device(device: Device) -> None:
+    """Raises ``device-unavailable`` where casts cannot be made on a device."""
+    if device == "cuda":
+        require_cuda()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +86,13 @@ def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
 
 
 def execute(
-    plan: Plan, folder: Path, pool: FilePool, *, sync: bool = True, progress: Progress | None = None
+    plan: Plan,
+    folder: Path,
+    pool: FilePool,
+    *,
+    sync: bool = True,
+    progress: Progress | None = None,
+    device: Device = "cpu",
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -92,6 +108,8 @@ def execute(
         Whether each shard is synced before its first bytes are written.
     progress
         Told about every tile.
+    device
+        Where casts are made.
 
     Raises
     ------
@@ -105,7 +123,7 @@ def execute(
     stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
     check_stamps(stamps.values())
     return_freed_memory()
-    run = _Run(plan, folder, pool, sync, progress)
+    run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
     for thread in threads:
         thread.start()
@@ -155,6 +173,7 @@ class _Run:
     pool: FilePool
     sync: bool
     progress: Progress | None
+    device: Device
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
     written: int = 0
@@ -173,8 +192,9 @@ class _Run:
 
     def work(self) -> None:
         """Takes tasks until there are none, or another worker failed."""
-        assembler = Assembler(self.pool, self.plan.memory.tile)
         try:
+            casts = CudaCasts() if self.device == "cuda" else None
+            assembler = Assembler(self.pool, self.plan.memory.tile, casts)
             while (task := self._next()) is not None:
                 for tile in task:
                     self._carry(tile, assembler)

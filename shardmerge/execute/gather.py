@@ -12,8 +12,10 @@ from math import prod
 import numpy as np
 
 from shardmerge.compose import meta
+from shardmerge.execute.gpu import CudaCasts
 from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements
 from shardmerge.ops.arrays import Array, as_array
+from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
@@ -37,6 +39,8 @@ class Assembler:
         Where files are read.
     tile
         Bytes of the largest buffer that arithmetic works in, on the larger side of an op.
+    device
+        Where casts are made; None for here.
 
     Attributes
     ----------
@@ -44,8 +48,9 @@ class Assembler:
         Finite values that became infinite so far.
     """
 
-    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE) -> None:
+    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE, device: CudaCasts | None = None) -> None:
         self.overflowed = 0
+        self._device = device
         self._pool = pool
         self._tile = tile
         self._free: list[Array] = []
@@ -224,7 +229,10 @@ class Assembler:
         ranges = op.ranges(metas, start, len(out))
         tiles = [self.view(base, first, count) for base, (first, count) in zip(held.bases, ranges, strict=True)]
         arrays = [as_array(tile, base.dtype) for tile, base in zip(tiles, held.bases, strict=True)]
-        self.overflowed += op.apply(state, arrays, start, out)
+        if self._device is not None and isinstance(op, Cast):
+            self.overflowed += self._device.apply(op, arrays[0], out)
+        else:
+            self.overflowed += op.apply(state, arrays, start, out)
         del arrays
         for tile in tiles:
             self.release(tile)

@@ -1,7 +1,7 @@
 """Fast roads for casts, block by block, with the bits of the exact ones.
 
-A block goes down the fast road first: a SIMD kernel of numkong. Kernels of that library disagree with torch on NaN and on
-overflow, so one side of every block is watched, and a block with such a value is made again by the exact road. Which
+A block goes down the fast road first: a SIMD kernel of numkong. Kernels of that library disagree with torch on NaN and
+on overflow, so one side of every block is watched, and a block with such a value is made again by the exact road. Which
 kernels run depends on the CPU: each is compared with the exact road once a process, on every tie, and not used where it
 differs. Nothing here depends on where blocks are cut.
 
@@ -37,8 +37,8 @@ _TILE, _BETWEEN, _INDEX, _EXACT = 512 << 10, 64 << 10, 32 << 10, 16 << 10
 # Most bytes of a table: 64 Ki patterns of 2 bytes.
 _TABLE = 128 << 10
 
-# Allocated by a cast of any size at most: a table, and one of what lies between, an index with its parts, the exact road
-# with its count, the comparison of a kernel.
+# Allocated by a cast of any size at most: a table, and one of what lies between, an index with its parts, the exact
+# road with its count, the comparison of a kernel.
 PEAK = _TABLE + max(5 * _BETWEEN, 14 * _INDEX, 44 * _EXACT)
 
 
@@ -117,8 +117,8 @@ def any_from(seen: Array, first: int) -> bool:
     return bool(np.maximum.reduce(signed) >= first or np.maximum.reduce(unsigned) >= first + top)
 
 
-# float32 to bfloat16 is watched where it comes in, since a NaN of 0x7FFF8000 and more comes out as -0; so is what float16
-# becomes in bfloat16. 0x7F7F8000 is the smallest float32 that rounds to an infinite bfloat16. 0x7E is 448 in F8_E4M3,
+# float32 to bfloat16 is watched where it comes in, since a NaN of 0x7FFF8000 and more comes out as -0; so is float16 to
+# bfloat16. 0x7F7F8000 is the smallest float32 that rounds to an infinite bfloat16. 0x7E is 448 in F8_E4M3,
 # where it saturates. Signalling NaNs of float16 become quiet on every road.
 _KERNELS = {
     ("F32", "F16"): Kernel("float32", "float16", "out", 0x7C00),
@@ -258,7 +258,7 @@ def _kernel(source: DType, target: DType, exact: Exact) -> Kernel | None:
 
 
 def agrees(kernel: Kernel, source: DType, target: DType, exact: Exact) -> bool:
-    """Tells whether a kernel has the bits of the exact road wherever nothing is watched for, at the end of a run too."""
+    """Tells whether a kernel has the bits of the exact road wherever nothing is watched for, at the ends of runs too."""
     return all(_same(kernel, block, block.size, target, exact) for block in every_tie(source)) and all(
         _same(kernel, block[::257].copy(), 3, target, exact) for block in every_tie(source)
     )
