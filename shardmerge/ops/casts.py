@@ -52,8 +52,7 @@ class Cast(Arithmetic):
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills ``out`` (dtype ``target``) from the one tile (dtype ``source``); returns the overflow count."""
         (tile,) = tiles
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            return fast_casts.convert(tile, out, self.source, self.target, self._exact, self._overflows)
+        return fast_casts.convert(tile, out, self.source, self.target, self._exact, self._overflows)
 
     def _exact(self, tile: Array, out: Array) -> None:
         """The cast as it is defined; whatever is faster has these bits."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -87,7 +88,8 @@ class Kernel:
             np.copyto(wide, tile)
             tile = wide
         if self.doubled:
-            np.multiply(tile, _TWO, out=wide)
+            with _quietly():
+                np.multiply(tile, _TWO, out=wide)
 
     def _call(self, given: int, made: int, count: int) -> None:
         """Casts from one address to the other; the library takes any alignment."""
@@ -156,19 +158,31 @@ def convert(tile: Array, out: Array, source: DType, target: DType, exact: Exact,
         Called for what the fast road did not make, with temporaries of at most 40 bytes an element.
     """
     kernel = _kernel(source, target, exact)
-    exact, step = _by_table(source, target, exact)
     total = 0
     for block in _parts(out.size, _TILE):
+        given, made = tile[block], out[block]
         if kernel is not None:
-            kernel.fill(tile[block], out[block])
-            if kernel.clear(tile[block], out[block]):
+            kernel.fill(given, made)
+            if kernel.clear(given, made):
                 continue
-        for part in _parts(out[block].size, step):
-            given, made = tile[block][part], out[block][part]
-            if kernel is None or not kernel.clear(given, made):
-                exact(given, made)
-                total += count(given, made)
+        total += _exactly(given, made, kernel, _by_table(source, target, exact), count)
     return total
+
+
+def _exactly(tile: Array, out: Array, kernel: Kernel | None, by: tuple[Exact, int], count: Count) -> int:
+    """Makes what no kernel has made, or not rightly."""
+    exact, step = by
+    total = 0
+    with _quietly():
+        for part in _parts(out.size, step):
+            if kernel is None or not kernel.clear(tile[part], out[part]):
+                exact(tile[part], out[part])
+                total += count(tile[part], out[part])
+    return total
+
+
+def _quietly() -> AbstractContextManager[None]:
+    return np.errstate(over="ignore", invalid="ignore", under="ignore")
 
 
 def _parts(size: int, step: int) -> Iterator[slice]:
@@ -201,8 +215,9 @@ def _table(source: DType, target: DType, exact: Exact) -> Array:
         patterns = np.arange(1 << 8 * source.itemsize, dtype=np.uint32).astype(f"u{source.itemsize}")
         bits = np.empty(patterns.size, f"u{target.itemsize}")
         values, made = patterns.view(numpy_dtype(source)), bits.view(numpy_dtype(target))
-        for part in _parts(patterns.size, _EXACT):
-            exact(values[part], made[part])
+        with _quietly():
+            for part in _parts(patterns.size, _EXACT):
+                exact(values[part], made[part])
         _TABLES[key] = bits
     return _TABLES[key]
 
@@ -251,28 +266,39 @@ def _kernel(source: DType, target: DType, exact: Exact) -> Kernel | None:
     kernel = _KERNELS.get(key)
     if kernel is None or numkong() is None:
         return None
-    with _ONE_AT_A_TIME:
+    if key in _TRUSTED:
+        return kernel if _TRUSTED[key] else None
+    with _ONE_AT_A_TIME, _quietly():
         if key not in _TRUSTED:
             _TRUSTED[key] = agrees(kernel, source, target, _by_table(source, target, exact)[0])
     return kernel if _TRUSTED[key] else None
 
 
 def agrees(kernel: Kernel, source: DType, target: DType, exact: Exact) -> bool:
-    """Tells whether a kernel has the bits of the exact road wherever nothing is watched for, at the ends of runs too."""
-    return all(_same(kernel, block, block.size, target, exact) for block in every_tie(source)) and all(
-        _same(kernel, block[::257].copy(), 3, target, exact) for block in every_tie(source)
+    """Tells whether a kernel has the bits of the exact road wherever nothing is watched for.
+
+    Most of it in long runs, some three at a time: kernels have code of their own for the ends of runs.
+    """
+    return all(
+        _same(kernel, block, block.size, target, exact) and _same(kernel, block[::1021].copy(), 3, target, exact)
+        for block in every_tie(source)
     )
 
 
 def every_tie(source: DType) -> Iterator[Array]:
-    """Yields all patterns of 8 and 16 bits; of float32 all upper halves, with the lower ones around each tie."""
-    lows = (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF) if source.itemsize == 4 else (0,)
-    size = min(1 << 8 * source.itemsize, 1 << 16)
-    shift = 16 if source.itemsize == 4 else 0
-    for low in lows:
-        for part in _parts(size, _EXACT):
-            high = np.arange(part.start, part.stop, dtype=np.uint32)
-            yield ((high << shift) | np.uint32(low)).astype(f"u{source.itemsize}").view(numpy_dtype(source))
+    """Yields all patterns of 8 and 16 bits; of float32 all upper halves, then those that matter with lower ones around
+    each tie: exponents from what 16 and 8 bits round to nothing up to what they cannot hold.
+    """
+    if source.itemsize < 4:
+        patterns = np.arange(1 << 8 * source.itemsize, dtype=np.uint32).astype(f"u{source.itemsize}")
+        yield from (patterns[part].view(numpy_dtype(source)) for part in _parts(patterns.size, _EXACT))
+        return
+    halves = np.arange(1 << 16, dtype=np.uint32) << 16
+    yield from (halves[part].view(np.float32) for part in _parts(halves.size, _EXACT))
+    usual = halves[100 << 7 : 145 << 7]  # 2**-27 and more, less than 2**18
+    for low in (1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        for sign in (0, 1 << 31):
+            yield (usual | np.uint32(low | sign)).view(np.float32)
 
 
 def _same(kernel: Kernel, values: Array, step: int, target: DType, exact: Exact) -> bool:
