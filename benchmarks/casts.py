@@ -3,9 +3,10 @@
     python -m benchmarks.casts [--rounds 7] [--pairs F32:BF16,...]
 
 One thread and two, each with blocks of its own; torch with one thread of its own inside each. A ``tile`` has 2 MiB on
-its larger side, as in a conversion, and stays in the cache; ``memory`` is the same from 32 tiles in turn, which no cache
-holds; ``small`` is a block of 128 KiB. ``shardmerge`` is the whole cast with its count of overflows, which torch does
-not make; ``plain`` is the same without numkong. Takes about 5 minutes; results go to ``benchmarks/results/casts.json``.
+its larger side, as in a conversion, and stays in the cache; ``memory`` is the same from 32 tiles in turn, which hardly
+any cache holds; ``small`` is a block of 128 KiB. ``shardmerge`` is the whole cast with its count of overflows, which
+torch does not make; ``plain`` is the same without numkong. Takes about 3 minutes; results go to
+``benchmarks/results/casts.json``.
 """
 
 from __future__ import annotations
