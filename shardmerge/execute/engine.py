@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from shardmerge.clones import Clone, overlapping
 from shardmerge.errors import CheckpointError, InterruptedRunError
-from shardmerge.execute.checksum import combine
+from shardmerge.execute.checksum import combine, crc32
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.gpu import CudaCasts, require_cuda
 from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
@@ -26,6 +26,15 @@ from shardmerge.tensors import FileStamp
 
 # Called with the bytes just written, from any worker, one call at a time.
 Progress: TypeAlias = Callable[[int], None]
+
+# Where casts are made; everything else is done by the CPU.
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+
+def check_device(device: Device) -> None:
+    """Raises ``device-unavailable`` where casts cannot be made on a device."""
+    if device == "cuda":
+        require_cuda()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +111,8 @@ def execute(
     pool: FilePool,
     *,
     sync: bool = True,
-    bounded: bool = False,
     progress: Progress | None = None,
+    device: Device = "cpu",
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -114,13 +123,13 @@ def execute(
     folder
         Where the shards go; names as planned.
     pool
-        Reads the sources.
+        Reads the sources. Where its pages leave the page cache at once, those of the output do.
     sync
         Whether each shard is synced before its first bytes are written.
-    bounded
-        Whether what is written leaves the page cache at once: see ``storage.limits.bounds_cache``.
     progress
         Told about every tile.
+    device
+        Where casts are made.
 
     Raises
     ------
@@ -134,7 +143,7 @@ def execute(
     stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
     check_stamps(stamps.values())
     return_freed_memory()
-    run = _Run(plan, folder, pool, sync, bounded, progress)
+    run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
     for thread in threads:
         thread.start()
@@ -183,8 +192,8 @@ class _Run:
     folder: Path
     pool: FilePool
     sync: bool
-    bounded: bool
     progress: Progress | None
+    device: Device
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
     written: int = 0
@@ -202,8 +211,9 @@ class _Run:
 
     def work(self) -> None:
         """Takes tasks until there are none, or another worker failed."""
-        assembler = Assembler(self.pool, self.plan.memory.tile)
         try:
+            casts = CudaCasts() if self.device == "cuda" else None
+            assembler = Assembler(self.pool, self.plan.memory.tile, casts)
             while (task := self._next()) is not None:
                 for tile in task:
                     self._carry(tile, assembler)
@@ -265,7 +275,7 @@ class _Run:
             return self._files[shard.name]
 
     def _open(self, shard: PlannedShard) -> OutputFile:
-        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.bounded)
+        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.pool.bounded)
         for offset, blob in shard.blobs:
             reserved = max(8 - offset, 0)  # written last: see OutputFile
             file.write(offset + reserved, memoryview(blob)[reserved:])
@@ -273,7 +283,7 @@ class _Run:
         return file
 
     def _done(self, tile: Tile, data: memoryview, overflowed: int) -> None:
-        checksum = zlib.crc32(data)
+        checksum = crc32(data)
         with self.lock:
             self.written += data.nbytes
             self.sums.setdefault(tile.tensor.name, []).append((tile.offset, data.nbytes, checksum))

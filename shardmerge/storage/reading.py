@@ -197,6 +197,8 @@ class FilePool:
 
     Attributes
     ----------
+    bounded
+        As given.
     bytes_read, reads, opens
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
     """
@@ -207,6 +209,7 @@ class FilePool:
         self.opens = 0
         self._most = most_open_files()
         self._io = io
+        self.bounded = bounded
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._maps: dict[str, bool] = {}
