@@ -20,6 +20,7 @@ from shardmerge.conversion import (
 )
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import OutputError, UsageError, VerificationError
+from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Progress
 from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
 from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
@@ -40,10 +41,10 @@ from shardmerge.tensors import Catalog
 from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
-    "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
-    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "schema", "verify",
-    "write_new",
+    "Options", "Prepared", "Result", "carry_out", "clonable_bytes", "convert", "diff", "explain_json",
+    "explain_text", "float_dtype", "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size",
+    "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets", "resident_bytes", "run",
+    "schema", "verify", "write_new",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
@@ -272,7 +273,8 @@ def verify(
     if load:
         found = verify_load(folder)
         checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
-    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes)
+    compared = sources is not None or reference is not None
+    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes, () if compared else verdict.unchecked)
 
 
 def _equals(folder: Path, reference: str | Path) -> str:

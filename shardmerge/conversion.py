@@ -10,7 +10,8 @@ from pathlib import Path
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, UsageError, raise_all
-from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.execute.cloning import clonable_bytes
+from shardmerge.execute.engine import Device, Outcome, Progress, check_device, execute
 from shardmerge.mapping.adapters import merge_adapters
 from shardmerge.mapping.layouts import foreign_presets, odd_layouts
 from shardmerge.mapping.near import count, did_you_mean, listed
@@ -61,6 +62,8 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    device
+        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     """
 
     dtype: DType | str | None = None
@@ -71,6 +74,7 @@ class Options:
     download: bool = False
     io: IoMode = "auto"
     sync: bool = True
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +236,13 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
         See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
     """
     plan = prepared.plan
-    check_output(plan, out)
+    check_output(plan, out, clonable_bytes(plan, out))
+    check_device(options.device)
     bounded = bounds_cache(plan.file_bytes + sum(bytes_read(tensor) for tensor in plan.tensors()))
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
         pool = FilePool(options.io, bounded=bounded)
-        outcome = execute(plan, staging, pool, sync=options.sync, bounded=bounded, progress=progress)
+        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
         digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)

@@ -13,7 +13,10 @@ FORMAT = "shardmerge receipt"
 
 
 def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], version: str) -> bytes:
-    """Returns the receipt as sorted JSON; no times, hosts or absolute paths, so equal runs give equal receipts."""
+    """Returns the receipt as sorted JSON; no times, hosts or absolute paths, so equal runs give equal receipts.
+
+    Where something was cloned the receipt says so, so that of a run on another file system may differ there.
+    """
     value = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -34,7 +37,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
                 **{key: value for key, value in tensor_json(tensor).items() if key != "name"},
                 "shard": shard.name,
                 "stored": tensor.stored,
-                "crc32": f"{outcome.checksums[tensor.name]:08x}",
+                **_proof(tensor.name, outcome),
                 **({"overflowed": outcome.overflows[tensor.name]} if tensor.name in outcome.overflows else {}),
             }
             for shard in plan.shards
@@ -43,6 +46,14 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "unused": [{"source": unused.source, "tensor": unused.name, "reason": unused.reason} for unused in plan.unused],
     }
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _proof(name: str, outcome: Outcome) -> dict[str, object]:
+    """The checksum of a tensor's bytes; of one that was cloned, whose bytes nobody saw, where they are from."""
+    if name not in outcome.cloned:
+        return {"crc32": f"{outcome.checksums[name]:08x}"}
+    file, offset = outcome.cloned[name]
+    return {"cloned": {"file": file.rsplit("/", 1)[-1], "offset": offset}}
 
 
 def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:

@@ -11,10 +11,12 @@ from math import prod
 import numpy as np
 
 from shardmerge.compose import meta
+from shardmerge.execute.gpu import CudaCasts
 from shardmerge.execute.pieces import is_plain, pieces_in, single_extent
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, column_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
+from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
 from shardmerge.strides import direct, in_order, run, span
@@ -48,6 +50,8 @@ class Assembler:
         Where files are read.
     tile
         Bytes of the largest buffer that arithmetic works in, on the larger side of an op.
+    device
+        Where casts are made; None for here.
 
     Attributes
     ----------
@@ -55,8 +59,9 @@ class Assembler:
         Finite values that became infinite so far.
     """
 
-    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE) -> None:
+    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE, device: CudaCasts | None = None) -> None:
         self.overflowed = 0
+        self._device = device
         self._pool = pool
         self._tile = tile
         self._free: list[Array] = []
@@ -271,7 +276,10 @@ class Assembler:
                 array[first - begin : first - begin + count]
                 for array, (first, count), (begin, _) in zip(arrays, wanted, ranges, strict=True)
             ]
-            self.overflowed += op.apply(state, inputs, start + low, part)
+            if self._device is not None and isinstance(op, Cast):
+                self.overflowed += self._device.apply(op, inputs[0], part)
+            else:
+                self.overflowed += op.apply(state, inputs, start + low, part)
             del inputs
         del arrays
         for tile in tiles:

@@ -131,6 +131,10 @@ class SourceFile:
         if self._fd >= 0:
             drop_read(self._fd, offset, nbytes)
 
+    def fileno(self) -> int:
+        """Returns the descriptor, as long as the file is open."""
+        return self._fd
+
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
@@ -193,6 +197,8 @@ class FilePool:
 
     Attributes
     ----------
+    bounded
+        As given.
     bytes_read, reads, opens
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
     """
@@ -203,6 +209,7 @@ class FilePool:
         self.opens = 0
         self._most = most_open_files()
         self._io = io
+        self.bounded = bounded
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._maps: dict[str, bool] = {}

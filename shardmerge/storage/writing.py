@@ -48,6 +48,10 @@ class OutputFile:
             self._fd = os.open(path, flags, 0o666)
             os.ftruncate(self._fd, size)
 
+    def fileno(self) -> int:
+        """Returns the descriptor, as long as the file is open."""
+        return self._fd
+
     def write(self, offset: int, data: memoryview) -> None:
         """Writes all of ``data`` at ``offset``, looping over short writes."""
         view = data.cast("B") if data.nbytes else memoryview(b"")

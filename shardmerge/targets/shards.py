@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 
 from shardmerge.plan import PlannedShard, PlannedTensor
 from shardmerge.targets.expectation import FileGroup, Format, SideFile
+from shardmerge.targets.phases import Arrangement, arrange
 from shardmerge.targets.torch_layout import lay_out_torch
 
 # What huggingface_hub and DeepSpeed use; decimal, as everywhere in the ecosystem.
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
-# Data starts on a page. The format wants a multiple of 8; a page costs at most 4 KB a shard, lets loaders map tensors
-# aligned, and keeps two threads from writing the same page of the file.
-_DATA_ALIGNMENT = 4096
+# Data starts on a page, or at the offset in one that cloning asks for. The format wants a multiple of 8; a page costs
+# at most 4 KB a shard, lets loaders map tensors aligned, and keeps two threads from writing the same page of the file.
+_PAGE = 4096
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -128,12 +129,11 @@ def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedS
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    """Larger element types first, so that every tensor is aligned to its own type (the reference writer's order)."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header = _header(ordered)
+    order = arrange(tensors)
+    header = _header(order)
     cursor = len(header)
     placed = []
-    for tensor in ordered:
+    for tensor in order.tensors:
         placed.append(replace(tensor, offset=cursor))
         cursor += tensor.nbytes
     return PlannedShard(path, cursor, ((0, header),), tuple(placed))
@@ -147,10 +147,11 @@ def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
     return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)
 
 
-def _header(tensors: list[PlannedTensor]) -> bytes:
+def _header(order: Arrangement) -> bytes:
+    """Returns the header with the spaces behind it that bring the data to its phase."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     cursor = 0
-    for tensor in tensors:
+    for tensor in order.tensors:
         end = cursor + tensor.nbytes
         fields[tensor.stored] = {
             "dtype": tensor.dtype.name,
@@ -159,5 +160,5 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
         }
         cursor = end
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-(8 + len(text)) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT - 8
+    length = len(text) + (order.phase - 8 - len(text)) % _PAGE
     return struct.pack("<Q", length) + text.ljust(length)
