@@ -101,6 +101,15 @@ def test_neither_cuts_nor_alignment_change_a_bit(source: str, target: str) -> No
         low = high
 
 
+@pytest.mark.usefixtures("road")
+def test_arrays_with_gaps_are_not_read_as_if_they_had_none() -> None:
+    wide = every_value(DTYPES["F32"])[: 1 << 17]
+    out = np.zeros(1 << 17, np.float16)
+    Cast(DTYPES["F32"], DTYPES["F16"]).apply(None, [wide[::2]], 0, out[::2])
+    assert out[::2].tobytes() == cast(wide[::2].copy(), DTYPES["F32"], DTYPES["F16"]).tobytes()
+    assert not out[1::2].any()
+
+
 _DIGEST = """
 import hashlib, sys, warnings
 warnings.simplefilter("ignore")

@@ -157,7 +157,8 @@ def convert(tile: Array, out: Array, source: DType, target: DType, exact: Exact,
     count
         Called for what the fast road did not make, with temporaries of at most 40 bytes an element.
     """
-    kernel = _kernel(source, target, exact)
+    whole = tile.flags.c_contiguous and out.flags.c_contiguous and tile.size == out.size  # kernels see addresses alone
+    kernel = _kernel(source, target, exact) if whole else None
     total = 0
     for block in _parts(out.size, _TILE):
         given, made = tile[block], out[block]
