@@ -13,7 +13,7 @@ from shardmerge.compose import meta
 from shardmerge.errors import ResourceError
 from shardmerge.ops.contract import Arithmetic, Meta
 from shardmerge.plan import Memory, PlannedTensor
-from shardmerge.strides import block, in_order
+from shardmerge.strides import block, direct, in_order
 from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View
 
 # Resident after importing numpy, ml_dtypes, click, tqdm and PyYAML: 42 MiB measured (CPython 3.11, numpy 2.4); the rest
@@ -112,6 +112,8 @@ def _band(whole: int, row: int, count: int) -> int:
 def _block(entry: TensorEntry) -> tuple[int, int] | None:
     """Returns what of a tensor is better made as a whole (see ``strides.block``), and a row of it, in elements."""
     held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, View):
+        held = direct(held)
     if isinstance(held, (View, Strided)):
         found = block(held.shape, held.strides, entry.dtype.itemsize)
         if found is None and isinstance(held, View) and held.offset == 0 and in_order(held.shape, held.strides):
@@ -188,8 +190,8 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
         buffer = max(size * base.dtype.itemsize for size, base in zip(sizes, held.bases, strict=True))
         return buffer + max(_need(base, max(count, size), tile) for size, base in zip(sizes, held.bases, strict=True))
     if isinstance(held, View):
-        inner = max(_need(base, max(count, WORKSPACE // base.dtype.itemsize), tile) for base in held.bases)
-        return WORKSPACE + REARRANGING + inner
+        base = direct(held).base
+        return WORKSPACE + REARRANGING + _need(base, max(count, WORKSPACE // base.dtype.itemsize), tile)
     # A plain tensor may have views among its pieces only if it is one (torch saves a view as one piece).
     return WORKSPACE + REARRANGING if isinstance(held, Strided) else 0
 

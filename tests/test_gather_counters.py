@@ -140,6 +140,16 @@ CASES = {
         8 * MIB,
         8,
     ),
+    # Views of views are views of what lies in the files.
+    "transposed and rotated": Case(
+        lambda f: f.op("rotary_permute", f.op("transpose", f.flat(BF16, 2048, 2048)), heads=16), 8 * MIB, 8
+    ),
+    "a third of a transposed matrix": Case(
+        lambda f: f.op("chunk", f.op("transpose", f.flat(F32, 1024, 3072)), dim=0, chunks=3, take=1), 4 * MIB, 1024
+    ),
+    "a third, transposed": Case(
+        lambda f: f.op("transpose", f.op("chunk", f.flat(F32, 1024, 3072), dim=1, chunks=3, take=1)), 4 * MIB, 1024
+    ),
     # A read a row.
     "part of every row": Case(
         lambda f: f.op("chunk", f.flat(BF16, 1024, 12288), dim=1, chunks=3, take=1), 8 * MIB, 1024
@@ -204,7 +214,7 @@ def matrix(files: Files, dtype: torch.dtype, *shape: int) -> tuple[TensorEntry, 
 
 
 def bits(values: torch.Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes()
+    return values.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
 
 
 def made(entry: TensorEntry, tile: int) -> bytes:
@@ -261,6 +271,52 @@ def test_columns_of_bands_are_what_torch_concatenates(tile: int, tmp_path: Path)
         "concat", files.op("reshape", turned, shape=(8, -1)), files.op("reshape", wide, shape=(8, -1)), dim=1
     )
     assert made(flat, tile) == bits(fused)
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[str, tuple[int, ...]]]]:
+    """A shape, and some permutes, slices and reshapes one after the other."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=2, max_size=4)))
+    found: list[tuple[str, tuple[int, ...]]] = []
+    now = list(shape)
+    for _ in range(draw(st.integers(2, 4))):
+        kind = draw(st.sampled_from(["permute", "slice", "reshape"]))
+        if kind == "permute":
+            params = tuple(draw(st.permutations(range(len(now)))))
+            now = [now[axis] for axis in params]
+        elif kind == "slice":
+            axis = draw(st.integers(0, len(now) - 1))
+            start = draw(st.integers(0, now[axis] - 1))
+            params = (axis, start, draw(st.integers(start + 1, now[axis])))
+            now[axis] = params[2] - start
+        else:
+            axis = draw(st.integers(0, len(now) - 2))
+            both = now[axis] * now[axis + 1]
+            first = draw(st.sampled_from([n for n in range(1, both + 1) if both % n == 0]))
+            now[axis : axis + 2] = [first, both // first] if draw(st.booleans()) or len(now) == 2 else [both]
+            params = tuple(now)
+        found.append((kind, params))
+    return shape, found
+
+
+@given(case=moves())
+@settings(max_examples=150, deadline=None)
+def test_views_of_views_are_what_torch_makes_of_them(
+    case: tuple[tuple[int, ...], list[tuple[str, tuple[int, ...]]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shape, found = case
+    files = Files(tmp_path_factory.mktemp("views"))
+    entry, values = matrix(files, torch.float32, *shape)
+    for kind, params in found:
+        if kind == "permute":
+            entry, values = files.op("permute", entry, dims=params), values.permute(params)
+        elif kind == "slice":
+            axis, start, stop = params
+            entry = files.op("slice", entry, dim=axis, start=start, stop=stop)
+            values = values.narrow(axis, start, stop - start)
+        else:
+            entry, values = files.op("reshape", entry, shape=params), values.reshape(params)
+    assert made(entry, LARGEST_TILE) == bits(values)
 
 
 @pytest.mark.parametrize("tile", [4 << 10, LARGEST_TILE])

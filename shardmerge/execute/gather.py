@@ -19,7 +19,7 @@ from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
-from shardmerge.strides import in_order, run, span
+from shardmerge.strides import direct, in_order, run, span
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
 # Runs of a view are read one by one, and not with what lies between them, where that saves a quarter of the bytes and
@@ -119,6 +119,7 @@ class Assembler:
             base = TensorEntry("", entry.dtype, (span,), dense(held.extent, span))
             self._strided(base, 0, held.shape, held.strides, start, _elements(out, size))
         elif isinstance(held, View):
+            held = direct(held)
             self._strided(held.base, held.offset, held.shape, held.strides, start, _elements(out, size))
         elif isinstance(held, Columns):
             self._columns(held, start, _elements(out, size))
