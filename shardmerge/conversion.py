@@ -11,7 +11,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, UsageError, raise_all
 from shardmerge.execute.cloning import clonable_bytes
-from shardmerge.execute.engine import Outcome, Progress, execute
+from shardmerge.execute.engine import Device, Outcome, Progress, check_device, execute
 from shardmerge.mapping.adapters import merge_adapters
 from shardmerge.mapping.layouts import foreign_presets, odd_layouts
 from shardmerge.mapping.near import count, did_you_mean, listed
@@ -21,14 +21,14 @@ from shardmerge.mapping.resolve import Assignment, Resolution, resolve
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec, Spec, TargetSpec, load_spec
 from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan import Plan
+from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.publish import RECEIPT, check_output, staged
 from shardmerge.receipt import receipt_json
 from shardmerge.sources.deepspeed import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, locate, open_catalog
-from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.storage.writing import write_small
 from shardmerge.targets.expectation import Expectation, Format, Request, SideFile, Target
@@ -62,6 +62,8 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    device
+        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     """
 
     dtype: DType | str | None = None
@@ -72,6 +74,7 @@ class Options:
     download: bool = False
     io: IoMode = "auto"
     sync: bool = True
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +237,12 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     """
     plan = prepared.plan
     check_output(plan, out, clonable_bytes(plan, out))
+    check_device(options.device)
+    bounded = bounds_cache(plan.file_bytes + sum(bytes_read(tensor) for tensor in plan.tensors()))
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
-        outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
+        pool = FilePool(options.io, bounded=bounded)
+        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
         digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
+from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
 from shardmerge.ops.arrays import as_array
@@ -371,7 +371,7 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
     for start in range(0, entry.numel, step):
         data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
         gather(pool, entry, start, memoryview(data))
-        total = zlib.crc32(data, total)
+        total = crc32(data, total)
     return total
 
 

@@ -16,7 +16,7 @@ import shardmerge
 from shardmerge import Options, Result, ShardmergeError, api, explain
 from shardmerge.api import Prepared, carry_out, prepare_mapping
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
+from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options
 from shardmerge.cli.progress import progress_bar
 from shardmerge.clones import moved
 
@@ -55,6 +55,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @click.argument("mapping", type=click.Path())
 @_out
 @plan_options
+@device_option
 @_quiet
 @json_option
 def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
@@ -85,6 +86,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @_view
 @_root
 @plan_options
+@device_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
 @json_option
@@ -237,6 +239,8 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
     if as_json:
         click.echo(dumped(_result_json(result, seconds)))
         return
+    if options.device == "cuda":
+        click.echo("warning: the planned peak does not count what torch and CUDA take", err=True)
     for name, count in sorted(result.outcome.overflows.items()):
         click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
     if not quiet:
