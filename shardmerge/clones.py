@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor, is_copy
-from shardmerge.tensors import Columns, Extent, Shape, TensorEntry, View
+from shardmerge.strides import in_order
+from shardmerge.tensors import Columns, Extent, TensorEntry, View
 
 # The block of XFS, btrfs and ext4 as they are made, in bytes. Where blocks are larger, most ranges are copied.
 BLOCK = 4096
@@ -120,7 +121,7 @@ def _extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
     held = entry.pieces[0].held
     if isinstance(held, Extent):
         return held.slice(start * entry.dtype.itemsize, count * entry.dtype.itemsize)
-    if isinstance(held, View) and _in_order(held.shape, held.strides):
+    if isinstance(held, View) and in_order(held.shape, held.strides):
         return _extent(held.base, held.offset + start, count)
     if isinstance(held, Columns) and held.rows == 1:
         for base in held.bases:
@@ -128,13 +129,3 @@ def _extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
                 return _extent(base, start, count) if start + count <= base.numel else None
             start -= base.numel
     return None
-
-
-def _in_order(shape: Shape, strides: Shape) -> bool:
-    """Tells whether a view's elements lie one behind the other."""
-    expected = 1
-    for n, step in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and step != expected:
-            return False
-        expected *= n
-    return True

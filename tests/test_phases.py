@@ -88,6 +88,8 @@ def test_layout_laws(made: list[tuple[list[tuple[str, int]], int]], half: bool, 
         options = sm.Options(sync=False, shard_size=shard_size)
         result = sm.run(folder / "m.yaml", options=options)
         for shard in result.plan.shards:
+            held = sum(tensor.nbytes for tensor in shard.tensors)
+            assert shard_size is None or held <= shard_size or sum(t.nbytes > 0 for t in shard.tensors) == 1
             _check_shard(folder, shard, wanted, half=bool(dtype))
 
 
@@ -155,6 +157,23 @@ def test_ragged_runs_of_two_files_follow_each_other_where_phases_meet(tmp_path: 
     shard = _plan(tmp_path, {"a": "s0:a", "b": "s1:b", "0": "s2:c"}, count=3).shards[0]
     assert [Path(one.file).name for one in clones(shard)] == ["s0.safetensors", "s1.safetensors"]
     assert [tensor.name for tensor in shard.tensors] == ["a", "b", "0"]  # I64 behind them, aligned to 8
+
+
+def test_a_source_file_is_kept_together_where_its_shard_has_room(tmp_path: Path) -> None:
+    """The layers of two files alternate, and the head comes first by name: all of it can be cloned all the same."""
+    rng = np.random.default_rng(3)
+    layers = [{f"layers.{i}": ("U8", rng.bytes(SMALLEST + BLOCK)) for i in range(n, 12, 2)} for n in (0, 1)]
+    layers[1] |= {"head": ("U8", rng.bytes(SMALLEST))}
+    for number, (tensors, phase) in enumerate(zip(layers, (8, 1024), strict=True)):
+        write(tmp_path / f"s{number}.safetensors", tensors, phase)
+    rules = {f"{name}": f"s{number}:{name}" for number, tensors in enumerate(layers) for name in tensors}
+    small = _plan(tmp_path, rules, count=2, options=sm.Options(shard_size=8 * SMALLEST))
+    assert [{tensor.entry.source for tensor in shard.tensors} for shard in small.shards] == [{"s1"}, {"s0"}]
+    assert [len(list(clones(shard))) for shard in small.shards] == [1, 1]
+    large = _plan(tmp_path, rules, count=2)
+    assert [{tensor.entry.source for tensor in shard.tensors} for shard in large.shards] == [{"s0", "s1"}]
+    cast = _plan(tmp_path, rules, count=2, options=sm.Options(shard_size=8 * SMALLEST, format="bin"))
+    assert [tensor.name for tensor in cast.tensors()] == sorted(rules, key=natural_key)  # nothing to be gained
 
 
 def test_a_tail_that_would_misalign_what_follows_is_not_cloned(tmp_path: Path) -> None:

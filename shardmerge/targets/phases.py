@@ -46,6 +46,10 @@ class _Run:
         return self.extent.offset % BLOCK
 
     @property
+    def pays(self) -> bool:
+        return inner_blocks(self.extent.offset, self.extent.nbytes)[1] >= SMALLEST
+
+    @property
     def ragged(self) -> bool:
         return self.extent.nbytes % BLOCK != 0
 
@@ -63,13 +67,34 @@ def arrange(tensors: Sequence[PlannedTensor]) -> Arrangement:
         Of one file, in natural order.
     """
     by_size = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    chain = _chain([run for run in _runs(tensors) if inner_blocks(run.extent.offset, run.extent.nbytes)[1] >= SMALLEST])
+    chain = _chain([run for run in _runs(tensors) if run.pays])
     phase = chain[0].phase if chain else 0
     placed = _aligned([tensor for run in chain for tensor in run.tensors], phase, by_size)
     if not placed:
         return Arrangement(tuple(by_size), 0)
     names = {tensor.name for tensor in placed}
     return Arrangement((*placed, *(tensor for tensor in by_size if tensor.name not in names)), phase)
+
+
+def by_source(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    """Returns the parts in which files are filled: what can be cloned from one source file stays together.
+
+    A file has room for one phase as a rule, so of two sources in it one is copied: renaming an 8B in four files, cut at
+    5 GB in natural order, cloned 79 % of the bytes. A tensor that is in no run that pays follows the one before it.
+    Without such runs, or with one source file, there is one part.
+
+    Parameters
+    ----------
+    tensors
+        In natural order, and so is every part.
+    """
+    files = {tensor.name: run.extent.file for run in _runs(tensors) if run.pays for tensor in run.tensors}
+    last = next((files[tensor.name] for tensor in tensors if tensor.name in files), "")
+    parts: dict[str, list[PlannedTensor]] = {}
+    for tensor in tensors:
+        last = files.get(tensor.name, last)
+        parts.setdefault(last, []).append(tensor)
+    return list(parts.values())
 
 
 def _runs(tensors: Iterable[PlannedTensor]) -> list[_Run]:

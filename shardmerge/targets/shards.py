@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from shardmerge.plan import PlannedShard, PlannedTensor
 from shardmerge.targets.expectation import FileGroup, Format, SideFile
-from shardmerge.targets.phases import Arrangement, arrange
+from shardmerge.targets.phases import Arrangement, arrange, by_source
 from shardmerge.targets.torch_layout import lay_out_torch
 
 # What huggingface_hub and DeepSpeed use; decimal, as everywhere in the ecosystem.
@@ -52,6 +52,7 @@ def lay_out(
     """Returns the shards, and the indexes of the groups that have more than one.
 
     Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
+    What can be cloned from one source file stays together: it begins a new shard if it does not fit into the last.
 
     Parameters
     ----------
@@ -69,7 +70,8 @@ def lay_out(
     ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
     for group, members in _grouped(ordered, groups):
         naming = _naming(group, form)
-        cut = list(_cut(members, shard_size if group.sharded else None))
+        parts = by_source(members) if naming.suffix == ".safetensors" else [members]
+        cut = list(_cut(parts, shard_size if group.sharded else None))
         made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
         shards += made
         if len(made) > 1:
@@ -111,15 +113,19 @@ def _names(naming: _Naming, count: int) -> list[str]:
     return [naming.numbered.format(number, count) for number in range(1, count + 1)]
 
 
-def _cut(tensors: list[PlannedTensor], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
+def _cut(parts: Sequence[list[PlannedTensor]], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
+    """A part that does not fit into what is left of a shard begins the next, as a tensor does."""
     group: list[PlannedTensor] = []
     filled = 0
-    for tensor in tensors:
-        if group and shard_size is not None and filled + tensor.nbytes > shard_size:
-            yield group
-            group, filled = [], 0
-        group.append(tensor)
-        filled += tensor.nbytes
+    for part in parts:
+        needed = sum(tensor.nbytes for tensor in part)
+        for tensor in part:
+            if group and shard_size is not None and filled + max(needed, tensor.nbytes) > shard_size:
+                yield group
+                group, filled = [], 0
+            needed = 0
+            group.append(tensor)
+            filled += tensor.nbytes
     yield group
 
 
@@ -129,7 +135,7 @@ def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedS
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    order = arrange(tensors)
+    order = arrange(sorted(tensors, key=lambda tensor: natural_key(tensor.name)))
     header = _header(order)
     cursor = len(header)
     placed = []
