@@ -13,6 +13,8 @@ Result: TypeAlias = Mapping[str, Any]
 _MIB = 1 << 20
 # Written by `benchmarks.memory_8b`, and of another shape than the cases.
 MERGES = "memory-8b.json"
+# Written by `benchmarks.scale`, likewise.
+PLANNING = "planning.json"
 _OURS = ("shardmerge", "shardmerge-no-sync")
 
 _HEAD = """\
@@ -49,15 +51,19 @@ _NOT_MEASURED = """\
 
 def write(results: Path, page: Path) -> None:
     """Writes the page from all result files of a directory."""
-    paths = (path for path in sorted(results.glob("*.json")) if path.name != MERGES)
+    paths = (path for path in sorted(results.glob("*.json")) if path.name not in (MERGES, PLANNING))
     found = [json.loads(path.read_text("utf-8")) for path in paths]
-    merges = json.loads((results / MERGES).read_text("utf-8"))["runs"] if (results / MERGES).is_file() else {}
-    page.write_text(render(found, merges), "utf-8")
+    page.write_text(render(found, _runs(results / MERGES), _runs(results / PLANNING)), "utf-8")
 
 
-def render(results: Sequence[Result], merges: Result) -> str:
+def _runs(path: Path) -> Result:
+    runs: Result = json.loads(path.read_text("utf-8"))["runs"] if path.is_file() else {}
+    return runs
+
+
+def render(results: Sequence[Result], merges: Result, plans: Result) -> str:
     """Returns the page as Markdown."""
-    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges)]
+    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges), *_plans(plans)]
     for result in results:
         blocks += _case(result)
     return "\n".join([*blocks, _NOT_MEASURED])
@@ -114,6 +120,23 @@ def _peak(contender: Mapping[str, Any]) -> str:
 
 
 # ---- merges at 8B
+
+
+def _plans(plans: Result) -> Iterator[str]:
+    """What `benchmarks.scale` measured, each case once."""
+    if not plans:
+        return
+    yield "## Plan the largest models\n"
+    yield "Whole processes: `plan --json`, and `convert --dry-run --json`. The data are holes, all headers are true.\n"
+    yield _row(["", "files", "tensors", "command", "wall s", "CPU s", "peak MiB"])
+    yield _row(["---", "---:", "---:", "---", "---:", "---:", "---:"])
+    for run in plans.values():
+        for name in ("plan", "convert"):
+            one = run[name]
+            figures = [f"{one['wall']:.1f}", f"{one['cpu']:.1f}", f"{one['peak'] / _MIB:.0f}"]
+            yield _row([run["about"], f"{run['files']:,}", f"{one['tensors']:,}", f"`{name}`", *figures])
+    cards = {f"{_card(run)} Commit {run['commit'][:12]}, {run['date']}." for run in plans.values()}
+    yield "\n" + "\n".join(sorted(cards)) + "\n"
 
 
 def _merges(runs: Result) -> Iterator[str]:

@@ -83,11 +83,11 @@ def write_zero(
     (folder / "latest").write_text("global_step1")
     for rank in range(world if stage == 3 else 1):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-        _save(_model_states(shapes, stage, world, extra or {}), tag / name)
+        _save(model_states(shapes, stage, world, extra or {}), tag / name)
     for rank in range(world):
         path = tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        flat = _rank_numel(shapes, stage, world, rank)
-        _save(_optim_states(flat, stage, world), path)
+        flat = rank_numel(shapes, stage, world, rank)
+        _save(optim_states(flat, stage, world), path)
         if fill:
             _fill(path, flat, seed=rank)
     return tag
@@ -122,7 +122,8 @@ def _save(value: object, path: Path) -> None:
         torch.save(value, path)
 
 
-def _model_states(shapes: Shapes, stage: int, world: int, extra: Mapping[str, object]) -> dict[str, object]:
+def model_states(shapes: Shapes, stage: int, world: int, extra: Mapping[str, object]) -> dict[str, object]:
+    """What a rank's ``model_states`` file holds: stage 3 has placeholders for the module."""
     if stage == 3:
         module = {name: torch.empty(0, dtype=torch.bfloat16) for name in shapes}
     else:
@@ -143,7 +144,8 @@ def _model_states(shapes: Shapes, stage: int, world: int, extra: Mapping[str, ob
     }
 
 
-def _rank_numel(shapes: Shapes, stage: int, world: int, rank: int) -> int:
+def rank_numel(shapes: Shapes, stage: int, world: int, rank: int) -> int:
+    """Returns the elements of a rank's flat fp32 group."""
     if stage == 3:
         return sum(-(-prod(shape) // world) for shape in shapes.values())
     total = sum(prod(shape) for shape in shapes.values())
@@ -151,7 +153,9 @@ def _rank_numel(shapes: Shapes, stage: int, world: int, rank: int) -> int:
     return min(part, total - rank * part)
 
 
-def _optim_states(numel: int, stage: int, world: int) -> dict[str, object]:
+def optim_states(numel: int, stage: int, world: int) -> dict[str, object]:
+    """What a rank's ``optim_states`` file holds: flat masters of so many elements, Adam's moments."""
+
     def flat() -> torch.Tensor:
         return torch.empty(numel, dtype=torch.float32)
 

@@ -13,26 +13,34 @@ The public door. Everything here imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from shardmerge.api import convert, diff, inspect, open_checkpoint, plan, presets, run, verify
-from shardmerge.conversion import Options, Result
-from shardmerge.errors import (
-    CheckpointError,
-    InterruptedRunError,
-    MappingError,
-    OutputError,
-    Problems,
-    RefusedError,
-    ResourceError,
-    ShardmergeError,
-    TargetError,
-    UsageError,
-    VerificationError,
-)
-from shardmerge.lazy import LazyCheckpoint, LazyTensor
-from shardmerge.plan import Plan
-from shardmerge.tensors import Catalog, TensorEntry
-from shardmerge.verify import Difference, Verdict
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from shardmerge.version import __version__
+
+if TYPE_CHECKING:
+    from shardmerge.api import convert, diff, open_checkpoint, plan, presets, run, verify
+    from shardmerge.conversion import Options, Result
+    from shardmerge.errors import (
+        CheckpointError,
+        InterruptedRunError,
+        MappingError,
+        OutputError,
+        Problems,
+        RefusedError,
+        ResourceError,
+        ShardmergeError,
+        TargetError,
+        UsageError,
+        VerificationError,
+    )
+    from shardmerge.inspection import inspect
+    from shardmerge.lazy import LazyCheckpoint, LazyTensor
+    from shardmerge.plan import Plan
+    from shardmerge.tensors import Catalog, TensorEntry
+    from shardmerge.verify import Difference, Verdict
 
 __all__ = [
     "Catalog",
@@ -65,3 +73,53 @@ __all__ = [
     "run",
     "verify",
 ]
+
+# Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
+_MODULES = {
+    "shardmerge.api": ("convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
+    "shardmerge.conversion": ("Options", "Result"),
+    "shardmerge.errors": (
+        "CheckpointError",
+        "InterruptedRunError",
+        "MappingError",
+        "OutputError",
+        "Problems",
+        "RefusedError",
+        "ResourceError",
+        "ShardmergeError",
+        "TargetError",
+        "UsageError",
+        "VerificationError",
+    ),
+    "shardmerge.inspection": ("inspect",),
+    "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
+    "shardmerge.plan": ("Plan",),
+    "shardmerge.tensors": ("Catalog", "TensorEntry"),
+    "shardmerge.verify": ("Difference", "Verdict"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+class _Door(ModuleType):
+    """The package: public names are imported when they are first asked for.
+
+    Two of them, ``plan`` and ``verify``, are functions and modules at once. Python binds a module to its package
+    when it is imported, whoever imports it, and that must not hide the function.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*__all__, *super().__dir__()})
+
+
+sys.modules[__name__].__class__ = _Door

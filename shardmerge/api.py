@@ -6,39 +6,26 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shardmerge.conversion import (
-    ADAPTER_PRESET,
-    Options,
-    Prepared,
-    Result,
-    carry_out,
-    is_adapter,
-    prepare,
-    prepare_mapping,
-    prepare_plain,
-)
+from shardmerge.conversion import ADAPTER_PRESET, Options, Prepared, Result, carry_out, is_adapter, prepare_plain
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import OutputError, UsageError, VerificationError
-from shardmerge.execute.cloning import clonable_bytes
-from shardmerge.execute.engine import Progress
-from shardmerge.explain_tensor import find_tensor, tensor_story_json, tensor_story_text
-from shardmerge.lazy import LazyCheckpoint, lazy_catalog, lazy_plan
-from shardmerge.mapping.arithmetic import Formula
-from shardmerge.mapping.guess import Found, Proposal, propose
-from shardmerge.mapping.invert import invert_spec
-from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.preset_files import Preset, combine, list_presets, load_preset, read_preset
-from shardmerge.mapping.schema import mapping_schema, preset_schema
+from shardmerge.inspection import inspect
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, Variable, load_spec
+from shardmerge.mapping.spec import SourceSpec, Spec, Variable
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed import View
-from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import resident_bytes
-from shardmerge.tensors import Catalog
-from shardmerge.verify import Difference, Verdict, compare, verify_directory, verify_load, verify_sources
+
+# Modules that one verb needs are imported where that verb is done: the others start without them.
+if TYPE_CHECKING:
+    from shardmerge.execute.engine import Progress
+    from shardmerge.lazy import LazyCheckpoint
+    from shardmerge.mapping.guess import Proposal
+    from shardmerge.mapping.preset_files import Preset
+    from shardmerge.verify import Difference, Verdict
 
 __all__ = [
     "Options", "Prepared", "Result", "carry_out", "clonable_bytes", "convert", "diff", "explain_json",
@@ -49,28 +36,6 @@ __all__ = [
 
 _YAML = (".yaml", ".yml")
 _COMMAND_LINE = Mark("command line", 1, 1)
-
-
-def inspect(source: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> Catalog:
-    """Returns what a checkpoint holds, from its headers alone.
-
-    Parameters
-    ----------
-    source
-        A file, a directory, or a hub id in the local cache (``org/name`` or ``org/name@revision``).
-    view
-        Of a DeepSpeed checkpoint: ``fp32`` master weights, or the 16-bit ``module``.
-    root
-        Dotted path of the state dict inside a torch file; empty to find it.
-    download
-        Whether a hub id may be downloaded.
-
-    Raises
-    ------
-    UsageError, CheckpointError
-        Nothing there, or nothing that can be read.
-    """
-    return open_catalog(source, OpenOptions(view=view, root=root, download=download))
 
 
 def open_checkpoint(path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> LazyCheckpoint:
@@ -86,6 +51,8 @@ def open_checkpoint(path: str | Path, *, view: View = "fp32", root: str = "", do
     ShardmergeError
         As ``inspect``, or as ``plan`` for a mapping.
     """
+    from shardmerge.lazy import lazy_catalog, lazy_plan
+
     if Path(path).suffix in _YAML:
         return lazy_plan(plan(path, Options(download=download)))
     return lazy_catalog(inspect(path, view=view, root=root, download=download))
@@ -100,6 +67,20 @@ def plan(mapping: str | Path, options: Options | None = None) -> Plan:
         Everything that is wrong with a stage, at once.
     """
     return prepare_mapping(Path(mapping), options or Options()).plan
+
+
+def prepare_mapping(path: Path, options: Options) -> Prepared:
+    """Plans a mapping.yaml, and says where its result goes. Relative paths in it are relative to its own directory."""
+    from shardmerge.preparation import prepare_mapping as prepare
+
+    return prepare(path, options)
+
+
+def clonable_bytes(plan: Plan, out: Path) -> int:
+    """Returns how many bytes of a plan the file system of ``out`` would clone; see ``execute.cloning``."""
+    from shardmerge.execute.cloning import clonable_bytes as by_trying
+
+    return by_trying(plan, out)
 
 
 def run(
@@ -207,6 +188,9 @@ def prepare_conversion(
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+    from shardmerge.mapping.preset_files import load_preset
+    from shardmerge.preparation import prepare
+
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
     sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
@@ -223,6 +207,9 @@ def prepare_conversion(
 
 
 def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
+    from shardmerge.mapping.arithmetic import Formula
+    from shardmerge.mapping.near import did_you_mean
+
     found = {}
     for name, text in let.items():
         if name not in preset.variables:
@@ -263,6 +250,8 @@ def verify(
     VerificationError
         All that differs, at once.
     """
+    from shardmerge.verify import Verdict, verify_directory, verify_load, verify_sources
+
     folder = Path(directory)
     verdict = verify_directory(folder, progress)
     checks = list(verdict.checks)
@@ -292,16 +281,22 @@ def _equals(folder: Path, reference: str | Path) -> str:
 
 def diff(a: str | Path, b: str | Path, progress: Progress | None = None) -> Iterator[Difference]:
     """Yields the differences between two checkpoints of any format."""
+    from shardmerge.verify import compare
+
     return compare(inspect(a), inspect(b), progress)
 
 
 def presets() -> tuple[Preset, ...]:
     """Returns the presets that come with shardmerge."""
+    from shardmerge.mapping.preset_files import list_presets, load_preset
+
     return tuple(load_preset(name) for name in list_presets())
 
 
 def preset_text(name: str) -> str:
     """Returns a preset's YAML as it is written."""
+    from shardmerge.mapping.preset_files import read_preset
+
     return read_preset(name)
 
 
@@ -315,12 +310,16 @@ def explain_text(mapping: str | Path, tensor: str, options: Options | None = Non
     ShardmergeError
         As ``plan``.
     """
+    from shardmerge.explain_tensor import find_tensor, tensor_story_text
+
     made = plan(mapping, options)
     return tensor_story_text(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
 
 
 def explain_json(mapping: str | Path, tensor: str, options: Options | None = None) -> dict[str, object]:
     """As ``explain_text``, as plain JSON values."""
+    from shardmerge.explain_tensor import find_tensor, tensor_story_json
+
     made = plan(mapping, options)
     return tensor_story_json(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
 
@@ -342,12 +341,18 @@ def invert(mapping: str | Path, source: str = "") -> str:
     UsageError
         ``unknown-source``.
     """
+    from shardmerge.mapping.invert import invert_spec
+    from shardmerge.mapping.preset_files import combine, load_preset
+    from shardmerge.mapping.reader import load_spec
+
     spec = load_spec(Path(mapping))
     return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
 
 
 def schema(*, preset: bool = False) -> dict[str, object]:
     """Returns the JSON Schema (draft 2020-12) of mapping.yaml, or of a preset's file."""
+    from shardmerge.mapping.schema import mapping_schema, preset_schema
+
     return preset_schema() if preset else mapping_schema()
 
 
@@ -379,6 +384,8 @@ def init(
     UsageError, CheckpointError
         As ``inspect``; ``unknown-source``: a base that the preset has no use for.
     """
+    from shardmerge.mapping.guess import Found, propose
+
     folder = Path(mapping).parent if mapping is not None else Path()
     found = {
         name: Found(_relative(path, folder), inspect(path, download=download))
@@ -395,6 +402,9 @@ def _relative(path: str, folder: Path) -> str:
 
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:
     """Returns a rule as it is written in the mapping or in its preset: its line and those further in."""
+    from shardmerge.mapping.preset_files import read_preset
+    from shardmerge.mapping.reader import load_spec
+
     file, line, _ = rule.split(" ", 1)[0].rsplit(":", 2)
     use = load_spec(mapping).use
     texts = {use.rsplit("/", 1)[-1] + ".yaml": use, mapping.name: ""}

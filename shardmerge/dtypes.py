@@ -7,7 +7,6 @@ torch and user spellings map onto them. Nothing here needs numpy: arrays belong 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 from shardmerge.errors import UsageError
@@ -115,5 +114,7 @@ def float_dtype(text: str) -> DType:
 
 def _near_dtype(word: str) -> str:
     floats = [name for name, row in BY_TORCH_NAME.items() if row.kind == "float"]
+    from difflib import get_close_matches  # only an error needs it
+
     near = get_close_matches(word, [*_SHORT, *floats], 2)
     return f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else ""

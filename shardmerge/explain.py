@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.clones import Moved, moved
+from shardmerge.json_rows import Fields, Rows
 from shardmerge.plan import Plan, PlannedTensor, bytes_read, canonical, tensor_json
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
 
@@ -23,34 +24,36 @@ def human_bytes(count: int) -> str:
     return f"{size:.2f} TB"
 
 
-def plan_json(plan: Plan, cloned: int = 0) -> dict[str, object]:
+def plan_json(plan: Plan, cloned: int = 0) -> Fields:
     """Returns the plan as JSON: its id, its canonical form, and what it costs if so many bytes are cloned."""
-    return {
-        "schema": JSON_SCHEMA,
-        "id": plan.id,
-        "plan": canonical(plan),
-        "tensors": [tensor_json(tensor) for tensor in plan.tensors()],
-        "sources": [
-            {
-                "name": s.name,
-                "path": s.path,
-                "kind": s.kind,
-                "fingerprint": s.fingerprint,
-                "notes": list(s.notes),
-            }
-            for s in plan.sources
-        ],
-        "warnings": list(plan.warnings),
-        "cost": {
-            "tensors": sum(1 for _ in plan.tensors()),
-            "total_size": plan.tensor_bytes,
-            "bytes_read": sum(bytes_read(tensor) for tensor in plan.tensors()) - cloned,
-            "bytes_written": plan.file_bytes - cloned,
-            **moved_json(moved(plan, cloned)),
-            "planned_peak": plan.memory.peak,
-            "workers": plan.memory.workers,
-        },
-    }
+    return Fields(
+        {
+            "schema": JSON_SCHEMA,
+            "id": plan.id,
+            "plan": canonical(plan),
+            "tensors": Rows(lambda: map(tensor_json, plan.tensors())),
+            "sources": [
+                {
+                    "name": s.name,
+                    "path": s.path,
+                    "kind": s.kind,
+                    "fingerprint": s.fingerprint,
+                    "notes": list(s.notes),
+                }
+                for s in plan.sources
+            ],
+            "warnings": list(plan.warnings),
+            "cost": {
+                "tensors": sum(1 for _ in plan.tensors()),
+                "total_size": plan.tensor_bytes,
+                "bytes_read": sum(bytes_read(tensor) for tensor in plan.tensors()) - cloned,
+                "bytes_written": plan.file_bytes - cloned,
+                **moved_json(moved(plan, cloned)),
+                "planned_peak": plan.memory.peak,
+                "workers": plan.memory.workers,
+            },
+        }
+    )
 
 
 def moved_json(how: Moved) -> dict[str, int]:
@@ -91,24 +94,25 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
         yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {_way(tensor.entry)}  [{tensor.rule}]"
 
 
-def catalog_json(catalog: Catalog) -> dict[str, object]:
+def catalog_json(catalog: Catalog) -> Fields:
     """Returns a catalog as JSON; ``tensors`` lists name, dtype (as in safetensors), shape and nbytes."""
-    entries = ((name, catalog[name]) for name in catalog.names())
-    tensors = [
-        {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape), "nbytes": entry.nbytes}
-        for name, entry in entries
-    ]
-    return {
-        "schema": JSON_SCHEMA,
-        "kind": catalog.kind,
-        "path": catalog.path,
-        "fingerprint": catalog.fingerprint(),
-        "tensors": tensors,
-        "aliases": dict(catalog.aliases),
-        "absent": sorted(catalog.absent),
-        "notes": list(catalog.notes),
-        "files": [{"path": stamp.path, "nbytes": stamp.size} for stamp in catalog.files],
-    }
+    return Fields(
+        {
+            "schema": JSON_SCHEMA,
+            "kind": catalog.kind,
+            "path": catalog.path,
+            "fingerprint": catalog.fingerprint(),
+            "tensors": Rows(lambda: (_entry_row(name, catalog[name]) for name in catalog.names())),
+            "aliases": dict(catalog.aliases),
+            "absent": sorted(catalog.absent),
+            "notes": list(catalog.notes),
+            "files": [{"path": stamp.path, "nbytes": stamp.size} for stamp in catalog.files],
+        }
+    )
+
+
+def _entry_row(name: str, entry: TensorEntry) -> dict[str, object]:
+    return {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape), "nbytes": entry.nbytes}
 
 
 def catalog_text(catalog: Catalog) -> str:

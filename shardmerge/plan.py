@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.dtypes import DType
+from shardmerge.json_rows import Fields, Rows, canonical_text
 from shardmerge.targets.expectation import SideFile
 from shardmerge.tensors import Extent, FileStamp, Made, Shape, TensorEntry, View, composed
 
@@ -164,6 +164,7 @@ class Plan:
     unused: tuple[Unused, ...]
     warnings: tuple[str, ...]
     memory: Memory
+    _id: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """Yields every tensor, shard by shard."""
@@ -183,9 +184,13 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """SHA-256 (hex) of the canonical JSON: equal inputs, equal id, on every machine."""
-        text = json.dumps(canonical(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 (hex) of the canonical JSON: equal inputs, equal id, on every machine. Made once."""
+        if not self._id:
+            digest = hashlib.sha256()
+            for piece in canonical_text(canonical(self)):
+                digest.update(piece.encode())
+            self._id.append(digest.hexdigest())
+        return self._id[0]
 
 
 def _length(part: bytes | Extent) -> int:
@@ -212,18 +217,22 @@ def is_copy(entry: TensorEntry) -> bool:
     return held is None or (not isinstance(held, Made) and all(is_copy(base) for base in held.bases))
 
 
-def canonical(plan: Plan) -> dict[str, object]:
-    """Returns the plan as plain JSON values, without paths of this machine, times, workers or memory."""
-    return {
-        "schema": SCHEMA,
-        "target": plan.target,
-        "sources": [
-            {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint} for source in plan.sources
-        ],
-        "shards": [_shard_json(shard) for shard in plan.shards],
-        "side_files": [{"name": side.name, "parts": [_side_json(p) for p in side.parts]} for side in plan.side_files],
-        "unused": sorted([unused.source, unused.name, unused.reason] for unused in plan.unused),
-    }
+def canonical(plan: Plan) -> Fields:
+    """Returns the plan as JSON values, without paths of this machine, times, workers or memory."""
+    return Fields(
+        {
+            "schema": SCHEMA,
+            "target": plan.target,
+            "sources": [
+                {"name": source.name, "kind": source.kind, "fingerprint": source.fingerprint} for source in plan.sources
+            ],
+            "shards": Rows(lambda: map(_shard_json, plan.shards)),
+            "side_files": [
+                {"name": side.name, "parts": [_side_json(p) for p in side.parts]} for side in plan.side_files
+            ],
+            "unused": sorted([unused.source, unused.name, unused.reason] for unused in plan.unused),
+        }
+    )
 
 
 def _side_json(part: bytes | Extent) -> object:
@@ -232,17 +241,16 @@ def _side_json(part: bytes | Extent) -> object:
     return {"copied": part.nbytes, "from": part.offset}
 
 
-def _shard_json(shard: PlannedShard) -> dict[str, object]:
-    return {
-        "name": shard.name,
-        "nbytes": shard.nbytes,
-        "tensors": [_without_rule(tensor_json(tensor)) for tensor in shard.tensors],
-    }
+def _shard_json(shard: PlannedShard) -> Fields:
+    tensors = Rows(lambda: map(_without_rule, shard.tensors))
+    return Fields({"name": shard.name, "nbytes": shard.nbytes, "tensors": tensors})
 
 
-def _without_rule(tensor: dict[str, object]) -> dict[str, object]:
+def _without_rule(tensor: PlannedTensor) -> dict[str, object]:
     """A comment added to the mapping moves its rules to other lines and changes no byte: the id does not know them."""
-    return {key: value for key, value in tensor.items() if key != "rule"}
+    value = tensor_json(tensor)
+    del value["rule"]
+    return value
 
 
 def tensor_json(tensor: PlannedTensor) -> dict[str, object]:

@@ -10,10 +10,9 @@ from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.near import NameIndex
 from shardmerge.mapping.pattern import Template
-from shardmerge.mapping.resolve import Assignment, Resolution
+from shardmerge.mapping.resolution import Assignment, Resolution
+from shardmerge.mapping.spec import Rule
 from shardmerge.memory import plan_memory
-from shardmerge.ops.moves import Concat, Slice
-from shardmerge.ops.vocabulary import NewRows
 from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
@@ -81,9 +80,13 @@ def make_plan(
     """
     tensors: list[PlannedTensor] = []
     problems: list[ShardmergeError] = []
+    texts: dict[int, str] = {}  # one a rule, not one a tensor
     for assignment in resolution.assignments.values():
+        rule = assignment.rule
+        if id(rule) not in texts:
+            texts[id(rule)] = rule_text(rule)
         try:
-            tensors.append(_planned(assignment, expectation, options))
+            tensors.append(_planned(assignment, expectation, options, texts[id(rule)]))
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
     raise_all([*problems, *_unused_dtypes(options, resolution)])
@@ -99,14 +102,14 @@ def make_plan(
     )
 
 
-def _planned(assignment: Assignment, expectation: Expectation, options: OutputOptions) -> PlannedTensor:
+def _planned(assignment: Assignment, expectation: Expectation, options: OutputOptions, rule: str) -> PlannedTensor:
     entry = assignment.entry
     final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
     if shape != entry.shape:
         entry = resized(entry, shape, expectation.resized[assignment.target])
     entry = cast_to(entry, final) if final.kind == "float" else entry
-    return PlannedTensor(assignment.target, entry, rule_text(assignment), assignment.target)
+    return PlannedTensor(assignment.target, entry, rule, assignment.target)
 
 
 def _final_dtype(assignment: Assignment, expectation: Expectation, options: OutputOptions) -> DType:
@@ -123,6 +126,9 @@ def _final_dtype(assignment: Assignment, expectation: Expectation, options: Outp
 
 def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
     """Returns the entry with as many rows (dim 0) as ``shape`` says: cut off at the end, or with new ones behind."""
+    from shardmerge.ops.moves import Concat, Slice
+    from shardmerge.ops.vocabulary import NewRows
+
     rows = shape[0] - entry.shape[0]
     if rows < 0:
         return compose(Slice(0, 0, shape[0]), [entry])
@@ -156,10 +162,10 @@ def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> list[Shard
     ]
 
 
-def rule_text(assignment: Assignment) -> str:
-    """Returns the rule of an assignment for people, with its file's base name, line and column."""
-    mark = assignment.rule.mark
-    return f"{mark.file.rsplit('/', 1)[-1]}:{mark.line}:{mark.column} {assignment.rule.target}"
+def rule_text(rule: Rule) -> str:
+    """Returns a rule for people, with its file's base name, line and column."""
+    mark = rule.mark
+    return f"{mark.file.rsplit('/', 1)[-1]}:{mark.line}:{mark.column} {rule.target}"
 
 
 def _source(name: str, path: str, catalog: Catalog) -> PlannedSource:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,7 +119,7 @@ def staged(plan: Plan, out: Path, *, sync: bool = True) -> Iterator[Path]:
             sync_directory(staging)
         _rename(staging, out)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging, ignore_errors=True)
         raise
     if sync:
         sync_directory(out.parent)
@@ -139,10 +137,16 @@ def _claim(staging: Path) -> None:
                 where=str(staging),
                 hint="wait for it; if it is gone for sure, remove the directory",
             ) from None
-        shutil.rmtree(staging)
+        _remove(staging)
         staging.mkdir()
-    owner = {"host": socket.gethostname(), "pid": os.getpid()}
+    owner = {"host": os.uname().nodename, "pid": os.getpid()}
     (staging / _OWNER).write_text(json.dumps(owner), "utf-8")
+
+
+def _remove(staging: Path, *, ignore_errors: bool = False) -> None:
+    import shutil  # noqa: PLC0415  # with all compressors; a run that succeeds needs none
+
+    shutil.rmtree(staging, ignore_errors=ignore_errors)
 
 
 def _owner_lives(staging: Path) -> bool:
@@ -152,7 +156,7 @@ def _owner_lives(staging: Path) -> bool:
         host, pid = str(owner["host"]), int(owner["pid"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
+    return host != os.uname().nodename or Path(f"/proc/{pid}").exists()
 
 
 def _rename(staging: Path, out: Path) -> None:

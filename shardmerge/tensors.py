@@ -9,13 +9,13 @@ A tensor made of other tensors is an entry too: its one piece is a ``View`` of a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
+from shardmerge.json_rows import Rows, canonical_text
 
 Shape: TypeAlias = tuple[int, ...]
 Fact: TypeAlias = "int | float | str | bool"
@@ -167,6 +167,11 @@ class TensorEntry:
         return self.numel * self.dtype.itemsize
 
 
+def of_source(entry: TensorEntry, source: str) -> TensorEntry:
+    """Returns the entry marked with the name of its source in the mapping."""
+    return entry if entry.source == source else replace(entry, source=source)
+
+
 def composed(entry: TensorEntry) -> Composed | None:
     """Returns what a tensor is made of, or None for one that lies in files (or has no elements)."""
     held = entry.pieces[0].held if entry.pieces else None
@@ -265,7 +270,11 @@ class Catalog:
 
         Paths and times stay out: a copy of a checkpoint has the fingerprint of the original.
         """
-        tensors = [[entry.name, entry.dtype.name, list(entry.shape)] for entry in self.entries.values()]
+        tensors = ([entry.name, entry.dtype.name, entry.shape] for entry in self.entries.values())
         files = sorted([stamp.size, stamp.header] for stamp in self.files)
-        text = json.dumps([self.kind, tensors, sorted(self.aliases.items()), files], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for piece in canonical_text(
+            Rows(lambda: iter([self.kind, Rows(lambda: tensors), sorted(self.aliases.items()), files]))
+        ):
+            digest.update(piece.encode())
+        return digest.hexdigest()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import shardmerge
 from shardmerge.cli.main import cli
 from shardmerge.mapping.preset_files import combine, load_preset
-from shardmerge.mapping.spec import load_spec
+from shardmerge.mapping.reader import load_spec
 from shardmerge.tensors import leaves
 
 ROOT = Path(__file__).parent.parent

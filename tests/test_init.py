@@ -15,7 +15,7 @@ from shardmerge.mapping.fingerprints import LAYOUTS
 from shardmerge.mapping.guess import recognise, unsaid_numbers
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import list_presets, load_preset
-from shardmerge.mapping.spec import parse_spec
+from shardmerge.mapping.reader import parse_spec
 from shardmerge.targets.registry import TARGETS
 from tests.conftest import GOLDEN, shardmerge
 

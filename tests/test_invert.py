@@ -16,8 +16,8 @@ import shardmerge as sm
 from shardmerge import api
 from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.preset_files import combine, list_presets, load_preset
+from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.resolve import resolve
-from shardmerge.mapping.spec import load_spec, parse_spec
 from shardmerge.mapping.variables import Variables
 from shardmerge.plan import entry_json
 from tests.conftest import shardmerge

@@ -10,8 +10,8 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import combine, load_preset
+from shardmerge.mapping.reader import parse_spec
 from shardmerge.mapping.resolve import Resolution, resolve
-from shardmerge.mapping.spec import parse_spec
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Shape, TensorEntry

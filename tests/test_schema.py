@@ -13,7 +13,7 @@ import shardmerge as sm
 from shardmerge import api
 from shardmerge.mapping import preset_files, spec
 from shardmerge.mapping.preset_files import list_presets, read_preset
-from shardmerge.mapping.spec import parse_spec
+from shardmerge.mapping.reader import parse_spec
 from shardmerge.ops.registry import OPS
 from shardmerge.targets.registry import TARGETS
 from tests.conftest import shardmerge

@@ -8,7 +8,7 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError, Problems, ShardmergeError, UsageError
 from shardmerge.mapping.near import NameIndex, did_you_mean, listed
 from shardmerge.mapping.preset_files import combine, list_presets, load_preset
-from shardmerge.mapping.spec import load_spec, parse_spec
+from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.targets.registry import TARGETS
 

@@ -8,17 +8,18 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import shardmerge
-from shardmerge import Options, Result, ShardmergeError, api, explain
-from shardmerge.api import Prepared, carry_out, prepare_mapping
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options
+from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options, write_lines
 from shardmerge.cli.progress import progress_bar
-from shardmerge.clones import moved
+from shardmerge.errors import ShardmergeError
+
+if TYPE_CHECKING:
+    from shardmerge.api import Options, Prepared, Result
 
 _INTERNAL_ERROR = 70
 _INTERRUPTED = 5
@@ -60,8 +61,10 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @json_option
 def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Carry out a mapping.yaml and publish the result, whole or not at all."""
+    from shardmerge import api
+
     options = parsed(given)
-    prepared = prepare_mapping(Path(mapping), options)
+    prepared = api.prepare_mapping(Path(mapping), options)
     _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
 
 
@@ -73,7 +76,9 @@ def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any)
 @json_option
 def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
-    prepared = prepare_mapping(Path(mapping), parsed(given))
+    from shardmerge import api
+
+    prepared = api.prepare_mapping(Path(mapping), parsed(given))
     _show_plan(prepared, Path(out) if out else prepared.out, tensors=tensors, as_json=as_json)
 
 
@@ -107,6 +112,8 @@ def convert(  # noqa: PLR0913  # one parameter an option
 
     Without --use every tensor keeps its name.
     """
+    from shardmerge import api
+
     options = parsed(given)
     named = dict(pair(text) for text in bases)
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
@@ -125,8 +132,13 @@ def convert(  # noqa: PLR0913  # one parameter an option
 @json_option
 def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
     """List what a checkpoint holds, from its headers alone."""
+    from shardmerge import explain
+
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
-    click.echo(dumped(explain.catalog_json(catalog)) if as_json else explain.catalog_text(catalog))
+    if as_json:
+        write_lines(explain.catalog_json(catalog))
+    else:
+        click.echo(explain.catalog_text(catalog))
 
 
 @cli.command()
@@ -194,7 +206,7 @@ def presets() -> None:
 @json_option
 def presets_list(as_json: bool) -> None:
     """Name every preset with its title."""
-    found = api.presets()
+    found = shardmerge.presets()
     if as_json:
         click.echo(dumped([{"name": preset.name, "title": preset.title} for preset in found]))
         return
@@ -206,6 +218,8 @@ def presets_list(as_json: bool) -> None:
 @click.argument("name")
 def presets_show(name: str) -> None:
     """Print a preset as it is written, to read or to copy from."""
+    from shardmerge import api
+
     click.echo(api.preset_text(name), nl=False)
 
 
@@ -213,10 +227,12 @@ add_commands(cli)
 
 
 def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:
+    from shardmerge import api, explain
+
     _warn(prepared)
     cloned = 0 if out is None or tensors else api.clonable_bytes(prepared.plan, out.expanduser())
     if as_json:
-        click.echo(dumped(explain.plan_json(prepared.plan, cloned)))
+        write_lines(explain.plan_json(prepared.plan, cloned))
     elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
@@ -230,11 +246,13 @@ def _warn(prepared: Prepared) -> None:
 
 
 def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool) -> None:
+    from shardmerge import api, explain
+
     _warn(prepared)
     started = time.monotonic()
     total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
     with progress_bar(total, quiet=quiet or as_json, label=out.name) as progress:
-        result = carry_out(prepared, out, options, progress)
+        result = api.carry_out(prepared, out, options, progress)
     seconds = time.monotonic() - started
     if as_json:
         click.echo(dumped(_result_json(result, seconds)))
@@ -250,6 +268,9 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
 
 
 def _result_json(result: Result, seconds: float) -> dict[str, object]:
+    from shardmerge import explain
+    from shardmerge.clones import moved
+
     return {
         "path": str(result.path),
         "plan": result.plan.id,
@@ -278,6 +299,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Runs the command line and turns what happened into an exit code; no traceback reaches a user."""
+    # numpy's BLAS would start a thread a CPU when it is loaded; products are made by one (`ops.blas`).
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_guarded())
 

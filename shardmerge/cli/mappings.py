@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from shardmerge import api
 from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 
 
@@ -24,6 +23,8 @@ def add_commands(group: click.Group) -> None:
 @json_option
 def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # noqa: ANN401
     """Tell the whole story of one tensor: its rule, what it is made of, files and bytes, memory, where it goes."""
+    from shardmerge import api
+
     if as_json:
         click.echo(dumped(api.explain_json(Path(mapping), tensor, parsed(given))))
     else:
@@ -36,6 +37,8 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 @click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
 def invert(mapping: str, source: str, out: str | None) -> None:
     """Write the mapping that leads back, or say which rules have no way back and why."""
+    from shardmerge import api
+
     _write(api.invert(Path(mapping), source), out)
 
 
@@ -47,6 +50,8 @@ def invert(mapping: str, source: str, out: str | None) -> None:
 @click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:
     """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing."""
+    from shardmerge import api
+
     named = dict(pair(text) for text in bases)
     proposal = api.init(checkpoint, bases=named, to=to, mapping=out, download=download)
     _write(proposal.text, out)
@@ -58,10 +63,14 @@ def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, down
 @click.option("--preset", is_flag=True, help="Of a preset's file instead.")
 def schema(preset: bool) -> None:
     """Print the JSON Schema of mapping.yaml, for editors."""
+    from shardmerge import api
+
     click.echo(dumped(api.schema(preset=preset)))
 
 
 def _write(text: str, out: str | None) -> None:
+    from shardmerge import api
+
     if out is None:
         click.echo(text, nl=False)
         return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shardmerge import Options, UsageError
-from shardmerge.api import float_dtype, parse_size
+from shardmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from shardmerge.api import Options
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -45,6 +48,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def parsed(given: dict[str, Any]) -> Options:
     """Returns what the options of everything that plans say."""
+    from shardmerge.api import Options, float_dtype, parse_size
+
     return Options(
         dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
         shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
@@ -69,3 +74,11 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
 def dumped(value: object) -> str:
     """Returns a value as JSON text."""
     return json.dumps(value, indent=2)
+
+
+def write_lines(value: object) -> None:
+    """Writes a value with rows as JSON to stdout, piece by piece."""
+    from shardmerge.json_rows import lines
+
+    sys.stdout.writelines(lines(value))
+    sys.stdout.write("\n")

@@ -6,10 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
-from shardmerge.api import resident_bytes
-
 
 @contextmanager
 def progress_bar(total: int, *, quiet: bool, label: str) -> Iterator[Callable[[int], None] | None]:
@@ -17,6 +13,10 @@ def progress_bar(total: int, *, quiet: bool, label: str) -> Iterator[Callable[[i
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from tqdm import tqdm
+
+    from shardmerge.api import resident_bytes
+
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr, mininterval=0.2) as bar:
 
         def advance(nbytes: int) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.pattern import Template
-from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.spec import Spec, references
 from shardmerge.tensors import Catalog
+
+if TYPE_CHECKING:
+    from shardmerge.mapping.preset_files import Preset
 
 # Layers repeat: a few hundred names, taken evenly, tell the layout of a model with 100,000.
 _MOST_NAMES = 400
@@ -20,10 +23,15 @@ _MOST_NAMES = 400
 _STRANGER = 0.1
 _WELL_KNOWN = 0.9
 
-# Names that need a preset to become a Hugging Face model; all others may be what the user wants as they are.
-_FOREIGN = (
-    "llama/meta-to-hf", "llama/megatron-to-hf", "llama/torchtune-to-hf", "llama/litgpt-to-hf", "clip/open-clip-to-hf",
-)  # fmt: skip
+# Names that need a preset to become a Hugging Face model; all others may be what the user wants as they are. Each with
+# a part of the names of every layer: a preset takes 20 ms to read, which a checkpoint without them need not wait for.
+FOREIGN = {
+    "llama/meta-to-hf": ".attention.wq.",
+    "llama/megatron-to-hf": ".self_attention.linear_qkv.",
+    "llama/torchtune-to-hf": ".attn.output_proj.",
+    "llama/litgpt-to-hf": "transformer.h.",
+    "clip/open-clip-to-hf": ".attn.in_proj_weight",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +60,13 @@ def odd_layouts(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> 
 
 def foreign_presets(catalog: Catalog) -> tuple[str, ...]:
     """Returns the presets that would turn a checkpoint of another tool into a Hugging Face model."""
-    return _best(catalog, _FOREIGN)
+    near = [name for name, part in FOREIGN.items() if any(part in tensor for tensor in catalog.names())]
+    return _best(catalog, near)
 
 
 def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: Sequence[Template]) -> MappingError:
+    from shardmerge.mapping.preset_files import list_presets
+
     found = _best(catalog, [name for name in list_presets() if name != preset.name])
     hint = " or ".join(f"`{name}`" for name in found[:3])
     return MappingError(
@@ -72,6 +83,8 @@ def _best(catalog: Catalog, presets: Sequence[str]) -> tuple[str, ...]:
     """Returns the presets that read nearly all names, and of those the ones that know them best."""
     fits: dict[str, _Fit] = {}
     for name in presets:
+        from shardmerge.mapping.preset_files import load_preset
+
         preset = load_preset(name)
         role = next(role for role, about in preset.roles.items() if about.required)
         names = _sample(catalog, preset.roles[role].strip)

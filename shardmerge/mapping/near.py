@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable
-from difflib import SequenceMatcher
 from functools import cached_property
 
 # Compared in full beyond this many names: 24 on each side of the word's place, in both orders.
@@ -38,6 +37,8 @@ class NameIndex:
 
     def near(self, word: str, limit: int = 3, least: float = _LEAST_ALIKE) -> list[str]:
         """Returns up to ``limit`` names that look like ``word``, the most alike first."""
+        from difflib import SequenceMatcher  # only an error needs it
+
         if len(word) > _LONGEST_WORD:
             return []
         compare = SequenceMatcher(b=word, autojunk=False)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.reader import Reader
 from shardmerge.mapping.spec import (
     AdapterSpec,
     Drop,
-    Reader,
     Reference,
     Rule,
     Spec,
@@ -21,7 +20,8 @@ from shardmerge.mapping.spec import (
     Variable,
     references,
 )
-from shardmerge.mapping.yaml_nodes import Node, read_yaml
+from shardmerge.mapping.yaml_nodes import Node
+from shardmerge.mapping.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11; the annotations are never evaluated
@@ -202,6 +202,8 @@ def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
 
 
 def _folder() -> Traversable:
+    from importlib.resources import files  # brings zipfile and tempfile with it
+
     return files("shardmerge.mapping").joinpath("presets")
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
+from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
@@ -21,49 +22,10 @@ from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.packed import packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
-from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry
+from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.
 _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector", ".modules_to_save.", ".base_layer.")
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """A target name and what it is made of.
-
-    Attributes
-    ----------
-    source, name
-        The tensor it takes, or the first of an op's; ``name`` may be an alias. Empty for an op that needs none.
-    entry
-        The tensor, or the whole expression.
-    pinned
-        Whether the rule itself says the type.
-    """
-
-    target: str
-    source: str
-    name: str
-    rule: Rule
-    entry: TensorEntry
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """All assignments by target name, and the source tensors that are not in the output.
-
-    Attributes
-    ----------
-    shadowed
-        (source, name, target): an earlier candidate has the tensor.
-    dropped
-        (source, name).
-    """
-
-    assignments: dict[str, Assignment]
-    shadowed: tuple[tuple[str, str, str], ...]
-    dropped: tuple[tuple[str, str], ...]
 
 
 def resolve(
@@ -193,7 +155,7 @@ class _Work:
             found = True
             if self.expectation is not None and not self.expectation.open:
                 self._note_packed(rule, [Operand(reference.source, name)])
-            entry = replace(self.catalogs[reference.source][name], source=reference.source)
+            entry = of_source(self.catalogs[reference.source][name], reference.source)
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
@@ -266,7 +228,8 @@ class _Work:
 
     def _claim(self, rule: Rule, term: Term, target: str, operands: list[Operand], entry: TensorEntry) -> None:
         first = operands[0] if operands else Operand("", "")
-        self.matched.update((one.source, one.name) for one in operands)
+        pairs = [(one.source, one.name) for one in operands]
+        self.matched.update(pairs)
         before = self.assignments.get(target)
         pinned = isinstance(term, OpTerm) and term.kind.name == "cast"
         claim = Assignment(target, first.source, first.name, rule, entry, pinned)
@@ -276,7 +239,7 @@ class _Work:
                 return
             self.assignments[target] = claim
             self.claimed_by[target] = term
-            self.used.update((one.source, one.name) for one in operands)
+            self.used.update(pairs)
         elif before.rule is rule and self.claimed_by[target] is not term:
             self.shadowed += [(one.source, one.name, target) for one in operands]
         else:  # another rule's target, or two names that one candidate makes into one

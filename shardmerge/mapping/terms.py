@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
@@ -14,7 +14,7 @@ from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, ref
 from shardmerge.mapping.variables import Variables
 from shardmerge.ops.contract import Param, Value
 from shardmerge.targets.shards import natural_key
-from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors import Catalog, TensorEntry, of_source
 
 Bindings = Mapping[str, str]
 
@@ -108,7 +108,7 @@ class Finder:
 
     def leaf(self, operand: Operand) -> TensorEntry:
         """Returns an operand's entry, marked with its source."""
-        return replace(self.catalogs[operand.source][operand.name], source=operand.source)
+        return of_source(self.catalogs[operand.source][operand.name], operand.source)
 
     def build(self, term: Term, bindings: Bindings, target: str) -> TensorEntry:
         """Returns the entry that a term makes.

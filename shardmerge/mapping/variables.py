@@ -15,10 +15,9 @@ from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.arithmetic import Formula, Number
 from shardmerge.mapping.near import NameIndex, did_you_mean
 from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
-from shardmerge.mapping.yaml_nodes import Scalar, Table, read_yaml
+from shardmerge.mapping.yaml_nodes import Scalar, Table
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.targets.training_config import read_config_value
 from shardmerge.tensors import Catalog, Extent
 
 # How a formula calls a JSON file beside the weights.
@@ -108,6 +107,8 @@ class Variables:
         room, _, key = path.partition(".")
         catalog = self.catalogs[source]
         if room == "cfg":
+            from shardmerge.targets.training_config import read_config_value
+
             return read_config_value(catalog.training_config, key)
         if room == "facts":
             return catalog.facts.get(key)
@@ -191,6 +192,8 @@ def load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
     MappingError
         As ``read_yaml``.
     """
+    from shardmerge.mapping.yaml_text import read_yaml
+
     root = read_yaml(read(extent).decode("utf-8", "replace"), extent.file)
     pairs = root.entries if isinstance(root, Table) else ()
     values = ((key.text, _plain(node)) for key, node in pairs if isinstance(node, Scalar))

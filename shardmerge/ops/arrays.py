@@ -6,12 +6,11 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from shardmerge.dtypes import DType
 
 # The element type is a value at run time (one of DTYPES), so it is not part of the static type.
-Array: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:

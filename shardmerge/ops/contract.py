@@ -12,10 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from shardmerge.dtypes import DTYPES, DType
-from shardmerge.ops.arrays import Array
+
+if TYPE_CHECKING:
+    from shardmerge.ops.arrays import Array  # a mapping is read without numpy
 
 Shape: TypeAlias = tuple[int, ...]
 

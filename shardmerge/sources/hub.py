@@ -66,7 +66,7 @@ def resolve_hub_id(hub_id: str, *, download: bool) -> Path:
 
 def _download(hub_id: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415  # only when a download is asked for
+        from huggingface_hub import snapshot_download  # only when a download is asked for
     except ImportError as error:
         raise UsageError(
             "no-huggingface-hub",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +82,8 @@ def locate(text: str | Path, *, download: bool = False) -> Path:
         return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     if is_hub_id(str(text)) and not path.parent.is_dir():
         return resolve_hub_id(str(text), download=download)
+    import difflib
+
     near = difflib.get_close_matches(path.name, _siblings(path), n=1)
     raise UsageError(
         "missing-path",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _LARGEST_RANK = 64
 # No file system holds a larger file; keeps every product of a hostile shape an ordinary integer.
 _LARGEST_SIZE = 1 << 48
 _LONGEST_NAME = 4096
+_UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def _extent(entry: TensorEntry) -> Extent:
 
 
 def _check_name(name: str, path: str) -> None:
-    if not name or len(name) > _LONGEST_NAME or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+    if not name or len(name) > _LONGEST_NAME or _UNPRINTABLE.search(name):
         raise _damaged(path, f"impossible tensor name {name[:80]!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,10 @@ _ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weight
 _MOST_LEAVES = 2_000_000
 _LONGEST_NAME = 4096
 _MOST_DEPTH = 100
+
+# Bytes of pickles whose values are kept: the values take about eight times as much. Ranks that share a node's GPUs
+# write a few hundred KB in as many variants as there are GPUs.
+_MOST_KNOWN = 4 << 20
 
 # Records of the tar that torch <= 0.1.9 wrote (``torch/serialization.py``, ``legacy_load``).
 _TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
@@ -154,8 +159,39 @@ def _is_zip(head: bytes, file: SourceFile) -> bool:
     return any(member.name.endswith("/data.pkl") for member in read_directory(file)[0])
 
 
-def read_torch_file(path: Path) -> TorchFile:
+class KnownPickles:
+    """Values of pickles read lately, by the SHA-256 of their bytes: files of many ranks differ in little else.
+
+    What is interpreted once is the same value ever after: values are never changed. Bounded, since nothing says that
+    the next file is like the last.
+    """
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[str, tuple[Value, int]] = OrderedDict()
+        self._held = 0
+
+    def get(self, digest: str) -> Value | None:
+        """Returns the value of a pickle, or None if it is not known."""
+        found = self._values.get(digest)
+        return found[0] if found else None
+
+    def put(self, digest: str, value: Value, nbytes: int) -> None:
+        """Remembers the value of a pickle of so many bytes; forgets the oldest where there are too many."""
+        self._values[digest] = value, nbytes
+        self._held += nbytes
+        while self._held > _MOST_KNOWN:
+            self._held -= self._values.popitem(last=False)[1][1]
+
+
+def read_torch_file(path: Path, known: KnownPickles | None = None) -> TorchFile:
     """Returns what a torch file holds. Reads its headers, not its tensors, and executes nothing.
+
+    Parameters
+    ----------
+    path
+        The file.
+    known
+        Where values of equal pickles are taken from, for files of one set.
 
     Raises
     ------
@@ -166,7 +202,7 @@ def read_torch_file(path: Path) -> TorchFile:
     with SourceFile(os.path.abspath(path)) as file:  # noqa: PTH100  # resolve() would follow links
         head = file.read(0, min(512, file.size))
         if head.startswith(ZIP_MAGIC):
-            return _from_zip(file)
+            return _from_zip(file, known or KnownPickles())
         if _is_legacy(head):
             return _from_legacy(file)
         if _is_tar(head):
@@ -181,10 +217,14 @@ def read_torch_file(path: Path) -> TorchFile:
         )
 
 
-def _from_zip(file: SourceFile) -> TorchFile:
+def _from_zip(file: SourceFile, known: KnownPickles) -> TorchFile:
     parts = read_torch_zip(file)
-    root = interpret(parts.pickle, where=file.path, base=parts.pickle_offset)
-    return TorchFile(file.path, "torch zip", root, parts.storages, _stamp(file, parts.pickle))
+    stamp = _stamp(file, parts.pickle)
+    root = known.get(stamp.header)
+    if root is None:
+        root = interpret(parts.pickle, where=file.path, base=parts.pickle_offset)
+        known.put(stamp.header, root, len(parts.pickle))
+    return TorchFile(file.path, "torch zip", root, parts.storages, stamp)
 
 
 def _from_legacy(file: SourceFile) -> TorchFile:

@@ -8,13 +8,14 @@ structures are those of PKWARE's APPNOTE 6.3.10 (sections 4.3.7 to 4.3.16), reco
 
 from __future__ import annotations
 
-import shlex
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import PurePath
+from typing import NamedTuple
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES
@@ -41,11 +42,13 @@ _SMALLEST_DESCRIPTOR = 12
 _MOST_MEMBERS = 1_000_000
 # Fixed part, a name and a zip64 field; torch's entries have about 80 bytes.
 _LARGEST_ENTRY = 1024
+# Local headers are read together where they are no further apart than a page, up to so many bytes.
+_PAGE = 4096
+_MOST_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """An entry of the central directory.
+class Member(NamedTuple):
+    """An entry of the central directory: a tuple, since a run of 1,024 ranks has over a million of them.
 
     Attributes
     ----------
@@ -240,9 +243,9 @@ def _check_names(file: SourceFile, members: Iterable[Member]) -> None:
     seen: set[str] = set()
     for member in members:
         name = member.name
-        if "\0" in name or "\\" in name or name.startswith("/") or ".." in name.split("/"):
+        if "\0" in name or "\\" in name or name[:1] == "/" or (".." in name and ".." in name.split("/")):
             raise _hostile("a member's name is not a plain relative path", file, member.header, repr(name[:80]))
-        same = unicodedata.normalize("NFC", name).casefold()
+        same = name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
         if same in seen:
             raise _hostile("two members of the zip have one name", file, member.header, repr(name[:80]))
         seen.add(same)
@@ -252,10 +255,11 @@ def _payloads(file: SourceFile, members: list[Member], directory: int) -> dict[s
     """Returns each member with the offset of its bytes, in the directory's order; none may overlap another."""
     end = 0
     offsets: dict[str, int] = {}
-    for member in sorted(members, key=lambda item: item.header):
+    ordered = sorted(members, key=_header_of)
+    for member, raw in zip(ordered, _local_headers(file, ordered), strict=True):
         if member.header < end:
             raise _hostile("two members of the zip overlap", file, member.header, repr(member.name[:80]))
-        offsets[member.name] = _payload_offset(file, member)
+        offsets[member.name] = _payload_offset(file, member, raw)
         end = offsets[member.name] + member.packed
         end += _SMALLEST_DESCRIPTOR if member.flags & _SIZES_FOLLOW else 0
         if end > directory:
@@ -265,13 +269,37 @@ def _payloads(file: SourceFile, members: list[Member], directory: int) -> dict[s
     return {member.name: (member, offsets[member.name]) for member in members}
 
 
-def _payload_offset(file: SourceFile, member: Member) -> int:
+_header_of = attrgetter("header")
+
+
+def _local_headers(file: SourceFile, members: Sequence[Member]) -> Iterator[bytes]:
+    """Yields the local header of each member, its name included. ``members`` are in the order of their headers."""
+    start, data = 0, b""
+    for index, member in enumerate(members):
+        length = _LOCAL.size + len(member.name.encode())
+        at = member.header - start
+        if not 0 <= at <= len(data) - length:
+            start, at = member.header, 0
+            data = file.read(start, max(_run_end(members, index, file.size) - start, length))
+        yield data[at : at + length]
+
+
+def _run_end(members: Sequence[Member], first: int, most: int) -> int:
+    """Returns where a read that begins with a member's header should end: behind those that lie close together."""
+    last, start = members[first], members[first].header
+    for index in range(first + 1, len(members)):
+        if members[index].header - last.header > _PAGE or members[index].header - start > _MOST_AT_ONCE:
+            break
+        last = members[index]
+    return min(last.header + _LOCAL.size + len(last.name.encode()), most)
+
+
+def _payload_offset(file: SourceFile, member: Member, raw: bytes) -> int:
     """Returns where a member's bytes begin: local names and extra fields differ from those of the directory.
 
     torch pads the local extra field (id ``FB``) so that storages begin at multiples of 64 bytes.
     """
     name = member.name.encode()
-    raw = file.read(member.header, _LOCAL.size + len(name))
     signature, _, flags, method, _, _, _, packed, size, name_length, extra_length = _LOCAL.unpack_from(raw)
     if signature != ZIP_MAGIC:
         raise _damaged("a member has no local header", file, member.header, repr(member.name[:80]))
@@ -289,9 +317,10 @@ def _prefix(file: SourceFile, members: list[Member]) -> str:
     """Returns the directory inside the zip, which all members share, of a file that ``torch.save`` wrote."""
     prefix = members[0].name.split("/", 1)[0]
     names = {member.name for member in members}
-    if not all(name.startswith(f"{prefix}/") for name in names):
+    folder, code = f"{prefix}/", f"{prefix}/code/"
+    if not all(name.startswith(folder) for name in names):
         raise _hostile("the members of the zip do not share one directory", file, 0, repr(prefix[:80]))
-    if f"{prefix}/constants.pkl" in names or any(name.startswith(f"{prefix}/code/") for name in names):
+    if f"{prefix}/constants.pkl" in names or any(name.startswith(code) for name in names):
         raise CheckpointError(
             "torchscript",
             "this is a TorchScript archive: a program, not a checkpoint (OpenAI's own CLIP files are such)",
@@ -305,6 +334,8 @@ def _prefix(file: SourceFile, members: list[Member]) -> str:
 
 def _save_state(path: str) -> str:
     """The command that saves the state dict of a TorchScript archive, in the directory it is run in."""
+    import shlex
+
     out = f"{PurePath(path).stem}-state.pth"
     text = f"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), {out!r})"
     return f"python -c {shlex.quote(text)}"
@@ -353,12 +384,28 @@ def _inflate(file: SourceFile, member: Member, offset: int, raw: bytes) -> bytes
     return data
 
 
-def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member, int]]) -> dict[str, Extent]:
-    storages = {}
+@dataclass(frozen=True, slots=True)
+class _Storages(Mapping[str, Extent]):
+    """Storages by key; extents are made when asked for, since of most rank files one or two are."""
+
+    path: str
+    folder: str
+    payloads: Mapping[str, tuple[Member, int]]
+
+    def __getitem__(self, key: str) -> Extent:
+        member, offset = self.payloads[self.folder + key]
+        return Extent(self.path, offset, member.size)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name[len(self.folder) :] for name in self.payloads if name.startswith(self.folder))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member, int]]) -> Mapping[str, Extent]:
     for name, (member, offset) in payloads.items():
-        if not name.startswith(folder):
-            continue
-        if member.method != _STORED:
+        if member.method != _STORED and name.startswith(folder):
             raise CheckpointError(
                 "compressed-storage",
                 "the zip was compressed after torch wrote it, so tensors cannot be read by byte range",
@@ -366,5 +413,4 @@ def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member
                 found=name,
                 hint="unpack it and store it again without compression (zip -0)",
             )
-        storages[name[len(folder) :]] = Extent(file.path, offset, member.size)
-    return storages
+    return _Storages(file.path, folder, payloads)

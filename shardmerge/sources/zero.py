@@ -84,6 +84,46 @@ class FlatGroup:
         return tuple(found)
 
 
+class Fragments(Sequence[Partition]):
+    """The fragments of one frozen ZeRO-3 parameter, one a rank, of equal length: a number each until asked for.
+
+    Parameters
+    ----------
+    files
+        By rank, absolute.
+    offsets
+        By rank, the offsets in bytes of the fragments of all frozen parameters.
+    index
+        Which of them.
+    numel, itemsize
+        Elements of a fragment, and bytes of an element.
+    """
+
+    __slots__ = ("_files", "_index", "_itemsize", "_numel", "_offsets")
+
+    def __init__(
+        self, files: Sequence[str], offsets: Sequence[Sequence[int]], index: int, numel: int, itemsize: int
+    ) -> None:
+        self._files = files
+        self._offsets = offsets
+        self._index = index
+        self._numel = numel
+        self._itemsize = itemsize
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Partition: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Partition]: ...
+    def __getitem__(self, index: int | slice) -> Partition | Sequence[Partition]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        offset = self._offsets[index][self._index]
+        return Partition(Extent(self._files[index], offset, self._numel * self._itemsize), self._numel)
+
+
 class RankChunks(Sequence[Piece]):
     """The pieces of one ZeRO-3 parameter, one a rank, computed on demand.
 

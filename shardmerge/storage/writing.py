@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -86,11 +87,15 @@ class OutputFile:
             os.fsync(self._fd)
 
 
-def write_small(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Writes a new small file (JSON, tokenizer) whole and synced."""
-    file = OutputFile(path, len(data), sync=sync)
-    file.write(0, memoryview(data))
-    file.seal(data[:8])
+def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True) -> None:
+    """Writes a new small file (JSON, tokenizer) whole and synced; ``data`` may be in parts."""
+    parts = [data] if isinstance(data, bytes) else data
+    file = OutputFile(path, sum(map(len, parts)), sync=sync)
+    at = 0
+    for part in parts:
+        file.write(at, memoryview(part))
+        at += len(part)
+    file.seal(parts[0][:8])
 
 
 def sync_directory(path: Path) -> None:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from shardmerge.targets.any_model import TARGET as HF_MODEL
-from shardmerge.targets.clip_model import TARGET as HF_CLIP
-from shardmerge.targets.clip_model import VISION_TARGET as HF_CLIP_VISION
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+
 from shardmerge.targets.expectation import Target
-from shardmerge.targets.internvl import TARGET as HF_INTERNVL
-from shardmerge.targets.language_model import TARGET as HF_LLAMA
-from shardmerge.targets.llava import TARGET as HF_LLAVA
-from shardmerge.targets.llava_next import TARGET as HF_LLAVA_NEXT
-from shardmerge.targets.llava_official import TARGET as OFFICIAL_LLAVA
-from shardmerge.targets.llava_xtuner import TARGET as XTUNER_LLAVA
-from shardmerge.targets.meta_llama import TARGET as META_LLAMA
-from shardmerge.targets.peft_adapter import TARGET as PEFT_ADAPTER
 
-_ALL = (
-    HF_LLAVA,
-    HF_LLAVA_NEXT,
-    OFFICIAL_LLAVA,
-    XTUNER_LLAVA,
-    HF_LLAMA,
-    HF_MODEL,
-    HF_CLIP,
-    HF_CLIP_VISION,
-    HF_INTERNVL,
-    META_LLAMA,
-    PEFT_ADAPTER,
-)
+# Name, module, and what the module calls it. A module is imported when its target is asked for: a mapping has one.
+_PLACES = {
+    "hf/llava": ("llava", "TARGET"),
+    "hf/llava-next": ("llava_next", "TARGET"),
+    "official/llava": ("llava_official", "TARGET"),
+    "xtuner/llava": ("llava_xtuner", "TARGET"),
+    "hf/llama": ("language_model", "TARGET"),
+    "hf/model": ("any_model", "TARGET"),
+    "hf/clip": ("clip_model", "TARGET"),
+    "hf/clip-vision": ("clip_model", "VISION_TARGET"),
+    "hf/internvl": ("internvl", "TARGET"),
+    "meta/llama": ("meta_llama", "TARGET"),
+    "peft/adapter": ("peft_adapter", "TARGET"),
+}
 
-TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
+
+class _Targets(Mapping[str, Target]):
+    """The targets by name."""
+
+    def __getitem__(self, name: str) -> Target:
+        module, attribute = _PLACES[name]
+        found = getattr(import_module(f"shardmerge.targets.{module}"), attribute)
+        assert isinstance(found, Target)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _PLACES
+
+
+TARGETS: Mapping[str, Target] = _Targets()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +24,13 @@ _PAGE = 4096
 _DIGITS = re.compile(r"(\d+)")
 
 
-def natural_key(name: str) -> tuple[tuple[int, str], ...]:
-    """Returns a sort key that puts ``layers.2`` before ``layers.11``."""
+def natural_key(name: str) -> tuple[int | str, ...]:
+    """Returns a sort key that puts ``layers.2`` before ``layers.11``: texts and numbers in turn.
+
+    Names repeat their parts, and a sort holds all keys at once: one object a part, 100 bytes a name instead of 700.
+    """
     parts = _DIGITS.split(name)
-    return tuple((int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts))
+    return tuple(int(part) if index % 2 else sys.intern(part) for index, part in enumerate(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,8 @@ def _grouped(
     members: list[list[PlannedTensor]] = [[] for _ in groups]
     for tensor in tensors:
         index = next(i for i, group in enumerate(groups) if tensor.name.startswith(group.prefix))
-        members[index].append(replace(tensor, stored=tensor.name.removeprefix(groups[index].prefix)))
+        stored = tensor.name.removeprefix(groups[index].prefix)
+        members[index].append(tensor if tensor.stored == stored else replace(tensor, stored=stored))
     for group, own in zip(groups, members, strict=True):
         if own or (not tensors and group is groups[0]):
             yield group, own

@@ -1,0 +1,31 @@
+"""What a checkpoint holds. Apart from the rest of the public door, since it needs no arrays, plans or mappings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardmerge.sources.deepspeed import View
+from shardmerge.sources.opening import OpenOptions, open_catalog
+from shardmerge.tensors import Catalog
+
+
+def inspect(source: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> Catalog:
+    """Returns what a checkpoint holds, from its headers alone.
+
+    Parameters
+    ----------
+    source
+        A file, a directory, or a hub id in the local cache (``org/name`` or ``org/name@revision``).
+    view
+        Of a DeepSpeed checkpoint: ``fp32`` master weights, or the 16-bit ``module``.
+    root
+        Dotted path of the state dict inside a torch file; empty to find it.
+    download
+        Whether a hub id may be downloaded.
+
+    Raises
+    ------
+    UsageError, CheckpointError
+        Nothing there, or nothing that can be read.
+    """
+    return open_catalog(source, OpenOptions(view=view, root=root, download=download))

@@ -1,0 +1,143 @@
+"""What each command imports: the clock of start-up, as sets that do not flake.
+
+A module that creeps in costs every start: 0.3 s of 0.4 s were imports that the command at hand had no use for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import measure, succeed
+
+synthetic = pytest.importorskip("benchmarks.synthetic", reason="torch writes the checkpoints")
+
+# Runs the command line as `python -m shardmerge` does; the last line of stdout are the modules that it imported.
+DRIVER = """
+import json, sys
+before = set(sys.modules)
+from shardmerge.cli.main import main
+try:
+    main()
+except SystemExit as done:
+    print("\\n" + json.dumps(sorted(set(sys.modules) - before)))
+    sys.exit(done.code)
+"""
+
+# Everything that is not the standard library's, by top-level name.
+LIBRARIES = {"click", "numpy", "ml_dtypes", "yaml", "tqdm", "safetensors", "torch", "transformers", "huggingface_hub"}
+# Of the standard library what is slow to import and easily avoided. `inspect` and `ast` come with dataclasses and
+# click, `pickle` and `ctypes` with numpy.
+HEAVY = {
+    "asyncio", "concurrent", "ctypes", "difflib", "email", "http", "importlib.metadata", "importlib.resources", "lzma",
+    "multiprocessing", "pickle", "shlex", "shutil", "socket", "ssl", "subprocess", "tempfile", "unittest",
+    "urllib.request", "xml", "zipfile",
+}  # fmt: skip
+OF_NUMPY = {"ctypes", "pickle"}
+OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help alone
+# Rooms of shardmerge that are a large part of its own start-up.
+ROOMS = {
+    "shardmerge.execute.engine", "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
+    "shardmerge.mapping.preset_files", "shardmerge.mapping.reader", "shardmerge.mapping.resolve",
+    "shardmerge.ops.registry", "shardmerge.planner", "shardmerge.sources.opening",
+    "shardmerge.targets.bases", "shardmerge.targets.llava",
+    "shardmerge.targets.training_config", "shardmerge.verify",
+}  # fmt: skip
+READING = {"shardmerge.sources.opening"}
+PLANNING = READING | {"shardmerge.planner"}
+
+MAPPING = """\
+shardmerge: 1
+sources: {trained: zero}
+output: {path: out, dtype: bfloat16}
+tensors:
+  "{rest...}": trained:{rest...}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ZeRO-2 checkpoint, the same as one safetensors file, and a mapping."""
+    folder = tmp_path_factory.mktemp("imports")
+    shapes = synthetic.LlamaShape(64, 2, 4, 2, 128, 256).tensors()
+    synthetic.write_zero(folder / "zero", shapes, stage=2, world=2, fill=True)
+    synthetic.write_safetensors(folder / "small.safetensors", shapes, fill=True)
+    (folder / "mapping.yaml").write_text(MAPPING, "utf-8")
+    return folder
+
+
+def imported(*arguments: str | Path) -> set[str]:
+    """Returns the modules that a command imports, in a process of its own that fails if the command does."""
+    # Without `site`, which imports what happens to be installed; the path is ours.
+    done = succeed(measure([sys.executable, "-S", "-c", DRIVER, *arguments], env={"PYTHONPATH": ":".join(sys.path)}))
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return set(found)
+
+
+def check(found: set[str], *, libraries: set[str], heavy: set[str], rooms: set[str]) -> None:
+    assert {name.partition(".")[0] for name in found} & LIBRARIES == libraries
+    assert found & HEAVY == heavy
+    assert found & ROOMS == rooms
+
+
+def test_help(folder: Path) -> None:
+    found = imported("--help")
+    check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
+    ours = {name for name in found if name.startswith("shardmerge.")}
+    commands = {"main", "mappings", "options", "progress"}
+    assert ours == {
+        "shardmerge.cli",
+        "shardmerge.errors",
+        "shardmerge.version",
+        *(f"shardmerge.cli.{c}" for c in commands),
+    }
+
+
+def test_help_of_a_command(folder: Path) -> None:
+    check(imported("convert", "--help"), libraries={"click"}, heavy=OF_CLICK, rooms=set())
+
+
+@pytest.mark.parametrize("source", ["small.safetensors", "zero"])
+def test_inspect(folder: Path, source: str) -> None:
+    check(imported("inspect", folder / source), libraries={"click"}, heavy=set(), rooms=READING)
+
+
+def test_plan(folder: Path) -> None:
+    rooms = PLANNING | {"shardmerge.mapping.reader", "shardmerge.mapping.resolve"}
+    found = imported("plan", folder / "mapping.yaml")
+    check(found, libraries={"click", "numpy", "ml_dtypes", "yaml"}, heavy=OF_NUMPY, rooms=rooms)
+
+
+def test_convert(folder: Path) -> None:
+    rooms = PLANNING | {"shardmerge.execute.engine"}
+    found = imported("convert", folder / "zero", folder / "out", "--dtype", "bfloat16")
+    check(found, libraries={"click", "numpy", "ml_dtypes"}, heavy=OF_NUMPY, rooms=rooms)
+
+
+def test_a_target_is_imported_when_it_is_asked_for() -> None:
+    program = (
+        "import sys\n"
+        "from shardmerge.targets.registry import TARGETS\n"
+        "TARGETS['peft/adapter']\n"
+        "assert 'shardmerge.targets.peft_adapter' in sys.modules\n"
+        "assert not {'shardmerge.targets.llava', 'shardmerge.targets.tokenizer'} & set(sys.modules)\n"
+        "assert all(TARGETS[name].name == name for name in TARGETS)\n"
+    )
+    succeed(measure([sys.executable, "-c", program]))
+
+
+def test_the_library_is_whole_whatever_was_imported_first() -> None:
+    """``plan`` and ``verify`` are functions and modules: Python binds a module to its package when it is imported."""
+    program = (
+        "import shardmerge, shardmerge.verify, shardmerge.plan, shardmerge.planner\n"
+        "from shardmerge.plan import Plan\n"
+        "assert callable(shardmerge.plan) and callable(shardmerge.verify) and shardmerge.Plan is Plan\n"
+        "assert set(shardmerge.__all__) <= set(dir(shardmerge))\n"
+        "for name in shardmerge.__all__: getattr(shardmerge, name)\n"
+        "import shardmerge.api, sys\n"
+        "assert shardmerge.plan is shardmerge.api.plan and sys.modules['shardmerge.plan'].Plan is Plan\n"
+    )
+    succeed(measure([sys.executable, "-c", program]))
