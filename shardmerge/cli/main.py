@@ -15,6 +15,7 @@ import click
 import shardmerge
 from shardmerge import Options, Result, ShardmergeError, api, explain
 from shardmerge.api import Prepared, carry_out, prepare_mapping
+from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 from shardmerge.cli.progress import progress_bar
@@ -202,6 +203,7 @@ def presets_show(name: str) -> None:
 
 
 add_commands(cli)
+cli.add_command(bench)
 
 
 def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) -> None:
