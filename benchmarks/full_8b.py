@@ -181,7 +181,7 @@ def main() -> None:
     with scratch(given.scratch) as folder:
         if free_bytes(folder) < needed_disk(shape):
             sys.exit(f"{needed_disk(shape):,} bytes are needed on the disk of {given.scratch}")
-        card = machine_card(folder, given.note)
+        card = machine_card(folder, None, given.note)
         found = result(*measure_all(shape, folder), card)
     (given.results / "full-8b.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if given.results == RESULTS:

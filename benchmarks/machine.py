@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SCHEMA = 2
 
 
-def machine_card(folder: Path, note: str = "", others: Mapping[str, str] | None = None) -> dict[str, object]:
+def machine_card(folder: Path, others: Mapping[str, str] | None = None, note: str = "") -> dict[str, object]:
     """Returns what a reader must know of the machine to judge the figures; ``others`` are versions of peers."""
     return {**card_of(folder), "torch": version("torch"), **(others or {}), "note": note}
 

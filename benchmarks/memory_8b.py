@@ -56,7 +56,7 @@ def main() -> None:
     for kind in given.kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="memory-8b-", dir=given.scratch) as name:
             folder = Path(name)
-            seen = {**provenance(), "machine": machine_card(folder, given.note)}
+            seen = {**provenance(), "machine": machine_card(folder, None, given.note)}
             figures = measure_merge(kind, replace(LLAMA_3_8B, layers=given.layers), folder)
             shutil.rmtree(folder / "out")
         runs = json.loads(RESULT.read_text("utf-8"))["runs"] if RESULT.is_file() else {}

@@ -63,7 +63,11 @@ def bars(title: str, unit: str, rows: Sequence[Bar]) -> str:
         lines += [
             _text(left - 8, y + 14, bar.label, "end"),
             f'<rect class="{bar.kind}" x="{left}" y="{y + 3}" width="{max(bar.value * scale, 1):.1f}" height="14"/>',
-            _text(left + max(bar.value * scale, 1) + 6, y + 14, f"{bar.value:.2f}"),
+            _text(
+                left + max(bar.value * scale, 1) + 6,
+                y + 14,
+                f"{bar.value:.2f}" if bar.value >= 0.1 else f"{bar.value:.3f}",
+            ),
         ]
     return _document(title, height, lines)
 
@@ -95,7 +99,7 @@ def curves(title: str, axes: tuple[str, str], series: Sequence[Line], *, doublin
 class _Frame:
     """Where values lie on the picture."""
 
-    left, right, top, bottom = 60, _WIDTH - 20, 36, 276
+    left, right, top, bottom = 60, _WIDTH - 20, 54, 294
 
     def __init__(self, series: Sequence[Line], *, doubling: bool) -> None:
         points = [point for line in series for point in line.points]
@@ -122,7 +126,7 @@ class _Frame:
             yield _text(self.x(mark), self.bottom + 16, f"{mark:,g}", "middle")
         yield f'<line class="axis" x1="{self.left}" y1="{self.bottom}" x2="{self.right}" y2="{self.bottom}"/>'
         yield _text((self.left + self.right) / 2, self.bottom + 34, axes[0], "middle")
-        yield _text(self.right, 20, axes[1], "end")
+        yield _text(10, 40, axes[1])
 
 
 def _ticks(largest: float) -> list[float]:

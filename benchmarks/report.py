@@ -13,15 +13,14 @@ from typing import Any
 
 from benchmarks import goals
 from benchmarks.case_pages import case_page, case_plots, summary
-from benchmarks.markdown import MIB, table
+from benchmarks.markdown import table
+from benchmarks.other_pages import origin, other_pages
 from benchmarks.plots import Line, curves
 from benchmarks.reading import Result, cases, machines, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 PAGE, PLOTS = "benchmarks.md", "plots"
-# Written by `benchmarks.memory_8b`, and of another shape than all else.
-MERGES = "memory-8b"
 
 _HEAD = """\
 # Benchmarks
@@ -52,13 +51,13 @@ _RUNNING = """\
 
 | what | writes | takes about | disk |
 |---|---|---:|---:|
-| `make bench`: all cases, 5 rounds | one file a case | 75 min | 18 GB |
-| `python -m benchmarks.run --cases zero2-1g` | `zero2-1g.json` | 6 min | 6 GB |
-| the same with `--cold`, `--size 2GiB`, `--rounds 9`, `--no-peers` | `zero2-1g-cold.json`, `zero2-2g.json`, ... | | |
+| `make bench`: all cases, 5 rounds | a file a case, `zero2-1g.json` | 45 min | 14 GB |
+| `python -m benchmarks.run --cases zero2-1g` | that one alone | 4 min | 4 GB |
+| the same with `--cold`, with `--size 2GiB` | `zero2-1g-cold.json`, `zero2-2g.json` | | |
 | `python -m benchmarks.sizes` | `sizes.json` | 10 min | 35 GB |
 | `python -m benchmarks.full_8b` | `full-8b.json` | 10 min | 51 GB |
-| `python -m benchmarks.memory_8b` | `memory-8b.json` | 60 min | 17 GB |
-| `python -m benchmarks.report` | this page | 1 s | |
+| `python -m benchmarks.memory_8b` | `memory-8b.json` | 25 min a kind | 17 GB |
+| `python -m benchmarks.report` | this page and its plots | 1 s | |
 
 DeepSpeed and mergekit get environments of their own below `.envs` (2 GB, built when missing); torch is pinned to a CPU
 build. `--scratch` says where the files lie meanwhile; they are removed.
@@ -132,7 +131,7 @@ def _page(found: Mapping[str, Result]) -> Iterator[str]:
         yield from case_page(stem, result)
     for stem, result in found.items():
         yield from _free(stem, result)
-    yield from _merges(found.get(MERGES, {}).get("runs", {}))
+    yield from other_pages(found)
     yield _RUNNING
     yield _NOT_MEASURED
 
@@ -165,7 +164,7 @@ def _free(stem: str, result: Result) -> Iterator[str]:
     yield f"## {result.get('title', stem)}\n"
     if result.get("about"):
         yield f"{result['about']}\n"
-    yield _origin(stem, result)
+    yield origin(stem, result)
     for plot in plots:
         yield f"![{plot['title']}]({PLOTS}/{stem}-{plot['key']}.svg)\n"
     for entry in tables:
@@ -174,30 +173,6 @@ def _free(stem: str, result: Result) -> Iterator[str]:
         if entry.get("about"):
             yield f"{entry['about']}\n"
         yield from table(entry["columns"], entry["rows"], words=entry.get("words", 1))
-
-
-def _origin(stem: str, result: Result) -> str:
-    facts = [f"`{stem}`"]
-    if result.get("date"):
-        facts.append(str(result["date"]))
-    if result.get("commit"):
-        facts.append(f"commit {result['commit'][:12]}" + (" with changes" if result.get("changed_since") else ""))
-    return ", ".join(facts) + ".\n"
-
-
-def _merges(runs: Result) -> Iterator[str]:
-    """What `benchmarks.memory_8b` measured, each kind once."""
-    if not runs:
-        return
-    yield "## Memory of merges of a LLaMA-3-8B\n"
-    yield "One run each, from holes (all values are zeros), synced. The default budget is 256 MiB.\n"
-    rows = []
-    for run in runs.values():
-        figures = [f"{run[key] / 1e9:.1f}" for key in ("total_size", "bytes_read")]
-        peaks = [f"{run[key] / MIB:.0f}" for key in ("peak", "planned_peak")]
-        rows.append([run["about"], run["layers"], *figures, f"{run['wall']:.0f}", *peaks])
-    yield from table(["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised"], rows)
-    yield "\n".join(sorted({f"Commit {run['commit'][:12]}, {run['date']}." for run in runs.values()})) + "\n"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before each run")
     parser.add_argument("--no-peers", action="store_true", help="shardmerge and the floor alone")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "out", help="where 18 GB of files may lie meanwhile")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "out", help="where 14 GB of files may lie meanwhile")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page is written for the default alone")
     parser.add_argument("--note", default="", help="what else a reader should know of the machine")
     return parser.parse_args()
@@ -72,7 +72,7 @@ def main() -> None:
     for chosen in _chosen(given):
         print(chosen.title, flush=True)
         with scratch(given.scratch) as folder:
-            card = machine_card(folder, given.note, {} if given.no_peers else _peers(chosen))
+            card = machine_card(folder, {} if given.no_peers else _peers(chosen), given.note)
             seen = run_case(chosen, folder, given.rounds, cold=given.cold, peers=not given.no_peers)
         name = f"{chosen.key}-cold.json" if given.cold else f"{chosen.key}.json"
         result = {**provenance(), "machine": card, **seen}

@@ -129,7 +129,7 @@ def main() -> None:
                 for run in measure_size(job, size, folder):
                     runs.append(run)
                     print(json.dumps(run), flush=True)
-        found = result(runs, machine_card(folder, given.note))
+        found = result(runs, machine_card(folder, None, given.note))
     (given.results / "sizes.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if given.results == RESULTS:
         report.write()
