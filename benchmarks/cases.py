@@ -172,7 +172,8 @@ def _reshard(key: str, nbytes: int) -> Case:
 def write_shards(folder: Path, shape: LlamaShape) -> None:
     """Writes a LlamaForCausalLM in bf16 as shards that are a distributed checkpoint too: each tensor whole, in one."""
     folder.mkdir(parents=True)
-    tensors, weight_map = shape.tensors(), {}
+    tensors = shape.tensors()
+    weight_map: dict[str, str] = {}
     names, share = iter(tensors), -(-len(tensors) // _SHARDS)
     for number in range(1, _SHARDS + 1):
         part: Shapes = {name: tensors[name] for name in islice(names, share)}

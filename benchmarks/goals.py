@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from benchmarks.reading import DURABLE, QUICK, Result, contender, floor_of, ratio
@@ -72,6 +72,8 @@ class Resident:
 
 
 Goal = OverFloor | Against | Resident
+# Words, figure, whether it reaches the bar.
+Found = tuple[str, str, bool]
 
 GOALS: dict[str, tuple[Goal, ...]] = {
     "zero2-1g": (
@@ -95,5 +97,84 @@ def rows(results: Mapping[str, Result]) -> Iterator[list[str]]:
         if result is None or contender(result, "floor") is None:
             continue
         for goal in goals:
-            figure, reached = goal.measured(result)
-            yield [f"`{case}`", goal.words, figure, "reached" if reached else "**not reached**"]
+            yield _row(case, goal.words, *goal.measured(result))
+    for stem, rows_of in _OTHERS.items():
+        if stem in results:
+            yield from _other_rows(stem, rows_of, results[stem])
+
+
+def _other_rows(stem: str, rows_of: Callable[[Result], Iterator[Found]], result: Result) -> list[list[str]]:
+    """Nothing where a file of that name has another shape: it shows tables of its own then."""
+    try:
+        return [_row(stem, *found) for found in rows_of(result)]
+    except KeyError:
+        return []
+
+
+def _row(case: str, words: str, figure: str, reached: bool) -> list[str]:
+    return [f"`{case}`", words, figure, "reached" if reached else "**not reached**"]
+
+
+# ---- results of other shapes
+
+
+def _cloned(result: Result) -> Iterator[Found]:
+    over = result["wall_ratios"]["shardmerge-no-sync"]["median"]
+    seconds = result["contenders"]["shardmerge-no-sync"]["clone_seconds"]["median"]
+    space = result["new_space_share"]["shardmerge-no-sync"]
+    yield "at most 5 % of the time of cp --reflink=never, --no-sync", f"{100 * over:.1f} %", over <= 0.05
+    yield "cloning itself under 0.1 s", f"{seconds:.4f} s", seconds < 0.1
+    yield "at most 1 % new space", f"{100 * space:.2f} %", space <= 0.01
+
+
+def _copied(result: Result) -> Iterator[Found]:
+    for key, floor in (("shardmerge", "cp and sync"), ("shardmerge-no-sync", "cp, --no-sync")):
+        over = result["wall_ratios"][key]["median"]
+        yield f"at most 1.05 x {floor}", f"{over:.2f} x", over <= 1.05
+
+
+def _flat(result: Result) -> Iterator[Found]:
+    runs = result["runs_of_sizes"]
+    peaks = [run["peak"] / _MIB for run in runs]
+    limited = [run for run in runs if run["limit"]]
+    sizes = f"{min(run['gib'] for run in runs):g} to {max(run['gib'] for run in runs):g} GiB"
+    yield f"at most 64 MiB resident, {sizes}", f"{max(peaks):.1f} MiB", max(peaks) <= 64
+    yield f"flat, {sizes}: within 8 MiB", f"{max(peaks) - min(peaks):.1f} MiB", max(peaks) - min(peaks) <= 8
+    yield (
+        "all of it in a memory group of 128 MiB",
+        f"{len(limited)} runs of {len(runs) // 2}",
+        2 * len(limited) == len(runs),
+    )
+
+
+def _planned(result: Result) -> Iterator[Found]:
+    for key, run in result["runs"].items():
+        wall, peak = run["plan"]["wall"], run["plan"]["peak"] / _MIB
+        seconds = 1 if "8b" in key else 60
+        words = f"{run['about']}: planned within {seconds} s and 300 MiB"
+        yield words, f"{wall:.2f} s, {peak:.0f} MiB", wall <= seconds and peak <= 300
+
+
+def _cast(result: Result) -> Iterator[Found]:
+    found = [row["ratio"]["median"] for row in result["rows"]]
+    as_fast = sum(ratio >= 1 for ratio in found)
+    yield "every cast at torch's speed or above", f"{as_fast} of {len(found)}", as_fast == len(found)
+
+
+def _whole(result: Result) -> Iterator[Found]:
+    first, *others = result["runs_of_8b"]
+    peak = max(run["peak"] for run in (first, *others) if "planned_peak" in run) / _MIB
+    over = first["wall"] / others[-1]["wall"]
+    yield "a whole 8B, at most 1.15 x the synced floor", f"{over:.2f} x", over <= 1.15
+    yield "at most 64 MiB resident", f"{peak:.1f} MiB", peak <= 64
+
+
+_OTHERS: dict[str, Callable[[Result], Iterator[Found]]] = {
+    "clone-xfs": _cloned,
+    "clone-btrfs": _cloned,
+    "clone-here": _copied,
+    "casts": _cast,
+    "planning": _planned,
+    "sizes": _flat,
+    "full-8b": _whole,
+}

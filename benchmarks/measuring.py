@@ -19,6 +19,7 @@ from benchmarks.memory_group import memory_group
 from benchmarks.page_cache import forget
 from benchmarks.peers.commands import ENV
 from shardmerge.bench.figures import spread
+from shardmerge.tensors import Extent
 
 WARM = "warm: one round before the measured ones is thrown away"
 # Of every run; what could not be had in one of them has no spread.
@@ -81,7 +82,7 @@ def run_case(case: Case, scratch: Path, rounds: int, *, cold: bool = False, peer
 
 
 def _contenders(
-    case: Case, source: Path, reference: Path, ranges: list[floor.Extent], *, peers: bool
+    case: Case, source: Path, reference: Path, ranges: list[Extent], *, peers: bool
 ) -> tuple[list[Contender], list[str]]:
     """Returns who takes part, and who cannot and why."""
     found, missing = case.ours(source), []

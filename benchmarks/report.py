@@ -119,7 +119,7 @@ def _page(found: Mapping[str, Result]) -> Iterator[str]:
     measured = cases(found)
     yield _HEAD
     yield from _machines(found)
-    reached = list(goals.rows(measured))
+    reached = list(goals.rows(found))
     if reached:
         yield "## What was to be shown\n"
         yield from table(["case", "bar", "measured", ""], reached, words=4)

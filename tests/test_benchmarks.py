@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, page_cache, report, sizes
+from benchmarks import case_pages, floor, full_8b, goals, page_cache, report, sizes
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.measuring import run_case
 from benchmarks.memory_group import memory_group
@@ -90,6 +90,7 @@ CAST = {
     "ratio": {"median": 0.9},
 }
 CLONE = {"wall": SPREAD, "cpu": SPREAD, "peak": {"median": 50 * MIB}}
+OURS = ("shardmerge", "shardmerge-no-sync")
 PLAN = {"wall": 3.21, "cpu": 3.0, "peak": 200 * MIB, "printed": 2_500_000, "tensors": 91_000}
 
 
@@ -104,9 +105,12 @@ PLAN = {"wall": 3.21, "cpu": 3.0, "peak": 200 * MIB, "printed": 2_500_000, "tens
                 "kind": "xfs",
                 "size": 1 << 33,
                 "rounds": 5,
-                "contenders": {"shardmerge": {**CLONE, "clone_seconds": SPREAD, "bytes_cloned": SPREAD}, "cp": CLONE},
-                "wall_ratios": {"shardmerge": {"median": 0.04, "min": 0.03, "max": 0.05}},
-                "new_space_share": {"shardmerge": 0.004, "cp": 1.0},
+                "contenders": {
+                    **{key: {**CLONE, "clone_seconds": SPREAD, "bytes_cloned": SPREAD} for key in OURS},
+                    "cp": CLONE,
+                },
+                "wall_ratios": {key: {"median": 0.04, "min": 0.03, "max": 0.05} for key in OURS},
+                "new_space_share": {**dict.fromkeys(OURS, 0.004), "cp": 1.0},
             },
             "0.040 (0.030 to 0.050) | 2.00 | 50 | 2.0000 | 0 | 0.4 %",
         ),
@@ -118,6 +122,40 @@ def test_results_of_other_shapes_are_shown(stem: str, result: dict[str, object],
     page = report.files(tmp_path)["benchmarks.md"]
     assert words in page
     assert f"`{stem}`, today, commit aaaaaaaaaaaa." in page
+    assert {row[0] for row in goals.rows({stem: result})} == {f"`{stem}`"}
+
+
+def measured_entry(key: str, walls: list[float], peak: int) -> dict[str, object]:
+    return {"key": key, "runs": [{"wall": wall, "peak": peak} for wall in walls], "peak": {"max": peak}}
+
+
+@pytest.mark.parametrize(
+    ("wall", "peak", "expected"),
+    [
+        (1.1, 60, ["reached"] * 3),
+        (1.2, 60, ["**not reached**"] * 2 + ["reached"]),
+        (1.1, 65, ["reached"] * 2 + ["**not reached**"]),
+    ],
+)
+def test_bars_are_judged_by_ratios_of_rounds(wall: float, peak: int, expected: list[str]) -> None:
+    """The second round was ten times slower for everyone, which says nothing."""
+    ours = [measured_entry(key, [wall, 10 * wall, wall], peak * MIB) for key in ("shardmerge", "shardmerge-no-sync")]
+    floors = [measured_entry(key, [1.0, 10.0, 1.0], MIB) for key in ("floor", "floor-sync")]
+    rows = list(goals.rows({"zero2-4g": {"contenders": ours + floors}}))
+    assert [row[3] for row in rows] == expected
+    assert [row[2] for row in rows] == [f"{wall:.2f} x", f"{wall:.2f} x", f"{peak:.1f} MiB"]
+
+
+def test_peers_are_judged_by_how_much_more_they_take() -> None:
+    peers = [measured_entry(key, [6.5, 6.5], 2000 * MIB) for key in ("zero_to_fp32", "zero_to_torch")]
+    entries = [measured_entry("shardmerge-no-sync", [1.0, 1.0], 50 * MIB), measured_entry("floor", [1, 1], 0), *peers]
+    rows = {row[1]: row[2:] for row in goals.rows({"zero2-1g": {"contenders": entries}})}
+    assert rows == {
+        "at least 6 x faster than zero_to_fp32, --no-sync": ["6.5 x", "reached"],
+        "at least 8 x faster than zero_to_fp32-cast, --no-sync": ["not measured", "**not reached**"],
+        "at least 5 x faster than zero_to_torch, --no-sync": ["6.5 x", "reached"],
+        "at most 1/50 of the memory of zero_to_fp32": ["1/40", "**not reached**"],
+    }
 
 
 def test_what_is_outdated_or_left_over_is_found_and_written(tmp_path: Path) -> None:
