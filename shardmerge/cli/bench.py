@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from shardmerge.api import parse_size
 from shardmerge.cli.options import dumped, json_option
 
 
@@ -21,8 +20,9 @@ def bench(size: str, scratch: str, rounds: int, as_json: bool) -> None:
     Writes a checkpoint, casts it to bf16, renames its tensors, and lets `dd` move the same bytes in turn. Everything is
     removed afterwards.
     """
-    # Nobody else needs it: subprocess, numpy's generator.
-    from shardmerge.bench import suite, table  # noqa: PLC0415
+    # Nobody else needs these, and they are slow to import.
+    from shardmerge.api import parse_size
+    from shardmerge.bench import suite, table
 
     place = Path(scratch).expanduser().absolute()
     found = suite.bench(parse_size(size, binary=True), place, rounds, lambda line: click.echo(line, err=True))
