@@ -122,7 +122,7 @@ def _check(tag: Path, shape: LlamaShape, out: Path) -> str:
     return "The first, a middle and the last tensor are what torch makes of the master weights, bit by bit"
 
 
-def result(runs: Sequence[Run], checks: Sequence[str], card: dict[str, object]) -> dict[str, object]:
+def result(runs: Sequence[Run], checks: Sequence[str], shape: LlamaShape, card: dict[str, object]) -> dict[str, object]:
     """Returns the result file: the runs, a table and a plot."""
     last = float(str(runs[-1]["wall"]))
     columns = [
@@ -143,11 +143,12 @@ def result(runs: Sequence[Run], checks: Sequence[str], card: dict[str, object]) 
         wall = float(str(run["wall"]))
         rows.append([run["title"], round(wall, 1), round(wall / last, 2), run["cpu"], *mebibytes])
     first = runs[0]
+    model = "A whole Llama-3-8B" if shape == LLAMA_3_8B else f"A LLaMA of {_numel(shape):,} parameters"
     about = f"{first['bytes_read']:,} bytes read, {first['bytes_written']:,} written, {first['tensors']} tensors. "
     return {
         **provenance(),
         "machine": card,
-        "title": "A whole Llama-3-8B: ZeRO-2 of 2 ranks, fp32 to bf16",
+        "title": f"{model}: ZeRO-2 of {WORLD} ranks, fp32 to bf16",
         "about": about + "One run each, synced. " + " ".join(f"{check}." for check in checks),
         "runs_of_8b": list(runs),
         "tables": [{"columns": columns, "rows": rows}],
@@ -182,7 +183,7 @@ def main() -> None:
         if free_bytes(folder) < needed_disk(shape):
             sys.exit(f"{needed_disk(shape):,} bytes are needed on the disk of {given.scratch}")
         card = machine_card(folder, None, given.note)
-        found = result(*measure_all(shape, folder), card)
+        found = result(*measure_all(shape, folder), shape, card)
     (given.results / "full-8b.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     if given.results == RESULTS:
         report.write()

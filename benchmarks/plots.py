@@ -108,7 +108,7 @@ class _Frame:
         self._heights = _ticks(max(y for _, y in points))
         xs = [x for x, _ in points] + ([] if doubling else self._marks[-1:])
         self._low = log2(min(xs)) if doubling else 0.0
-        self._high = (log2(max(xs)) if doubling else max(xs)) or 1.0
+        self._high = log2(max(xs)) if doubling else max(xs)
 
     def x(self, value: float) -> float:
         share = ((log2(value) if self._doubling else value) - self._low) / ((self._high - self._low) or 1.0)

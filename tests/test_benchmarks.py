@@ -176,12 +176,13 @@ def test_a_bar_is_as_long_as_its_value() -> None:
 
 
 def test_lines_stay_in_their_frame() -> None:
-    points = [(0.5, 60.0), (2, 61.0), (8, 60.5), (32, 61.5)]
-    for doubling in (False, True):
+    for doubling, last in ((False, 32), (True, 32), (True, 1)):
+        points = [(0.25, 60.0), (0.5, 61.0), (last, 61.5)]
         drawing = ElementTree.fromstring(curves("T", ("x", "y"), [Line("l", points)], doubling=doubling))
         lines = drawing.iter("{http://www.w3.org/2000/svg}polyline")
         pairs = [[float(part) for part in pair.split(",")] for pair in next(lines).get("points", "").split()]
         assert [x for x, _ in pairs] == sorted({x for x, _ in pairs})
+        assert pairs[-1][0] == 740 or not doubling
         assert all(60 <= x <= 740 and 54 <= y <= 294 for x, y in pairs)
 
 
@@ -281,7 +282,7 @@ def test_the_full_model_is_checked_and_measured(tmp_path: Path) -> None:
     assert runs[0]["title"] == "shardmerge"
     assert runs[0]["total_size"] == 2 * NUMEL
     assert any("bit by bit" in check for check in checks)
-    found = full_8b.result(runs, checks, {"cpu": "X"})
+    found = full_8b.result(runs, checks, TINY, {"cpu": "X"})
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "full-8b.json").write_text(json.dumps(found))
     assert "plots/full-8b-memory.svg" in report.files(tmp_path / "results")
