@@ -56,7 +56,8 @@ def run_case(case: Case, scratch: Path, rounds: int, *, cold: bool = False, peer
     case.prepare(source)
     ranges = floor.needed(source / name for name in case.sources)
     contenders, missing = _contenders(case, source, reference, ranges, peers=peers)
-    checks = _warm_up(contenders, source / case.sources[0], scratch)
+    checks, failed = _warm_up(contenders, source / case.sources[0], scratch)
+    contenders = [contender for contender in contenders if contender.key not in failed]
     runs: dict[str, list[dict[str, object]]] = {contender.key: [] for contender in contenders}
     curves: dict[str, list[tuple[float, int, int]]] = {}
     cache = WARM
@@ -74,7 +75,7 @@ def run_case(case: Case, scratch: Path, rounds: int, *, cold: bool = False, peer
         "cache": cache,
         "rounds": rounds,
         "checks": checks,
-        "missing": missing,
+        "missing": [*missing, *failed.values()],
         "needed_bytes": sum(extent.nbytes for extent in ranges),
         "output_bytes": sum(path.stat().st_size for path in reference.glob("*.safetensors")),
         "contenders": [_summary(contender, runs[contender.key], curves) for contender in contenders],
@@ -94,12 +95,21 @@ def _contenders(
     return found + floor.floors(ranges, reference, source.with_name("read.sh"), casts=case.casts), missing
 
 
-def _warm_up(contenders: Sequence[Contender], source: Path, scratch: Path) -> list[str]:
-    """Runs everyone once; keeps our output as the reference, and compares what the others wrote."""
-    checks = []
+def _warm_up(contenders: Sequence[Contender], source: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
+    """Runs everyone once; keeps our output as the reference, and compares what the others wrote.
+
+    Returns what was found equal, and which peers failed, with their last words.
+    """
+    checks, failed = [], {}
     for contender in contenders:
         out = scratch / ("out" if contender.key != "shardmerge" else "reference")
-        succeed(_measure(contender, out))
+        done = _measure(contender, out)
+        if done.code and contender.kind == "peer":
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            failed[contender.key] = f"{contender.title}: exit code {done.code}, {last[:200]}"
+            shutil.rmtree(out, ignore_errors=True)
+            continue
+        succeed(done)
         if contender.same_as:
             truth = scratch / "reference" if contender.same_as == "ours" else source
             both: list[str | Path] = [sys.executable, "-m", "shardmerge", "diff", truth, out, "--json"]
@@ -109,7 +119,7 @@ def _warm_up(contenders: Sequence[Contender], source: Path, scratch: Path) -> li
             checks.append(f"{contender.title} writes the tensors that {other}, bit by bit")
         if contender.key != "shardmerge":
             shutil.rmtree(out)
-    return checks
+    return checks, failed
 
 
 def _run(contender: Contender, out: Path) -> tuple[Measured, dict[str, object]]:

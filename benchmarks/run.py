@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import report
@@ -57,11 +58,11 @@ def _chosen(given: argparse.Namespace) -> list[Case]:
 def _peers(chosen: Case) -> dict[str, str]:
     """Returns the versions of what is measured in an environment of its own."""
     found: dict[str, str] = {}
-    if "DeepSpeed" in chosen.peers:
-        found |= environment.versions(environment.deepspeed(), ["deepspeed"])
-    if "mergekit" in chosen.peers:
-        found |= environment.versions(environment.mergekit(), ["mergekit"])
-        found |= environment.versions(sys.executable, ["transformers", "accelerate"])
+    wanted = {"DeepSpeed": (environment.deepspeed, "deepspeed"), "mergekit": (environment.mergekit, "mergekit")}
+    for name, (build, package) in wanted.items():
+        if name in chosen.peers:
+            with suppress(subprocess.CalledProcessError):  # then the result says that it is missing
+                found |= environment.versions(build(), [package])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ pytest.importorskip("torch", reason="torch writes the checkpoints")
 
 from benchmarks import case_pages, floor, full_8b, goals, page_cache, report, sizes
 from benchmarks.cases import DEFAULT, case, resized, write_shards
+from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
 from benchmarks.memory_group import memory_group
 from benchmarks.page_cache import forget
@@ -241,6 +243,22 @@ def test_cases_run_at_small_sizes(key: str, tmp_path: Path) -> None:
     assert "shardmerge --no-sync" in page
     for text in case_pages.case_plots(stem, shown).values():
         ElementTree.fromstring(text)
+
+
+def test_a_peer_that_fails_or_is_not_to_be_had_is_said(tmp_path: Path) -> None:
+    def fails(source: Path) -> list[Contender]:
+        command = ["sh", "-c", "echo no luck >&2; exit 3"]
+        return [Contender("broken", "Broken 1.0", "peer", lambda out: command, "broken IN OUT")]
+
+    def absent(source: Path) -> list[Contender]:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    chosen = replace(case("rename-8m"), peers={"broken": fails, "absent": absent})
+    result = run_case(chosen, tmp_path, 1)
+    assert {entry["kind"] for entry in result["contenders"]} == {"ours", "floor"}
+    gone, broken = result["missing"]
+    assert gone.startswith("absent: could not be made ready")
+    assert broken == "Broken 1.0: exit code 3, no luck"
 
 
 @pytest.mark.parametrize("key", ["zero9-1g", "zero2", "zero2-1t", ""])
