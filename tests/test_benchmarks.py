@@ -27,6 +27,7 @@ from shardmerge.bench.processes import measure
 from shardmerge.storage.reading import file_system
 
 MIB = 1 << 20
+CLONING = {"xfs", "btrfs"}
 TINY = LlamaShape(256, 2, 4, 2, 768, 1024)
 NUMEL = sum(prod(shape) for shape in TINY.tensors().values())
 
@@ -225,16 +226,18 @@ def test_cases_run_at_small_sizes(key: str, tmp_path: Path) -> None:
     small = resized(key, "8MiB")
     result = run_case(case(small), tmp_path, 1, cold="rename" in key, peers=False)
     entries = {entry["key"]: entry for entry in result["contenders"]}
+    moved = case(small).casts or file_system(tmp_path) not in CLONING  # clones are neither read nor written
     assert {"shardmerge", "shardmerge-no-sync", "floor", "floor-sync"} <= entries.keys()
     assert ("cp" in entries) == case(small).casts
     assert result["cache"].startswith("cold" if "rename" in key else "warm")
     for entry in entries.values():
         assert entry["wall"]["median"] > 0
         assert entry["written"]["median"] >= result["output_bytes"]
-        if entry["rchar"]:
+        if entry["rchar"] and moved:
             assert entry["wchar"]["median"] >= result["output_bytes"]
     mine = entries["shardmerge"]
-    assert mine["bytes_read"]["median"] >= result["needed_bytes"]
+    if moved:
+        assert mine["bytes_read"]["median"] >= result["needed_bytes"]
     if mine["cgroup"]:
         assert mine["cgroup"]["median"] > mine["anonymous"]["median"]
     stem = result["case"]["key"]
@@ -334,7 +337,8 @@ def test_sizes_are_measured_freely_and_under_the_limit(tmp_path: Path) -> None:
     runs = list(sizes.measure_size("copy", 200 * MIB, tmp_path))
     assert list(tmp_path.iterdir()) == []
     assert runs[0]["limit"] == 0
-    assert 0.7 * 200 * MIB < runs[0]["bytes_written"] < 1.3 * 200 * MIB
+    if file_system(tmp_path) not in CLONING:
+        assert 0.7 * 200 * MIB < runs[0]["bytes_written"] < 1.3 * 200 * MIB
     if len(runs) == 2:
         assert runs[1]["cgroup"] <= sizes.LIMIT
     found = sizes.result(runs, {"cpu": "X"})
