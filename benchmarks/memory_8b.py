@@ -32,7 +32,17 @@ ABOUT = {
 def measure_merge(kind: str, shape: LlamaShape, folder: Path, options: Sequence[str] = ()) -> dict[str, object]:
     """Writes the inputs of a merge, runs it, and returns its figures: seconds and bytes. Leaves the output there."""
     mapping = WRITERS[kind](folder / kind, shape)
-    command = [sys.executable, "-m", "shardmerge", "run", mapping, "--out", folder / "out", "--json", *options]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "shardmerge",
+        "run",
+        mapping,
+        "--out",
+        folder / "out",
+        "--json",
+        *options,
+    ]
     done = measure(command, cwd=ROOT)
     found = answer(done)
     return {

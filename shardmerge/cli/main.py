@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import shardmerge
+from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options, write_lines
 from shardmerge.cli.progress import progress_bar
@@ -224,6 +225,7 @@ def presets_show(name: str) -> None:
 
 
 add_commands(cli)
+cli.add_command(bench)
 
 
 def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:
