@@ -10,7 +10,6 @@ round, each a whole process; a first round is thrown away. Results go to ``bench
 from __future__ import annotations
 
 import argparse
-import compileall
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.harness import answer, measure, succeed
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.synthetic import llama_of, write_safetensors
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -196,7 +195,7 @@ def main() -> None:
         sys.exit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     if missing := _missing(kinds):
         sys.exit(missing)
-    compileall.compile_dir(ROOT / "shardmerge", quiet=1)  # as pip does; a source tree may not be, half a second a start
+    as_installed()
     given.scratch.mkdir(parents=True, exist_ok=True)
     given.results.mkdir(parents=True, exist_ok=True)
     for kind in kinds:

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import floor, report
 from benchmarks.contender import program
 from benchmarks.harness import Measured, answer, measure, succeed, thinned
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.memory_group import memory_group
 from benchmarks.page_cache import forget
 from benchmarks.run import RESULTS, scratch
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    as_installed()
     shape = replace(LLAMA_3_8B, layers=given.layers)
     with scratch(given.scratch) as folder:
         if free_bytes(folder) < needed_disk(shape):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.cases import DEFAULT, Case, case, resized
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.measuring import run_case
 from benchmarks.peers import environment
 
@@ -69,6 +69,7 @@ def _peers(chosen: Case) -> dict[str, str]:
 def main() -> None:
     """Measures, writes the results, and renders the page."""
     given = _arguments()
+    as_installed()
     given.results.mkdir(parents=True, exist_ok=True)
     for chosen in _chosen(given):
         print(chosen.title, flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.contender import program
 from benchmarks.harness import answer, measure
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.memory_group import memory_group
 from benchmarks.run import RESULTS, scratch
 from benchmarks.synthetic import llama_of, write_safetensors, write_zero
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    as_installed()
     sizes = [int(float(size) * _GIB) for size in given.sizes.split(",")]
     with scratch(given.scratch) as folder:
         if free_bytes(folder) < max(sizes) + _GIB:
