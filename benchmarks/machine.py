@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import compileall
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.harness import answer, measure
-from benchmarks.peers import environment
-from shardmerge.storage.reading import file_system
+from shardmerge.bench.machine import machine_card as card_of
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = 1
-_GIB = 1 << 30
+SCHEMA = 2
 
 
-def machine_card(folder: Path, deepspeed: Path | None, note: str) -> dict[str, object]:
-    """Returns what a reader must know of the machine to judge the figures."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    card: dict[str, object] = {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / _GIB, 1),
-        "kernel": platform.release().split("-")[0],
-        "file_system": file_system(folder),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "ml_dtypes", "safetensors", "torch")},
-        "note": note,
-    }
-    return card | ({"deepspeed": environment.VERSION, **_versions_there(deepspeed)} if deepspeed else {})
+def machine_card(folder: Path, others: Mapping[str, str] | None = None, note: str = "") -> dict[str, object]:
+    """Returns what a reader must know of the machine to judge the figures; ``others`` are versions of peers."""
+    return {**card_of(folder), "torch": version("torch"), **(others or {}), "note": note}
 
 
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions_there(python: Path) -> dict[str, str]:
-    program = (
-        "from importlib.metadata import version\n"
-        "import json, platform\n"
-        "print(json.dumps({'deepspeed_python': platform.python_version(),"
-        " 'deepspeed': version('deepspeed'), 'deepspeed_torch': version('torch')}))"
-    )
-    return {key: str(value) for key, value in answer(measure([python, "-c", program])).items()}
+def as_installed() -> None:
+    """Compiles our modules, as pip does: a source tree may not be, which costs every start half a second."""
+    compileall.compile_dir(ROOT / "shardmerge", quiet=1)
 
 
 def _git(*arguments: str) -> str:

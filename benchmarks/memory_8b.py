@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import answer, measure
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.merges import WRITERS
 from benchmarks.synthetic import LLAMA_3_8B, LlamaShape
 
@@ -32,7 +32,17 @@ ABOUT = {
 def measure_merge(kind: str, shape: LlamaShape, folder: Path, options: Sequence[str] = ()) -> dict[str, object]:
     """Writes the inputs of a merge, runs it, and returns its figures: seconds and bytes. Leaves the output there."""
     mapping = WRITERS[kind](folder / kind, shape)
-    command = [sys.executable, "-m", "shardmerge", "run", mapping, "--out", folder / "out", "--json", *options]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "shardmerge",
+        "run",
+        mapping,
+        "--out",
+        folder / "out",
+        "--json",
+        *options,
+    ]
     done = measure(command, cwd=ROOT)
     found = answer(done)
     return {
@@ -53,6 +63,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where 16 GB may lie meanwhile")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    as_installed()
     for kind in given.kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="memory-8b-", dir=given.scratch) as name:
             folder = Path(name)

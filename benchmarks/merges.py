@@ -52,6 +52,11 @@ def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False) -> None:
     """Writes a LlamaForCausalLM directory that transformers loads."""
     folder.mkdir(parents=True)
     write_safetensors(folder / "model.safetensors", shape.tensors(), fill=fill)
+    (folder / "config.json").write_text(model_config(shape), "utf-8")
+
+
+def model_config(shape: LlamaShape) -> str:
+    """Returns the config.json of a LlamaForCausalLM in bf16."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -64,7 +69,7 @@ def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    return json.dumps(config, indent=2)
 
 
 def write_adapter(folder: Path, tensors: Shapes, rank: int, *, fill: bool, modules: Sequence[str]) -> None:

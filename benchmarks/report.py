@@ -1,237 +1,179 @@
-"""Renders docs/benchmarks.md from the result files: ``python -m benchmarks.report``. Pure text, no measuring."""
+"""Renders docs/benchmarks.md and its plots from the result files: ``python -m benchmarks.report``. No measuring.
+
+Besides the cases of `benchmarks.run` any result file may carry ``tables`` (``title``, ``about``, ``columns``, ``rows``)
+and ``plots`` (``key``, ``title``, ``axes``, ``doubling``, ``series`` of ``label`` and ``points``), which are shown as
+they are, below the file's own ``title`` and ``about``.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-# As json.loads gives it; `benchmarks.run` says what is in it.
-Result: TypeAlias = Mapping[str, Any]
+from benchmarks import goals
+from benchmarks.case_pages import case_page, case_plots, summary
+from benchmarks.markdown import table
+from benchmarks.other_pages import origin, other_pages
+from benchmarks.plots import Line, curves
+from benchmarks.reading import Result, cases, machines, read
 
-_MIB = 1 << 20
-# Written by `benchmarks.memory_8b`, and of another shape than the cases.
-MERGES = "memory-8b.json"
-# Written by `benchmarks.scale`, likewise.
-PLANNING = "planning.json"
-_OURS = ("shardmerge", "shardmerge-no-sync")
+ROOT = Path(__file__).parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+PAGE, PLOTS = "benchmarks.md", "plots"
 
 _HEAD = """\
 # Benchmarks
 
-Written by `make bench`; every single run is in `benchmarks/results/*.json`. Take the ratios, not the absolute
-figures: those belong to the machine below.
+Written by `python -m benchmarks.report` from `benchmarks/results/*.json`, where every single run is. Take the ratios,
+not the absolute figures: those belong to the machine below. `shardmerge bench` measures yours.
 
 How it was measured:
 
 - Whole processes, from outside: interpreter start and imports count. Wall clock, CPU (user + system) and peak resident
-  memory are those of `wait4`. *Anonymous* is the part of it that is no mapped file and that a system short of memory
-  cannot take back; it is sampled 50 times a second.
+  memory are those of `wait4`, children included. *Anonymous* is what a system short of memory cannot take back, *file
+  pages* what it can; both are sampled 50 times a second. *With page cache* is the peak of a memory control group of its
+  own: also the pages that the run brought into the cache or wrote.
 - All contenders of a case run in turn, round after round, in rotated order. Ratios are taken inside each round, and the
-  table shows their median and, in brackets, the smallest and the largest.
-- **Warm page cache**: one round before the measured ones is thrown away. What the contender before left unwritten is
-  synced before the next one starts, and outputs are removed, outside of the clock.
-- shardmerge syncs its result to the disk before it publishes it; DeepSpeed, `save_file` and a plain `cp` do not. So
-  `shardmerge` is to be compared with `cp and sync`, and `shardmerge --no-sync` with all others.
-- The floor is a copy of a file as large as the *output*. A conversion of fp32 to bf16 has to read twice as much.
+  tables show their median and, in brackets, the smallest and the largest.
+- Cold or warm is said with each case. What the contender before left unwritten is synced before the next one starts,
+  and outputs are removed, outside of the clock.
+- The **floor** is what any program would have to do, on the same disk in the same round: read the bytes of the tensors
+  that are needed (`dd`; no moments), then write as many bytes as the output has (`cp` of a file). Where the values do
+  not change, a copy is both, and the floor is `cp`.
+- shardmerge syncs its result to the disk before it publishes it; the peers and a plain `cp` do not. So `shardmerge` is
+  compared with the synced floor, and `shardmerge --no-sync` with the floor and with the peers.
+- What each wrote is compared with what shardmerge wrote, or with the input where a peer cannot rename, bit by bit.
+"""
+
+_RUNNING = """\
+## Running it
+
+| what | writes | takes about | disk |
+|---|---|---:|---:|
+| `make bench`: all cases, 5 rounds | a file a case, `zero2-1g.json` | 45 min | 14 GB |
+| `python -m benchmarks.run --cases zero2-1g` | that one alone | 4 min | 4 GB |
+| the same with `--cold`, with `--size 2GiB` | `zero2-1g-cold.json`, `zero2-2g.json` | | |
+| `python -m benchmarks.sizes` | `sizes.json` | 10 min | 35 GB |
+| `python -m benchmarks.full_8b` | `full-8b.json` | 10 min | 51 GB |
+| `python -m benchmarks.memory_8b` | `memory-8b.json` | 25 min a kind | 17 GB |
+| `python -m benchmarks.report` | this page and its plots | 1 s | |
+
+DeepSpeed and mergekit get environments of their own below `.envs` (2 GB, built when missing); torch is pinned to a CPU
+build. `--scratch` says where the files lie meanwhile; they are removed.
 """
 
 _NOT_MEASURED = """\
 ## What is not measured
 
-- Cold page cache, spinning disks, network file systems, file systems that can clone (XFS, btrfs).
-- More than two cores, and memory busy with other work.
-- Real 8B weights from end to end: holes stand for them.
-- fp16 and float8 outputs, torch `.pth` sources, several shards, `--download`.
+- Spinning disks and network file systems. More than two cores, and memory busy with other work.
+- float8 outputs of checkpoints, torch `.pth` sources, several output shards, `--download`.
 - Older DeepSpeed, `ds_to_universal`, XTuner's own `pth_to_hf`.
-- Energy, and anything on a GPU.
+- Energy.
 """
 
 
-def write(results: Path, page: Path) -> None:
-    """Writes the page from all result files of a directory."""
-    paths = (path for path in sorted(results.glob("*.json")) if path.name not in (MERGES, PLANNING))
-    found = [json.loads(path.read_text("utf-8")) for path in paths]
-    page.write_text(render(found, _runs(results / MERGES), _runs(results / PLANNING)), "utf-8")
+def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    """Writes the page and its plots, and removes plots of results that are gone."""
+    wanted = files(results)
+    for path in _left_over(wanted, docs):
+        path.unlink()
+    for name, text in wanted.items():
+        (docs / name).parent.mkdir(exist_ok=True)
+        (docs / name).write_text(text, "utf-8")
 
 
-def _runs(path: Path) -> Result:
-    runs: Result = json.loads(path.read_text("utf-8"))["runs"] if path.is_file() else {}
-    return runs
+def outdated(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
+    """Returns the files that `write` would change, add or remove."""
+    wanted = files(results)
+    changed = [docs / name for name, text in wanted.items() if not _holds(docs / name, text)]
+    return changed + _left_over(wanted, docs)
 
 
-def render(results: Sequence[Result], merges: Result, plans: Result) -> str:
-    """Returns the page as Markdown."""
-    blocks = [_HEAD, *_machines(results), *_memory(results), *_merges(merges), *_plans(plans)]
-    for result in results:
-        blocks += _case(result)
-    return "\n".join([*blocks, _NOT_MEASURED])
+def files(results: Path) -> dict[str, str]:
+    """Returns the page and the plots, by their path below docs."""
+    found = read(results)
+    plots = {f"{PLOTS}/{name}": text for name, text in _plots(found)}
+    return {PAGE: "\n".join(_page(found)), **plots}
 
 
-# ---- the machine
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text("utf-8") == text
 
 
-def _machines(results: Sequence[Result]) -> Iterator[str]:
+def _left_over(wanted: Mapping[str, str], docs: Path) -> list[Path]:
+    return [path for path in sorted((docs / PLOTS).glob("*.svg")) if f"{PLOTS}/{path.name}" not in wanted]
+
+
+def _plots(found: Mapping[str, Result]) -> Iterator[tuple[str, str]]:
+    for stem, result in cases(found).items():
+        yield from case_plots(stem, result).items()
+    for stem, result in found.items():
+        for plot in result.get("plots", ()):
+            lines = [Line(series["label"], series["points"]) for series in plot["series"]]
+            text = curves(plot["title"], tuple(plot["axes"]), lines, doubling=plot.get("doubling", False))
+            yield f"{stem}-{plot['key']}.svg", text
+
+
+def _page(found: Mapping[str, Result]) -> Iterator[str]:
+    measured = cases(found)
+    yield _HEAD
+    yield from _machines(found)
+    reached = list(goals.rows(found))
+    if reached:
+        yield "## What was to be shown\n"
+        yield from table(["case", "bar", "measured", ""], reached, words=4)
+    if measured:
+        yield "## All cases\n"
+        yield "Medians of ratios: shardmerge over the floor, and the fastest peer over `shardmerge --no-sync`.\n"
+        yield from summary(measured)
+    for stem, result in measured.items():
+        yield from case_page(stem, result)
+    for stem, result in found.items():
+        yield from _free(stem, result)
+    yield from other_pages(found)
+    yield _RUNNING
+    yield _NOT_MEASURED
+
+
+def _machines(found: Mapping[str, Result]) -> Iterator[str]:
     cards: dict[str, list[str]] = {}
-    for result in results:
-        cards.setdefault(_card(result), []).append(result["case"]["key"])
-    for card, keys in cards.items():
-        prefix = f"{', '.join(keys)}: " if len(cards) > 1 else ""
-        yield f"Machine: {prefix}{card}\n"
+    for stem, machine in machines(found):
+        cards.setdefault(_card(machine), []).append(f"`{stem}`")
+    for card, stems in cards.items():
+        yield f"Machine of {', '.join(dict.fromkeys(stems))}: {card}\n"
 
 
-def _card(result: Result) -> str:
-    machine = result["machine"]
-    note = f" {machine['note']}" if machine["note"] else ""
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-        f"{machine['file_system']}; Python {machine['python']}, numpy {machine['numpy']}, "
-        f"ml_dtypes {machine['ml_dtypes']}, torch {machine['torch']}.{note}"
+def _card(machine: Mapping[str, Any]) -> str:
+    first = ("cpu", "cores", "memory_gib", "kernel", "file_system", "python", "note")
+    # How results of schema 1 call what runs in the environment of DeepSpeed.
+    others = {name: text for name, text in machine.items() if name not in first and not name.startswith("deepspeed_")}
+    hardware = (
+        f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, {machine.get('memory_gib', '?')} GiB, "
+        f"Linux {machine.get('kernel', '?')}, {machine.get('file_system', '?')}; Python {machine.get('python', '?')}"
     )
+    versions = "".join(f", {name} {text}" for name, text in others.items())
+    return f"{hardware}{versions}." + (f" {machine['note']}" if machine.get("note") else "")
 
 
-# ---- memory over size
-
-
-def _memory(results: Sequence[Result]) -> Iterator[str]:
-    sized = [result for result in results if result["case"]["key"].startswith("zero2-")]
-    if len(sized) < 2 or len({result["commit"] for result in sized}) > 1:  # other code, other memory
+def _free(stem: str, result: Result) -> Iterator[str]:
+    """What a result file says of itself."""
+    tables, plots = result.get("tables", ()), result.get("plots", ())
+    if not (tables or plots):
         return
-    yield "## Memory does not grow with the checkpoint\n"
-    yield "Peak resident memory in MiB, ZeRO-2 to bf16; in brackets the anonymous part.\n"
-    yield _row(["", *(_weights(result) for result in sized)])
-    yield _row(["---"] * (len(sized) + 1))
-    for contender in sized[0]["contenders"]:
-        if contender["kind"] != "floor":
-            cells = [_peak(_contender(result, contender["key"])) for result in sized]
-            yield _row([contender["title"], *cells])
-    planned = [f"{_contender(result, 'shardmerge')['planned_peak']['max'] / _MIB:.0f}" for result in sized]
-    yield _row(["what shardmerge's plan promised", *planned]) + "\n"
-
-
-def _weights(result: Result) -> str:
-    size = result["case"]["key"].removeprefix("zero2-").removesuffix("g")
-    return f"{size} GiB of fp32"
-
-
-def _peak(contender: Mapping[str, Any]) -> str:
-    return f"{contender['peak']['max'] / _MIB:,.0f} ({contender['anonymous']['max'] / _MIB:,.0f})"
-
-
-# ---- merges at 8B
-
-
-def _plans(plans: Result) -> Iterator[str]:
-    """What `benchmarks.scale` measured, each case once."""
-    if not plans:
-        return
-    yield "## Plan the largest models\n"
-    yield "Whole processes: `plan --json`, and `convert --dry-run --json`. The data are holes, all headers are true.\n"
-    yield _row(["", "files", "tensors", "command", "wall s", "CPU s", "peak MiB"])
-    yield _row(["---", "---:", "---:", "---", "---:", "---:", "---:"])
-    for run in plans.values():
-        for name in ("plan", "convert"):
-            one = run[name]
-            figures = [f"{one['wall']:.1f}", f"{one['cpu']:.1f}", f"{one['peak'] / _MIB:.0f}"]
-            yield _row([run["about"], f"{run['files']:,}", f"{one['tensors']:,}", f"`{name}`", *figures])
-    cards = {f"{_card(run)} Commit {run['commit'][:12]}, {run['date']}." for run in plans.values()}
-    yield "\n" + "\n".join(sorted(cards)) + "\n"
-
-
-def _merges(runs: Result) -> Iterator[str]:
-    """What `benchmarks.memory_8b` measured, each kind once."""
-    if not runs:
-        return
-    yield "## Memory of merges of a LLaMA-3-8B\n"
-    yield "One run each, from holes (all values are zeros), synced. The default budget is 256 MiB.\n"
-    yield _row(["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised"])
-    yield _row(["---", "---:", "---:", "---:", "---:", "---:", "---:"])
-    for run in runs.values():
-        figures = [f"{run[key] / 1e9:.1f}" for key in ("total_size", "bytes_read")]
-        peaks = [f"{run[key] / _MIB:.0f}" for key in ("peak", "planned_peak")]
-        yield _row([run["about"], str(run["layers"]), *figures, f"{run['wall']:.0f}", *peaks])
-    cards = {f"{_card(run)} Commit {run['commit'][:12]}, {run['date']}." for run in runs.values()}
-    yield "\n" + "\n".join(sorted(cards)) + "\n"
-
-
-# ---- a case
-
-
-def _case(result: Result) -> Iterator[str]:
-    case = result["case"]
-    yield f"## {case['title']}\n"
-    commit = result["commit"][:12] + (" with changes" if result["changed_since"] else "")
-    yield f"{case['about']}\n\n{result['rounds']} rounds, {result['date']}, commit {commit}.\n"
-    yield from _ratio_table(result)
-    yield from _figure_table(result)
-    yield "".join(f"- Checked: {check}.\n" for check in result["checks"])
-
-
-def _ratio_table(result: Result) -> Iterator[str]:
-    """Ours over theirs: below 1 is less than theirs, and what is above 1 stands in bold."""
-    yield "shardmerge's figure divided by theirs; **bold** where shardmerge needs more.\n"
-    yield _row(["beside", "wall", "wall, --no-sync", "CPU, --no-sync", "peak memory", "anonymous"])
-    yield _row(["---", "---:", "---:", "---:", "---:", "---:"])
-    for contender in result["contenders"]:
-        if contender["kind"] == "ours":
-            continue
-        durable = _ratio(result, "shardmerge", contender["key"])
-        quick = _ratio(result, "shardmerge-no-sync", contender["key"])
-        memory = ["", ""] if contender["kind"] == "floor" else [_times(durable["peak"]), _times(durable["anonymous"])]
-        yield _row([contender["title"], _times(durable["wall"]), _times(quick["wall"]), _times(quick["cpu"]), *memory])
-    yield ""
-
-
-def _figure_table(result: Result) -> Iterator[str]:
-    yield _row(["", "wall s", "CPU s", "peak MiB", "anonymous MiB", "written MB"])
-    yield _row(["---", "---:", "---:", "---:", "---:", "---:"])
-    for contender in result["contenders"]:
-        floor = contender["kind"] == "floor"
-        yield _row(
-            [
-                contender["title"],
-                _seconds(contender["wall"]),
-                _seconds(contender["cpu"]),
-                "" if floor else f"{contender['peak']['median'] / _MIB:,.0f}",
-                "" if floor else f"{contender['anonymous']['median'] / _MIB:,.0f}",
-                f"{contender['written']['median'] / 1e6:,.0f}",
-            ]
-        )
-    yield ""
-    promised = min(_contender(result, key)["planned_peak"]["min"] for key in _OURS)
-    measured = max(_contender(result, key)["peak"]["max"] for key in _OURS)
-    verdict = "**which is more than promised**" if measured > promised else "as promised"
-    figures = f"promised at most {promised / _MIB:.1f} MiB; at most {measured / _MIB:.1f} were used"
-    yield f"shardmerge's plan {figures}, {verdict}.\n"
-
-
-def _contender(result: Result, key: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(entry for entry in result["contenders"] if entry["key"] == key)
-    return found
-
-
-def _ratio(result: Result, ours: str, over: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(r for r in result["ratios"] if (r["ours"], r["over"]) == (ours, over))
-    return found
-
-
-def _times(spread: Mapping[str, float]) -> str:
-    if not spread:
-        return ""
-    middle = f"{spread['median']:.2f}"
-    shown = f"**{middle}**" if spread["median"] > 1 else middle
-    return f"{shown} ({spread['min']:.2f} to {spread['max']:.2f})"
-
-
-def _seconds(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    yield f"## {result.get('title', stem)}\n"
+    if result.get("about"):
+        yield f"{result['about']}\n"
+    yield origin(stem, result)
+    for plot in plots:
+        yield f"![{plot['title']}]({PLOTS}/{stem}-{plot['key']}.svg)\n"
+    for entry in tables:
+        if entry.get("title"):
+            yield f"### {entry['title']}\n"
+        if entry.get("about"):
+            yield f"{entry['about']}\n"
+        yield from table(entry["columns"], entry["rows"], words=entry.get("words", 1))
 
 
 if __name__ == "__main__":
-    root = Path(__file__).parent.parent
-    write(root / "benchmarks" / "results", root / "docs" / "benchmarks.md")
+    write()

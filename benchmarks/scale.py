@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import synthetic
 from benchmarks.harness import answer, measure, succeed
-from benchmarks.machine import ROOT, machine_card, provenance
+from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.synthetic import LlamaShape, Shapes
 
 RESULT = ROOT / "benchmarks" / "results" / "planning.json"
@@ -110,7 +110,7 @@ def write_sharded(folder: Path, tensors: Iterator[tuple[str, tuple[int, ...], st
             filled = 0
         shards[-1].append((name, shape, dtype, nbytes))
         filled += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where a few GB of headers may lie meanwhile")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    as_installed()
     for case in given.cases.split(","):
         about, write = CASES[case]
         with tempfile.TemporaryDirectory(prefix="planning-", dir=given.scratch) as name:

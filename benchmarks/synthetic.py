@@ -94,10 +94,21 @@ def write_zero(
 
 
 def write_safetensors(
-    path: Path, shapes: Shapes, dtype: str = "BF16", metadata: bool = True, fill: bool = False
+    path: Path,
+    shapes: Shapes,
+    dtype: str = "BF16",
+    metadata: bool = True,
+    fill: bool = False,
+    *,
+    sharding: bool = False,
+    seed: int = 0,
 ) -> None:
-    """Writes a safetensors file with a true header, and random values or a hole for its data."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}} if metadata else {}
+    """Writes a safetensors file with a true header, and random values or a hole for its data.
+
+    With ``sharding`` the header also says, as torch's distributed checkpoints do, that every tensor in it is whole.
+    """
+    told = {"format": "pt"} | ({"DCP_SHARDING_INFO": _whole(shapes)} if sharding else {})
+    fields: dict[str, object] = {"__metadata__": told} if metadata else {}
     cursor = 0
     for name, shape in shapes.items():
         end = cursor + prod(shape) * (4 if dtype == "F32" else 2)
@@ -109,7 +120,24 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + cursor)
         if fill:
-            _write_normal(file, cursor // (4 if dtype == "F32" else 2), seed=0, half=dtype != "F32")
+            _write_normal(file, cursor // (4 if dtype == "F32" else 2), seed=seed, half=dtype != "F32")
+
+
+def _whole(shapes: Shapes) -> str:
+    return json.dumps({name: {"saved_offsets": [0] * len(shape)} for name, shape in shapes.items()})
+
+
+def master_weights(tag: Path, world: int, total: int, start: int, count: int) -> np.ndarray:
+    """Returns ``count`` fp32 master weights of a ZeRO-2 tag directory of ``total``, from element ``start`` on."""
+    share, found = -(-total // (2 * world)) * 2, []
+    for rank in range(world):
+        first, end = max(start, rank * share), min(start + count, (rank + 1) * share)
+        if first < end:
+            path = tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            numel = min(share, total - rank * share)
+            offset = _last_storage(path, 4 * numel) + 4 * (first - rank * share)
+            found.append(np.fromfile(path, np.float32, end - first, offset=offset))
+    return np.concatenate(found)
 
 
 def write_torch(path: Path, value: object) -> None:

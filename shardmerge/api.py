@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from shardmerge.verify import Difference, Verdict
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "convert", "diff", "explain_json", "explain_text", "float_dtype",
-    "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size", "plan", "prepare_conversion",
-    "prepare_mapping", "preset_text", "presets", "resident_bytes", "run", "schema", "verify",
-    "write_new",
+    "Options", "Prepared", "Result", "carry_out", "clonable_bytes", "convert", "diff", "explain_json",
+    "explain_text", "float_dtype", "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size",
+    "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets", "resident_bytes", "run",
+    "schema", "verify", "write_new",
 ]  # fmt: skip
 
 _YAML = (".yaml", ".yml")
@@ -74,6 +74,13 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
     from shardmerge.preparation import prepare_mapping as prepare
 
     return prepare(path, options)
+
+
+def clonable_bytes(plan: Plan, out: Path) -> int:
+    """Returns how many bytes of a plan the file system of ``out`` would clone; see ``execute.cloning``."""
+    from shardmerge.execute.cloning import clonable_bytes as by_trying
+
+    return by_trying(plan, out)
 
 
 def run(
@@ -255,7 +262,8 @@ def verify(
     if load:
         found = verify_load(folder)
         checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
-    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes)
+    compared = sources is not None or reference is not None
+    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes, () if compared else verdict.unchecked)
 
 
 def _equals(folder: Path, reference: str | Path) -> str:

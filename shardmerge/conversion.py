@@ -13,12 +13,12 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan import Plan
+from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.sources.deepspeed import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
-from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
@@ -27,7 +27,7 @@ from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
-    from shardmerge.execute.engine import Outcome, Progress
+    from shardmerge.execute.engine import Device, Outcome, Progress
     from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
@@ -53,6 +53,8 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    device
+        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     """
 
     dtype: DType | str | None = None
@@ -63,6 +65,7 @@ class Options:
     download: bool = False
     io: IoMode = "auto"
     sync: bool = True
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +167,21 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     ShardmergeError
         See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
     """
-    from shardmerge.execute.engine import execute
+    from shardmerge.execute.cloning import clonable_bytes
+    from shardmerge.execute.engine import check_device, execute
     from shardmerge.publish import RECEIPT, check_output, staged
     from shardmerge.receipt import receipt_json
     from shardmerge.storage.writing import write_small
     from shardmerge.version import __version__
 
     plan = prepared.plan
-    check_output(plan, out)
+    check_output(plan, out, clonable_bytes(plan, out))
+    check_device(options.device)
+    bounded = bounds_cache(plan.file_bytes + sum(bytes_read(tensor) for tensor in plan.tensors()))
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
-        outcome = execute(plan, staging, FilePool(options.io), sync=options.sync, progress=progress)
+        pool = FilePool(options.io, bounded=bounded)
+        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
         digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)

@@ -13,10 +13,12 @@ from shardmerge.compose import meta
 from shardmerge.errors import ResourceError
 from shardmerge.ops.contract import Arithmetic, Meta
 from shardmerge.plan import Memory, PlannedTensor
+from shardmerge.strides import block, direct, in_order
 from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View, leaves
 
 # Resident after importing numpy, ml_dtypes, click, tqdm and PyYAML: 42 MiB measured (CPython 3.11, numpy 2.4); the rest
-# is room for other versions and for parsing the mapping.
+# is room for other versions, for parsing the mapping, and for zlib-ng and numkong, which come with the first tile and
+# the first cast: 3 MiB.
 _RESERVED = 52 << 20
 
 # A tensor of a source with its pieces, what is planned of it, its header and its part of the receipt: 1.9 KB of a whole
@@ -31,6 +33,12 @@ _SMALLEST_TILE = 64 << 10
 # Most bytes that `execute.gather` reads at once to rearrange them.
 WORKSPACE = 1 << 20
 
+# What `execute.rearrange` allocates, and the list of runs of `execute.gather`.
+REARRANGING = 512 << 10
+
+# A transposed matrix is made in bands of at most so many tiles, 32 MiB at the default: a tile of it is so narrow a band
+# of its source that every page would be read up to 100 times. See decision 18.
+BAND_TILES = 16
 
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
@@ -78,11 +86,12 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
 
 
 def tile_elements(entry: TensorEntry, tile: int) -> int:
-    """Returns how many elements of an output tensor are made at a time, at most."""
+    """Returns how many elements of a tensor are made at a time, at most: a tile, or a band of a transposed matrix."""
     held = entry.pieces[0].held if entry.pieces else None
-    if isinstance(held, Made):
-        return chunk_elements(entry, held, tile)
-    return max(tile // entry.dtype.itemsize, 1)
+    plain = max(tile // entry.dtype.itemsize, 1)
+    count = chunk_elements(entry, held, tile) if isinstance(held, Made) else plain
+    found = _block(entry) if granule(entry) == 1 else None
+    return count if found is None else _band(*found, count)
 
 
 def chunk_elements(entry: TensorEntry, held: Made, tile: int) -> int:
@@ -90,6 +99,54 @@ def chunk_elements(entry: TensorEntry, held: Made, tile: int) -> int:
     widest = max([entry.dtype.itemsize, *(base.dtype.itemsize for base in held.bases)])
     unit = granule(entry)
     return max(tile // widest // unit * unit, unit)
+
+
+def _band(whole: int, row: int, count: int) -> int:
+    """Returns the elements of a block, or of several small ones, or of an equal part of a large one."""
+    if whole <= count:
+        return count // whole * whole
+    rows, most = whole // row, BAND_TILES * count // row
+    if most == 0:  # not even a row
+        return count
+    fewest = -(-rows // most)
+    bands = next((n for n in range(fewest, 2 * fewest) if rows % n == 0), fewest)
+    return -(-rows // bands) * row
+
+
+def _block(entry: TensorEntry) -> tuple[int, int] | None:
+    """Returns what of a tensor is better made as a whole (see ``strides.block``), and a row of it, in elements."""
+    held = entry.pieces[0].held if entry.pieces else None
+    if isinstance(held, View):
+        held = direct(held)
+    if isinstance(held, (View, Strided)):
+        found = block(held.shape, held.strides, entry.dtype.itemsize)
+        if found is None and isinstance(held, View) and held.offset == 0 and in_order(held.shape, held.strides):
+            return _block(held.base) if held.base.numel == entry.numel else None
+        return found
+    if isinstance(held, Columns):
+        return _block_of_columns(entry, held)
+    if isinstance(held, Made):
+        blocks = (_block(base) for base in held.bases if base.numel == entry.numel)
+        return max((found for found in blocks if found is not None), default=None)
+    return None
+
+
+def _block_of_columns(entry: TensorEntry, held: Columns) -> tuple[int, int] | None:
+    """Returns as many rows as the blocks of the tensors side by side have; tensors one after the other are apart."""
+    blocks = [(base, found) for base in held.bases if (found := _block(base)) is not None]
+    if not blocks:
+        return None
+    if held.rows == 1:
+        return blocks[0][1] if len({base.numel for base in held.bases}) == 1 else None
+    row = entry.numel // held.rows
+    rows = max(-(-whole * held.rows // base.numel) for base, (whole, _) in blocks)
+    return rows * row, row
+
+
+def column_elements(base: TensorEntry, tile: int) -> int:
+    """Returns how many elements of one of several tensors side by side are read at a time, at most."""
+    least = WORKSPACE // base.dtype.itemsize
+    return max(least, tile_elements(base, tile)) if _block(base) is not None else least
 
 
 def granule(entry: TensorEntry) -> int:
@@ -132,11 +189,15 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
     held = entry.pieces[0].held if entry.pieces else None
     if isinstance(held, Made):
         return _arithmetic_need(entry, held, count, tile)
-    if isinstance(held, (View, Columns)):
-        inner = max(_need(base, max(count, WORKSPACE // base.dtype.itemsize), tile) for base in held.bases)
-        return WORKSPACE + inner
+    if isinstance(held, Columns):
+        sizes = [min(column_elements(base, tile), base.numel) for base in held.bases]
+        buffer = max(size * base.dtype.itemsize for size, base in zip(sizes, held.bases, strict=True))
+        return buffer + max(_need(base, max(count, size), tile) for size, base in zip(sizes, held.bases, strict=True))
+    if isinstance(held, View):
+        base = direct(held).base
+        return WORKSPACE + REARRANGING + _need(base, max(count, WORKSPACE // base.dtype.itemsize), tile)
     # A plain tensor may have views among its pieces only if it is one (torch saves a view as one piece).
-    return WORKSPACE if isinstance(held, Strided) else 0
+    return WORKSPACE + REARRANGING if isinstance(held, Strided) else 0
 
 
 def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> int:
@@ -144,10 +205,10 @@ def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> i
     assert isinstance(op, Arithmetic)  # moves are views and columns
     metas = [meta(base) for base in held.bases]
     unit = op.unit(metas)
-    chunk = min(chunk_elements(entry, held, tile), -(-count // unit) * unit + unit, entry.numel)
-    total = op.peak(metas, chunk) + op.state_peak(metas)
+    step = min(tile_elements(entry, tile), -(-count // unit) * unit + unit, entry.numel)
+    total = op.peak(metas, min(chunk_elements(entry, held, tile), step)) + op.state_peak(metas)
     if unit > 1:
-        total += chunk * entry.dtype.itemsize  # a block whose middle is asked for is made whole
-    for base, (_, wanted) in zip(held.bases, op.ranges(metas, 0, chunk), strict=True):
+        total += step * entry.dtype.itemsize  # a block whose middle is asked for is made whole
+    for base, (_, wanted) in zip(held.bases, op.ranges(metas, 0, step), strict=True):
         total += wanted * base.dtype.itemsize
-    return total + max((_need(base, tile, tile) for base in held.bases), default=0)
+    return total + max((_need(base, max(tile, step), tile) for base in held.bases), default=0)

@@ -19,8 +19,15 @@ _SPARE_BYTES = 16 << 20
 _OWNER = ".owner.json"
 
 
-def check_output(plan: Plan, out: Path) -> None:
+def check_output(plan: Plan, out: Path, cloned: int = 0) -> None:
     """Says before anything is written why ``out`` cannot be the output; all reasons at once.
+
+    Parameters
+    ----------
+    plan, out
+        What is to be written, and where.
+    cloned
+        Bytes of it that need no space.
 
     Raises
     ------
@@ -28,12 +35,12 @@ def check_output(plan: Plan, out: Path) -> None:
         ``output-exists``: a file, or a directory that is not empty. ``output-is-source``: a source lies in it, or is
         it. ``unwritable-output``: the parent does not let us create it.
     ResourceError
-        ``disk-too-small``: fewer bytes free than the plan writes.
+        ``disk-too-small``: fewer bytes free than the plan writes and does not clone.
     """
-    raise_all(_objections(plan, out))
+    raise_all(_objections(plan, out, cloned))
 
 
-def _objections(plan: Plan, out: Path) -> Iterator[ShardmergeError]:
+def _objections(plan: Plan, out: Path, cloned: int) -> Iterator[ShardmergeError]:
     resolved = out.resolve()
     clash = next((path for path in _source_paths(plan) if _inside(path, resolved) or path == resolved), None)
     if clash is not None:
@@ -54,7 +61,7 @@ def _objections(plan: Plan, out: Path) -> Iterator[ShardmergeError]:
     parent = _nearest_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):
         yield OutputError("unwritable-output", "no permission to write here", where=str(parent))
-    needed = plan.file_bytes + _SPARE_BYTES
+    needed = plan.file_bytes - cloned + _SPARE_BYTES
     free = free_bytes(out)
     if needed > free:
         yield ResourceError(

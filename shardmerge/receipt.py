@@ -14,7 +14,10 @@ FORMAT = "shardmerge receipt"
 
 
 def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], version: str) -> list[bytes]:
-    """Returns the receipt as sorted JSON, in parts; no times, hosts or absolute paths: equal runs, equal receipts."""
+    """Returns the receipt as sorted JSON, in parts; no times, hosts or absolute paths: equal runs, equal receipts.
+
+    Where something was cloned the receipt says so, so that of a run on another file system may differ there.
+    """
     value = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -51,13 +54,21 @@ def _rows(plan: Plan, outcome: Outcome) -> Iterator[bytes]:
     for index, (name, shard, tensor) in enumerate(placed):
         row = tensor_json(tensor)
         del row["name"]
-        row |= {"shard": shard, "stored": tensor.stored, "crc32": f"{outcome.checksums[name]:08x}"}
+        row |= {"shard": shard, "stored": tensor.stored, **_proof(name, outcome)}
         if name in outcome.overflows:
             row["overflowed"] = outcome.overflows[name]
         text = _text(row).replace("\n", "\n  ")
         yield f"{',' if index else ''}\n  {json.dumps(name)}: {text}".encode()
     if placed:
         yield b"\n "
+
+
+def _proof(name: str, outcome: Outcome) -> dict[str, object]:
+    """The checksum of a tensor's bytes; of one that was cloned, whose bytes nobody saw, where they are from."""
+    if name not in outcome.cloned:
+        return {"crc32": f"{outcome.checksums[name]:08x}"}
+    file, offset = outcome.cloned[name]
+    return {"cloned": {"file": file.rsplit("/", 1)[-1], "offset": offset}}
 
 
 def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:

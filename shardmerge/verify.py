@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
+from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
 from shardmerge.ops.arrays import as_array
@@ -43,15 +43,20 @@ class Verdict:
         One line a check, in the order they were made.
     tensors, nbytes
         Of the directory.
+    unchecked
+        What could not be checked, in words; nothing if all was.
     """
 
     checks: tuple[str, ...]
     tensors: int
     nbytes: int
+    unchecked: tuple[str, ...] = ()
 
 
 def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     """Checks a directory against its own receipt, by our parser and the reference parser, every byte.
+
+    Tensors that were cloned have no checksum: their places are checked, their bytes are not, and the verdict says so.
 
     Raises
     ------
@@ -69,13 +74,15 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     raise_all(_reference_problems(folder, held))
     raise_all(_checksum_problems(folder, held, tensors, progress))
     total = sum(entry.nbytes for entries in held.values() for entry in entries.values())
+    unseen = [int(str(tensor["nbytes"])) for tensor in tensors.values() if "crc32" not in tensor]
     checks = (
         f"{len(shards)} shard(s) and {len(_table(receipt, 'side_files'))} side file(s) are those of the receipt",
         f"{len(tensors)} tensors have the receipt's names, types, shapes and places",
         "a reader that is not ours finds the same",
-        f"{total:,} bytes have the receipt's checksums",
+        f"{total - sum(unseen):,} bytes have the receipt's checksums",
     )
-    return Verdict(checks, len(tensors), total)
+    unchecked = f"{sum(unseen):,} bytes in {len(unseen)} tensors: cloned from their source, they have no checksum"
+    return Verdict(checks, len(tensors), total, (unchecked,) if unseen else ())
 
 
 def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -> Verdict:
@@ -344,8 +351,8 @@ def _checksum_problems(
     pool = FilePool()
     for name, tensor in tensors.items():
         entry = held[str(tensor["shard"])][str(tensor["stored"])]
-        found = f"{_checksum(pool, entry):08x}"
-        if found != tensor["crc32"]:
+        found = f"{_checksum(pool, entry):08x}" if "crc32" in tensor else ""
+        if found and found != tensor["crc32"]:
             yield VerificationError(
                 "checksum-differs",
                 f"the bytes of {name} are not those that were written",
@@ -364,7 +371,7 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
     for start in range(0, entry.numel, step):
         data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
         gather(pool, entry, start, memoryview(data))
-        total = zlib.crc32(data, total)
+        total = crc32(data, total)
     return total
 
 

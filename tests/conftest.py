@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +58,42 @@ def shardmerge(
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
+
+
+# mkfs and losetup are where ordinary users do not look.
+_TOOLS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_MAKE = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"], "ext4": ["mkfs.ext4", "-q", "-F"]}
+
+
+@pytest.fixture(scope="session")
+def disk() -> Iterator[Callable[[str], Path]]:
+    """Gives, by its kind, the root of a real file system of 512 MiB in a sparse file; skips where it cannot."""
+    mounted: dict[str, Path] = {}
+
+    def mount(kind: str) -> Path:
+        if kind not in mounted:
+            mounted[kind] = _mount(kind)
+        return mounted[kind]
+
+    yield mount
+    for folder in mounted.values():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test may still hold a file of it
+        folder.rmdir()
+
+
+def _mount(kind: str) -> Path:
+    make, *options = _MAKE[kind]
+    tool = shutil.which(make, path=_TOOLS)
+    if os.geteuid() or tool is None:
+        pytest.skip(f"making and mounting {kind} takes root and {make}")
+    # Not below pytest's own directory: after a run that was killed it could not be tidied up while this is mounted.
+    folder = Path(tempfile.mkdtemp(prefix=f"shardmerge-{kind}-"))
+    with tempfile.NamedTemporaryFile(prefix=f"shardmerge-{kind}-") as image:  # goes when the mount goes
+        image.truncate(512 << 20)
+        subprocess.run([tool, *options, image.name], check=True, capture_output=True)
+        command = ["mount", "-o", "loop", image.name, str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        folder.rmdir()
+        pytest.skip(f"{kind} cannot be mounted here: {done.stderr.strip()}")
+    return folder

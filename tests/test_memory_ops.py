@@ -106,3 +106,40 @@ def test_the_law_and_the_bytes(
     print(f"{workers} workers: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned")
     assert done.peak <= planned <= budget * MIB
     assert digest(tmp_path / "out") == expected
+
+
+@pytest.fixture(scope="module")
+def tall(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mapping that transposes matrices as wide as an 8B model's, some of them cast."""
+    folder = tmp_path_factory.mktemp("tall")
+    shapes = {"down": (14336, 4096), "up": (4096, 14336), "q": (4096, 4096), "o": (4096, 4096)}
+    synthetic.write_safetensors(folder / "half.safetensors", shapes)
+    synthetic.write_safetensors(folder / "full.safetensors", {"w": (4096, 4096), "v": (8192, 2048)}, "F32")
+    (folder / "mapping.yaml").write_text(
+        """\
+shardmerge: 1
+sources: {half: half.safetensors, full: full.safetensors}
+output: {path: out, dtype: bfloat16}
+tensors:
+  "half.{name}": {op: transpose, of: "half:{name}"}
+  "full.{name}": {op: transpose, of: "full:{name}"}
+""",
+        "utf-8",
+    )
+    yield folder / "mapping.yaml"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "4"])
+def test_transposed_matrices_keep_the_law(workers: str, tall: Path, tmp_path: Path) -> None:
+    done, planned = merged(tall, tmp_path / "out", "--workers", workers)
+    shutil.rmtree(tmp_path / "out")
+    print(f"transposed, {workers} workers: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned, {done.wall:.1f} s")
+    assert done.peak <= planned <= BUDGET
+
+
+def test_transposed_matrices_fit_a_cgroup_of_128_mib(tall: Path, group: str, tmp_path: Path) -> None:
+    done, planned = merged(tall, tmp_path / "out", group=group)
+    shutil.rmtree(tmp_path / "out")
+    print(f"transposed in 128 MiB: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned, {done.wall:.1f} s")
+    assert done.peak <= planned <= CGROUP_LIMIT

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from shardmerge.compose import compose, meta
 from shardmerge.dtypes import DTYPES, DType
-from shardmerge.execute.gather import Assembler, single_extent
+from shardmerge.execute.gather import Assembler
+from shardmerge.execute.pieces import single_extent
 from shardmerge.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.ops.contract import Gathered, Mirror, Move, Op, OpKind, Scattered, Value

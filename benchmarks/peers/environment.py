@@ -1,38 +1,73 @@
-"""Builds the environment that DeepSpeed runs in, away from ours."""
+"""Builds the environments that peers run in, away from ours."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
-VERSION = "0.19.8"
-_TORCH = "torch==2.13.0"
+ROOT = Path(__file__).resolve().parent.parent.parent
+HOME = ROOT / ".envs"
+# A CPU build, named outright: a range may pull gigabytes of CUDA.
+CONSTRAINTS = ROOT / "tests" / "constraints.txt"
+DEEPSPEED, MERGEKIT, TORCH = "0.19.8", "0.1.5", "torch==2.13.0"
 # What DeepSpeed needs to be built and imported; it comes without its own list, which has packages for GPUs.
 _NEEDED = (
     "numpy", "safetensors", "packaging", "wheel", "setuptools<81", "ninja", "psutil", "py-cpuinfo", "hjson", "msgpack",
-    "tqdm", "pydantic", "einops",
+    "tqdm", "pydantic", "einops", "huggingface_hub",
 )  # fmt: skip
 
 
-def build(home: Path) -> Path:
-    """Makes the environment if it is not there whole, and returns its Python.
+def deepspeed() -> Path:
+    """Returns the Python that has DeepSpeed; makes the environment if it is not there whole.
 
     Raises
     ------
     subprocess.CalledProcessError
         pip could not.
     """
-    python = home / "bin" / "python"
-    if (home / "ready").is_file():
-        return python
+    home = HOME / "deepspeed"
+    if not (home / "ready").is_file():
+        python = _bare(home)
+        _install(python, TORCH, *_NEEDED)
+        _install(python, "--no-build-isolation", "--no-deps", f"deepspeed=={DEEPSPEED}")
+        (home / "ready").touch()
+    return home / "bin" / "python"
+
+
+def mergekit() -> Path:
+    """Returns the Python that has mergekit, and shares torch and transformers with ours; raises as ``deepspeed``."""
+    home = HOME / "mergekit"
+    if not (home / "ready").is_file():
+        python = _bare(home)
+        own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+        _install(python, f"mergekit=={MERGEKIT}")
+        (home / "ready").touch()
+    return home / "bin" / "python"
+
+
+def versions(python: Path | str, names: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of packages that a Python has."""
+    program = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    done = subprocess.run([str(python), "-c", program, *names], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def _bare(home: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-    constraints = home / "constraints.txt"
-    constraints.write_text(_TORCH + "\n", "utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, "-c", str(constraints), _TORCH, *_NEEDED], check=True)
+    return home / "bin" / "python"
+
+
+def _install(python: Path, *what: str) -> None:
     env = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-    subprocess.run([*install, "--no-build-isolation", "--no-deps", f"deepspeed=={VERSION}"], check=True, env=env)
-    (home / "ready").touch()
-    return python
+    command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *what]
+    subprocess.run(command, check=True, env=env)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import shardmerge
+from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options, write_lines
+from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options, write_lines
 from shardmerge.cli.progress import progress_bar
 from shardmerge.errors import ShardmergeError
 
@@ -56,6 +57,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @click.argument("mapping", type=click.Path())
 @_out
 @plan_options
+@device_option
 @_quiet
 @json_option
 def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
@@ -78,7 +80,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
     from shardmerge import api
 
     prepared = api.prepare_mapping(Path(mapping), parsed(given))
-    _show_plan(prepared, out or str(prepared.out or "(no output path)"), tensors=tensors, as_json=as_json)
+    _show_plan(prepared, Path(out) if out else prepared.out, tensors=tensors, as_json=as_json)
 
 
 @cli.command()
@@ -90,6 +92,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @_view
 @_root
 @plan_options
+@device_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
 @json_option
@@ -117,7 +120,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
     prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
     if dry_run:
-        _show_plan(prepared, out, tensors=False, as_json=as_json)
+        _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
         return
     _carry_out(prepared, Path(out).expanduser().absolute(), options, quiet=quiet, as_json=as_json)
 
@@ -167,10 +170,15 @@ def verify(  # one parameter an option
             progress=progress,
         )
     if as_json:
-        click.echo(dumped({"ok": True, "checks": list(verdict.checks), "tensors": verdict.tensors}))
+        found = {"checks": list(verdict.checks), "unchecked": list(verdict.unchecked), "tensors": verdict.tensors}
+        click.echo(dumped({"ok": True, **found}))
         return
     for check in verdict.checks:
         click.echo(f"ok  {check}")
+    for rest in verdict.unchecked:
+        click.echo(f"not checked  {rest}")
+    if verdict.unchecked:
+        click.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
 
 
 @cli.command()
@@ -217,19 +225,21 @@ def presets_show(name: str) -> None:
 
 
 add_commands(cli)
+cli.add_command(bench)
 
 
-def _show_plan(prepared: Prepared, out: str, *, tensors: bool, as_json: bool) -> None:
-    from shardmerge import explain
+def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:
+    from shardmerge import api, explain
 
     _warn(prepared)
+    cloned = 0 if out is None or tensors else api.clonable_bytes(prepared.plan, out.expanduser())
     if as_json:
-        write_lines(explain.plan_json(prepared.plan))
+        write_lines(explain.plan_json(prepared.plan, cloned))
     elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
     else:
-        click.echo(explain.plan_text(prepared.plan, out))
+        click.echo(explain.plan_text(prepared.plan, str(out or "(no output path)"), cloned))
 
 
 def _warn(prepared: Prepared) -> None:
@@ -249,22 +259,29 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
     if as_json:
         click.echo(dumped(_result_json(result, seconds)))
         return
+    if options.device == "cuda":
+        click.echo("warning: the planned peak does not count what torch and CUDA take", err=True)
     for name, count in sorted(result.outcome.overflows.items()):
         click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
     if not quiet:
-        click.echo(explain.plan_text(result.plan, str(out)))
-        rate = result.outcome.bytes_written / max(seconds, 1e-9) / 1e9
+        click.echo(explain.plan_text(result.plan, str(out), result.outcome.bytes_cloned))
+        rate = result.plan.tensor_bytes / max(seconds, 1e-9) / 1e9
         click.echo(f"written in {seconds:.1f} s ({rate:.2f} GB/s)")
 
 
 def _result_json(result: Result, seconds: float) -> dict[str, object]:
+    from shardmerge import explain
+    from shardmerge.clones import moved
+
     return {
         "path": str(result.path),
         "plan": result.plan.id,
-        "tensors": len(result.outcome.checksums),
+        "tensors": sum(1 for _ in result.plan.tensors()),
         "total_size": result.plan.tensor_bytes,
         "bytes_read": result.outcome.bytes_read,
         "bytes_written": result.outcome.bytes_written,
+        **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
+        "clone_seconds": round(result.outcome.clone_seconds, 6),
         "overflows": result.outcome.overflows,
         "warnings": list(result.plan.warnings),
         "planned_peak": result.plan.memory.peak,

@@ -37,6 +37,12 @@ def plan_options(function: _Command) -> _Command:
     return function
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    help="Where to cast. cuda: needs torch, whose memory the plan does not count.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -53,6 +59,7 @@ def parsed(given: dict[str, Any]) -> Options:
         download=given["download"],
         io=given["io"],
         sync=not given["no_sync"],
+        device=given.get("device", "cpu"),
     )
 
 

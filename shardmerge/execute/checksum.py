@@ -1,15 +1,39 @@
 """CRC-32 of a tensor from the CRC-32 of its tiles, in whatever order they were made.
 
-``zlib.crc32`` runs at 3.2 GB/s a thread and releases the GIL. Two checksums combine without the data: shifting a CRC
-by n zero bytes is a linear map over GF(2), a 32 x 32 bit matrix (zlib's ``crc32_combine``).
+zlib-ng folds with carry-less multiplication: 15.7 GB/s a thread where zlib makes 3.8 (tiles of 2 MiB in the cache; isal
+12.9). Both release the GIL. It costs 0.5 MiB and a few ms to import, when the first tile is done; where it is not
+installed, zlib gives the same sums.
+
+Two checksums combine without the data: shifting a CRC by n zero bytes is a linear map over GF(2), a 32 x 32 bit matrix
+(zlib's ``crc32_combine``).
 """
 
 from __future__ import annotations
 
+import importlib
+import zlib
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeAlias
+
+_Crc32: TypeAlias = Callable[[bytes | bytearray | memoryview, int], int]
 
 # The reflected polynomial of CRC-32 (IEEE 802.3), as in zlib.
 _POLYNOMIAL = 0xEDB88320
+
+
+def crc32(data: bytes | bytearray | memoryview, value: int = 0) -> int:
+    """Returns the CRC-32 of bytes that follow others with the checksum ``value``."""
+    return _fastest()(data, value)
+
+
+@lru_cache(maxsize=1)
+def _fastest() -> _Crc32:
+    try:
+        found: _Crc32 = importlib.import_module("zlib_ng.zlib_ng").crc32
+    except ImportError:
+        return zlib.crc32
+    return found
 
 
 def combine(first: int, second: int, second_nbytes: int) -> int:

@@ -1,18 +1,22 @@
-"""Streams a plan to files: workers take tiles in output order and write them at their final offsets."""
+"""Streams a plan to files: workers take tiles in the order of the sources and write them at their final offsets."""
 
 from __future__ import annotations
 
 import threading
-import zlib
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+from shardmerge.clones import Clone, overlapping
 from shardmerge.errors import CheckpointError, InterruptedRunError
-from shardmerge.execute.checksum import combine
+from shardmerge.execute.checksum import combine, crc32
+from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.gpu import CudaCasts, require_cuda
+from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
@@ -22,6 +26,15 @@ from shardmerge.tensors import FileStamp
 
 # Called with the bytes just written, from any worker, one call at a time.
 Progress: TypeAlias = Callable[[int], None]
+
+# Where casts are made; everything else is done by the CPU.
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+
+def check_device(device: Device) -> None:
+    """Raises ``device-unavailable`` where casts cannot be made on a device."""
+    if device == "cuda":
+        require_cuda()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +61,17 @@ class Outcome:
     overflows
         Finite values that became infinite (or NaN, in types without infinities), by tensor; only those with any.
     checksums
-        CRC-32 of each tensor's bytes in the output.
+        CRC-32 of each tensor's bytes in the output, but for those of which something was cloned: nobody saw the bytes.
     bytes_read, reads
         Data read from the sources, in bytes and calls.
     bytes_written
         Data written to the shards.
+    cloned
+        The source file of each tensor of which something was cloned, and where in it the tensor begins, in bytes.
+    bytes_cloned
+        Bytes of the shards that are shared with the sources.
+    clone_seconds
+        What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
     """
 
     overflows: dict[str, int]
@@ -60,24 +79,40 @@ class Outcome:
     bytes_read: int
     reads: int
     bytes_written: int
+    cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
+    bytes_cloned: int = 0
+    clone_seconds: float = 0.0
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
-    """Yields what a worker takes at a time, in output order: a tile, or all of a tensor that something is kept for."""
+    """Yields what a worker takes at a time, in source order: a tile, or all of a tensor that something is kept for."""
     for shard in plan.shards:
-        for tensor in shard.tensors:
-            step = tile_elements(tensor.entry, plan.memory.tile)
-            every = (
-                Tile(shard, tensor, start, min(step, tensor.numel - start)) for start in range(0, tensor.numel, step)
-            )
-            if has_state(tensor.entry):
-                yield tuple(every)
-            else:
-                yield from ((tile,) for tile in every)
+        yield from shard_tasks(plan, shard, ())
+
+
+def shard_tasks(plan: Plan, shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tuple[Tile, ...]]:
+    """Yields the tasks of a shard of which some ranges are there already."""
+    for tensor in ordered(shard.tensors):
+        step = tile_elements(tensor.entry, plan.memory.tile)
+        every = (
+            Tile(shard, tensor, start, min(step, first + count - start))
+            for first, count in ranges_left(tensor, cloned)
+            for start in range(first, first + count, step)
+        )
+        if has_state(tensor.entry):
+            yield tuple(every)
+        else:
+            yield from ((tile,) for tile in every)
 
 
 def execute(
-    plan: Plan, folder: Path, pool: FilePool, *, sync: bool = True, progress: Progress | None = None
+    plan: Plan,
+    folder: Path,
+    pool: FilePool,
+    *,
+    sync: bool = True,
+    progress: Progress | None = None,
+    device: Device = "cpu",
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -88,11 +123,13 @@ def execute(
     folder
         Where the shards go; names as planned.
     pool
-        Reads the sources.
+        Reads the sources. Where its pages leave the page cache at once, those of the output do.
     sync
         Whether each shard is synced before its first bytes are written.
     progress
         Told about every tile.
+    device
+        Where casts are made.
 
     Raises
     ------
@@ -106,7 +143,7 @@ def execute(
     stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
     check_stamps(stamps.values())
     return_freed_memory()
-    run = _Run(plan, folder, pool, sync, progress)
+    run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
     for thread in threads:
         thread.start()
@@ -156,26 +193,27 @@ class _Run:
     pool: FilePool
     sync: bool
     progress: Progress | None
+    device: Device
     lock: threading.Lock = field(default_factory=threading.Lock)
     failure: BaseException | None = None
     written: int = 0
     overflows: Counter[str] = field(default_factory=Counter)
     sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
+    bytes_cloned: int = 0
+    clone_seconds: float = 0.0
     _queue: Iterator[tuple[Tile, ...]] = field(init=False)
-    _left: Counter[str] = field(init=False)
+    _left: Counter[str] = field(default_factory=Counter)  # bytes of tensors still to be written, by shard
     _files: dict[str, OutputFile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._queue = tasks(self.plan)
-        self._left = Counter(tile.shard.name for task in tasks(self.plan) for tile in task)
-        for shard in self.plan.shards:
-            if not self._left[shard.name]:  # nothing but empty tensors
-                self._seal(shard, self._open(shard))
+        self._queue = (task for shard in self.plan.shards for task in self._begin(shard))
 
     def work(self) -> None:
         """Takes tasks until there are none, or another worker failed."""
-        assembler = Assembler(self.pool, self.plan.memory.tile)
         try:
+            casts = CudaCasts() if self.device == "cuda" else None
+            assembler = Assembler(self.pool, self.plan.memory.tile, casts)
             while (task := self._next()) is not None:
                 for tile in task:
                     self._carry(tile, assembler)
@@ -198,19 +236,46 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """Returns the totals of a finished run."""
-        checksums = {tensor.name: self._checksum(tensor.name) for tensor in self.plan.tensors()}
-        return Outcome(dict(self.overflows), checksums, self.pool.bytes_read, self.pool.reads, self.written)
+        seen = (tensor.name for tensor in self.plan.tensors() if tensor.name not in self.cloned)
+        return Outcome(
+            dict(self.overflows),
+            {name: self._checksum(name) for name in seen},
+            self.pool.bytes_read,
+            self.pool.reads,
+            self.written,
+            self.cloned,
+            self.bytes_cloned,
+            self.clone_seconds,
+        )
 
     def _next(self) -> tuple[Tile, ...] | None:
         with self.lock:
             return None if self.failure else next(self._queue, None)
 
+    def _begin(self, shard: PlannedShard) -> Iterator[tuple[Tile, ...]]:
+        """Opens a shard, clones what can be cloned, and returns the tasks that are left. The lock is held."""
+        file = self._open(shard)
+        started = time.monotonic()
+        cloned = clone_shard(shard, file, self.pool)
+        self.clone_seconds += time.monotonic() - started
+        for tensor in shard.tensors:
+            for one in overlapping(tensor, cloned):
+                self.cloned[tensor.name] = one.file, one.start + tensor.offset - one.offset
+        nbytes = sum(one.nbytes for one in cloned)
+        self.bytes_cloned += nbytes
+        if self.progress is not None and nbytes:
+            self.progress(nbytes)
+        self._left[shard.name] = sum(tensor.nbytes for tensor in shard.tensors) - nbytes
+        if not self._left[shard.name]:  # all cloned, or nothing but empty tensors
+            self._seal(shard, self._files.pop(shard.name))
+        return shard_tasks(self.plan, shard, cloned)
+
     def _file(self, shard: PlannedShard) -> OutputFile:
         with self.lock:
-            return self._files.get(shard.name) or self._open(shard)
+            return self._files[shard.name]
 
     def _open(self, shard: PlannedShard) -> OutputFile:
-        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync)
+        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.pool.bounded)
         for offset, blob in shard.blobs:
             reserved = max(8 - offset, 0)  # written last: see OutputFile
             file.write(offset + reserved, memoryview(blob)[reserved:])
@@ -218,13 +283,13 @@ class _Run:
         return file
 
     def _done(self, tile: Tile, data: memoryview, overflowed: int) -> None:
-        checksum = zlib.crc32(data)
+        checksum = crc32(data)
         with self.lock:
             self.written += data.nbytes
             self.sums.setdefault(tile.tensor.name, []).append((tile.offset, data.nbytes, checksum))
             if overflowed:
                 self.overflows[tile.tensor.name] += overflowed
-            self._left[tile.shard.name] -= 1
+            self._left[tile.shard.name] -= data.nbytes
             last = not self._left[tile.shard.name]
             if self.progress is not None:
                 self.progress(data.nbytes)

@@ -5,22 +5,35 @@ The planner counts what this module allocates (``shardmerge.memory``); where one
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
 from shardmerge.compose import meta
-from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements
+from shardmerge.execute.gpu import CudaCasts
+from shardmerge.execute.pieces import is_plain, pieces_in, single_extent
+from shardmerge.execute.rearrange import rearrange
+from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, column_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
+from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.storage.reading import FilePool
+from shardmerge.strides import direct, in_order, run, span
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
 
-# Runs of a view at least this long are read one by one where more than a quarter of what is read with them would not be
-# used: a shorter one costs a page anyway.
-_PAGE = 4096
+# Runs of a view are read one by one, and not with what lies between them, where that saves a quarter of the bytes and
+# either they are this long, half a page, or what lies between them is: a read of its own costs as much time as copying
+# 8 KiB (2.7 us against 0.3 us a KiB).
+_RUN = 2 << 10
+_GAP = 8 << 10
+
+# What lies between runs is read ahead with them where it is at most so many times as much: it is the next band's, and
+# cold, one large request to the disk was 2.5 times as fast as 4,096 of 8 KiB.
+_MOST_AHEAD = 8
+
+# Most runs that are listed at a time, in Python objects.
+_MOST_RUNS = 1024
 
 
 def gather(pool: FilePool, entry: TensorEntry, start: int, out: memoryview) -> None:
@@ -37,6 +50,8 @@ class Assembler:
         Where files are read.
     tile
         Bytes of the largest buffer that arithmetic works in, on the larger side of an op.
+    device
+        Where casts are made; None for here.
 
     Attributes
     ----------
@@ -44,8 +59,9 @@ class Assembler:
         Finite values that became infinite so far.
     """
 
-    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE) -> None:
+    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE, device: CudaCasts | None = None) -> None:
         self.overflowed = 0
+        self._device = device
         self._pool = pool
         self._tile = tile
         self._free: list[Array] = []
@@ -96,13 +112,14 @@ class Assembler:
         held = piece.held
         size = entry.dtype.itemsize
         if isinstance(held, Extent):
-            part = held.slice(start * size, len(out))
+            part = held if len(out) == held.nbytes else held.slice(start * size, len(out))
             self._pool.read_into(part.file, part.offset, out)
         elif isinstance(held, Strided):
             span = held.extent.nbytes // size
             base = TensorEntry("", entry.dtype, (span,), dense(held.extent, span))
             self._strided(base, 0, held.shape, held.strides, start, _elements(out, size))
         elif isinstance(held, View):
+            held = direct(held)
             self._strided(held.base, held.offset, held.shape, held.strides, start, _elements(out, size))
         elif isinstance(held, Columns):
             self._columns(held, start, _elements(out, size))
@@ -133,25 +150,49 @@ class Assembler:
         self._strided(base, offset, shape, strides, start + rows * inner, target[rows * inner :])
 
     def _box(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
-        """Reads the span that a box lies in and rearranges it, or halves the box where the span is too much."""
-        reach = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
-        span = sum(reach) + 1
+        """Reads what a box lies in and rearranges it: run by run, or all of it, in halves where that is too much."""
         size = base.dtype.itemsize
-        if span == target.size and _in_order(shape, strides) and target.flags.c_contiguous:
+        reach = span(shape, strides)
+        if reach == target.size and in_order(shape, strides) and target.flags.c_contiguous:
             self.fill(base, first, _bytes(target))
             return
-        wasteful = 4 * target.size < 3 * span and _run(shape, strides) * size >= _PAGE and _is_plain(base)
-        if (span * size > WORKSPACE or wasteful) and max(reach):
-            axis = reach.index(max(reach))
+        apart = _read_apart(base, shape, strides)
+        much = min(WORKSPACE // size, _MOST_RUNS * run(shape, strides)) if apart else WORKSPACE // size
+        if (target.size if apart else reach) > much and reach > 1:
+            steps = [(n - 1) * step for n, step in zip(shape, strides, strict=True)]
+            axis = steps.index(max(steps))
             half = shape[axis] // 2
             for low, high in ((0, half), (half, shape[axis])):
                 part = target[(slice(None),) * axis + (slice(low, high),)]
                 self._box(base, first + low * strides[axis], part.shape, strides, part)
             return
-        data = self.take(span * size)
-        self.fill(base, first, data)
-        seen = _elements(data, size)
-        target[...] = np.lib.stride_tricks.as_strided(seen, shape, tuple(step * size for step in strides))
+        if apart:
+            self._runs(base, first, shape, strides, target)
+            return
+        data = self.view(base, first, reach)
+        rearrange(target, _strided(_elements(data, size), shape, strides))
+        self.release(data)
+
+    def _runs(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
+        """Reads the runs of a box one by one, side by side, and puts them where they belong."""
+        size, length = base.dtype.itemsize, run(shape, strides)
+        starts, packed = np.full(1, first, np.int64), list(strides)
+        for axis in sorted(range(len(shape)), key=lambda axis: -strides[axis]):
+            if strides[axis] >= length and shape[axis] > 1:  # not within a run
+                packed[axis] = target.size // (len(starts) * shape[axis])
+                starts = np.add.outer(starts, np.arange(shape[axis], dtype=np.int64) * strides[axis]).reshape(-1)
+        data = self.take(target.nbytes)
+        parts = [data[at : at + length * size] for at in range(0, target.nbytes, length * size)]
+        extent = single_extent(base, first, span(shape, strides))
+        if extent is None:
+            for start, part in zip(starts.tolist(), parts, strict=True):
+                self.fill(base, start, part)
+        else:
+            offsets = extent.offset + (starts - first) * size
+            if _MOST_AHEAD * target.nbytes >= extent.nbytes:
+                self._pool.expect(extent.file, extent.offset, extent.nbytes)
+            self._pool.read_runs(extent.file, offsets.tolist(), parts)
+        rearrange(target, _strided(_elements(data, size), shape, packed))
         self.release(data)
 
     # --- columns ---
@@ -168,15 +209,11 @@ class Assembler:
                 self._row(held, widths, row, within, target[done : done + taken])
                 row, within = row + 1, 0
             else:
-                rows = self._rows_at_once(widths, (len(target) - done) // total, target.itemsize)
+                rows = (len(target) - done) // total
                 taken = rows * total
                 self._block(held, widths, row, target[done : done + taken].reshape(rows, total))
                 row += rows
             done += taken
-
-    @staticmethod
-    def _rows_at_once(widths: Sequence[int], rows: int, size: int) -> int:
-        return max(min(rows, WORKSPACE // (max(widths) * size)), 1)
 
     def _row(self, held: Columns, widths: Sequence[int], row: int, within: int, target: Array) -> None:
         column = 0
@@ -187,17 +224,22 @@ class Assembler:
             column += width
 
     def _block(self, held: Columns, widths: Sequence[int], row: int, target: Array) -> None:
-        rows = len(target)
-        if rows == 1:
-            self._row(held, widths, row, 0, target[0])
-            return
         column = 0
         for base, width in zip(held.bases, widths, strict=True):
-            data = self.take(rows * width * target.itemsize)
-            self.fill(base, row * width, data)
-            target[:, column : column + width] = _elements(data, target.itemsize).reshape(rows, width)
-            self.release(data)
+            step = max(column_elements(base, self._tile) // max(width, 1), 1)
+            for low in range(0, len(target), step):
+                self._column(base, row + low, target[low : low + step, column : column + width])
             column += width
+
+    def _column(self, base: TensorEntry, row: int, target: Array) -> None:
+        """Fills a part of some rows; directly where it is of one, since that may be of any length."""
+        rows, width = target.shape
+        if rows == 1:
+            self.fill(base, row * width, _bytes(target[0]))
+            return
+        data = self.view(base, row * width, rows * width)
+        target[...] = _elements(data, target.itemsize).reshape(rows, width)
+        self.release(data)
 
     # --- arithmetic ---
 
@@ -205,7 +247,7 @@ class Assembler:
         op = arithmetic(held)
         metas = [meta(base) for base in held.bases]
         unit, size = op.unit(metas), entry.dtype.itemsize
-        step = chunk_elements(entry, held, self._tile)
+        step = tile_elements(entry, self._tile)
         state = self._state(held, op)
         stop = start + len(out) // size
         low = start - start % unit
@@ -213,18 +255,32 @@ class Assembler:
             high = min(low + step, entry.numel, -(-stop // unit) * unit)
             inside = out[(low - start) * size : (high - start) * size] if low >= start and high <= stop else None
             made = inside if inside is not None else self.take((high - low) * size)
-            self._apply(op, metas, held, state, low, as_array(made, entry.dtype))
+            self._apply(entry, held, state, low, as_array(made, entry.dtype))
             if inside is None:
                 first, last = max(low, start), min(high, stop)
                 out[(first - start) * size : (last - start) * size] = made[(first - low) * size : (last - low) * size]
                 self.release(made)
             low = high
 
-    def _apply(self, op: Arithmetic, metas: Sequence[Meta], held: Made, state: State, start: int, out: Array) -> None:
+    def _apply(self, entry: TensorEntry, held: Made, state: State, start: int, out: Array) -> None:
+        """Reads what the elements are made of at once, and makes them a chunk at a time."""
+        op, metas = arithmetic(held), [meta(base) for base in held.bases]
         ranges = op.ranges(metas, start, len(out))
         tiles = [self.view(base, first, count) for base, (first, count) in zip(held.bases, ranges, strict=True)]
         arrays = [as_array(tile, base.dtype) for tile, base in zip(tiles, held.bases, strict=True)]
-        self.overflowed += op.apply(state, arrays, start, out)
+        step = chunk_elements(entry, held, self._tile)
+        for low in range(0, len(out), step):
+            part = out[low : low + step]
+            wanted = op.ranges(metas, start + low, len(part)) if len(part) < len(out) else ranges
+            inputs = [
+                array[first - begin : first - begin + count]
+                for array, (first, count), (begin, _) in zip(arrays, wanted, ranges, strict=True)
+            ]
+            if self._device is not None and isinstance(op, Cast):
+                self.overflowed += self._device.apply(op, inputs[0], part)
+            else:
+                self.overflowed += op.apply(state, inputs, start + low, part)
+            del inputs
         del arrays
         for tile in tiles:
             self.release(tile)
@@ -259,49 +315,6 @@ def arithmetic(held: Made) -> Arithmetic:
     return held.recipe
 
 
-def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
-    """Returns the one extent that holds elements ``[start, start + count)``, or None if they lie otherwise."""
-    piece = next(pieces_in(entry.pieces, start, count), None)
-    if piece is None or piece.start + piece.count < start + count:
-        return None
-    held, first, size = piece.held, start - piece.start, entry.dtype.itemsize
-    if isinstance(held, Extent):
-        return held.slice(first * size, count * size)
-    if isinstance(held, View) and _in_order(held.shape, held.strides):
-        return single_extent(held.base, held.offset + first, count)
-    if isinstance(held, Columns) and held.rows == 1:
-        for base in held.bases:
-            if first < base.numel:
-                return single_extent(base, first, count) if first + count <= base.numel else None
-            first -= base.numel
-    return None
-
-
-def pieces_in(pieces: Sequence[Piece], start: int, count: int) -> Iterator[Piece]:
-    """Yields the pieces that overlap elements ``[start, start + count)``; touches no other piece of a lazy sequence."""
-    index = max(bisect_right(_Starts(pieces), start) - 1, 0)
-    while index < len(pieces):
-        piece = pieces[index]
-        if piece.start >= start + count:
-            return
-        if piece.start + piece.count > start:
-            yield piece
-        index += 1
-
-
-class _Starts(Sequence[int]):
-    """The starts of the pieces as a sequence that computes only what a bisection asks for."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # bisect never slices
-        return self._pieces[index].start
-
-
 def _elements(data: memoryview, size: int) -> Array:
     """Returns bytes as elements that can be copied and not computed with."""
     return np.frombuffer(data, f"u{size}")
@@ -311,31 +324,18 @@ def _bytes(target: Array) -> memoryview:
     return target.reshape(-1).view(np.uint8).data
 
 
-def _in_order(shape: Shape, strides: Sequence[int]) -> bool:
-    """Tells whether a view's elements lie one behind the other."""
-    expected = 1
-    for n, step in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and step != expected:
-            return False
-        expected *= n
-    return True
+def _read_apart(base: TensorEntry, shape: Shape, strides: Sequence[int]) -> bool:
+    """Tells whether the runs of a box are read for themselves, without what lies between them."""
+    seen, reach = prod(shape), span(shape, strides)
+    if 4 * seen >= 3 * reach or 0 in strides or not is_plain(base):
+        return False
+    length = run(shape, strides)
+    if prod(n for n, step in zip(shape, strides, strict=True) if step < length) != length:  # runs that overlap
+        return False
+    gap = (reach - seen) // max(seen // length - 1, 1)
+    return length * base.dtype.itemsize >= _RUN or gap * base.dtype.itemsize >= _GAP
 
 
-def _is_plain(entry: TensorEntry) -> bool:
-    """Tells whether short ranges cost no more than their bytes: nothing is computed or rearranged to make them."""
-    held = entry.pieces[0].held if entry.pieces else None
-    if isinstance(held, View):
-        return _in_order(held.shape, held.strides) and _is_plain(held.base)
-    if isinstance(held, Columns):
-        return held.rows == 1 and all(_is_plain(base) for base in held.bases if base.numel)
-    return isinstance(held, Extent)
-
-
-def _run(shape: Shape, strides: Sequence[int]) -> int:
-    """Returns how many elements lie one behind the other, at least, before the first jump."""
-    run = 1
-    for step, n in sorted(zip(strides, shape, strict=True)):
-        if n > 1 and step != run:
-            break
-        run *= n
-    return run
+def _strided(elements: Array, shape: Shape, strides: Sequence[int]) -> Array:
+    size = elements.itemsize
+    return np.lib.stride_tricks.as_strided(elements, shape, tuple(step * size for step in strides), writeable=False)

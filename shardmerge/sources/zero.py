@@ -139,7 +139,7 @@ class RankChunks(Sequence[Piece]):
         Elements of the parameter, without padding.
     """
 
-    __slots__ = ("_chunk", "_itemsize", "_numel", "_partitions", "_start")
+    __slots__ = ("_chunk", "_itemsize", "_length", "_numel", "_partitions", "_start")
 
     def __init__(self, partitions: Sequence[Partition], itemsize: int, start: int, numel: int) -> None:
         self._partitions = partitions
@@ -147,9 +147,10 @@ class RankChunks(Sequence[Piece]):
         self._start = start
         self._numel = numel
         self._chunk = chunk_numel(numel, len(partitions))
+        self._length = -(-numel // self._chunk) if numel else 0
 
     def __len__(self) -> int:
-        return -(-self._numel // self._chunk) if self._numel else 0
+        return self._length
 
     @overload
     def __getitem__(self, index: int) -> Piece: ...
@@ -158,9 +159,9 @@ class RankChunks(Sequence[Piece]):
     def __getitem__(self, index: int | slice) -> Piece | Sequence[Piece]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+        if not -self._length <= index < self._length:
             raise IndexError(index)
-        rank = index % len(self)
+        rank = index % self._length
         first = rank * self._chunk
         count = min(self._chunk, self._numel - first)
         extent = self._partitions[rank].extent.slice(self._start * self._itemsize, count * self._itemsize)

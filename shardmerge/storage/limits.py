@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # What a user who says nothing allows: a login node's leftovers.
@@ -19,8 +20,24 @@ def default_budget() -> int:
 
 
 def default_workers() -> int:
-    """Returns the CPUs this process may run on (affinity, so Slurm's binding counts), at least 2 and at most 4."""
-    return max(2, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+    """Returns the CPUs this process may use, at least 2 (one writes while the other computes) and at most 4."""
+    return max(2, min(_MOST_WORKERS, usable_cpus()))
+
+
+def usable_cpus() -> int:
+    """Returns the least of affinity, the cgroup's quota, and what Slurm granted (``--cpus-per-task`` may not bind)."""
+    granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    counts = [len(os.sched_getaffinity(0)), *_quotas(), *([int(granted)] if granted.isdigit() else [])]
+    return max(1, min(counts))
+
+
+def bounds_cache(moved: int) -> bool:
+    """Tells whether files must not gather in the page cache: all that is read and written exceeds the cgroup's memory.
+
+    There the system would reclaim pages at the limit, one writer after the other, and throw out what others use.
+    """
+    limit = cgroup_limit()
+    return limit is not None and moved > limit
 
 
 def resident_bytes() -> int:
@@ -39,27 +56,43 @@ def cgroup_limit() -> int | None:
 
 
 def _limit_files() -> list[Path]:
-    try:
-        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
+    v2 = [folder / "memory.max" for folder in _groups("")]
+    return v2 + [folder / "memory.limit_in_bytes" for folder in _groups("memory")]
+
+
+def _quotas() -> Iterator[int]:
+    """Yields how many CPUs' time the cgroups grant, rounded up."""
+    for folder in _groups(""):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.isdigit():
+            yield -(-int(quota) // int(period))
+    for folder in _groups("cpu"):
+        quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():  # v1 writes -1 for no quota
+            yield -(-int(quota) // int(period))
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yields the cgroup of this process and all above it, whose limits hold as well; "" is the one hierarchy of v2."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            found.append(Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.max")
-        elif "memory" in controllers.split(","):
-            found.append(Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.limit_in_bytes")
-    return found
+        if controller in controllers.split(","):
+            root = Path("/sys/fs/cgroup") / controller
+            own = root / path.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if root in (folder, *folder.parents))
 
 
 def _read_limit(path: Path) -> int | None:
-    try:
-        text = path.read_text("utf-8").strip()
-    except OSError:
-        return None
+    text = _text(path)
     # v2 writes "max", v1 a number near 2**63, for no limit.
     return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""
 
 
 # glibc's mallopt parameter for the size from which memory is mapped (malloc.h), and a size below any tile.

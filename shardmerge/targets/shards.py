@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 from shardmerge.plan import PlannedShard, PlannedTensor
 from shardmerge.targets.expectation import FileGroup, Format, SideFile
+from shardmerge.targets.phases import Arrangement, arrange, by_source
 from shardmerge.targets.torch_layout import lay_out_torch
 
 # What huggingface_hub and DeepSpeed use; decimal, as everywhere in the ecosystem.
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
-# Data starts on a page. The format wants a multiple of 8; a page costs at most 4 KB a shard, lets loaders map tensors
-# aligned, and keeps two threads from writing the same page of the file.
-_DATA_ALIGNMENT = 4096
+# Data starts on a page, or at the offset in one that cloning asks for. The format wants a multiple of 8; a page costs
+# at most 4 KB a shard, lets loaders map tensors aligned, and keeps two threads from writing the same page of the file.
+_PAGE = 4096
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -55,6 +56,7 @@ def lay_out(
     """Returns the shards, and the indexes of the groups that have more than one.
 
     Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
+    What can be cloned from one source file stays together: it begins a new shard if it does not fit into the last.
 
     Parameters
     ----------
@@ -72,7 +74,8 @@ def lay_out(
     ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
     for group, members in _grouped(ordered, groups):
         naming = _naming(group, form)
-        cut = list(_cut(members, shard_size if group.sharded else None))
+        parts = by_source(members) if naming.suffix == ".safetensors" else [members]
+        cut = list(_cut(parts, shard_size if group.sharded else None))
         made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
         shards += made
         if len(made) > 1:
@@ -115,15 +118,19 @@ def _names(naming: _Naming, count: int) -> list[str]:
     return [naming.numbered.format(number, count) for number in range(1, count + 1)]
 
 
-def _cut(tensors: list[PlannedTensor], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
+def _cut(parts: Sequence[list[PlannedTensor]], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
+    """A part that does not fit into what is left of a shard begins the next, as a tensor does."""
     group: list[PlannedTensor] = []
     filled = 0
-    for tensor in tensors:
-        if group and shard_size is not None and filled + tensor.nbytes > shard_size:
-            yield group
-            group, filled = [], 0
-        group.append(tensor)
-        filled += tensor.nbytes
+    for part in parts:
+        needed = sum(tensor.nbytes for tensor in part)
+        for tensor in part:
+            if group and shard_size is not None and filled + max(needed, tensor.nbytes) > shard_size:
+                yield group
+                group, filled = [], 0
+            needed = 0
+            group.append(tensor)
+            filled += tensor.nbytes
     yield group
 
 
@@ -133,12 +140,11 @@ def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedS
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    """Larger element types first, so that every tensor is aligned to its own type (the reference writer's order)."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header = _header(ordered)
+    order = arrange(sorted(tensors, key=lambda tensor: natural_key(tensor.name)))
+    header = _header(order)
     cursor = len(header)
     placed = []
-    for tensor in ordered:
+    for tensor in order.tensors:
         placed.append(replace(tensor, offset=cursor))
         cursor += tensor.nbytes
     return PlannedShard(path, cursor, ((0, header),), tuple(placed))
@@ -152,10 +158,11 @@ def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
     return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)
 
 
-def _header(tensors: list[PlannedTensor]) -> bytes:
+def _header(order: Arrangement) -> bytes:
+    """Returns the header with the spaces behind it that bring the data to its phase."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     cursor = 0
-    for tensor in tensors:
+    for tensor in order.tensors:
         end = cursor + tensor.nbytes
         fields[tensor.stored] = {
             "dtype": tensor.dtype.name,
@@ -164,5 +171,5 @@ def _header(tensors: list[PlannedTensor]) -> bytes:
         }
         cursor = end
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    length = -(-(8 + len(text)) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT - 8
+    length = len(text) + (order.phase - 8 - len(text)) % _PAGE
     return struct.pack("<Q", length) + text.ljust(length)

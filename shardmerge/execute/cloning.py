@@ -1,0 +1,73 @@
+"""Clones what a plan lets be cloned, and says what is left to be moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shardmerge.clones import BLOCK, Clone, clones
+from shardmerge.plan import Plan, PlannedShard, PlannedTensor
+from shardmerge.storage.cloning import can_clone, clone_range
+from shardmerge.storage.reading import FilePool
+from shardmerge.storage.writing import OutputFile
+
+
+def clone_shard(shard: PlannedShard, file: OutputFile, pool: FilePool) -> tuple[Clone, ...]:
+    """Clones what can be cloned of a shard and returns it, ascending; the rest is to be streamed.
+
+    Raises
+    ------
+    UsageError, CheckpointError
+        A source cannot be opened.
+    """
+    done = []
+    for one in clones(shard):
+        source = pool.get(one.file)
+        if clone_range(source.fileno(), one.start, file.fileno(), one.offset, one.nbytes):
+            done.append(one)
+    return tuple(done)
+
+
+def ranges_left(tensor: PlannedTensor, cloned: Sequence[Clone]) -> Iterator[tuple[int, int]]:
+    """Yields what of a tensor is not cloned as (start, count), in elements.
+
+    Clones begin and end where blocks do, and a tensor that has some is aligned to its type, so no element is split.
+    """
+    size = tensor.dtype.itemsize
+    cursor, end = tensor.offset, tensor.offset + tensor.nbytes
+    for one in cloned:
+        if one.end <= cursor or one.offset >= end:
+            continue
+        if one.offset > cursor:
+            yield (cursor - tensor.offset) // size, (one.offset - cursor) // size
+        cursor = min(one.end, end)
+    if cursor < end:
+        yield (cursor - tensor.offset) // size, (end - cursor) // size
+
+
+def clonable_bytes(plan: Plan, out: Path) -> int:
+    """Returns how many bytes of a plan the file system of ``out`` would clone, by trying one block of each device.
+
+    Nothing is read, and nothing is written that anybody could see. A run tries every range itself, and may clone more.
+    """
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    files: dict[str, bool] = {}
+    devices: dict[int, bool] = {}
+    total = 0
+    for one in (one for shard in plan.shards for one in clones(shard)):
+        if one.file not in files:
+            device = _device(one.file)
+            if device not in devices:
+                devices[device] = can_clone(one.file, one.start, BLOCK, folder)
+            files[one.file] = devices[device]
+        total += one.nbytes if files[one.file] else 0
+    return total
+
+
+def _device(file: str) -> int:
+    try:
+        return Path(file).stat().st_dev
+    except OSError:
+        return -1

@@ -1,0 +1,67 @@
+"""What the system allows: CPUs and memory, asked of real control groups, and the page cache kept within them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CPUS = "from shardmerge.storage.limits import usable_cpus; print(usable_cpus())"
+JOINING = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
+
+
+def said(program: str, *arguments: object, env: dict[str, str] | None = None) -> str:
+    """Runs a program and returns what it printed."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **(env or {})}
+    ).stdout.strip()
+
+
+def test_cpus_are_those_of_the_affinity() -> None:
+    one = min(os.sched_getaffinity(0))
+    assert said(f"import os; os.sched_setaffinity(0, {{{one}}}); {CPUS}") == "1"
+    assert said(CPUS) == str(len(os.sched_getaffinity(0)))
+
+
+def test_slurm_may_grant_fewer_and_never_more() -> None:
+    assert said(CPUS, env={"SLURM_CPUS_PER_TASK": "1"}) == "1"
+    assert said(CPUS, env={"SLURM_CPUS_PER_TASK": "4096"}) == str(len(os.sched_getaffinity(0)))
+    assert said(CPUS, env={"SLURM_CPUS_PER_TASK": "2(x3)"}) == str(len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture
+def half_a_cpu() -> Iterator[Path]:
+    """The ``cgroup.procs`` of a group, and of one inside it, that may use half a CPU."""
+    reasons = []
+    for root, name, text in (
+        (Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us", "50000"),
+        (Path("/sys/fs/cgroup"), "cpu.max", "50000 100000"),
+    ):
+        outer = root / f"shardmerge-cpu-{os.getpid()}"
+        try:
+            outer.mkdir()
+        except OSError as error:
+            reasons.append(f"{root}: {error.strerror}")
+            continue
+        try:
+            (outer / name).write_text(text)
+            inner = outer / "inner"
+            inner.mkdir()
+        except OSError as error:
+            outer.rmdir()
+            reasons.append(f"{outer}: {error.strerror}")
+            continue
+        yield inner / "cgroup.procs"
+        inner.rmdir()
+        outer.rmdir()
+        return
+    pytest.skip("no CPU cgroup can be made here: " + "; ".join(reasons))
+
+
+def test_a_quota_counts_wherever_above_it_stands(half_a_cpu: Path) -> None:
+    assert said(JOINING + CPUS, half_a_cpu) == "1"
