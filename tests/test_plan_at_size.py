@@ -61,13 +61,14 @@ output: {path: out, dtype: bfloat16}
 use: xtuner/llava-to-hf
 """
 
-# Plans in the process and tells what all of it read through read(2) and its kin, imports of the plan included.
+# Plans in the process, a second time so that all imports are done, and tells what it read through read(2) and its kin.
 READING = """
 import json, sys
 import shardmerge
 def read():
     with open("/proc/self/io") as counters:
         return int(counters.readline().split()[1])
+shardmerge.plan(sys.argv[1])
 before = read()
 plan = shardmerge.plan(sys.argv[1])
 print(json.dumps({"read": read() - before, "heavy": sorted({"torch", "transformers"} & sys.modules.keys())}))
@@ -151,13 +152,13 @@ def test_reads_no_tensor_data(mapping: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert shardmerge.plan(mapping).tensor_bytes == TOTAL_SIZE
 
 
-def test_reads_a_few_megabytes_of_headers(mapping: Path) -> None:
+def test_reads_a_megabyte_of_headers(mapping: Path) -> None:
     done = measure([sys.executable, "-c", READING, str(mapping)])
     found = answer(done)
     print(f"headers: {found['read']:,} bytes read of {_apparent(mapping.parent) / 1e9:.0f} GB")
     assert found["heavy"] == []
     assert isinstance(found["read"], int)
-    assert found["read"] < 4 << 20
+    assert found["read"] < 1 << 20
 
 
 def _apparent(folder: Path) -> int:
