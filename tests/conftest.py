@@ -25,7 +25,7 @@ settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# A shell starts what it puts in the background with SIGINT ignored, and a process hands that on to those it starts: tests
+# A shell starts what it puts in the background with SIGINT ignored, and a process hands that on to its children: tests
 # that interrupt a command would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
