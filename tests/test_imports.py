@@ -87,7 +87,7 @@ def test_help(folder: Path) -> None:
     found = imported("--help")
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
-    commands = {"main", "mappings", "options", "progress"}
+    commands = {"bench", "main", "mappings", "options", "progress"}
     assert ours == {
         "shardmerge.cli",
         "shardmerge.errors",

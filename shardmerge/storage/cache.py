@@ -6,7 +6,6 @@ cgroup the pages of the files count, read or written (cgroup v1 does not even sl
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import deque
 from collections.abc import Callable
@@ -77,6 +76,8 @@ class Trail:
 @lru_cache(maxsize=1)
 def _sync_file_range() -> _SyncFileRange | None:
     """Returns the C library's function, or None where it has none (macOS). Python's os module does not offer it."""
+    import ctypes  # only a run moves pages: `inspect` reads headers
+
     try:
         found = ctypes.CDLL(None).sync_file_range
     except (OSError, AttributeError):
