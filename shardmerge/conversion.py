@@ -63,7 +63,7 @@ class Options:
     memory: int | None = None
     workers: int | None = None
     download: bool = False
-    io: IoMode = "auto"
+    io: IoMode = "pread"
     sync: bool = True
     device: Device = "cpu"
 

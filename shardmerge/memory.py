@@ -16,18 +16,20 @@ from shardmerge.plan import Memory, PlannedTensor
 from shardmerge.strides import block, direct, in_order
 from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View, leaves
 
-# Resident after importing numpy, ml_dtypes, click, tqdm and PyYAML: 42 MiB measured (CPython 3.11, numpy 2.4); the rest
-# is room for other versions, for parsing the mapping, and for zlib-ng and numkong, which come with the first tile and
-# the first cast: 3 MiB.
-_RESERVED = 52 << 20
+# Resident before the first tile, with numpy, ml_dtypes, click and PyYAML: 39 MiB measured without a mapping, 42 with
+# one (CPython 3.11, numpy 2.4); zlib-ng and numkong, which come with the first tile and the first cast, take 3 more.
+# The rest is room for other versions.
+_RESERVED = 48 << 20
 
 # A tensor of a source with its pieces, what is planned of it, its header and its part of the receipt: 1.9 KB of a whole
 # run measured, over 92,000 tensors with a cast each.
 _PER_TENSOR = 2 << 10
 
-# fp32 to bf16 peaked at 49, 55, 67 and 91 MiB with tiles of 1, 2, 4 and 8 MiB and two workers (buffers resident; now
-# they are not until used), and the times did not differ by more than the noise: large enough for windows, no larger.
-LARGEST_TILE = 2 << 20
+# The tiles of all workers together: 4 MiB each for one or two, 2 MiB for four. fp32 to bf16 by two workers, 2 GiB in:
+# 1.40 s with tiles of 2 MiB, 1.25 with 4 (the interpreter is asked half as often), 1.45 with 8 (out of the caches).
+_TILES_TOGETHER = 8 << 20
+LARGEST_TILE = 4 << 20
+_LARGEST_OF_MANY = 1 << 20
 _SMALLEST_TILE = 64 << 10
 
 # Most bytes that `execute.gather` reads at once to rearrange them.
@@ -36,9 +38,9 @@ WORKSPACE = 1 << 20
 # What `execute.rearrange` allocates, and the list of runs of `execute.gather`.
 REARRANGING = 512 << 10
 
-# A transposed matrix is made in bands of at most so many tiles, 32 MiB at the default: a tile of it is so narrow a band
+# A transposed matrix is made in bands of at most so many tiles, 32 MiB at the largest: a tile of it is so narrow a band
 # of its source that every page would be read up to 100 times. See decision 18.
-BAND_TILES = 16
+BAND_TILES = 8
 
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
@@ -66,7 +68,7 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
     fixed = _RESERVED + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in listed)
     needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
     for count in range(workers, 0, -1):
-        tile = LARGEST_TILE
+        tile = _first_tile(count)
         while tile >= _SMALLEST_TILE:
             if tile not in needs:
                 needs[tile] = max((_worker_peak(tensor.entry, tile) for tensor in listed), default=0)
@@ -83,6 +85,12 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
         expected=f"at most {budget:,} bytes",
         hint=f"allow more: --max-memory {-(-(fixed + least) // (1 << 20))}MiB",
     )
+
+
+def _first_tile(workers: int) -> int:
+    """Returns the tile that is tried first, a power of two."""
+    share = 1 << (_TILES_TOGETHER // workers).bit_length() - 1
+    return max(min(share, LARGEST_TILE), _LARGEST_OF_MANY)
 
 
 def tile_elements(entry: TensorEntry, tile: int) -> int:

@@ -132,7 +132,7 @@ def test_mapped_and_read_bytes_are_the_same(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(3 << 20)
     path = tmp_path / "data"
     path.write_bytes(data)
-    for mode in ("mmap", "pread", "auto"):
+    for mode in ("mmap", "pread"):
         assert bytes(FilePool(mode).view(str(path), 12_345, 2 << 20)) == data[12_345 : 12_345 + (2 << 20)]
 
 

@@ -164,7 +164,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("io", ["auto", "pread"])
+@pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_every_byte_is_read_once(name: str, io: reading.IoMode, tmp_path: Path) -> None:
     case, files, pool = CASES[name], Files(tmp_path), FilePool(io)
     entry = case.make(files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -13,6 +14,7 @@ from shardmerge.dtypes import DType
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
+@lru_cache(maxsize=32)
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     """Returns the numpy (or ml_dtypes) type of the table's row."""
     return np.dtype(getattr(ml_dtypes, dtype.numpy, None) or dtype.numpy)
