@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -39,6 +39,14 @@ def _fastest() -> _Crc32:
 def combine(first: int, second: int, second_nbytes: int) -> int:
     """Returns the CRC-32 of two byte strings from theirs and the length of the second."""
     return _times(_zeros(second_nbytes), first) ^ second
+
+
+def joined(parts: Iterable[tuple[int, int]]) -> int:
+    """Returns the CRC-32 of byte strings one behind the other, from the length and the CRC-32 of each."""
+    total = 0
+    for nbytes, checksum in parts:
+        total = combine(total, checksum, nbytes)
+    return total
 
 
 @lru_cache(maxsize=64)
