@@ -16,7 +16,7 @@ from benchmarks.merges import model_config, write_lora
 from benchmarks.peers import commands
 from benchmarks.synthetic import LlamaShape, Shapes, llama_of, write_safetensors, write_zero
 
-DEFAULT = ("zero2-1g", "zero2-4g", "zero3-1g", "zero3-4g", "rename-1g", "hf-reshard-1g", "lora-0.5b")
+DEFAULT = ("zero2-1g", "zero2-2g", "zero2-4g", "zero3-1g", "zero3-4g", "rename-1g", "hf-reshard-1g", "lora-0.5b")
 _UNITS = {"m": 1 << 20, "g": 1 << 30, "b": 4_000_000_000}
 _SHARDS = 4
 

@@ -19,14 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from benchmarks.harness import answer, measure, succeed
 from benchmarks.machine import ROOT, as_installed, machine_card, provenance
-from benchmarks.synthetic import LLAMA_3_8B, LlamaShape, llama_of, write_safetensors
+from benchmarks.synthetic import llama_of, write_safetensors
 
 RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("xfs", "btrfs", "here")
@@ -72,7 +71,7 @@ def measure_kind(folder: Path, nbytes: int, rounds: int) -> dict[str, object]:
     """Measures everyone below a directory and returns the figures: seconds and bytes."""
     source = folder / "source"
     source.mkdir()
-    write_safetensors(source / "model.safetensors", _shape(nbytes).tensors(), fill=True)
+    write_safetensors(source / "model.safetensors", llama_of(2 * nbytes).tensors(), fill=True)
     (source / "mapping.yaml").write_text(_MAPPING, "utf-8")
     size = (source / "model.safetensors").stat().st_size
     runs: dict[str, list[dict[str, float]]] = {one.key: [] for one in CONTENDERS}
@@ -94,14 +93,6 @@ def measure_kind(folder: Path, nbytes: int, rounds: int) -> dict[str, object]:
             key: round(median(run["new_space"] for run in seen) / size, 5) for key, seen in runs.items()
         },
     }
-
-
-def _shape(nbytes: int) -> LlamaShape:
-    """Returns a LLaMA of about so many bytes in bf16: with the widths of the 8B where that leaves it a layer."""
-    ends = 2 * sum(prod(shape) for shape in replace(LLAMA_3_8B, layers=0).tensors().values())
-    layer = 2 * sum(prod(shape) for shape in replace(LLAMA_3_8B, layers=1).tensors().values()) - ends
-    layers = (nbytes - ends) // layer
-    return replace(LLAMA_3_8B, layers=layers) if layers > 0 else llama_of(2 * nbytes)
 
 
 def _run(one: Contender, source: Path, out: Path) -> dict[str, float]:

@@ -75,13 +75,15 @@ Goal = OverFloor | Against | Resident
 # Words, figure, whether it reaches the bar.
 Found = tuple[str, str, bool]
 
+_BESIDE_DEEPSPEED = (
+    Against("zero_to_fp32", "wall", 6),
+    Against("zero_to_fp32-cast", "wall", 8),
+    Against("zero_to_torch", "wall", 5),
+    Against("zero_to_torch", "peak", 50),
+)
+# The bars beside DeepSpeed are for 0.5 to 1 billion parameters: 2 GiB of fp32 hold 0.54.
 GOALS: dict[str, tuple[Goal, ...]] = {
-    "zero2-1g": (
-        Against("zero_to_fp32", "wall", 6),
-        Against("zero_to_fp32-cast", "wall", 8),
-        Against("zero_to_torch", "wall", 5),
-        Against("zero_to_fp32", "peak", 50),
-    ),
+    "zero2-2g": (*_BESIDE_DEEPSPEED, OverFloor(1.15, synced=True), OverFloor(1.15, synced=False), Resident(64)),
     "zero2-4g": (OverFloor(1.15, synced=True), OverFloor(1.15, synced=False), Resident(64)),
     "zero3-1g": (OverFloor(1.3, synced=True), OverFloor(1.3, synced=False)),
     "zero3-4g": (OverFloor(1.3, synced=True), OverFloor(1.3, synced=False), Resident(64)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -55,9 +55,19 @@ LLAMA_3_8B = LlamaShape(4096, 32, 32, 8, 14336, 128256)
 
 
 def llama_of(fp32_bytes: int) -> LlamaShape:
-    """Returns a LLaMA of about ``fp32_bytes`` bytes in fp32: layers of 50 M parameters and a vocabulary of 32,000."""
-    layer, ends = 12_587_008 * 4, 2 * 32_000 * 1024 * 4
-    return LlamaShape(1024, max((fp32_bytes - ends) // layer, 1), 16, 8, 3072, 32_000)
+    """Returns a LLaMA of about ``fp32_bytes`` bytes in fp32, as many layers as that takes.
+
+    Below 16 GiB its layers have 12.6 M parameters and its vocabulary 32,000; from there on it has the widths of the 8B.
+    A model of 8 GiB with 3,000 tensors, which nobody trains, would measure the cost of names.
+    """
+    small = LlamaShape(1024, 1, 16, 8, 3072, 32_000)
+    shape = replace(LLAMA_3_8B, layers=1) if fp32_bytes >= 16 << 30 else small
+    one, two = (_fp32_bytes(replace(shape, layers=layers)) for layers in (1, 2))
+    return replace(shape, layers=max((fp32_bytes - 2 * one + two) // (two - one), 1))
+
+
+def _fp32_bytes(shape: LlamaShape) -> int:
+    return 4 * sum(prod(dims) for dims in shape.tensors().values())
 
 
 def write_zero(

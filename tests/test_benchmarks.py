@@ -152,12 +152,12 @@ def test_bars_are_judged_by_ratios_of_rounds(wall: float, peak: int, expected: l
 def test_peers_are_judged_by_how_much_more_they_take() -> None:
     peers = [measured_entry(key, [6.5, 6.5], 2000 * MIB) for key in ("zero_to_fp32", "zero_to_torch")]
     entries = [measured_entry("shardmerge-no-sync", [1.0, 1.0], 50 * MIB), measured_entry("floor", [1, 1], 0), *peers]
-    rows = {row[1]: row[2:] for row in goals.rows({"zero2-1g": {"contenders": entries}})}
-    assert rows == {
+    rows = {row[1]: row[2:] for row in goals.rows({"zero2-2g": {"contenders": entries}})}
+    assert {words: found for words, found in rows.items() if "zero_to" in words} == {
         "at least 6 x faster than zero_to_fp32, --no-sync": ["6.5 x", "reached"],
         "at least 8 x faster than zero_to_fp32-cast, --no-sync": ["not measured", "**not reached**"],
         "at least 5 x faster than zero_to_torch, --no-sync": ["6.5 x", "reached"],
-        "at most 1/50 of the memory of zero_to_fp32": ["1/40", "**not reached**"],
+        "at most 1/50 of the memory of zero_to_torch": ["1/40", "**not reached**"],
     }
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge.storage.cloning import can_clone, clone_range
+from shardmerge.storage.reading import file_system
 from tests.conftest import shardmerge
 
 Disk = Callable[[str], Path]
@@ -94,6 +95,11 @@ def shared_bytes(path: Path) -> int:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_file_system_is_called_by_its_name(sharing: Path, request: pytest.FixtureRequest) -> None:
+    """A btrfs subvolume has a device number that no mount has."""
+    assert file_system(sharing) == request.node.callspec.params["sharing"]
 
 
 def test_a_rename_shares_its_blocks(sharing: Path) -> None:

@@ -291,15 +291,17 @@ def most_open_files() -> int:
 
 
 def file_system(path: str | Path) -> str:
-    """Returns the type of the file system that holds ``path`` (``ext4``, ``nfs4``, ...), or ``""`` if unknown."""
+    """Returns the type of the file system that holds ``path`` (``ext4``, ``nfs4``, ...), or ``""`` if unknown.
+
+    By mount point: the device number of a btrfs subvolume is not that of its mount.
+    """
     try:
-        device = Path(path).stat().st_dev
+        place = Path(path).resolve()
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    name = f"{os.major(device)}:{os.minor(device)}"
+    found = {}
     for line in lines:  # proc(5): ... major:minor root mountpoint options ... - type source options
         fields = line.split()
-        if fields[2] == name:
-            return fields[fields.index("-") + 1]
-    return ""
+        found[fields[4].replace("\\040", " ")] = fields[fields.index("-") + 1]  # a later mount hides an earlier one
+    return next((found[str(folder)] for folder in (place, *place.parents) if str(folder) in found), "")
