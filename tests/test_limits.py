@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shardmerge.storage import limits
+
 CPUS = "from shardmerge.storage.limits import usable_cpus; print(usable_cpus())"
 JOINING = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
 
@@ -65,3 +67,9 @@ def half_a_cpu() -> Iterator[Path]:
 
 def test_a_quota_counts_wherever_above_it_stands(half_a_cpu: Path) -> None:
     assert said(JOINING + CPUS, half_a_cpu) == "1"
+
+
+def test_a_cache_is_bounded_where_the_memory_is_smaller_than_what_moves() -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert limits.bounds_cache(physical + 1)
+    assert not limits.bounds_cache(min(physical, limits.cgroup_limit() or physical))

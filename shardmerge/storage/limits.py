@@ -32,12 +32,13 @@ def usable_cpus() -> int:
 
 
 def bounds_cache(moved: int) -> bool:
-    """Tells whether files must not gather in the page cache: all that is read and written exceeds the cgroup's memory.
+    """Tells whether files must not gather in the page cache: all that is read and written exceeds the memory.
 
-    There the system would reclaim pages at the limit, one writer after the other, and throw out what others use.
+    That of the cgroup, or of the machine. The system would reclaim pages at the limit, one writer after the other, and
+    throw out what others use: a whole 8B took 71 s so, and 46 s in a cgroup of 128 MiB, where its pages left at once.
     """
-    limit = cgroup_limit()
-    return limit is not None and moved > limit
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return moved > min(cgroup_limit() or physical, physical)
 
 
 def resident_bytes() -> int:
