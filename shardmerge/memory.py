@@ -80,7 +80,7 @@ def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) 
     raise ResourceError(
         "memory-budget",
         "the plan does not fit the memory budget",
-        where=f"tensor {name}" if least > 4 * _SMALLEST_TILE else "",
+        where=f"tensor {name}" if least > 32 * _SMALLEST_TILE else "",  # 2 MiB: more than any cast needs
         found=f"{fixed + least:,} bytes needed with 1 worker",
         expected=f"at most {budget:,} bytes",
         hint=f"allow more: --max-memory {-(-(fixed + least) // (1 << 20))}MiB",
