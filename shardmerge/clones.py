@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardmerge.pieces import single_extent
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor, is_copy
-from shardmerge.strides import in_order
-from shardmerge.tensors import Columns, Extent, TensorEntry, View
+from shardmerge.tensors import Extent, TensorEntry
 
 # The block of XFS, btrfs and ext4 as they are made, in bytes. Where blocks are larger, most ranges are copied.
 BLOCK = 4096
@@ -75,7 +75,7 @@ def moved(plan: Plan, cloned: int) -> Moved:
 
 def whole_extent(entry: TensorEntry) -> Extent | None:
     """Returns the one extent that holds a tensor byte for byte, or None: it has none, several, or another order."""
-    return _extent(entry, 0, entry.numel) if entry.numel else None
+    return single_extent(entry, 0, entry.numel) if entry.numel else None
 
 
 def clones(shard: PlannedShard) -> Iterator[Clone]:
@@ -113,19 +113,3 @@ def _whole_blocks(file: str, start: int, offset: int, nbytes: int) -> Iterator[C
     first, length = inner_blocks(start, nbytes)
     if length >= SMALLEST:
         yield Clone(file, first, offset + first - start, length)
-
-
-def _extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
-    if len(entry.pieces) != 1:
-        return None
-    held = entry.pieces[0].held
-    if isinstance(held, Extent):
-        return held.slice(start * entry.dtype.itemsize, count * entry.dtype.itemsize)
-    if isinstance(held, View) and in_order(held.shape, held.strides):
-        return _extent(held.base, held.offset + start, count)
-    if isinstance(held, Columns) and held.rows == 1:
-        for base in held.bases:
-            if start < base.numel:
-                return _extent(base, start, count) if start + count <= base.numel else None
-            start -= base.numel
-    return None

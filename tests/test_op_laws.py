@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from shardmerge.compose import compose, meta
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.pieces import single_extent
 from shardmerge.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.ops.contract import Gathered, Mirror, Move, Op, OpKind, Scattered, Value
 from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
 from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
+from shardmerge.pieces import single_extent
 from shardmerge.plan import is_copy
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense

@@ -13,12 +13,12 @@ import numpy as np
 
 from shardmerge.compose import meta
 from shardmerge.execute.gpu import CudaCasts
-from shardmerge.execute.pieces import is_plain, pieces_in, single_extent
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.memory import KEPT_TILES, LARGEST_TILE, WORKSPACE, chunk_elements, column_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
+from shardmerge.pieces import is_plain, pieces_in, single_extent
 from shardmerge.storage.reading import FilePool
 from shardmerge.strides import direct, in_order, run, span
 from shardmerge.tensors import Columns, Extent, Made, Piece, Shape, Strided, TensorEntry, View, dense
