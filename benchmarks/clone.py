@@ -26,6 +26,7 @@ from statistics import median
 from benchmarks.harness import answer, measure, succeed
 from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.synthetic import llama_of, write_safetensors
+from shardmerge.bench.figures import ratios, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("xfs", "btrfs", "here")
@@ -125,16 +126,11 @@ def _used(folder: Path) -> int:
 
 
 def _medians(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {key: _spread([run[key] for run in runs]) for key in runs[0]}
+    return {key: spread([run[key] for run in runs]) for key in runs[0]}
 
 
 def _ratios(ours: Sequence[dict[str, float]], floor: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Round by round, so that what slowed a whole round down cancels out."""
-    return _spread([a["wall"] / b["wall"] for a, b in zip(ours, floor, strict=True)])
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(median(values), 5), "min": round(min(values), 5), "max": round(max(values), 5)}
+    return ratios([run["wall"] for run in ours], [run["wall"] for run in floor])
 
 
 @contextmanager
