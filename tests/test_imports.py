@@ -40,7 +40,8 @@ OF_NUMPY = {"ctypes", "pickle"}
 OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help alone
 # Rooms of shardmerge that are a large part of its own start-up.
 ROOMS = {
-    "shardmerge.execute.engine", "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
+    "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
+    "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
     "shardmerge.mapping.preset_files", "shardmerge.mapping.reader", "shardmerge.mapping.resolve",
     "shardmerge.ops.registry", "shardmerge.planner", "shardmerge.sources.opening",
     "shardmerge.targets.bases", "shardmerge.targets.llava",
@@ -48,6 +49,7 @@ ROOMS = {
 }  # fmt: skip
 READING = {"shardmerge.sources.opening"}
 PLANNING = READING | {"shardmerge.planner"}
+EXECUTING = PLANNING | {"shardmerge.execute.engine"}
 
 MAPPING = """\
 shardmerge: 1
@@ -108,13 +110,18 @@ def test_inspect(folder: Path, source: str) -> None:
 def test_plan(folder: Path) -> None:
     rooms = PLANNING | {"shardmerge.mapping.reader", "shardmerge.mapping.resolve"}
     found = imported("plan", folder / "mapping.yaml")
-    check(found, libraries={"click", "numpy", "ml_dtypes", "yaml"}, heavy=OF_NUMPY, rooms=rooms)
+    check(found, libraries={"click", "yaml"}, heavy=set(), rooms=rooms)
 
 
-def test_convert(folder: Path) -> None:
-    rooms = PLANNING | {"shardmerge.execute.engine"}
+def test_a_cast_needs_numpy(folder: Path) -> None:
+    rooms = EXECUTING | {"shardmerge.execute.making"}
     found = imported("convert", folder / "zero", folder / "out", "--dtype", "bfloat16")
     check(found, libraries={"click", "numpy", "ml_dtypes"}, heavy=OF_NUMPY, rooms=rooms)
+
+
+def test_bytes_that_stay_need_no_numpy(folder: Path) -> None:
+    found = imported("convert", folder / "zero", folder / "same")
+    check(found, libraries={"click"}, heavy={"ctypes"}, rooms=EXECUTING)  # mallopt, sync_file_range
 
 
 def test_a_target_is_imported_when_it_is_asked_for() -> None:

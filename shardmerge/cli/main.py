@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -304,6 +305,8 @@ def main() -> None:
     # numpy's BLAS would start a thread a CPU when it is loaded; products are made by one (`ops.blas`).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
+    gc.disable()
     sys.exit(_guarded())
 
 

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.clones import Clone, overlapping
 from shardmerge.errors import CheckpointError, InterruptedRunError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.gpu import CudaCasts, require_cuda
 from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
@@ -23,6 +22,9 @@ from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
+
+if TYPE_CHECKING:
+    from shardmerge.execute.gpu import CudaCasts
 
 # Called with the bytes just written, from any worker, one call at a time.
 Progress: TypeAlias = Callable[[int], None]
@@ -34,6 +36,8 @@ Device: TypeAlias = Literal["cpu", "cuda"]
 def check_device(device: Device) -> None:
     """Raises ``device-unavailable`` where casts cannot be made on a device."""
     if device == "cuda":
+        from shardmerge.execute.gpu import require_cuda
+
         require_cuda()
 
 
@@ -162,6 +166,14 @@ def execute(
     return run.outcome()
 
 
+def _casts_on(device: Device) -> CudaCasts | None:
+    if device == "cpu":
+        return None
+    from shardmerge.execute.gpu import CudaCasts
+
+    return CudaCasts()
+
+
 def check_stamps(stamps: Iterable[FileStamp]) -> None:
     """Compares source files with what they were when they were planned with."""
     for stamp in stamps:
@@ -214,8 +226,7 @@ class _Run:
     def work(self) -> None:
         """Takes tasks until there are none, or another worker failed."""
         try:
-            casts = CudaCasts() if self.device == "cuda" else None
-            assembler = Assembler(self.pool, self.plan.memory.tile, casts)
+            assembler = Assembler(self.pool, self.plan.memory.tile, _casts_on(self.device))
             while (task := self._next()) is not None:
                 for tile in task:
                     self._carry(tile, assembler)

@@ -33,7 +33,7 @@ def require_cuda() -> ModuleType:
         ``device-unavailable``.
     """
     try:
-        import torch  # noqa: PLC0415  # 200 MiB and more, for who asks for a device
+        import torch  # 200 MiB and more, for who asks for a device
     except ImportError as error:
         raise UsageError(
             "device-unavailable",

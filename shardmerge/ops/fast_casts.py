@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -24,23 +24,11 @@ import numpy as np
 
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.ops.arrays import Array, numpy_dtype
+from shardmerge.ops.cast_blocks import BETWEEN, EXACT, INDEX, TABLE, TILE
+from shardmerge.ops.rounding import any_from, cast_exactly, count_overflows
 
 # Fills the second array from the first, a value at a time.
-Exact: TypeAlias = Callable[[Array, Array], None]
-# Counts the finite values of the first array that overflowed in the second.
-Count: TypeAlias = Callable[[Array, Array], int]
-
-# Elements made at a time. A kernel runs over a tile in the L3 cache as fast as over less, and each call around it costs
-# 1 to 3 us: as much as it needs for 16 Ki elements. 64 Ki where float32 lies between, 32 Ki where an index of 8 bytes
-# does, 16 Ki where the exact road takes 40 bytes an element.
-_TILE, _BETWEEN, _INDEX, _EXACT = 512 << 10, 64 << 10, 32 << 10, 16 << 10
-
-# Most bytes of a table: 64 Ki patterns of 2 bytes.
-_TABLE = 128 << 10
-
-# Allocated by a cast of any size at most: a table, and one of what lies between, an index with its parts, the exact
-# road with its count, the comparison of a kernel.
-PEAK = _TABLE + max(5 * _BETWEEN, 14 * _INDEX, 44 * _EXACT)
+Fill: TypeAlias = Callable[[Array, Array], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +41,8 @@ class Kernel:
         As numkong calls them.
     watched, first
         Blocks with a magnitude of at least ``first`` (its bits) on the watched side are made by the exact road.
+        ``both`` is for float32: what comes in is watched for NaN and large values, what comes out for large negative
+        ones, which is one pass and a half where ``in`` takes two.
     between
         Whether bfloat16 is widened to float32 first.
     doubled
@@ -62,7 +52,7 @@ class Kernel:
 
     source: str
     target: str
-    watched: Literal["in", "out", "neither"]
+    watched: Literal["in", "out", "both", "neither"]
     first: int = 0
     between: bool = False
     doubled: bool = False
@@ -73,10 +63,10 @@ class Kernel:
         if not (self.between or self.doubled):
             self._call(given, made, out.size)
             return
-        size = min(tile.size, _BETWEEN)
+        size = min(tile.size, BETWEEN)
         wide, kept = np.empty(size, np.float32), np.empty(size, np.uint8)
         middle = wide.ctypes.data
-        for part in _parts(tile.size, _BETWEEN):
+        for part in _parts(tile.size, BETWEEN):
             count = part.stop - part.start
             self._widen(tile[part], wide[:count])
             self._call(middle, made + part.start, count)
@@ -99,8 +89,27 @@ class Kernel:
         library.astype(library.from_pointer(given, (count,), self.source), self.target, out=out)
 
     def clear(self, tile: Array, out: Array) -> bool:
-        """Tells whether nothing that is watched for is among the elements: two integer maxima, 30 GB/s each or more."""
+        """Tells whether nothing that is watched for is among the elements: maxima, 50 to 100 GB/s each in a cache."""
+        if self.watched == "both":  # a maximum is NaN if an element is
+            return bool(np.maximum.reduce(tile) < _LARGE and np.maximum.reduce(_bits(out)) < _NEGATIVE + self.first)
         return self.watched == "neither" or not any_from(tile if self.watched == "in" else out, self.first)
+
+    def suspects(self, tile: Array, out: Array) -> Array:
+        """Tells for each element whether it is watched for."""
+        if self.watched == "both":
+            return ~(tile < _LARGE) | (_bits(out) >= _NEGATIVE + self.first)
+        if self.watched == "neither":
+            return np.zeros(tile.size, np.bool_)
+        seen = _bits(tile if self.watched == "in" else out)
+        return (seen & ((1 << (8 * seen.itemsize - 1)) - 1)) >= self.first
+
+
+# The smallest float32 that rounds to an infinite bfloat16, and the sign of that.
+_LARGE, _NEGATIVE = np.uint32(0x7F7F8000).view(np.float32), 0x8000
+
+
+def _bits(values: Array) -> Array:
+    return values.view(f"u{values.itemsize}")
 
 
 _TWO, _MINUS_ZERO = np.float32(2), np.uint8(0x80)
@@ -111,20 +120,11 @@ def _without_minus_zero(out: Array, kept: Array) -> None:
     np.multiply(out, kept, out=out)
 
 
-def any_from(seen: Array, first: int) -> bool:
-    """Tells whether any element's bits, sign clear, are at least ``first``."""
-    size = seen.itemsize
-    top = 1 << (8 * size - 1)
-    signed, unsigned = seen.view(f"i{size}"), seen.view(f"u{size}")
-    return bool(np.maximum.reduce(signed) >= first or np.maximum.reduce(unsigned) >= first + top)
-
-
-# float32 to bfloat16 is watched where it comes in, since a NaN of 0x7FFF8000 and more comes out as -0; so is float16 to
-# bfloat16. 0x7F7F8000 is the smallest float32 that rounds to an infinite bfloat16. 0x7E is 448 in F8_E4M3,
-# where it saturates. Signalling NaNs of float16 become quiet on every road.
+# float32 to bfloat16 is watched for NaN where it comes in, since one of 0x7FFF8000 and more comes out as -0; so is
+# float16 to bfloat16. 0x7E is 448 in F8_E4M3, where it saturates. Signalling NaNs of float16 become quiet everywhere.
 _KERNELS = {
     ("F32", "F16"): Kernel("float32", "float16", "out", 0x7C00),
-    ("F32", "BF16"): Kernel("float32", "bfloat16", "in", 0x7F7F8000),
+    ("F32", "BF16"): Kernel("float32", "bfloat16", "both", 0x7F80),
     ("F32", "F8_E4M3"): Kernel("float32", "e4m3", "out", 0x7E),
     ("F32", "F8_E5M2"): Kernel("float32", "e5m2", "out", 0x7C),
     ("F32", "F8_E4M3FNUZ"): Kernel("float32", "e4m3", "out", 0x7E, doubled=True),
@@ -147,38 +147,30 @@ _KERNELS = {
 }
 
 
-def convert(tile: Array, out: Array, source: DType, target: DType, exact: Exact, count: Count) -> int:
-    """Fills ``out`` from ``tile``, both 1-D; returns what ``count`` counts.
-
-    Parameters
-    ----------
-    exact
-        The cast as it is defined, with temporaries of at most 40 bytes an element.
-    count
-        Called for what the fast road did not make, with temporaries of at most 40 bytes an element.
-    """
+def convert(tile: Array, out: Array, source: DType, target: DType) -> int:
+    """Fills ``out`` from ``tile``, both 1-D; returns how many finite values overflowed."""
     whole = tile.flags.c_contiguous and out.flags.c_contiguous and tile.size == out.size  # kernels see addresses alone
-    kernel = _kernel(source, target, exact) if whole else None
+    kernel = _kernel(source, target) if whole else None
     total = 0
-    for block in _parts(out.size, _TILE):
+    for block in _parts(out.size, TILE):
         given, made = tile[block], out[block]
         if kernel is not None:
             kernel.fill(given, made)
             if kernel.clear(given, made):
                 continue
-        total += _exactly(given, made, kernel, _by_table(source, target, exact), count)
+        total += _slowly(given, made, source, target, kernel)
     return total
 
 
-def _exactly(tile: Array, out: Array, kernel: Kernel | None, by: tuple[Exact, int], count: Count) -> int:
+def _slowly(tile: Array, out: Array, source: DType, target: DType, kernel: Kernel | None) -> int:
     """Makes what no kernel has made, or not rightly."""
-    exact, step = by
+    fill, step = exact_road(source, target)
     total = 0
     with _quietly():
         for part in _parts(out.size, step):
             if kernel is None or not kernel.clear(tile[part], out[part]):
-                exact(tile[part], out[part])
-                total += count(tile[part], out[part])
+                fill(tile[part], out[part])
+                total += count_overflows(tile[part], out[part], source, target)
     return total
 
 
@@ -193,23 +185,22 @@ def _parts(size: int, step: int) -> Iterator[slice]:
 # ---- tables
 
 
-def _by_table(source: DType, target: DType, exact: Exact) -> tuple[Exact, int]:
-    """Returns what does as ``exact`` does, a look-up where a table is small enough, and how many elements at a time."""
+def exact_road(source: DType, target: DType) -> tuple[Fill, int]:
+    """Returns what makes the exact bits, a look-up where a table is small enough, and how many elements at a time."""
     if (source.name, target.name) == ("BF16", "F32"):
-        return exact, _TILE  # a copy by ml_dtypes, without temporaries
-    if source.itemsize <= 2 and target.itemsize << 8 * source.itemsize <= _TABLE:
-        return _look_up(_table(source, target, exact)), _INDEX
+        return partial(cast_exactly, source=source, target=target), TILE  # a copy by ml_dtypes, without temporaries
+    if source.itemsize <= 2 and target.itemsize << 8 * source.itemsize <= TABLE:
+        return _look_up(_table(source, target)), INDEX
     if source.name == "F32" and target.itemsize == 1:
-        narrow = DTYPES["BF16"]
-        return _look_up_odd(_table(narrow, target, lambda tile, out: exact(tile.astype(np.float32), out))), _INDEX
-    return exact, _EXACT
+        return _look_up_odd(_table(DTYPES["BF16"], target)), INDEX
+    return partial(cast_exactly, source=source, target=target), EXACT
 
 
 _TABLES: dict[tuple[str, str], Array] = {}
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _table(source: DType, target: DType, exact: Exact) -> Array:
+def _table(source: DType, target: DType) -> Array:
     """Returns the bits of the target for every pattern of the source; made when first asked for."""
     key = (source.name, target.name)
     if key not in _TABLES:
@@ -217,13 +208,13 @@ def _table(source: DType, target: DType, exact: Exact) -> Array:
         bits = np.empty(patterns.size, f"u{target.itemsize}")
         values, made = patterns.view(numpy_dtype(source)), bits.view(numpy_dtype(target))
         with _quietly():
-            for part in _parts(patterns.size, _EXACT):
-                exact(values[part], made[part])
+            for part in _parts(patterns.size, EXACT):
+                cast_exactly(values[part], made[part], source, target)
         _TABLES[key] = bits
     return _TABLES[key]
 
 
-def _look_up(table: Array) -> Exact:
+def _look_up(table: Array) -> Fill:
     def look_up(tile: Array, out: Array) -> None:
         index = tile.view(f"u{tile.itemsize}").astype(np.intp)
         np.take(table, index, out=out.view(table.dtype), mode="clip")  # any mode but "raise" writes without a copy
@@ -231,7 +222,7 @@ def _look_up(table: Array) -> Exact:
     return look_up
 
 
-def _look_up_odd(table: Array) -> Exact:
+def _look_up_odd(table: Array) -> Fill:
     """The upper half of a float32, made odd where the lower is not zero, rounds to 8 bits as the whole does."""
 
     def look_up(tile: Array, out: Array) -> None:
@@ -261,7 +252,7 @@ def numkong() -> ModuleType | None:
 _TRUSTED: dict[tuple[str, str], bool] = {}
 
 
-def _kernel(source: DType, target: DType, exact: Exact) -> Kernel | None:
+def _kernel(source: DType, target: DType) -> Kernel | None:
     """Returns the fast road, compared with the exact one when it is first asked for."""
     key = (source.name, target.name)
     kernel = _KERNELS.get(key)
@@ -271,17 +262,18 @@ def _kernel(source: DType, target: DType, exact: Exact) -> Kernel | None:
         return kernel if _TRUSTED[key] else None
     with _ONE_AT_A_TIME, _quietly():
         if key not in _TRUSTED:
-            _TRUSTED[key] = agrees(kernel, source, target, _by_table(source, target, exact)[0])
+            _TRUSTED[key] = agrees(kernel, source, target)
     return kernel if _TRUSTED[key] else None
 
 
-def agrees(kernel: Kernel, source: DType, target: DType, exact: Exact) -> bool:
+def agrees(kernel: Kernel, source: DType, target: DType) -> bool:
     """Tells whether a kernel has the bits of the exact road wherever nothing is watched for.
 
     Most of it in long runs, some three at a time: kernels have code of their own for the ends of runs.
     """
+    fill, _ = exact_road(source, target)
     return all(
-        _same(kernel, block, block.size, target, exact) and _same(kernel, block[::1021].copy(), 3, target, exact)
+        _same(kernel, block, block.size, target, fill) and _same(kernel, block[::1021].copy(), 3, target, fill)
         for block in every_tie(source)
     )
 
@@ -292,24 +284,19 @@ def every_tie(source: DType) -> Iterator[Array]:
     """
     if source.itemsize < 4:
         patterns = np.arange(1 << 8 * source.itemsize, dtype=np.uint32).astype(f"u{source.itemsize}")
-        yield from (patterns[part].view(numpy_dtype(source)) for part in _parts(patterns.size, _EXACT))
+        yield from (patterns[part].view(numpy_dtype(source)) for part in _parts(patterns.size, EXACT))
         return
     halves = np.arange(1 << 16, dtype=np.uint32) << 16
-    yield from (halves[part].view(np.float32) for part in _parts(halves.size, _EXACT))
+    yield from (halves[part].view(np.float32) for part in _parts(halves.size, EXACT))
     usual = halves[100 << 7 : 145 << 7]  # 2**-27 and more, less than 2**18
     for low in (1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         for sign in (0, 1 << 31):
             yield (usual | np.uint32(low | sign)).view(np.float32)
 
 
-def _same(kernel: Kernel, values: Array, step: int, target: DType, exact: Exact) -> bool:
-    width = f"u{target.itemsize}"
-    made, expected = np.empty(values.size, width), np.empty(values.size, width)
-    exact(values, expected.view(numpy_dtype(target)))
+def _same(kernel: Kernel, values: Array, step: int, target: DType, fill: Fill) -> bool:
+    made, expected = np.empty((2, values.size), f"u{target.itemsize}")
+    fill(values, expected.view(numpy_dtype(target)))
     for part in _parts(values.size, step):
         kernel.fill(values[part], made[part])
-    fine = made == expected
-    if kernel.watched != "neither":
-        seen = values.view(f"u{values.itemsize}") if kernel.watched == "in" else made
-        fine |= (seen & ((1 << (8 * seen.itemsize - 1)) - 1)) >= kernel.first
-    return bool(fine.all())
+    return bool(((made == expected) | kernel.suspects(values, made)).all())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +106,8 @@ def return_freed_memory() -> None:
     glibc raises its threshold to 32 MiB with the first large buffer that is freed, and keeps what it then takes from
     the heap: the measured peak of a run would depend on the order of sizes. Elsewhere (musl, macOS) nothing is done.
     """
+    import ctypes  # only a run makes buffers
+
     try:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
     except (OSError, AttributeError):
