@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import answer, measure, succeed
+from benchmarks.harness import answer, measure, order, succeed
 from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.synthetic import llama_of, write_safetensors
 from shardmerge.bench.figures import ratios, spread
@@ -77,8 +77,7 @@ def measure_kind(folder: Path, nbytes: int, rounds: int) -> dict[str, object]:
     size = (source / "model.safetensors").stat().st_size
     runs: dict[str, list[dict[str, float]]] = {one.key: [] for one in CONTENDERS}
     for number in range(-1, rounds):
-        turn = max(number, 0) % len(CONTENDERS)
-        for one in CONTENDERS[turn:] + CONTENDERS[:turn]:
+        for one in order(CONTENDERS, number):
             figures = _run(one, source, folder / "out")
             if number >= 0:
                 runs[one.key].append(figures)

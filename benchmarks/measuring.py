@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import floor
 from benchmarks.cases import Case
 from benchmarks.contender import Contender
-from benchmarks.harness import Measured, answer, measure, succeed, thinned
+from benchmarks.harness import Measured, answer, measure, order, succeed, thinned
 from benchmarks.machine import ROOT
 from benchmarks.memory_group import memory_group
 from benchmarks.page_cache import forget
@@ -62,8 +62,7 @@ def run_case(case: Case, scratch: Path, rounds: int, *, cold: bool = False, peer
     curves: dict[str, list[tuple[float, int, int]]] = {}
     cache = WARM
     for number in range(rounds):
-        turn = number % len(contenders)
-        for place, contender in enumerate(contenders[turn:] + contenders[:turn]):
+        for place, contender in enumerate(order(contenders, number)):
             if cold:
                 cache = forget([source, reference])
             done, figures = _run(contender, scratch / "out")

@@ -34,8 +34,8 @@ How it was measured:
   memory are those of `wait4`, children included. *Anonymous* is what a system short of memory cannot take back, *file
   pages* what it can; both are sampled 50 times a second. *With page cache* is the peak of a memory control group of its
   own: also the pages that the run brought into the cache or wrote.
-- All contenders of a case run in turn, round after round, in rotated order. Ratios are taken inside each round, and the
-  tables show their median and, in brackets, the smallest and the largest.
+- All contenders of a case run in turn, round after round, in an order drawn for each. Ratios are taken inside each
+  round, and the tables show their median and, in brackets, the smallest and the largest.
 - Cold or warm is said with each case. What the contender before left unwritten is synced before the next one starts,
   and outputs are removed, outside of the clock.
 - The **floor** is what any program would have to do, on the same disk in the same round: read the bytes of the tensors

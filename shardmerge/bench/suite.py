@@ -19,7 +19,7 @@ from pathlib import Path
 from shardmerge.bench.checkpoint import LAYER_BYTES, write_checkpoint
 from shardmerge.bench.figures import ratios, spread
 from shardmerge.bench.machine import machine_card
-from shardmerge.bench.processes import Measured, measure
+from shardmerge.bench.processes import Measured, measure, order
 from shardmerge.errors import RefusedError, ResourceError, UsageError
 from shardmerge.storage.writing import free_bytes
 from shardmerge.version import __version__
@@ -197,13 +197,12 @@ def _floor(file: Path, script: str, what: str) -> tuple[Contender, Contender]:
 
 
 def _measured(job: Job, out: Path, rounds: int, tell: Tell) -> dict[str, object]:
-    """Runs all contenders once unmeasured, then in turn, each round beginning with another one."""
+    """Runs all contenders once unmeasured, then in turn, every round in an order of its own."""
     runs: dict[str, list[Measured]] = {contender.key: [] for contender in job.contenders}
     for contender in job.contenders:
         _run(contender, out)
     for number in range(rounds):
-        turn = number % len(job.contenders)
-        for contender in job.contenders[turn:] + job.contenders[:turn]:
+        for contender in order(job.contenders, number):
             runs[contender.key].append(_run(contender, out))
         seconds = ", ".join(f"{key} {done[-1].wall:.2f} s" for key, done in runs.items())
         tell(f"{job.title}, round {number + 1} of {rounds}: {seconds}")
