@@ -53,7 +53,9 @@ def test_every_job_has_ours_and_the_floor_and_figures_that_add_up(found: dict[st
             assert contender["gb_per_s"] == pytest.approx(
                 job["bytes_written"] / wall["median"] / 1e9, rel=0.01, abs=1e-3
             )
-            assert 0 < contender["anonymous"] <= contender["peak"]
+            assert 0 <= contender["anonymous"] <= contender["peak"]
+            # A dd of 30 MB may end before the first look, after 20 ms.
+            assert contender["anonymous"] or contender["key"].startswith("floor")
         assert contenders["floor"]["to_floor"] == {"median": 1, "min": 1, "max": 1}
         assert contenders["shardmerge"]["to_floor"]["min"] > 0
 

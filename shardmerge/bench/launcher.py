@@ -8,6 +8,7 @@ second, at both kinds, in the process and all its children.
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ _KINDS = ("RssAnon", "RssFile")
 
 def main(report: str, group: str, *command: str) -> None:
     """Forks, executes, watches, waits, and writes the report."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # see `processes.measure`
     started = time.monotonic()
     child = os.fork()
     if not child:

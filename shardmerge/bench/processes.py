@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -88,7 +89,7 @@ def measure(
     RuntimeError
         The launcher itself failed, which has nothing to do with the command.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _held_back() as deliver:
         report = Path(folder) / "report"
         launcher = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_LAUNCHER), str(report), group, *map(str, command)],
@@ -100,9 +101,11 @@ def measure(
             start_new_session=True,
         )
         try:
+            deliver()
             stdout, stderr = launcher.communicate()
         except BaseException:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(launcher.pid, signal.SIGKILL)
             launcher.communicate()
             raise
         if launcher.returncode:
@@ -112,13 +115,26 @@ def measure(
     return Measured(**found, curve=curve, stdout=stdout, stderr=stderr)
 
 
+@contextmanager
+def _held_back() -> Iterator[Callable[[], object]]:
+    """Holds signals back until the function is called: an interrupt within ``Popen`` would lose sight of its process.
+
+    The mask is inherited; the launcher lifts it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def order(items: Sequence[_Item], number: int) -> list[_Item]:
     """Returns the items in the order of a round: drawn, and the same whenever the program runs.
 
     Were it rotated, each would always come after the same other one, and take over what memory that one has left: on
     a machine that hands freed memory to its host, ``cp`` of 2 GB took 0.4 s after some and 2 s after others.
     """
-    return random.Random(number).sample(items, len(items))  # noqa: S311  # no secret
+    return random.Random(number).sample(items, len(items))
 
 
 def thinned(curve: Sequence[tuple[float, int, int]], points: int = 200) -> list[tuple[float, int, int]]:
