@@ -16,7 +16,7 @@ from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
-from shardmerge.sources.deepspeed import View
+from shardmerge.sources.deepspeed_files import View
 from shardmerge.storage.limits import resident_bytes
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.

@@ -15,7 +15,7 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
-from shardmerge.sources.deepspeed import View
+from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import bounds_cache, default_budget, default_workers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardmerge.sources.deepspeed import View
+from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.tensors import Catalog
 

@@ -48,6 +48,12 @@ ROOMS = {
     "shardmerge.targets.training_config", "shardmerge.verify",
 }  # fmt: skip
 READING = {"shardmerge.sources.opening"}
+# What reads formats, and is imported where its format was recognised.
+READERS = {
+    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_vm",
+    "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
+}  # fmt: skip
+OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}
 PLANNING = READING | {"shardmerge.planner"}
 EXECUTING = PLANNING | {"shardmerge.execute.engine"}
 
@@ -102,9 +108,11 @@ def test_help_of_a_command(folder: Path) -> None:
     check(imported("convert", "--help"), libraries={"click"}, heavy=OF_CLICK, rooms=set())
 
 
-@pytest.mark.parametrize("source", ["small.safetensors", "zero"])
-def test_inspect(folder: Path, source: str) -> None:
-    check(imported("inspect", folder / source), libraries={"click"}, heavy=set(), rooms=READING)
+@pytest.mark.parametrize(("source", "readers"), [("small.safetensors", set()), ("zero", OF_ZERO)])
+def test_inspect(folder: Path, source: str, readers: set[str]) -> None:
+    found = imported("inspect", folder / source)
+    check(found, libraries={"click"}, heavy=set(), rooms=READING)
+    assert found & READERS == readers
 
 
 def test_plan(folder: Path) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.deepspeed_files import kind_not_yet, list_tag
+from shardmerge.sources.deepspeed_files import View, kind_not_yet, list_tag
 from shardmerge.sources.deepspeed_ranks import (
     MISFIT,
     OptimState,
@@ -32,8 +31,6 @@ from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, state_dict
 from shardmerge.sources.zero import FlatGroup, Fragments, RankChunks, chunk_numel, flat_offsets
 from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
-
-View: TypeAlias = Literal["fp32", "module"]
 
 
 def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import Opaque, Value
+from shardmerge.sources.rank_files import FILES, RankFile, is_distributed, list_ranks
 from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, Fact
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
-_RANK = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,})*)")
-# model_rng.pt: versions of 2022, which kept the distributed optimizer in folders of its own.
-_FILES = ("model_optim_rng.pt", "model_rng.pt")
 _MOST_NAMED = 5
 _VIRTUAL = re.compile(r"model\d+")
 
@@ -39,67 +35,6 @@ _AS_TORCH = (
 _AS_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt, and pass model.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class _RankFile:
-    """The file of one tensor rank in one pipeline stage; ``experts`` where its folder names an expert rank too."""
-
-    path: Path
-    tensor: int
-    stage: int
-    experts: bool
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.tensor, self.stage
-
-
-def is_megatron_folder(folder: Path) -> bool:
-    """Tells whether a directory holds the rank folders of one iteration, or a distributed checkpoint."""
-    return bool(_rank_files(folder)) or is_distributed(folder)
-
-
-def is_rank_folder(folder: Path) -> bool:
-    """Tells whether a directory is that of one rank."""
-    return _rank_file(folder) is not None
-
-
-def is_rank_file(path: Path) -> bool:
-    """Tells whether a file is the model of one rank."""
-    return path.name in _FILES and is_rank_folder(path.parent)
-
-
-def is_distributed(folder: Path) -> bool:
-    """Tells whether a directory is a checkpoint of torch's or Megatron's distributed checkpointing."""
-    return any(folder.glob("*.distcp")) or all((folder / name).is_file() for name in ("common.pt", "metadata.json"))
-
-
-def newest_iteration(folder: Path) -> Path | None:
-    """Returns the directory that the tracker file names, or ``None`` without a tracker file.
-
-    Raises
-    ------
-    CheckpointError
-        ``missing-tag``: it names a directory that is not there.
-    """
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text("utf-8", "replace").strip()
-    name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
-    if name == "release" or name.startswith("iter_"):
-        found = folder / name
-        if found.name == name and is_megatron_folder(found):
-            return found
-    raise CheckpointError(
-        "missing-tag",
-        f"{TRACKER} names an iteration that is not a Megatron checkpoint",
-        where=str(tracker),
-        found=repr(text[:80]),
-        expected="a number, with its directory iter_NNNNNNN, or the word release",
-        hint="pass the directory of the iteration itself, e.g. .../iter_0001000",
-    )
-
-
 def read_megatron(folder: Path) -> Catalog:
     """Returns the catalog of one iteration: all tensor ranks and pipeline stages.
 
@@ -110,11 +45,11 @@ def read_megatron(folder: Path) -> Catalog:
         ``mixed-ranks``: the files are not those of one whole model. And what the torch reader raises.
     """
     if is_distributed(folder):
-        raise distributed_not_yet(folder)
-    ranks = _rank_files(folder)
+        raise _distributed_not_yet(folder)
+    ranks = list_ranks(folder)
     _check_experts(folder, ranks)
     _check_grid(folder, ranks, {})
-    catalogs: dict[_RankFile, Catalog] = {}
+    catalogs: dict[RankFile, Catalog] = {}
     facts: dict[str, Fact] = {}
     skipped: list[str] = []
     for rank in ranks:
@@ -132,7 +67,7 @@ def read_megatron(folder: Path) -> Catalog:
     return replace(catalog, notes=(*catalog.notes, *_left_out(skipped)))
 
 
-def distributed_not_yet(folder: Path) -> CheckpointError:
+def _distributed_not_yet(folder: Path) -> CheckpointError:
     """Returns the error for a distributed checkpoint."""
     ours = (folder / "common.pt").is_file()
     maker = "Megatron's dist_checkpointing" if ours else "torch.distributed.checkpoint"
@@ -143,20 +78,6 @@ def distributed_not_yet(folder: Path) -> CheckpointError:
         found=", ".join(sorted(path.name for path in folder.iterdir())[:5]),
         hint=_AS_TORCH if ours else _AS_FILE.format(folder),
     )
-
-
-def _rank_files(folder: Path) -> list[_RankFile]:
-    found = [rank for path in folder.glob("mp_rank_*") if (rank := _rank_file(path))]
-    return sorted(found, key=lambda rank: (rank.stage, rank.tensor))
-
-
-def _rank_file(folder: Path) -> _RankFile | None:
-    match = _RANK.fullmatch(folder.name)
-    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-    if match is None or path is None:
-        return None
-    numbers = [int(number) for number in match[2].split("_")[1:]]
-    return _RankFile(path, int(match[1]), numbers[0] if numbers else 0, len(numbers) > 1)
 
 
 def _model(file: TorchFile) -> StateDict:
@@ -183,7 +104,7 @@ def _scalars(arguments: Value) -> dict[str, Fact]:
     }
 
 
-def _check_experts(folder: Path, ranks: list[_RankFile]) -> None:
+def _check_experts(folder: Path, ranks: list[RankFile]) -> None:
     if any(rank.experts for rank in ranks):
         raise _experts_not_yet(folder)
 
@@ -197,14 +118,14 @@ def _experts_not_yet(folder: Path) -> CheckpointError:
     )
 
 
-def _check_arguments(folder: Path, ranks: list[_RankFile], facts: Mapping[str, Fact]) -> None:
+def _check_arguments(folder: Path, ranks: list[RankFile], facts: Mapping[str, Fact]) -> None:
     experts = facts.get("expert_model_parallel_size")
     if isinstance(experts, int) and experts > 1:
         raise _experts_not_yet(folder)
     _check_grid(folder, ranks, facts)
 
 
-def _check_grid(folder: Path, ranks: list[_RankFile], facts: Mapping[str, Fact]) -> None:
+def _check_grid(folder: Path, ranks: list[RankFile], facts: Mapping[str, Fact]) -> None:
     """Checks that every tensor rank of every stage has one file, as many as ``args`` says where it is known."""
     found = {rank.key: rank for rank in ranks}
     tensor = _size(facts, "tensor_model_parallel_size", max(rank.tensor for rank in ranks) + 1)
@@ -232,14 +153,14 @@ def _size(facts: Mapping[str, Fact], name: str, seen: int) -> int:
 
 def _file_name(rank: int, stage: int, stages: int) -> str:
     folder = f"mp_rank_{rank:02d}_{stage:03d}" if stages > 1 else f"mp_rank_{rank:02d}"
-    return f"{folder}/{_FILES[0]}"
+    return f"{folder}/{FILES[0]}"
 
 
-def _prefix(rank: _RankFile) -> str:
+def _prefix(rank: RankFile) -> str:
     return f"{rank.tensor:02d}.{rank.stage:03d}"
 
 
-def _kind(ranks: list[_RankFile]) -> str:
+def _kind(ranks: list[RankFile]) -> str:
     stages = len({rank.stage for rank in ranks})
     kind = f"Megatron, {counted(len(ranks) // stages)}"
     return f"{kind} x {stages} pipeline stages" if stages > 1 else kind

@@ -1,4 +1,7 @@
-"""From a path to a catalog: recognises the format by content, through any entry point people really pass."""
+"""From a path to a catalog: recognises the format by content, through any entry point people really pass.
+
+What recognises a format is imported here, what reads it where it was recognised: a safetensors file needs no pickle.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,19 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
-from shardmerge.sources.deepspeed import View, read_deepspeed
-from shardmerge.sources.deepspeed_files import is_tag_file, is_tag_folder
+from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
 from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
-from shardmerge.sources.megatron import (
-    distributed_not_yet,
+from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
+from shardmerge.sources.rank_files import (
     is_distributed,
     is_megatron_folder,
+    is_meta_file,
     is_rank_file,
     is_rank_folder,
     newest_iteration,
-    read_megatron,
 )
-from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
-from shardmerge.sources.rank_sets import is_meta_file, read_meta
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
-from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
-from shardmerge.sources.torch_file import is_torch_file
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
@@ -98,7 +96,7 @@ def _siblings(path: Path) -> list[str]:
 
 
 def _tag(path: Path, options: OpenOptions) -> Catalog | None:
-    return read_deepspeed(path, view=options.view) if is_tag_folder(path) else None
+    return _deepspeed(path, options) if is_tag_folder(path) else None
 
 
 def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
@@ -115,7 +113,7 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
                     found=repr(tag),
                     hint="pass the tag directory itself, e.g. .../global_step500",
                 )
-            return replace(read_deepspeed(folder, view=options.view), side_files=side_files(path))
+            return replace(_deepspeed(folder, options), side_files=side_files(path))
     tags = [item for item in sorted(path.iterdir()) if item.is_dir() and is_tag_folder(item)]
     if len(tags) > 1:
         raise CheckpointError(
@@ -125,7 +123,7 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
             found=", ".join(tag.name for tag in tags[:8]),
             hint=f"pass one of them, e.g. {tags[-1]}",
         )
-    return read_deepspeed(tags[0], view=options.view) if tags else None
+    return _deepspeed(tags[0], options) if tags else None
 
 
 def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
@@ -148,11 +146,11 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
 def _megatron(path: Path, options: OpenOptions) -> Catalog | None:
     """One iteration, the parent with its tracker file, or the folder of one rank, which stands for its iteration."""
     if is_megatron_folder(path):
-        return read_megatron(path)
+        return _read_megatron(path)
     if is_rank_folder(path):
-        return _whole_set(read_megatron(path.parent), path)
+        return _whole_set(_read_megatron(path.parent), path)
     newest = newest_iteration(path)
-    return read_megatron(newest) if newest else None
+    return _read_megatron(newest) if newest else None
 
 
 def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
@@ -160,6 +158,8 @@ def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _meta(path: Path, options: OpenOptions) -> Catalog | None:
+    from shardmerge.sources.rank_sets import read_meta
+
     return read_meta(path)
 
 
@@ -206,9 +206,10 @@ def _config_only(path: Path, options: OpenOptions) -> Catalog | None:
 def _shard(path: Path, options: OpenOptions) -> Catalog:
     if is_safetensors(path):
         return read_safetensors(path)
-    if is_torch_file(path):
-        return read_torch_checkpoint(path, root=options.root)
-    raise _unknown(path)
+    catalog = _torch(path, options)
+    if catalog is None:
+        raise _unknown(path)
+    return catalog
 
 
 def _index_file(path: Path, options: OpenOptions) -> Catalog | None:
@@ -221,7 +222,7 @@ def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
     """One file of a DeepSpeed directory stands for the whole of it (xtuner #745)."""
     if not is_tag_file(path) or options.root:
         return None
-    return _whole_set(read_deepspeed(path.parent, view=options.view), path)
+    return _whole_set(_deepspeed(path.parent, options), path)
 
 
 def _rank_member(path: Path, options: OpenOptions) -> Catalog | None:
@@ -229,12 +230,12 @@ def _rank_member(path: Path, options: OpenOptions) -> Catalog | None:
     if options.root:
         return None
     if is_rank_file(path):
-        return _whole_set(read_megatron(path.parent.parent), path)
+        return _whole_set(_read_megatron(path.parent.parent), path)
     if is_meta_file(path):
-        catalog = read_meta(path.parent)
+        catalog = _meta(path.parent, options)
         return _whole_set(catalog, path) if catalog else None
     if path.suffix == ".distcp" or (path.name == "common.pt" and is_distributed(path.parent)):
-        raise distributed_not_yet(path.parent)
+        return _read_megatron(path.parent)
     return None
 
 
@@ -258,7 +259,22 @@ def _safetensors(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _torch(path: Path, options: OpenOptions) -> Catalog | None:
+    from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
+    from shardmerge.sources.torch_file import is_torch_file
+
     return read_torch_checkpoint(path, root=options.root) if is_torch_file(path) else None
+
+
+def _deepspeed(folder: Path, options: OpenOptions) -> Catalog:
+    from shardmerge.sources.deepspeed import read_deepspeed
+
+    return read_deepspeed(folder, view=options.view)
+
+
+def _read_megatron(folder: Path) -> Catalog:
+    from shardmerge.sources.megatron import read_megatron
+
+    return read_megatron(folder)
 
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,

@@ -7,23 +7,17 @@ or the same in every rank) is for the mapping to say. The layout is that of ``ll
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.sources.rank_files import META
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Fact, FileStamp, TensorEntry
 
-_META = re.compile(r"consolidated\.(\d\d)\.pth")
 _LARGEST_PARAMS = 1 << 20
-
-
-def is_meta_file(path: Path) -> bool:
-    """Tells by its name whether a file is a rank of Meta's."""
-    return _META.fullmatch(path.name) is not None
 
 
 def read_meta(folder: Path) -> Catalog | None:
@@ -35,7 +29,7 @@ def read_meta(folder: Path) -> Catalog | None:
         ``missing-rank``: the numbers have a gap, or the shapes say there are more ranks. ``mixed-ranks``: the ranks do
         not hold the same names. And what the torch reader raises.
     """
-    found = {int(match[1]) for path in folder.iterdir() if (match := _META.fullmatch(path.name))}
+    found = {int(match[1]) for path in folder.iterdir() if (match := META.fullmatch(path.name))}
     if not found:
         return None
     _check_numbers(folder, found, max(found) + 1)
