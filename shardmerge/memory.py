@@ -25,10 +25,12 @@ _RESERVED = 48 << 20
 # run measured, over 92,000 tensors with a cast each.
 _PER_TENSOR = 2 << 10
 
-# The tiles of all workers together: 4 MiB each for one or two, 2 MiB for four. fp32 to bf16 by two workers, 2 GiB in:
-# 1.40 s with tiles of 2 MiB, 1.25 with 4 (the interpreter is asked half as often), 1.45 with 8 (out of the caches).
-_TILES_TOGETHER = 4 << 20
-LARGEST_TILE = 4 << 20
+# The largest tile, for up to four workers. fp32 to bf16 by two, 2 GiB in, whole process: 0.434 s with tiles of 2 MiB,
+# 0.429 with 4. But a tile of 4 wants 6 MiB more of buffers for two workers, and is written in folios of 2 MiB where half
+# of it is in smaller ones: where the machine had to fetch its memory first (a guest that gives free memory back to its
+# host), the same runs took 0.45 and 0.66 s.
+LARGEST_TILE = 2 << 20
+_TILES_TOGETHER = 8 << 20
 _LARGEST_OF_MANY = 1 << 20
 _SMALLEST_TILE = 64 << 10
 
@@ -40,7 +42,7 @@ REARRANGING = 512 << 10
 
 # A transposed matrix is made in bands of at most so many tiles, 32 MiB at the largest: a tile of it is so narrow a band
 # of its source that every page would be read up to 100 times. See decision 18.
-BAND_TILES = 8
+BAND_TILES = 16
 
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
