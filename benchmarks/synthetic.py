@@ -130,7 +130,7 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + cursor)
         if fill:
-            _write_normal(file, cursor // (4 if dtype == "F32" else 2), seed=seed, half=dtype != "F32")
+            write_normal(file, cursor // (4 if dtype == "F32" else 2), seed=seed, half=dtype != "F32")
 
 
 def _whole(shapes: Shapes) -> str:
@@ -215,10 +215,10 @@ def _fill(path: Path, numel: int, seed: int) -> None:
     """Writes normal values, 0.02 wide like real weights, into the last storage of ``numel`` floats of the file."""
     with path.open("r+b") as file:
         file.seek(_last_storage(path, 4 * numel))
-        _write_normal(file, numel, seed)
+        write_normal(file, numel, seed)
 
 
-def _write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) -> None:
+def write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) -> None:
     """Writes fp32 values at the file's position, or the upper halves of them, which are bf16 values."""
     values = np.random.default_rng(seed).standard_normal(1 << 22, np.float32) * np.float32(0.02)
     block = values.view(np.uint16)[1::2].copy() if half else values

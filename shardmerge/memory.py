@@ -26,9 +26,9 @@ _RESERVED = 48 << 20
 _PER_TENSOR = 2 << 10
 
 # The largest tile, for up to four workers. fp32 to bf16 by two, 2 GiB in, whole process: 0.434 s with tiles of 2 MiB,
-# 0.429 with 4. But a tile of 4 wants 6 MiB more of buffers for two workers, and is written in folios of 2 MiB where half
-# of it is in smaller ones: where the machine had to fetch its memory first (a guest that gives free memory back to its
-# host), the same runs took 0.45 and 0.66 s.
+# 0.429 with 4. But a tile of 4 wants 6 MiB more of buffers for two workers, and its half is written in folios of 2 MiB:
+# where the machine had to fetch memory first (a guest that gives free memory back to its host), the same runs took 0.45
+# and 0.66 s.
 LARGEST_TILE = 2 << 20
 _TILES_TOGETHER = 8 << 20
 _LARGEST_OF_MANY = 1 << 20

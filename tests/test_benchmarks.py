@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="torch writes the checkpoints")
+torch = pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, goals, page_cache, report, sizes
+from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
@@ -363,3 +363,22 @@ def test_forgotten_files_are_read_from_the_disk(tmp_path: Path) -> None:
     done = measure(["cat", path])
     if done.io and file_system(tmp_path) != "tmpfs":
         assert done.io["read_bytes"] >= 7 * MIB
+
+
+# ---- the bare loop
+
+
+@pytest.mark.parametrize("way", loops.WAYS, ids=lambda way: way.key)
+def test_every_way_of_the_bare_loop_casts_as_torch_does(way: loops.Way, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal(2 << 20, np.float32)
+    values.tofile(tmp_path / "source")
+    assert loops.once(way, tmp_path / "source", tmp_path / "out") > 0
+    made = np.fromfile(tmp_path / "out", np.int16)
+    assert np.array_equal(made, torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy())
+
+
+def test_the_page_of_the_bare_loop_compares_within_rounds() -> None:
+    seconds = {way.key: [1.0, 2.0] for way in loops.WAYS} | {"one": [3.0, 6.0]}
+    rows = loops.result(seconds, 2, {})["tables"][0]["rows"]
+    assert rows[0][1:] == ["1.50 (1.00 to 2.00)", "1.00 (1.00 to 1.00)"]
+    assert rows[1] == ["1 thread, tiles of 2 MiB read", "4.50 (3.00 to 6.00)", "3.00 (3.00 to 3.00)"]

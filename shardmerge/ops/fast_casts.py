@@ -88,11 +88,19 @@ class Kernel:
         out = library.from_pointer(made, (count,), self.target)
         library.astype(library.from_pointer(given, (count,), self.source), self.target, out=out)
 
-    def clear(self, tile: Array, out: Array) -> bool:
-        """Tells whether nothing that is watched for is among the elements: maxima, 50 to 100 GB/s each in a cache."""
-        if self.watched == "both":  # a maximum is NaN if an element is
-            return bool(np.maximum.reduce(tile) < _LARGE and np.maximum.reduce(_bits(out)) < _NEGATIVE + self.first)
-        return self.watched == "neither" or not any_from(tile if self.watched == "in" else out, self.first)
+    def make(self, tile: Array, out: Array) -> bool:
+        """Fills ``out`` and tells whether all of it is right; nothing is filled where that is known before.
+
+        What is watched where it comes in is in the cache then: from memory numkong makes 10 GB/s, from a cache 55.
+        """
+        if self.watched == "in" and any_from(tile, self.first):
+            return False
+        if self.watched == "both" and not np.maximum.reduce(tile) < _LARGE:  # a maximum is NaN if an element is
+            return False
+        self.fill(tile, out)
+        if self.watched == "both":
+            return bool(np.maximum.reduce(_bits(out)) < _NEGATIVE + self.first)
+        return self.watched != "out" or not any_from(out, self.first)
 
     def suspects(self, tile: Array, out: Array) -> Array:
         """Tells for each element whether it is watched for."""
@@ -154,11 +162,8 @@ def convert(tile: Array, out: Array, source: DType, target: DType) -> int:
     total = 0
     for block in _parts(out.size, TILE):
         given, made = tile[block], out[block]
-        if kernel is not None:
-            kernel.fill(given, made)
-            if kernel.clear(given, made):
-                continue
-        total += _slowly(given, made, source, target, kernel)
+        if kernel is None or not kernel.make(given, made):
+            total += _slowly(given, made, source, target, kernel)
     return total
 
 
@@ -168,7 +173,7 @@ def _slowly(tile: Array, out: Array, source: DType, target: DType, kernel: Kerne
     total = 0
     with _quietly():
         for part in _parts(out.size, step):
-            if kernel is None or not kernel.clear(tile[part], out[part]):
+            if kernel is None or not kernel.make(tile[part], out[part]):
                 fill(tile[part], out[part])
                 total += count_overflows(tile[part], out[part], source, target)
     return total
