@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch writes the checkpoints")
+pytest.importorskip("torch", reason="torch writes the checkpoints")
 
 from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes
 from benchmarks.cases import DEFAULT, case, resized, write_shards
@@ -370,6 +370,8 @@ def test_forgotten_files_are_read_from_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", loops.WAYS, ids=lambda way: way.key)
 def test_every_way_of_the_bare_loop_casts_as_torch_does(way: loops.Way, tmp_path: Path) -> None:
+    import torch
+
     values = np.random.default_rng(0).standard_normal(2 << 20, np.float32)
     values.tofile(tmp_path / "source")
     assert loops.once(way, tmp_path / "source", tmp_path / "out") > 0
