@@ -29,7 +29,7 @@ def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:
 
 def pieces_in(pieces: Sequence[Piece], start: int, count: int) -> Iterator[Piece]:
     """Yields the pieces that overlap elements ``[start, start + count)``; touches no other piece of a lazy sequence."""
-    index = max(bisect_right(_Starts(pieces), start) - 1, 0)
+    index = max(bisect_right(pieces, start, key=_start) - 1, 0) if len(pieces) > 1 else 0
     while index < len(pieces):
         piece = pieces[index]
         if piece.start >= start + count:
@@ -39,17 +39,8 @@ def pieces_in(pieces: Sequence[Piece], start: int, count: int) -> Iterator[Piece
         index += 1
 
 
-class _Starts(Sequence[int]):
-    """The starts of the pieces as a sequence that computes only what a bisection asks for."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # bisect never slices
-        return self._pieces[index].start
+def _start(piece: Piece) -> int:
+    return piece.start
 
 
 def is_plain(entry: TensorEntry) -> bool:
