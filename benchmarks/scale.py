@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where a few GB of headers may lie meanwhile")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    if given.scratch:
+        given.scratch.mkdir(parents=True, exist_ok=True)
     as_installed()
     for case in given.cases.split(","):
         about, write = CASES[case]
