@@ -121,7 +121,10 @@ def _row(case: str, words: str, figure: str, reached: bool) -> list[str]:
 
 
 def _cloned(result: Result) -> Iterator[Found]:
-    for key, floor in (("shardmerge", "cp --reflink=never and sync"), ("shardmerge-no-sync", "the cp alone, --no-sync")):
+    for key, floor in (
+        ("shardmerge", "cp --reflink=never and sync"),
+        ("shardmerge-no-sync", "the cp alone, --no-sync"),
+    ):
         over = result["wall_ratios"][key]["median"]
         yield f"at most 5 % of the time of {floor}", f"{100 * over:.1f} %", over <= 0.05
     seconds = result["contenders"]["shardmerge-no-sync"]["clone_seconds"]["median"]
