@@ -106,6 +106,7 @@ def catalog_json(catalog: Catalog) -> Fields:
             "aliases": dict(catalog.aliases),
             "absent": sorted(catalog.absent),
             "notes": list(catalog.notes),
+            "warnings": list(catalog.warnings),
             "files": [{"path": stamp.path, "nbytes": stamp.size} for stamp in catalog.files],
         }
     )
@@ -127,7 +128,7 @@ def catalog_text(catalog: Catalog) -> str:
     count = len(catalog.entries)
     tied = f", {len(catalog.aliases)} tied" if catalog.aliases else ""
     head = f"{catalog.kind}: {count} tensors{tied}, {human_bytes(total)}"
-    notes = [f"note: {note}" for note in catalog.notes]
+    notes = [f"warning: {text}" for text in catalog.warnings] + [f"note: {note}" for note in catalog.notes]
     return "\n".join([head, *notes, "", *_table(rows)])
 
 

@@ -97,7 +97,7 @@ def make_plan(
         shards,
         (*expectation.side_files, *indexes),
         _unused(resolution),
-        expectation.warnings,
+        (*_source_warnings(catalogs), *expectation.warnings),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
     )
 
@@ -170,6 +170,10 @@ def rule_text(rule: Rule) -> str:
 
 def _source(name: str, path: str, catalog: Catalog) -> PlannedSource:
     return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, catalog.notes)
+
+
+def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
+    return tuple(f"{name}: {text}" for name, catalog in sorted(catalogs.items()) for text in catalog.warnings)
 
 
 def _unused(resolution: Resolution) -> tuple[Unused, ...]:

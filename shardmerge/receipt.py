@@ -26,9 +26,15 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "target": plan.target,
         "total_size": plan.tensor_bytes,
         "sources": {
-            source.name: {"path": source.path, "kind": source.kind, "fingerprint": source.fingerprint}
+            source.name: {
+                "path": source.path,
+                "kind": source.kind,
+                "fingerprint": source.fingerprint,
+                "notes": list(source.notes),
+            }
             for source in plan.sources
         },
+        "warnings": list(plan.warnings),
         "shards": {
             shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)} for shard in plan.shards
         },

@@ -235,7 +235,10 @@ class Catalog:
     absent
         Names that the checkpoint lists with no data (numel-0 placeholders of ZeRO-3).
     notes
-        Facts a user should see: the view chosen, names dropped, a total_size that disagrees.
+        What a user may want to know and what changes no value: a total_size that disagrees, the rank files read.
+    warnings
+        What decides which values come out: the view chosen for want of another, placeholders left out, tensors that are
+        not part of the model. Shown with every plan and result, on stderr also under ``-q``, and kept in the receipt.
     training_config
         Text of the training config carried in the file (mmengine ``meta["cfg"]``), or ``""``. Never executed.
     facts
@@ -251,6 +254,7 @@ class Catalog:
     side_files: Mapping[str, Extent] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     training_config: str = ""
     facts: Mapping[str, Fact] = field(default_factory=dict)
 

@@ -275,6 +275,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
     from shardmerge.clones import moved
 
     return {
+        "schema": explain.JSON_SCHEMA,
         "path": str(result.path),
         "plan": result.plan.id,
         "tensors": sum(1 for _ in result.plan.tensors()),
@@ -285,6 +286,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         "clone_seconds": round(result.outcome.clone_seconds, 6),
         "overflows": result.outcome.overflows,
         "warnings": list(result.plan.warnings),
+        "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
         "planned_peak": result.plan.memory.peak,
         "seconds": round(seconds, 3),
     }

@@ -81,7 +81,7 @@ class _Builder:
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def root(self) -> Mapping[object, Value]:
@@ -139,7 +139,8 @@ class _Builder:
             {alias: owner for alias, owner in self.aliases.items() if alias not in self.entries},
             files,
             absent=frozenset(self.absent - set(self.aliases)),
-            notes=(*self.notes, f"{view} view of {max(len(self.optims), 1)} rank(s)"),
+            notes=(f"{view} view of {max(len(self.optims), 1)} rank(s)",),
+            warnings=tuple(self.warnings),
             training_config=training_config(self.first),
         )
 
@@ -218,7 +219,7 @@ class _Builder:
             return
         named = _only_naming(module, masters)
         if named is None:
-            self.notes.append("the fp32 masters have no names and fit more than one way: taken from module instead")
+            self.warnings.append("the fp32 masters have no names and fit more than one way: taken from module instead")
             return
         for name, ref in named.items():
             self.entries[name] = self.first.entry(name, ref, "fp32 masters")

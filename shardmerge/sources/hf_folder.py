@@ -137,7 +137,8 @@ def _merged(index: Index, shards: dict[str, Catalog]) -> Catalog:
         files.extend(catalog.files)
         absent.update(catalog.absent)
     total = sum(entry.nbytes for entry in entries.values())
-    notes = []
+    warnings = dict.fromkeys(text for catalog in shards.values() for text in catalog.warnings)
+    notes = list(dict.fromkeys(note for catalog in shards.values() for note in catalog.notes))
     if index.total_size not in (None, total):
         notes.append(f"{index.path.name} says total_size {index.total_size}; the headers add up to {total}")
     kind = f"{next(iter(shards.values())).kind}, {len(shards)} shards"
@@ -149,6 +150,7 @@ def _merged(index: Index, shards: dict[str, Catalog]) -> Catalog:
         tuple(files),
         absent=frozenset(absent),
         notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 

@@ -69,6 +69,7 @@ def stack_ranks(
         tuple(files),
         absent=frozenset(absent),
         notes=tuple(notes),
+        warnings=tuple(dict.fromkeys(text for catalog in ranks.values() for text in catalog.warnings)),
         facts=facts or {},
     )
 

@@ -46,10 +46,10 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
             aliases[name] = owner
     config = training_config(file)
     kind = f"XTuner / mmengine {file.kind}" if config else file.kind
-    notes = [f"{len(absent)} names are placeholders without data (shape [0]), taken as absent"] if absent else []
+    warnings = [f"{len(absent)} names are placeholders without data (shape [0]), taken as absent"] if absent else []
     loose = [str(name) for name, value in as_dict(file.root).items() if isinstance(value, TensorRef)]
     if found.root_key and loose:
-        notes.append(f"{len(loose)} tensors beside {found.root_key} are not part of it: {', '.join(loose[:5])}")
+        warnings.append(f"{len(loose)} tensors beside {found.root_key} are not part of it: {', '.join(loose[:5])}")
     return Catalog(
         file.path,
         kind,
@@ -57,7 +57,7 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         aliases,
         files=(file.stamp,),
         absent=frozenset(absent),
-        notes=tuple(notes),
+        warnings=tuple(warnings),
         training_config=config,
     )
 
