@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Versions that decide what is downloaded: torch is pinned to a CPU build, since a range may pull gigabytes of CUDA.
+# Versions that decide what is downloaded; what it says of torch's builds is done below.
 CONSTRAINTS := tests/constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
 .PHONY: check test demo bench docs clean
 
@@ -14,8 +15,11 @@ $(VENV)/pip.stamp: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
 	touch $@
 
+# The CPU build of torch where any of pip's indexes serves one, otherwise the build that there is.
 $(VENV)/test.stamp: $(VENV)/pip.stamp
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		echo 'No index of pip serves a CPU build of torch $(TORCH): its default build may bring gigabytes of CUDA.'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,docs]'
 	touch $@
 
 $(VENV)/check.stamp: $(VENV)/test.stamp

@@ -1,6 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops and presets, their places in mkdocs.yml, the list of targets, and the picture of layouts.
+Pages of ops and presets, their places in mkdocs.yml, the list of targets, the picture of layouts, and the files that a
+page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands in the page itself, so
+that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -8,6 +10,7 @@ A test checks that the committed pages are those.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from docs.layout_picture import picture
@@ -20,16 +23,21 @@ from shardmerge.targets.registry import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("ops", "presets")
+# A file's name in a comment, and the block of code that shows it.
+_SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 
 
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
     texts = {"guides/layouts.svg": picture(), **op_pages(), **preset_pages()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
+    written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
+    shown = {path: _with_files(path.read_text("utf-8")) for path in written}
     reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
     return {
         **pages,
-        reference: _with_targets(reference.read_text("utf-8")),
+        **shown,
+        reference: _with_targets(shown[reference]),
         configuration: _configuration(configuration.read_text("utf-8")),
     }
 
@@ -66,6 +74,16 @@ def _configuration(text: str) -> str:
         lines = "".join(f"      - {path}\n" for path in paths)
         text = _between(text, f"      # generated: {name}\n", lines, f"      # end of {name}\n")
     return text
+
+
+def _with_files(text: str) -> str:
+    """A path is relative to ``docs`` or, where nothing is there, to the root."""
+    return _SHOWN.sub(lambda match: f"{match[1]}{_file(match[2])}{match[3]}", text)
+
+
+def _file(name: str) -> str:
+    path = ROOT / "docs" / name
+    return (path if path.is_file() else ROOT / name).read_text("utf-8")
 
 
 def _with_targets(text: str) -> str:

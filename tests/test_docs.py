@@ -201,6 +201,24 @@ def test_errors_end_with_their_code(
     assert capsys.readouterr().out == "missing-path | no such file or directory | did you mean checkpoints?\n"
 
 
+def _numberless(line: str) -> str:
+    return re.sub(r"equal to .*", "equal to PATH", re.sub(r"[\d,.]*\d", "N", line))
+
+
+def test_what_the_pages_show_of_verify_is_what_it_prints(
+    tree: Path, golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(golden / "zero" / "llama_z2_w2_bf16" / "ckpt", tree / "checkpoint-500")
+    result = shardmerge.run(tree / "zero-module-view.yaml")
+    cli(["verify", str(result.path), "--sources", "zero-module-view.yaml", "--reference", str(result.path)],
+        standalone_mode=False)  # fmt: skip
+    printed = {_numberless(line) for line in capsys.readouterr().out.splitlines()}
+    printed.add("ok  transformers N loads LlavaForConditionalGeneration: N missing, unexpected, mismatched")
+    shown = [line for page in PAGES for line in page.read_text("utf-8").splitlines() if line.startswith("ok  ")]
+    assert len(shown) > 10
+    assert {_numberless(line) for line in shown} <= printed
+
+
 # --- what the pages name ---
 
 
@@ -268,7 +286,7 @@ def test_files_that_pages_name_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for name in re.findall(r"`(tests/[\w/.]+)`", text):
         assert (ROOT / name).is_file(), name
-    for name in re.findall(r'--8<-- "(.*?)"', text):
+    for name in re.findall(r"<!-- file: (\S+) -->", text):
         assert (DOCS / name).is_file() or (ROOT / name).is_file(), name
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).is_file(), link

@@ -1,0 +1,81 @@
+"""The pages as a browser gets them: what a page shows in the repository stands on the site too, and as code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.test_docs import DOCS, PAGES, ROOT, identify
+
+_BLOCK = re.compile(r"^```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Page(HTMLParser):
+    """The text of a page's article, and that of its blocks of code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+        self.code = 0
+        self.words: list[str] = []
+        self.blocks: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside += tag == "article"
+        if tag == "pre":
+            self.code += 1
+            self.blocks.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside -= tag == "article"
+        self.code -= tag == "pre"
+
+    def handle_data(self, data: str) -> None:
+        if self.code:
+            self.blocks[-1] += data
+        elif self.inside:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return folder
+
+
+def rendered(site: Path, page: Path) -> Page:
+    place = page.relative_to(DOCS).with_suffix("")
+    name = place.parent if place.name == "index" else place
+    parser = Page()
+    parser.feed((site / name / "index.html").read_text("utf-8"))
+    return parser
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identify)
+def test_every_block_of_code_is_on_the_page_and_no_markup_is(page: Path, site: Path) -> None:
+    text = page.read_text("utf-8")
+    found = rendered(site, page)
+    shown = {" ".join(block.split()) for block in found.blocks}
+    for block in _BLOCK.findall(text):
+        assert " ".join(block.split()) in shown
+    prose = " ".join(found.words)
+    assert prose.strip()
+    assert not re.search(r"```|--8<|<!--|\]\(", prose)
+
+
+def test_files_are_shown() -> None:
+    """The blocks that are files are those files, to the letter; there are dozens."""
+    blocks = [case for page in PAGES for case in _FILE.findall(page.read_text("utf-8"))]
+    assert len(blocks) > 30
+    for name, block in blocks:
+        path = DOCS / name
+        assert block == (path if path.is_file() else ROOT / name).read_text("utf-8"), name
