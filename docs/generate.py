@@ -1,8 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
 Pages of ops and presets, their places in mkdocs.yml, the list of targets, the picture of layouts, and the files that a
-page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands in the page itself, so
-that who reads the repository sees it too.
+page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands in the page
+itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
