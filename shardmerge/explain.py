@@ -80,6 +80,7 @@ def plan_text(plan: Plan, out: str, cloned: int = 0) -> str:
     blocks = [
         _headline(plan, out),
         _sources(plan),
+        "\n".join(f"warning: {warning}" for warning in plan.warnings),
         _groups_table(plan),
         _files(plan),
         _unused(plan),

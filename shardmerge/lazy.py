@@ -190,7 +190,7 @@ def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
     for name in catalog.names():
         entry = catalog[name]
         tensors[name] = LazyTensor(name, entry.dtype, entry.shape, entry.origin, _EntryReader(pool, entry))
-    return LazyCheckpoint(catalog.kind, catalog.notes, tensors)
+    return LazyCheckpoint(catalog.kind, (*catalog.warnings, *catalog.notes), tensors)
 
 
 def lazy_plan(plan: Plan) -> LazyCheckpoint:

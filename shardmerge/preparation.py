@@ -158,7 +158,7 @@ def _filled_in(
         sources[name] = found
         note = f"not in the mapping: taken from the training config, which names {path!r}"
         catalog = open_source(found, folder, options)
-        catalogs[name] = replace(catalog, notes=(note, *catalog.notes))
+        catalogs[name] = replace(catalog, warnings=(note, *catalog.warnings))
     return replace(spec, sources=sources), catalogs
 
 
