@@ -160,6 +160,8 @@ def execute(
         for thread in threads:
             thread.join()
         raise run.failure or error from error
+    finally:
+        run.close()
     if run.failure is not None:
         raise run.failure
     check_stamps(stamps.values())
@@ -243,9 +245,14 @@ class _Run:
         assembler.release(data)
 
     def stop(self, error: BaseException) -> None:
-        """Remembers the first failure; workers stop at their next tile, and open files are closed by the caller."""
+        """Remembers the first failure; workers stop at their next tile."""
         with self.lock:
             self.failure = self.failure or error
+
+    def close(self) -> None:
+        """Closes the files that a failure left open; none is otherwise."""
+        for file in self._files.values():
+            file.abandon()
 
     def outcome(self) -> Outcome:
         """Returns the totals of a finished run."""

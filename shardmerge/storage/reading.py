@@ -18,6 +18,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -71,22 +72,27 @@ class SourceFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fills ``out`` from ``offset`` on, looping over short reads.
+        """Fills ``out`` from ``offset`` on. After a short read it begins again once, then goes on from its count.
 
         Raises
         ------
         CheckpointError
             ``truncated-file``: the file ends first. ``unreadable-file``: an I/O error, with the byte.
         """
-        done = 0
+        if self._read_some(offset, out) == len(out):
+            return
+        done = self._read_some(offset, out)
         while done < len(out):
-            try:
-                got = os.preadv(self._fd, [out[done:]], offset + done)
-            except OSError as error:
-                raise self._broken(offset + done, error) from error
+            got = self._read_some(offset + done, out[done:])
             if got == 0:
                 raise self._truncated(offset, len(out))
             done += got
+
+    def _read_some(self, offset: int, out: memoryview) -> int:
+        try:
+            return os.preadv(self._fd, [out], offset)
+        except OSError as error:
+            raise self._broken(offset, error) from error
 
     def read_runs(self, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset on, as ``read_into`` does; a short loop, since there may be thousands."""
@@ -102,7 +108,8 @@ class SourceFile:
     def expect(self, offset: int, nbytes: int) -> None:
         """Starts reading a range into the page cache, where the system does such things."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # a hint
+                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def window(self, offset: int, nbytes: int) -> memoryview:
         """Returns a read-only view of the bytes, mapped; the mapping goes when the last view of it goes.
@@ -138,8 +145,9 @@ class SourceFile:
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with suppress(OSError):  # of a file that was only read, nothing is lost
+                os.close(fd)
 
     def __enter__(self) -> SourceFile:
         return self
