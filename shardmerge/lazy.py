@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -12,9 +12,10 @@ import numpy as np
 from shardmerge.dtypes import DType
 from shardmerge.execute.gather import gather
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Catalog, Shape, TensorEntry, leaves
+from shardmerge.tensors import Catalog, FileStamp, Shape, TensorEntry, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -183,9 +184,15 @@ class _EntryReader:
         gather(self._pool, self._entry, start, out)
 
 
+def _pool(stamps: Iterable[FileStamp]) -> FilePool:
+    pool = FilePool()
+    pool.opened = Pins(stamps).opened
+    return pool
+
+
 def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
     """Returns the tensors of a catalog; tied names give the same bytes."""
-    pool = FilePool()
+    pool = _pool(catalog.files)
     tensors = {}
     for name in catalog.names():
         entry = catalog[name]
@@ -195,7 +202,7 @@ def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
 
 def lazy_plan(plan: Plan) -> LazyCheckpoint:
     """Returns the tensors that a plan would write, made as a run makes them."""
-    pool = FilePool()
+    pool = _pool(plan.files())
     tensors = {}
     for tensor in plan.tensors():
         origin = ", ".join(dict.fromkeys(f"{leaf.source}:{leaf.name}" for leaf in leaves(tensor.entry)))

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from os import stat_result
 from typing import Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
@@ -206,12 +207,24 @@ class FileStamp:
         From ``stat``.
     header
         SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
+    device, inode, ctime_ns
+        From ``stat``: a file put in the place of another, with its size and time of modification, differs here.
     """
 
     path: str
     size: int
     mtime_ns: int
     header: str = ""
+    device: int = 0
+    inode: int = 0
+    ctime_ns: int = 0
+
+    @classmethod
+    def of(cls, path: str, status: stat_result, header: bytes = b"") -> FileStamp:
+        """Returns the stamp of a file from its ``stat`` and the bytes that were parsed, if any."""
+        digest = hashlib.sha256(header).hexdigest() if header else ""
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(path, status.st_size, times[0], digest, status.st_dev, status.st_ino, times[1])
 
 
 @dataclass(frozen=True, slots=True)

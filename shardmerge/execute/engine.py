@@ -5,23 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.clones import Clone, overlapping
-from shardmerge.errors import CheckpointError, InterruptedRunError
+from shardmerge.errors import InterruptedRunError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import ordered
 from shardmerge.memory import has_state, tile_elements
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
-from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
     from shardmerge.execute.gpu import CudaCasts
@@ -144,8 +144,9 @@ def execute(
     InterruptedRunError
         ``interrupted``: Ctrl-C or SIGTERM.
     """
-    stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
-    check_stamps(stamps.values())
+    pins = Pins(plan.files())
+    pins.check()
+    pool.opened = pins.opened
     return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
@@ -164,7 +165,7 @@ def execute(
         run.close()
     if run.failure is not None:
         raise run.failure
-    check_stamps(stamps.values())
+    pins.check()
     return run.outcome()
 
 
@@ -174,28 +175,6 @@ def _casts_on(device: Device) -> CudaCasts | None:
     from shardmerge.execute.gpu import CudaCasts
 
     return CudaCasts()
-
-
-def check_stamps(stamps: Iterable[FileStamp]) -> None:
-    """Compares source files with what they were when they were planned with."""
-    for stamp in stamps:
-        try:
-            status = Path(stamp.path).stat()
-        except OSError as error:
-            raise _changed(stamp, "it is gone") from error
-        if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-            raise _changed(stamp, f"{status.st_size} bytes, modified meanwhile")
-
-
-def _changed(stamp: FileStamp, found: str) -> CheckpointError:
-    return CheckpointError(
-        "source-changed",
-        "a source file changed while it was being read",
-        where=stamp.path,
-        found=found,
-        expected=f"{stamp.size} bytes, as when the plan was made",
-        hint="wait until whoever writes it is done, then run again",
-    )
 
 
 @dataclass(slots=True)

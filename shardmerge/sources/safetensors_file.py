@@ -6,7 +6,6 @@ readings of one file pass: duplicate keys, leading blanks, unknown fields.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
@@ -72,7 +71,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     with SourceFile(path) as file:
         length = _header_length(file)
         raw = file.read(8, length)
-        stamp = FileStamp(str(path), file.size, file.mtime_ns, hashlib.sha256(raw).hexdigest())
+        stamp = FileStamp.of(str(path), file.status, raw)
     fields = _parse(raw, str(path))
     metadata = _metadata(fields.pop("__metadata__", None), str(path))
     entries = [_entry(name, value, str(path), 8 + length) for name, value in fields.items()]

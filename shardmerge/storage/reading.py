@@ -17,7 +17,7 @@ import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,13 @@ _WANTED_FILES = 8192 + _SPARED_FILES
 class SourceFile:
     """A file open for reading, pinned by the size it had when it was opened.
 
+    Attributes
+    ----------
+    path, size
+        As it was opened; the size in bytes.
+    status
+        From ``fstat``.
+
     Raises
     ------
     UsageError
@@ -62,8 +69,8 @@ class SourceFile:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointError("not-a-file", "only regular files can be read", where=self.path)
+        self.status = status
         self.size = status.st_size
-        self.mtime_ns = status.st_mtime_ns
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes from ``offset`` on, or raises ``truncated-file``."""
@@ -209,6 +216,8 @@ class FilePool:
         As given.
     bytes_read, reads, opens
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
+    opened
+        Called with every file that is opened, before it is read; what it raises goes to whoever asked for the bytes.
     """
 
     def __init__(self, io: IoMode = "pread", *, bounded: bool = False) -> None:
@@ -218,6 +227,7 @@ class FilePool:
         self._most = most_open_files()
         self._io = io
         self.bounded = bounded
+        self.opened: Callable[[SourceFile], None] | None = None
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -235,7 +245,10 @@ class FilePool:
             if file is not None:
                 self._open.move_to_end(path)
                 return file
-            file = self._open[path] = SourceFile(path)
+            file = SourceFile(path)
+            if self.opened is not None:
+                self.opened(file)
+            self._open[path] = file
             self.opens += 1
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
