@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +21,11 @@ from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
-from shardmerge.storage.reading import FilePool, IoMode
+from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, of_source
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
@@ -183,11 +184,20 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
         pool = FilePool(options.io, bounded=bounded)
-        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
+        outcome = execute(
+            plan, staging, pool, sync=options.sync, progress=progress, device=options.device, records=_records
+        )
         digests = {side.name: _write_side_file(staging, side, plan, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)
     return Result(out, plan, outcome)
+
+
+def _records(file: SourceFile) -> Iterable[Record]:
+    """A torch zip has checksums of its storages; no other format does."""
+    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+
+    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
 
 
 def _make_folders(plan: Plan, staging: Path) -> None:

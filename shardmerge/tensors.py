@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from os import stat_result
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.json_rows import Rows, canonical_text
@@ -193,6 +193,25 @@ def leaves(entry: TensorEntry) -> Iterator[TensorEntry]:
 def dense(extent: Extent, numel: int) -> tuple[Piece, ...]:
     """Returns the pieces of a tensor that lies whole and contiguous in one extent."""
     return (Piece(0, numel, extent),) if numel else ()
+
+
+class Record(NamedTuple):
+    """Bytes of a file that have a checksum there: a storage of a torch zip.
+
+    Attributes
+    ----------
+    name
+        In the archive.
+    offset, nbytes
+        Where they lie, in bytes.
+    crc32
+        As the archive says; 0 where it was written without.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -268,6 +269,8 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
         click.echo(explain.plan_text(result.plan, str(out), result.outcome.bytes_cloned))
         rate = result.plan.tensor_bytes / max(seconds, 1e-9) / 1e9
         click.echo(f"written in {seconds:.1f} s ({rate:.2f} GB/s)")
+        for rest in result.outcome.records.unchecked():
+            click.echo(f"not checked  {rest}")
 
 
 def _result_json(result: Result, seconds: float) -> dict[str, object]:
@@ -285,6 +288,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
         "clone_seconds": round(result.outcome.clone_seconds, 6),
         "overflows": result.outcome.overflows,
+        "source_records": asdict(result.outcome.records),
         "warnings": list(result.plan.warnings),
         "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
         "planned_peak": result.plan.memory.peak,

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -16,11 +16,12 @@ from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import ordered
+from shardmerge.execute.records import ReadRecords, RecordChecks, RecordCounts, no_records
 from shardmerge.memory import has_state, tile_elements
 from shardmerge.pins import Pins
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
-from shardmerge.storage.reading import FilePool
+from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Outcome:
         Bytes of the shards that are shared with the sources.
     clone_seconds
         What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
+    records
+        What became of the checksums that source files carry.
     """
 
     overflows: dict[str, int]
@@ -86,6 +89,7 @@ class Outcome:
     cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
     bytes_cloned: int = 0
     clone_seconds: float = 0.0
+    records: RecordCounts = field(default_factory=RecordCounts)
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
@@ -117,6 +121,7 @@ def execute(
     sync: bool = True,
     progress: Progress | None = None,
     device: Device = "cpu",
+    records: ReadRecords = no_records,
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -134,11 +139,14 @@ def execute(
         Told about every tile.
     device
         Where casts are made.
+    records
+        Gives the records of a source file that have checksums there.
 
     Raises
     ------
     CheckpointError
-        ``source-changed``: a source file is not the one that was planned with.
+        ``source-changed``: a source file is not the one that was planned with. ``damaged-record``: the bytes of a
+        record do not have its checksum.
     ResourceError, OutputError
         From the writing side.
     InterruptedRunError
@@ -146,7 +154,8 @@ def execute(
     """
     pins = Pins(plan.files())
     pins.check()
-    pool.opened = pins.opened
+    checks = RecordChecks(records)
+    pool.opened, pool.seen = _both(pins.opened, checks.opened), checks.seen
     return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
@@ -165,8 +174,17 @@ def execute(
         run.close()
     if run.failure is not None:
         raise run.failure
+    counts = checks.finish(pool)
     pins.check()
-    return run.outcome()
+    return replace(run.outcome(), records=counts)
+
+
+def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:
+    def opened(file: SourceFile) -> None:
+        first(file)
+        second(file)
+
+    return opened
 
 
 def _casts_on(device: Device) -> CudaCasts | None:

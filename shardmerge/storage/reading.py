@@ -218,6 +218,9 @@ class FilePool:
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
     opened
         Called with every file that is opened, before it is read; what it raises goes to whoever asked for the bytes.
+    seen
+        Called with path, offset and bytes of what was read, by whichever thread; with no bytes where ``read_runs``
+        begins. What it raises goes the same way.
     """
 
     def __init__(self, io: IoMode = "pread", *, bounded: bool = False) -> None:
@@ -228,6 +231,7 @@ class FilePool:
         self._io = io
         self.bounded = bounded
         self.opened: Callable[[SourceFile], None] | None = None
+        self.seen: Callable[[str, int, memoryview], None] | None = None
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -269,13 +273,18 @@ class FilePool:
             return None
         file = self._get(path, nbytes, 1)
         self._passed(file, offset, nbytes)
-        return file.window(offset, nbytes)
+        found = file.window(offset, nbytes)
+        if self.seen is not None:
+            self.seen(path, offset, found)
+        return found
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fills ``out`` from the file's byte ``offset`` on."""
         file = self._get(path, len(out), 1)
         self._passed(file, offset, len(out))
         file.read_into(offset, out)
+        if self.seen is not None:
+            self.seen(path, offset, out)
 
     def read_runs(self, path: str, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset in the file on: many short reads for the price of their system calls.
@@ -283,6 +292,8 @@ class FilePool:
         The pages stay in the page cache, since the other bands of a matrix are in the same ones.
         """
         self._get(path, sum(map(len, outs)), len(outs)).read_runs(offsets, outs)
+        if self.seen is not None:
+            self.seen(path, offsets[0], memoryview(b""))
 
     def expect(self, path: str, offset: int, nbytes: int) -> None:
         """Lets the system read these bytes ahead; it cannot guess that short reads apart from each other go on."""
