@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from shardmerge.dtypes import DType
-from shardmerge.execute.gather import gather
+from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.pins import Pins
 from shardmerge.plan import Plan
@@ -24,9 +24,9 @@ Index: TypeAlias = "int | slice | ellipsis | tuple[int | slice | ellipsis, ...]"
 
 
 class _Reader(Protocol):
-    """Something that gives any range of a tensor's elements, row-major."""
+    """Something that gives ranges of a tensor's elements, row-major: each from its start on."""
 
-    def read(self, start: int, out: memoryview) -> None: ...
+    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None: ...
 
 
 class LazyTensor:
@@ -74,7 +74,9 @@ class LazyTensor:
         CheckpointError
             ``truncated-file``, ``unreadable-file``.
         """
-        return self._range(0, prod(self.shape)).reshape(self.shape)
+        data = memoryview(bytearray(self.nbytes))
+        self._reader.read([(0, data)])
+        return as_array(data, self.dtype).reshape(self.shape)
 
     def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:
         array = self.numpy()
@@ -106,15 +108,9 @@ class LazyTensor:
         strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         tail = sum(r.start * s for r, s in zip(ranges[axis:], strides[axis:], strict=True))
         run = prod(len(r) for r in ranges[axis:])
-        flat = found.reshape(-1, run)
-        for number, outer in enumerate(product(*ranges[:axis])):
-            start = sum(i * s for i, s in zip(outer, strides, strict=False)) + tail
-            flat[number] = self._range(start, run)
-
-    def _range(self, start: int, count: int) -> Array:
-        data = bytearray(count * self.dtype.itemsize)
-        self._reader.read(start, memoryview(data))
-        return as_array(memoryview(data), self.dtype)
+        rows = found.reshape(-1, run).view(np.uint8)
+        starts = (sum(i * s for i, s in zip(outer, strides, strict=False)) + tail for outer in product(*ranges[:axis]))
+        self._reader.read((start, row.data) for start, row in zip(starts, rows, strict=True))
 
 
 def _ranges(index: Index, shape: Shape) -> tuple[list[range], list[bool]]:
@@ -180,8 +176,11 @@ class _EntryReader:
         self._pool = pool
         self._entry = entry
 
-    def read(self, start: int, out: memoryview) -> None:
-        gather(self._pool, self._entry, start, out)
+    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None:
+        """Fills each buffer; what an op reads ahead of its tiles (all of a TIES tensor) is read once for all."""
+        assembler = Assembler(self._pool)
+        for start, out in ranges:
+            assembler.fill(self._entry, start, out)
 
 
 def _pool(stamps: Iterable[FileStamp]) -> FilePool:
