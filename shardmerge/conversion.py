@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.side_files import SideFiles, content
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
@@ -23,7 +25,7 @@ from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     catalog = open_source(source, Path(), options)
     if catalog.kind == PEFT_ADAPTER:
         raise _adapter_alone(catalog)
-    expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
+    sides = SideFiles()
+    expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -119,7 +122,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         expectation,
         output_options(None, options),
     )
-    return Prepared(plan, None)
+    return Prepared(sides.pinned(plan), None)
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:
@@ -181,17 +184,20 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
         pool = FilePool(options.io, bounded=bounded)
-        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
-        digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
+        outcome = execute(
+            plan, staging, pool, sync=options.sync, progress=progress, device=options.device, records=_records
+        )
+        digests = {side.name: _write_side_file(staging, side, plan, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)
     return Result(out, plan, outcome)
 
 
-def read_side_file(extent: Extent) -> bytes:
-    """Returns the bytes of a small file."""
-    with SourceFile(extent.file) as file:
-        return file.read(extent.offset, extent.nbytes)
+def _records(file: SourceFile) -> Iterable[Record]:
+    """A torch zip has checksums of its storages; no other format does."""
+    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+
+    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
 
 
 def _make_folders(plan: Plan, staging: Path) -> None:
@@ -204,12 +210,12 @@ def _index_last(plan: Plan) -> list[SideFile]:
     return sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
 
 
-def _write_side_file(staging: Path, side: SideFile, *, sync: bool) -> str:
+def _write_side_file(staging: Path, side: SideFile, plan: Plan, *, sync: bool) -> str:
     import hashlib
 
     from shardmerge.storage.writing import write_small
 
-    data = b"".join(part if isinstance(part, bytes) else read_side_file(part) for part in side.parts)
+    data = content(plan, side)
     write_small(staging / side.name, data, sync=sync)
     return hashlib.sha256(data).hexdigest()
 

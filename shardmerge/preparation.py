@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
+from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
@@ -19,6 +19,7 @@ from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec
 from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.planner import make_plan
+from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.expectation import Expectation, Request, Target
@@ -55,8 +56,9 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
-    merged, used = _merged(spec, catalogs)
-    variables = Variables(catalogs, read_side_file, spec.variables)
+    sides = SideFiles()
+    merged, used = _merged(spec, catalogs, sides)
+    variables = Variables(catalogs, sides.read, spec.variables)
     expectation = _expectation(spec, catalogs, output.dtype, variables)
     resolution = resolve(
         spec.rules,
@@ -75,7 +77,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         expectation or _as_resolved(resolution),
         output,
     )
-    return Prepared(plan, _output_path(spec.output, folder))
+    return Prepared(sides.pinned(plan), _output_path(spec.output, folder))
 
 
 def _preset(name: str) -> Preset:
@@ -92,13 +94,15 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Sp
     return combine(spec, preset)
 
 
-def _merged(spec: Spec, catalogs: dict[str, Catalog]) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
+def _merged(
+    spec: Spec, catalogs: dict[str, Catalog], sides: SideFiles
+) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
     """Returns the catalogs with all adapters merged into their bases, and the tensors that are so used up."""
     if not spec.adapters:
         return catalogs, frozenset()
     from shardmerge.mapping.adapters import merge_adapters
 
-    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
+    merged = merge_adapters(spec.adapters, catalogs, sides.read)
     return merged.catalogs, merged.used
 
 
@@ -185,7 +189,7 @@ def _expectation(
             roles={role: source for role, source in texts.items() if role in target.roles},
             options={key: _option(value, variables) for key, value in texts.items() if key in target.options},
             catalogs=catalogs,
-            read=read_side_file,
+            read=variables.read,
             dtype=dtype,
             vocabulary=spec.vocabulary,
             where=str(spec.target.mark),

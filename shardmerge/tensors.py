@@ -12,7 +12,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Protocol, TypeAlias
+from os import stat_result
+from typing import NamedTuple, Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.json_rows import Rows, canonical_text
@@ -194,6 +195,25 @@ def dense(extent: Extent, numel: int) -> tuple[Piece, ...]:
     return (Piece(0, numel, extent),) if numel else ()
 
 
+class Record(NamedTuple):
+    """Bytes of a file that have a checksum there: a storage of a torch zip.
+
+    Attributes
+    ----------
+    name
+        In the archive.
+    offset, nbytes
+        Where they lie, in bytes.
+    crc32
+        As the archive says; 0 where it was written without.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """What pins a source file between planning and reading.
@@ -206,12 +226,24 @@ class FileStamp:
         From ``stat``.
     header
         SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
+    device, inode, ctime_ns
+        From ``stat``: a file put in the place of another, with its size and time of modification, differs here.
     """
 
     path: str
     size: int
     mtime_ns: int
     header: str = ""
+    device: int = 0
+    inode: int = 0
+    ctime_ns: int = 0
+
+    @classmethod
+    def of(cls, path: str, status: stat_result, header: bytes = b"") -> FileStamp:
+        """Returns the stamp of a file from its ``stat`` and the bytes that were parsed, if any."""
+        digest = hashlib.sha256(header).hexdigest() if header else ""
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(path, status.st_size, times[0], digest, status.st_dev, status.st_ino, times[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
 from shardmerge.ops.arrays import as_array
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan
 from shardmerge.publish import RECEIPT
 from shardmerge.receipt import FORMAT
@@ -377,6 +378,7 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
 
 def _remade_problems(folder: Path, plan: Plan, progress: Progress | None) -> Iterator[ShardmergeError]:
     pool = FilePool()
+    pool.opened = Pins(plan.files()).opened
     assembler = Assembler(pool, plan.memory.tile)
     for task in tasks(plan):
         for tile in task:

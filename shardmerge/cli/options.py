@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -71,9 +71,13 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
     return name, value
 
 
-def dumped(value: object) -> str:
-    """Returns a value as JSON text."""
-    return json.dumps(value, indent=2)
+# Schema of every --json answer, errors included.
+JSON_SCHEMA = 1
+
+
+def dumped(value: Mapping[str, object]) -> str:
+    """Returns an answer as JSON text, its schema number first."""
+    return json.dumps({"schema": JSON_SCHEMA, **value}, indent=2)
 
 
 def write_lines(value: object) -> None:

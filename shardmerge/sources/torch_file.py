@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -233,7 +232,7 @@ def _from_legacy(file: SourceFile) -> TorchFile:
 
 
 def _stamp(file: SourceFile, header: bytes) -> FileStamp:
-    return FileStamp(file.path, file.size, file.mtime_ns, hashlib.sha256(header).hexdigest())
+    return FileStamp.of(file.path, file.status, header)
 
 
 # State dicts

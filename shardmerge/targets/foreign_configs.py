@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dimension, layers
+from shardmerge.targets.architectures import JsonObject, dimension, finite, flag, layers
 from shardmerge.tensors import Catalog
 
 _LLAMA_3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -247,12 +247,11 @@ def from_phi3(config: Mapping[str, object], where: str) -> tuple[JsonObject, tup
 def from_internlm2(config: Mapping[str, object]) -> JsonObject:
     """Returns the config for an InternLM2 whose fused ``wqkv`` is split: a LLaMA with a bias where it says ``bias``."""
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias", "attn_implementation")}
-    return kept | {"model_type": "llama", "attention_bias": config.get("bias") is True}
+    return kept | {"model_type": "llama", "attention_bias": flag(config, "bias", "InternLM2's config")}
 
 
 def _real(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+    return finite(config, key, default, "the checkpoint's own config")
 
 
 def _not_llama(file: str, where: str, found: str, expected: str) -> TargetError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dimension, layers
+from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
 
 PREPROCESSING = "_preprocessing"
 
@@ -111,8 +111,7 @@ def _text(config: Mapping[str, object], where: str) -> JsonObject:
 
 
 def _ratio(config: Mapping[str, object]) -> float:
-    value = config.get("mlp_ratio")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 4.0
+    return finite(config, "mlp_ratio", 4.0, "the OpenCLIP config")
 
 
 def _square(config: Mapping[str, object], key: str, default: int, where: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dump, load_object
+from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
 from shardmerge.targets.options import number, switch
 from shardmerge.tensors import Catalog, Shape
@@ -231,12 +231,13 @@ def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) ->
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
     own = load_object(catalog.side_files[CONFIG], request.read) if CONFIG in catalog.side_files else {}
     stated = number(request, "alpha")
-    alpha = own.get("lora_alpha") if stated is None else stated
+    where = catalog.side_files[CONFIG].file if own else catalog.path
+    alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated
     base = own.get("base_model_name_or_path")
     task = own.get("task_type")
     facts = AdapterFacts(
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        use_rslora=switch(request, "rslora", default=own.get("use_rslora") is True),
+        alpha=alpha,
+        use_rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
         base=request.options.get("base", base if isinstance(base, str) else ""),
         task_type=request.options.get("task_type", task if isinstance(task, str) else ""),
     )

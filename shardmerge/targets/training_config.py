@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
+from shardmerge.targets.architectures import is_finite
+
 MAX_CHARS = 4 << 20
 
 # A syntax tree costs up to 600 bytes a character, so that only the statements that matter are parsed, one by
@@ -173,9 +175,9 @@ def _lora(model: Mapping[str, _Value], key: str) -> LoraFacts | None:
         return None
     section = _section(model, key)
     ranks, alphas = _numbers(section, "rank_pattern"), _numbers(section, "alpha_pattern")
-    rslora = section.get("use_rslora", False)
+    rslora = _flag(section, "use_rslora") if "use_rslora" in section else False
     saved = section.get("modules_to_save")
-    alpha = _number(section, "lora_alpha") if isinstance(rslora, bool) else None
+    alpha = _number(section, "lora_alpha") if rslora is not None else None
     return LoraFacts(
         r=_integer(section, "r"),
         alpha=alpha if ranks is not None and alphas is not None else None,
@@ -206,7 +208,7 @@ def _section(model: Mapping[str, _Value], key: str) -> Mapping[str, _Value]:
 
 def _flag(section: Mapping[str, _Value], key: str) -> bool | None:
     value = section.get(key)
-    return value if isinstance(value, bool) else None
+    return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
 def _integer(section: Mapping[str, _Value], key: str) -> int | None:
@@ -216,7 +218,9 @@ def _integer(section: Mapping[str, _Value], key: str) -> int | None:
 
 def _number(section: Mapping[str, _Value], key: str) -> float | None:
     value = section.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if is_finite(value) else None
 
 
 def _text(section: Mapping[str, _Value], key: str) -> str:
