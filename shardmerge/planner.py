@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
-from shardmerge.mapping.near import NameIndex
+from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
@@ -96,8 +96,8 @@ def make_plan(
         tuple(_source(name, paths[name], catalog) for name, catalog in sorted(catalogs.items())),
         shards,
         (*expectation.side_files, *indexes),
-        _unused(resolution),
-        (*_source_warnings(catalogs), *expectation.warnings),
+        tuple(_unused(resolution)),
+        (*_source_warnings(catalogs), *expectation.warnings, *_copies(resolution)),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
     )
 
@@ -176,8 +176,15 @@ def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
     return tuple(f"{name}: {text}" for name, catalog in sorted(catalogs.items()) for text in catalog.warnings)
 
 
-def _unused(resolution: Resolution) -> tuple[Unused, ...]:
-    shadowed = (Unused(source, name, f"shadowed: {target} is taken from elsewhere")
-                for source, name, target in resolution.shadowed)  # fmt: skip
-    dropped = (Unused(source, name, "dropped") for source, name in resolution.dropped)
-    return (*shadowed, *dropped)
+def _unused(resolution: Resolution) -> Iterator[Unused]:
+    for one in resolution.shadowed:
+        rule = rule_text(resolution.assignments[one.target].rule) if one.target in resolution.assignments else ""
+        why = f"a narrower rule wins: {rule}" if one.narrower else f"shadowed: {one.target} is taken from elsewhere"
+        yield Unused(one.source, one.name, why)
+    yield from (Unused(source, name, "dropped") for source, name in resolution.dropped)
+
+
+def _copies(resolution: Resolution) -> Iterator[str]:
+    """One tensor under two names is what a preset may mean to make; in rules of one's own it often is a mistake."""
+    for one in resolution.copies:
+        yield f"{one.source}: {one.name} is written {len(one.targets)} times: {listed(one.targets)}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.dropping import Dropped, find_dropped
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.resolution import Resolution
@@ -55,12 +56,13 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
-    merged, used = _merged(spec, catalogs)
+    dropped = find_dropped(spec.drops, catalogs)
+    merged, used = _merged(spec, dropped.left(catalogs))
     variables = Variables(catalogs, read_side_file, spec.variables)
-    expectation = _expectation(spec, catalogs, output.dtype, variables)
+    expectation = _expectation(spec, catalogs, dropped, output.dtype, variables)
     resolution = resolve(
         spec.rules,
-        spec.drops,
+        dropped,
         merged,
         expectation,
         user_file=spec.file,
@@ -69,7 +71,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     )
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
-        merged,
+        {name: _whole(catalogs[name], catalog) for name, catalog in merged.items()},
         {name: source.path for name, source in spec.sources.items()},
         resolution,
         expectation or _as_resolved(resolution),
@@ -100,6 +102,11 @@ def _merged(spec: Spec, catalogs: dict[str, Catalog]) -> tuple[dict[str, Catalog
 
     merged = merge_adapters(spec.adapters, catalogs, read_side_file)
     return merged.catalogs, merged.used
+
+
+def _whole(opened: Catalog, left: Catalog) -> Catalog:
+    """Returns a source for the plan: with all that it holds, and with what was noted on the way."""
+    return replace(left, entries=opened.entries, aliases=opened.aliases, absent=opened.absent)
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
@@ -174,7 +181,7 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
 
 
 def _expectation(
-    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables
+    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, dtype: DType | None, variables: Variables
 ) -> Expectation | None:
     if spec.target is None:
         return None
@@ -189,6 +196,7 @@ def _expectation(
             dtype=dtype,
             vocabulary=spec.vocabulary,
             where=str(spec.target.mark),
+            dropped=frozenset(pair for pair, drop in dropped.lines.items() if not drop.optional),
         )
     )
 

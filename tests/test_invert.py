@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge import api
+from shardmerge.mapping.dropping import find_dropped
 from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.preset_files import combine, list_presets, load_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
@@ -135,7 +136,7 @@ def catalog(tmp_path_factory):
 
 def assignments(spec, catalogs):
     variables = Variables(catalogs, lambda extent: b"", spec.variables)
-    found = resolve(spec.rules, spec.drops, catalogs, user_file="m", variables=variables)
+    found = resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, user_file="m", variables=variables)
     return {name: without_source(entry_json(one.entry)) for name, one in found.assignments.items()}
 
 

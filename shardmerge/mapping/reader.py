@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,7 +87,7 @@ def parse_spec(text: str, file: str) -> Spec:
         reader.output(fields["output"]) if "output" in fields else None,
         use,
         reader.target(fields["target"]) if "target" in fields else None,
-        reader.rules(fields["tensors"], known) if "tensors" in fields else (),
+        (*reader.rules(fields.get("tensors"), known), *reader.rest(fields.get("rest"), known)),
         reader.drops(fields["drop"], known) if "drop" in fields else (),
         reader.variables(fields["let"]) if "let" in fields else {},
         reader.adapters(fields["adapters"], known) if "adapters" in fields else (),
@@ -241,10 +241,15 @@ class Reader:
             self.add("no-target-name", "`target` has no name", table.mark, "add `name: hf/llava`")
         return TargetSpec(texts.pop("name", ""), texts, table.mark)
 
-    def rules(self, node: Node, known: frozenset[str] | None) -> tuple[Rule, ...]:
+    def rules(self, node: Node | None, known: frozenset[str] | None, what: str = "tensors") -> tuple[Rule, ...]:
         """Reads ``tensors:``; ``known`` are the sources a reference may name, None for any."""
-        found = (self._rule(key, value, known) for key, value in self.table(node, "`tensors`").entries)
+        entries = self.table(node, f"`{what}`").entries if node is not None else ()
+        found = (self._rule(key, value, known) for key, value in entries)
         return tuple(rule for rule in found if rule is not None)
+
+    def rest(self, node: Node | None, known: frozenset[str] | None) -> tuple[Rule, ...]:
+        """Reads ``rest:``, rules for what those of ``tensors:`` leave."""
+        return tuple(replace(rule, rest=True) for rule in self.rules(node, known, "rest"))
 
     def _rule(self, key: Scalar, node: Node, known: frozenset[str] | None) -> Rule | None:
         target = self._template(key.text, key.inside)

@@ -31,17 +31,40 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
+class Shadowed:
+    """A source tensor that a rule would have taken for ``target``, if not another candidate or rule had made it.
+
+    ``narrower`` tells that it was a narrower rule, not an earlier candidate.
+    """
+
+    source: str
+    name: str
+    target: str
+    narrower: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A source tensor that stands in the output under several names."""
+
+    source: str
+    name: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Resolution:
     """All assignments by target name, and the source tensors that are not in the output.
 
     Attributes
     ----------
-    shadowed
-        (source, name, target): an earlier candidate has the tensor.
     dropped
         (source, name).
+    copies
+        What is written more than once.
     """
 
     assignments: dict[str, Assignment]
-    shadowed: tuple[tuple[str, str, str], ...]
+    shadowed: tuple[Shadowed, ...]
     dropped: tuple[tuple[str, str], ...]
+    copies: tuple[Copies, ...] = ()

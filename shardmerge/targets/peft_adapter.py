@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
@@ -77,7 +77,7 @@ def saved_name(name: str) -> str:
     return name
 
 
-def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
+def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = ()) -> dict[str, Shape]:
     """Returns the keys and shapes that peft saves for an adapter.
 
     Parameters
@@ -86,9 +86,11 @@ def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
         Of the training: the wrapped model's parameters, or keys as peft saves them.
     prefix
         What stands in front of ``base_model.model.``, e.g. ``llm.``.
+    gone
+        Names that the user drops.
     """
     start = prefix + ROOT
-    names = [name for name in catalog.names() if name.startswith(start) and not name.endswith(_BASE)]
+    names = [n for n in catalog.names() if n.startswith(start) and not n.endswith(_BASE) and n not in gone]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
 
 
@@ -201,7 +203,7 @@ def expect(request: Request) -> Expectation:
         raise TargetError(
             "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
         )
-    tensors = adapter_tensors(catalog, _prefix(request, catalog))
+    tensors = adapter_tensors(catalog, _prefix(request, catalog), request.gone("trained"))
     config = _config(request, catalog, tensors)
     return Expectation(
         tensors=tensors,
