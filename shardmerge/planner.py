@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.compose import cast_to, compose, own_dtype
@@ -17,6 +17,9 @@ from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.tensors import Catalog, Shape, TensorEntry
+
+# More lines of one kind than this help nobody.
+_FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +93,15 @@ def make_plan(
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
     raise_all([*problems, *_unused_dtypes(options, resolution)])
+    copies = _copies(resolution, meant=True)
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(
         target,
-        tuple(_source(name, paths[name], catalog) for name, catalog in sorted(catalogs.items())),
+        tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),
         shards,
         (*expectation.side_files, *indexes),
         tuple(_unused(resolution)),
-        (*_source_warnings(catalogs), *expectation.warnings, *_copies(resolution)),
+        (*_source_warnings(catalogs), *expectation.warnings, *_written_twice(resolution)),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
     )
 
@@ -168,8 +172,16 @@ def rule_text(rule: Rule) -> str:
     return f"{mark.file.rsplit('/', 1)[-1]}:{mark.line}:{mark.column} {rule.target}"
 
 
-def _source(name: str, path: str, catalog: Catalog) -> PlannedSource:
-    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, catalog.notes)
+def _source(name: str, path: str, catalog: Catalog, copies: Sequence[str]) -> PlannedSource:
+    notes = (*catalog.notes, *copies[:_FEW])
+    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, notes)
+
+
+def _written_twice(resolution: Resolution) -> Iterator[str]:
+    for source, texts in _copies(resolution, meant=False).items():
+        yield from (f"{source}: {text}" for text in texts[:_FEW])
+        if len(texts) > _FEW:
+            yield f"{source}: {len(texts) - _FEW} more tensors are written under several names"
 
 
 def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
@@ -184,7 +196,11 @@ def _unused(resolution: Resolution) -> Iterator[Unused]:
     yield from (Unused(source, name, "dropped") for source, name in resolution.dropped)
 
 
-def _copies(resolution: Resolution) -> Iterator[str]:
-    """One tensor under two names is what a preset may mean to make; in rules of one's own it often is a mistake."""
+def _copies(resolution: Resolution, *, meant: bool) -> dict[str, list[str]]:
+    """Returns by source what is written more than once: in rules of one's own it often is a mistake."""
+    found: dict[str, list[str]] = {}
     for one in resolution.copies:
-        yield f"{one.source}: {one.name} is written {len(one.targets)} times: {listed(one.targets)}"
+        if one.meant == meant:
+            text = f"{one.name} is written {len(one.targets)} times: {listed(one.targets)}"
+            found.setdefault(one.source, []).append(text)
+    return found

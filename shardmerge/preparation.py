@@ -57,7 +57,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
-    merged, used = _merged(spec, dropped.left(catalogs))
+    merged, used = _merged(spec, catalogs, dropped)
     variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, dropped, output.dtype, variables)
     resolution = resolve(
@@ -94,14 +94,31 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Sp
     return combine(spec, preset)
 
 
-def _merged(spec: Spec, catalogs: dict[str, Catalog]) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
-    """Returns the catalogs with all adapters merged into their bases, and the tensors that are so used up."""
+def _merged(
+    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped
+) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
+    """Returns what is left of the catalogs, all adapters merged into their bases, and the tensors so used up."""
+    left = dropped.left(catalogs)
     if not spec.adapters:
-        return catalogs, frozenset()
+        return left, frozenset()
     from shardmerge.mapping.adapters import merge_adapters
 
-    merged = merge_adapters(spec.adapters, catalogs, read_side_file)
+    try:
+        merged = merge_adapters(spec.adapters, left, read_side_file)
+    except ShardmergeError as error:
+        raise_all([_without_dropped_base(one, dropped) for one in error.each()])
+        raise
     return merged.catalogs, merged.used
+
+
+def _without_dropped_base(error: ShardmergeError, dropped: Dropped) -> ShardmergeError:
+    """Says of an adapter whose base tensor is missing that it was dropped."""
+    source, _, name = error.expected.partition(":")
+    said = dropped.said(source, name)
+    if error.code != "adapter-without-base" or not said:
+        return error
+    hint = "take that line out of `drop`, or drop the adapter's tensors of this module too"
+    return MappingError(error.code, error.what, where=error.where, found=f"{error.expected} is {said}", hint=hint)
 
 
 def _whole(opened: Catalog, left: Catalog) -> Catalog:

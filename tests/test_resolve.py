@@ -144,13 +144,13 @@ def test_shapes(shape, wanted, grown, fits):
 
 
 def test_two_rules_that_claim_one_target_are_told_once():
-    text = 'tensors:\n  t.{r...}: "a:{r...}"\n  t.{i}.w: b:{i}.w\n'
+    text = 'tensors:\n  "t.{i}.{k:v|w}": "a:{i}.{k:v|w}"\n  "t.{i:int}.{p}": "b:{i:int}.{p}"\n'
     names = [f"{i}.w" for i in range(8)]
     error = only(text, {"a": catalog(*names), "b": catalog(*names)})
     assert (error.code, error.where) == ("double-claim", "m.yaml:5:3")
     assert "t.0.w, t.1.w, t.2.w, t.3.w, t.4.w and 3 more" in error.what
-    assert "a:0.w by `t.{r...}` at m.yaml:4:3" in error.found
-    assert "b:0.w by `t.{i}.w`" in error.found
+    assert "a:0.w by `t.{i}.{k:v|w}` at m.yaml:4:3" in error.found
+    assert "b:0.w by `t.{i:int}.{p}`" in error.found
 
 
 def test_one_rule_that_makes_a_name_twice():

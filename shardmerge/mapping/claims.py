@@ -88,12 +88,11 @@ class Claims:
 
     def copies(self, made: Mapping[str, Assignment]) -> tuple[Copies, ...]:
         """Returns the source tensors that stand in the output under more than one name."""
-        found: dict[tuple[str, str], list[str]] = {}
+        found: dict[tuple[str, str], list[Claim]] = {}
         for target, claim in self._first.items():
             if target in made and isinstance(claim.term, Reference):
-                found.setdefault((claim.assignment.source, claim.assignment.entry.name), []).append(target)
-        several = ((pair, targets) for pair, targets in found.items() if len(targets) > 1)
-        return tuple(Copies(source, name, tuple(targets)) for (source, name), targets in several)
+                found.setdefault((claim.assignment.source, claim.assignment.entry.name), []).append(claim)
+        return tuple(_copies(source, name, group) for (source, name), group in found.items() if len(group) > 1)
 
     def _beats(self, one: Claim, other: Claim) -> bool:
         if one.rule.rest != other.rule.rest:
@@ -106,3 +105,9 @@ class Claims:
     def _clash(self, before: Claim, after: Claim) -> None:
         pair = (before.assignment, after.assignment)
         self._clashes.setdefault((before.rule.mark, after.rule.mark), []).append(pair)
+
+
+def _copies(source: str, name: str, group: list[Claim]) -> Copies:
+    tied = len({claim.assignment.name for claim in group}) == len(group)
+    meant = tied or any(claim.rule.optional for claim in group)
+    return Copies(source, name, tuple(claim.assignment.target for claim in group), meant)

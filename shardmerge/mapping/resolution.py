@@ -45,11 +45,15 @@ class Shadowed:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """A source tensor that stands in the output under several names."""
+    """A source tensor that stands in the output under several names.
+
+    ``meant`` tells that the checkpoint itself ties these names, or that a preset makes them so.
+    """
 
     source: str
     name: str
     targets: tuple[str, ...]
+    meant: bool = False
 
 
 @dataclass(frozen=True, slots=True)

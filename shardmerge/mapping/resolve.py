@@ -89,6 +89,16 @@ def _no_files(extent: Extent) -> bytes:
     raise MappingError("unreadable-file", "no files can be read here", where=extent.file)
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A target that an op cannot make."""
+
+    term: OpTerm
+    target: str
+    error: MappingError
+    operands: Sequence[Operand] = ()
+
+
 @dataclass(slots=True)
 class _Work:
     """A resolution in the making."""
@@ -126,15 +136,17 @@ class _Work:
     def apply(self, rule: Rule) -> None:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
-        failures: list[tuple[OpTerm, str, MappingError]] = []
+        failures: list[_Failure] = []
         for candidate in rule.candidates:
             if isinstance(candidate, Reference):
                 found |= self._take(rule, candidate)
             else:
                 found |= self._make(rule, candidate, failures)
         # An op that lacks a tensor is passed over where a later candidate makes the target.
-        left = [case for case in failures if case[2].code != "missing-operand" or not self.claims.by(rule, case[1])]
-        self.failed.update(target for _, target, _ in left)
+        left = [one for one in failures if one.error.code != "missing-operand" or not self.claims.by(rule, one.target)]
+        for one in left:  # what the op would have used is not left over besides
+            self.failed.add(one.target)
+            self.matched.update((operand.source, operand.name) for operand in one.operands)
         self.problems += _failed(rule, left, self.near)
         if not found:
             self.idle.append(rule)
@@ -158,7 +170,7 @@ class _Work:
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
-    def _make(self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]) -> bool:
+    def _make(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> bool:
         """Claims a target for every combination of captures that the op finds its first tensors for."""
         found = False
         for bindings in self._bindings(rule, term, failures):
@@ -172,9 +184,7 @@ class _Work:
             try:
                 entry = self.finder.build(term, bindings, target)
             except MappingError as error:
-                failures.append((term, target, error))
-                if error.code != "missing-operand":
-                    self.matched.update((one.source, one.name) for one in operands)
+                failures.append(_Failure(term, target, error, operands))
                 continue
             self._claim(rule, term, target, operands, entry)
         return found or bool(failures)
@@ -192,13 +202,11 @@ class _Work:
             self.packed[source] = frozenset(packed_weights(self.catalogs[source]))
         return self.packed[source]
 
-    def _bindings(
-        self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]
-    ) -> Iterator[Bindings]:
+    def _bindings(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> Iterator[Bindings]:
         try:
             yield from self.finder.bindings(rule, term, self.spent if rule.rest else frozenset())
         except MappingError as error:
-            failures.append((term, str(rule.target), error))
+            failures.append(_Failure(term, str(rule.target), error))
 
     @property
     def finder(self) -> Finder:
@@ -467,21 +475,19 @@ def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[As
     return f"if not wanted, add under `drop:` {_ticked(lines)}"
 
 
-def _failed(
-    rule: Rule, failures: list[tuple[OpTerm, str, MappingError]], near: Callable[[str, str], str]
-) -> Iterator[MappingError]:
+def _failed(rule: Rule, failures: list[_Failure], near: Callable[[str, str], str]) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
-    groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
+    groups: dict[str, list[_Failure]] = defaultdict(list)
     for case in failures:
-        groups[case[2].code].append(case)
+        groups[case.error.code].append(case)
     for code, cases in groups.items():
-        term, _, first = cases[0]
+        first = cases[0].error
         source, _, name = first.what.removesuffix(" is not there").partition(":")
         alike = near(source, name) if code == "missing-operand" else ""
         yield MappingError(
             code,
-            f"{listed(list(dict.fromkeys(name for _, name, _ in cases)))}: {first.what}",
-            where=first.where or str(term.mark),
+            f"{listed(list(dict.fromkeys(case.target for case in cases)))}: {first.what}",
+            where=first.where or str(cases[0].term.mark),
             found=first.found,
             expected=first.expected,
             hint=first.hint or alike or f"the rule is `{rule.target}` at {rule.mark}",
