@@ -146,24 +146,40 @@ def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
     return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
 
 
-def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> list[ShardmergeError]:
-    """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen."""
-    idle = [
-        template
-        for template, _ in options.dtypes
-        if not any(template.match(name) is not None for name in resolution.assignments)
-    ]
+def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[ShardmergeError]:
+    """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen; so is an idle one."""
     index = NameIndex(resolution.assignments)
-    return [
-        MappingError(
-            "keep-matches-nothing",
-            f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
-            where=options.where,
-            hint="`shardmerge plan --tensors` lists the names"
-            + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
-        )
-        for template in idle
-    ]
+    deciding = _deciding(options, resolution)
+    for place, (template, dtype) in enumerate(options.dtypes):
+        cases = [one for name, one in resolution.assignments.items() if template.match(name) is not None]
+        if not cases:
+            yield MappingError(
+                "keep-matches-nothing",
+                f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
+                where=options.where,
+                hint="`shardmerge plan --tensors` lists the names"
+                + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
+            )
+        elif dtype is not None and place not in deciding:
+            if any(one.entry.dtype.kind == "float" for one in cases):
+                why, hint = (
+                    "an earlier line, or an op `cast`, says these types",
+                    "write it before the others, or remove it",
+                )
+            else:
+                why, hint = "none of these tensors is float", "remove it"
+            what = f"`{template}` under `dtypes` decides nothing: {why}"
+            yield MappingError("no-effect", what, where=options.where, hint=hint)
+
+
+def _deciding(options: OutputOptions, resolution: Resolution) -> set[int]:
+    """Returns which of ``dtypes`` are the first that match a float tensor whose type is open."""
+    if not options.dtypes:
+        return set()
+    numbered = list(enumerate(options.dtypes))
+    floats = (n for n, one in resolution.assignments.items() if one.entry.dtype.kind == "float" and not one.pinned)
+    first = (next((i for i, (template, _) in numbered if template.match(name) is not None), -1) for name in floats)
+    return set(first)
 
 
 def rule_text(rule: Rule) -> str:
@@ -190,8 +206,9 @@ def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
 
 def _unused(resolution: Resolution) -> Iterator[Unused]:
     for one in resolution.shadowed:
-        rule = rule_text(resolution.assignments[one.target].rule) if one.target in resolution.assignments else ""
-        why = f"a narrower rule wins: {rule}" if one.narrower else f"shadowed: {one.target} is taken from elsewhere"
+        why = f"shadowed: {one.target} is taken from elsewhere"
+        if one.narrower and one.target in resolution.assignments:  # no line: it is no part of the plan's id
+            why = f"a narrower rule wins: `{resolution.assignments[one.target].rule.target}` makes {one.target}"
         yield Unused(one.source, one.name, why)
     yield from (Unused(source, name, "dropped") for source, name in resolution.dropped)
 

@@ -16,8 +16,8 @@ from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.resolve import resolve
-from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec
-from shardmerge.mapping.variables import Variables, unused_variables
+from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec, references
+from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.planner import make_plan
 from shardmerge.sources.hub import is_hub_id
@@ -28,6 +28,10 @@ from shardmerge.tensors import Catalog
 # What only some mappings need is imported where they need it.
 if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
+
+
+# What each format calls its files, where a target does not leave that to the user.
+_SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
 
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
@@ -45,7 +49,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
     preset = _preset(spec.use) if spec.use else None
-    own = {name for name in spec.variables if preset is None or name not in preset.variables}
+    own = set(spec.variables)
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
@@ -54,12 +58,14 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs)
-    raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
+    raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
     output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
     merged, used = _merged(spec, catalogs, dropped)
     variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, dropped, output.dtype, variables)
+    raise_all(_idle(spec, expectation))
+    expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
         spec.rules,
         dropped,
@@ -218,15 +224,44 @@ def _expectation(
     )
 
 
-def _idle_vocabulary(spec: Spec) -> Iterator[ShardmergeError]:
-    """Without a target nobody knows which tensors have the vocabulary's rows, and nothing would be resized."""
+def _idle_sources(spec: Spec, preset: Preset | None, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
+    """Yields an error for a source without tensors that nothing asks for its config either; others show by tensors."""
+    named = set(spec.target.roles.values() if spec.target else ()) | set(preset.roles if preset else ())
+    named |= {one.source for rule in spec.rules for term in rule.candidates for one in references(term)}
+    asked = {name.partition(".")[0] for name in formula_names(spec)}
+    for name, catalog in catalogs.items():
+        if not catalog.entries and name not in named | asked and not asked & set(ROOMS):
+            what, where = f"nothing uses the source `{name}`", str(spec.sources[name].mark)
+            yield MappingError("unknown-source", what, where=where, hint="remove it, or name it in a rule")
+
+
+def _idle(spec: Spec, expectation: Expectation | None) -> Iterator[ShardmergeError]:
+    """Yields an error for what is said of the output and has no effect on it."""
     if spec.vocabulary is not None and spec.target is None:
+        # Nobody knows which tensors have the vocabulary's rows, and nothing would be resized.
         yield MappingError(
             "no-target",
             "`vocabulary` is for a target, and the mapping has none",
             where=spec.file,
             hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
         )
+    if spec.target is None or expectation is None:
+        return
+    if spec.vocabulary is not None and not expectation.resized:
+        what = f"`vocabulary` has no effect: {spec.target.name} has no tensor over the vocabulary"
+        yield MappingError("no-effect", what, where=str(spec.target.mark), hint="remove `vocabulary`")
+
+
+def _with_format_warning(spec: Spec, options: Options, expectation: Expectation | None) -> Expectation | None:
+    """Says of a format that the target's own kind of file goes before it: Meta's code reads .pth alone."""
+    said = options.format or (spec.output.format if spec.output else None)
+    if said is None or expectation is None or spec.target is None:
+        return expectation
+    suffixes = {group.suffix for group in expectation.groups}
+    if "" in suffixes or suffixes & _SUFFIXES[said]:
+        return expectation
+    text = f"the format `{said}` has no effect: {spec.target.name} always writes {', '.join(sorted(suffixes))}"
+    return replace(expectation, warnings=(*expectation.warnings, text))
 
 
 def _option(text: str, variables: Variables) -> str:

@@ -63,7 +63,7 @@ class OutputSpec:
     shard_size: int | None
     mark: Mark
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
-    format: Format = "safetensors"
+    format: Format | None = None
 
 
 @dataclass(frozen=True, slots=True)
