@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec, references
 from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.plan import Plan
 from shardmerge.planner import make_plan
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
@@ -40,6 +41,25 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
     return prepare(spec, path.resolve().parent, options)
 
 
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A mapping with all that it came to, short of a plan.
+
+    Attributes
+    ----------
+    spec
+        Its preset combined with it.
+    opened, merged
+        The sources as they are, and without what is dropped, adapters merged.
+    """
+
+    spec: Spec
+    opened: Mapping[str, Catalog]
+    merged: Mapping[str, Catalog]
+    resolution: Resolution
+    expectation: Expectation
+
+
 def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     """Plans a spec whose relative paths are relative to ``folder``.
 
@@ -48,6 +68,25 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
+    found = resolved(spec, folder, options)
+    return Prepared(plan_of(found, options), _output_path(spec.output, folder))
+
+
+def plan_of(found: Resolved, options: Options) -> Plan:
+    """Returns the plan of a resolved mapping."""
+    spec = found.spec
+    return make_plan(
+        spec.target.name if spec.target else PLAIN,
+        {name: _whole(found.opened[name], catalog) for name, catalog in found.merged.items()},
+        {name: source.path for name, source in spec.sources.items()},
+        found.resolution,
+        found.expectation,
+        output_options(spec.output, options),
+    )
+
+
+def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
+    """Opens the sources of a mapping and says what every target is made of; raises as ``prepare``."""
     preset = _preset(spec.use) if spec.use else None
     own = set(spec.variables)
     if preset is not None:
@@ -59,11 +98,10 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
-    output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
     merged, used = _merged(spec, catalogs, dropped)
     variables = Variables(catalogs, read_side_file, spec.variables)
-    expectation = _expectation(spec, catalogs, dropped, output.dtype, variables)
+    expectation = _expectation(spec, catalogs, dropped, output_options(spec.output, options).dtype, variables)
     raise_all(_idle(spec, expectation))
     expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
@@ -75,15 +113,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         variables=variables,
         merged=used,
     )
-    plan = make_plan(
-        spec.target.name if spec.target else PLAIN,
-        {name: _whole(catalogs[name], catalog) for name, catalog in merged.items()},
-        {name: source.path for name, source in spec.sources.items()},
-        resolution,
-        expectation or _as_resolved(resolution),
-        output,
-    )
-    return Prepared(plan, _output_path(spec.output, folder))
+    return Resolved(spec, catalogs, merged, resolution, expectation or _as_resolved(resolution))
 
 
 def _preset(name: str) -> Preset:

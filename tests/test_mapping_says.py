@@ -180,7 +180,6 @@ NARROWER = [
     ("a.{x:q|k}", "a.{x:q|k|v}"),
     ("a.{x:1|12}", "a.{i:int}"),
     ("a.{i:02}", "a.{i:int}"),
-    ("a.{i + 16}.w", "a.{i:int}.w"),
     ("a.20.w", "a.{i + 16}.w"),
     ("a.{r...}.w", "a.{r...}"),
     ("a.{r...}.w", "{r...}.w"),
@@ -194,6 +193,8 @@ NEITHER = [
     ("{x:a|b}.w", "{x:b|c}.w"),
     ("{r...}", "{all...}"),
     ("a.{i + 16}", "a.{i:02}"),
+    ("a.{i + 16}.w", "a.{i:int}.w"),
+    ("a.{i + n}.w", "{r...}"),
     ("a.b", "a.c"),
     ("{x}", "{x}.{y}"),
     ("a.3.w", "a.{i + 16}.w"),
@@ -283,6 +284,17 @@ def test_a_wide_rule_makes_what_the_narrower_one_has_not() -> None:
         'tensors:\n  "x.{n}": "b:{n}"\n  "{n...}": "a:{n...}"\n', {"a": catalog("x.0", "x.1", "y"), "b": catalog("1")}
     )
     assert taken(found) == {"x.0": "a:x.0", "x.1": "b:1", "y": "a:y"}
+
+
+def test_stacked_layers_that_meet_are_no_narrower_rule() -> None:
+    text = 'tensors:\n  "x.{i}": "a:{i:int}"\n  "x.{i + 2}": "b:{i}"\n'
+    assert only(text, {"a": catalog("0", "1", "2"), "b": catalog("0", "1")}).code == "double-claim"
+    assert len(taken(run(text, {"a": catalog("0", "1"), "b": catalog("0", "1")}))) == 4
+
+
+def test_a_target_is_as_narrow_as_its_sources() -> None:
+    text = 'tensors:\n  "x.{i}": "a:{i:int}"\n  "x.{i:int}": "b:{i:int}"\n'
+    assert only(text, {"a": catalog("0"), "b": catalog("0")}).code == "double-claim"
 
 
 def test_two_rules_of_which_neither_is_narrower_and_the_hint_leads_on() -> None:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from shardmerge.mapping.narrower import is_narrower
+from shardmerge.mapping.narrower import effective, is_narrower
+from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Copies, Shadowed
-from shardmerge.mapping.spec import Reference, Rule, Term
+from shardmerge.mapping.spec import Reference, Rule, Term, references
 from shardmerge.mapping.yaml_nodes import Mark
 
 Clash: TypeAlias = "list[tuple[Assignment, Assignment]]"
@@ -23,8 +24,12 @@ class Claim:
     """A target, what a candidate of a rule makes it of, and the (source, name) of every tensor that it uses."""
 
     assignment: Assignment
-    term: Term
     operands: tuple[tuple[str, str], ...]
+
+    @property
+    def term(self) -> Term | None:
+        """The candidate."""
+        return self.assignment.term
 
     @property
     def rule(self) -> Rule:
@@ -99,12 +104,17 @@ class Claims:
             return other.rule.rest
         key = (id(one.rule), id(other.rule))
         if key not in self._narrower:
-            self._narrower[key] = is_narrower(one.rule.target, other.rule.target)
+            self._narrower[key] = is_narrower(_target(one.rule), _target(other.rule))
         return self._narrower[key]
 
     def _clash(self, before: Claim, after: Claim) -> None:
         pair = (before.assignment, after.assignment)
         self._clashes.setdefault((before.rule.mark, after.rule.mark), []).append(pair)
+
+
+def _target(rule: Rule) -> Template:
+    names = [one.template for candidate in rule.candidates for one in references(candidate)]
+    return effective(rule.target, names)
 
 
 def _copies(source: str, name: str, group: list[Claim]) -> Copies:

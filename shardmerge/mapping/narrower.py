@@ -2,12 +2,15 @@
 
 Templates are compared as sets of names, by their segments; what they bind does not count. The answer is exact but for
 a template that has one capture twice and for segments of several captures, where "no" may mean "not known": two
-rules are then ambiguous and an error, never a guess.
+rules are then ambiguous and an error, never a guess. Nor is a name that is computed (`layers.{i + 16}`) the narrower
+one: where stacked layers meet others, somebody has miscounted.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.mapping.arithmetic import Formula
@@ -18,8 +21,29 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 
 def is_narrower(one: Template, other: Template) -> bool:
-    """Tells whether ``one`` matches a proper part of the names that ``other`` matches."""
-    return covers(other, one) and not covers(one, other)
+    """Tells whether ``one`` matches a proper part of the names that ``other`` matches, and computes none of them."""
+    return not _is_computed(one) and covers(other, one) and not covers(one, other)
+
+
+def effective(target: Template, sources: Sequence[Template]) -> Template:
+    """Returns a rule's target as narrow as the source names make it: ``x.{i}`` from ``y.{i:int}`` is ``x.{i:int}``."""
+    if not sources:
+        return target
+    parts = tuple(_narrowed(part, sources) for part in target.parts)
+    return target if parts == target.parts else replace(target, parts=parts, text=repr(parts))
+
+
+def _narrowed(part: Part, sources: Sequence[Template]) -> Part:
+    if not isinstance(part, Capture) or part.kind != "text":
+        return part
+    every = [one for each in sources for one in each.parts if isinstance(one, Capture) and one.name == part.name]
+    kinds = {(one.kind, one.choices, one.width) for one in every}
+    narrow = len(kinds) == 1 and every[0].kind in ("int", "digits", "choice")
+    return replace(every[0], shift=0) if narrow else part
+
+
+def _is_computed(template: Template) -> bool:
+    return any(isinstance(part, Formula) or (isinstance(part, Capture) and part.shift) for part in template.parts)
 
 
 def alike(one: Template, other: Template) -> bool:

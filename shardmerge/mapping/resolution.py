@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardmerge.mapping.spec import Rule
+from shardmerge.mapping.spec import Rule, Term
 from shardmerge.tensors import TensorEntry
 
 
@@ -20,6 +20,8 @@ class Assignment:
         The tensor, or the whole expression.
     pinned
         Whether the rule itself says the type.
+    term
+        The candidate of the rule; None where no rule was written.
     """
 
     target: str
@@ -28,6 +30,7 @@ class Assignment:
     rule: Rule
     entry: TensorEntry
     pinned: bool = False
+    term: Term | None = None
 
 
 @dataclass(frozen=True, slots=True)

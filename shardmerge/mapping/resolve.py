@@ -240,7 +240,7 @@ class _Work:
             self.placeholders[target] = f"{first.source}:{first.name}"
             return
         pinned = isinstance(term, OpTerm) and term.kind.name == "cast"
-        self.claims.add(Claim(Assignment(target, first.source, first.name, rule, entry, pinned), term, pairs))
+        self.claims.add(Claim(Assignment(target, first.source, first.name, rule, entry, pinned, term), pairs))
 
     def _is_placeholder(self, entry: TensorEntry, target: str) -> bool:
         """A tensor without elements does not count where the target wants some."""

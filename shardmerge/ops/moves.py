@@ -6,6 +6,7 @@ arrays. Sizes are in elements, axes may be negative, as in torch.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -473,9 +474,14 @@ def _slice(values: _Values) -> Slice:
 
 
 def _inverse_permutation(params: Texts) -> Texts:
-    dims = [int(word) for word in params.get("dims", "").strip("[]").split(",") if word.strip()]
-    inverse = [dims.index(axis) for axis in range(len(dims))] if sorted(dims) == list(range(len(dims))) else dims
-    return {**params, "dims": f"[{', '.join(map(str, inverse))}]"} if dims else params
+    """Leaves ``dims`` out where they are no plain numbers: what a formula comes to is not known here."""
+    words = [word.strip() for word in params.get("dims", "").strip("[]").split(",") if word.strip()]
+    if not all(re.fullmatch("-?[0-9]{1,3}", word) for word in words):
+        return {}
+    dims = [int(word) % len(words) for word in words]
+    if sorted(dims) != list(range(len(dims))):
+        return {}
+    return {**params, "dims": f"[{', '.join(str(dims.index(axis)) for axis in range(len(dims)))}]"}
 
 
 _DIM = Param("dim", "int", "The axis, counted from 0, or from the end with a minus.", 0)
