@@ -372,8 +372,7 @@ def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
         tensor.name: TensorEntry(tensor.name, tensor.dtype, tensor.shape, ())
         for tensor in plan_of(found, options).tensors()
     }
-    resized = frozenset(found.expectation.resized)
-    return found.spec, Forward(found.merged, found.resolution, made, resized, read_side_file)
+    return found.spec, Forward(found.opened, found.merged, found.resolution, made, read_side_file)
 
 
 def schema(*, preset: bool = False) -> dict[str, object]:

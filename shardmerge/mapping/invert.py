@@ -16,7 +16,7 @@ from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_a
 from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.narrower import is_narrower
 from shardmerge.mapping.near import did_you_mean, listed
-from shardmerge.mapping.pattern import Capture, Template
+from shardmerge.mapping.pattern import Capture, Template, escape
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Spec, Term, references
 from shardmerge.mapping.way_back import Fence, Forward, check, fence
 from shardmerge.ops.contract import Gathered, Mirror, OpKind, Scattered
@@ -181,6 +181,16 @@ class _Back:
         self.origin["".join(pieces)] = rule.target.text
         self._joined(rule, term, (_Name("".join(pieces), captures, many=True),))
 
+    def cut_off(self, forward: Forward) -> None:
+        """Takes off the rows that a vocabulary added, by a rule for each such tensor."""
+        for target, one, rows, now in forward.resized(self.source):
+            if now < rows or not isinstance(one.term, Reference):
+                self.refuse(one.rule, f"{rows} rows became {now} in {target}")
+                continue
+            made = _Name(escape(target), frozenset())
+            self.rules[escape(one.name)] = _Undone("slice", (made,), {"stop": str(rows)})
+            self.origin[made.text] = one.rule.target.text
+
     def finish(self) -> None:
         """Joins parts, the innermost last: joining some may complete others."""
         while self.parts:
@@ -268,6 +278,8 @@ def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) ->
         for rule, term in forward.taken(source):
             back.candidate(rule, term)
     back.finish()
+    if forward is not None:
+        back.cut_off(forward)
     raise_all([*back.problems, *_merged(spec, source, forward)])
     if not back.rules:
         what = f"no rule takes anything from `{source}` alone"
@@ -382,7 +394,7 @@ def _lines(spec: Spec, back: _Back, forward: Forward | None) -> Iterator[str]:
     path = spec.output.path if spec.output else "OUT"
     fenced = _fenced(back, forward, made)
     yield f"# The way back from what {spec.file.rsplit('/', 1)[-1]} makes to its source `{back.source}`."
-    yield from _remarks(spec)
+    yield from _remarks(spec, exact=forward is not None)
     yield "shardmerge: 1"
     yield "sources:"
     for name in configs:
@@ -396,7 +408,7 @@ def _lines(spec: Spec, back: _Back, forward: Forward | None) -> Iterator[str]:
         ways = {target: way for target, way in back.rules.items() if (target in fenced.rest) == (section == "rest")}
         yield from _section(section, ways, made)
     # A source without tensors, such as a config alone, has nothing to be dropped.
-    configs = [name for name in configs if forward is None or forward.opened_names(name)]
+    configs = [name for name in configs if forward is None or forward.has_tensors(name)]
     if fenced.drops or configs:
         yield "drop:"
         yield from (f"  - {line}" for line in fenced.drops)
@@ -421,10 +433,10 @@ def _fenced(back: _Back, forward: Forward | None, made: str) -> Fence:
     return fence(forward, back.source, ways, back.origin, made)
 
 
-def _remarks(spec: Spec) -> Iterator[str]:
+def _remarks(spec: Spec, *, exact: bool) -> Iterator[str]:
     if spec.output and (spec.output.dtype or spec.output.dtypes):
         yield "# The mapping casts; what a narrower type has rounded stays rounded."
-    if spec.vocabulary is not None:
+    if spec.vocabulary is not None and not exact:
         yield "# Rows that the mapping added to the vocabulary stay, and rows that it cut off are gone."
     for source in spec.sources.values():
         if source.strip:

@@ -30,27 +30,25 @@ class Forward:
 
     Attributes
     ----------
-    catalogs
-        Its sources, adapters merged, without what it drops.
+    opened, catalogs
+        Its sources as they are, and with adapters merged and without what it drops.
     resolution
         What every target is made of.
     made
         The result as a checkpoint: names, types and shapes, no data.
-    resized
-        Targets whose rows a vocabulary changes.
     read
         Reads the configs that formulas ask.
     """
 
+    opened: Mapping[str, Catalog]
     catalogs: Mapping[str, Catalog]
     resolution: Resolution
     made: Mapping[str, TensorEntry]
-    resized: frozenset[str]
     read: ReadSideFile
 
-    def opened_names(self, source: str) -> bool:
-        """Whether a source has any tensor."""
-        return bool(self.catalogs[source].entries)
+    def has_tensors(self, source: str) -> bool:
+        """Tells whether a source is more than a config."""
+        return bool(self.opened[source].entries)
 
     def taken(self, source: str) -> Iterator[tuple[Rule, Term]]:
         """Yields each rule with each of its candidates that made something of a source."""
@@ -67,6 +65,13 @@ class Forward:
             if target in self.made and _is_of(one, source):
                 found.setdefault(one.rule.target.text, set()).add(target)
         return found
+
+    def resized(self, source: str) -> Iterator[tuple[str, Assignment, int, int]]:
+        """Yields what a vocabulary gave other rows: target, assignment, the source's rows and the result's."""
+        for target, one in self.resolution.assignments.items():
+            shape, now = one.entry.shape, self.made[target].shape if target in self.made else one.entry.shape
+            if _is_of(one, source) and now != shape:
+                yield target, one, shape[0], now[0]
 
     def used(self, source: str) -> set[str]:
         """Returns the tensors of a source that are in the result, each by the name that owns its bytes."""
@@ -155,7 +160,7 @@ def check(text: str, forward: Forward, source: str, made: str) -> None:
         ``no-inverse``: it is not every tensor of the source that was used, under its name, of its shape.
     """
     spec = parse_spec(text, "the way back")
-    catalogs = {name: forward.catalogs[name] for name in spec.sources if name != made}
+    catalogs = {name: forward.opened[name] for name in spec.sources if name != made}
     catalogs[made] = Catalog("", "", {n: replace(entry, source=made) for n, entry in forward.made.items()})
     variables = Variables(catalogs, forward.read, spec.variables)
     try:
@@ -176,8 +181,7 @@ def check(text: str, forward: Forward, source: str, made: str) -> None:
 def _is_same(name: str, back: Assignment, forward: Forward, source: str) -> bool:
     """Tells whether a tensor comes back from what it went into, and in its own shape."""
     ways = [leaf.name for leaf in leaves(back.entry)]
-    shape, was = back.entry.shape, forward.catalogs[source][name].shape
-    fits = shape == was or (any(way in forward.resized for way in ways) and shape[1:] == was[1:])
+    fits = back.entry.shape == forward.catalogs[source][name].shape
     return fits and all(_went_into(name, source, forward.resolution.assignments[way]) for way in ways)
 
 
