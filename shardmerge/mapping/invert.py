@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
@@ -60,6 +61,11 @@ class _Parts:
     number: int | None
     found: dict[int, _Way] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
+
+    def missing(self) -> list[str]:
+        """Returns the first parts that no rule takes; a mapping may say that there are 10^15."""
+        every = (str(i) for i in range(self.number or 0) if i not in self.found)
+        return list(islice(every, 5))
 
 
 @dataclass(slots=True)
@@ -196,8 +202,8 @@ class _Back:
         while self.parts:
             key = next(iter(self.parts))
             parts = self.parts.pop(key)
-            if parts.number is None or sorted(parts.found) != list(range(parts.number)):
-                missing = [str(i) for i in range(parts.number or 0) if i not in parts.found]
+            missing = parts.missing()
+            if parts.number is None or missing:
                 lacking = f"part {', '.join(missing)} of it" if missing else "how many parts there are"
                 why = f"`{parts.term.kind.name}` takes a part, and no rule says {lacking}"
                 hint = "" if missing else "write the number of parts as a number"
