@@ -153,7 +153,7 @@ def test_every_key_of_a_mapping_is_in_a_table() -> None:
     """A new key needs a row, or a reason here."""
     said = " ".join([*(text for text, _ in IDLE.values()), *FINE.values()])
     elsewhere = {
-        "use", "adapters", "shard_size", "format", "multiple", "tokens",
+        "shardmerge", "use", "adapters", "shard_size", "format", "multiple", "tokens",
         # Settings of adapters stand instead of what a file says: tests/test_adapters.py.
         "r", "alpha", "rslora", "fan_in_fan_out", "name",
     }  # fmt: skip
