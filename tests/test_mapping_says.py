@@ -376,6 +376,14 @@ def test_a_tensor_that_is_written_twice_is_a_warning(tmp_path: Path) -> None:
     assert not sm.plan(mapped(tmp_path, 'tensors: {lm_head: a:head}\nrest: {"{n...}": "a:{n...}"}\n')).warnings
 
 
+def test_a_tensor_written_again_in_another_type_or_turned_is_told_too(tmp_path: Path) -> None:
+    written(tmp_path, a=two(1, "head", "body"))
+    text = 'tensors:\n  x: {op: cast, of: {op: transpose, of: a:head}, dtype: bfloat16}\n  "{n...}": "a:{n...}"\n'
+    assert list(sm.plan(mapped(tmp_path, text)).warnings) == ["a: head is written 2 times: x, head"]
+    text = 'tensors:\n  x: {op: chunk, of: a:head, chunks: 2, take: 0}\n  "{n...}": "a:{n...}"\n'
+    assert not sm.plan(mapped(tmp_path, text)).warnings
+
+
 def test_tied_names_are_a_note(tmp_path: Path) -> None:
     tied = torch.randn(4, 2)
     torch.save({"embed": tied, "head": tied, "body": torch.zeros(1)}, tmp_path / "a.pth")

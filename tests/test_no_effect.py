@@ -78,6 +78,9 @@ IDLE = {
         f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{new: zeros}}\n{ALL}",
         "no-effect",
     ),
+    "vocabulary multiple of 1": (f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{multiple: 1}}\n{ALL}", "no-effect"),
+    "vocabulary without tokens": (f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{tokens: []}}\n{ALL}", "no-effect"),
+    "vocabulary of nothing": (f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{}}\n{ALL}", "no-effect"),
     "vocabulary seed": (f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{rows: 16, seed: 3}}\n{ALL}", "no-effect"),
     "vocabulary row": (
         f"sources: {{a: a}}\noutput: o\n{HF}vocabulary: {{rows: 16, new: zeros, row: 3}}\n{ALL}",

@@ -15,6 +15,8 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Copies, Shadowed
 from shardmerge.mapping.spec import Reference, Rule, Term, references
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.ops.contract import Mirror
+from shardmerge.tensors import leaves
 
 Clash: TypeAlias = "list[tuple[Assignment, Assignment]]"
 
@@ -95,8 +97,8 @@ class Claims:
         """Returns the source tensors that stand in the output under more than one name."""
         found: dict[tuple[str, str], list[Claim]] = {}
         for target, claim in self._first.items():
-            if target in made and isinstance(claim.term, Reference):
-                found.setdefault((claim.assignment.source, claim.assignment.entry.name), []).append(claim)
+            if target in made and claim.term is not None and _is_whole(claim.term):
+                found.setdefault((claim.assignment.source, _owner(claim)), []).append(claim)
         return tuple(_copies(source, name, group) for (source, name), group in found.items() if len(group) > 1)
 
     def _beats(self, one: Claim, other: Claim) -> bool:
@@ -110,6 +112,19 @@ class Claims:
     def _clash(self, before: Claim, after: Claim) -> None:
         pair = (before.assignment, after.assignment)
         self._clashes.setdefault((before.rule.mark, after.rule.mark), []).append(pair)
+
+
+def _is_whole(term: Term) -> bool:
+    """Tells whether a term is one tensor with all of its elements: as it is, cast, or turned around."""
+    if isinstance(term, Reference):
+        return True
+    return (term.kind.name == "cast" or isinstance(term.kind.inverse, Mirror)) and all(map(_is_whole, term.inputs))
+
+
+def _owner(claim: Claim) -> str:
+    """The name that owns the bytes: two tied names are one tensor."""
+    entry = claim.assignment.entry
+    return entry.name or next(leaves(entry)).name
 
 
 def _target(rule: Rule) -> Template:

@@ -456,7 +456,7 @@ class Reader:
         hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
         if new not in hows:
             self.add("op-value", f"`new` cannot be {new!r}", fields["new"].mark, f"one of {', '.join(hows)}")
-        self._idle_numbers(fields, new)
+        self._idle_numbers(fields, new, node.mark)
         return Vocabulary(
             numbers.get("rows"),
             max(numbers.get("multiple", 1), 1),
@@ -468,7 +468,7 @@ class Reader:
             self.text(fields["pad"], "pad") if "pad" in fields else "",
         )
 
-    def _idle_numbers(self, fields: Mapping[str, Node], new: str) -> None:
+    def _idle_numbers(self, fields: Mapping[str, Node], new: str, mark: Mark) -> None:
         """Adds a problem for each key of ``vocabulary`` that changes nothing beside the others."""
         for key, how in (("row", "copy"), ("seed", "normal")):
             if key in fields and new != how:
@@ -477,10 +477,12 @@ class Reader:
         if "pad" in fields and "tokens" not in fields:
             hint = "add `tokens: [...]`, or remove `pad`"
             self.add("no-effect", "`pad` names one of `tokens`, and there are none", fields["pad"].mark, hint)
-        if fields and not {"rows", "multiple", "tokens"} & set(fields):
-            mark = next(iter(fields.values())).mark
-            hint = "add one of them, or remove `vocabulary`"
-            self.add("no-effect", "without `rows`, `multiple` or `tokens` the vocabulary stays as it is", mark, hint)
+        multiple = fields.get("multiple")
+        rounded = isinstance(multiple, Scalar) and multiple.text not in ("0", "1")
+        tokens = fields.get("tokens")
+        if not ("rows" in fields or rounded or (isinstance(tokens, Items) and tokens.nodes)):
+            what = "without `rows`, `tokens` or a `multiple` above 1 the vocabulary stays as it is"
+            self.add("no-effect", what, mark, "add one of them, or remove `vocabulary`")
 
     def _count(self, node: Node, what: str) -> int:
         text = self.text(node, what)
