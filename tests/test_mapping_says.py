@@ -135,6 +135,17 @@ def test_an_adapter_target_does_not_ask_for_what_is_dropped(tmp_path: Path) -> N
     assert '"modules_to_save": null' in (after.path / "adapter_config.json").read_text()
 
 
+def test_half_of_a_pair_is_no_adapter(tmp_path: Path) -> None:
+    root = "base_model.model."
+    shapes = {f"{root}{m}.lora_{ab}.weight": (2, 4) if ab == "A" else (4, 2) for m in "qk" for ab in "AB"}
+    written(tmp_path, trained={name: torch.randn(shape) for name, shape in shapes.items()})
+    head = 'use: peft/export\ntarget: {name: peft/adapter, trained: trained, alpha: "8"}\n'
+    for half in "AB":
+        (error,) = refused(tmp_path, f"{head}drop: [trained:{root}q.lora_{half}.weight]\n")
+        assert error.code == "adapter-incomplete"
+    assert len(list(sm.plan(mapped(tmp_path, f'{head}drop: ["trained:{root}q.{{r...}}"]\n')).tensors())) == 2
+
+
 def test_a_target_that_cannot_do_without_a_dropped_tensor_names_the_line(golden: Path, tmp_path: Path) -> None:
     xtuner = golden / "xtuner"
     (tmp_path / "m.yaml").write_text(

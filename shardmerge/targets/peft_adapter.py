@@ -100,8 +100,17 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     Raises
     ------
     TargetError
-        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA.
+        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA, ``adapter-incomplete``
+        where a module has half of a pair.
     """
+    halves = _halves(tensors)
+    if halves:
+        raise TargetError(
+            "adapter-incomplete",
+            f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
+            where=where,
+            hint="if the other half was dropped, drop both",
+        )
     ranks = _ranks(tensors)
     if not ranks:
         raise TargetError("no-adapter", "the checkpoint has no tensor of a LoRA adapter", where=where)
@@ -146,6 +155,17 @@ def _ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
         if match is not None and match["kind"] in ("lora_A", "lora_embedding_A") and shape:
             ranks[match["module"].removeprefix(ROOT)] = shape[0]
     return ranks
+
+
+def _halves(tensors: Mapping[str, Shape]) -> list[str]:
+    """Returns the modules that have one of A and B and not the other."""
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for name in tensors:
+        match = _PART.fullmatch(name)
+        if match is not None and match["leaf"] != ".bias" and match["kind"] != "lora_magnitude_vector":
+            family, _, half = match["kind"].rpartition("_")
+            kinds.setdefault((match["module"], family), set()).add(half)
+    return sorted(module for (module, _), found in kinds.items() if len(found) == 1)
 
 
 def _targets(ranks: Mapping[str, int]) -> list[str]:
