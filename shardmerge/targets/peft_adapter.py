@@ -103,14 +103,6 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
         ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA, ``adapter-incomplete``
         where a module has half of a pair.
     """
-    halves = _halves(tensors)
-    if halves:
-        raise TargetError(
-            "adapter-incomplete",
-            f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
-            where=where,
-            hint="if the other half was dropped, drop both",
-        )
     ranks = _ranks(tensors)
     if not ranks:
         raise TargetError("no-adapter", "the checkpoint has no tensor of a LoRA adapter", where=where)
@@ -121,6 +113,14 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
             where=where,
             expected="`lora_alpha` in the training config or in adapter_config.json",
             hint="set the target's option, e.g. `alpha: 16`",
+        )
+    halves = _halves(tensors)
+    if halves:
+        raise TargetError(
+            "adapter-incomplete",
+            f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
+            where=where,
+            hint="if the other half was dropped, drop both",
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
