@@ -230,7 +230,7 @@ def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
         _dtype(options) or (spec.dtype if spec else None),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
-        options.format or (spec.format if spec else "safetensors"),
+        options.format or (spec.format if spec else None) or "safetensors",
         options.memory or default_budget(),
         options.workers or default_workers(),
         str(spec.mark) if spec else "",
@@ -253,7 +253,7 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
     """Takes a prefix off all names. One that a preset expects may be absent; one of the user's must be there."""
     prefix = source.strip
     without = [name for name in catalog.names() if not name.startswith(prefix)]
-    if without and source.strip_required:
+    if prefix and source.strip_required and (without or not catalog.entries):
         raise _odd_strip(source, without)
     if not prefix or without:
         return catalog
@@ -272,7 +272,7 @@ def _odd_strip(source: SourceSpec, without: list[str]) -> MappingError:
         "strip-matches-nothing",
         f"not every name of {source.name} begins with {source.strip!r}, which `strip` takes off",
         where=str(source.mark),
-        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}",
+        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}" if without else "no tensors at all",
         hint="leave `strip` out, and write the prefix into the rules of the names that have it",
     )
 

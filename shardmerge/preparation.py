@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.dropping import Dropped, find_dropped
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.resolve import resolve
-from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec
-from shardmerge.mapping.variables import Variables, unused_variables
+from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec, references
+from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.plan import Plan
 from shardmerge.planner import make_plan
 from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
@@ -30,10 +32,36 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
 
 
+# What each format calls its files, where a target does not leave that to the user.
+_SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
+
+
 def prepare_mapping(path: Path, options: Options) -> Prepared:
     """Plans a mapping.yaml. Relative paths in it are relative to its own directory."""
     spec = load_spec(path)
     return prepare(spec, path.resolve().parent, options)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A mapping with all that it came to, short of a plan.
+
+    Attributes
+    ----------
+    spec
+        Its preset combined with it.
+    opened, merged
+        The sources as they are, and without what is dropped, adapters merged.
+    sides
+        The small files that were read for it.
+    """
+
+    spec: Spec
+    opened: Mapping[str, Catalog]
+    merged: Mapping[str, Catalog]
+    resolution: Resolution
+    expectation: Expectation
+    sides: SideFiles
 
 
 def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
@@ -44,8 +72,28 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
+    found = resolved(spec, folder, options)
+    return Prepared(plan_of(found, options), _output_path(spec.output, folder))
+
+
+def plan_of(found: Resolved, options: Options) -> Plan:
+    """Returns the plan of a resolved mapping."""
+    spec = found.spec
+    plan = make_plan(
+        spec.target.name if spec.target else PLAIN,
+        {name: _whole(found.opened[name], catalog) for name, catalog in found.merged.items()},
+        {name: source.path for name, source in spec.sources.items()},
+        found.resolution,
+        found.expectation,
+        output_options(spec.output, options),
+    )
+    return found.sides.pinned(plan)
+
+
+def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
+    """Opens the sources of a mapping and says what every target is made of; raises as ``prepare``."""
     preset = _preset(spec.use) if spec.use else None
-    own = {name for name in spec.variables if preset is None or name not in preset.variables}
+    own = set(spec.variables)
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
@@ -54,30 +102,24 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs)
-    raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
-    output = output_options(spec.output, options)
+    raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
     sides = SideFiles()
-    merged, used = _merged(spec, catalogs, sides)
+    dropped = find_dropped(spec.drops, catalogs)
+    merged, used = _merged(spec, catalogs, dropped, sides)
     variables = Variables(catalogs, sides.read, spec.variables)
-    expectation = _expectation(spec, catalogs, output.dtype, variables)
+    expectation = _expectation(spec, catalogs, dropped, output_options(spec.output, options).dtype, variables)
+    raise_all(_idle(spec, expectation))
+    expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
         spec.rules,
-        spec.drops,
+        dropped,
         merged,
         expectation,
         user_file=spec.file,
         variables=variables,
         merged=used,
     )
-    plan = make_plan(
-        spec.target.name if spec.target else PLAIN,
-        merged,
-        {name: source.path for name, source in spec.sources.items()},
-        resolution,
-        expectation or _as_resolved(resolution),
-        output,
-    )
-    return Prepared(sides.pinned(plan), _output_path(spec.output, folder))
+    return Resolved(spec, catalogs, merged, resolution, expectation or _as_resolved(resolution), sides)
 
 
 def _preset(name: str) -> Preset:
@@ -95,15 +137,35 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Sp
 
 
 def _merged(
-    spec: Spec, catalogs: dict[str, Catalog], sides: SideFiles
+    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, sides: SideFiles
 ) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
-    """Returns the catalogs with all adapters merged into their bases, and the tensors that are so used up."""
+    """Returns what is left of the catalogs, all adapters merged into their bases, and the tensors so used up."""
+    left = dropped.left(catalogs)
     if not spec.adapters:
-        return catalogs, frozenset()
+        return left, frozenset()
     from shardmerge.mapping.adapters import merge_adapters
 
-    merged = merge_adapters(spec.adapters, catalogs, sides.read)
+    try:
+        merged = merge_adapters(spec.adapters, left, sides.read)
+    except ShardmergeError as error:
+        raise_all([_without_dropped_base(one, dropped) for one in error.each()])
+        raise
     return merged.catalogs, merged.used
+
+
+def _without_dropped_base(error: ShardmergeError, dropped: Dropped) -> ShardmergeError:
+    """Says of an adapter whose base tensor is missing that it was dropped."""
+    source, _, name = error.expected.partition(":")
+    said = dropped.said(source, name)
+    if error.code != "adapter-without-base" or not said:
+        return error
+    hint = "take that line out of `drop`, or drop the adapter's tensors of this module too"
+    return MappingError(error.code, error.what, where=error.where, found=f"{error.expected} is {said}", hint=hint)
+
+
+def _whole(opened: Catalog, left: Catalog) -> Catalog:
+    """Returns a source for the plan: with all that it holds, and with what was noted on the way."""
+    return replace(left, entries=opened.entries, aliases=opened.aliases, absent=opened.absent)
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
@@ -178,7 +240,7 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
 
 
 def _expectation(
-    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables
+    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, dtype: DType | None, variables: Variables
 ) -> Expectation | None:
     if spec.target is None:
         return None
@@ -193,19 +255,49 @@ def _expectation(
             dtype=dtype,
             vocabulary=spec.vocabulary,
             where=str(spec.target.mark),
+            dropped=frozenset(pair for pair, drop in dropped.lines.items() if not drop.optional),
         )
     )
 
 
-def _idle_vocabulary(spec: Spec) -> Iterator[ShardmergeError]:
-    """Without a target nobody knows which tensors have the vocabulary's rows, and nothing would be resized."""
+def _idle_sources(spec: Spec, preset: Preset | None, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
+    """Yields an error for a source without tensors that nothing asks for its config either; others show by tensors."""
+    named = set(spec.target.roles.values() if spec.target else ()) | set(preset.roles if preset else ())
+    named |= {one.source for rule in spec.rules for term in rule.candidates for one in references(term)}
+    asked = {name.partition(".")[0] for name in formula_names(spec)}
+    for name, catalog in catalogs.items():
+        if not catalog.entries and name not in named | asked and not asked & set(ROOMS):
+            what, where = f"nothing uses the source `{name}`", str(spec.sources[name].mark)
+            yield MappingError("unknown-source", what, where=where, hint="remove it, or name it in a rule")
+
+
+def _idle(spec: Spec, expectation: Expectation | None) -> Iterator[ShardmergeError]:
+    """Yields an error for what is said of the output and has no effect on it."""
     if spec.vocabulary is not None and spec.target is None:
+        # Nobody knows which tensors have the vocabulary's rows, and nothing would be resized.
         yield MappingError(
             "no-target",
             "`vocabulary` is for a target, and the mapping has none",
             where=spec.file,
             hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
         )
+    if spec.target is None or expectation is None:
+        return
+    if spec.vocabulary is not None and not expectation.resized:
+        what = f"`vocabulary` has no effect: {spec.target.name} has no tensor over the vocabulary"
+        yield MappingError("no-effect", what, where=str(spec.target.mark), hint="remove `vocabulary`")
+
+
+def _with_format_warning(spec: Spec, options: Options, expectation: Expectation | None) -> Expectation | None:
+    """Says of a format that the target's own kind of file goes before it: Meta's code reads .pth alone."""
+    said = options.format or (spec.output.format if spec.output else None)
+    if said is None or expectation is None or spec.target is None:
+        return expectation
+    suffixes = {group.suffix for group in expectation.groups}
+    if "" in suffixes or suffixes & _SUFFIXES[said]:
+        return expectation
+    text = f"the format `{said}` has no effect: {spec.target.name} always writes {', '.join(sorted(suffixes))}"
+    return replace(expectation, warnings=(*expectation.warnings, text))
 
 
 def _option(text: str, variables: Variables) -> str:

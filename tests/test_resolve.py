@@ -9,9 +9,11 @@ import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
+from shardmerge.mapping.dropping import find_dropped
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import combine, load_preset
 from shardmerge.mapping.reader import parse_spec
+from shardmerge.mapping.resolution import Shadowed
 from shardmerge.mapping.resolve import Resolution, resolve
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.targets.expectation import Component, Expectation, Resize
@@ -32,7 +34,7 @@ def catalog(
 
 def run(text: str, catalogs: dict[str, Catalog], expectation: Expectation | None = None) -> Resolution:
     spec = parse_spec(START + text, "m.yaml")
-    return resolve(spec.rules, spec.drops, catalogs, expectation, user_file="m.yaml")
+    return resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, expectation, user_file="m.yaml")
 
 
 def taken(resolution: Resolution) -> dict[str, str]:
@@ -58,7 +60,7 @@ def test_the_first_candidate_that_has_a_tensor_wins():
     text = 'tensors:\n  t.{r...}: ["a:m.{r...}", "b:{r...}"]\n'
     found = run(text, {"a": catalog("m.x.w"), "b": catalog("x.w", "y.w")})
     assert taken(found) == {"t.x.w": "a:m.x.w", "t.y.w": "b:y.w"}
-    assert found.shadowed == (("b", "x.w", "t.x.w"),)
+    assert found.shadowed == (Shadowed("b", "x.w", "t.x.w"),)
     assert found.dropped == ()
     assert found.assignments["t.x.w"].target == "t.x.w"
     assert str(found.assignments["t.x.w"].rule.mark) == "m.yaml:4:3"
@@ -144,13 +146,13 @@ def test_shapes(shape, wanted, grown, fits):
 
 
 def test_two_rules_that_claim_one_target_are_told_once():
-    text = 'tensors:\n  t.{r...}: "a:{r...}"\n  t.{i}.w: b:{i}.w\n'
+    text = 'tensors:\n  "t.{i}.{k:v|w}": "a:{i}.{k:v|w}"\n  "t.{i:int}.{p}": "b:{i:int}.{p}"\n'
     names = [f"{i}.w" for i in range(8)]
     error = only(text, {"a": catalog(*names), "b": catalog(*names)})
     assert (error.code, error.where) == ("double-claim", "m.yaml:5:3")
     assert "t.0.w, t.1.w, t.2.w, t.3.w, t.4.w and 3 more" in error.what
-    assert "a:0.w by `t.{r...}` at m.yaml:4:3" in error.found
-    assert "b:0.w by `t.{i}.w`" in error.found
+    assert "a:0.w by `t.{i}.{k:v|w}` at m.yaml:4:3" in error.found
+    assert "b:0.w by `t.{i:int}.{p}`" in error.found
 
 
 def test_one_rule_that_makes_a_name_twice():
@@ -354,7 +356,7 @@ def convert(**catalogs: Catalog) -> Resolution:
     sources = ", ".join(f"{name}: x" for name in catalogs)
     spec = parse_spec(f"shardmerge: 1\nsources: {{{sources}}}\nuse: xtuner/llava-to-hf\n", "m.yaml")
     spec = combine(spec, load_preset(spec.use))
-    return resolve(spec.rules, spec.drops, catalogs, EXPECTED, user_file="m.yaml")
+    return resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, EXPECTED, user_file="m.yaml")
 
 
 def _vision_base(prefix: str = "vision_model.") -> Catalog:
@@ -402,7 +404,7 @@ def test_what_was_trained_wins_whatever_transformers_wrote(level, base_level):
     found = convert(trained=trained, llm=catalog(*LLAMA), vision=_vision_base(base_level))
     assert set(found.assignments) == set(EXPECTED.tensors)
     assert {assignment.source for assignment in found.assignments.values()} == {"trained"}
-    assert {(source, target) for source, _, target in found.shadowed} == {
+    assert {(one.source, one.target) for one in found.shadowed} == {
         *(("llm", f"language_model.{name}") for name in LLAMA),
         *(("vision", f"vision_tower.vision_model.{name}") for name in CLIP),
     }

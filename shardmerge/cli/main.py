@@ -17,7 +17,16 @@ import click
 import shardmerge
 from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options, write_lines
+from shardmerge.cli.options import (
+    device_option,
+    dumped,
+    json_option,
+    pair,
+    parsed,
+    plan_options,
+    refuse_idle,
+    write_lines,
+)
 from shardmerge.cli.progress import progress_bar
 from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
 
@@ -161,6 +170,8 @@ def verify(  # one parameter an option
     **given: Any,  # noqa: ANN401
 ) -> None:
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
+    if sources is None:
+        refuse_idle(given, "dtype", "shard_size", "form", why="is for --sources MAPPING, which makes the tensors again")
     with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
         verdict = shardmerge.verify(
             directory,

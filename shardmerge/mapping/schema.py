@@ -40,7 +40,10 @@ def mapping_schema() -> Schema:
         **_shared(),
         "vocabulary": _VOCABULARY,
     }
-    required = {"required": ["shardmerge", "sources"], "anyOf": [{"required": ["use"]}, {"required": ["tensors"]}]}
+    required = {
+        "required": ["shardmerge", "sources"],
+        "anyOf": [{"required": [key]} for key in ("use", "tensors", "rest")],
+    }
     return _document("shardmerge mapping", _object(spec.KEYS, properties) | required)
 
 
@@ -54,7 +57,7 @@ def preset_schema() -> Schema:
         "sources": _names_to(_NAME, role, "The sources it works with."),
         **_shared(),
     }
-    needed = ("preset", "title", "description", "sources", "tensors")
+    needed = ("preset", "title", "description", "sources")
     return _document("shardmerge preset", _object(preset_files.KEYS, properties, *needed))
 
 
@@ -72,6 +75,11 @@ def _shared() -> dict[str, Schema]:
         "tensors": {
             "type": "object",
             "description": "Rules: each target name and what it is made of; of several candidates the first there is.",
+            "additionalProperties": _either(_ref("term"), candidates),
+        },
+        "rest": {
+            "type": "object",
+            "description": "Rules for what no rule of `tensors` uses, for names that none of them makes.",
             "additionalProperties": _either(_ref("term"), candidates),
         },
         "drop": {"type": "array", "items": _REFERENCE, "description": "Source tensors that are not wanted."},

@@ -63,7 +63,7 @@ class OutputSpec:
     shard_size: int | None
     mark: Mark
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
-    format: Format = "safetensors"
+    format: Format | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,9 @@ class Rule:
         Captures of the target that count from 0 to a number (``for:``).
     optional
         Whether it may match nothing: rules of a preset, which serves several variants of a layout.
+    rest
+        Whether it stands under ``rest:``: it takes source tensors that no rule of ``tensors:`` uses, for targets that
+        none of them makes.
     """
 
     target: Template
@@ -131,6 +134,7 @@ class Rule:
     mark: Mark
     ranges: Mapping[str, Formula] = field(default_factory=dict)
     optional: bool = False
+    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,7 @@ class Spec:
 
 # What a mapping.yaml may say.
 KEYS = (
-    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "drop",
+    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "rest", "drop",
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")

@@ -191,6 +191,8 @@ class Param:
         None where the parameter must be given, or where ``optional`` says that it may be absent.
     choices
         What a ``text`` may be; empty for anything.
+    only_with
+        Another parameter and the value that it must have for this one to do anything.
     """
 
     name: str
@@ -199,6 +201,7 @@ class Param:
     default: Value | None = None
     optional: bool = False
     choices: tuple[str, ...] = ()
+    only_with: tuple[str, str] | None = None
 
 
 Texts: TypeAlias = Mapping[str, str]

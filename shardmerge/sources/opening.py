@@ -5,12 +5,12 @@ What recognises a format is imported here, what reads it where it was recognised
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, UsageError, raise_all
 from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
 from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
@@ -68,9 +68,23 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
     for reader in _FOLDER_READERS if path.is_dir() else _FILE_READERS:
         catalog = reader(path, options)
         if catalog is not None:
+            raise_all(_idle(catalog, options))
             folder = path if path.is_dir() else path.parent
             return replace(catalog, side_files=catalog.side_files or side_files(folder))
     raise _unknown(path)
+
+
+def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
+    """An option that nothing here has a use for says that the user takes the checkpoint for another kind."""
+    ranks = catalog.kind.startswith("DeepSpeed")
+    if options.view == "module" and not ranks:
+        what = "the view `module` is one of a DeepSpeed checkpoint, and this is none"
+        hint = "leave `view` out; the tensors are taken as they are stored"
+        yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint=hint)
+    start = f"{options.root} of "
+    if options.root and (ranks or not any(entry.origin.startswith(start) for entry in catalog.entries.values())):
+        what = f"the root `{options.root}` is of no use: only a torch file has state dicts inside"
+        yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint="leave `root` out")
 
 
 def locate(text: str | Path, *, download: bool = False) -> Path:

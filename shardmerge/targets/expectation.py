@@ -101,6 +101,8 @@ class Request:
         As the mapping says, None where it does not.
     where
         The mapping's line, for messages.
+    dropped
+        (source, name) of what the user drops: a target that is as large as its source does not ask for it.
     """
 
     roles: Mapping[str, str]
@@ -110,6 +112,12 @@ class Request:
     dtype: DType | None = None
     vocabulary: Vocabulary | None = None
     where: str = ""
+    dropped: frozenset[tuple[str, str]] = frozenset()
+
+    def gone(self, role: str) -> frozenset[str]:
+        """Returns the names that the user drops of the source that plays a role."""
+        source = self.roles.get(role, role)
+        return frozenset(name for owner, name in self.dropped if owner == source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,7 @@ def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> 
         if folder == LLM_ADAPTER
         else (players.vision, players.facts.visual_encoder_lora, "vision_alpha", "", "visual_encoder.")
     )
-    tensors = peft_adapter.adapter_tensors(trained, prefix)
+    tensors = peft_adapter.adapter_tensors(trained, prefix, request.gone("trained"))
     stated = number(request, option)
     facts = AdapterFacts(
         alpha=lora.alpha if stated is None and lora else stated,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
@@ -77,7 +77,7 @@ def saved_name(name: str) -> str:
     return name
 
 
-def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
+def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = ()) -> dict[str, Shape]:
     """Returns the keys and shapes that peft saves for an adapter.
 
     Parameters
@@ -86,9 +86,11 @@ def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
         Of the training: the wrapped model's parameters, or keys as peft saves them.
     prefix
         What stands in front of ``base_model.model.``, e.g. ``llm.``.
+    gone
+        Names that the user drops.
     """
     start = prefix + ROOT
-    names = [name for name in catalog.names() if name.startswith(start) and not name.endswith(_BASE)]
+    names = [n for n in catalog.names() if n.startswith(start) and not n.endswith(_BASE) and n not in gone]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
 
 
@@ -98,7 +100,8 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     Raises
     ------
     TargetError
-        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA.
+        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA, ``adapter-incomplete``
+        where a module has half of a pair.
     """
     ranks = _ranks(tensors)
     if not ranks:
@@ -110,6 +113,14 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
             where=where,
             expected="`lora_alpha` in the training config or in adapter_config.json",
             hint="set the target's option, e.g. `alpha: 16`",
+        )
+    halves = _halves(tensors)
+    if halves:
+        raise TargetError(
+            "adapter-incomplete",
+            f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
+            where=where,
+            hint="if the other half was dropped, drop both",
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
@@ -144,6 +155,17 @@ def _ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
         if match is not None and match["kind"] in ("lora_A", "lora_embedding_A") and shape:
             ranks[match["module"].removeprefix(ROOT)] = shape[0]
     return ranks
+
+
+def _halves(tensors: Mapping[str, Shape]) -> list[str]:
+    """Returns the modules that have one of A and B and not the other."""
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for name in tensors:
+        match = _PART.fullmatch(name)
+        if match is not None and match["leaf"] != ".bias" and match["kind"] != "lora_magnitude_vector":
+            family, _, half = match["kind"].rpartition("_")
+            kinds.setdefault((match["module"], family), set()).add(half)
+    return sorted(module for (module, _), found in kinds.items() if len(found) == 1)
 
 
 def _targets(ranks: Mapping[str, int]) -> list[str]:
@@ -201,7 +223,7 @@ def expect(request: Request) -> Expectation:
         raise TargetError(
             "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
         )
-    tensors = adapter_tensors(catalog, _prefix(request, catalog))
+    tensors = adapter_tensors(catalog, _prefix(request, catalog), request.gone("trained"))
     config = _config(request, catalog, tensors)
     return Expectation(
         tensors=tensors,

@@ -105,12 +105,22 @@ def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
     return config, ()
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads no alias of a list or a table: a few hundred bytes of them say 10^9 values, and a walk never ends."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # the stub leaves it bare
+        if isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+            raise yaml.YAMLError(f"the alias `*{event.anchor}` of a list or a table is not read")
+        return super().compose_node(parent, index)  # type: ignore[arg-type]  # stub: int
+
+
 def _load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
     problem = "it is too large" if extent.nbytes > _MAX_YAML_BYTES else ""
     value: object = None
     if not problem:
         try:
-            value = yaml.safe_load(read(extent))
+            value = yaml.load(read(extent), _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             problem = str(error)[:200]
     if not isinstance(value, dict):
