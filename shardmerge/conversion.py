@@ -15,6 +15,7 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.publishable import Terms, publishable, read_config
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
@@ -23,6 +24,7 @@ from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
+from shardmerge.targets.wrappers import unwrapped
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
+# Stands for the mapping's file where options say what is done.
+COMMAND_LINE = "command line"
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
 
@@ -55,6 +59,8 @@ class Options:
         Whether the result is made durable before it is published.
     device
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
+    partial
+        Whether a part of the model that config.json describes is what is wanted.
     """
 
     dtype: DType | str | None = None
@@ -66,6 +72,7 @@ class Options:
     io: IoMode = "pread"
     sync: bool = True
     device: Device = "cpu"
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     catalog = open_source(source, Path(), options)
     if catalog.kind == PEFT_ADAPTER:
         raise _adapter_alone(catalog)
+    catalog, outside = _unwrapped(catalog)
     expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -110,7 +118,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     }
     if not assignments:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
-    resolution = Resolution(assignments, (), ())
+    resolution = Resolution(assignments, (), tuple((source.name, name) for name in outside))
     plan = make_plan(
         PLAIN,
         {source.name: catalog},
@@ -119,7 +127,34 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         expectation,
         output_options(None, options),
     )
-    return Prepared(plan, None)
+    terms = Terms(partial=options.partial, source=catalog)
+    return Prepared(publishable(plan, read_side_file, terms), None)
+
+
+def _unwrapped(catalog: Catalog) -> tuple[Catalog, tuple[str, ...]]:
+    """Takes wrappers' prefixes off the names where config.json tells the model's own; and what is not the model's."""
+    config = read_config(catalog, read_side_file)
+    if config is None:
+        return catalog, ()
+    where = catalog.side_files["config.json"].file
+    found = unwrapped(config, {name: catalog[name].shape for name in catalog.names()}, where)
+    if not found.prefixes:
+        return catalog, ()
+    entries = {
+        found.names[name]: replace(entry, name=found.names[name])
+        for name, entry in catalog.entries.items()
+        if name in found.names
+    }
+    aliases = {
+        found.names[alias]: found.names[owner]
+        for alias, owner in catalog.aliases.items()
+        if alias in found.names and owner in found.names
+    }
+    words = ", ".join(f"`{prefix}`" for prefix in found.prefixes)
+    left = f"; left out: {listed(list(found.outside), 3)}" if found.outside else ""
+    warning = f"the names are those of a wrapped model: {words} is taken off, as config.json has them without{left}"
+    renamed = replace(catalog, entries=entries, aliases=aliases, warnings=(*catalog.warnings, warning))
+    return renamed, found.outside
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:

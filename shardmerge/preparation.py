@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
+from shardmerge.conversion import COMMAND_LINE, PLAIN, Options, Prepared, open_source, output_options, read_side_file
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
@@ -19,10 +19,14 @@ from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec
 from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.planner import make_plan
+from shardmerge.publishable import Terms, publishable
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.tensors import Catalog
+
+# The target whose names and shapes are as the rules make them: counts follow from the rules.
+_ANY_MODEL = "hf/model"
 
 # What only some mappings need is imported where they need it.
 if TYPE_CHECKING:
@@ -75,7 +79,22 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         expectation or _as_resolved(resolution),
         output,
     )
-    return Prepared(plan, _output_path(spec.output, folder))
+    return Prepared(
+        publishable(plan, read_side_file, _terms(spec, catalogs, options)), _output_path(spec.output, folder)
+    )
+
+
+def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Terms:
+    """Returns what the mapping says of the directory beside its tensors."""
+    free = spec.target is not None and spec.target.name == _ANY_MODEL
+    name = spec.target.roles.get("text", "text") if spec.target is not None else ""
+    return Terms(
+        partial=options.partial or (spec.output is not None and spec.output.partial),
+        edits=spec.config,
+        counts=free or bool(spec.config.take),
+        source=catalogs.get(name) if free else None,
+        editable=spec.file != COMMAND_LINE,
+    )
 
 
 def _preset(name: str) -> Preset:
