@@ -41,7 +41,7 @@ class Terms:
     counts
         Whether counts that the rules changed are filled in: where the mapping's own rules decide what is written.
     source
-        The checkpoint whose config.json is published, if it is one; a count that it contradicts itself is not filled in.
+        The checkpoint whose config.json is published, if it is one. What it contradicts itself is not filled in.
     editable
         Whether a mapping says what is done.
     """

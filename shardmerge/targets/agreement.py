@@ -85,7 +85,7 @@ def _against_known(known: Known, described: Described, told: Sequence[Contradict
     missing = [name for name in known.tensors if name not in shapes]
     foreign = [named[name] for name in shapes if name not in expected and known.is_own(name)]
     misfits = [name for name, shape in shapes.items() if name in expected and expected[name] != shape]
-    stated = tuple(one for one in told if one.path[-1] not in ("architectures",))
+    stated = tuple(one for one in told if one.path[-1] != "architectures")
     if missing:
         yield _incomplete(missing, len(expected), described, stated)
     if foreign:

@@ -6,7 +6,7 @@ transformers call the same tensor otherwise (facts of 4.36 to 5.24) is brought t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -162,7 +162,7 @@ def _clip_vision(config: Mapping[str, object], names: frozenset[str], where: str
 
 
 def _clip_text(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-    part = clip_model.text_part(config, where) if isinstance(config.get("text_config"), dict) else dict(config)
+    part = clip_model.read_text_part(config, where) if isinstance(config.get("text_config"), dict) else dict(config)
     _dividing(dimension(part, "hidden_size", 512, where), dimension(part, "num_attention_heads", 8, where), where)
     return Known(dict(clip_model.text_tensors(part, where)), ("text_model.",), canonical=_inside("text_model."))
 
@@ -262,10 +262,28 @@ def _internvl(config: Mapping[str, object], names: frozenset[str], where: str) -
     _dividing(encoder.hidden, dimension(vision_part, "num_attention_heads", 16, where), where)
     hidden = text.tensors["language_model.model.norm.weight"][0]
     vision = dict(internvl.vision_tensors(encoder, hidden, internvl.shuffle(config, where)))
-    if not vision_part.get("use_absolute_position_embeddings", True):
-        del vision["vision_tower.embeddings.position_embeddings"]
+    vision = dict(_as_configured(vision, vision_part, where))
     owned = (*text.owned, "vision_tower.", "multi_modal_projector.")
     return Known({**text.tensors, **vision}, owned, text.optional, _legacy_parts)
+
+
+def _as_configured(
+    tensors: Mapping[str, Shape], part: Mapping[str, object], where: str
+) -> Iterator[tuple[str, Shape]]:
+    """Yields the tensors of projector and encoder with what InternVL's own checkpoints never vary."""
+    channels, hidden = dimension(part, "num_channels", 3, where), tensors["vision_tower.embeddings.cls_token"][-1]
+    for name, shape in tensors.items():
+        if name == "vision_tower.embeddings.patch_embeddings.projection.weight":
+            yield name, (shape[0], channels, *shape[2:])
+        elif name != _POSITIONS or flag(part, "use_absolute_position_embeddings", where):
+            yield name, shape
+    if flag(part, "use_mask_token", where):
+        yield "vision_tower.embeddings.mask_token", (1, 1, hidden)
+    if part.get("use_mean_pooling", True) is False:
+        yield from clip.norm("vision_tower.layernorm", hidden)
+
+
+_POSITIONS = "vision_tower.embeddings.position_embeddings"
 
 
 def _internvit(part: Mapping[str, object], where: str) -> internvl.Encoder:
