@@ -42,7 +42,7 @@ _INNER = re.compile(r"intermediate|ffn|dense_")
 _UP = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.(?:gate_proj|up_proj)\.weight$|\.layer\.\d+\.intermediate\.dense\.weight$")
 _ATTENTION = re.compile(r"(?:^|\.)layers\.\d+\.self_attn\.([qk])_proj\.weight$")
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
-_CLASSIFIER = re.compile(r"score|classif|head|proj|qa_outputs|cls|summary|final_layer|(?:^|\.)fc\.")
+_CLASSIFIER = re.compile(r"score|classif|(?<!lm_)head|proj|qa_outputs|cls|summary|final_layer|(?:^|\.)fc\.")
 # Where a config nests its language model.
 _TEXT_PARTS = frozenset(("text_config", "llm_config", "language_config", "thinker_config", "decoder", "encoder"))
 _OTHER_PARTS = re.compile(
@@ -253,8 +253,8 @@ def _untied_head(
     if not _class(config).endswith("ForCausalLM") or True in said or False not in said or len(embedding) != 1:
         return
     rows = tensors[embedding[0]][0]
-    others = [name for name, shape in tensors.items() if len(shape) == 2 and shape[0] == rows and name != embedding[0]]
-    if not others and not _HEAD.search(embedding[0]):
+    others = (name for name, shape in tensors.items() if len(shape) == 2 and shape[0] == rows and name != embedding[0])
+    if all(_NUMBER.search(name) for name in others) and not _HEAD.search(embedding[0]):
         detail = f"no head of {rows} rows beside {embedding[0]}"
         yield Contradiction(("tie_word_embeddings",), False, None, detail, missing=True)
 

@@ -18,6 +18,7 @@ _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 # DistributedDataParallel and DataParallel, and Lightning's strategies.
 _IN_FRONT = ("module.", "_forward_module.")
 # What a wrapped causal model begins with where it has no head of its own: no class of transformers names its parts so.
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TWICE = ("model.model.", "model.transformer.", "model.gpt_neox.")
 
 
@@ -84,13 +85,12 @@ def _all_begin(names: Mapping[str, str], prefix: str) -> bool:
 def _prefix(config: Mapping[str, object], shapes: Mapping[str, Shape], where: str) -> str:
     """Returns what stands before the whole model, ``""`` where nothing does or it cannot be known."""
     ends = [name[: -len(word)] for word in _LANDMARKS for name in shapes if name.endswith(f".{word}")]
-    for prefix in dict.fromkeys(ends):
-        inner = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        if _is_whole(config, inner, where) and not _is_whole(config, shapes, where):
-            return prefix
+    whole = [prefix for prefix in dict.fromkeys(ends) if _is_whole(config, _behind(prefix, shapes), where)]
+    if whole:  # several: a policy and its reference, and which is meant cannot be known
+        return whole[0] if len(whole) == 1 and not _is_whole(config, shapes, where) else ""
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    if not isinstance(first, str) or not first.endswith("ForCausalLM") or "lm_head.weight" in shapes:
+    if not isinstance(first, str) or not first.endswith(_CAUSAL) or "lm_head.weight" in shapes:
         return ""
     heads = [name.removesuffix("lm_head.weight") for name in shapes if name.endswith(".lm_head.weight")]
     twice = ["model."] if not heads and any(name.startswith(_TWICE) for name in shapes) else []
@@ -103,6 +103,10 @@ _LANDMARKS = (
     "model.norm.weight", "norm.weight", "language_model.model.norm.weight", "vision_model.post_layernorm.weight",
     "text_model.final_layer_norm.weight", "logit_scale",
 )  # fmt: skip
+
+
+def _behind(prefix: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _is_whole(config: Mapping[str, object], shapes: Mapping[str, Shape], where: str) -> bool:
