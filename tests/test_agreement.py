@@ -81,7 +81,7 @@ def real_shapes(kind: str, config: Config) -> dict[str, Shape] | None:
     config_class = getattr(transformers, TINY[kind][0])
     try:
         with torch.device("meta"):
-            model = getattr(transformers, kind.split()[0])(config_class.from_dict(deepcopy(config)))
+            model = getattr(transformers, kind.split(maxsplit=1)[0])(config_class.from_dict(deepcopy(config)))
     except Exception:  # noqa: BLE001  # whatever its validation raises
         return None
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -91,7 +91,7 @@ def tiny(kind: str) -> Config:
     """Returns the config.json of a tiny model, all of its defaults spelt out."""
     name, values = TINY[kind]
     config = getattr(transformers, name)(**deepcopy(values))
-    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [kind.split()[0]]}
+    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [kind.split(maxsplit=1)[0]]}
 
 
 def changes(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Config]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import shardmerge as sm
 from shardmerge.errors import ShardmergeError, VerificationError
 from shardmerge.targets.config_edits import PART_CLASSES
 from shardmerge.verify import verify_directory
+from tests.test_docs import EXAMPLES
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,30 +61,27 @@ def written_config(folder: Path) -> dict[str, object]:
     return json.loads((folder / "out" / "config.json").read_text())
 
 
+def example(name: str, folder: Path) -> sm.Result:
+    """Carries out a mapping of the guides, whose checkpoints lie below ``models``."""
+    shutil.copy(EXAMPLES / name, folder)
+    return sm.run(folder / name)
+
+
 def test_the_text_model_of_a_vlm_is_taken_out(tmp_path: Path) -> None:
     config = transformers.LlavaConfig(
         text_config={"model_type": "llama", **_TEXT}, vision_config={"model_type": "clip_vision_model", **_EYE},
         image_token_index=63, tie_word_embeddings=False,
     )  # fmt: skip
-    whole = saved(transformers.LlavaForConditionalGeneration(config), tmp_path / "vlm")
-    names = sm.inspect(tmp_path / "vlm").names()
-    text = "language_model." if any(name.startswith("language_model.model.") for name in names) else "model."
-    rules = {
-        "language_model.": '{"{rest...}": "vlm:language_model.{rest...}"}',
-        "model.": '{"model.{rest...}": "vlm:model.language_model.{rest...}", lm_head.weight: "vlm:lm_head.weight"}',
-    }[text]
-    drops = '["vlm:{x:vision_tower|multi_modal_projector}.{rest...}"]'
-    if text == "model.":
-        drops = '["vlm:model.{x:vision_tower|multi_modal_projector}.{rest...}"]'
-    result = run(
-        tmp_path,
-        "sources: {vlm: vlm}\ntarget: {name: hf/model, text: vlm}\nconfig: {take: text_config}\n"
-        f"tensors: {rules}\ndrop: {drops}\n",
-    )
-    model = loaded(result.path)
+    whole = saved(transformers.LlavaForConditionalGeneration(config), tmp_path / "models" / "llava")
+    model = loaded(example("text-model.yaml", tmp_path).path)
     assert type(model).__name__ == "LlamaForCausalLM"
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, whole(input_ids=IDS).logits)
+
+
+def test_the_layers_of_the_guide(tmp_path: Path) -> None:
+    llama(tmp_path / "models" / "base")
+    assert len(loaded(example("fewer-layers.yaml", tmp_path).path).model.layers) == 3
 
 
 def test_the_text_encoder_of_a_clip_is_taken_out(tmp_path: Path) -> None:
@@ -96,7 +95,8 @@ def test_the_text_encoder_of_a_clip_is_taken_out(tmp_path: Path) -> None:
         tmp_path,
         "sources: {clip: clip}\ntarget: {name: hf/model, text: clip}\nconfig: {take: text_config}\n"
         'tensors: {"text_model.{rest...}": "clip:text_model.{rest...}"}\n'
-        'drop: ["clip:vision_model.{rest...}", "clip:{x:text_projection|visual_projection}.weight", "clip:logit_scale"]\n',
+        'drop: ["clip:vision_model.{rest...}", "clip:{x:text_projection|visual_projection}.weight"'
+        ', "clip:logit_scale"]\n',
     )
     model = loaded(result.path)
     assert type(model).__name__ == "CLIPTextModel"
@@ -130,7 +130,9 @@ def test_a_stack_of_layers_is_counted(family: str, tmp_path: Path) -> None:
 def test_rows_that_rules_add_are_counted(tmp_path: Path) -> None:
     llama(tmp_path / "a")
     row = '{op: concat, of: ["a:NAME", {op: new_rows, of: "a:NAME", rows: 8}]}'
-    rows = "".join(f"  {name}: {row.replace('NAME', name)}\n" for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    rows = "".join(
+        f"  {name}: {row.replace('NAME', name)}\n" for name in ("model.embed_tokens.weight", "lm_head.weight")
+    )
     result = run(
         tmp_path,
         "sources: {a: a}\ntarget: {name: hf/model, text: a}\ntensors:\n"
@@ -204,7 +206,7 @@ def test_edits_need_a_config_and_the_hint_leads_to_one(tmp_path: Path) -> None:
 
 
 def test_classes_of_parts_are_those_of_transformers() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL  # noqa: PLC0415
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     for model_type, name in PART_CLASSES.items():
         assert hasattr(transformers, name)

@@ -195,7 +195,7 @@ def test_a_wrapper_of_a_known_model_is_taken_off_and_told(prefix: str, tmp_path:
     state = model(tmp_path / "a")
     rewritten(tmp_path / "a", {prefix + name: tensor for name, tensor in state.items()})
     result = sm.convert(tmp_path / "a", tmp_path / "out")
-    assert any(f"`{prefix.split('.')[0]}" in warning for warning in result.plan.warnings)
+    assert any(f"`{prefix.split('.', maxsplit=1)[0]}" in warning for warning in result.plan.warnings)
     assert load_file(result.path / "model.safetensors").keys() == state.keys()
     assert opens(result.path)
 

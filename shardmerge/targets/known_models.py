@@ -267,9 +267,7 @@ def _internvl(config: Mapping[str, object], names: frozenset[str], where: str) -
     return Known({**text.tensors, **vision}, owned, text.optional, _legacy_parts)
 
 
-def _as_configured(
-    tensors: Mapping[str, Shape], part: Mapping[str, object], where: str
-) -> Iterator[tuple[str, Shape]]:
+def _as_configured(tensors: Mapping[str, Shape], part: Mapping[str, object], where: str) -> Iterator[tuple[str, Shape]]:
     """Yields the tensors of projector and encoder with what InternVL's own checkpoints never vary."""
     channels, hidden = dimension(part, "num_channels", 3, where), tensors["vision_tower.embeddings.cls_token"][-1]
     for name, shape in tensors.items():
