@@ -36,8 +36,11 @@ _VOCABULARY = re.compile(
 _HEAD = re.compile(r"(?:^|\.)(lm_head|embed_out)\.weight$")
 # Embeddings that have rows of their own behind the vocabulary: modeling_mllama, modeling_moshi, modeling_molmo2, ...
 _ROWS_BEHIND = ("csm", "kyutai", "mllama", "molmo", "moshi")
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "embed_dim", "word_embed_proj_dim", "d_embed",
+_WIDTHS = ("embedding_size", "word_embed_proj_dim", "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "d_embed",
            "emb_dim", "input_embedding_size")  # fmt: skip
+# Keys of attention that is not the plain one: other head sizes in some layers, latent or linear attention, gates.
+_PLAIN_HEADS = frozenset(("num_attention_heads", "num_key_value_heads", "head_dim"))
+_NOT_PLAIN = re.compile(r"head|lora|linear|gate|kda|mla|swa|latent", re.IGNORECASE)
 _INNER = re.compile(r"intermediate|ffn|dense_")
 _UP = re.compile(r"(?:^|\.)layers\.\d+\.mlp\.(?:gate_proj|up_proj)\.weight$|\.layer\.\d+\.intermediate\.dense\.weight$")
 _ATTENTION = re.compile(r"(?:^|\.)layers\.\d+\.self_attn\.([qk])_proj\.weight$")
@@ -46,8 +49,8 @@ _CLASSIFIER = re.compile(r"score|classif|(?<!lm_)head|proj|qa_outputs|cls|summar
 # Where a config nests its language model.
 _TEXT_PARTS = frozenset(("text_config", "llm_config", "language_config", "thinker_config", "decoder", "encoder"))
 _OTHER_PARTS = re.compile(
-    r"vis|image|audio|speech|video|sam|qformer|perceiver|projector|adapter|talker|code|predictor|quantizer|tracker|"
-    r"postnet|memory|depth|mtp|draft", re.IGNORECASE
+    r"vis|image|audio|speech|video|sam|qformer|perceiver|projector|adapter|talker|codec|codebook|predictor|quantizer|tracker|"
+    r"postnet|memory|depth|mtp|draft|detr", re.IGNORECASE
 )  # fmt: skip
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 # A config nests its parts two or three deep; a hostile one may nest any number.
@@ -134,7 +137,9 @@ def contradictions(config: Mapping[str, object], tensors: Mapping[str, Shape]) -
     """
     levels, numbered = parts(config), stacks(tensors)
     for part in levels:
-        yield from _layer_counts(part, numbered)
+        inside = any(one.path[: len(part.path)] == part.path != one.path and _counts_layers(one) for one in levels)
+        if not inside:  # one count for several towers (CLAP, BridgeTower) is none of them
+            yield from _layer_counts(part, numbered)
         yield from _listed_layers(part)
     yield from _expert_counts(levels, numbered, tensors)
     if "quantization_config" in config:  # packed weights have other shapes and names
@@ -147,6 +152,10 @@ def contradictions(config: Mapping[str, object], tensors: Mapping[str, Shape]) -
 
 
 # ---- layers and experts
+
+
+def _counts_layers(part: Part) -> bool:
+    return any(part.integer(key) is not None for key in (*_LAYERS, *_HALVES))
 
 
 def _layer_counts(part: Part, numbered: Stacks) -> Iterator[Contradiction]:
@@ -181,10 +190,12 @@ def _holes(part: Part, key: str, stated: int, found: Stacks) -> Iterator[Contrad
 
 def _own_stacks(part: Part, key: str, numbered: Stacks) -> Stacks:
     """Returns the layers that a key may count: those of its part of the model, not what is nested in layers."""
+    # EfficientNet's blocks are another number than its num_hidden_layers; MPT and OLMo say n_layers.
+    odd = (".blocks", ".block") if key == "num_hidden_layers" else ()
     plain = {
         prefix: numbers
         for prefix, numbers in numbered.items()
-        if prefix.rsplit(".", 1)[-1] in _STACKS and not _NUMBER.search(prefix)
+        if prefix.rsplit(".", 1)[-1] in _STACKS and not _NUMBER.search(prefix) and not prefix.endswith(odd)
     }
     if key in _HALVES:
         half = re.compile(rf"(?:^|^model\.){_HALVES[key]}\.(?:layers|block)$")
@@ -298,15 +309,24 @@ def _inner(text: Sequence[Part], levels: Sequence[Part], name: str, shape: Shape
 
 
 def _heads(text: Sequence[Part], name: str, shape: Shape) -> Iterator[Contradiction]:
-    """Rows of q_proj and k_proj are a multiple of the heads, whatever else they hold (a gate, other head sizes)."""
+    """Rows of q_proj and k_proj: a multiple of the heads, and of plain attention heads times their size."""
     match = _ATTENTION.search(name)
-    if match is None or len(shape) != 2:
+    if match is None or len(shape) != 2 or "encoder" in name:  # an encoder beside a decoder has heads of its own
         return
-    keys = ("num_attention_heads",) if match[1] == "q" else ("num_key_value_heads",)
-    claims = {(*part.path, key): count for part in text for key in keys if (count := part.integer(key))}
-    if claims and all(shape[0] % count for count in claims.values()):
-        path, count = next(iter(claims.items()))
-        yield Contradiction(path, count, None, f"{name} has {shape[0]} rows, no multiple of it")
+    key = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
+    claims = {(*part.path, key): (part, count) for part in text if (count := part.integer(key))}
+    if claims and not any(_fits(part, count, shape[0]) for part, count in claims.values()):
+        path, (_, count) = next(iter(claims.items()))
+        yield Contradiction(path, count, None, f"{name} has {shape[0]} rows")
+
+
+def _fits(part: Part, count: int, rows: int) -> bool:
+    heads, hidden = part.integer("num_attention_heads"), part.integer("hidden_size")
+    size = part.integer("head_dim") or (hidden // heads if hidden and heads else None)
+    kinds = part.values.get("layer_types")
+    mixed = isinstance(kinds, list) and any(kind != kinds[0] for kind in kinds)
+    plain = not mixed and not any(_NOT_PLAIN.search(key) for key in part.values.keys() - _PLAIN_HEADS)
+    return rows == count * size if plain and size else rows % count == 0
 
 
 def _classifier(config: Mapping[str, object], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
