@@ -16,6 +16,7 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.publishable import Terms, publishable, read_config
 from shardmerge.side_files import SideFiles, content
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
@@ -25,6 +26,7 @@ from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.targets.expectation import Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
+from shardmerge.targets.wrappers import unwrapped
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
+# Stands for the mapping's file where options say what is done.
+COMMAND_LINE = "command line"
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
 
@@ -57,6 +61,8 @@ class Options:
         Whether the result is made durable before it is published.
     device
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
+    partial
+        Whether a part of the model that config.json describes is what is wanted.
     """
 
     dtype: DType | str | None = None
@@ -68,6 +74,7 @@ class Options:
     io: IoMode = "pread"
     sync: bool = True
     device: Device = "cpu"
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     if catalog.kind == PEFT_ADAPTER:
         raise _adapter_alone(catalog)
     sides = SideFiles()
+    catalog, outside = _unwrapped(catalog, sides)
     expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -113,7 +121,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     }
     if not assignments:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
-    resolution = Resolution(assignments, (), ())
+    resolution = Resolution(assignments, (), tuple((source.name, name) for name in outside))
     plan = make_plan(
         PLAIN,
         {source.name: catalog},
@@ -122,7 +130,34 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         expectation,
         output_options(None, options),
     )
-    return Prepared(sides.pinned(plan), None)
+    terms = Terms(partial=options.partial, source=catalog)
+    return Prepared(sides.pinned(publishable(plan, sides.read, terms)), None)
+
+
+def _unwrapped(catalog: Catalog, sides: SideFiles) -> tuple[Catalog, tuple[str, ...]]:
+    """Takes wrappers' prefixes off the names where config.json tells the model's own; and what is not the model's."""
+    config = read_config(catalog, sides.read)
+    if config is None:
+        return catalog, ()
+    where = catalog.side_files["config.json"].file
+    found = unwrapped(config, {name: catalog[name].shape for name in catalog.names()}, where)
+    if not found.prefixes:
+        return catalog, ()
+    entries = {
+        found.names[name]: replace(entry, name=found.names[name])
+        for name, entry in catalog.entries.items()
+        if name in found.names
+    }
+    aliases = {
+        found.names[alias]: found.names[owner]
+        for alias, owner in catalog.aliases.items()
+        if alias in found.names and owner in found.names
+    }
+    words = ", ".join(f"`{prefix}`" for prefix in found.prefixes)
+    left = f"; left out: {listed(list(found.outside), 3)}" if found.outside else ""
+    warning = f"the names are those of a wrapped model: {words} is taken off, as config.json has them without{left}"
+    renamed = replace(catalog, entries=entries, aliases=aliases, warnings=(*catalog.warnings, warning))
+    return renamed, found.outside
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options
+from shardmerge.conversion import COMMAND_LINE, PLAIN, Options, Prepared, open_source, output_options
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.dropping import Dropped, find_dropped
@@ -21,11 +21,15 @@ from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import make_plan
+from shardmerge.publishable import Terms, publishable
 from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.tensors import Catalog
+
+# The target whose names and shapes are as the rules make them: counts follow from the rules.
+_ANY_MODEL = "hf/model"
 
 # What only some mappings need is imported where they need it.
 if TYPE_CHECKING:
@@ -87,7 +91,8 @@ def plan_of(found: Resolved, options: Options) -> Plan:
         found.expectation,
         output_options(spec.output, options),
     )
-    return found.sides.pinned(plan)
+    terms = _terms(spec, found.opened, options)
+    return found.sides.pinned(publishable(plan, found.sides.read, terms))
 
 
 def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
@@ -120,6 +125,19 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
         merged=used,
     )
     return Resolved(spec, catalogs, merged, resolution, expectation or _as_resolved(resolution), sides)
+
+
+def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Terms:
+    """Returns what the mapping says of the directory beside its tensors."""
+    free = spec.target is not None and spec.target.name == _ANY_MODEL
+    name = spec.target.roles.get("text", "text") if spec.target is not None else ""
+    return Terms(
+        partial=options.partial or (spec.output is not None and spec.output.partial),
+        edits=spec.config,
+        counts=free or bool(spec.config.take),
+        source=catalogs.get(name) if free else None,
+        editable=spec.file != COMMAND_LINE,
+    )
 
 
 def _preset(name: str) -> Preset:

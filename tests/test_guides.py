@@ -21,8 +21,10 @@ peft = pytest.importorskip("peft")
 
 State = dict[str, torch.Tensor]
 
-# The examples that tests/test_docs.py runs.
+# The examples that tests/test_docs.py and tests/test_config_edits.py run.
 ELSEWHERE = {
+    "fewer-layers.yaml",
+    "text-model.yaml",
     "rename.yaml",
     "two-sources.yaml",
     "zero-module-view.yaml",

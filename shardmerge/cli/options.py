@@ -28,6 +28,9 @@ def plan_options(function: _Command) -> _Command:
             ),
             click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
+            click.option(
+                "--partial", is_flag=True, help="Only a part of the model that config.json describes is wanted."
+            ),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
             click.option("--io", type=click.Choice(["pread", "mmap"]), default="pread", help="How to read."),
             click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
@@ -60,6 +63,7 @@ def parsed(given: dict[str, Any]) -> Options:
         io=given["io"],
         sync=not given["no_sync"],
         device=given.get("device", "cpu"),
+        partial=given["partial"],
     )
 
 

@@ -16,6 +16,7 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import (
     ADAPTER_SETTINGS,
+    CONFIG_KEYS,
     KEYS,
     OUTPUT_KEYS,
     SOURCE_KEYS,
@@ -34,9 +35,10 @@ from shardmerge.mapping.spec import (
     Variable,
     references,
 )
-from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table
+from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, json_value
 from shardmerge.mapping.yaml_text import read_yaml
 from shardmerge.ops.contract import OpKind, Param
+from shardmerge.targets.config_edits import ConfigEdits
 from shardmerge.targets.expectation import Format, How, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -92,6 +94,7 @@ def parse_spec(text: str, file: str) -> Spec:
         reader.variables(fields["let"]) if "let" in fields else {},
         reader.adapters(fields["adapters"], known) if "adapters" in fields else (),
         reader.vocabulary(fields["vocabulary"]) if "vocabulary" in fields else None,
+        config=reader.config(fields["config"]) if "config" in fields else ConfigEdits(),
     )
     if not use and not spec.rules and not reader.problems:
         reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
@@ -187,7 +190,8 @@ class Reader:
         if "path" not in fields:
             self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
         dtypes = (*self._kept(fields.get("keep")), *self._dtypes(fields.get("dtypes")))
-        return OutputSpec(path, dtype, size, node.mark, dtypes, self._format(fields.get("format")))
+        partial = self.flag(fields["partial"], "partial") if "partial" in fields else False
+        return OutputSpec(path, dtype, size, node.mark, dtypes, self._format(fields.get("format")), partial)
 
     def _kept(self, node: Node | None) -> Iterator[tuple[Template, DType | None]]:
         """Reads ``keep:``: target names whose tensors keep their own type."""
@@ -483,6 +487,17 @@ class Reader:
         if not ("rows" in fields or rounded or (isinstance(tokens, Items) and tokens.nodes)):
             what = "without `rows`, `tokens` or a `multiple` above 1 the vocabulary stays as it is"
             self.add("no-effect", what, mark, "add one of them, or remove `vocabulary`")
+
+    def config(self, node: Node) -> ConfigEdits:
+        """Reads ``config:``, what the result's config.json says."""
+        fields = self.fields(self.table(node, "`config`"), CONFIG_KEYS)
+        values = self.table(fields["set"], "`set`").entries if "set" in fields else ()
+        return ConfigEdits(
+            self.text(fields["take"], "take") if "take" in fields else "",
+            tuple(self.text(item, "remove") for item in self._list(fields.get("remove"), "remove")),
+            {key.text: json_value(value) for key, value in values},
+            str(node.mark),
+        )
 
     def _count(self, node: Node, what: str) -> int:
         text = self.text(node, what)

@@ -39,6 +39,7 @@ def mapping_schema() -> Schema:
         "use": {"enum": list(preset_files.list_presets()), "description": "A preset: rules, drops and a target."},
         **_shared(),
         "vocabulary": _VOCABULARY,
+        "config": _CONFIG,
     }
     required = {
         "required": ["shardmerge", "sources"],
@@ -202,6 +203,7 @@ _OUTPUT = _object(
             "description": "Another type for some target names.",
         },
         "keep": {"type": "array", "items": _TEXT, "description": "Target names that keep their own type."},
+        "partial": _about(_FLAG, "Whether only a part of the model that config.json describes is wanted."),
     },
     "path",
 )
@@ -219,6 +221,17 @@ _ADAPTER = _object(
     },
     "from",
     "onto",
+)
+_CONFIG = _about(
+    _object(
+        spec.CONFIG_KEYS,
+        {
+            "take": _about(_TEXT, "The nested config that becomes the whole: text_config."),
+            "remove": {"type": "array", "items": _TEXT, "description": "Keys, with dots into nested ones."},
+            "set": {"type": "object", "description": "Values by key, with dots into nested ones."},
+        },
+    ),
+    "What the config.json of the result says.",
 )
 _VOCABULARY = _object(
     spec.VOCABULARY_KEYS,

@@ -11,6 +11,7 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
+from shardmerge.targets.config_edits import ConfigEdits
 from shardmerge.targets.expectation import Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
@@ -56,6 +57,8 @@ class OutputSpec:
         Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
     format
         ``safetensors`` or ``bin``.
+    partial
+        Whether only a part of the model that config.json describes is wanted.
     """
 
     path: str
@@ -64,6 +67,7 @@ class OutputSpec:
     mark: Mark
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     format: Format | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +204,17 @@ class Spec:
     adapters: tuple[AdapterSpec, ...] = ()
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
+    config: ConfigEdits = field(default_factory=ConfigEdits)
 
 
 # What a mapping.yaml may say.
 KEYS = (
-    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "rest", "drop",
+    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "config", "tensors", "rest",
+    "drop",
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
+CONFIG_KEYS = ("take", "remove", "set")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

@@ -1,7 +1,7 @@
 """The target ``hf/model``: a Hugging Face directory of an architecture that is not known here.
 
 Names and shapes are whatever the rules make; config and tokenizer are the source's own, with type and vocabulary
-brought up to date.
+brought up to date. That config and tensors agree is checked for every target alike (``targets.agreement``).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]
 
 TARGET = Target(
     name="hf/model",
-    about="A Hugging Face directory of any architecture: names and shapes as the rules make them, not checked.",
+    about="A Hugging Face directory of any architecture: names and shapes as the rules make them.",
     roles={"text": "the source whose config.json and tokenizer files are copied"},
     options={},
     expect=expect,

@@ -50,7 +50,7 @@ def expect_model(request: Request) -> Expectation:
         ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``.
     """
     catalog, whole, where = _read(request, "config")
-    vision_part, text_part = clip.unwrap(whole), _text_part(whole, where)
+    vision_part, text_part = clip.unwrap(whole), read_text_part(whole, where)
     vision = clip.read_architecture(vision_part, where)
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
     written = portable(whole, dtype) | {
@@ -99,7 +99,7 @@ def _read(request: Request, role: str) -> tuple[Catalog, JsonObject, str]:
     )
 
 
-def _text_part(whole: Mapping[str, object], where: str) -> JsonObject:
+def read_text_part(whole: Mapping[str, object], where: str) -> JsonObject:
     """Returns the text part of a full CLIP's config; ``text_config_dict`` of 2022 wins, as for the vision part."""
     nested, legacy = whole.get("text_config"), whole.get("text_config_dict")
     if whole.get("model_type") != "clip" or not (isinstance(nested, dict) or isinstance(legacy, dict)):
@@ -136,7 +136,12 @@ def _model_tensors(
     yield "text_projection.weight", (projection, hidden)
     yield "visual_projection.weight", (projection, vision.hidden_size)
     yield from clip.expected(vision)
-    prefix = "text_model"
+    yield from text_tensors(text, where)
+
+
+def text_tensors(text: Mapping[str, object], where: str) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of the text encoder; defaults follow ``CLIPTextConfig``."""
+    prefix, hidden = "text_model", dimension(text, "hidden_size", 512, where)
     yield f"{prefix}.embeddings.token_embedding.weight", (dimension(text, "vocab_size", 49408, where), hidden)
     positions = dimension(text, "max_position_embeddings", 77, where)
     yield f"{prefix}.embeddings.position_embedding.weight", (positions, hidden)

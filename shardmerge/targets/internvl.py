@@ -44,7 +44,7 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoder:
+class Encoder:
     """InternViT's sizes."""
 
     hidden: int
@@ -71,12 +71,12 @@ def expect(request: Request) -> Expectation:
         text_part = foreign_configs.from_internlm2(text_part)
     text = llama.read_architecture(text_part, where)
     encoder = _encoder(_part(whole, "vision_config", where), whole, where)
-    shuffle = _shuffle(whole, where)
+    factor = shuffle(whole, where)
     tied = text.tied
     config = _config(request, whole, text_part, text, encoder)
     head = "language_model.lm_head.weight"
     return Expectation(
-        tensors=dict(_tensors(text, encoder, shuffle)),
+        tensors=dict(_tensors(text, encoder, factor)),
         tied={head: "language_model.model.embed_tokens.weight"} if tied else {},
         side_files=(
             SideFile("config.json", (dump(config),)),
@@ -119,9 +119,9 @@ def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
     )
 
 
-def _encoder(config: Mapping[str, object], whole: Mapping[str, object], where: str) -> _Encoder:
+def _encoder(config: Mapping[str, object], whole: Mapping[str, object], where: str) -> Encoder:
     image = dimension(whole, "force_image_size", dimension(config, "image_size", 448, where), where)
-    return _Encoder(
+    return Encoder(
         hidden=dimension(config, "hidden_size", 1024, where),
         inner=dimension(config, "intermediate_size", 4096, where),
         layers=layers(config, 24, where),
@@ -133,7 +133,7 @@ def _encoder(config: Mapping[str, object], whole: Mapping[str, object], where: s
     )
 
 
-def _shuffle(whole: Mapping[str, object], where: str) -> int:
+def shuffle(whole: Mapping[str, object], where: str) -> int:
     """Returns how many patches a token takes in along each side: 1 / downsample_ratio."""
     ratio = whole.get("downsample_ratio", 0.5)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
@@ -150,13 +150,18 @@ def _shuffle(whole: Mapping[str, object], where: str) -> int:
 # ---- names and shapes
 
 
-def _tensors(text: TextArchitecture, encoder: _Encoder, shuffle: int) -> Iterator[tuple[str, Shape]]:
+def _tensors(text: TextArchitecture, encoder: Encoder, factor: int) -> Iterator[tuple[str, Shape]]:
     for name, shape in llama.expected(text, text.vocab_size):
         yield f"language_model.{name}", shape
-    wide = encoder.hidden * shuffle**2
+    yield from vision_tensors(encoder, text.hidden_size, factor)
+
+
+def vision_tensors(encoder: Encoder, text_hidden: int, factor: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of projector and encoder; a token takes in ``factor`` patches along each side."""
+    wide = encoder.hidden * factor**2
     yield from _affine("multi_modal_projector.layer_norm", (wide,))
-    yield from _affine("multi_modal_projector.linear_1", (text.hidden_size, wide))
-    yield from _affine("multi_modal_projector.linear_2", (text.hidden_size, text.hidden_size))
+    yield from _affine("multi_modal_projector.linear_1", (text_hidden, wide))
+    yield from _affine("multi_modal_projector.linear_2", (text_hidden, text_hidden))
     hidden, prefix = encoder.hidden, "vision_tower.embeddings"
     yield f"{prefix}.cls_token", (1, 1, hidden)
     yield f"{prefix}.position_embeddings", (1, (encoder.image // encoder.patch) ** 2 + 1, hidden)
@@ -165,7 +170,7 @@ def _tensors(text: TextArchitecture, encoder: _Encoder, shuffle: int) -> Iterato
         yield from _layer(f"vision_tower.encoder.layer.{index}", encoder)
 
 
-def _layer(prefix: str, encoder: _Encoder) -> Iterator[tuple[str, Shape]]:
+def _layer(prefix: str, encoder: Encoder) -> Iterator[tuple[str, Shape]]:
     hidden = encoder.hidden
     for name in ("q_proj", "k_proj", "v_proj"):
         yield from _affine(f"{prefix}.attention.{name}", (hidden, hidden), bias=encoder.qkv_bias)
@@ -195,7 +200,7 @@ def _config(
     whole: Mapping[str, object],
     text_part: Mapping[str, object],
     text: TextArchitecture,
-    encoder: _Encoder,
+    encoder: Encoder,
 ) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
     vision = {key: value for key, value in _vision_part(whole).items() if key not in _DROPPED}
@@ -203,7 +208,7 @@ def _config(
     config: JsonObject = {
         "architectures": ["InternVLForConditionalGeneration"],
         "downsample_ratio": whole.get("downsample_ratio", 0.5),
-        "image_seq_length": (encoder.image // encoder.patch // _shuffle(whole, "")) ** 2,
+        "image_seq_length": (encoder.image // encoder.patch // shuffle(whole, "")) ** 2,
         "image_token_id": count(request, "image_token_id", _IMAGE_IDS.get(text.model_type, 92546), most=_MAX_ID),
         "model_type": "internvl",
         "projector_hidden_act": "gelu",
@@ -230,7 +235,7 @@ def _vision_part(whole: Mapping[str, object]) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _images(encoder: _Encoder) -> JsonObject:
+def _images(encoder: Encoder) -> JsonObject:
     """What the converter's image processor saves."""
     return {
         "crop_to_patches": False,
