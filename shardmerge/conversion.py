@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.dequantizing import Needs, dequantized
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, TargetError, UsageError
 from shardmerge.mapping.near import count, listed
@@ -15,6 +16,7 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.quantization_config import QUANTIZATION_FILES
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
@@ -97,9 +99,12 @@ class Result:
 
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
-    catalog = open_source(source, Path(), options)
-    if catalog.kind == PEFT_ADAPTER:
-        raise _adapter_alone(catalog)
+    opened = open_source(source, Path(), options)
+    if opened.kind == PEFT_ADAPTER:
+        raise _adapter_alone(opened)
+    output = output_options(None, options)
+    settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), read_side_file)
+    catalog = settled.catalogs[source.name]
     expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -110,16 +115,22 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     }
     if not assignments:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
-    resolution = Resolution(assignments, (), ())
+    resolution = Resolution(assignments, (), tuple(sorted(settled.dropped)))
     plan = make_plan(
         PLAIN,
         {source.name: catalog},
         {source.name: source.path},
         resolution,
         expectation,
-        output_options(None, options),
+        output,
     )
     return Prepared(plan, None)
+
+
+def _needs(name: str, catalog: Catalog, dtype: DType | None) -> Needs:
+    """A conversion that keeps every name needs numbers for its cast alone."""
+    published = frozenset({name} if {"config.json", *QUANTIZATION_FILES} & set(catalog.side_files) else ())
+    return Needs({name: f"the cast to {dtype}"} if dtype else {}, published)
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
+from shardmerge.dequantizing import Needs, dequantized, needs_of
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
@@ -18,7 +19,7 @@ from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec
 from shardmerge.mapping.variables import Variables, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.planner import make_plan
+from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.expectation import Expectation, Request, Target
@@ -55,6 +56,8 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
+    settled = dequantized(catalogs, _needs(spec, catalogs, output), read_side_file)
+    catalogs = settled.catalogs
     merged, used = _merged(spec, catalogs)
     variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, output.dtype, variables)
@@ -65,8 +68,9 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         expectation,
         user_file=spec.file,
         variables=variables,
-        merged=used,
+        merged=used | settled.used | settled.dropped,
     )
+    resolution = replace(resolution, dropped=tuple(sorted({*resolution.dropped, *settled.dropped})))
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
         merged,
@@ -76,6 +80,15 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         output,
     )
     return Prepared(plan, _output_path(spec.output, folder))
+
+
+def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputOptions) -> Needs:
+    """Quantized sources are copied as they are into a target that takes codes, or where there is none."""
+    cast = output.dtype or next((dtype for _, dtype in output.dtypes if dtype is not None), None)
+    target = _target(spec.target) if spec.target else None
+    closed = target.name if target is not None and not target.codes else ""
+    published = {spec.target.roles.get("text", "text")} if spec.target and not closed else set[str]()
+    return needs_of(spec, catalogs, str(cast or ""), published & set(catalogs), closed)
 
 
 def _preset(name: str) -> Preset:

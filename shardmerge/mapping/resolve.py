@@ -20,7 +20,7 @@ from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.packed import packed_weights
+from shardmerge.packed import Packed, packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
@@ -53,7 +53,7 @@ def resolve(
     variables
         What the formulas of ops may name.
     merged
-        (source, name) of adapter tensors that are part of their bases by now.
+        (source, name) of tensors that are part of others by now: of adapters in their bases, scales in their weights.
 
     Raises
     ------
@@ -101,7 +101,7 @@ class _Work:
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    packed: dict[str, frozenset[str]] = field(default_factory=dict)
+    packed: dict[str, dict[str, Packed]] = field(default_factory=dict)
     quantized: dict[str, tuple[Mark, dict[str, None]]] = field(default_factory=dict)
     _finder: Finder | None = None
 
@@ -121,7 +121,8 @@ class _Work:
             return
         names = [name for name in catalog.names() if drop.template.match(name) is not None]
         self.dropped.update((drop.source, name) for name in names)
-        if not names and not drop.optional:
+        gone = (name for source, name in self.merged if source == drop.source)
+        if not names and not drop.optional and not any(drop.template.match(name) is not None for name in gone):
             what = f"the drop `{drop.source}:{drop.template}` matches no tensor"
             hint = self.near(drop.source, drop.template.text) or "remove the line"
             self.problems.append(MappingError("drop-matches-nothing", what, where=str(drop.mark), hint=hint))
@@ -188,9 +189,9 @@ class _Work:
             self.matched.add((one.source, one.name))
         return bool(found)
 
-    def _packed(self, source: str) -> frozenset[str]:
+    def _packed(self, source: str) -> dict[str, Packed]:
         if source not in self.packed:
-            self.packed[source] = frozenset(packed_weights(self.catalogs[source]))
+            self.packed[source] = packed_weights(self.catalogs[source])
         return self.packed[source]
 
     def _bindings(
@@ -262,7 +263,7 @@ class _Work:
         if self.quantized:
             purpose = "an op" if self.expectation is None or self.expectation.open else "the target"
             self.problems += [
-                packed_error(source, list(names), self._used(source), mark, purpose)
+                packed_error(source, list(names), self._packed(source), self._used(source), mark, purpose)
                 for source, (mark, names) in self.quantized.items()
             ]
             return  # their shapes, and the scales beside them, would only be more of the same
@@ -394,9 +395,10 @@ class _Work:
             mine = sorted(name for source, name in self.merged if source == one.source)
             gone = next((name for name in mine if one.template.match(name) is not None), "")
             if gone:
-                return (
-                    f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
-                )
+                if gone in self.catalogs[one.source]:
+                    text = f"`adapters:` merges {one.source}:{gone} into its base"
+                    return f"{text}: remove this rule, or take the base's tensor"
+                return f"{one.source}:{gone} is part of the dequantized weight by now: remove this rule"
         return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
