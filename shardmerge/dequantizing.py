@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from shardmerge.compose import compose
 from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.near import count, listed
-from shardmerge.mapping.spec import OpTerm, Reference, Rule, Spec, Term, references
-from shardmerge.ops.dequantize import Dequantize
+from shardmerge.mapping.spec import OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.packed import ACTIVATION_SCALES, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
 from shardmerge.tensors import Catalog, Extent, TensorEntry
@@ -68,8 +67,7 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
     ------
     CheckpointError
         All problems at once. ``odd-scales``: scales that do not fit their weights. ``missing-scales``: float8 weights
-        without any beside others that have them, or under a config that says so. ``unstated-quantization``: codes
-        whose config.json does not say so, where it is published.
+        without any beside others that have them, or under a config that says so.
     """
     found, used, dropped = dict[str, Catalog](), set[tuple[str, str]](), set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
@@ -107,7 +105,7 @@ class _Source:
             return self._numbers_already(catalog) if published and self.stated.method else catalog
         weights = fp8_weights(catalog)
         if published and not self.stated.method:
-            raise_all(self._unstated(packed))
+            catalog = replace(catalog, warnings=(*catalog.warnings, *self._unstated(packed)))
             purpose = purpose or "its config.json, which does not say that they are scaled"
         return self._dequantized(catalog, weights, purpose) if purpose and weights else catalog
 
@@ -122,15 +120,12 @@ class _Source:
         text = f"config.json says {self.stated.method}, and no weight is quantized: its quantization_config is left out"
         return _plain(replace(catalog, warnings=(*catalog.warnings, text)))
 
-    def _unstated(self, packed: Mapping[str, Packed]) -> Iterator[ShardmergeError]:
+    def _unstated(self, packed: Mapping[str, Packed]) -> Iterator[str]:
         others = [name for name, one in packed.items() if one.title != FP8]
         if others and "config.json" in self.catalog.side_files:
-            yield CheckpointError(
-                "unstated-quantization",
-                f"{count(len(others), 'tensor')} of {self.name} quantized ({titles(packed, others)}), and config.json "
-                f"has no quantization_config: whoever loads it would not find the weights: {listed(others, 3)}",
-                where=self.catalog.side_files["config.json"].file,
-                hint="add the `quantization_config` of the model's publisher to this config.json",
+            yield (
+                f"{count(len(others), 'tensor')} quantized ({titles(packed, others)}), and config.json does not say so: "
+                "loaders will not find these weights without the `quantization_config` of whoever made them"
             )
 
     def _dequantized(self, catalog: Catalog, weights: Mapping[str, str], purpose: str) -> Catalog:
@@ -168,6 +163,8 @@ class _Source:
         return {name for name in names if name in self.catalog}
 
     def _made(self, name: str, scale: str) -> TensorEntry:
+        from shardmerge.ops.dequantize import Dequantize
+
         inputs = [replace(self.catalog[each], source=self.name) for each in (name, scale)]
         made = compose(Dequantize(self._block(inputs), self.stated.dtype), inputs)
         return replace(made, name=name, origin="dequantized")
@@ -176,7 +173,7 @@ class _Source:
         """The config's blocks are those of the weights that have so many scales; other weights tell by their shape."""
         weight, scale = (entry.shape[-2:] for entry in inputs)
         said = self.stated.block
-        fits = len(said) == len(weight) == len(scale) == 2 and all(  # noqa: PLR2004
+        fits = len(said) == len(weight) == len(scale) == 2 and all(
             parts in (1, -(-size // length)) for size, parts, length in zip(weight, scale, said, strict=True)
         )
         return said if fits else ()
@@ -253,15 +250,7 @@ def _of_ops(rules: Collection[Rule]) -> Iterator[tuple[Reference, str]]:
 
 def _by_rule(rules: Collection[Rule], weights: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str]]:
     for rule in rules:
-        for reference in (one for term in rule.candidates for one in _dequantized_by(term)):
+        for reference in (one for term in rule.candidates for one in dequantized_by(term)):
             for name in weights.get(reference.source, ()):
                 if reference.template.match(name) is not None:
                     yield reference.source, name
-
-
-def _dequantized_by(term: Term) -> Iterator[Reference]:
-    if isinstance(term, OpTerm):
-        for one in term.inputs:
-            if isinstance(one, Reference) and term.kind.name == "dequantize":
-                yield one
-            yield from _dequantized_by(one)

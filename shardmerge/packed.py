@@ -1,4 +1,4 @@
-"""Which tensors of a catalog are codes of quantized weights, not numbers to compute with, and what gives them a meaning.
+"""Which tensors of a catalog are codes of quantized weights, not numbers, and which tensors give them a meaning.
 
 Pure: names, dtypes and shapes, as the libraries themselves write them.
 
@@ -20,10 +20,11 @@ Pure: names, dtypes and shapes, as the libraries themselves write them.
 * NVFP4 of ModelOpt: ``weight`` is U8, two codes a byte, beside ``weight_scale`` F8_E4M3 and ``weight_scale_2``.
 * MXFP4: ``gate_up_proj_blocks`` and ``_scales``, U8 (``integrations/mxfp4.py``); ``weight`` U8 beside ``weight_scale``
   (Quark), which BitNet and Gemma's 2 and 4 bits look like too.
-* HQQ and SINQ ``W_q``; EETQ ``weight`` I8 with ``weight_scales`` (``integrations/eetq.py``); Quanto ``weight._data`` with
-  ``weight._scale`` (``optimum/quanto/tensor/qbytes.py``); torchao ``_weight_qdata`` (``quantizers/quantizer_torchao.py``);
-  AQLM ``codes`` with ``codebooks``; VPTQ ``indices`` with ``centroids``; SpQR ``dense_weights``; HIGGS ``weight`` with
-  ``tables``; Metal and MLX ``weight`` U32 with ``scales`` (``integrations/metal_quantization.py``).
+* HQQ and SINQ ``W_q``; EETQ ``weight`` I8 with ``weight_scales`` (``integrations/eetq.py``); Quanto ``weight._data``
+  with ``weight._scale`` (``optimum/quanto/tensor/qbytes.py``); torchao ``_weight_qdata``
+  (``quantizers/quantizer_torchao.py``); AQLM ``codes`` with ``codebooks``; VPTQ ``indices`` with ``centroids``; SpQR
+  ``dense_weights``; HIGGS ``weight`` with ``tables``; Metal and MLX ``weight`` U32 with ``scales``
+  (``integrations/metal_quantization.py``).
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ _BYTES, _I8, _U8, _WORDS = frozenset({"U8", "I8"}), frozenset({"I8"}), frozenset
 _STATE = tuple(
     f"weight.{part}"
     for part in (
-        "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4",
+        "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4",
+        "quant_state.bitsandbytes__fp4",
     )
 )  # fmt: skip
 _ZERO = ("weight_zero_point", "weight_g_idx", "weight_shape", "input_global_scale")
@@ -204,7 +206,7 @@ def _packed(catalog: Catalog, name: str, entry: TensorEntry) -> Packed | None:
         needs = [module + part for part in form.needs]
         if (not form.dtypes or entry.dtype.name in form.dtypes) and all(part in catalog for part in needs):
             return Packed(form.title, (*needs, *_there(catalog, [module + part for part in form.with_])))
-    if leaf == "weight" and entry.dtype.name == "U8" and len(entry.shape) == 2 and entry.shape[1] == 1:  # noqa: PLR2004
+    if leaf == "weight" and entry.dtype.name == "U8" and len(entry.shape) == 2 and entry.shape[1] == 1:
         return Packed("bitsandbytes 4-bit")
     return _by_ending(catalog, name, entry)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.mapping.codes import odd_codes
 from shardmerge.mapping.near import NameIndex
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
@@ -74,7 +75,8 @@ def make_plan(
     Raises
     ------
     MappingError
-        ``cannot-cast``: a float type that no cast leads from or to.
+        ``cannot-cast``: a float type that no cast leads from or to. ``packed-weights``, ``codes-without-scales``: codes
+        of quantized weights that cannot be copied so.
     ResourceError
         ``memory-budget``.
     """
@@ -89,7 +91,8 @@ def make_plan(
             tensors.append(_planned(assignment, expectation, options, texts[id(rule)]))
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
-    raise_all([*problems, *_unused_dtypes(options, resolution)])
+    codes = odd_codes(resolution.assignments, catalogs, lambda one: _final_dtype(one, expectation, options))
+    raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(
         target,

@@ -117,16 +117,15 @@ def _block(found: JsonObject) -> tuple[int, ...]:
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         said.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    blocks = {tuple(one) for one in said if _is_block(one)}
+    blocks = {block for one in said if (block := _sizes(one))}
     return blocks.pop() if len(blocks) == 1 else ()
 
 
-def _is_block(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2  # noqa: PLR2004
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in value)
-    )
+def _sizes(value: object) -> tuple[int, ...]:
+    """Returns two positive whole numbers, or nothing."""
+    sizes = value if isinstance(value, list) and len(value) == 2 else []
+    right = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    return tuple(sizes) if right else ()
 
 
 def _dtype(config: JsonObject) -> DType:

@@ -15,7 +15,7 @@ from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
 from shardmerge.mapping.resolution import Assignment, Resolution
-from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
+from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
@@ -169,7 +169,8 @@ class _Work:
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
-            if self._note_packed(rule, operands):
+            codes = [one for reference in dequantized_by(term) for one in self.finder.operands(reference, bindings)]
+            if self._note_packed(rule, [one for one in operands if one not in codes]):
                 continue
             try:
                 entry = self.finder.build(term, bindings, target)

@@ -122,7 +122,7 @@ class Arithmetic(Op):
 
     @property
     def own(self) -> DType | None:
-        """The type that the result keeps where nobody asks for another and no input has it, None for that of ``like``."""
+        """The type the result keeps where nobody asks for another, where no input has it; None for that of ``like``."""
         return None
 
     def unit(self, inputs: Sequence[Meta]) -> int:

@@ -103,7 +103,7 @@ class Dequantize(Arithmetic):
         MappingError
             ``op-shape``: not float8 and scales, or shapes that do not fit.
         """
-        if len(inputs) != 2:  # noqa: PLR2004
+        if len(inputs) != 2:
             raise odd_shape("dequantize: codes and scales are needed", len(inputs), "2 tensors: weight and scale")
         codes, scales = inputs
         if codes.dtype.name not in CODES or scales.dtype.name not in _SCALES:
@@ -209,7 +209,7 @@ def blocks(weight: Shape, scales: Shape, block: tuple[int, ...] = ()) -> Blocks:
     lead, others = prod(shape[:-2]), prod(spread[:-2])
     if others not in (lead, 1) or (others == lead and spread[:-2] != shape[:-2]):
         raise _misfit(weight, scales, block)
-    said = block if len(block) == 2 else (0, 0)  # noqa: PLR2004
+    said = block if len(block) == 2 else (0, 0)
     sizes = [_block(n, parts, want) for n, parts, want in zip(shape[-2:], spread[-2:], said, strict=True)]
     if 0 in sizes:
         raise _misfit(weight, scales, block)
@@ -238,7 +238,7 @@ def _misfit(weight: Shape, scales: Shape, block: tuple[int, ...]) -> MappingErro
 def _build(values: Mapping[str, Value]) -> Dequantize:
     block = values.get("block", ())
     assert isinstance(block, tuple)
-    if block and (len(block) != 2 or min(block) < 1):  # noqa: PLR2004
+    if block and (len(block) != 2 or min(block) < 1):
         raise MappingError("op-value", f"`block` is {list(block)}", expected="rows and columns, such as [128, 128]")
     return Dequantize(tuple(int(size) for size in block), float_dtype(str(values["dtype"])))
 
