@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from shardmerge.compose import compose
 from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.near import count, listed
-from shardmerge.mapping.spec import OpTerm, Reference, Rule, Spec, dequantized_by, references
+from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.packed import ACTIVATION_SCALES, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
 from shardmerge.tensors import Catalog, Extent, TensorEntry
@@ -34,11 +34,14 @@ class Dequantized:
         (source, name) of the scales that are part of weights now.
     dropped
         (source, name) of scales of activations, which mean nothing beside numbers.
+    skipped
+        By source name, the modules that its config says are not quantized.
     """
 
     catalogs: dict[str, Catalog]
-    used: frozenset[tuple[str, str]] = frozenset()
-    dropped: frozenset[tuple[str, str]] = frozenset()
+    used: frozenset[tuple[str, str]]
+    dropped: frozenset[tuple[str, str]]
+    skipped: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,14 @@ class Needs:
         Sources whose config.json goes into the output.
     by_rule
         (source, name) of the weights that rules of the mapping dequantize themselves.
+    dropped
+        (source, name) of the scales that the mapping drops.
     """
 
     purposes: Mapping[str, str] = field(default_factory=dict)
     published: frozenset[str] = frozenset()
     by_rule: frozenset[tuple[str, str]] = frozenset()
+    dropped: frozenset[tuple[str, str]] = frozenset()
 
 
 def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -> Dequantized:
@@ -67,13 +73,15 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
     ------
     CheckpointError
         All problems at once. ``odd-scales``: scales that do not fit their weights. ``missing-scales``: float8 weights
-        without any beside others that have them, or under a config that says so.
+        without any beside others that have them, or under a config that says so. ``scales-beside-numbers``: block
+        scales beside weights of 16 bits.
     """
     found, used, dropped = dict[str, Catalog](), set[tuple[str, str]](), set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
+    stated = {name: read_stated(catalog, read) for name, catalog in catalogs.items()}
     for name, catalog in catalogs.items():
         try:
-            work = _Source(name, catalog, read_stated(catalog, read), needs)
+            work = _Source(name, catalog, stated[name], needs)
             found[name] = work.settled()
         except ShardmergeError as error:
             problems += error.each()
@@ -81,7 +89,8 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
         used |= {(name, scale) for scale in work.used}
         dropped |= {(name, scale) for scale in work.dropped}
     raise_all(problems)
-    return Dequantized(found, frozenset(used), frozenset(dropped))
+    skipped = {name: one.skipped for name, one in stated.items()}
+    return Dequantized(found, frozenset(used), frozenset(dropped), skipped)
 
 
 @dataclass(slots=True)
@@ -101,31 +110,54 @@ class _Source:
         packed = packed_weights(catalog)
         published = self.name in self.needs.published
         purpose = self.needs.purposes.get(self.name, "")
+        if purpose or published:
+            raise_all(self._multiplied_or_not())
         if not packed:
-            return self._numbers_already(catalog) if published and self.stated.method else catalog
+            return self._numbers_already(catalog) if (purpose or published) and self.stated.method else catalog
         weights = fp8_weights(catalog)
         if published and not self.stated.method:
             catalog = replace(catalog, warnings=(*catalog.warnings, *self._unstated(packed)))
             purpose = purpose or "its config.json, which does not say that they are scaled"
         return self._dequantized(catalog, weights, purpose) if purpose and weights else catalog
 
+    def _multiplied_or_not(self) -> Iterator[CheckpointError]:
+        """Weights of 16 bits beside block scales: somebody cast the codes, or dequantized them and left the scales."""
+        scales = [name for name in self._names() if name.endswith("_scale_inv")]
+        weights = {name: name.removesuffix("_scale_inv") for name in scales}
+        odd = [name for name in scales if weights[name] in self.catalog and _is_wide(self.catalog[weights[name]])]
+        if odd:
+            first = weights[odd[0]]
+            yield CheckpointError(
+                "scales-beside-numbers",
+                f"{count(len(odd), 'weight')} of {self.name} of {self.catalog[first].dtype} with scales beside them: "
+                f"codes that were cast, or numbers that were multiplied by them: {listed(odd, 3)}",
+                where=self.catalog.path,
+                expected=f"{first} of a float8 type, or no {odd[0]}",
+                hint="fetch the float8 checkpoint again; if the weights are multiplied by now, write a mapping with "
+                f'`drop: ["{self.name}:{{rest...}}_scale_inv"]`',
+            )
+
+    def _names(self) -> Iterator[str]:
+        return (name for name in self.catalog.names() if (self.name, name) not in self.needs.dropped)
+
     def _numbers_already(self, catalog: Catalog) -> Catalog:
         """A config that speaks of codes beside weights that are numbers is wrong, and loaders believe it."""
-        entries = catalog.entries.values()
         if lost := unscaled(catalog):
             raise self._missing(lost)
-        stored = all(entry.dtype.kind != "float" or entry.dtype.itemsize > 1 for entry in entries)
-        if not self.stated.whole or not stored or any("scale" in name.rpartition(".")[2] for name in catalog.names()):
+        stored = all(entry.dtype.kind != "float" or entry.dtype.itemsize > 1 for entry in catalog.entries.values())
+        scaled = any("scale" in name.rpartition(".")[2] for name in self._names())
+        if not self.stated.whole or not stored or scaled:
             return catalog
-        text = f"config.json says {self.stated.method}, and no weight is quantized: its quantization_config is left out"
-        return _plain(replace(catalog, warnings=(*catalog.warnings, text)))
+        text = f"config.json says {self.stated.method}, and all weights are numbers: quantization_config is left out"
+        said = (text,) if self.name in self.needs.published else ()
+        return as_plain(replace(catalog, warnings=(*catalog.warnings, *said)))
 
     def _unstated(self, packed: Mapping[str, Packed]) -> Iterator[str]:
         others = [name for name, one in packed.items() if one.title != FP8]
         if others and "config.json" in self.catalog.side_files:
             yield (
-                f"{count(len(others), 'tensor')} quantized ({titles(packed, others)}), and config.json does not say so: "
-                "loaders will not find these weights without the `quantization_config` of whoever made them"
+                f"{count(len(others), 'tensor')} quantized ({titles(packed, others)}), and config.json does not say "
+                "so: loaders will not find these weights without the `quantization_config` of whoever made them"
             )
 
     def _dequantized(self, catalog: Catalog, weights: Mapping[str, str], purpose: str) -> Catalog:
@@ -148,7 +180,7 @@ class _Source:
             f"{count(len(weights), 'float8 weight')} dequantized (codes times scales), {self.stated.dtype} where no "
             f"other type is asked for, for {purpose}; nothing says any more that they are quantized"
         )
-        return _plain(self._without(replace(catalog, entries=entries, warnings=(*catalog.warnings, text))))
+        return as_plain(self._without(replace(catalog, entries=entries, warnings=(*catalog.warnings, text))))
 
     def _without(self, catalog: Catalog) -> Catalog:
         """Leaves out the scales, which are part of weights or mean nothing now."""
@@ -199,7 +231,11 @@ class _Source:
         )
 
 
-def _plain(catalog: Catalog) -> Catalog:
+def _is_wide(entry: TensorEntry) -> bool:
+    return entry.dtype.kind == "float" and entry.dtype.itemsize > 1
+
+
+def as_plain(catalog: Catalog) -> Catalog:
     """Takes away what says that weights are quantized; ``dequantized`` lets targets write the config without it."""
     sides = {name: extent for name, extent in catalog.side_files.items() if name not in QUANTIZATION_FILES}
     return replace(catalog, side_files=sides, quantized="", dequantized=True)
@@ -221,24 +257,34 @@ def needs_of(spec: Spec, catalogs: Mapping[str, Catalog], cast: str, published: 
         The target, where it takes no codes, else ``""``.
     """
     weights = {name: fp8_weights(catalog) for name, catalog in catalogs.items()}
-    weights = {name: found for name, found in weights.items() if found}
-    if not weights:
-        return Needs(published=frozenset(published))
     purposes: dict[str, str] = {}
     if cast or closed:
-        purposes = dict.fromkeys(weights, f"the cast to {cast}" if cast else f"the target {closed}")
-    for adapter in spec.adapters:
+        purposes = dict.fromkeys(catalogs, f"the cast to {cast}" if cast else f"the target {closed}")
+    for adapter in (one for one in spec.adapters if one.source.source in catalogs):
         purposes.setdefault(adapter.onto.source, f"the adapter {adapter.source.source}")
     for reference, kind in _of_ops(spec.rules):
-        if reference.source in weights and any(
-            reference.template.match(n) is not None for n in weights[reference.source]
-        ):
-            purposes.setdefault(reference.source, f"the op {kind}")
+        codes = weights.get(reference.source, ())
+        if reference.source not in purposes and any(reference.template.match(name) is not None for name in codes):
+            purposes[reference.source] = f"the op {kind}"
     users = {reference.source for rule in spec.rules for term in rule.candidates for reference in references(term)}
-    if published and len(users & set(catalogs)) > 1:
-        for name in weights:
+    for name in weights if published else ():
+        if len(users & set(catalogs)) > 1:
             purposes.setdefault(name, "one config.json for tensors of several sources")
-    return Needs(purposes, frozenset(published), frozenset(_by_rule(spec.rules, weights)))
+        if spec.vocabulary is not None:
+            purposes.setdefault(name, "the vocabulary")
+    return Needs(
+        purposes,
+        frozenset(published),
+        frozenset(_by_rule(spec.rules, weights)),
+        frozenset(_dropped_scales(spec.drops, catalogs)),
+    )
+
+
+def _dropped_scales(drops: Collection[Drop], catalogs: Mapping[str, Catalog]) -> Iterator[tuple[str, str]]:
+    for drop in drops:
+        for name in catalogs[drop.source].names() if drop.source in catalogs else ():
+            if "scale" in name.rpartition(".")[2] and drop.template.match(name) is not None:
+                yield drop.source, name
 
 
 def _of_ops(rules: Collection[Rule]) -> Iterator[tuple[Reference, str]]:

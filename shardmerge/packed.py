@@ -110,7 +110,10 @@ _FORMATS: dict[str, tuple[_Format, ...]] = {
         _Format("compressed-tensors", _INTS, ("scale_packed",), ("meta",)),
     ),
     "weight.compressed": (_Format("compressed-tensors, sparse", frozenset(), ("weight.bitmask",), ("weight.shape",)),),
-    "W_q": (_Format("HQQ", frozenset(), (), ("scale", "zero", "meta", "shape", "nbits", "group_size", "axis")),),
+    "W_q": (
+        _Format("HQQ", _INTS, (), ("scale", "zero", "meta")),
+        _Format("HQQ", frozenset(), ("scale", "zero"), ("meta", "shape", "nbits", "group_size", "axis")),
+    ),
     "weight._data": (_Format("Quanto", frozenset(), ("weight._scale",), ("weight._shift",)),),
     "codes": (_Format("AQLM", _INTS, ("codebooks",), ("scales",)),),
     "indices": (
@@ -180,7 +183,7 @@ def module_of(name: str) -> str:
 
 
 def _is_weight(name: str) -> bool:
-    return "scale" not in name.rpartition(".")[2] and not name.endswith("_qdata")
+    return "scale" not in name.rpartition(".")[2] and not name.endswith(("_qdata", "._data"))
 
 
 def _is_integer_matrix(entry: TensorEntry) -> bool:

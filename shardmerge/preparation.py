@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
-from shardmerge.dequantizing import Needs, dequantized, needs_of
+from shardmerge.dequantizing import Needs, as_plain, dequantized, needs_of
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.codes import leaves_all_codes, odd_company
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.resolution import Resolution
@@ -56,7 +57,8 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
-    settled = dequantized(catalogs, _needs(spec, catalogs, output), read_side_file)
+    needs = _needs(spec, catalogs, output)
+    settled = dequantized(catalogs, needs, read_side_file)
     catalogs = settled.catalogs
     merged, used = _merged(spec, catalogs)
     variables = Variables(catalogs, read_side_file, spec.variables)
@@ -71,6 +73,12 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         merged=used | settled.used | settled.dropped,
     )
     resolution = replace(resolution, dropped=tuple(sorted({*resolution.dropped, *settled.dropped})))
+    for name in needs.published:
+        raise_all(odd_company(resolution.assignments, merged, name, settled.skipped[name]))
+        catalog = catalogs[name]
+        if expectation and leaves_all_codes(resolution.assignments.values(), name, catalog):
+            plain = _expectation(spec, {**catalogs, name: as_plain(catalog)}, output.dtype, variables)
+            expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
         merged,
@@ -89,6 +97,10 @@ def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputOptions) -
     closed = target.name if target is not None and not target.codes else ""
     published = {spec.target.roles.get("text", "text")} if spec.target and not closed else set[str]()
     return needs_of(spec, catalogs, str(cast or ""), published & set(catalogs), closed)
+
+
+def _left_out(name: str, catalog: Catalog) -> str:
+    return f"{name}: config.json says {catalog.quantized}, and no tensor is: its quantization_config is left out"
 
 
 def _preset(name: str) -> Preset:

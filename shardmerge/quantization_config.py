@@ -26,6 +26,8 @@ QUANTIZATION_FILES = {
     "quant_config.json": "awq",
 }
 _KEYS = ("quantization_config", "compression_config", "quantization")
+# transformers; compressed-tensors; bitsandbytes; Quark; ModelOpt.
+_SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "exclude", "exclude_modules")
 # A config of a model is kilobytes; anything larger is refused where it is used.
 _LARGEST = 4 << 20
 
@@ -44,12 +46,15 @@ class Stated:
         The float type that the model computes in, BF16 where none is said.
     whole
         Whether the weights are stored quantized; false where they are on loading only.
+    skipped
+        Names, or parts of names, of the modules that are not quantized; patterns of compressed-tensors (``re:``) not.
     """
 
     method: str = ""
     block: tuple[int, ...] = ()
     dtype: DType = DTYPES["BF16"]
     whole: bool = True
+    skipped: tuple[str, ...] = ()
 
 
 def read_stated(catalog: Catalog, read: Callable[[Extent], bytes]) -> Stated:
@@ -64,7 +69,7 @@ def read_stated(catalog: Catalog, read: Callable[[Extent], bytes]) -> Stated:
                 found = inner if isinstance(inner, dict) else other
                 method = _method(found) or usual
                 break
-    return Stated(method, _block(found or {}), _dtype(config), _is_stored(found or {}))
+    return Stated(method, _block(found or {}), _dtype(config), _is_stored(found or {}), _skipped(found or {}))
 
 
 def without_quantization(config: JsonObject) -> JsonObject:
@@ -136,6 +141,12 @@ def _dtype(config: JsonObject) -> DType:
         if row is not None and row.kind == "float" and row.itemsize > 1:
             return row
     return DTYPES["BF16"]
+
+
+def _skipped(found: JsonObject) -> tuple[str, ...]:
+    lists = (found.get(key) for key in _SKIPPED)
+    names = (name for value in lists if isinstance(value, list) for name in value)
+    return tuple(name for name in names if isinstance(name, str) and not name.startswith("re:"))
 
 
 def _is_stored(found: JsonObject) -> bool:

@@ -101,3 +101,72 @@ def _cast(
             expected=f"{final(changed[0])} is asked for",
             hint="leave the dtype out to copy it as it is, or name the 16-bit model that it was quantized from",
         )
+
+
+def leaves_all_codes(assignments: Iterable[Assignment], source: str, catalog: Catalog) -> bool:
+    """Tells whether a source has codes and none of them is copied, so that its config does not speak of the output."""
+    packed = packed_weights(catalog) if catalog.quantized else {}
+    return bool(packed) and not _codes_taken(assignments, source, packed)
+
+
+def _codes_taken(assignments: Iterable[Assignment], source: str, packed: Mapping[str, Packed]) -> list[str]:
+    taken = _taken(assignments, source) if packed else {}
+    return [name for name in packed if name in taken]
+
+
+def odd_company(
+    assignments: Mapping[str, Assignment], catalogs: Mapping[str, Catalog], published: str, skipped: Sequence[str]
+) -> Iterator[MappingError]:
+    """Yields what a published config.json would say wrongly of codes and numbers.
+
+    Parameters
+    ----------
+    published
+        The source whose config.json goes into the output.
+    skipped
+        Names, or parts of names, of the modules that this config says are not quantized.
+
+    Returns
+    -------
+    Iterator of MappingError
+        ``mixed-quantization``: codes of another source, or numbers in the place of codes. ``stale-quantization``: the
+        config names modules that are not quantized by names that rules change.
+    """
+    every = assignments.values()
+    for source, catalog in catalogs.items():
+        codes = _codes_taken(every, source, packed_weights(catalog)) if source != published else []
+        if codes:
+            yield _mixed(f"{source}:{codes[0]} is quantized, and config.json is that of {published}", every, source)
+    packed = packed_weights(catalogs[published])
+    taken = _taken(every, published)
+    if not any(name in taken for name in packed):
+        return
+    places = {f"{module_of(name)}weight": name for name in packed if name not in taken}
+    plain = [one for one in every if one.target in places and one.entry.dtype.kind == "float"]
+    if plain:
+        what = f"{plain[0].target} is {plain[0].entry.dtype}, and config.json of {published} says that it is quantized"
+        yield _mixed(what, plain, plain[0].source)
+    stale = [name for name in skipped for one in every if one.source == published and _renamed(one, name, packed)]
+    if stale:
+        yield MappingError(
+            "stale-quantization",
+            f"the quantization_config of {published} names modules that are not quantized, and rules rename them: "
+            f"{listed(list(dict.fromkeys(stale)), 3)}",
+            where=catalogs[published].side_files["config.json"].file,
+            hint="keep these names, or let the output be numbers: `output: {dtype: bfloat16}` for float8 weights, the "
+            "16-bit model for others",
+        )
+
+
+def _renamed(one: Assignment, part: str, packed: Mapping[str, Packed]) -> bool:
+    return part in one.name and part not in one.target and one.name not in packed
+
+
+def _mixed(what: str, cases: Iterable[Assignment], source: str) -> MappingError:
+    rule = next(one.rule for one in cases if one.source == source)
+    return MappingError(
+        "mixed-quantization",
+        what,
+        where=str(rule.mark),
+        hint="take all quantized weights from the source of the config, or 16-bit models for all of them",
+    )
