@@ -44,6 +44,7 @@ def odd_codes(
         taken = _taken(assignments.values(), source) if packed else {}
         codes = [name for name in packed if name in taken]
         if codes:
+            yield from _without_header(source, codes, packed, taken)
             yield from _without_scales(source, codes, packed, taken)
             every = (one for several in taken.values() for one in several)
             yield from _cast(source, codes, packed, every, final)
@@ -55,6 +56,21 @@ def _taken(assignments: Iterable[Assignment], source: str) -> Taken:
         if one.source == source and composed(one.entry) is None:
             taken[one.name].append(one)
     return taken
+
+
+def _without_header(
+    source: str, codes: Sequence[str], packed: Mapping[str, Packed], taken: Taken
+) -> Iterator[MappingError]:
+    """torchao keeps in the header of each file, by the tensors' names, how their codes are to be read."""
+    ours = [name for name in codes if packed[name].title == "torchao"]
+    if ours:
+        yield MappingError(
+            "packed-weights",
+            f"{count(len(ours), 'tensor')} of {source} packed by torchao, whose files say in their headers how to read "
+            f"them, which is not carried: {listed(ours, 3)}",
+            where=str(taken[ours[0]][0].rule.mark),
+            hint="copy the directory itself, or name the 16-bit model that it was quantized from",
+        )
 
 
 def _without_scales(

@@ -220,10 +220,10 @@ def _block(size: int, parts: int, wanted: int) -> int:
     """Returns the length of a block on an axis of ``size`` elements with so many ``parts``, or 0 where none fits."""
     if parts == 1:
         return max(size, 1)
-    for length in (wanted, 1 if parts == size else 0, 0 if wanted else _BLOCK):
-        if length and -(-size // length) == parts:
+    for length in (wanted,) if wanted else (1, _BLOCK):
+        if -(-size // length) == parts:
             return length
-    return size // parts if parts and size % parts == 0 else 0
+    return size // parts if parts and size % parts == 0 and not wanted else 0
 
 
 def _misfit(weight: Shape, scales: Shape, block: tuple[int, ...]) -> MappingError:
