@@ -15,6 +15,7 @@ from shardmerge.compose import compose
 from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
+from shardmerge.mapping.suggest import drop_lines
 from shardmerge.packed import ACTIVATION_SCALES, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
 from shardmerge.tensors import Catalog, Extent, TensorEntry
@@ -133,9 +134,13 @@ class _Source:
                 f"codes that were cast, or numbers that were multiplied by them: {listed(odd, 3)}",
                 where=self.catalog.path,
                 expected=f"{first} of a float8 type, or no {odd[0]}",
-                hint="fetch the float8 checkpoint again; if the weights are multiplied by now, write a mapping with "
-                f'`drop: ["{self.name}:{{rest...}}_scale_inv"]`',
+                hint="fetch the float8 checkpoint again; if the weights are multiplied by now, write a mapping that "
+                f"says under `drop:` {self._lines(odd)}",
             )
+
+    def _lines(self, names: list[str]) -> str:
+        kept = set(self.catalog.names()) - set(names)
+        return " and ".join(f"`{line}`" for line in drop_lines(self.name, names, kept))
 
     def _names(self) -> Iterator[str]:
         return (name for name in self.catalog.names() if (self.name, name) not in self.needs.dropped)

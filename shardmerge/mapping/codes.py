@@ -61,7 +61,7 @@ def _taken(assignments: Iterable[Assignment], source: str) -> Taken:
 def _without_header(
     source: str, codes: Sequence[str], packed: Mapping[str, Packed], taken: Taken
 ) -> Iterator[MappingError]:
-    """torchao keeps in the header of each file, by the tensors' names, how their codes are to be read."""
+    """The library torchao keeps in the header of each file, by the tensors' names, how their codes are to be read."""
     ours = [name for name in codes if packed[name].title == "torchao"]
     if ours:
         yield MappingError(
