@@ -118,7 +118,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     resolution = Resolution(assignments, (), tuple(sorted(settled.dropped)))
     plan = make_plan(
         PLAIN,
-        {source.name: catalog},
+        settled.told({source.name: catalog}, catalog.entries.values()),
         {source.name: source.path},
         resolution,
         expectation,

@@ -8,7 +8,7 @@ are copied as they are, scales and config with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.compose import compose
@@ -16,9 +16,9 @@ from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, ra
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
-from shardmerge.packed import ACTIVATION_SCALES, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
+from shardmerge.packed import ACTIVATION_SCALES, FLOAT8, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
-from shardmerge.tensors import Catalog, Extent, TensorEntry
+from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves
 
 ReadFile = Callable[[Extent], bytes]
 
@@ -37,12 +37,24 @@ class Dequantized:
         (source, name) of scales of activations, which mean nothing beside numbers.
     skipped
         By source name, the modules that its config says are not quantized.
+    said
+        By name of the sources that were dequantized, what to tell of it.
     """
 
     catalogs: dict[str, Catalog]
     used: frozenset[tuple[str, str]]
     dropped: frozenset[tuple[str, str]]
     skipped: Mapping[str, tuple[str, ...]]
+    said: Mapping[str, str]
+
+    def told(self, catalogs: Mapping[str, Catalog], entries: Iterable[TensorEntry]) -> dict[str, Catalog]:
+        """Returns catalogs with a warning for each whose dequantized weights some of the entries are made of."""
+        used = {leaf.source for one in entries if self.said for leaf in leaves(one) if leaf.dtype.name in FLOAT8}
+        texts = {name: text for name, text in self.said.items() if name in used}
+        return {
+            name: replace(catalog, warnings=(*catalog.warnings, texts[name])) if name in texts else catalog
+            for name, catalog in catalogs.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +89,8 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
         without any beside others that have them, or under a config that says so. ``scales-beside-numbers``: block
         scales beside weights of 16 bits.
     """
-    found, used, dropped = dict[str, Catalog](), set[tuple[str, str]](), set[tuple[str, str]]()
+    found, said = dict[str, Catalog](), dict[str, str]()
+    used, dropped = set[tuple[str, str]](), set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
     stated = {name: read_stated(catalog, read) for name, catalog in catalogs.items()}
     for name, catalog in catalogs.items():
@@ -89,9 +102,10 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
             continue
         used |= {(name, scale) for scale in work.used}
         dropped |= {(name, scale) for scale in work.dropped}
+        said |= {name: work.said} if work.said else {}
     raise_all(problems)
     skipped = {name: one.skipped for name, one in stated.items()}
-    return Dequantized(found, frozenset(used), frozenset(dropped), skipped)
+    return Dequantized(found, frozenset(used), frozenset(dropped), skipped, said)
 
 
 @dataclass(slots=True)
@@ -104,6 +118,7 @@ class _Source:
     needs: Needs
     used: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    said: str = ""
 
     def settled(self) -> Catalog:
         """Returns the catalog as the rules shall see it."""
@@ -185,7 +200,8 @@ class _Source:
             f"{count(len(weights), 'float8 weight')} dequantized (codes times scales), {self.stated.dtype} where no "
             f"other type is asked for, for {purpose}; nothing says any more that they are quantized"
         )
-        return as_plain(self._without(replace(catalog, entries=entries, warnings=(*catalog.warnings, text))))
+        self.said = text
+        return as_plain(self._without(replace(catalog, entries=entries)))
 
     def _without(self, catalog: Catalog) -> Catalog:
         """Leaves out the scales, which are part of weights or mean nothing now."""

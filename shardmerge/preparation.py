@@ -81,7 +81,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
             expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
-        merged,
+        settled.told(merged, (one.entry for one in resolution.assignments.values())),
         {name: source.path for name, source in spec.sources.items()},
         resolution,
         expectation or _as_resolved(resolution),

@@ -7,6 +7,7 @@ types and shapes are those of the sources that shardmerge/packed.py names.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_an_adapter_is_added_to_numbers(
         assert tensor.dtype == (torch.float32 if dtype else torch.bfloat16)
         torch.testing.assert_close(tensor, merged[name].to(tensor.dtype), rtol=2e-7 if dtype else 0.008, atol=1e-6)
     assert "quantization_config" not in config(tmp_path / "out")
-    assert any("dequantized" in text and "the adapter" in text for text in result.plan.warnings)
+    assert any("14 float8 weights dequantized" in text for text in result.plan.warnings)
 
 
 def wide(folder: Path) -> State:
@@ -568,3 +569,58 @@ def test_the_warning_is_shown_to_who_wants_to_see_nothing(fp8: Path, tmp_path: P
 def test_only_float8_with_scales_counts_as_such() -> None:
     found = {name: len(fp8_weights(sm.inspect(QUANTIZED / name))) for name in FILES}
     assert not any(found.values())
+
+
+# ---- the language model of a LLaVA
+
+
+def llava(folder: Path, llm: Path) -> Path:
+    """A run that trained the projector alone, so that everything else comes from the pretrained parts."""
+    golden = GOLDEN / "xtuner"
+    entry = json.loads((golden / "pretrain_z2/case.json").read_text())["entry"]
+    run = f"sources: {{trained: {golden / 'pretrain_z2' / entry}, llm: {llm}, vision: {golden / 'base_clip'}}}\n"
+    return mapping(folder, f"{run}output: {{path: out, dtype: bfloat16}}\nuse: xtuner/llava-to-hf\n")
+
+
+def spoilt_llm(folder: Path, change: Callable[[str, Tensor], State], said: dict) -> Path:
+    """The pretrained language model, its linear layers changed."""
+    source = GOLDEN / "xtuner/base_llm"
+    shutil.copytree(source, folder)
+    state: State = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        state |= change(name, tensor) if "_proj" in name else {name: tensor}
+    return write(folder, state, config(source) | {"quantization_config": said})
+
+
+def test_a_llava_of_a_float8_language_model(tmp_path: Path) -> None:
+    def rows(name: str, tensor: Tensor) -> State:
+        scale = tensor.float().abs().amax(1, keepdim=True) / 448
+        return {name: (tensor.float() / scale).to(FP8), f"{name}_scale": scale}
+
+    llm = spoilt_llm(tmp_path / "llm", rows, {"quant_method": "fbgemm_fp8"})
+    result = sm.run(llava(tmp_path, llm), options=options())
+    found, state = tensors(tmp_path / "out"), tensors(llm)
+    codes = [name for name in state if state[name].dtype == FP8]
+    assert len(codes) == 14
+    for name in codes:
+        assert torch.equal(found[f"language_model.{name}"], (state[name].float() * state[f"{name}_scale"]).bfloat16())
+    assert not [name for name in found if "scale" in name]
+    assert "quantization" not in json.dumps(config(tmp_path / "out"))
+    assert any("14 float8 weights dequantized" in text for text in result.plan.warnings)
+
+
+def test_a_llava_of_a_language_model_of_other_codes(tmp_path: Path) -> None:
+    def gptq(name: str, tensor: Tensor) -> State:
+        stem = name.removesuffix("weight")
+        words = torch.zeros(tensor.shape[1] // 8, tensor.shape[0], dtype=torch.int32)
+        return {f"{stem}qweight": words, f"{stem}scales": torch.ones(1, tensor.shape[0]).half()}
+
+    def nf4(name: str, tensor: Tensor) -> State:
+        return {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(4)}
+
+    for title, change in (("GPTQ", gptq), ("bitsandbytes", nf4)):
+        llm = spoilt_llm(tmp_path / title, change, {"quant_method": title.lower()})
+        text = code(lambda llm=llm: sm.run(llava(tmp_path, llm), options=options()))
+        assert "packed-weights" in text
+        assert title in text
+        assert "let `llm` be the 16-bit model" in text
