@@ -18,7 +18,7 @@ from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequant
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.packed import ACTIVATION_SCALES, FLOAT8, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
-from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves
+from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves, of_source
 
 ReadFile = Callable[[Extent], bytes]
 
@@ -218,9 +218,9 @@ class _Source:
     def _made(self, name: str, scale: str) -> TensorEntry:
         from shardmerge.ops.dequantize import Dequantize
 
-        inputs = [replace(self.catalog[each], source=self.name) for each in (name, scale)]
+        inputs = [of_source(self.catalog[each], self.name) for each in (name, scale)]
         made = compose(Dequantize(self._block(inputs), self.stated.dtype), inputs)
-        return replace(made, name=name, origin="dequantized")
+        return TensorEntry(name, made.dtype, made.shape, made.pieces, "dequantized", self.name)
 
     def _block(self, inputs: list[TensorEntry]) -> tuple[int, ...]:
         """The config's blocks are those of the weights that have so many scales; other weights tell by their shape."""

@@ -88,8 +88,6 @@ _ZERO = ("weight_zero_point", "weight_g_idx", "weight_shape", "input_global_scal
 _FORMATS: dict[str, tuple[_Format, ...]] = {
     "weight": (
         _Format("bitsandbytes 4-bit", frozenset(), ("weight.absmax",), _STATE),
-        _Format("bitsandbytes 4-bit", frozenset(), ("weight.quant_state.bitsandbytes__nf4",), _STATE),
-        _Format("bitsandbytes 4-bit", frozenset(), ("weight.quant_state.bitsandbytes__fp4",), _STATE),
         _Format("bitsandbytes 8-bit", _I8, ("SCB",), ("weight_format",)),
         _Format("EETQ", _I8, ("weight_scales",)),
         _Format("NVFP4", _U8, ("weight_scale", "weight_scale_2"), ("input_scale",)),
@@ -148,7 +146,14 @@ def packed_weights(catalog: Catalog) -> dict[str, Packed]:
     Where the catalog's config says that the weights are quantized in a way that no name tells, matrices of 8-bit or
     packed integers are codes too.
     """
-    found = {name: packed for name in catalog.names() if (packed := _packed(catalog, name, catalog[name])) is not None}
+    found: dict[str, Packed] = {}
+    for name in catalog.names():
+        entry = catalog[name]
+        if _is_wide(entry) and name.endswith(".weight") and f"{name}.absmax" not in catalog.entries:
+            continue  # most names of most models
+        packed = _packed(catalog, name, entry)
+        if packed is not None:
+            found[name] = packed
     if catalog.quantized and not found:
         found = {name: Packed(catalog.quantized) for name in catalog.names() if _is_integer_matrix(catalog[name])}
     return found
@@ -160,7 +165,7 @@ def fp8_weights(catalog: Catalog) -> dict[str, str]:
         name: packed.scales[0]
         for name, entry in catalog.entries.items()
         if entry.dtype.name in FLOAT8
-        and (packed := _fp8(catalog, name, entry)) is not None
+        and (packed := _fp8(catalog, name)) is not None
         and packed.title == FP8
         and packed.scales
     }
@@ -169,7 +174,7 @@ def fp8_weights(catalog: Catalog) -> dict[str, str]:
 def unscaled(catalog: Catalog) -> list[str]:
     """Returns float8 weights of at least two axes that have no scale, though others of the catalog have one."""
     floats = [name for name, entry in catalog.entries.items() if entry.dtype.name in FLOAT8 and len(entry.shape) > 1]
-    return [name for name in floats if _is_weight(name) and _fp8(catalog, name, catalog[name]) is None]
+    return [name for name in floats if _is_weight(name) and _fp8(catalog, name) is None]
 
 
 def packed_places(packed: Collection[str]) -> frozenset[str]:
@@ -184,6 +189,10 @@ def module_of(name: str) -> str:
 
 def _is_weight(name: str) -> bool:
     return "scale" not in name.rpartition(".")[2] and not name.endswith(("_qdata", "._data"))
+
+
+def _is_wide(entry: TensorEntry) -> bool:
+    return entry.dtype.itemsize > 1 and entry.dtype.kind == "float"
 
 
 def _is_integer_matrix(entry: TensorEntry) -> bool:
@@ -201,7 +210,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _packed(catalog: Catalog, name: str, entry: TensorEntry) -> Packed | None:
     if entry.dtype.name in FLOAT8 and not name.endswith("_qdata"):
-        found = _fp8(catalog, name, entry)
+        found = _fp8(catalog, name)
         if found is not None or not name.endswith("._data"):
             return found
     module, leaf = _split(name)
@@ -225,9 +234,8 @@ def _by_ending(catalog: Catalog, name: str, entry: TensorEntry) -> Packed | None
     return None
 
 
-def _fp8(catalog: Catalog, name: str, entry: TensorEntry) -> Packed | None:
+def _fp8(catalog: Catalog, name: str) -> Packed | None:
     """Returns the format of a float8 tensor, None for one without a scale."""
-    del entry
     module, leaf = _split(name)
     names = [f"{name}_scale_inv", f"{name}_scale"]
     if leaf == "weight":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
@@ -91,7 +92,8 @@ def make_plan(
             tensors.append(_planned(assignment, expectation, options, texts[id(rule)]))
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
-    codes = odd_codes(resolution.assignments, catalogs, lambda one: _final_dtype(one, expectation, options))
+    final = partial(_final_dtype, expectation=expectation, options=options)
+    codes = odd_codes(resolution.assignments, catalogs, options.dtype, final)
     raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(

@@ -411,7 +411,7 @@ def test_codes_are_never_numbers(name: str, use: str, tmp_path: Path) -> None:
     source = foreign(name, tmp_path)
     codes = OTHERS[name][1] if name in OTHERS else next(iter(packed_weights(sm.inspect(source))))
     if use == "a cast":
-        text = code(lambda: sm.convert(source, tmp_path / "out", options=options("float16")))
+        text = code(lambda: sm.convert(source, tmp_path / "out", options=options("bfloat16")))
     else:
         lora(tmp_path, codes.removesuffix("._data").rpartition(".")[0])
         adapter = ", l: lora" if use == "an adapter" else ""

@@ -20,7 +20,10 @@ Taken: TypeAlias = dict[str, list[Assignment]]
 
 
 def odd_codes(
-    assignments: Mapping[str, Assignment], catalogs: Mapping[str, Catalog], final: Callable[[Assignment], DType]
+    assignments: Mapping[str, Assignment],
+    catalogs: Mapping[str, Catalog],
+    cast: DType | None,
+    final: Callable[[Assignment], DType],
 ) -> Iterator[MappingError]:
     """Yields what is wrong with copied codes.
 
@@ -30,6 +33,8 @@ def odd_codes(
         By target name.
     catalogs
         By source name.
+    cast
+        The type that all floats shall have: who asks for it wants numbers.
     final
         Says which type a target gets.
 
@@ -37,7 +42,8 @@ def odd_codes(
     -------
     Iterator of MappingError
         ``codes-without-scales``: the scales of codes do not come along, or not to the same module of the target.
-        ``packed-weights``: floats beside codes would be cast, the scales among them.
+        ``packed-weights``: the output is to have a type that codes have not, or floats beside them, such as their
+        scales, would be cast; codes of torchao.
     """
     for source, catalog in catalogs.items():
         packed = packed_weights(catalog)
@@ -47,7 +53,10 @@ def odd_codes(
             yield from _without_header(source, codes, packed, taken)
             yield from _without_scales(source, codes, packed, taken)
             every = (one for several in taken.values() for one in several)
-            yield from _cast(source, codes, packed, every, final)
+            changed = (one for one in every if one.entry.dtype.kind == "float" and final(one) != one.entry.dtype)
+            wanted = cast or next((final(one) for one in changed), None)
+            if wanted is not None:
+                yield _uncastable(source, codes, packed, wanted, taken[codes[0]][0])
 
 
 def _taken(assignments: Iterable[Assignment], source: str) -> Taken:
@@ -99,24 +108,17 @@ def _without_scales(
     )
 
 
-def _cast(
-    source: str,
-    codes: Sequence[str],
-    packed: Mapping[str, Packed],
-    taken: Iterable[Assignment],
-    final: Callable[[Assignment], DType],
-) -> Iterator[MappingError]:
-    changed = [a for a in taken if a.entry.dtype.kind == "float" and final(a) != a.entry.dtype]
-    if changed:
-        yield MappingError(
-            "packed-weights",
-            f"{source} is quantized ({titles(packed, codes)}): codes cannot be cast, and the floats beside them are "
-            f"scales, or what the kernels expect: {listed([a.name for a in changed], 3)}",
-            where=str(changed[0].rule.mark),
-            found=f"{changed[0].entry.dtype}",
-            expected=f"{final(changed[0])} is asked for",
-            hint="leave the dtype out to copy it as it is, or name the 16-bit model that it was quantized from",
-        )
+def _uncastable(
+    source: str, codes: Sequence[str], packed: Mapping[str, Packed], wanted: DType, first: Assignment
+) -> MappingError:
+    return MappingError(
+        "packed-weights",
+        f"{count(len(codes), 'tensor')} of {source} packed by quantization ({titles(packed, codes)}), codes that "
+        f"cannot be cast to {wanted}, nor may the floats beside them, which are their scales or what kernels expect: "
+        f"{listed(codes, 3)}",
+        where=str(first.rule.mark),
+        hint="leave the dtype out to copy it all as it is, or name the 16-bit model that it was quantized from",
+    )
 
 
 def leaves_all_codes(assignments: Iterable[Assignment], source: str, catalog: Catalog) -> bool:
