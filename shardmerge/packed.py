@@ -66,12 +66,15 @@ class _Format:
         Names that must be there.
     with_
         Names that belong to it where they are there.
+    vague
+        Whether several libraries write so; the config's word is then better than the title.
     """
 
     title: str
     dtypes: frozenset[str]
     needs: tuple[str, ...] = ()
     with_: tuple[str, ...] = ()
+    vague: bool = False
 
 
 _INTS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
@@ -91,16 +94,16 @@ _FORMATS: dict[str, tuple[_Format, ...]] = {
         _Format("bitsandbytes 8-bit", _I8, ("SCB",), ("weight_format",)),
         _Format("EETQ", _I8, ("weight_scales",)),
         _Format("NVFP4", _U8, ("weight_scale", "weight_scale_2"), ("input_scale",)),
-        _Format("compressed-tensors int8", _I8, ("weight_scale",), _ZERO),
-        _Format("4-bit or narrower codes", _BYTES, ("weight_scale",), _ZERO),
-        _Format("4-bit or narrower codes", _BYTES, ("weight_scale_inv",)),
-        _Format("4-bit or narrower codes", _BYTES, ("scale",)),
+        _Format("8-bit integers", _I8, ("weight_scale",), _ZERO, vague=True),
+        _Format("4-bit or narrower codes", _BYTES, ("weight_scale",), _ZERO, vague=True),
+        _Format("4-bit or narrower codes", _BYTES, ("weight_scale_inv",), vague=True),
+        _Format("4-bit or narrower codes", _BYTES, ("scale",), vague=True),
         _Format("HIGGS", _INTS, ("scales", "tables"), ("tables2",)),
         _Format("MLX or Metal", _WORDS, ("scales",), ("biases", "qbiases")),
     ),
     "qweight": (
         _Format("GPTQ", _WORDS, ("scales", "g_idx"), ("qzeros",)),
-        _Format("AWQ or GPTQ", _INTS, ("scales",), ("qzeros",)),
+        _Format("AWQ or GPTQ", _INTS, ("scales",), ("qzeros",), vague=True),
     ),
     "weight_packed": (
         _Format("NVFP4 of compressed-tensors", _U8, ("weight_scale", "weight_global_scale"), _ZERO),
@@ -217,7 +220,8 @@ def _packed(catalog: Catalog, name: str, entry: TensorEntry) -> Packed | None:
     for form in _FORMATS.get(leaf, ()):
         needs = [module + part for part in form.needs]
         if (not form.dtypes or entry.dtype.name in form.dtypes) and all(part in catalog for part in needs):
-            return Packed(form.title, (*needs, *_there(catalog, [module + part for part in form.with_])))
+            title = catalog.quantized if form.vague and catalog.quantized else form.title
+            return Packed(title, (*needs, *_there(catalog, [module + part for part in form.with_])))
     if leaf == "weight" and entry.dtype.name == "U8" and len(entry.shape) == 2 and entry.shape[1] == 1:
         return Packed("bitsandbytes 4-bit")
     return _by_ending(catalog, name, entry)

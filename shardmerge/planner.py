@@ -112,6 +112,9 @@ def _planned(assignment: Assignment, expectation: Expectation, options: OutputOp
     final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
     if shape != entry.shape:
+        if entry.dtype.kind != "float":
+            what = f"{entry.dtype} {list(entry.shape)} holds codes, and rows of codes can be neither made nor cut off"
+            raise MappingError("packed-weights", what, hint="leave `vocabulary:` out, or name the 16-bit model")
         entry = resized(entry, shape, expectation.resized[assignment.target])
     entry = cast_to(entry, final) if final.kind == "float" else entry
     return PlannedTensor(assignment.target, entry, rule, assignment.target)

@@ -61,7 +61,7 @@ def read_stated(catalog: Catalog, read: Callable[[Extent], bytes]) -> Stated:
     """Returns what the files beside the weights say. A file that is no JSON says nothing here."""
     config = _object(catalog, "config.json", read)
     found = next(_quantizations(config), None)
-    method = _method(found) if found is not None else ""
+    method = _method(found) or _mlx(found) if found is not None else ""
     if not method:
         for name, usual in QUANTIZATION_FILES.items():
             if name in catalog.side_files and (other := _object(catalog, name, read)):
@@ -73,12 +73,19 @@ def read_stated(catalog: Catalog, read: Callable[[Extent], bytes]) -> Stated:
 
 
 def without_quantization(config: JsonObject) -> JsonObject:
-    """Returns a config.json, its parts included, without a word about quantization."""
-    return {
+    """Returns a config.json, its parts included, without a word about quantization, a float8 type among them."""
+    found = {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in _KEYS
     }
+    narrow = [key for key in ("torch_dtype", "dtype") if _is_narrow(found.get(key))]
+    return found | dict.fromkeys(narrow, DTYPES["BF16"].torch)
+
+
+def _is_narrow(value: object) -> bool:
+    row = BY_TORCH_NAME.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    return row is not None and row.kind == "float" and row.itemsize == 1
 
 
 def _object(catalog: Catalog, name: str, read: Callable[[Extent], bytes]) -> JsonObject:
@@ -111,9 +118,11 @@ def _method(found: JsonObject) -> str:
         return "bitsandbytes"
     if found.get("quant_algo"):
         return "modelopt"
-    if "config_groups" in found:
-        return "compressed-tensors"
-    return "mlx" if {"bits", "group_size"} <= set(found) and "mode" in found else ""
+    return "compressed-tensors" if "config_groups" in found else ""
+
+
+def _mlx(found: JsonObject) -> str:
+    return "mlx" if {"bits", "group_size"} <= set(found) else ""
 
 
 def _block(found: JsonObject) -> tuple[int, ...]:

@@ -350,7 +350,7 @@ OTHERS: dict[str, tuple[str, str, State]] = {
     "zero points": ("quark", "m.weight", {"m.weight": Q, "m.weight_scale": ONE, "m.weight_zero_point": ONE}),
     "a method of tomorrow": ("qubits", "m.psi", {"m.psi": U8, "m.phi": HALF}),
 }
-TITLES = {"zero points": "fp8 with zero points", "a method of tomorrow": "qubits"}
+TITLES = {"4-bit": "quark", "zero points": "fp8 with zero points", "a method of tomorrow": "qubits"}
 FILES = sorted(
     p.name for p in QUANTIZED.iterdir() if "fp8" not in p.name.replace("mxfp8", "fp8") or "torchao" in p.name
 )
@@ -437,6 +437,71 @@ def test_codes_without_their_scales_are_refused(name: str, tmp_path: Path) -> No
         assert "codes-without-scales" in code(
             lambda text=text: sm.run(mapping(tmp_path, f"sources: {{{text}"), options=options())
         )
+
+
+def test_a_module_that_was_trained_whole_does_not_replace_codes(tmp_path: Path) -> None:
+    for name in ("GPTQ", "EETQ"):
+        source = foreign(name, tmp_path)
+        write(tmp_path / "l", {"base_model.model.m.modules_to_save.default.weight": torch.ones(4, 4)}, None)
+        text = f"sources: {{s: {source}, l: l}}\noutput: {{path: out}}\nadapters: [{{from: l, onto: s, alpha: 4}}]\n"
+        found = code(lambda text=text: sm.run(mapping(tmp_path, text + REST), options=options()))
+        assert "packed-weights" in found
+        assert name in found
+
+
+def test_rows_of_codes_are_not_made(tmp_path: Path) -> None:
+    """An embedding of 8-bit integers: transformers' ``gemma`` quantization has such."""
+    state = {"embed_tokens.weight": I8, "embed_tokens.weight_scale": F32}
+    write(tmp_path / "src", state, {"vocab_size": 8, "quantization_config": {"quant_method": "gemma"}})
+    target = "target: {name: hf/model, text: s}\n"
+    for rows in ("rows: 16", "rows: 4, trim: true"):
+        text = f"sources: {{s: src}}\noutput: {{path: out}}\n{target}vocabulary: {{{rows}}}\n{REST}"
+        assert "packed-weights" in code(lambda text=text: sm.run(mapping(tmp_path, text), options=options()))
+
+
+def test_a_cast_of_one_tensor_is_of_numbers(fp8: Path, tmp_path: Path) -> None:
+    """Whoever casts some wants numbers, and the config speaks of all."""
+    one = "model.layers.0.mlp.up_proj.weight"
+    renamed, cast = REST.replace("{rest", "o.{rest", 1), f'  x: {{op: cast, of: "s:{one}", dtype: float32}}\n'
+    for number, text in enumerate(
+        (
+            f"output: {{path: out, dtypes: {{{one}: float32}}}}\n{REST}",
+            f"output: {{path: out}}\n{renamed}{cast}",
+        )
+    ):
+        sm.run(mapping(tmp_path, f"sources: {{s: {fp8}}}\n{text}"), tmp_path / f"out{number}", options=options())
+        found = tensors(tmp_path / f"out{number}")
+        assert not [name for name in found if "scale" in name]
+        assert torch.equal(found["x" if number else one], wide(fp8)[one])
+
+
+def test_a_rule_for_scales_that_are_used_up(fp8: Path, tmp_path: Path) -> None:
+    rules = f'{REST}  "old.{{i}}": "s:model.layers.{{i}}.mlp.up_proj.weight_scale_inv"\n'
+    path = mapping(tmp_path, f"sources: {{s: {fp8}}}\noutput: {{path: out, dtype: bfloat16}}\n{rules}")
+    assert "is part of the dequantized weight by now: remove this rule" in code(lambda: sm.run(path, options=options()))
+    drops = 'drop: ["s:{rest...}.weight_scale_inv"]\n'
+    path = mapping(tmp_path, f"sources: {{s: {fp8}}}\noutput: {{path: out, dtype: bfloat16}}\n{REST}{drops}")
+    sm.run(path, options=options())
+
+
+def test_a_config_whose_type_is_that_of_the_codes(tmp_path: Path) -> None:
+    said = {"torch_dtype": "float8_e4m3fn", "text_config": {"dtype": "float8_e4m3fn"}}
+    write(tmp_path / "src", {"m.weight": Q, "m.weight_scale": ONE}, said | {"quantization_config": STATED})
+    rules = "target: {name: hf/model, text: s}\ntensors:\n  m.weight: {op: scale, of: s:m.weight, factor: 1}\n"
+    sm.run(mapping(tmp_path, f"sources: {{s: src}}\noutput: {{path: out}}\n{rules}"), options=options())
+    assert config(tmp_path / "out") == {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}
+    assert tensors(tmp_path / "out")["m.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_files_of_their_own_go_with_codes_and_not_with_numbers(file: str, tmp_path: Path) -> None:
+    write(tmp_path / "src", {"m.weight": Q, "m.weight_scale": ONE}, {"torch_dtype": "bfloat16"})
+    (tmp_path / "src" / file).write_text('{"quantization": {"quant_algo": "FP8"}}')
+    sm.convert(tmp_path / "src", tmp_path / "copy", options=options())
+    sm.convert(tmp_path / "src", tmp_path / "out", options=options("bfloat16"))
+    assert same(tensors(tmp_path / "copy"), tensors(tmp_path / "src"))
+    assert (tmp_path / "copy" / file).read_bytes() == (tmp_path / "src" / file).read_bytes()
+    assert not (tmp_path / "out" / file).exists()
 
 
 def test_scales_that_go_to_another_module(fp8: Path, tmp_path: Path) -> None:
@@ -622,5 +687,5 @@ def test_a_llava_of_a_language_model_of_other_codes(tmp_path: Path) -> None:
         llm = spoilt_llm(tmp_path / title, change, {"quant_method": title.lower()})
         text = code(lambda llm=llm: sm.run(llava(tmp_path, llm), options=options()))
         assert "packed-weights" in text
-        assert title in text
+        assert title.lower() in text.lower()
         assert "let `llm` be the 16-bit model" in text

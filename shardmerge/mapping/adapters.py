@@ -173,6 +173,10 @@ class _Merge:
         packed = packed_places(packed_weights(self.base))
         for name, entry in self.whole.items():
             place = self._place(name)
+            codes = place or self.spec.onto.template.format({"rest": name})
+            if codes in packed:
+                problems.append(self._packed(codes))
+                return
             if place is not None:
                 yield place, entry
             elif not self._is_tied(entry):
