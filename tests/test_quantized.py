@@ -608,9 +608,10 @@ def test_numbers_in_the_place_of_codes(tmp_path: Path) -> None:
     assert "mixed-quantization" in code(lambda: sm.run(path, options=options()))
 
 
-def test_modules_that_the_config_names_are_not_renamed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["model.gate", "*model.gate*"])
+def test_modules_that_the_config_names_are_not_renamed(tmp_path: Path, named: str) -> None:
     state = {"model.m.weight": Q, "model.m.weight_scale_inv": BLOCKS, "model.gate.weight": torch.ones(4, 4)}
-    said = {"quant_method": "fp8", "modules_to_not_convert": ["model.gate"]}
+    said = {"quant_method": "fp8", "modules_to_not_convert": [named]}
     write(tmp_path / "src", state, {"quantization_config": said})
     rules = 'target: {name: hf/model, text: s}\ntensors:\n  "text.{rest...}": "s:model.{rest...}"\n'
     path = mapping(tmp_path, f"sources: {{s: src}}\noutput: {{path: out}}\n{rules}")

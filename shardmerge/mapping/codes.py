@@ -164,7 +164,8 @@ def odd_company(
     if plain:
         what = f"{plain[0].target} is {plain[0].entry.dtype}, and config.json of {published} says that it is quantized"
         yield _mixed(what, plain, plain[0].source)
-    stale = [name for name in skipped for one in every if one.source == published and _renamed(one, name, packed)]
+    parts = [part for name in skipped if (part := name.strip("*"))]
+    stale = [name for name in parts for one in every if one.source == published and _renamed(one, name, packed)]
     if stale:
         yield MappingError(
             "stale-quantization",
