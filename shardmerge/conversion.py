@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.dequantizing import Needs, dequantized
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, TargetError, UsageError
 from shardmerge.mapping.near import count, listed
@@ -17,6 +18,7 @@ from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.publishable import Terms, publishable, read_config
+from shardmerge.quantization_config import QUANTIZATION_FILES
 from shardmerge.side_files import SideFiles, content
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
@@ -106,11 +108,14 @@ class Result:
 
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
-    catalog = open_source(source, Path(), options)
-    if catalog.kind == PEFT_ADAPTER:
-        raise _adapter_alone(catalog)
+    opened = open_source(source, Path(), options)
+    if opened.kind == PEFT_ADAPTER:
+        raise _adapter_alone(opened)
     sides = SideFiles()
-    catalog, outside = _unwrapped(catalog, sides)
+    output = output_options(None, options)
+    opened, outside = _unwrapped(opened, sides)
+    settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), sides.read)
+    catalog = settled.catalogs[source.name]
     expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -121,14 +126,15 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     }
     if not assignments:
         raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
-    resolution = Resolution(assignments, (), tuple((source.name, name) for name in outside))
+    left_out = {*settled.dropped, *((source.name, name) for name in outside)}
+    resolution = Resolution(assignments, (), tuple(sorted(left_out)))
     plan = make_plan(
         PLAIN,
-        {source.name: catalog},
+        settled.told({source.name: catalog}, catalog.entries.values()),
         {source.name: source.path},
         resolution,
         expectation,
-        output_options(None, options),
+        output,
     )
     terms = Terms(partial=options.partial, source=catalog)
     return Prepared(sides.pinned(publishable(plan, sides.read, terms)), None)
@@ -158,6 +164,12 @@ def _unwrapped(catalog: Catalog, sides: SideFiles) -> tuple[Catalog, tuple[str, 
     warning = f"the names are those of a wrapped model: {words} is taken off, as config.json has them without{left}"
     renamed = replace(catalog, entries=entries, aliases=aliases, warnings=(*catalog.warnings, warning))
     return renamed, found.outside
+
+
+def _needs(name: str, catalog: Catalog, dtype: DType | None) -> Needs:
+    """A conversion that keeps every name needs numbers for its cast alone."""
+    published = frozenset({name} if {"config.json", *QUANTIZATION_FILES} & set(catalog.side_files) else ())
+    return Needs({name: f"the cast to {dtype}"} if dtype else {}, published)
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.mapping.codes import odd_codes
 from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
@@ -77,7 +79,8 @@ def make_plan(
     Raises
     ------
     MappingError
-        ``cannot-cast``: a float type that no cast leads from or to.
+        ``cannot-cast``: a float type that no cast leads from or to. ``packed-weights``, ``codes-without-scales``: codes
+        of quantized weights that cannot be copied so.
     ResourceError
         ``memory-budget``.
     """
@@ -92,7 +95,9 @@ def make_plan(
             tensors.append(_planned(assignment, expectation, options, texts[id(rule)]))
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
-    raise_all([*problems, *_unused_dtypes(options, resolution)])
+    final = partial(_final_dtype, expectation=expectation, options=options)
+    codes = odd_codes(resolution.assignments, catalogs, options.dtype, final)
+    raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
     copies = _copies(resolution, meant=True)
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(
@@ -111,6 +116,9 @@ def _planned(assignment: Assignment, expectation: Expectation, options: OutputOp
     final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
     if shape != entry.shape:
+        if entry.dtype.kind != "float":
+            what = f"{entry.dtype} {list(entry.shape)} holds codes, and rows of codes can be neither made nor cut off"
+            raise MappingError("packed-weights", what, hint="leave `vocabulary:` out, or name the 16-bit model")
         entry = resized(entry, shape, expectation.resized[assignment.target])
     entry = cast_to(entry, final) if final.kind == "float" else entry
     return PlannedTensor(assignment.target, entry, rule, assignment.target)

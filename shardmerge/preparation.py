@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.conversion import COMMAND_LINE, PLAIN, Options, Prepared, open_source, output_options
+from shardmerge.dequantizing import Needs, as_plain, dequantized, needs_of
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.codes import leaves_all_codes, odd_company
 from shardmerge.mapping.dropping import Dropped, find_dropped
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import load_spec
@@ -20,7 +22,7 @@ from shardmerge.mapping.spec import OutputSpec, SourceSpec, Spec, TargetSpec, re
 from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
-from shardmerge.planner import make_plan
+from shardmerge.planner import OutputOptions, make_plan
 from shardmerge.publishable import Terms, publishable
 from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
@@ -109,10 +111,13 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
     sides = SideFiles()
+    output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
-    merged, used = _merged(spec, catalogs, dropped, sides)
-    variables = Variables(catalogs, sides.read, spec.variables)
-    expectation = _expectation(spec, catalogs, dropped, output_options(spec.output, options).dtype, variables)
+    needs = _needs(spec, catalogs, output)
+    settled = dequantized(catalogs, needs, sides.read)
+    merged, used = _merged(spec, settled.catalogs, dropped, sides)
+    variables = Variables(settled.catalogs, sides.read, spec.variables)
+    expectation = _expectation(spec, settled.catalogs, dropped, output.dtype, variables)
     raise_all(_idle(spec, expectation))
     expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
@@ -122,9 +127,18 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
         expectation,
         user_file=spec.file,
         variables=variables,
-        merged=used,
+        merged=used | settled.used | settled.dropped,
     )
-    return Resolved(spec, catalogs, merged, resolution, expectation or _as_resolved(resolution), sides)
+    resolution = replace(resolution, dropped=tuple(sorted({*resolution.dropped, *settled.dropped})))
+    for name in needs.published:
+        raise_all(odd_company(resolution.assignments, merged, name, settled.skipped[name]))
+        catalog = settled.catalogs[name]
+        if expectation and leaves_all_codes(resolution.assignments.values(), name, catalog):
+            codeless = {**settled.catalogs, name: as_plain(catalog)}
+            plain = _expectation(spec, codeless, dropped, output.dtype, variables)
+            expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
+    told = settled.told(merged, (one.entry for one in resolution.assignments.values()))
+    return Resolved(spec, catalogs, told, resolution, expectation or _as_resolved(resolution), sides)
 
 
 def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Terms:
@@ -138,6 +152,19 @@ def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Ter
         source=catalogs.get(name) if free else None,
         editable=spec.file != COMMAND_LINE,
     )
+
+
+def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputOptions) -> Needs:
+    """Quantized sources are copied as they are into a target that takes codes, or where there is none."""
+    cast = output.dtype or next((dtype for _, dtype in output.dtypes if dtype is not None), None)
+    target = _target(spec.target) if spec.target else None
+    closed = target.name if target is not None and not target.codes else ""
+    published = {spec.target.roles.get("text", "text")} if spec.target and not closed else set[str]()
+    return needs_of(spec, catalogs, str(cast or ""), published & set(catalogs), closed)
+
+
+def _left_out(name: str, catalog: Catalog) -> str:
+    return f"{name}: config.json says {catalog.quantized}, and no tensor is: its quantization_config is left out"
 
 
 def _preset(name: str) -> Preset:

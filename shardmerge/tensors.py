@@ -276,6 +276,11 @@ class Catalog:
     facts
         Plain values that the training run left beside the weights, by name: the scalars of Megatron's ``args``
         (``num_attention_heads``, ``tensor_model_parallel_size``, ...). Not in the fingerprint.
+    quantized
+        What the files beside the weights say they are quantized by (``fp8``, ``gptq``, ...), or ``""``; known once
+        ``dequantizing`` has looked.
+    dequantized
+        Whether that no longer holds: the weights are numbers, and no config may say otherwise.
     """
 
     path: str
@@ -289,6 +294,8 @@ class Catalog:
     warnings: tuple[str, ...] = ()
     training_config: str = ""
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    quantized: str = ""
+    dequantized: bool = False
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self.aliases

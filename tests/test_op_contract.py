@@ -26,7 +26,7 @@ def case(kind: str, index: int, size: int, *dtypes: str) -> tuple[Arithmetic, li
     if not isinstance(op, Arithmetic):
         return None
     rng = np.random.default_rng(index)
-    turn = [dtypes[place % len(dtypes)] for place in range(len(found.shapes))]
+    turn = found.dtypes or [dtypes[place % len(dtypes)] for place in range(len(found.shapes))]
     arrays = [
         rng.standard_normal(shape).astype(numpy_dtype(DTYPES[dtype]))
         for shape, dtype in zip(found.shapes, turn, strict=True)

@@ -20,7 +20,7 @@ from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.lora import Dora, Lora
 from shardmerge.ops.moves import Permute, Reshape
 from shardmerge.ops.pointwise import Linear
-from shardmerge.packed import packed_weights
+from shardmerge.packed import packed_places, packed_weights, titles
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -170,21 +170,26 @@ class _Merge:
     def _made(
         self, settings: Settings, problems: list[ShardmergeError], homeless: list[str]
     ) -> Iterator[tuple[str, TensorEntry]]:
-        packed = frozenset(packed_weights(self.base))
+        packed = packed_places(packed_weights(self.base))
         for name, entry in self.whole.items():
             place = self._place(name)
+            codes = place or self.spec.onto.template.format({"rest": name})
+            if codes in packed:
+                problems.append(self._packed(codes))
+                return
             if place is not None:
                 yield place, entry
             elif not self._is_tied(entry):
                 homeless.append(name)
         for module, tensors in self.modules.items():
             place = self._place(f"{module}.weight")
+            codes = place or self.spec.onto.template.format({"rest": f"{module}.weight"})
+            if codes in packed:
+                problems.append(self._packed(codes))
+                return
             if place is None:
                 homeless.append(f"{module}.weight")
                 continue
-            if place in packed:
-                problems.append(self._packed(place))
-                return
             try:
                 yield from self._module(module, place, tensors.parts, settings)
             except MappingError as error:
@@ -244,9 +249,11 @@ class _Merge:
         )
 
     def _packed(self, name: str) -> MappingError:
+        packed = packed_weights(self.base)
         return MappingError(
             "packed-weights",
-            f"{self.spec.onto.source} is quantized: an adapter cannot be added to packed weights such as {name}",
+            f"{self.spec.onto.source} is quantized ({titles(packed, packed)}): an adapter cannot be added to packed "
+            f"weights such as {name}",
             where=self.base.path,
             hint="name the 16-bit model that it was quantized from; the adapter fits that one too",
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.packed import Packed, titles
 from shardmerge.targets.expectation import Expectation
 from shardmerge.tensors import Shape
 
@@ -50,13 +51,17 @@ def _swapped(cases: Sequence[Misfit]) -> tuple[Misfit, Misfit] | None:
     return None
 
 
-def packed_error(source: str, names: Sequence[str], used: set[str], mark: Mark, purpose: str) -> MappingError:
+def packed_error(
+    source: str, names: Sequence[str], packed: Mapping[str, Packed], used: set[str], mark: Mark, purpose: str
+) -> MappingError:
     """Returns the error for packed weights that shall be numbers.
 
     Parameters
     ----------
     source, names
         Whose they are.
+    packed
+        What is known of all codes of the source.
     used
         All names of the source that rules use: a line to drop the packed ones must not touch others.
     mark
@@ -67,8 +72,8 @@ def packed_error(source: str, names: Sequence[str], used: set[str], mark: Mark, 
     lines = " and ".join(f"`{line}`" for line in drop_lines(source, names, used - set(names)))
     return MappingError(
         "packed-weights",
-        f"{count(len(names), 'tensor')} of {source} packed by quantization, codes that {purpose} cannot use: "
-        f"{listed(names, 3)}",
+        f"{count(len(names), 'tensor')} of {source} packed by quantization ({titles(packed, names)}), codes that "
+        f"{purpose} cannot use: {listed(names, 3)}",
         where=str(mark),
         hint=f"let `{source}` be the 16-bit model that it was quantized from; where another source has these tensors, "
         f"add under `drop:` {lines}",

@@ -18,12 +18,12 @@ from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
 from shardmerge.mapping.resolution import Assignment, Resolution
-from shardmerge.mapping.spec import OpTerm, Reference, Rule, Term, references
+from shardmerge.mapping.spec import OpTerm, Reference, Rule, Term, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.packed import packed_weights
+from shardmerge.packed import Packed, packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
@@ -58,7 +58,7 @@ def resolve(
     variables
         What the formulas of ops may name.
     merged
-        (source, name) of adapter tensors that are part of their bases by now.
+        (source, name) of tensors that are part of others by now: of adapters in their bases, scales in their weights.
 
     Raises
     ------
@@ -120,7 +120,7 @@ class _Work:
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    packed: dict[str, frozenset[str]] = field(default_factory=dict)
+    packed: dict[str, dict[str, Packed]] = field(default_factory=dict)
     quantized: dict[str, tuple[Mark, dict[str, None]]] = field(default_factory=dict)
     _finder: Finder | None = None
 
@@ -179,7 +179,8 @@ class _Work:
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
-            if self._note_packed(rule, operands):
+            codes = [one for reference in dequantized_by(term) for one in self.finder.operands(reference, bindings)]
+            if self._note_packed(rule, [one for one in operands if one not in codes]):
                 continue
             try:
                 entry = self.finder.build(term, bindings, target)
@@ -197,9 +198,9 @@ class _Work:
             self.matched.add((one.source, one.name))
         return bool(found)
 
-    def _packed(self, source: str) -> frozenset[str]:
+    def _packed(self, source: str) -> dict[str, Packed]:
         if source not in self.packed:
-            self.packed[source] = frozenset(packed_weights(self.catalogs[source]))
+            self.packed[source] = packed_weights(self.catalogs[source])
         return self.packed[source]
 
     def _bindings(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> Iterator[Bindings]:
@@ -261,7 +262,7 @@ class _Work:
         if self.quantized:
             purpose = "an op" if self.expectation is None or self.expectation.open else "the target"
             self.problems += [
-                packed_error(source, list(names), self._used(source), mark, purpose)
+                packed_error(source, list(names), self._packed(source), self._used(source), mark, purpose)
                 for source, (mark, names) in self.quantized.items()
             ]
             return  # their shapes, and the scales beside them, would only be more of the same
@@ -410,9 +411,10 @@ class _Work:
             mine = sorted(name for source, name in self.merged if source == one.source)
             gone = next((name for name in mine if one.template.match(name) is not None), "")
             if gone:
-                return (
-                    f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
-                )
+                if gone in self.catalogs[one.source]:
+                    text = f"`adapters:` merges {one.source}:{gone} into its base"
+                    return f"{text}: remove this rule, or take the base's tensor"
+                return f"{one.source}:{gone} is part of the dequantized weight by now: remove this rule"
             lines = (pair for pair in self.gone.lines if pair[0] == one.source)
             lost = next((pair for pair in lines if one.template.match(pair[1]) is not None), None)
             if lost is not None:

@@ -118,6 +118,15 @@ def references(term: Term) -> Iterator[Reference]:
         yield from references(one)
 
 
+def dequantized_by(term: Term) -> Iterator[Reference]:
+    """Yields the references that an op ``dequantize`` of a term reads: codes are what it is for."""
+    if isinstance(term, OpTerm):
+        for one in term.inputs:
+            if isinstance(one, Reference) and term.kind.name == "dequantize":
+                yield one
+            yield from dequantized_by(one)
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A target template and its candidates, the first that has the tensor winning.

@@ -120,6 +120,11 @@ class Arithmetic(Op):
 
     like: ClassVar[int] = 0
 
+    @property
+    def own(self) -> DType | None:
+        """The type the result keeps where nobody asks for another, where no input has it; None for that of ``like``."""
+        return None
+
     def unit(self, inputs: Sequence[Meta]) -> int:
         """Returns how many elements are made together; ranges begin at its multiples.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
+from shardmerge.quantization_config import without_quantization
 from shardmerge.targets import plain, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
 from shardmerge.targets.expectation import Expectation, Request, SideFile, Target
@@ -43,9 +44,12 @@ def expect(request: Request) -> Expectation:
     config = load_object(catalog.side_files["config.json"], request.read)
     if request.dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = request.dtype.torch
+    if catalog.dequantized:
+        config = without_quantization(config)
     if request.vocabulary is None:
         files = tuple(SideFile(each, (extent,)) for each, extent in catalog.side_files.items() if _is_copied(each))
-        changed = {"config.json": SideFile("config.json", (dump(config, sort=False),))} if request.dtype else {}
+        made = SideFile("config.json", (dump(config, sort=False),))
+        changed = {made.name: made} if request.dtype or catalog.dequantized else {}
         return Expectation({}, side_files=tuple(changed.get(file.name, file) for file in files), open=True)
     return _resized(request, catalog, config)
 
@@ -109,4 +113,5 @@ TARGET = Target(
     roles={"text": "the source whose config.json and tokenizer files are copied"},
     options={},
     expect=expect,
+    codes=True,
 )

@@ -257,15 +257,3 @@ def read_vision(part: Part, catalogs: Mapping[str, Catalog], read: ReadSideFile)
         )
     config = clip.unwrap(whole)
     return VisionBase(catalog, whole, config, clip.read_architecture(config, extent.file))
-
-
-def quantized_warnings(text: TextBase, vision: VisionBase | None) -> tuple[str, ...]:
-    """Returns a warning for each base whose config says that its weights are packed."""
-    named = [(text.catalog, text.config, "language model")]
-    if vision is not None:
-        named.append((vision.catalog, vision.config, "visual encoder"))
-    return tuple(
-        f"{catalog.path} is a quantized {title}: tensors taken from it are not what the output's config says"
-        for catalog, config, title in named
-        if config.get("quantization_config")
-    )

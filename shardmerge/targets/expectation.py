@@ -220,6 +220,8 @@ class Target:
         Its own settings, with a line about each.
     expect
         Says what such a directory holds; raises TargetError.
+    codes
+        Whether quantized weights may be copied into it as they are: its config.json is then that of its source.
     """
 
     name: str
@@ -227,3 +229,4 @@ class Target:
     roles: Mapping[str, str]
     options: Mapping[str, str]
     expect: Callable[[Request], Expectation]
+    codes: bool = False

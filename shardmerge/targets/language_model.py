@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shardmerge.compose import own_dtype
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
@@ -70,7 +71,7 @@ def _config(request: Request, text: TextSource, counted: Rows) -> JsonObject:
 
 def _stored(text: TextSource) -> str:
     """Returns the type of the weights, where they all have one."""
-    types = {entry.dtype.torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
+    types = {own_dtype(entry).torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
     return types.pop() if len(types) == 1 else ""
 
 

@@ -19,7 +19,6 @@ from shardmerge.targets.bases import (
     VisionBase,
     cast,
     missing_sources,
-    quantized_warnings,
     read_both,
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
@@ -239,7 +238,6 @@ def assemble(
         components=_components(model),
         warnings=(
             *_tokenizer_warnings(model.text, model.tokens),
-            *quantized_warnings(model.text, model.vision),
             *warnings,
         ),
     )

@@ -19,7 +19,6 @@ from shardmerge.targets.bases import (
     VisionBase,
     cast,
     missing_sources,
-    quantized_warnings,
     read_text,
     read_vision,
 )
@@ -88,7 +87,7 @@ def expect(request: Request) -> Expectation:
             *files,
         ),
         components=_components(model),
-        warnings=(*quantized_warnings(model.text, model.vision), *file_warnings, *_tower_warnings(model)),
+        warnings=(*file_warnings, *_tower_warnings(model)),
     )
 
 

@@ -19,7 +19,6 @@ from shardmerge.targets.bases import (
     Cast,
     cast,
     missing_sources,
-    quantized_warnings,
     read_text,
     read_vision,
 )
@@ -146,7 +145,6 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
         (SideFile("config.json", (dump(config),)), generation_config(text, request, {}), *tokens.files),
         resized=tuple(counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]).items()),
         tied=((HEAD, EMBEDDING),) if tied else (),
-        warnings=quantized_warnings(text, None),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from shardmerge.dtypes import DType
+from shardmerge.quantization_config import QUANTIZATION_FILES, without_quantization
 from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
 from shardmerge.tensors import Catalog
 
@@ -17,7 +18,7 @@ _PREFIXES = (
 
 def is_model_file(name: str) -> bool:
     """Whether loaders look for a file of this name beside the weights."""
-    return name.startswith(_PREFIXES)
+    return name.startswith(_PREFIXES) or name in QUANTIZATION_FILES
 
 
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
@@ -26,22 +27,25 @@ def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Ex
     Tied names are written as copies: a state dict without its config cannot say which of two names is the owner.
     """
     tensors = {name: catalog[name].shape for name in catalog.names()}
+    changed = dtype is not None or catalog.dequantized
     sides = [
-        SideFile(name, (_with_dtype(read(extent), dtype),) if name == "config.json" and dtype else (extent,))
+        SideFile(name, (_updated(read(extent), dtype, catalog) if name == "config.json" and changed else extent,))
         for name, extent in catalog.side_files.items()
         if is_model_file(name)
     ]
     return Expectation(tensors, side_files=tuple(sides))
 
 
-def _with_dtype(raw: bytes, dtype: DType) -> bytes:
-    """Sets ``torch_dtype`` or ``dtype`` (transformers >= 4.56), whichever the config has."""
+def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:
+    """Sets ``torch_dtype`` or ``dtype`` (transformers >= 4.56), whichever the config has, and ends a quantization."""
     try:
         config = json.loads(raw)
     except ValueError:
         return raw
     if not isinstance(config, dict):
         return raw
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = dtype.torch
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype.torch
+    if catalog.dequantized:
+        config = without_quantization(config)
     return (json.dumps(config, indent=2) + "\n").encode()
