@@ -21,8 +21,10 @@ from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.planner import make_plan
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
-from shardmerge.targets.expectation import Expectation, Request, Target
-from shardmerge.tensors import Catalog
+from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.changed_config import changed_reader, with_changes
+from shardmerge.targets.expectation import Expectation, ReadSideFile, Request, Target
+from shardmerge.tensors import Catalog, Extent
 
 # What only some mappings need is imported where they need it.
 if TYPE_CHECKING:
@@ -55,9 +57,14 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         spec = _combined(spec, preset, catalogs)
     raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
     output = output_options(spec.output, options)
-    merged, used = _merged(spec, catalogs)
-    variables = Variables(catalogs, read_side_file, spec.variables)
-    expectation = _expectation(spec, catalogs, output.dtype, variables)
+    merged, used, changes = _merged(spec, catalogs)
+    read = changed_reader(changes, read_side_file)
+    # What adapters change beside weights: the tokenizer, and words of config.json.
+    catalogs = {name: replace(one, side_files=merged[name].side_files) for name, one in catalogs.items()}
+    variables = Variables(catalogs, read, spec.variables)
+    expectation = _expectation(spec, catalogs, output.dtype, variables, read)
+    if expectation is not None:
+        expectation = with_changes(expectation, changes, read)
     resolution = resolve(
         spec.rules,
         spec.drops,
@@ -92,14 +99,19 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Sp
     return combine(spec, preset)
 
 
-def _merged(spec: Spec, catalogs: dict[str, Catalog]) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
-    """Returns the catalogs with all adapters merged into their bases, and the tensors that are so used up."""
+def _merged(
+    spec: Spec, catalogs: dict[str, Catalog]
+) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]], dict[Extent, JsonObject]]:
+    """Returns the catalogs with all adapters merged into their bases, the tensors that are so used up, and what the
+    bases' config.json have to say otherwise.
+    """
     if not spec.adapters:
-        return catalogs, frozenset()
+        return catalogs, frozenset(), {}
     from shardmerge.mapping.adapters import merge_adapters
 
     merged = merge_adapters(spec.adapters, catalogs, read_side_file)
-    return merged.catalogs, merged.used
+    changes = {catalogs[name].side_files["config.json"]: changed for name, changed in merged.configs.items()}
+    return merged.catalogs, merged.used, changes
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
@@ -174,7 +186,7 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
 
 
 def _expectation(
-    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables
+    spec: Spec, catalogs: Mapping[str, Catalog], dtype: DType | None, variables: Variables, read: ReadSideFile
 ) -> Expectation | None:
     if spec.target is None:
         return None
@@ -185,7 +197,7 @@ def _expectation(
             roles={role: source for role, source in texts.items() if role in target.roles},
             options={key: _option(value, variables) for key, value in texts.items() if key in target.options},
             catalogs=catalogs,
-            read=read_side_file,
+            read=read,
             dtype=dtype,
             vocabulary=spec.vocabulary,
             where=str(spec.target.mark),
