@@ -41,7 +41,8 @@ def _missing(what: str, names: list[str], path: str) -> MappingError:
 def _left_unadapted(config: AdapterConfig, adapted: list[str], base: Base, places: Places) -> Iterator[str]:
     """Peft wraps every module that ``target_modules`` fits; of a kind that is adapted, all are."""
     known, kinds = set(adapted), {_NUMBER.sub("#", module) for module in adapted}
-    most = base.config.get("num_hidden_layers")
+    nested = base.config.get("text_config")
+    most = (nested if isinstance(nested, dict) else base.config).get("num_hidden_layers")
     for name in base.catalog.names():
         bindings = places.spec.onto.template.match(name)
         if bindings is None or not name.endswith(".weight"):

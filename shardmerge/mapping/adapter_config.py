@@ -50,7 +50,7 @@ _IRRELEVANT: Mapping[str, str] = {
 
 # What is known to be no sum with a base, and why, for people.
 _REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts after its invocation tokens only; merged, it would always",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts after its invocation tokens alone, and merged always",
     "layer_replication": "layer_replication builds a model of more layers than the base has",
     "megatron_config": "megatron_config splits the layers over ranks, each file holding a part",
     "target_parameters": "target_parameters adapts parameters such as fused experts, of which one pair serves all",
@@ -192,7 +192,8 @@ class _Reader:
             fan_in_fan_out=bool(self._flag("fan_in_fan_out")),
             rank_pattern=self._pattern("rank_pattern", self._rank),
             alpha_pattern=self._pattern("alpha_pattern", self._number),
-            targets=self._names("target_modules"),
+            # An expression is not matched: it may take for ever.
+            targets=() if isinstance(self.values.get("exclude_modules"), str) else self._names("target_modules"),
             excluded=self._names("exclude_modules"),
             layers=self._layers(),
             saved=self._names("modules_to_save"),

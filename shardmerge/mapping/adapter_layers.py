@@ -1,8 +1,8 @@
 """Which way round a base stores an adapted weight: ``[out, in]`` of Linear, or ``[in, out]`` of Conv1D. Pure.
 
-peft decides it by the class of each layer (``lora/layer.py``, ``dispatch_default``), and writes one ``fan_in_fan_out`` for
-the whole file, that of the last layer it wrapped. So the file's word is the last one that is asked here. Where a weight is
-not square the shapes decide.
+peft decides it by the class of each layer (``lora/layer.py``, ``dispatch_default``), and writes one ``fan_in_fan_out``
+for the whole file, that of the last layer it wrapped. So the file's word is the last one that is asked here. Where a
+weight is not square the shapes decide.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Layers:
             return True
         raise MappingError(
             "unknown-layer",
-            f"{module} is square, and nothing tells whether its base stores it as [out, in] or, as Conv1D, as [in, out]",
+            f"{module} is square, and nothing tells whether its base is Linear, [out, in], or Conv1D, [in, out]",
             where=self.base.path,
             expected="config.json beside the base, with its model_type",
             hint="say `fan_in_fan_out: true` (Conv1D) or `fan_in_fan_out: false` (Linear) under `adapters:`",

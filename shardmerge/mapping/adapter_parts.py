@@ -1,8 +1,8 @@
 """Which module and part of an adapter every name is.
 
 Key shapes are those of peft 0.6 to 0.21, as saved by ``save_pretrained`` (no adapter name) and as they stand in a model
-(``.default``), which is what XTuner and DeepSpeed save. A name that looks like a part of an adapter and is none of these
-is refused: taken for a plain weight it would replace one of the base's.
+(``.default``), which is what XTuner and DeepSpeed save. A name that looks like a part of an adapter and is none of
+these is refused: taken for a plain weight it would replace one of the base's.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Parts:
     left_out: list[str] = field(default_factory=list)
 
 
-def looks_like_an_adapter(names: Collection[str]) -> str:
-    """Returns the first name that belongs to an adapter of any make, or ``""``."""
-    return next((name for name in names if _FOREIGN.search(name)), "")
+def foreign_names(names: Collection[str]) -> list[str]:
+    """Returns those names that belong to an adapter of any make."""
+    return [name for name in names if _FOREIGN.search(name)]
 
 
 def sort_adapter(spec: AdapterSpec, catalog: Catalog) -> Parts:
@@ -129,20 +129,20 @@ class _Sort:
                 return
         if (saved := _SAVED.fullmatch(rest)) is not None:
             if self._is_meant(saved["adapter"], entry):
-                self.parts.trained.add(f"{saved['module']}.{saved['leaf']}")
-                self._whole(f"{saved['module']}.{saved['leaf']}", entry)
-        elif _UNTOUCHED.fullmatch(rest) is not None:
-            return
+                self._whole(f"{saved['module']}.{saved['leaf']}", entry, trained=True)
         elif (layer := _BASE_LAYER.fullmatch(rest)) is not None:
             self._below(f"{layer['module']}.{layer['leaf']}", entry)
-        elif _FOREIGN.search(rest):
+        elif _UNTOUCHED.fullmatch(rest) is None:
+            self._plain(rest, entry, packed=packed)
+
+    def _plain(self, rest: str, entry: TensorEntry, *, packed: bool) -> None:
+        """A weight of the model: trained where peft saved it, frozen or trained in a dump of everything."""
+        if _FOREIGN.search(rest):
             self.foreign.append(entry.name)
         elif packed or (not entry.numel and not self.saved):
             self.parts.left_out.append(rest)
         else:
-            if self.saved:
-                self.parts.trained.add(rest)
-            self._whole(rest, entry)
+            self._whole(rest, entry, trained=self.saved)
 
     def _below(self, name: str, entry: TensorEntry) -> None:
         """The weight under an adapter is the base's; a bias may have been trained."""
@@ -150,13 +150,14 @@ class _Sort:
             if self.saved and entry.numel:
                 self.parts.bases[name] = entry
         elif name.endswith(".bias"):
-            self._whole(name, entry)
+            self._whole(name, entry, trained=self.saved)
 
-    def _whole(self, name: str, entry: TensorEntry) -> None:
-        if entry.numel or name in self.parts.trained:
+    def _whole(self, name: str, entry: TensorEntry, *, trained: bool) -> None:
+        if trained:
+            self.parts.trained.add(name)
+            self.empty += [] if entry.numel else [entry.name]
+        if entry.numel or trained:
             self.parts.whole[name] = entry
-        if not entry.numel and name in self.parts.trained:
-            self.empty.append(entry.name)
 
     def _is_meant(self, adapter: str | None, entry: TensorEntry) -> bool:
         """Whether a tensor is of the adapter that the mapping names; one without a name is of every one."""
@@ -239,8 +240,8 @@ def _make(name: str) -> str:
 def _empty_error(names: list[str], source: str, where: str) -> MappingError:
     return MappingError(
         "empty-adapter",
-        f"{count(len(names), 'tensor')} of {source} without elements: placeholders [0] of an adapter that was saved under "
-        f"ZeRO-3 before its parts were gathered: {listed(names, 3)}",
+        f"{count(len(names), 'tensor')} of {source} without elements: placeholders [0] of an adapter that was saved "
+        f"under ZeRO-3 before its parts were gathered: {listed(names, 3)}",
         where=where,
         expected="tensors with elements: A [r, in], B [out, r]",
         hint="name the directory of the DeepSpeed checkpoint beside it as the adapter (global_stepN, or the one with "

@@ -14,7 +14,7 @@ from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
 from shardmerge.mapping.adapter_config import NAME as CONFIG
 from shardmerge.mapping.adapter_names import Places, without_base
-from shardmerge.mapping.adapter_parts import Parts, foreign_error, looks_like_an_adapter, sort_adapter
+from shardmerge.mapping.adapter_parts import PREFIX, Parts, foreign_error, foreign_names, sort_adapter
 from shardmerge.mapping.adapter_settings import Settings, read_settings
 from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.near import count, listed
@@ -108,20 +108,25 @@ class _Merge:
         return base.with_words(self._notes(), self._warnings(places))
 
     def _nothing(self) -> Base:
-        template = self.spec.source.template
+        source, template = self.spec.source.source, self.spec.source.template
         names = [name for name in self.adapter.names() if template.match(name) is not None]
-        if (first := looks_like_an_adapter(names)) and not self.parts.used:
-            kin = [name for name in names if looks_like_an_adapter([name])]
-            raise foreign_error([first, *kin[1:]], self.spec.source.source, self.adapter.path)
-        if self.spec.optional and (template.text != "{rest...}" or self.spec.source.source == self.spec.onto.source):
+        inside = [name.partition(f".{PREFIX}")[0] for name in names if f".{PREFIX}" in name and ".lora_" in name]
+        if not self.parts.used and not inside and (kin := foreign_names(names)):
+            raise foreign_error(kin, self.spec.source.source, self.adapter.path)
+        if (
+            self.spec.optional
+            and not (inside and template.text == "{rest...}")
+            and (template.text != "{rest...}" or self.spec.source.source == self.spec.onto.source)
+        ):
             return self.base  # a checkpoint that may hold an adapter or not
         raise MappingError(
             "not-an-adapter",
-            f"{self.spec.source.source} holds no adapter tensors under `{template}`",
+            f"{source} holds no adapter tensors under `{template}`",
             where=str(self.spec.mark),
             found=listed(list(self.adapter.names()), 3),
             expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
-            hint="`shardmerge inspect` shows the names; say `from: source:prefix.{rest...}` if there is a prefix",
+            hint=" or ".join(f'`from: "{source}:{one}.{{rest...}}"`' for one in dict.fromkeys(inside))
+            or "`shardmerge inspect` shows the names",
         )
 
     def _weights(self) -> Iterator[str]:
