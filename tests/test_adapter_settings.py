@@ -11,8 +11,8 @@ import pytest
 from peft import LoraConfig
 
 import shardmerge as sm
-from shardmerge.mapping import adapter_config
-from shardmerge.mapping.adapter_config import read_config
+from shardmerge.targets import adapter_config
+from shardmerge.targets.adapter_config import read_config
 from tests.adapter_runs import (
     assert_same,
     change_config,

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.adapter_config import AdapterConfig, last_names
 from shardmerge.mapping.adapter_layers import Layers
 from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
+from shardmerge.targets.adapter_config import AdapterConfig, last_names
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_config import NAME, AdapterConfig, last_names, layer_of
 from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_parts import Parts
 from shardmerge.mapping.near import count, listed
+from shardmerge.targets.adapter_config import NAME, AdapterConfig, last_names, layer_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 

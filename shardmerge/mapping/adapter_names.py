@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
+from shardmerge.mapping.adapter_parts import PREFIX
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.tensors import Catalog
@@ -95,6 +96,8 @@ def _way(spec: AdapterSpec, names: Sequence[str], base: Catalog) -> str:
     if prefixes:
         lines = " or ".join(f'`onto: "{onto}:{prefix}{{rest...}}"`' for prefix in prefixes[:3])
         return f"the names of {onto} have a prefix: say under `adapters:` {lines}"
+    if all(name.startswith(PREFIX) for name in base.names()):
+        return f"{onto} is a training checkpoint itself: name the model that the run began with as the base"
     if any(name.startswith("model.language_model.") for name in names) and any(
         name.startswith("language_model.model.") for name in base.names()
     ):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_config import NAME, AdapterConfig, read_config
 from shardmerge.mapping.spec import AdapterSpec
+from shardmerge.targets.adapter_config import NAME, AdapterConfig, read_config
 from shardmerge.targets.architectures import load_object
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.targets.training_config import LoraFacts, read_training_config

@@ -12,7 +12,6 @@ from shardmerge.compose import compose
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
-from shardmerge.mapping.adapter_config import NAME as CONFIG
 from shardmerge.mapping.adapter_names import Places, without_base
 from shardmerge.mapping.adapter_parts import PREFIX, Parts, foreign_error, foreign_names, sort_adapter
 from shardmerge.mapping.adapter_settings import Settings, read_settings
@@ -21,6 +20,7 @@ from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.packed import packed_weights
+from shardmerge.targets.adapter_config import NAME as CONFIG
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import Catalog, TensorEntry
@@ -165,8 +165,10 @@ class _Merge:
             if place is not None:
                 problems += base.misfits(place, entry, self.spec, trained=name in self.parts.trained)
                 yield place, entry
-            elif not self._is_tied(entry):
+            elif name in self.parts.trained:
                 homeless.append(name)
+            elif not self._is_tied(entry):
+                self.parts.used.discard(entry.name)  # a dump holds more than its adapter: rules may want a projector
         for module, parts in self.parts.modules.items():
             place = places.find(f"{module}.weight")
             if place is None:

@@ -308,6 +308,8 @@ class _Work:
 
     def _leave_out(self, expectation: Expectation) -> None:
         """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for source, names in expectation.ignored.items():
+            self.dropped.update((source, name) for name in names if (source, name) not in self.matched)
         for prefix in expectation.left_out:
             for target in [name for name in self.assignments if name.startswith(prefix)]:
                 assignment = self.assignments.pop(target)
