@@ -133,3 +133,12 @@ def merged_state(model: PeftModel) -> State:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {name: tensor.detach().clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+
+
+def base_state(model: PeftModel) -> State:
+    """The weights below an adapter, under the base's names."""
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor.detach().clone()
+        for name, tensor in model.get_base_model().state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }

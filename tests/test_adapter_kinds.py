@@ -16,13 +16,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Model, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Model,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 import shardmerge as sm
 from tests.adapter_runs import (
     IDS,
     WEIGHTS,
     assert_same,
+    base_state,
     change_config,
     change_tensors,
     gpt2,
@@ -449,7 +457,7 @@ def test_a_vocabulary_that_grew_on_one_side_is_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / "lora" / WEIGHTS)
     change_tensors(tmp_path / "lora", dict.fromkeys(name for name in state if "lm_head" in name))
     stderr = refused(tmp_path)
-    assert "[vocabulary-rows]" in stderr
+    assert "[adapter-vocabulary]" in stderr
     assert "vocabulary" in stderr
     assert "28 rows" in stderr
 
@@ -477,9 +485,36 @@ def test_tokens_that_the_config_does_not_name_are_refused(tmp_path: Path) -> Non
         assert "trainable_token_indices" in refused(tmp_path)
 
 
-def test_a_module_that_the_base_lacks_is_named(run: Path) -> None:
-    change_config(run / "lora", modules_to_save=["score"], task_type="SEQ_CLS")
-    change_tensors(run / "lora", {"base_model.model.score.weight": torch.zeros(3, 16)})
-    stderr = refused(run)
+@pytest.mark.parametrize("labels", [1, 2, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_classifier_loads_as_one(tmp_path: Path, labels: int, *, tied: bool) -> None:
+    """The base has no head for it; the result is the classifier that the run made."""
+    saved(llama(tie_word_embeddings=tied), tmp_path / "base")
+    classifier = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=labels)
+    classifier.config.pad_token_id = 0
+    model = trained(classifier, tmp_path / "lora", target_modules=["q_proj"], task_type="SEQ_CLS")
+    live = model(IDS).logits
+    assert_same(merge(tmp_path), merged_state(model))
+    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    again.config.pad_token_id = 0
+    assert (again.eval()(IDS).logits - live).abs().max() < 1e-5
+
+
+def test_another_module_that_the_base_lacks_is_named(tmp_path: Path) -> None:
+    """The hint, followed: a base with that module."""
+    saved(llama(), tmp_path / "base")
+    classifier = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    classifier.config.pad_token_id = 0
+    model = trained(classifier, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["score"])
+    stderr = refused(tmp_path)
     assert "[adapter-new-module]" in stderr
     assert "score.weight" in stderr
+    assert "AutoModelForSequenceClassification" in stderr
+    shutil.rmtree(tmp_path / "base")
+    torch.manual_seed(0)
+    saved(LlamaForSequenceClassification(model.config), tmp_path / "other")
+    body = load_file(tmp_path / "other" / "model.safetensors")
+    body |= {name: one for name, one in base_state(model).items() if name != "score.weight"}
+    save_file(body, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    assert_same(merge(tmp_path, base="other"), merged_state(model))

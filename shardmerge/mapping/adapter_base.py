@@ -22,6 +22,8 @@ _HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
 _HEAD = "lm_head.weight"
 # Whole models with a head; one that ends in `Model` has none that could be tied.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# peft's task types whose head is new, and how transformers calls the model with that head.
+_CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 # Whose tokenizer it is: that of the run lies beside the adapter, with its chat template.
 _TOKENIZER = (
     "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
@@ -157,10 +159,48 @@ class Base:
         said = self.changes.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
         if isinstance(said, bool) and not said:
             return False
+        headless = not any(name.endswith(_HEADS) for name in self.catalog.entries)
+        return said is True or (headless and self._architecture().endswith(_WITH_HEAD))
+
+    def with_head(self, whole: Mapping[str, TensorEntry], config: AdapterConfig, places: Places) -> Base:
+        """Returns a causal base as the classifier that the run made of it.
+
+        It gets the adapter's head and loses that of a language model; config.json says architecture and labels.
+        """
+        new = {
+            places.name(name): entry
+            for name, entry in whole.items()
+            if places.find(name) is None and last_names(name.rpartition(".")[0], config.saved)
+        }
+        labels = [entry.shape[0] for name, entry in new.items() if name.endswith(".weight") and len(entry.shape) == 2]
+        named = self._architecture()
+        stem = next((named.removesuffix(end) for end in _WITH_HEAD[:2] if named.endswith(end)), "")
+        if config.task not in _CLASSIFIERS or len(labels) != 1 or not stem:
+            return self
+        gone = places.name(_HEAD)
+        entries = {name: entry for name, entry in self.catalog.entries.items() if name != gone}
+        aliases = {alias: name for alias, name in self.catalog.aliases.items() if gone not in (alias, name)}
+        names = {number: f"LABEL_{number}" for number in range(labels[0])}
+        words = {
+            "architectures": [stem + _CLASSIFIERS[config.task]],
+            "id2label": {str(number): name for number, name in names.items()},
+            "label2id": {name: number for number, name in names.items()},
+        }
+        done = replace(
+            self,
+            catalog=replace(self.catalog, entries={**entries, **new}, aliases=aliases),
+            changes={**self.changes, **words},
+        )
+        text = (
+            f"the adapter trained a classifier: {', '.join(new)} is its head, {gone} is left out, "
+            f"and config.json says {words['architectures']} with {labels[0]} labels, LABEL_0 and so on"
+        )
+        return done.with_words((), (text,))
+
+    def _architecture(self) -> str:
         listed = self.config.get("architectures")
         named = listed[0] if isinstance(listed, list) and listed else ""
-        headless = not any(name.endswith(_HEADS) for name in self.catalog.entries)
-        return said is True or (headless and isinstance(named, str) and named.endswith(_WITH_HEAD))
+        return named if isinstance(named, str) else ""
 
     def changed(self, entries: Mapping[str, TensorEntry], whole: Collection[str], *, source: str) -> Base:
         """Returns the base with other tensors under some names; ``whole`` are those that were replaced.
@@ -168,7 +208,7 @@ class Base:
         Raises
         ------
         MappingError
-            ``vocabulary-rows``: embedding and head have different numbers of rows now.
+            ``adapter-vocabulary``: embedding and head have different numbers of rows now.
         """
         catalog = replace(self.catalog, entries={**self.catalog.entries, **entries})
         done = replace(
@@ -194,7 +234,7 @@ class Base:
         rows = {every[name] for name in every if name in grown or every[name] in before}
         if len(rows) != 1 or not self._says_rows():
             raise MappingError(
-                "vocabulary-rows",
+                "adapter-vocabulary",
                 "the adapter brings another vocabulary than its base, and not for every tensor that has its rows",
                 where=self.catalog.path,
                 found=", ".join(f"{name} {count} rows" for name, count in every.items()),

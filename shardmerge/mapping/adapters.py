@@ -53,7 +53,7 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
     MappingError
         All problems at once: ``not-an-adapter``, ``adapter-without-base``, ``adapter-incomplete``, ``unknown-alpha``,
         ``adapter-rank``, ``adapter-shape``, ``adapters-clash``, ``packed-weights``, ``op-shape``, ``tied-embeddings``,
-        ``unknown-layer``, ``vocabulary-rows``, and those of ``read_settings`` and ``sort_adapter``.
+        ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_settings`` and ``sort_adapter``.
     """
     bases: dict[str, Base] = {}
     used = set[tuple[str, str]]()
@@ -96,6 +96,7 @@ class _Merge:
         base = self.base.with_files(self.adapter, self.spec)
         places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
+        base = base.with_head(self.parts.whole, self.settings.config, places)
         places = replace(places, base=base.catalog)
         problems: list[ShardmergeError] = list(
             incomplete(self.settings.config, self.parts, base, places, self.adapter.path)

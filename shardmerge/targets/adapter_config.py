@@ -21,13 +21,12 @@ NAME = "adapter_config.json"
 _HONOURED = frozenset({
     "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias",
     "use_dora", "lora_bias", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "trainable_token_indices", "ensure_weight_tying", "peft_type",
+    "layers_pattern", "trainable_token_indices", "ensure_weight_tying", "peft_type", "task_type",
 })  # fmt: skip
 
 # Of no weight in a merge, and why.
 _IRRELEVANT: Mapping[str, str] = {
-    "task_type": "which wrapper peft puts around the model",
-    "auto_mapping": "the same",
+    "auto_mapping": "which classes the run had",
     "peft_version": "who wrote the file",
     "transformers_version": "who wrote the file",
     "base_model_name_or_path": "the user names the base",
@@ -90,6 +89,8 @@ class AdapterConfig:
         ``trainable_token_indices`` by the name of the embedding, ``""`` for the model's own.
     tied
         ``ensure_weight_tying``.
+    task
+        ``task_type``: ``CAUSAL_LM``, ``SEQ_CLS``, ...; empty where it does not say.
     """
 
     alpha: float | None = None
@@ -105,6 +106,7 @@ class AdapterConfig:
     dora: bool | None = None
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: bool = False
+    task: str = ""
 
 
 def read_config(config: JsonObject, where: str) -> AdapterConfig:
@@ -200,6 +202,7 @@ class _Reader:
             dora=self._flag("use_dora"),
             tokens=self._tokens(),
             tied=bool(self._flag("ensure_weight_tying")),
+            task=task if isinstance(task := self.values.get("task_type"), str) else "",
         )
 
     def _odd(self, key: str, value: object, expected: str) -> None:
