@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Model,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -405,6 +407,67 @@ def test_a_tied_base_answers_as_the_run_did(tmp_path: Path, case: str, use: str)
     assert ("tie_word_embeddings: false" in " ".join(done.plan.warnings)) is untied
 
 
+@pytest.mark.parametrize("tied", [True, False, None])
+@pytest.mark.parametrize("owner", ["embedding", "head"])
+@pytest.mark.parametrize("case", ["embedding whole", "head by LoRA"])
+def test_one_storage_under_two_names_is_two_tensors_then(
+    tmp_path: Path, case: str, owner: str, *, tied: bool | None
+) -> None:
+    """A torch file may hold both names of one storage, whatever config.json says."""
+    base = llama(tie_word_embeddings=True)
+    saved(base, tmp_path / "base")
+    live = trained(opened(base, tmp_path / "base"), tmp_path / "lora", **json.loads(json.dumps(TIED[case])))(IDS).logits
+    state = dict(load_file(tmp_path / "base" / "model.safetensors"))
+    embedding = state.pop("model.embed_tokens.weight")
+    pair = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
+    pair = pair if owner == "embedding" else dict(reversed(pair.items()))
+    torch.save(pair | state, tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"tie_word_embeddings": tied}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    merge(tmp_path)
+    model = loaded(tmp_path / "out")
+    assert (model(IDS).logits - live).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("targets", [["wte", "c_attn"], ["lm_head"]])
+def test_a_tied_gpt2_too(tmp_path: Path, targets: list[str]) -> None:
+    base = gpt2(tie_word_embeddings=True)
+    saved(base, tmp_path / "base")
+    live = trained(opened(base, tmp_path / "base"), tmp_path / "lora", target_modules=targets)(IDS).logits
+    merge(tmp_path)
+    assert (loaded(tmp_path / "out")(IDS).logits - live).abs().max() < 1e-5
+
+
+def test_a_head_of_another_name_is_not_guessed(tmp_path: Path) -> None:
+    """BERT ties `cls.predictions.decoder` to its words."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=16))
+    saved(base, tmp_path / "base")
+    trained(opened(base, tmp_path / "base"), tmp_path / "lora", target_modules=["word_embeddings", "query"])
+    assert "[tied-embeddings]" in refused(tmp_path)
+
+
+def test_dora_on_a_head_that_was_tied_keeps_its_norm(tmp_path: Path) -> None:
+    """Two adapters on one head: the first unties it, the second has the norm of the old one."""
+    base = llama(tie_word_embeddings=True)
+    saved(base, tmp_path / "base")
+    untied = llama()
+    untied.load_state_dict(base.state_dict())
+    saved(untied, tmp_path / "untied")
+    for seed, name in enumerate(("l0", "l1")):
+        trained(opened(untied, tmp_path / "untied"), tmp_path / name, seed, target_modules=["lm_head"], use_dora=True)
+    found = []
+    for folder in ("base", "untied"):
+        path = write_mapping(tmp_path, [f"from: {name}, onto: {folder}" for name in ("l0", "l1")], folder, ["l0", "l1"])
+        sm.run(path, options=sm.Options(sync=False))
+        found.append({name: array.tobytes() for name, array in read_all(sm.inspect(tmp_path / "out")).items()})
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1]
+
+
 def test_ties_of_unknown_names_are_refused(tmp_path: Path) -> None:
     base = llama(tie_word_embeddings=True)
     saved(base, tmp_path / "base")
@@ -442,8 +505,10 @@ GROWN = {
 def test_a_grown_vocabulary_is_in_the_config_with_its_tokenizer(tmp_path: Path, case: str, *, tied: bool) -> None:
     model = grown(tmp_path, tied=tied, **GROWN[case])
     live = model(IDS + 19).logits  # the new rows are asked for too
-    bases = {"base": str(tmp_path / "base")}
-    done = sm.convert(tmp_path / "lora", tmp_path / "out", bases=bases, options=sm.Options(sync=False))
+    use, bases, source = "peft/merge", {"base": str(tmp_path / "base")}, tmp_path / "lora"
+    if tied:
+        use, bases, source = "llama/hf-to-hf", {"adapter": str(tmp_path / "lora")}, tmp_path / "base"
+    done = sm.convert(source, tmp_path / "out", use=use, bases=bases, options=sm.Options(sync=False))
     said = " ".join(done.plan.warnings)
     assert (loaded(tmp_path / "out")(IDS + 19).logits - live).abs().max() < 1e-5
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 28
@@ -474,6 +539,15 @@ def test_trained_tokens_replace_their_rows(tmp_path: Path, rows: object, dtype: 
     truth = merged_state(model)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert np.array_equal(found[name].astype(np.float32), truth[name].float().numpy())
+
+
+def test_tokens_of_two_adapters_are_not_guessed(tmp_path: Path) -> None:
+    base = llama()
+    saved(base, tmp_path / "base")
+    trained(opened(base, tmp_path / "base"), tmp_path / "l0", trainable_token_indices=[3])
+    trained(opened(base, tmp_path / "base"), tmp_path / "l1", trainable_token_indices=[3, 4])
+    write_mapping(tmp_path, ["from: l0, onto: base", "from: l1, onto: base"], "base", ["l0", "l1"])
+    assert "[adapters-clash]" in refusal(tmp_path)
 
 
 def test_tokens_that_the_config_does_not_name_are_refused(tmp_path: Path) -> None:

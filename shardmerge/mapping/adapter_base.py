@@ -17,11 +17,19 @@ from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
 
 _CONFIG = "config.json"
 # Input embeddings and heads over the vocabulary, as transformers calls them, by the end of their names.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight",
+)  # fmt: skip
 _HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
 _HEAD = "lm_head.weight"
-# Whole models with a head; one that ends in `Model` has none that could be tied.
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Language models whose head is `lm_head` beside one of these embeddings (LLaMA and its kin, GPT-2, OPT, BLOOM, Falcon).
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_BESIDE_A_HEAD = frozenset({
+    "model.embed_tokens.weight", "transformer.wte.weight", "model.decoder.embed_tokens.weight",
+    "transformer.word_embeddings.weight",
+})  # fmt: skip
+# Whole models with a head, which may be tied; one that ends in `Model` has none.
+_WITH_HEAD = (*_CAUSAL, "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 # peft's task types whose head is new, and how transformers calls the model with that head.
 _CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 # Whose tokenizer it is: that of the run lies beside the adapter, with its chat template.
@@ -79,10 +87,13 @@ class Base:
         grown = saved is not None and place.endswith((*_EMBEDDINGS, *_HEADS)) and saved.shape != now.shape
         return (saved if grown and saved is not None else now), None
 
-    def refuse_clash(self, place: str, spec: AdapterSpec) -> None:
-        """Raises ``adapters-clash`` where an earlier adapter replaced the weight that this one would add to."""
-        if place in self.replaced_by:
-            raise _clash(place, self.replaced_by[place], spec)
+    def refuse_clash(self, place: str, spec: AdapterSpec, *, replacing: bool = False) -> None:
+        """Raises ``adapters-clash`` where an earlier adapter replaced the weight, or changed one of which this one
+        would replace rows.
+        """
+        earlier = self.replaced_by.get(place) or (self.changed_by.get(place) if replacing else None)
+        if earlier:
+            raise _clash(place, earlier, spec)
 
     def misfits(self, place: str, entry: TensorEntry, spec: AdapterSpec, *, trained: bool) -> Iterable[ShardmergeError]:
         """Yields what is wrong with a weight that is to replace the base's."""
@@ -138,29 +149,46 @@ class Base:
         ends = (*_EMBEDDINGS, _HEAD)
         touched = [place for place in trained if place.endswith(ends)]
         if not touched or not self._is_tied():
-            return self
+            return self._apart() if touched else self
         embeddings = [name for name in self.catalog.names() if name.endswith(_EMBEDDINGS)]
         if config.tied and not any(place.endswith(_HEAD) for place in touched):
             return self  # ensure_weight_tying: the head follows
         head = places.name(_HEAD)
-        if len(embeddings) != 1 or "vocab_size" not in self.config or not set(touched) <= {embeddings[0], head}:
+        known = {*embeddings, head} if len(embeddings) == 1 and self._is_plain(embeddings[0], places) else set()
+        if not set(touched) <= known:
             raise _tied(touched, self.name)
-        copy = replace(self.catalog[embeddings[0]], name=head)
-        aliases = {alias: name for alias, name in self.catalog.aliases.items() if alias != head}
-        catalog = replace(self.catalog, entries={**self.catalog.entries, head: copy}, aliases=aliases)
+        copies = {name: replace(self.catalog[embeddings[0]], name=name) for name in (*embeddings, head)}
+        aliases = {alias: name for alias, name in self.catalog.aliases.items() if alias not in copies}
+        catalog = replace(self.catalog, entries={**self.catalog.entries, **copies}, aliases=aliases)
         text = (
             f"the embeddings were tied, and the adapter trained {' and '.join(sorted(touched))} alone or apart: "
             f"{head} is written on its own, and config.json says tie_word_embeddings: false"
         )
-        done = replace(self, catalog=catalog, changes={**self.changes, "tie_word_embeddings": False})
+        before = replace(self.before, entries={**self.before.entries, **copies}, aliases=aliases)
+        done = replace(self, before=before, catalog=catalog, changes={**self.changes, "tie_word_embeddings": False})
         return done.with_words((), (text,))
+
+    def _apart(self) -> Base:
+        """Embedding and head of an untied model may be one storage in a torch file: each becomes its own."""
+        ends = (*_EMBEDDINGS, *_HEADS)
+        own = {
+            alias: replace(self.catalog[alias], name=alias) for alias in self.catalog.aliases if alias.endswith(ends)
+        }
+        aliases = {alias: name for alias, name in self.catalog.aliases.items() if alias not in own}
+        return replace(self, catalog=replace(self.catalog, entries={**self.catalog.entries, **own}, aliases=aliases))
+
+    def _is_plain(self, embedding: str, places: Places) -> bool:
+        """Whether this is a causal model with its head under the name that is known to belong to the embedding."""
+        usual = {places.name(name) for name in _BESIDE_A_HEAD}
+        return embedding in usual and "vocab_size" in self.config and self._architecture().endswith(_CAUSAL)
 
     def _is_tied(self) -> bool:
         said = self.changes.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
-        if isinstance(said, bool) and not said:
-            return False
+        if isinstance(said, bool):
+            return said
+        aliased = any(name.endswith((*_EMBEDDINGS, *_HEADS)) for name in self.catalog.aliases)
         headless = not any(name.endswith(_HEADS) for name in self.catalog.entries)
-        return said is True or (headless and self._architecture().endswith(_WITH_HEAD))
+        return (aliased or headless) and self._architecture().endswith(_WITH_HEAD)
 
     def with_head(self, whole: Mapping[str, TensorEntry], config: AdapterConfig, places: Places) -> Base:
         """Returns a causal base as the classifier that the run made of it.
@@ -174,7 +202,7 @@ class Base:
         }
         labels = [entry.shape[0] for name, entry in new.items() if name.endswith(".weight") and len(entry.shape) == 2]
         named = self._architecture()
-        stem = next((named.removesuffix(end) for end in _WITH_HEAD[:2] if named.endswith(end)), "")
+        stem = next((named.removesuffix(end) for end in _CAUSAL if named.endswith(end)), "")
         if config.task not in _CLASSIFIERS or len(labels) != 1 or not stem:
             return self
         gone = places.name(_HEAD)

@@ -104,7 +104,8 @@ class _Merge:
         homeless: list[str] = []
         entries = dict(self._made(base, places, problems, homeless))
         raise_all([*problems, *without_base(self.spec, homeless, base.catalog, self.settings.config.saved)])
-        whole = frozenset(entries) & {place for name in self.parts.whole if (place := places.find(name))}
+        rows = [f"{module}.weight" for module, parts in self.parts.modules.items() if "tokens" in parts]
+        whole = frozenset(entries) & {place for name in (*self.parts.whole, *rows) if (place := places.find(name))}
         base = base.changed(entries, whole, source=self.spec.source.source)
         return base.with_words(self._notes(), self._warnings(places))
 
@@ -196,6 +197,7 @@ class _Merge:
         now, untouched = base.weights(place, self.parts.bases.get(f"{module}.weight"))
         origin = f"merged with {self.spec.source.source}"
         if "tokens" in parts:
+            base.refuse_clash(place, self.spec, replacing=True)
             rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens, origin=origin)
             if len(parts) > 1:
                 raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
