@@ -517,6 +517,21 @@ def test_a_grown_vocabulary_is_in_the_config_with_its_tokenizer(tmp_path: Path, 
     assert "tokenizer beside the adapter" in said
 
 
+def test_what_lies_beside_an_adapter_is_taken_or_contradicted_aloud(run: Path) -> None:
+    """Processor of the run, and a config.json that says something else than the base's."""
+    config = json.loads((run / "base" / "config.json").read_text())
+    (run / "lora" / "config.json").write_text(json.dumps(config | {"rope_theta": 5e6, "use_cache": False}))
+    (run / "base" / "config.json").write_text(json.dumps(config | {"rope_theta": 1e4}))
+    (run / "lora" / "preprocessor_config.json").write_text("{}")
+    merge(run)
+    said = sm.plan(run / "mapping.yaml").warnings
+    assert any("rope_theta 5000000.0" in text for text in said)
+    assert not any("use_cache" in text for text in said)
+    assert any("preprocessor_config.json" in text for text in said)
+    assert (run / "out" / "preprocessor_config.json").is_file()
+    assert json.loads((run / "out" / "config.json").read_text())["rope_theta"] == 1e4
+
+
 def test_a_vocabulary_that_grew_on_one_side_is_refused(tmp_path: Path) -> None:
     grown(tmp_path, modules_to_save=["embed_tokens"])
     state = load_file(tmp_path / "lora" / WEIGHTS)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, ShardmergeError
+from shardmerge.mapping.adapter_files import files_beside
 from shardmerge.mapping.adapter_layers import Layers
 from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_weights import with_rows
@@ -13,7 +14,7 @@ from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
+from shardmerge.tensors import Catalog, TensorEntry
 
 _CONFIG = "config.json"
 # Input embeddings and heads over the vocabulary, as transformers calls them, by the end of their names.
@@ -32,10 +33,6 @@ _BESIDE_A_HEAD = frozenset({
 _WITH_HEAD = (*_CAUSAL, "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 # peft's task types whose head is new, and how transformers calls the model with that head.
 _CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-# Whose tokenizer it is: that of the run lies beside the adapter, with its chat template.
-_TOKENIZER = (
-    "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,19 +274,10 @@ class Base:
     def _says_rows(self) -> bool:
         return isinstance(self.config.get("vocab_size"), int)
 
-    def with_files(self, adapter: Catalog, spec: AdapterSpec) -> Base:
-        """Returns the base with the tokenizer that lies beside an adapter in place of its own."""
-        found = {name: one for name, one in adapter.side_files.items() if name.startswith(_TOKENIZER)}
-        if adapter.kind != PEFT_ADAPTER or "tokenizer_config.json" not in found or adapter is self.before:
-            return self
-        models = any(
-            name in found for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-        )
-        if not models or not any(name.startswith(_TOKENIZER) for name in self.catalog.side_files):
-            return self
-        kept = {name: one for name, one in self.catalog.side_files.items() if not name.startswith(_TOKENIZER)}
-        text = f"{spec.source.source}: the tokenizer beside the adapter is taken, not that of {self.name}"
-        return replace(self, catalog=replace(self.catalog, side_files={**kept, **found})).with_words((), (text,))
+    def with_files(self, adapter: Catalog, source: str, read: ReadSideFile) -> Base:
+        """Returns the base with the tokenizer and processor that lie beside an adapter in place of its own."""
+        files, words = files_beside(adapter, self.catalog, self.config, (source, self.name), read)
+        return replace(self, catalog=replace(self.catalog, side_files=files)).with_words((), words) if words else self
 
     def with_words(self, notes: Iterable[str], warnings: Iterable[str]) -> Base:
         """Returns the base with more notes and warnings."""

@@ -93,7 +93,7 @@ class _Merge:
         if not self.parts.modules and not self.parts.whole:
             return self._nothing()
         self.settings = read_settings(self.spec, self.adapter, self.read)
-        base = self.base.with_files(self.adapter, self.spec)
+        base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
         places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
         base = base.with_head(self.parts.whole, self.settings.config, places)
