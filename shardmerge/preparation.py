@@ -27,8 +27,10 @@ from shardmerge.publishable import Terms, publishable
 from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
+from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.changed_config import changed_reader, with_changes
 from shardmerge.targets.expectation import Expectation, Request, Target
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, Extent
 
 # The target whose names and shapes are as the rules make them: counts follow from the rules.
 _ANY_MODEL = "hf/model"
@@ -115,10 +117,15 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     dropped = find_dropped(spec.drops, catalogs)
     needs = _needs(spec, catalogs, output)
     settled = dequantized(catalogs, needs, sides.read)
-    merged, used = _merged(spec, settled.catalogs, dropped, sides)
-    variables = Variables(settled.catalogs, sides.read, spec.variables)
-    expectation = _expectation(spec, settled.catalogs, dropped, output.dtype, variables)
+    merged, used, changes = _merged(spec, settled.catalogs, dropped, sides)
+    read = changed_reader(changes, sides.read)
+    # What adapters change beside weights: the tokenizer, and words of config.json.
+    seen = {name: replace(one, side_files=merged[name].side_files) for name, one in settled.catalogs.items()}
+    variables = Variables(seen, read, spec.variables)
+    expectation = _expectation(spec, seen, dropped, output.dtype, variables)
     raise_all(_idle(spec, expectation))
+    if expectation is not None:
+        expectation = with_changes(expectation, changes, read)
     expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
         spec.rules,
@@ -132,11 +139,12 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     resolution = replace(resolution, dropped=tuple(sorted({*resolution.dropped, *settled.dropped})))
     for name in needs.published:
         raise_all(odd_company(resolution.assignments, merged, name, settled.skipped[name]))
-        catalog = settled.catalogs[name]
+        catalog = seen[name]
         if expectation and leaves_all_codes(resolution.assignments.values(), name, catalog):
-            codeless = {**settled.catalogs, name: as_plain(catalog)}
+            codeless = {**seen, name: as_plain(catalog)}
             plain = _expectation(spec, codeless, dropped, output.dtype, variables)
-            expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
+            written = with_changes(plain or expectation, changes, read)
+            expectation = replace(written, warnings=(*expectation.warnings, _left_out(name, catalog)))
     told = settled.told(merged, (one.entry for one in resolution.assignments.values()))
     return Resolved(spec, catalogs, told, resolution, expectation or _as_resolved(resolution), sides)
 
@@ -183,11 +191,13 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Sp
 
 def _merged(
     spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, sides: SideFiles
-) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]]]:
-    """Returns what is left of the catalogs, all adapters merged into their bases, and the tensors so used up."""
+) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]], dict[Extent, JsonObject]]:
+    """Returns what is left of the catalogs, all adapters merged into their bases, the tensors so used up, and what the
+    bases' config.json have to say otherwise.
+    """
     left = dropped.left(catalogs)
     if not spec.adapters:
-        return left, frozenset()
+        return left, frozenset(), {}
     from shardmerge.mapping.adapters import merge_adapters
 
     try:
@@ -195,7 +205,8 @@ def _merged(
     except ShardmergeError as error:
         raise_all([_without_dropped_base(one, dropped) for one in error.each()])
         raise
-    return merged.catalogs, merged.used
+    changes = {catalogs[name].side_files["config.json"]: changed for name, changed in merged.configs.items()}
+    return merged.catalogs, merged.used, changes
 
 
 def _without_dropped_base(error: ShardmergeError, dropped: Dropped) -> ShardmergeError:
@@ -309,9 +320,10 @@ def _idle_sources(spec: Spec, preset: Preset | None, catalogs: Mapping[str, Cata
     """Yields an error for a source without tensors that nothing asks for its config either; others show by tensors."""
     named = set(spec.target.roles.values() if spec.target else ()) | set(preset.roles if preset else ())
     named |= {one.source for rule in spec.rules for term in rule.candidates for one in references(term)}
+    named |= {end.source for one in spec.adapters for end in (one.source, one.onto)}
     asked = {name.partition(".")[0] for name in formula_names(spec)}
     for name, catalog in catalogs.items():
-        if not catalog.entries and name not in named | asked and not asked & set(ROOMS):
+        if not (catalog.entries or catalog.absent) and name not in named | asked and not asked & set(ROOMS):
             what, where = f"nothing uses the source `{name}`", str(spec.sources[name].mark)
             yield MappingError("unknown-source", what, where=where, hint="remove it, or name it in a rule")
 

@@ -308,6 +308,10 @@ class _Work:
 
     def _leave_out(self, expectation: Expectation) -> None:
         """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for source, names in expectation.ignored.items():
+            ignored = {(source, name) for name in names} - self.matched
+            self.left_out |= ignored
+            self.matched |= ignored
         for prefix in expectation.left_out:
             for target in [name for name in self.assignments if name.startswith(prefix)]:
                 assignment = self.assignments.pop(target)

@@ -187,6 +187,8 @@ class Expectation:
         How tensors are spread over files; every tensor belongs to one.
     keep
         Names that keep the type of their source whatever ``output.dtype`` says.
+    ignored
+        By source: names that are no part of this directory and need no ``drop:``, such as a frozen base in a dump.
     open
         The architecture is not known: ``tensors`` lists only names whose shape is known, and any other name that a
         rule makes is written too, with the shape it has. At least one tensor must come out.
@@ -201,6 +203,7 @@ class Expectation:
     warnings: tuple[str, ...] = ()
     groups: tuple[FileGroup, ...] = (FileGroup(),)
     keep: frozenset[str] = frozenset()
+    ignored: Mapping[str, frozenset[str]] = field(default_factory=dict)
     open: bool = False
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from shardmerge.errors import TargetError
+from shardmerge.errors import TargetError, raise_all
+from shardmerge.shown import shown
+from shardmerge.targets.adapter_config import read_config
 from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
 from shardmerge.targets.options import number, switch
@@ -25,7 +27,10 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
 )
+_WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
+# Fields of a config beside the checkpoint whose values are checked; the others are kept as they are.
+_READ = ("lora_alpha", "r", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 # What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
 _BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
 
@@ -90,8 +95,17 @@ def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = 
         Names that the user drops.
     """
     start = prefix + ROOT
-    names = [n for n in catalog.names() if n.startswith(start) and not n.endswith(_BASE) and n not in gone]
+    names = [
+        name
+        for name in catalog.names()
+        if name.startswith(start) and not _is_of_the_base(catalog, name) and name not in gone
+    ]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
+
+
+def _is_of_the_base(catalog: Catalog, name: str) -> bool:
+    """Whether a tensor of a dump is the base's: wrapped by its name, or frozen by what DeepSpeed says of it."""
+    return name.endswith(_BASE) or catalog[name].origin.startswith("frozen")
 
 
 def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str) -> JsonObject:
@@ -223,10 +237,14 @@ def expect(request: Request) -> Expectation:
         raise TargetError(
             "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
         )
-    tensors = adapter_tensors(catalog, _prefix(request, catalog), request.gone("trained"))
+    prefix = _prefix(request, catalog)
+    raise_all(_unfit(catalog, prefix + ROOT))
+    tensors = adapter_tensors(catalog, prefix, request.gone("trained"))
     config = _config(request, catalog, tensors)
+    frozen = (name for name in catalog.names() if _is_of_the_base(catalog, name))
     return Expectation(
         tensors=tensors,
+        ignored={source: frozenset(frozen)},
         side_files=(SideFile(CONFIG, (dump(config),)),),
         groups=(FileGroup(stem=STEM, sharded=False),),
     )
@@ -249,11 +267,50 @@ def _prefix(request: Request, catalog: Catalog) -> str:
     return next(iter(found), "")
 
 
+def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
+    """Yields what keeps the tensors from being one whole adapter."""
+    parts = [name for name in (*catalog.names(), *catalog.absent) if name.startswith(start)]
+    found = {name: match for name in parts if (match := _PART.fullmatch(name) or _WHOLE.fullmatch(name))}
+    adapters = sorted({match["adapter"] for match in found.values() if match["adapter"]})
+    if len(adapters) > 1:
+        yield TargetError(
+            "several-adapters",
+            f"the checkpoint holds {len(adapters)} adapters: {shown(adapters)}",
+            where=catalog.path,
+            hint="save the one that is meant: model.save_pretrained(OUT, selected_adapters=[NAME])",
+        )
+    empty = [name for name in found if name in catalog.absent or not catalog[name].numel]
+    if empty:
+        yield TargetError(
+            "empty-adapter",
+            f"{len(empty)} tensors of the adapter have no elements: placeholders [0], saved under ZeRO-3 before they "
+            f"were gathered: {shown(empty)}",
+            where=catalog.path,
+            hint="name the directory of the DeepSpeed checkpoint beside it: it has the numbers",
+        )
+
+
+def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[TargetError]:
+    """Yields an error where a config beside the checkpoint is that of another run."""
+    said = read_config(own, where)
+    if said.rank is not None and not said.rank_pattern and set(ranks.values()) != {said.rank}:
+        yield TargetError(
+            "adapter-rank",
+            "adapter_config.json says another rank than the tensors have",
+            where=where,
+            found=", ".join(map(str, sorted(set(ranks.values()))[:5])),
+            expected=f"r = {said.rank}",
+            hint="config and tensors are of different runs: put the right adapter_config.json beside the checkpoint",
+        )
+
+
 def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
     own = load_object(catalog.side_files[CONFIG], request.read) if CONFIG in catalog.side_files else {}
     stated = number(request, "alpha")
     where = catalog.side_files[CONFIG].file if own else catalog.path
+    if own and _ranks(tensors):
+        raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))
     alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated
     base = own.get("base_model_name_or_path")
     task = own.get("task_type")
