@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config
+from shardmerge.targets import clip, llama, llava_kinds, official_config
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.clip import VisionArchitecture
 from shardmerge.targets.expectation import Component, ReadSideFile, Request
@@ -25,6 +25,8 @@ ROLES = {
     "text": "the pretrained language model, or a LLaVA that holds one: config.json and tokenizer files",
     "vision": "the pretrained CLIP, or a Hugging Face LLaVA that holds one: config.json and preprocessor_config.json",
     "trained": "the checkpoint; its training config says what was frozen and how the projector is wired",
+    "adapter": "an adapter of LLaVA's own training; the config.json beside it says how the projector is wired",
+    "projector": "the projector of such a training, likewise",
 }
 
 _SOURCES = {"text": "llm", "vision": "vision", "trained": "trained"}
@@ -227,8 +229,10 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     whole = load_object(extent, read)
     nested = whole.get("text_config")
     config = nested if isinstance(nested, dict) else whole
+    if isinstance(nested, dict):
+        llava_kinds.kind_of(whole, extent.file)
     if official_config.is_official(whole):
-        config = official_config.language_part(whole)
+        config = official_config.language_part(whole, extent.file)
     return TextBase(catalog, whole, config, llama.read_architecture(config, extent.file), extent.file)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, tokenizer
+from shardmerge.targets import clip, llama, official_config, tokenizer
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -23,9 +23,11 @@ from shardmerge.targets.bases import (
     read_both,
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.llava_kinds import LLAVA, Kind, kind_of, pinpoints
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.vocabulary import Rows, rows
+from shardmerge.targets.training_run import Settings, processor_source, read_settings
+from shardmerge.targets.vocabulary import Rows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape
 
@@ -95,27 +97,6 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What sets one Hugging Face LLaVA apart from another.
-
-    Attributes
-    ----------
-    model_type, architecture, processor_class
-        As its files name them.
-    newline
-        Whether it has ``image_newline``.
-    """
-
-    model_type: str
-    architecture: str
-    processor_class: str
-    newline: bool
-
-
-LLAVA = Kind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Model:
     """All that was read and decided: what the directory will describe."""
 
@@ -128,6 +109,7 @@ class Model:
     tokens: TokenizerFiles
     pad_id: int | None
     rows: Rows
+    settings: Settings
 
 
 def expect(request: Request) -> Expectation:
@@ -136,10 +118,23 @@ def expect(request: Request) -> Expectation:
     Raises
     ------
     TargetError
-        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``bad-option``,
-        ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
+        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``contradiction``,
+        ``bad-option``, ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
     """
-    model = read_model(request, LLAVA)
+    return expect_kind(request, LLAVA)
+
+
+def expect_kind(request: Request, kind: Kind) -> Expectation:
+    """Returns what the directory of a LLaVA of this kind must hold.
+
+    Where the vocabulary is kept the text source is a LLaVA that is only renamed, and its own kind counts.
+
+    Raises
+    ------
+    TargetError
+        As ``expect``.
+    """
+    model = read_model(request, kind)
     return assemble(model, request, config_json(model, request), *processor_files(model, request))
 
 
@@ -160,11 +155,31 @@ def read_model(request: Request, kind: Kind) -> Model:
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
     text, vision = read_both(players, request)
-    wiring = wire(players.facts, players.trained, text.whole)
+    kind = _kind(request, kind, text)
+    settings = read_settings(request, text)
+    official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
+    wiring = wire(players.facts, players.trained, settings.config, settings.where)
     raise_all(_two_layers(wiring, players))
     tokens, pad_id = _tokens(request, text, kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
-    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted)
+    check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
+    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
+
+
+def _kind(request: Request, kind: Kind, text: TextBase) -> Kind:
+    """Returns the kind of the result: a base that is a LLaVA-NeXT makes no LLaVA 1.5, and the other way round."""
+    if not isinstance(text.whole.get("text_config"), dict):
+        return kind
+    own = kind_of(text.whole, text.where)
+    if own is kind or choice(request, "vocabulary", ("extend", "keep")) == "keep":
+        return own
+    raise TargetError(
+        "unsupported-architecture",
+        f"the text source is a {own.model_type}, which is no base for a {kind.model_type}",
+        where=text.where,
+        found=f"model_type {own.model_type!r}",
+        expected=f"a language model, or a LLaVA of model_type {kind.model_type!r}",
+    )
 
 
 def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
@@ -214,6 +229,17 @@ def _kept_tokens(request: Request, text: TextBase) -> tuple[TokenizerFiles, int 
             expected="`image_token_index` in its config.json",
             hint="vocabulary: extend",
         )
+    known = tokenizer.token_id(text.catalog.side_files, request.read, IMAGE_TOKEN)
+    if request.vocabulary is None:
+        check_ids({IMAGE_TOKEN: image}, text.architecture.vocab_size, text.where)
+    if known not in (None, image):
+        raise TargetError(
+            "token-id",
+            f"config.json and the tokenizer do not agree on the id of `{IMAGE_TOKEN}`",
+            where=text.where,
+            found=f"image_token_index {image}",
+            expected=f"{known}, as the tokenizer has it",
+        )
     files = TokenizerFiles({IMAGE_TOKEN: image}, tokenizer.copies(text.catalog.side_files))
     return files, pad if isinstance(pad, int) else None
 
@@ -240,6 +266,7 @@ def assemble(
         warnings=(
             *_tokenizer_warnings(model.text, model.tokens),
             *quantized_warnings(model.text, model.vision),
+            *model.wiring.warnings,
             *warnings,
         ),
     )
@@ -263,7 +290,9 @@ def _components(model: Model) -> tuple[Component, ...]:
         f"Check that `{players.trained_name}` is the checkpoint of the training: XTuner always saves the projector "
         "with it"
     )
-    return (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
+    newline = (model.names.newline, "", f"Every {model.kind.model_type} has it: do not drop it")
+    parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
+    return (*parts, Component(*newline)) if model.kind.newline else parts
 
 
 # ---- config.json and generation_config.json
@@ -290,7 +319,13 @@ def config_json(model: Model, request: Request) -> JsonObject:
         "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,
         "vision_feature_select_strategy": wiring.strategy,
     }
+    if model.kind.newline:
+        config["image_grid_pinpoints"] = _pinpoints(model)
     return config | _pad(model) | ({"torch_dtype": text_dtype} if text_dtype else {})
+
+
+def _pinpoints(model: Model) -> list[list[int]]:
+    return pinpoints(model.settings.config, model.vision.architecture.image_size, model.settings.where)
 
 
 def _pad(model: Model) -> JsonObject:
@@ -335,13 +370,14 @@ def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ..
 
 def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Returns preprocessor_config.json and processor_config.json, and warnings."""
-    vision = model.vision
-    images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
-    return two_files(model, images), warnings
-
-
-def two_files(model: Model, images: JsonObject) -> tuple[SideFile, SideFile]:
-    """Returns the files of a LLaVA's processor, given what its image processor's says."""
+    files = processor_source(model.settings, model.vision.catalog)
+    images, warnings = clip.image_processor(files, request.read, model.vision.architecture)
+    if model.kind.newline:
+        images |= {
+            "aspect_ratio_setting": "anyres",
+            "image_grid_pinpoints": _pinpoints(model),
+            "image_processor_type": "LlavaNextImageProcessor",
+        }
     # Without this file the processor of 4.51 to 5.23 loads and fails when called, and without the additional
     # token, which is CLIP's class token, it counts one image token too few.
     processor: JsonObject = {
@@ -351,10 +387,11 @@ def two_files(model: Model, images: JsonObject) -> tuple[SideFile, SideFile]:
         "processor_class": model.kind.processor_class,
         "vision_feature_select_strategy": model.wiring.strategy,
     }
-    return (
+    two = (
         SideFile("preprocessor_config.json", (dump(images | {"processor_class": model.kind.processor_class}),)),
         SideFile("processor_config.json", (dump(processor),)),
     )
+    return two, warnings
 
 
 TARGET = Target(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama
+from shardmerge.targets import clip, llama, official_config
 from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -88,7 +88,12 @@ def expect(request: Request) -> Expectation:
             *files,
         ),
         components=_components(model),
-        warnings=(*quantized_warnings(model.text, model.vision), *file_warnings, *_tower_warnings(model)),
+        warnings=(
+            *quantized_warnings(model.text, model.vision),
+            *model.wiring.warnings,
+            *file_warnings,
+            *_tower_warnings(model),
+        ),
     )
 
 
@@ -103,7 +108,8 @@ def _read_model(request: Request) -> _Model:
     raise_all(missing_sources(parts, request.catalogs))
     text = read_text(request.catalogs[players.text.source], request.read)
     vision = read_vision(players.vision, request.catalogs, request.read) if tower or described else None
-    wiring = wire(players.facts, players.trained, text.whole)
+    official_config.check_images(text.whole, tiles=None, where=text.where)
+    wiring = wire(players.facts, players.trained, text.whole, text.where)
     raise_all(_odd_projector(wiring, players))
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     return _Model(

@@ -96,7 +96,7 @@ def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
     """Returns the language model's config: the whole, or the part that a LLaVA has of it."""
     nested = whole.get("text_config")
     if official_config.is_official(whole):
-        return official_config.language_part(whole), ()
+        return official_config.language_part(whole, where), ()
     config = nested if isinstance(nested, dict) else whole
     if config.get("model_type") == "phi3":
         return foreign_configs.from_phi3(config, where)

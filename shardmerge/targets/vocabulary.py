@@ -69,6 +69,35 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
     return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
 
 
+def check_ids(ids: Mapping[str, int | None], count: int, where: str) -> None:
+    """Checks that tokens have rows; ``None`` and negative numbers stand for no token.
+
+    Parameters
+    ----------
+    ids
+        By the name of the token, or of the key that states it.
+    count
+        Rows of embedding and head.
+    where
+        The file that states them.
+
+    Raises
+    ------
+    TargetError
+        ``token-id``.
+    """
+    beyond = {name: number for name, number in ids.items() if number is not None and number >= count}
+    if beyond:
+        raise TargetError(
+            "token-id",
+            "a token's id is beyond the last row of the vocabulary",
+            where=where,
+            found=", ".join(f"{name} {number}" for name, number in beyond.items()),
+            expected=f"ids below {count}",
+            hint=f"vocabulary: {{rows: {max(beyond.values()) + 1}}}",
+        )
+
+
 def tokenizer_files(request: Request, side_files: Mapping[str, Extent], text: TextArchitecture) -> TokenizerFiles:
     """Returns a language model's tokenizer as it is, or with the tokens that the mapping adds.
 
