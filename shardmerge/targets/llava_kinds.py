@@ -38,6 +38,14 @@ NEXT = Kind("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcess
 
 _KINDS = {kind.model_type: kind for kind in (LLAVA, NEXT)}
 
+# LlavaConfig and LlavaNextConfig from 4.36 to 5.23.
+_LLAVA = (
+    "ignore_index", "image_grid_pinpoints", "image_seq_length", "image_token_id", "image_token_index",
+    "initializer_range", "multimodal_projector_bias", "projector_hidden_act", "text_config",
+    "use_image_newline_parameter", "vision_config", "vision_feature_layer", "vision_feature_select_strategy",
+    "vocab_size",
+)  # fmt: skip
+
 # Tiles of a 336 pixel encoder, height before width: what LlavaNextConfig has where a config says nothing.
 _TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -60,7 +68,7 @@ def kind_of(whole: Mapping[str, object], where: str) -> Kind:
             found=f"model_type {shown(stated)}",
             expected=f"model_type {' or '.join(_KINDS)}",
         )
-    refuse_unknown_around(whole, f"a plain {kind.model_type}", where)
+    refuse_unknown_around(whole, _LLAVA, f"a plain {kind.model_type}", where)
     return kind
 
 

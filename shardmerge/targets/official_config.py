@@ -79,6 +79,7 @@ def language_part(config: Mapping[str, object], where: str) -> JsonObject:
     kind = _family(config, where)
     kept = {key: value for key, value in config.items() if not key.startswith("mm_") and key not in (*_OWN, *_VIDEO)}
     refuse_unknown(kept, kind, (), where)
+    kept.pop("architectures", None)
     return kept | {"model_type": kind}
 
 

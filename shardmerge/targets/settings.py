@@ -43,14 +43,6 @@ _OWN = {
     "qwen2": ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "use_mrope"),
 }
 
-# LlavaConfig and LlavaNextConfig from 4.36 to 5.23.
-_LLAVA = (
-    "ignore_index", "image_grid_pinpoints", "image_seq_length", "image_token_id", "image_token_index",
-    "initializer_range", "multimodal_projector_bias", "projector_hidden_act", "text_config",
-    "use_image_newline_parameter", "vision_config", "vision_feature_layer", "vision_feature_select_strategy",
-    "vocab_size",
-)  # fmt: skip
-
 # Values that stand for "not there" or "as it is" under any name: a multiplier of 1, a cap of null, no experts.
 _IDLE = (None, False, 0, 1, "", "none", "default")
 
@@ -74,23 +66,38 @@ def refuse_unknown(config: Mapping[str, object], model_type: str, also: Collecti
     TargetError
         ``unsupported-architecture``.
     """
-    known = {*_ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also}
-    odd = {key: value for key, value in config.items() if key not in known and _counts(value)}
+    odd = unknown(config, (*_ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
     if odd:
         raise unknown_settings(odd, f"a plain {model_type}", where)
 
 
-def refuse_unknown_around(whole: Mapping[str, object], expected: str, where: str) -> None:
-    """Checks that the config of a Hugging Face LLaVA has no setting of its own that would be lost.
+def refuse_unknown_around(whole: Mapping[str, object], own: Collection[str], expected: str, where: str) -> None:
+    """Checks that the config around a language model has no setting that would be lost.
+
+    Parameters
+    ----------
+    whole
+        The config.
+    own
+        Keys that are understood, besides those that every model has.
+    expected
+        What was hoped for, for the message.
+    where
+        The file.
 
     Raises
     ------
     TargetError
         ``unsupported-architecture``.
     """
-    odd = {key: value for key, value in whole.items() if key not in (*_ANY_MODEL, *_LLAVA) and _counts(value)}
+    odd = unknown(whole, (*_ANY_MODEL, *own))
     if odd:
         raise unknown_settings(odd, expected, where)
+
+
+def unknown(config: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+    """Returns the settings that are not known and may change the arithmetic."""
+    return {key: value for key, value in config.items() if key not in known and _counts(value)}
 
 
 def unknown_settings(odd: Mapping[str, object], expected: str, where: str) -> TargetError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import yaml
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import foreign_configs, llama, official_config
+from shardmerge.targets import foreign_configs, llama, official_config, rewritten_configs
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile, Request
 from shardmerge.targets.llama import TextArchitecture
@@ -99,9 +99,9 @@ def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
         return official_config.language_part(whole, where), ()
     config = nested if isinstance(nested, dict) else whole
     if config.get("model_type") == "phi3":
-        return foreign_configs.from_phi3(config, where)
+        return rewritten_configs.from_phi3(config, where)
     if config.get("model_type") == "internlm2":
-        return foreign_configs.from_internlm2(config), ()
+        return rewritten_configs.from_internlm2(config, where), ()
     return config, ()
 
 
