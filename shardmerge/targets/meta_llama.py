@@ -21,6 +21,7 @@ from shardmerge.targets.vocabulary import Rows, rows
 from shardmerge.tensors import Shape
 
 _MAX_RANKS = 64
+_FACTORS = (8, 32)  # LLaMA 3.1 and 3.2
 # Meta's own choices first: LLaMA 1 and 2, 3 8B, 3 70B; then whatever divides.
 _MULTIPLES = (256, 1024, 4096, 512, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -96,7 +97,8 @@ def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> 
 def _check_arithmetic(text: TextSource) -> None:
     """Checks what params.json has no field for: Meta's code has one activation and one stretched rotary embedding."""
     scaling, odd = _scaling(text.config), {}
-    if scaling and scaling != llama_3_scaling(text.architecture.hidden_size):
+    usual = llama_3_scaling(text.architecture.hidden_size)
+    if scaling and (scaling | {"factor": 8.0} != usual | {"factor": 8.0} or scaling["factor"] not in _FACTORS):
         odd["rope_scaling"] = scaling
     act = text.config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
@@ -107,7 +109,7 @@ def _check_arithmetic(text: TextSource) -> None:
             "Meta's LLaMA has no place for settings of this model",
             where=text.where,
             found=shown(odd),
-            expected=f"hidden_act 'silu', and no rope_scaling or {shown(llama_3_scaling(text.architecture.hidden_size))}",
+            expected=f"hidden_act 'silu', and no rope_scaling or {shown(usual)}",
         )
 
 
@@ -160,7 +162,10 @@ def params(text: TextSource, vocabulary: int) -> JsonObject:
         "rope_theta": nested.get("rope_theta", text.config.get("rope_theta", 10000.0)),
         "vocab_size": vocabulary,
     }
-    if _scaling(text.config):
+    scaling = _scaling(text.config)
+    if scaling:
+        if scaling["factor"] != llama_3_scaling(model.hidden_size)["factor"]:
+            made["rope_scale_factor"] = scaling["factor"]
         made["use_scaled_rope"] = True
     return made if multiplier is None else made | {"ffn_dim_multiplier": multiplier}
 
