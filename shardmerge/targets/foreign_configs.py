@@ -113,7 +113,11 @@ def llama_3_scaling(dim: int) -> JsonObject:
 
     LLaMA 3.2's 1B and 3B stretch by 32, all others by 8.
     """
-    return {**_LLAMA_3_ROPE, "factor": 32.0 if dim <= 3072 else 8.0, "original_max_position_embeddings": _LLAMA_3_CONTEXT}
+    return {
+        **_LLAMA_3_ROPE,
+        "factor": 32.0 if dim <= 3072 else 8.0,
+        "original_max_position_embeddings": _LLAMA_3_CONTEXT,
+    }
 
 
 def is_llama_3(params: Mapping[str, object], vocab_size: int) -> bool:
@@ -219,10 +223,14 @@ def _litgpt_window(config: Mapping[str, object], where: str) -> JsonObject:
     placing = config.get("sliding_window_layer_placing", config.get("sliding_window_layer_stride"))
     if size is None or (not placing and not (isinstance(indices, list) and any(indices))):
         return {}
-    if config.get("bias") is True or config.get("attn_bias") is True or not (
-        placing in ("all", 1) or (isinstance(indices, list) and all(indices))
+    if (
+        config.get("bias") is True
+        or config.get("attn_bias") is True
+        or not (placing in ("all", 1) or (isinstance(indices, list) and all(indices)))
     ):
-        raise not_llama("model_config.yaml", where, f"sliding_window_size {shown(size)} of some layers", "of all or none")
+        raise not_llama(
+            "model_config.yaml", where, f"sliding_window_size {shown(size)} of some layers", "of all or none"
+        )
     return {"model_type": "mistral", "sliding_window": dimension(config, "sliding_window_size", 0, where)}
 
 

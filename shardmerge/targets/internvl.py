@@ -13,8 +13,8 @@ from shardmerge.errors import TargetError
 from shardmerge.targets import llama, rewritten_configs, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
+from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import bad_option, count
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, Shape
@@ -95,9 +95,7 @@ def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
     )
 
 
-def _image_id(
-    request: Request, catalog: Catalog, text: TextArchitecture, where: str
-) -> tuple[int, tuple[str, ...]]:
+def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where: str) -> tuple[int, tuple[str, ...]]:
     """Returns the id of ``<IMG_CONTEXT>``: the tokenizer's; where there is none the option's, or the published one."""
     known = tokenizer.token_id(catalog.side_files, request.read, _IMAGE_TOKEN)
     stated = count(request, "image_token_id", known or 1, most=_MAX_ID) if "image_token_id" in request.options else None

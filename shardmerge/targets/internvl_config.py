@@ -142,7 +142,9 @@ def read_shuffle(whole: Mapping[str, object], where: str) -> tuple[int, tuple[st
     return round(1 / ratio), () if version else (warning,)
 
 
-def _unsupported(found: str, where: str, expected: str = "model_type 'internvl_chat', InternVLChatModel") -> TargetError:
+def _unsupported(
+    found: str, where: str, expected: str = "model_type 'internvl_chat', InternVLChatModel"
+) -> TargetError:
     return TargetError(
         "unsupported-architecture",
         "the config is not one of an original InternVLChat that transformers' InternVL can be",

@@ -116,7 +116,9 @@ def _unsupported(model_type: object, where: str) -> TargetError:
         where=where,
         found=f"model_type {shown(model_type)}",
         expected=f"model_type {', '.join(SUPPORTED)}",
-        hint="split its fused layers to the LLaMA layout first: --use llama/phi3-to-llama" if model_type == "phi3" else "",
+        hint="split its fused layers to the LLaMA layout first: --use llama/phi3-to-llama"
+        if model_type == "phi3"
+        else "",
     )
 
 

@@ -18,6 +18,7 @@ from shardmerge.targets.bases import (
     TextBase,
     VisionBase,
     cast,
+    check_context,
     missing_sources,
     quantized_warnings,
     read_both,
@@ -155,6 +156,7 @@ def read_model(request: Request, kind: Kind) -> Model:
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
     text, vision = read_both(players, request)
+    check_context(players.model, text)
     kind = _kind(request, kind, text)
     settings = read_settings(request, text)
     official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)

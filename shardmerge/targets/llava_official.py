@@ -18,6 +18,7 @@ from shardmerge.targets.bases import (
     TextBase,
     VisionBase,
     cast,
+    check_context,
     missing_sources,
     quantized_warnings,
     read_text,
@@ -108,6 +109,7 @@ def _read_model(request: Request) -> _Model:
     raise_all(missing_sources(parts, request.catalogs))
     text = read_text(request.catalogs[players.text.source], request.read)
     vision = read_vision(players.vision, request.catalogs, request.read) if tower or described else None
+    check_context(players.model, text)
     official_config.check_images(text.whole, tiles=None, where=text.where)
     wiring = wire(players.facts, players.trained, text.whole, text.where)
     raise_all(_odd_projector(wiring, players))

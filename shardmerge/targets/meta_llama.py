@@ -96,7 +96,8 @@ def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> 
 
 def _check_arithmetic(text: TextSource) -> None:
     """Checks what params.json has no field for: Meta's code has one activation and one stretched rotary embedding."""
-    scaling, odd = _scaling(text.config), {}
+    odd: JsonObject = {}
+    scaling = _scaling(text.config)
     usual = llama_3_scaling(text.architecture.hidden_size)
     if scaling and (scaling | {"factor": 8.0} != usual | {"factor": 8.0} or scaling["factor"] not in _FACTORS):
         odd["rope_scaling"] = scaling

@@ -48,7 +48,8 @@ _VIDEO = (
 
 # Of `multimodal_encoder/builder.py`: these names build another class than CLIPVisionTower.
 _OTHER_TOWERS = re.compile(
-    r"siglip|eva|intern[-_]?vi|imagebind|convnext|dino|open_clip_hub|mlcd|\bsam\b|radio|qwen|languagebind", re.IGNORECASE
+    r"siglip|eva|intern[-_]?vi|imagebind|convnext|dino|open_clip_hub|mlcd|\bsam\b|radio|qwen|languagebind",
+    re.IGNORECASE,
 )
 
 _MLP = re.compile(r"mlp(\d{1,2})x_gelu")
@@ -95,8 +96,9 @@ def _family(config: Mapping[str, object], where: str) -> str:
         where=where,
         found=f"model_type {shown(config.get('model_type'))}, architectures {shown(config.get('architectures'))}",
         expected=", ".join(name for name in _CLASSES if name.startswith("Llava")),
-        hint="" if names[:1] != ["llava"] or names[1:] else 'add to config.json: "architectures": '
-        '["LlavaLlamaForCausalLM"], or the class that it is',
+        hint=""
+        if names[:1] != ["llava"] or names[1:]
+        else 'add to config.json: "architectures": ["LlavaLlamaForCausalLM"], or the class that it is',
     )
 
 
@@ -120,7 +122,9 @@ def check_images(config: Mapping[str, object], *, tiles: bool | None, where: str
     if not is_official(config):
         return
     odd = {key: config[key] for key in config if key.startswith("mm_") and key not in (*_READ, *_VIDEO) and config[key]}
-    odd |= {key: config[key] for key, usual in (("s2", False), ("use_mm_proj", True)) if config.get(key, usual) != usual}
+    odd |= {
+        key: config[key] for key, usual in (("s2", False), ("use_mm_proj", True)) if config.get(key, usual) != usual
+    }
     if odd:
         raise unknown_settings(odd, "a projector of linear layers behind one CLIP, and nothing else", where)
     _check_tower(config, where)

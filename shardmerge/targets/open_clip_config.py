@@ -85,7 +85,9 @@ def _odd(part: Mapping[str, object], known: Collection[str]) -> dict[str, object
     return words | unknown(part, (*known, *_USUAL))
 
 
-def _refuse_others(model: Mapping[str, object], vision: Mapping[str, object], text: Mapping[str, object], where: str) -> None:
+def _refuse_others(
+    model: Mapping[str, object], vision: Mapping[str, object], text: Mapping[str, object], where: str
+) -> None:
     odd = _odd(model, _MODEL) | _odd(vision, _VISION) | _odd(text, _TEXT)
     odd |= {"a ResNet": vision["layers"]} if isinstance(vision.get("layers"), list) else {}
     if odd:

@@ -57,7 +57,9 @@ def from_phi3(config: Mapping[str, object], where: str) -> tuple[JsonObject, tup
 def _named(rope: object) -> object:
     if not isinstance(rope, dict):
         return rope
-    return {key: "longrope" if key in ("type", "rope_type") and value in _LONGROPE else value for key, value in rope.items()}
+    return {
+        key: "longrope" if key in ("type", "rope_type") and value in _LONGROPE else value for key, value in rope.items()
+    }
 
 
 def from_internlm2(config: Mapping[str, object], where: str) -> JsonObject:

@@ -153,7 +153,7 @@ def add_tokens(
 
 
 def token_id(side_files: Mapping[str, Extent], read: ReadSideFile, token: str) -> int | None:
-    """Returns the id of a token as a loader of the tokenizer has it; ``None`` where it has none, or where there is none.
+    """Returns the id of a token as a loader has it; ``None`` where the tokenizer has none, or where there is none.
 
     Raises
     ------

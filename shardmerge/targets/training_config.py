@@ -11,7 +11,7 @@ import ast
 import enum
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
@@ -104,6 +104,34 @@ class TrainingFacts:
     quantized: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Which model was trained.
+
+    Attributes
+    ----------
+    name, vision
+        The classes of the model and of its encoder, without their module; ``""`` where they are not texts.
+    max_position_embeddings
+        To how many tokens the rotary embedding was stretched, ``None`` where it was not.
+    odd
+        Settings of the model that are not known here, or that are there and cannot be read.
+    """
+
+    name: str = ""
+    vision: str = ""
+    max_position_embeddings: int | None = None
+    odd: tuple[str, ...] = ()
+
+
+# Arguments of ``xtuner.model.LLaVAModel`` and of mmengine's ``BaseModel``; the numbers are those that have to be read.
+_NUMBERS = ("max_position_embeddings", "projector_depth", "visual_select_layer")
+_SETTINGS = (
+    *_NUMBERS, "data_preprocessor", "freeze_llm", "freeze_visual_encoder", "init_cfg", "llm", "llm_lora",
+    "pretrained_pth", "type", "use_activation_checkpointing", "visual_encoder", "visual_encoder_lora",
+)  # fmt: skip
+
+
 def read_training_config(text: str) -> TrainingFacts:
     """Returns what a training config says. Never raises, and never runs the text.
 
@@ -124,6 +152,27 @@ def read_training_config(text: str) -> TrainingFacts:
         visual_encoder_lora=_lora(model, "visual_encoder_lora"),
         quantized=llm.get("quantization_config") is not None,
     )
+
+
+def read_model_facts(text: str) -> ModelFacts:
+    """Returns which model a training config trains. Never raises, and never runs the text."""
+    model = _lookup(text, "model")
+    if not isinstance(model, Mapping):
+        return ModelFacts()
+    vision = _section(model, "visual_encoder")
+    return ModelFacts(_class(model), _class(vision), _integer(model, "max_position_embeddings"), tuple(_odd(model)))
+
+
+def _class(section: Mapping[str, _Value]) -> str:
+    """Returns the class of ``type``: ``CLIPVisionModel`` for ``transformers.CLIPVisionModel.from_pretrained``."""
+    return _text(section, "type").removesuffix(".from_pretrained").rsplit(".", 1)[-1]
+
+
+def _odd(model: Mapping[str, _Value]) -> Iterator[str]:
+    for key, value in model.items():
+        unread = key in _NUMBERS and value is not None and _integer(model, key) is None
+        if unread or (key not in _SETTINGS and value is not None and value is not False):
+            yield key
 
 
 def read_config_value(text: str, dotted: str) -> str | int | float | bool | None:

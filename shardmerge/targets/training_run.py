@@ -90,7 +90,9 @@ def _check_language_model(run: Settings, text: TextBase) -> None:
         odd = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
         odd = [key for key in odd if config.get(key) != text.config.get(key)] or ["num_key_value_heads", "head_dim"]
     if odd:
-        raise _contradiction("the run had another language model than the source has", odd, replace(run, config=config), base)
+        raise _contradiction(
+            "the run had another language model than the source has", odd, replace(run, config=config), base
+        )
 
 
 def _contradiction(what: str, keys: list[str], first: Settings, other: Settings) -> TargetError:

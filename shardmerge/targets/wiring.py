@@ -89,15 +89,18 @@ def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, obj
         told=told,
         activation=_activation(config, where),
         bias=_bias(config, where),
-        warnings=_unsaid(config, where) if layer is None else (),
+        warnings=_unsaid(facts, trained, config, where) if layer is None else (),
     )
 
 
-def _unsaid(config: Mapping[str, object], where: str) -> tuple[str, ...]:
+def _unsaid(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object], where: str) -> tuple[str, ...]:
     """LLaVA's own code has no default for the layer; transformers and XTuner have -2."""
-    if not official_config.is_official(config):
-        return ()
-    return (f"{where} does not say `mm_vision_select_layer`: -2, the layer of LLaVA 1.5, is assumed",)
+    if trained is not None and trained.training_config and facts == TrainingFacts():
+        told = f"the training config in {trained.path} cannot be read"
+        return (f"{told}: `visual_select_layer` -2, XTuner's default, is assumed",)
+    if official_config.is_official(config):
+        return (f"{where} does not say `mm_vision_select_layer`: -2, the layer of LLaVA 1.5, is assumed",)
+    return ()
 
 
 def _layer(config: Mapping[str, object], where: str) -> int | tuple[int, ...] | None:
