@@ -85,10 +85,12 @@ def _preset(name: str) -> Preset:
 
 
 def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Spec:
+    from shardmerge.mapping.families import odd_families
     from shardmerge.mapping.layouts import odd_layouts
     from shardmerge.mapping.preset_files import combine
 
     raise_all(odd_layouts(spec, preset, catalogs))
+    raise_all(odd_families(preset, catalogs, read_side_file))
     return combine(spec, preset)
 
 

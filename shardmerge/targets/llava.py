@@ -269,6 +269,7 @@ def assemble(
             *_tokenizer_warnings(model.text, model.tokens),
             *quantized_warnings(model.text, model.vision),
             *model.wiring.warnings,
+            *_tower_warnings(model),
             *warnings,
         ),
     )
@@ -368,6 +369,17 @@ def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ..
         "text source with a tokenizer, or copy one into the finished directory and add these tokens in order"
     )
     return (warning,)
+
+
+def _tower_warnings(model: Model) -> tuple[str, ...]:
+    """Two encoders of one width fit the same projector, and only one of them is the one that it was trained with."""
+    started, vision = model.players.vision.path, model.vision
+    if not clip.is_another(started, vision.architecture):
+        return ()
+    sizes = f"{vision.architecture.num_layers} layers, images of {vision.architecture.image_size} pixels"
+    return (
+        f"the projector was trained with {started!r}, and the encoder in {vision.catalog.path} is another: {sizes}",
+    )
 
 
 def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:

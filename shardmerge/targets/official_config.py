@@ -1,6 +1,6 @@
 """The config.json of LLaVA's own code: a language model's config with ``mm_*`` fields among its own.
 
-Field names are those of haotian-liu/LLaVA (``llava_arch.py``, ``train.py``) and of LLaVA-VL/LLaVA-NeXT, where the config
+Field names are those of haotian-liu/LLaVA (``llava_arch.py``, ``train.py``) and LLaVA-VL/LLaVA-NeXT, where the config
 of LlavaLlamaForCausalLM is LlamaConfig under the name ``llava_llama`` (``llava`` before 1.2). A Gemma or Phi in there
 has the same tensors under the same names and another arithmetic, so that the family is read and never assumed.
 """
