@@ -175,7 +175,7 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple
 
 def text_config(config: Mapping[str, object], text: TextArchitecture, rows: int, dtype: str, where: str) -> JsonObject:
     """Returns the ``text_config`` of a LLaVA config.json, the vocabulary having ``rows`` rows."""
-    nested = portable(_with_v4_rope(config, where), dtype)
+    nested = portable(with_v4_rope(config, where), dtype)
     stated = {
         "model_type": text.model_type,
         "num_key_value_heads": text.kv_heads,  # null is fine with 4.x, and refused by 5.x for mistral
@@ -185,7 +185,7 @@ def text_config(config: Mapping[str, object], text: TextArchitecture, rows: int,
     return nested | stated
 
 
-def _with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:
+def with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:
     """Returns the config with ``rope_theta`` and ``rope_scaling`` in place of ``rope_parameters``.
 
     Transformers 5 saves ``rope_parameters`` only, which 4.x ignores without a word and takes theta 10000,

@@ -141,14 +141,18 @@ def _with_tower(request: Request, players: Cast) -> bool:
 
 
 def _odd_projector(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
-    if wiring.depth is not None and wiring.layers == 1:
+    plain = wiring.activation == "gelu" and wiring.bias
+    if wiring.depth is not None and wiring.layers == 1 and plain:
         return []
+    found = f"the output of encoder layers {wiring.layer} side by side" if wiring.layers > 1 else wiring.told
     problem = TargetError(
         "projector-kind",
         "the projector is not one that LLaVA's code builds",
         where=players.trained.path if players.trained else "",
-        found=wiring.told if wiring.depth is None else f"the output of encoder layers {wiring.layer} side by side",
-        expected="linear layers with a GELU between them, after one layer of the encoder",
+        found=found
+        if plain
+        else f"projector_hidden_act {wiring.activation!r}, multimodal_projector_bias {wiring.bias}",
+        expected="linear layers with a bias and a GELU between them, after one layer of the encoder",
     )
     return [problem]
 

@@ -23,8 +23,9 @@ _WIRING = (
     "image_aspect_ratio", "mm_patch_merge_type", "mm_projector_type", "mm_vision_select_feature",
     "mm_vision_select_layer", "mm_vision_tower",
 )  # fmt: skip
-# Numbers of a language model that its tensors do not show.
-_ARITHMETIC = ("hidden_act", "rms_norm_eps", "rope_scaling", "rope_theta", "sliding_window")
+# What a language model's tensors do not show, and what they do.
+_STATED = ("hidden_act", "rms_norm_eps", "rope_theta", "sliding_window")
+_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,24 @@ def _check_same(first: Settings, other: Settings) -> None:
 def _check_language_model(run: Settings, text: TextBase) -> None:
     config = official_config.language_part(run.config, run.where)
     found = llama.read_architecture(config, run.where)
-    base = Settings(text.config, text.where, {})
+    ours, theirs = llama.with_v4_rope(config, run.where), llama.with_v4_rope(text.config, text.where)
     # Rows differ where tokens were added; the tokenizer is the base's.
     alike = replace(found, vocab_size=text.architecture.vocab_size, tied=text.architecture.tied) == text.architecture
-    odd = [key for key in _ARITHMETIC if key in config and key in text.config and config[key] != text.config[key]]
+    odd = [key for key in _STATED if key in ours and key in theirs and ours[key] != theirs[key]]
+    odd += ["rope_scaling"] if _scaling(ours) != _scaling(theirs) else []
     if not alike:
-        odd = ["model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        odd = [key for key in odd if config.get(key) != text.config.get(key)] or ["num_key_value_heads", "head_dim"]
+        odd = [key for key in _SIZES if ours.get(key) != theirs.get(key)] or ["num_key_value_heads", "head_dim"]
     if odd:
-        raise _contradiction(
-            "the run had another language model than the source has", odd, replace(run, config=config), base
-        )
+        what = "the run had another language model than the source has"
+        raise _contradiction(what, odd, replace(run, config=ours), Settings(theirs, text.where, {}))
+
+
+def _scaling(config: JsonObject) -> JsonObject:
+    """Returns ``rope_scaling`` with the newer name of its kind; empty for none."""
+    stated = config.get("rope_scaling")
+    found = dict(stated) if isinstance(stated, dict) else {}
+    kind = found.pop("type", None)
+    return {"rope_type": kind} | found if kind is not None else found
 
 
 def _contradiction(what: str, keys: list[str], first: Settings, other: Settings) -> TargetError:
