@@ -1,4 +1,4 @@
-"""A preset that meets another layout names a preset only where that one reads the names: every golden layout and preset.
+"""A preset that meets another layout names one only where that one reads the names: every golden layout and preset.
 
 The property: each preset of the hint, tried on the same checkpoint, does not say `another-layout` in its turn.
 """
