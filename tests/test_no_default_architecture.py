@@ -14,7 +14,16 @@ import pytest
 
 import shardmerge as sm
 from shardmerge.errors import ShardmergeError, TargetError
-from shardmerge.targets import clip_model, internvl, language_model, llava, llava_official, llava_xtuner, meta_llama
+from shardmerge.targets import (
+    clip_model,
+    internvl,
+    language_model,
+    llava,
+    llava_next,
+    llava_official,
+    llava_xtuner,
+    meta_llama,
+)
 from shardmerge.targets.expectation import Request, Vocabulary
 from shardmerge.targets.official_config import language_part
 from shardmerge.targets.settings import refuse_unknown
@@ -627,6 +636,86 @@ def test_a_preset_without_a_target_has_its_families(preset: str, family: str, tm
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     source = write(tmp_path / "m", model.state_dict(), config.to_dict())
     assert family.lower() in refusal(lambda: sm.convert(source, tmp_path / "out", use=preset))
+
+
+# ---- what is published, whose configs have a great deal that does not matter
+
+_LLAMA_7B = {
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 11008, "max_length": 4096, "max_position_embeddings": 4096, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0",
+    "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+_LLAVA_15 = _LLAMA_7B | {
+    "_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"], "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False, "image_aspect_ratio": "pad", "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None, "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336", "model_type": "llava", "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False, "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
+}  # fmt: skip
+_TILES = {
+    "image_aspect_ratio": "anyres", "image_crop_resolution": 224, "image_split_resolution": 224,
+    "mm_projector_lr": None,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "mm_patch_merge_type": "spatial_unpad", "mm_vision_tower_lr": 2e-06, "tokenizer_model_max_length": 4096,
+    "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": True,
+}  # fmt: skip
+_LLAMA_3_NEXT = {
+    "attention_bias": False, "attention_dropout": 0.0, "mm_spatial_pool_mode": "bilinear", "pos_skipping_range": 4096,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model", "model_type": "llava_llama",
+    "rope_theta": 500000.0, "use_pos_skipping": False, "vision_tower_pretrained": None, "delay_load": True,
+}  # fmt: skip
+PUBLISHED = {
+    "llava-v1.5-7b": (_LLAVA_15, llava),
+    "llava-v1-0719": (
+        _LLAVA_15
+        | {"mm_use_im_start_end": True, "pretrain_mm_mlp_adapter": "./mm_projector.bin", "sep_image_conv_front": False},
+        llava,
+    ),
+    "llava-v1.6-vicuna-7b": (_LLAVA_15 | _TILES, llava_next),
+    "llava-v1.6-mistral-7b": (
+        _LLAVA_15
+        | _TILES
+        | {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "sliding_window": None},
+        llava_next,
+    ),
+    "llama3-llava-next-8b": (_LLAVA_15 | _TILES | _LLAMA_3_NEXT, llava_next),
+}
+_EYE_336 = EYE | {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "num_attention_heads": 16}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_understood(name: str, tmp_path: Path) -> None:
+    config, target = PUBLISHED[name]
+    catalogs = {"llm": catalog(tmp_path / "llm", config=config), "vision": catalog(tmp_path / "v", config=_EYE_336)}
+    warnings = target.expect(Request({}, {}, catalogs, read)).warnings
+    assert not any("mm_" in one or "is another" in one for one in warnings)
+
+
+def test_a_published_internvl_is_understood(tmp_path: Path) -> None:
+    llm = LLAMA | {
+        "_name_or_path": "internlm/internlm2_5-7b-chat", "architectures": ["InternLM2ForCausalLM"],
+        "attn_implementation": "flash_attention_2", "auto_map": {"AutoConfig": "x"}, "bias": False, "bos_token_id": 1,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_length": 20, "min_length": 0, "model_type": "internlm2",
+        "repetition_penalty": 1.0, "return_dict": True, "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+        "temperature": 1.0, "top_k": 50, "torch_dtype": "bfloat16", "transformers_version": "4.37.2",
+        "use_bfloat16": True, "use_cache": True, "moe_config": None,
+    }  # fmt: skip
+    vit = VIT | {
+        "architectures": ["InternVisionModel"], "attention_dropout": 0.0, "drop_path_rate": 0.0, "dropout": 0.0,
+        "hidden_act": "gelu", "initializer_factor": 1.0, "initializer_range": 0.02, "layer_norm_eps": 1e-06,
+        "num_channels": 3, "use_flash_attn": True,
+    }  # fmt: skip
+    whole = CHAT | {
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}, "dynamic_image_size": True,
+        "force_image_size": 28, "hidden_size": 4096, "image_fold": None, "llm_config": llm, "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1, "output_attentions": False, "pad2square": False, "system_message": None,
+        "transformers_version": None, "use_backbone_lora": 0, "use_llm_lora": 0, "use_thumbnail": True,
+        "vision_config": vit, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    assert expect_internvl(with_token(tmp_path / "c"), whole)
 
 
 # ---- XTuner's training config

@@ -18,7 +18,8 @@ from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.clip import VisionArchitecture
 from shardmerge.targets.expectation import Component, ReadSideFile, Request
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.targets.training_config import ModelFacts, TrainingFacts, read_model_facts, read_training_config
+from shardmerge.targets.trained_model import ModelFacts, read_model_facts
+from shardmerge.targets.training_config import TrainingFacts, read_training_config
 from shardmerge.tensors import Catalog
 
 ROLES = {

@@ -258,6 +258,8 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
         ``unsupported-architecture`` for another normalisation than RMSNorm; ``odd-config``.
     """
     odd = {key: arguments[key] for key, usual in _MEGATRON.items() if key in arguments and arguments[key] not in usual}
+    if arguments.get("use_rotary_position_embeddings") is True:
+        odd.pop("position_embedding_type", None)  # the older switch, which wins in `validate_args`
     if odd:
         wanted = ", ".join(f"{key} {_MEGATRON[key][0]!r}" for key in odd)
         raise not_llama("args in the checkpoint", where, shown(odd), wanted)

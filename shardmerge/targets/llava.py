@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config, tokenizer
+from shardmerge.targets import clip, llama, official_config
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -25,15 +25,14 @@ from shardmerge.targets.bases import (
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
 from shardmerge.targets.llava_kinds import LLAVA, Kind, kind_of, pinpoints
+from shardmerge.targets.llava_names import LAYOUTS, Names
+from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.training_run import Settings, processor_source, read_settings
 from shardmerge.targets.vocabulary import Rows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape
-
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
 
 # XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
 _ROW_MULTIPLE = 64
@@ -43,57 +42,6 @@ OPTIONS = {
     "in memory from that version on, which earlier ones do not load",
     "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source "
     "is a Hugging Face LLaVA, whose tokens and rows stay as they are",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Where the parts of the model stand among the target names."""
-
-    language: str
-    head: str
-    vision: str
-    projector: str
-    newline: str
-
-    @property
-    def embedding(self) -> str:
-        """The embedding's name."""
-        return f"{self.language}embed_tokens.weight"
-
-    def text(self, name: str) -> str:
-        """Returns the target name of a tensor of the language model."""
-        return self.language + name.removeprefix("model.") if name.startswith("model.") else self.head
-
-    def tower(self, name: str) -> str:
-        """Returns the target name of a tensor of the encoder, which has ``vision_model.`` in front."""
-        return self.vision + name.removeprefix("vision_model.")
-
-
-# Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
-# took `vision_model.` out of CLIPVisionModel.
-LAYOUTS = {
-    "legacy": Names(
-        "language_model.model.",
-        "language_model.lm_head.weight",
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-        "image_newline",
-    ),
-    "4.52": Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.vision_model.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-    "5.6": Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
 }
 
 
@@ -162,7 +110,7 @@ def read_model(request: Request, kind: Kind) -> Model:
     official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
     wiring = wire(players.facts, players.trained, settings.config, settings.where)
     raise_all(_two_layers(wiring, players))
-    tokens, pad_id = _tokens(request, text, kind)
+    tokens, pad_id = llava_tokens(request, text, kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
     check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
     return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
@@ -196,54 +144,6 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
         hint="the targets official/llava and xtuner/llava hold a projector of any depth",
     )
     return [problem]
-
-
-def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFiles, int | None]:
-    """Returns the tokenizer with the tokens that a LLaVA needs, after those that the mapping asks for."""
-    if choice(request, "vocabulary", ("extend", "keep")) == "keep":
-        return _kept_tokens(request, text)
-    wanted = request.vocabulary
-    pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN
-    asked = wanted.tokens if wanted else ()
-    needed = [token for token in (IMAGE_TOKEN, pad) if token not in asked]
-    files = tokenizer.add_tokens(
-        text.catalog.side_files,
-        request.read,
-        (*asked, *needed),
-        pad_token=pad,
-        vocab_size=text.architecture.vocab_size,
-        default_class=text.architecture.tokenizer_class,
-        processor_class=kind.processor_class,
-    )
-    return files, files.ids[pad]
-
-
-def _kept_tokens(request: Request, text: TextBase) -> tuple[TokenizerFiles, int | None]:
-    """Returns the tokenizer of a LLaVA as it is, with the ids that its config.json states."""
-    image = text.whole.get("image_token_index", text.whole.get("image_token_id"))
-    pad = text.whole.get("pad_token_id", text.config.get("pad_token_id"))
-    if not isinstance(image, int) or isinstance(image, bool):
-        raise TargetError(
-            "bad-option",
-            "`vocabulary: keep` needs a text source that is a Hugging Face LLaVA",
-            where=request.where,
-            found=f"no image_token_index in {text.where}",
-            expected="`image_token_index` in its config.json",
-            hint="vocabulary: extend",
-        )
-    known = tokenizer.token_id(text.catalog.side_files, request.read, IMAGE_TOKEN)
-    if request.vocabulary is None:
-        check_ids({IMAGE_TOKEN: image}, text.architecture.vocab_size, text.where)
-    if known not in (None, image):
-        raise TargetError(
-            "token-id",
-            f"config.json and the tokenizer do not agree on the id of `{IMAGE_TOKEN}`",
-            where=text.where,
-            found=f"image_token_index {image}",
-            expected=f"{known}, as the tokenizer has it",
-        )
-    files = TokenizerFiles({IMAGE_TOKEN: image}, tokenizer.copies(text.catalog.side_files))
-    return files, pad if isinstance(pad, int) else None
 
 
 # ---- names and shapes

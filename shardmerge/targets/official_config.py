@@ -31,6 +31,7 @@ _OWN = (
     "image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution", "lora_enable",
     "pretrain_mm_mlp_adapter", "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
     "tune_mm_vision_resampler", "tune_mm_vision_tower", "unfreeze_mm_vision_tower", "use_mm_proj",
+    "use_pos_skipping", "vision_tower_pretrained",
 )  # fmt: skip
 
 # Read elsewhere, or of no consequence for what the model computes of an image.
