@@ -10,6 +10,7 @@ import pytest
 
 import shardmerge as sm
 from shardmerge.errors import ShardmergeError
+from tests.target_files import save_tokenizer
 from tests.test_no_default_architecture import EYE, LLAMA, OFFICIAL, projector, shaken, write
 
 torch = pytest.importorskip("torch")
@@ -78,6 +79,18 @@ def test_the_image_processor_of_the_run(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "preprocessor_config.json").write_text(json.dumps(mean))
     out = sm.convert(world / "llm", tmp_path / "out", use="llava/official-to-hf", bases=bases).path
     assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
+
+
+def test_the_tokenizer_of_the_run(world: Path, tmp_path: Path) -> None:
+    """It has the tokens that the training added; one that the vocabulary has no row for makes rows."""
+    bases = run_of(world, tmp_path / "run", RUN)
+    save_tokenizer(tmp_path / "run", 62, added=("<unk>", "<s>", "</s>", "<im_start>"))
+    out = sm.convert(world / "llm", tmp_path / "out", use="llava/official-to-hf", bases=bases).path
+    tokens = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokens.convert_tokens_to_ids(["<im_start>", "<image>", "<pad>"]) == [62, 63, 64]
+    config = config_of(out)
+    assert config["image_token_index"] == 63
+    assert config["text_config"]["vocab_size"] == 128
 
 
 @pytest.mark.parametrize(

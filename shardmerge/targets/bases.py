@@ -26,8 +26,6 @@ ROLES = {
     "text": "the pretrained language model, or a LLaVA that holds one: config.json and tokenizer files",
     "vision": "the pretrained CLIP, or a Hugging Face LLaVA that holds one: config.json and preprocessor_config.json",
     "trained": "the checkpoint; its training config says what was frozen and how the projector is wired",
-    "adapter": "an adapter of LLaVA's own training; the config.json beside it says how the projector is wired",
-    "projector": "the projector of such a training, likewise",
 }
 
 _SOURCES = {"text": "llm", "vision": "vision", "trained": "trained"}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config
+from shardmerge.targets import clip, llama, official_config, training_run
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -29,7 +29,7 @@ from shardmerge.targets.llava_names import LAYOUTS, Names
 from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.training_run import Settings, processor_source, read_settings
+from shardmerge.targets.training_run import Settings, processor_source, read_settings, tokenizer_source
 from shardmerge.targets.vocabulary import Rows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape
@@ -110,7 +110,7 @@ def read_model(request: Request, kind: Kind) -> Model:
     official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
     wiring = wire(players.facts, players.trained, settings.config, settings.where)
     raise_all(_two_layers(wiring, players))
-    tokens, pad_id = llava_tokens(request, text, kind)
+    tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
     check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
     return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
@@ -166,7 +166,7 @@ def assemble(
         ),
         components=_components(model),
         warnings=(
-            *_tokenizer_warnings(model.text, model.tokens),
+            *_tokenizer_warnings(model),
             *quantized_warnings(model.text, model.vision),
             *model.wiring.warnings,
             *_tower_warnings(model),
@@ -250,9 +250,9 @@ def generation_config(text: TextBase, request: Request, changes: Mapping[str, ob
 # ---- tokenizer and processor
 
 
-def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ...]:
-    catalog = text.catalog
-    if "tokenizer.json" in catalog.side_files:
+def _tokenizer_warnings(model: Model) -> tuple[str, ...]:
+    catalog, tokens = model.text.catalog, model.tokens
+    if "tokenizer.json" in tokenizer_source(model.settings, model.text):
         return ()
     if tokens.files:
         # 4.51, 4.57 and 5.23 compared: 5.x takes its generic class for every LLaVA, whatever class is named,
@@ -311,7 +311,7 @@ def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...
 TARGET = Target(
     name="hf/llava",
     about="A LLaVA 1.5 for transformers: `LlavaForConditionalGeneration.from_pretrained` loads it.",
-    roles=ROLES,
+    roles=ROLES | training_run.ROLES,
     options=OPTIONS,
     expect=expect,
 )

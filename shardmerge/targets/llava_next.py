@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardmerge.targets import training_run
 from shardmerge.targets.bases import ROLES
 from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.targets.llava import OPTIONS, expect_kind
@@ -22,7 +23,7 @@ def expect(request: Request) -> Expectation:
 TARGET = Target(
     name="hf/llava-next",
     about="A LLaVA 1.6 (NeXT) for transformers: `LlavaNextForConditionalGeneration.from_pretrained` loads it.",
-    roles=ROLES,
+    roles=ROLES | training_run.ROLES,
     options=OPTIONS,
     expect=expect,
 )

@@ -14,9 +14,13 @@ from shardmerge.targets import llama, official_config
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.bases import TextBase
 from shardmerge.targets.expectation import Request
+from shardmerge.targets.tokenizer import has_tokenizer
 from shardmerge.tensors import Catalog, Extent
 
-_ROLES = ("adapter", "projector")
+ROLES = {
+    "adapter": "an adapter of LLaVA's own training; the config.json beside it says how the projector is wired",
+    "projector": "the projector of such a training, likewise",
+}
 
 # What two configs of one run have in common; the language model is compared whole.
 _WIRING = (
@@ -64,7 +68,7 @@ def read_settings(request: Request, text: TextBase) -> Settings:
 
 
 def _runs(request: Request) -> Iterator[Settings]:
-    for role in _ROLES:
+    for role in ROLES:
         catalog = request.catalogs.get(request.roles.get(role, role))
         extent = catalog.side_files.get("config.json") if catalog is not None else None
         if catalog is None or extent is None:
@@ -84,7 +88,7 @@ def _check_language_model(run: Settings, text: TextBase) -> None:
     config = official_config.language_part(run.config, run.where)
     found = llama.read_architecture(config, run.where)
     ours, theirs = llama.with_v4_rope(config, run.where), llama.with_v4_rope(text.config, text.where)
-    # Rows differ where tokens were added; the tokenizer is the base's.
+    # Rows differ where tokens were added.
     alike = replace(found, vocab_size=text.architecture.vocab_size, tied=text.architecture.tied) == text.architecture
     odd = [key for key in _STATED if key in ours and key in theirs and ours[key] != theirs[key]]
     odd += ["rope_scaling"] if _scaling(ours) != _scaling(theirs) else []
@@ -112,6 +116,11 @@ def _contradiction(what: str, keys: list[str], first: Settings, other: Settings)
         expected=", ".join(f"{key} {shown(other.config.get(key), 60)}" for key in keys) + f", as {other.where} says",
         hint=f"name sources that belong together, or write the values that hold into a copy of {other.where}",
     )
+
+
+def tokenizer_source(settings: Settings, text: TextBase) -> Mapping[str, Extent]:
+    """Returns the files among which the tokenizer's are: those beside the run, else those of the text base."""
+    return settings.side_files if has_tokenizer(settings.side_files) else text.catalog.side_files
 
 
 def processor_source(settings: Settings, vision: Catalog) -> Mapping[str, Extent]:
