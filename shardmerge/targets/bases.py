@@ -150,7 +150,7 @@ def cast(request: Request, text_prefix: str, vision_prefix: str) -> Cast:
 
 def _check_training(model: ModelFacts, trained: Catalog | None) -> None:
     found = [f"the model {model.name}"] if model.name not in ("", "LLaVAModel") else []
-    found += [f"the encoder {model.vision}"] if model.vision not in ("", "CLIPVisionModel") else []
+    found += [f"the encoder {model.vision}"] if model.vision not in ("", "AutoModel", "CLIPVisionModel") else []
     found += [f"the model's setting {name}" for name in model.odd]
     if found:
         raise TargetError(

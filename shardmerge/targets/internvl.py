@@ -103,7 +103,7 @@ def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where:
         raise bad_option(request, "image_token_id", str(stated), f"{known}, which is what the tokenizer has")
     found = known if known is not None else stated
     if found is not None:
-        check_ids({_IMAGE_TOKEN: found}, text.vocab_size, where)
+        check_ids({_IMAGE_TOKEN: found}, text.vocab_size, where, "put the tokenizer of these weights beside them")
         return found, ()
     if tokenizer.has_tokenizer(catalog.side_files):
         raise TargetError(

@@ -69,7 +69,7 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
     return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
 
 
-def check_ids(ids: Mapping[str, int | None], count: int, where: str) -> None:
+def check_ids(ids: Mapping[str, int | None], count: int, where: str, hint: str = "") -> None:
     """Checks that tokens have rows; ``None`` and negative numbers stand for no token.
 
     Parameters
@@ -80,6 +80,8 @@ def check_ids(ids: Mapping[str, int | None], count: int, where: str) -> None:
         Rows of embedding and head.
     where
         The file that states them.
+    hint
+        What to do where the target makes no rows.
 
     Raises
     ------
@@ -94,7 +96,7 @@ def check_ids(ids: Mapping[str, int | None], count: int, where: str) -> None:
             where=where,
             found=", ".join(f"{name} {number}" for name, number in beyond.items()),
             expected=f"ids below {count}",
-            hint=f"vocabulary: {{rows: {max(beyond.values()) + 1}}}",
+            hint=hint or f"vocabulary: {{rows: {max(beyond.values()) + 1}}}",
         )
 
 
