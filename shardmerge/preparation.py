@@ -102,7 +102,7 @@ def plan_of(found: Resolved, options: Options) -> Plan:
 def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     """Opens the sources of a mapping and says what every target is made of; raises as ``prepare``."""
     preset = _preset(spec.use) if spec.use else None
-    own = set(spec.variables)
+    own, sides = set(spec.variables), SideFiles()
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
     catalogs = _open_all(spec, folder, options)
@@ -110,9 +110,8 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
         raise_all(_odd_roles(spec.target, catalogs))
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
-        spec = _combined(spec, preset, catalogs)
+        spec = _combined(spec, preset, catalogs, sides)
     raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
-    sides = SideFiles()
     output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
     needs = _needs(spec, catalogs, output)
@@ -181,11 +180,13 @@ def _preset(name: str) -> Preset:
     return load_preset(name)
 
 
-def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> Spec:
+def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
+    from shardmerge.mapping.families import odd_families
     from shardmerge.mapping.layouts import odd_layouts
     from shardmerge.mapping.preset_files import combine
 
     raise_all(odd_layouts(spec, preset, catalogs))
+    raise_all(odd_families(preset, catalogs, sides.read))
     return combine(spec, preset)
 
 

@@ -32,7 +32,7 @@ _SUFFIX = ".yaml"
 # What a preset may say.
 KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "rest", "drop")
 
-ROLE_KEYS = ("about", "required", "strip")
+ROLE_KEYS = ("about", "required", "strip", "model_types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,14 @@ class PresetRole:
         Whether there is no conversion without it.
     strip
         As ``SourceSpec.strip``, where the mapping says nothing.
+    model_types
+        What its config.json may say as ``model_type``; empty where the target checks it, or where any will do.
     """
 
     about: str
     required: bool
     strip: str = ""
+    model_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +205,8 @@ def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
         fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")
         strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
-        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)
+        types = reader.text(fields["model_types"], "model_types").split("|") if "model_types" in fields else ()
+        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip, tuple(types))
 
 
 def _folder() -> Traversable:

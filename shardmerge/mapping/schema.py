@@ -50,7 +50,8 @@ def mapping_schema() -> Schema:
 
 def preset_schema() -> Schema:
     """Returns the schema of a preset's file."""
-    role = _object(preset_files.ROLE_KEYS, {"about": _TEXT, "required": _FLAG, "strip": _TEXT}, "about", "required")
+    role_keys: dict[str, Schema] = {"about": _TEXT, "required": _FLAG, "strip": _TEXT, "model_types": _TEXT}
+    role = _object(preset_files.ROLE_KEYS, role_keys, "about", "required")
     properties: dict[str, Schema] = {
         "preset": _VERSION,
         "title": _TEXT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets import clip, open_clip_config, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, layers, load_object, portable, stored_dtype
 from shardmerge.targets.clip import VisionArchitecture
@@ -51,6 +52,7 @@ def expect_model(request: Request) -> Expectation:
     """
     catalog, whole, where = _read(request, "config")
     vision_part, text_part = clip.unwrap(whole), read_text_part(whole, where)
+    _check_kind(whole, text_part, where)
     vision = clip.read_architecture(vision_part, where)
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
     written = portable(whole, dtype) | {
@@ -71,6 +73,19 @@ def expect_model(request: Request) -> Expectation:
         components=(Component("", "", f"Check that {where} describes these weights"),),
         warnings=warnings,
     )
+
+
+def _check_kind(whole: Mapping[str, object], text: Mapping[str, object], where: str) -> None:
+    """AltCLIP, CLIPSeg and Chinese CLIP have a CLIP's encoders, whole or in part, and are other models."""
+    kinds = (whole.get("model_type"), text.get("model_type", "clip_text_model"))
+    if kinds != ("clip", "clip_text_model"):
+        raise TargetError(
+            "unsupported-architecture",
+            "the model is not a CLIPModel",
+            where=where,
+            found=f"model_type {shown(kinds[0])}, of its text_config {shown(kinds[1])}",
+            expected="model_type 'clip' and 'clip_text_model'",
+        )
 
 
 # ---- reading

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import clip, clip_model, internvl, llama
+from shardmerge.targets import clip, clip_model, internvl, internvl_config, llama
 from shardmerge.targets.architectures import JsonObject, dimension, flag, layers
 from shardmerge.tensors import Shape
 
@@ -261,7 +261,7 @@ def _internvl(config: Mapping[str, object], names: frozenset[str], where: str) -
     encoder = _internvit(vision_part, where)
     _dividing(encoder.hidden, dimension(vision_part, "num_attention_heads", 16, where), where)
     hidden = text.tensors["language_model.model.norm.weight"][0]
-    vision = dict(internvl.vision_tensors(encoder, hidden, internvl.shuffle(config, where)))
+    vision = dict(internvl.vision_tensors(encoder, hidden, internvl_config.read_shuffle(config, where)[0]))
     vision = dict(_as_configured(vision, vision_part, where))
     owned = (*text.owned, "vision_tower.", "multi_modal_projector.")
     return Known({**text.tensors, **vision}, owned, text.optional, _legacy_parts)
@@ -284,9 +284,9 @@ def _as_configured(tensors: Mapping[str, Shape], part: Mapping[str, object], whe
 _POSITIONS = "vision_tower.embeddings.position_embeddings"
 
 
-def _internvit(part: Mapping[str, object], where: str) -> internvl.Encoder:
+def _internvit(part: Mapping[str, object], where: str) -> internvl_config.Encoder:
     """Returns the encoder that an ``internvl_vision`` config describes; defaults follow ``InternVLVisionConfig``."""
-    return internvl.Encoder(
+    return internvl_config.Encoder(
         hidden=dimension(part, "hidden_size", 1024, where),
         inner=dimension(part, "intermediate_size", 4096, where),
         layers=layers(part, 24, where),

@@ -10,7 +10,7 @@ from shardmerge.targets.architectures import JsonObject, dump, load_object, stor
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
-from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
+from shardmerge.targets.vocabulary import Rows, id_warnings, rows, tokenizer_files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -40,6 +40,7 @@ def expect(request: Request) -> Expectation:
     tokens = tokenizer_files(request, side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     tied = text.architecture.tied
+    warnings = (*warnings, *id_warnings(text.config, counted.count, text.where))
     return Expectation(
         tensors=dict(llama.expected(text.architecture, counted.count)),
         resized=counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),

@@ -18,6 +18,7 @@ from shardmerge.targets.bases import (
     ROLES,
     Cast,
     cast,
+    check_context,
     missing_sources,
     read_text,
     read_vision,
@@ -133,6 +134,7 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
     if form != "whole":
         return
     text = read_text(request.catalogs[players.text.source], request.read)
+    check_context(players.model, text)
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)

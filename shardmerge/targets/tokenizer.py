@@ -136,7 +136,7 @@ def add_tokens(
     TargetError
         ``bad-tokenizer-json``, ``bad-json``, ``side-file-too-large``.
     """
-    if not any(name in side_files for name in _VOCABULARIES):
+    if not has_tokenizer(side_files):
         return TokenizerFiles({token: vocab_size + index for index, token in enumerate(tokens)}, ())
     stated = _stated_tokens(side_files, read)
     if "tokenizer.json" in side_files:
@@ -152,14 +152,48 @@ def add_tokens(
     return TokenizerFiles({token: added.ids[token] for token in tokens}, tuple(edited + copied))
 
 
+def token_id(side_files: Mapping[str, Extent], read: ReadSideFile, token: str) -> int | None:
+    """Returns the id of a token as a loader has it; ``None`` where the tokenizer has none, or where there is none.
+
+    Raises
+    ------
+    TargetError
+        ``bad-tokenizer-json``, ``bad-json``, ``side-file-too-large``.
+    """
+    if not has_tokenizer(side_files):
+        return None
+    if "tokenizer.json" in side_files:
+        present, vocabulary = _scan_file(side_files["tokenizer.json"], read, (token,))[1:]
+        return _number(present, vocabulary, {}).get(token, vocabulary.ids.get(token))
+    stated = _stated_tokens(side_files, read)
+    known = _slow_vocabulary(side_files, read, {*stated, token})
+    return stated.get(token, known.ids.get(token) if known else None)
+
+
+def has_tokenizer(side_files: Mapping[str, Extent]) -> bool:
+    """Whether a tokenizer's vocabulary is among these files."""
+    return any(name in side_files for name in _VOCABULARIES)
+
+
 # ---- tokenizer.json
 
 
 def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[SideFile, _Added]:
     """Returns tokenizer.json with the new entries, and all added tokens as a loader numbers them."""
+    place, present, vocabulary = _scan_file(extent, read, tokens)
+    added = _add(present, vocabulary, tokens)
+    if not added.new:
+        return SideFile("tokenizer.json", (extent,)), added
+    entries = [{"id": added.ids[token], "content": token, **_entry()} for token in added.new]
+    new = place.before + b",\n".join(map(_indented, entries)) + place.after
+    head, tail = extent.slice(0, place.position), extent.slice(place.position, extent.nbytes - place.position)
+    return SideFile("tokenizer.json", (head, new, tail)), added
+
+
+def _scan_file(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[_Place, list[str], _Vocabulary]:
     data = _read_capped(extent, read)
     try:
-        place, present, vocabulary = _scan(data, tokens)
+        return _scan(data, tokens)
     except _ScanError as error:
         raise TargetError(
             "bad-tokenizer-json",
@@ -168,13 +202,6 @@ def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[st
             found=repr(data[error.position : error.position + 40]),
             expected=error.expected,
         ) from error
-    added = _add(present, vocabulary, tokens)
-    if not added.new:
-        return SideFile("tokenizer.json", (extent,)), added
-    entries = [{"id": added.ids[token], "content": token, **_entry()} for token in added.new]
-    new = place.before + b",\n".join(map(_indented, entries)) + place.after
-    head, tail = extent.slice(0, place.position), extent.slice(place.position, extent.nbytes - place.position)
-    return SideFile("tokenizer.json", (head, new, tail)), added
 
 
 def _read_capped(extent: Extent, read: ReadSideFile) -> bytes:
