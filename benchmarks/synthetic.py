@@ -181,7 +181,7 @@ def model_states(shapes: Shapes, stage: int, world: int, extra: Mapping[str, obj
         "frozen_param_fragments": None,
         "dp_world_size": world,
         "mp_world_size": 1,
-        "global_steps": 1,
+        "global_steps": 0,  # as many as the optimizer's counter says, which is a hole
         "ds_version": "0.19.8",
         **extra,
     }
@@ -202,7 +202,7 @@ def optim_states(numel: int, stage: int, world: int) -> dict[str, object]:
     def flat() -> torch.Tensor:
         return torch.empty(numel, dtype=torch.float32)
 
-    adam = {"state": {0: {"step": 1.0, "exp_avg": flat(), "exp_avg_sq": flat()}}, "param_groups": []}
+    adam = {"state": {0: {"step": torch.ones(()), "exp_avg": flat(), "exp_avg_sq": flat()}}, "param_groups": []}
     state: dict[str, object] = {"zero_stage": stage, "loss_scaler": None, "overflow": False}
     if stage == 3:
         state |= {"partition_count": world, "optimizer_state_dict": adam, "fp32_flat_groups": [flat()]}

@@ -33,15 +33,14 @@ class Samples:
 
     def value(self, file: str, offset: int, dtype: DType) -> float:
         """Returns the number at a byte of a file."""
-        raw = bytes(self._pool.view(file, offset, dtype.itemsize))
-        return number(raw, dtype)
+        return number(self._pool.get(file).read(offset, dtype.itemsize), dtype)
 
     def elements(self, file: TorchFile, ref: TensorRef, indices: Sequence[int]) -> list[float]:
         """Returns elements of a tensor, by their row-major numbers; all of them at once where that is one read."""
         start = file.storages[ref.storage.key].offset
         size = ref.dtype.itemsize
         if len(indices) == prod(ref.shape) and is_dense(ref):
-            raw = bytes(self._pool.view(file.path, start + ref.offset * size, len(indices) * size))
+            raw = self._pool.get(file.path).read(start + ref.offset * size, len(indices) * size)
             return [number(raw[at : at + size], ref.dtype) for at in range(0, len(raw), size)]
         return [self.value(file.path, start + place(ref, index) * size, ref.dtype) for index in indices]
 
