@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import Tag, check_kind, check_module, check_tag, two_saves
+from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, two_saves
 from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import View, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
@@ -235,12 +235,24 @@ class _Builder:
         self._check_group_count(len(shapes), "parameter groups")
         for index, group in enumerate(shapes):
             flat = FlatGroup.of(self.optims[0].dtypes[index], [optim.partitions[index] for optim in self.optims])
-            paddings = self.optims[0].paddings
-            offsets = flat_offsets(list(group.values()), paddings[index] if paddings else ())
+            offsets = flat_offsets(list(group.values()), self._paddings(index, len(group)))
             self._check_group_size(index, flat.numel, offsets[-1])
             for (name, shape), start in zip(group.items(), offsets, strict=False):
                 pieces = flat.pieces(start, prod(shape))
                 self._add(name, flat.dtype, shape, pieces, f"fp32 partitions, group {index}")
+
+    def _paddings(self, index: int, parameters: int) -> tuple[int, ...]:
+        """Elements to skip after each parameter of a group, empty for none."""
+        paddings = self.optims[0].paddings
+        mine = paddings[index] if index < len(paddings) else ()
+        if paddings and len(mine) != parameters:
+            raise self._layout(
+                f"the optimizer files have other parameters in group {index} than the model file",
+                f"{len(mine)} in param_alignment_paddings of {self.optims[0].rank.path.name}",
+                f"{parameters}, as param_shapes says",
+                ONE_SAVE,
+            )
+        return mine
 
     def _add_stage3(self) -> None:
         shapes = self._shapes()

@@ -12,7 +12,7 @@ from shardmerge.sources.deepspeed_claims import Claims, version_of
 from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
 
-_ONE_SAVE = "copy the files of one save into a directory of their own"
+ONE_SAVE = "copy the files of one save into a directory of their own"
 _MODULE = "take the 16-bit weights of the model file alone: --view module (in a mapping, `view: module`)"
 # Names in one line of an error.
 _MOST_NAMES = 8
@@ -109,7 +109,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
             "the model file has the name of another ZeRO stage than it states",
             found=first.path.name,
             expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {claimed}",
-            hint=_ONE_SAVE,
+            hint=ONE_SAVE,
         )
     for optim in tag.optims:
         # BF16_Optimizer, which writes no stage, serves stage 1 and, up to DeepSpeed 0.16, stage 0.
@@ -119,7 +119,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
                 "model file and optimizer files are not of one run: they differ in the ZeRO stage",
                 found=f"stage {shown(optim.stage)} in {optim.rank.path.name}",
                 expected=f"stage {claimed}, as in {first.path.name}",
-                hint=_ONE_SAVE + _way_out(tag),
+                hint=ONE_SAVE + _way_out(tag),
             )
             return
 
@@ -222,7 +222,7 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
         f"the rank files are not of one run: they differ in {what}",
         found=other[0].name if digest else f"{shown(other[1])} in {other[0].name}",
         expected=f"the same as in {first[0].name}" if digest else f"{shown(first[1])}, as in {first[0].name}",
-        hint=_ONE_SAVE + _way_out(tag),
+        hint=ONE_SAVE + _way_out(tag),
     )
 
 
@@ -237,5 +237,5 @@ def two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
         "model file and optimizer files are of two saves",
         found=found,
         expected=expected,
-        hint="a save that broke off, or a copy of two: " + _ONE_SAVE + _way_out(tag) + again,
+        hint="a save that broke off, or a copy of two: " + ONE_SAVE + _way_out(tag) + again,
     )
