@@ -35,8 +35,6 @@ from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
 
 # Weights compared with the 16-bit module: where nothing else speaks against one save, and where counters do.
 _USUALLY, _CLOSELY = 2048, 16384
-# One in so many may differ where counters agree: weights that were clipped in the module after the last step.
-_TOLERATED = 4
 
 
 def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
@@ -141,11 +139,15 @@ class _Builder:
     def _add_module(self) -> None:
         """Adds the tensors of ``module`` that are not there yet; shared storages become aliases."""
         owners: dict[object, str] = {}
+        shared = as_dict(self.root.get("shared_params"))
         empty = {name for group in self._listed_shapes() for name, shape in group.items() if 0 in shape}
         for name, ref in self.module().items():
             key = self.first.alias_key(ref)
+            owner = shared.get(name)
             if name in self.entries:
                 owners.setdefault(key, name)
+            elif isinstance(owner, str) and owner in self.entries:
+                self.aliases[name] = owner
             elif ref.shape == (0,) and name not in empty:
                 self.absent.add(name)  # what stage 3, or a save that gathered nothing, leaves of a parameter
             elif prod(ref.shape) and key in owners:
@@ -197,6 +199,10 @@ class _Builder:
                 f"{len(missing)}: {shown(missing)}",
                 hint="copy the checkpoint again from where the run saved it",
             )
+        module = self.module()
+        unknown = [name for name in listed if name not in module]
+        if module and unknown:  # a state_dict of the user's may have names of its own
+            self.warnings.append(f"{len(unknown)} parameters are not in module under their names: {shown(unknown)}")
         buffers = [name for name in _strings(self.root.get("buffer_names")) if name not in self.entries]
         if buffers:
             self.warnings.append(f"{len(buffers)} buffers that the model file lists are not in it: {shown(buffers)}")
@@ -206,21 +212,22 @@ class _Builder:
         claims = self.tag.claims
         odd = next((o for o in self.optims if o.step is not None and not claims.counts_to(o.step)), None)
         tally = compare_masters(self.first, self.module(), self.entries, _CLOSELY if odd else _USUALLY)
-        wrong = {file: count for file, count in tally.differing.items() if count}
-        if odd is not None and (wrong or not tally.compared):
+        if odd is not None and (tally.differing or not tally.files):
             skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""
-            where = Path(self.first.path).name
             raise two_saves(
-                self.tag, f"{odd.step:g} steps in {odd.rank.path.name}", f"{claims.steps}{skipped}, as in {where}"
+                self.tag,
+                f"{odd.step:g} steps in {odd.rank.path.name}",
+                f"{claims.steps}{skipped}, as in {Path(self.first.path).name}",
             )
-        for file, count in wrong.items():
-            told = f"{count} of {tally.compared[file]} sampled weights of {Path(file).name}"
-            if count * _TOLERATED >= tally.compared[file]:
-                raise two_saves(self.tag, f"{told} differ from the module", "masters that round to its 16-bit weights")
-            self.warnings.append(f"{told} do not round to those of the 16-bit module; the fp32 ones are taken")
+        if tally.worst():
+            raise two_saves(self.tag, f"{tally.worst()} differ", "masters that round to the 16-bit module")
+        if tally.differing:
+            self.warnings.append(
+                f"{tally.differing} of the sampled fp32 weights do not round to the 16-bit module's; they are taken"
+            )
         if odd is not None:
             self.warnings.append(
-                f"the optimizer counts {odd.step:g} steps, the model file {claims.steps}: the weights agree"
+                f"the optimizer counts {odd.step:g} steps, the model file {claims.steps}; the weights of both agree"
             )
 
     def _shapes(self) -> list[dict[str, Shape]]:

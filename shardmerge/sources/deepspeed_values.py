@@ -12,8 +12,10 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import PurePath
 
 from shardmerge.dtypes import DType
+from shardmerge.shown import shown
 from shardmerge.sources.pickle_vm import TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.storage.reading import FilePool
@@ -22,6 +24,9 @@ from shardmerge.tensors import Extent, Piece, TensorEntry
 # The float types that DeepSpeed trains in. BF16 is the upper half of an F32.
 _FORMATS = {"F32": "<f", "F16": "<e"}
 _READ = frozenset({"F32", "F16", "BF16"})
+# What may differ where counters agree: one in so many, of a file and of a tensor. A run may clip weights of the module
+# after the last step; the files of another save, or names exchanged, differ in most of them.
+_FEW_OF_A_FILE, _FEW = 4, 2
 _NAN = b"NaN"  # a NaN is any of many patterns
 
 
@@ -97,15 +102,36 @@ def is_dense(ref: TensorRef) -> bool:
 
 @dataclass(slots=True)
 class Tally:
-    """How many sampled weights of each file were compared with the module's, and how many did not round to them."""
+    """How many sampled weights were compared with the module's, and how many of them did not round to those.
 
-    compared: dict[str, int] = field(default_factory=dict)
-    differing: dict[str, int] = field(default_factory=dict)
+    Attributes
+    ----------
+    files, tensors
+        Both counts, by file, and by name of the tensor.
+    """
 
-    def add(self, file: str, *, same: bool) -> None:
-        """Counts one weight."""
-        self.compared[file] = self.compared.get(file, 0) + 1
-        self.differing[file] = self.differing.get(file, 0) + (not same)
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, file: str, name: str, compared: int, differing: int) -> None:
+        """Counts the weights of one piece."""
+        for table, key in ((self.files, file), (self.tensors, name)):
+            before = table.get(key, (0, 0))
+            table[key] = before[0] + compared, before[1] + differing
+
+    @property
+    def differing(self) -> int:
+        """Weights that did not round to the module's."""
+        return sum(differing for _, differing in self.files.values())
+
+    def worst(self) -> str:
+        """Tells of a file or tensor with more differing weights than a few, ``""`` if there is none."""
+        for what, table, few in (("of {}", self.files, _FEW_OF_A_FILE), ("of the tensor {}", self.tensors, _FEW)):
+            for key, (compared, differing) in table.items():
+                if differing * few > compared:
+                    of = what.format(PurePath(key).name if table is self.files else shown(key))
+                    return f"{differing} of {compared} sampled weights {of}"
+        return ""
 
 
 def compare_masters(
@@ -122,27 +148,29 @@ def compare_masters(
     most
         About how many weights.
     """
-    pairs = [(piece, module[name], entry.dtype) for name, entry in entries.items()
+    pairs = [(piece, name, entry.dtype) for name, entry in entries.items()
              if name in module and module[name].shape == entry.shape
              and is_float(entry.dtype) and is_float(module[name].dtype)
              for piece in entry.pieces]  # fmt: skip
     samples, tally = Samples(), Tally()
     each = max(most // max(len(pairs), 1), 1)
     chosen = pairs if len(pairs) <= most else [pairs[index] for index in spread(len(pairs), most)]
-    for piece, ref, dtype in chosen:
-        _compare_piece(samples, tally, model, (piece, ref, dtype), each)
+    for piece, name, dtype in chosen:
+        assert isinstance(piece.held, Extent)  # partitions are dense
+        indices = spread(piece.count, each)
+        differing = _differing(samples, (model, module[name]), piece, dtype, indices)
+        tally.add(piece.held.file, name, len(indices), differing)
     return tally
 
 
-def _compare_piece(
-    samples: Samples, tally: Tally, model: TorchFile, pair: tuple[Piece, TensorRef, DType], most: int
-) -> None:
-    piece, ref, dtype = pair
+def _differing(
+    samples: Samples, there: tuple[TorchFile, TensorRef], piece: Piece, dtype: DType, indices: Sequence[int]
+) -> int:
+    """Returns how many elements of a piece of masters do not round to those of the module's tensor."""
+    model, ref = there
     held = piece.held
-    assert isinstance(held, Extent)  # partitions are dense
-    indices = spread(piece.count, most)
+    assert isinstance(held, Extent)
     narrow = dtype if dtype.itemsize < ref.dtype.itemsize else ref.dtype
     theirs = samples.elements(model, ref, [piece.start + index for index in indices])
-    for index, other in zip(indices, theirs, strict=True):
-        mine = samples.value(held.file, held.offset + index * dtype.itemsize, dtype)
-        tally.add(held.file, same=rounded(mine, narrow) == rounded(other, narrow))
+    mine = [samples.value(held.file, held.offset + index * dtype.itemsize, dtype) for index in indices]
+    return sum(rounded(a, narrow) != rounded(b, narrow) for a, b in zip(mine, theirs, strict=True))
