@@ -181,6 +181,7 @@ def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
         ("world size", [(o.rank.path, o.world) for o in optims]),
         ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
         ("ds_config", [(o.rank.path, o.settings) for o in optims]),
+        ("the optimizer's settings", [(o.rank.path, o.groups) for o in optims]),
         ("DeepSpeed version", [(o.rank.path, o.version) for o in optims]),
         ("param_shapes", [(s.rank.path, s.claims.shapes) for s in states]),
         ("global_steps", [(s.rank.path, s.claims.steps) for s in states]),
@@ -216,7 +217,7 @@ def _same_world(claims: Claims, world: int) -> int:
 
 
 def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, object]) -> CheckpointError:
-    digest = what in ("ds_config", "param_shapes")  # a digest says nothing to anybody
+    digest = what in ("ds_config", "param_shapes", "the optimizer's settings")  # a digest says nothing to anybody
     return tag.error(
         "mixed-runs",
         f"the rank files are not of one run: they differ in {what}",

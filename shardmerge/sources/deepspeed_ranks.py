@@ -77,8 +77,11 @@ class OptimState:
         Ranks that share the partitions, as the file says; 0 if it does not.
     settings, version
         Digest of ``ds_config``, one object for all ranks that agree; ``ds_version``.
-    paddings, step
-        ``param_alignment_paddings``, and the optimizer's step counter.
+    paddings
+        ``param_alignment_paddings``.
+    step, groups
+        The optimizer's step counter, ``None`` where it has none; digest of the plain values in its ``param_groups``:
+        learning rates, betas, weight decay.
     saved_as
         The name that the file was saved under, where that is another's; else ``""``.
     """
@@ -93,6 +96,7 @@ class OptimState:
     settings: str
     version: str
     step: float | None
+    groups: str
     saved_as: str
 
 
@@ -131,6 +135,7 @@ class RankReader:
                 found=shown(list(state)) if state else "no optimizer_state_dict",
                 hint="shardmerge reads the files of DeepSpeed 0.9 to 0.19, ZeRO stages 0 to 3",
             )
+        base = _base_state(state)
         return OptimState(
             rank,
             file.stamp,
@@ -141,7 +146,8 @@ class RankReader:
             _paddings(state.get("param_alignment_paddings")),
             sys.intern(value_digest(root.get("ds_config"))),
             text_of(root.get("ds_version")),
-            _first_step(file, state),
+            _first_step(file, base, sum(prod(flat.shape) for flat in flats)),
+            sys.intern(_plain(base)),
             rank.saved_as(file.archive),
         )
 
@@ -199,17 +205,35 @@ def _paddings(value: Value) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(n for n in group if isinstance(n, int)) for group in groups if isinstance(group, list))
 
 
-def _first_step(file: TorchFile, state: Mapping[object, Value]) -> float | None:
+def _base_state(state: Mapping[object, Value]) -> Mapping[object, Value]:
+    """What the optimizer inside ZeRO's saved; nothing for ``elastic_checkpoint``, which saves a list of lean dicts."""
+    return as_dict(state.get("base_optimizer_state") or state.get("optimizer_state_dict"))
+
+
+def _first_step(file: TorchFile, base: Mapping[object, Value], numel: int) -> float | None:
     """Returns the optimizer's step counter: four bytes that tell two runs, or two moments of one run, apart."""
-    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
-    moments = as_dict(as_dict(base).get("state"))
-    first = next(iter(moments.values()), None)
-    step = as_dict(first).get("step")
+    moments = as_dict(base.get("state"))
+    if not moments:  # Adam makes its moments in the first step; a rank may have nothing to train, SGD has no moments
+        return 0.0 if numel and "state" in base and any("betas" in group for group in _param_groups(base)) else None
+    step = as_dict(next(iter(moments.values()))).get("step")
     if isinstance(step, (int, float)):
         return float(step)
     if isinstance(step, TensorRef) and step.dtype.name == "F32" and prod(step.shape) == 1:
         return _read_float(file, step)
     return None
+
+
+def _param_groups(base: Mapping[object, Value]) -> list[Mapping[object, Value]]:
+    groups = base.get("param_groups")
+    return [as_dict(group) for group in groups] if isinstance(groups, list) else []
+
+
+def _plain(base: Mapping[object, Value]) -> str:
+    plain = (bool, int, float, str, tuple)
+    found: list[Value] = [
+        {key: value for key, value in group.items() if isinstance(value, plain)} for group in _param_groups(base)
+    ]
+    return value_digest(found)
 
 
 def _read_float(file: TorchFile, ref: TensorRef) -> float:
