@@ -22,7 +22,9 @@ from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import Shape
 
 # Elements of a tensor that are compared. Where several look the same, all of them are looked at again, closer.
-_CLOSER = (32, 1024)
+_CLOSER = (64, 1024)
+# A tensor of so many elements or fewer is compared whole.
+_SMALL = 1024
 # Looks for a parameter at a place of a flat group, most of them at two elements. n parameters in the model's order take
 # n of them, in any other order n * n / 2.
 _MOST_SEARCHED = 100_000
@@ -134,7 +136,8 @@ class _Naming:
         return found.values()
 
     def _look(self, ref: TensorRef, dtype: DType, most: int) -> tuple[object, ...]:
-        indices = spread(prod(ref.shape), most)
+        numel = prod(ref.shape)
+        indices = spread(numel, most if numel > _SMALL else _SMALL)
         self._file.entry("masters", ref)  # raises where the bytes are not there
         values = self._samples.elements(self._file, ref, indices)
         return ref.shape, dtype.name, b"".join(rounded(value, dtype) for value in values)
@@ -194,8 +197,14 @@ class _Naming:
             budget[0] -= 1
             if start + prod(ref.shape) <= flat.shape[0]:
                 part = self._part(flat, start, name)
-                if all(self._look(part, ref.dtype, n) == self._look(ref, ref.dtype, n) for n in (2, *_CLOSER)):
+                if self._begins_alike(part, ref) and all(
+                    self._look(part, ref.dtype, closer) == self._look(ref, ref.dtype, closer) for closer in _CLOSER
+                ):
                     yield name
+
+    def _begins_alike(self, part: TensorRef, ref: TensorRef) -> bool:
+        mine, theirs = (self._samples.elements(self._file, tensor, [0])[0] for tensor in (part, ref))
+        return rounded(mine, ref.dtype) == rounded(theirs, ref.dtype)
 
     def _part(self, flat: TensorRef, start: int, name: str) -> TensorRef:
         shape = self._module[name].shape
