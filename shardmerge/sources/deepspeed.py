@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, two_saves
+from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, check_weights
 from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import View, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
@@ -26,15 +26,11 @@ from shardmerge.sources.deepspeed_ranks import (
     named_tensors,
     shape_table,
 )
-from shardmerge.sources.deepspeed_values import compare_masters
 from shardmerge.sources.pickle_vm import TensorRef, Value
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, state_dict
 from shardmerge.sources.zero import FlatGroup, Fragments, RankChunks, chunk_numel, flat_offsets
 from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
-
-# Weights compared with the 16-bit module: where nothing else speaks against one save, and where counters do.
-_USUALLY, _CLOSELY = 2048, 16384
 
 
 def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
@@ -98,12 +94,12 @@ class _Builder:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
         if self.tag.stage == 3:
             self._add_stage3()
-            self._check_values()
+            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_stage3()
         elif self.optims:
             self._check_module_shapes()
             self._add_stage12()
-            self._check_values()
+            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_whole()
         else:
             self._add_unpartitioned()
@@ -189,9 +185,9 @@ class _Builder:
 
     def _check_all_there(self) -> None:
         """What the model file lists is there; buffers may have been left out by a ``state_dict`` of the user's."""
-        listed = [name for group in self._listed_shapes() for name in group]
-        shared = as_dict(self.root.get("shared_params"))
-        tied = [name for name in shared if isinstance(name, str) and shared[name] in listed]
+        listed = {name: None for group in self._listed_shapes() for name in group}
+        shared = as_dict(self.root.get("shared_params")).items()
+        tied = [name for name, owner in shared if isinstance(name, str) and isinstance(owner, str) and owner in listed]
         missing = [name for name in (*listed, *tied) if name not in self.entries and name not in self.aliases]
         if missing:
             raise self._layout(
@@ -206,29 +202,6 @@ class _Builder:
         buffers = [name for name in _strings(self.root.get("buffer_names")) if name not in self.entries]
         if buffers:
             self.warnings.append(f"{len(buffers)} buffers that the model file lists are not in it: {shown(buffers)}")
-
-    def _check_values(self) -> None:
-        """Masters round to the module's weights in one save; where counters disagree, every sampled one must."""
-        claims = self.tag.claims
-        odd = next((o for o in self.optims if o.step is not None and not claims.counts_to(o.step)), None)
-        tally = compare_masters(self.first, self.module(), self.entries, _CLOSELY if odd else _USUALLY)
-        if odd is not None and (tally.differing or not tally.files):
-            skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""
-            raise two_saves(
-                self.tag,
-                f"{odd.step:g} steps in {odd.rank.path.name}",
-                f"{claims.steps}{skipped}, as in {Path(self.first.path).name}",
-            )
-        if tally.worst():
-            raise two_saves(self.tag, f"{tally.worst()} differ", "masters that round to the 16-bit module")
-        if tally.differing:
-            self.warnings.append(
-                f"{tally.differing} of the sampled fp32 weights do not round to the 16-bit module's; they are taken"
-            )
-        if odd is not None:
-            self.warnings.append(
-                f"the optimizer counts {odd.step:g} steps, the model file {claims.steps}; the weights of both agree"
-            )
 
     def _shapes(self) -> list[dict[str, Shape]]:
         groups = self.root.get("param_shapes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,17 @@ from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import Claims, version_of
 from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
+from shardmerge.sources.deepspeed_values import compare_masters
+from shardmerge.sources.pickle_vm import TensorRef
+from shardmerge.sources.torch_file import TorchFile
+from shardmerge.tensors import TensorEntry
 
 ONE_SAVE = "copy the files of one save into a directory of their own"
 _MODULE = "take the 16-bit weights of the model file alone: --view module (in a mapping, `view: module`)"
+# A hundred times the GPUs of the largest runs.
+_MOST_RANKS = 10_000_000
+# Weights compared with the 16-bit module: where nothing else speaks against one save, and where counters do.
+_USUALLY, _CLOSELY = 2048, 16384
 # Names in one line of an error.
 _MOST_NAMES = 8
 # Sequence-parallel runs before it state the ranks that see other data in ``dp_world_size``, and cut over more ranks.
@@ -108,7 +116,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
             "mixed-runs",
             "the model file has the name of another ZeRO stage than it states",
             found=first.path.name,
-            expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {claimed}",
+            expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {shown(claimed)}",
             hint=ONE_SAVE,
         )
     for optim in tag.optims:
@@ -118,7 +126,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
                 "mixed-runs",
                 "model file and optimizer files are not of one run: they differ in the ZeRO stage",
                 found=f"stage {shown(optim.stage)} in {optim.rank.path.name}",
-                expected=f"stage {claimed}, as in {first.path.name}",
+                expected=f"stage {shown(claimed)}, as in {first.path.name}",
                 hint=ONE_SAVE + _way_out(tag),
             )
             return
@@ -132,6 +140,9 @@ def _missing_ranks(tag: Tag) -> Iterator[ShardmergeError]:
     partitioned = tag.stage == 3
     there = [state.rank.data_parallel for state in tag.states] if partitioned else []
     world = max(1, *stated, *([] if any(stated) else (rank + 1 for rank in there)))
+    if world > _MOST_RANKS:
+        yield tag.error("mixed-runs", "the files state more ranks than any run has", found=shown(world), hint=ONE_SAVE)
+        return
     yield from _missing(tag, "optimizer", [optim.rank.data_parallel for optim in tag.optims], world)
     if partitioned:
         yield from _missing(tag, "model", there, world)
@@ -227,7 +238,37 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
     )
 
 
-def two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
+def check_weights(
+    tag: Tag, model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry]
+) -> list[str]:
+    """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.
+
+    Masters round to the module's weights in one save. Steps differ also where an optimizer was begun anew when the run
+    was resumed (``load_optimizer_states=False``): then every sampled weight must agree.
+
+    Raises
+    ------
+    CheckpointError
+        ``mixed-runs``.
+    """
+    claims = tag.claims
+    odd = next((o for o in tag.optims if o.step is not None and not claims.counts_to(o.step)), None)
+    tally = compare_masters(model, module, entries, _CLOSELY if odd else _USUALLY)
+    steps = "" if odd is None else f"{odd.step:g} steps in {odd.rank.path.name}"
+    if steps and (tally.differing or not tally.files):
+        skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""
+        raise _two_saves(tag, steps, f"{claims.steps}{skipped}, as in {tag.states[0].rank.path.name}")
+    if tally.worst():
+        raise _two_saves(tag, f"{tally.worst()} differ", "masters that round to the 16-bit module")
+    warnings = []
+    if tally.differing:
+        warnings.append(f"{tally.differing} sampled fp32 weights do not round to the 16-bit module's; they are taken")
+    if steps:
+        warnings.append(f"{steps}, {claims.steps} in the model file; the weights of both agree")
+    return warnings
+
+
+def _two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
     """Returns the error for a model file and optimizer files whose steps, or whose weights, are not of one save."""
     again = "" if tag.stage < 3 else (
         "; where the optimizer was begun anew on purpose, DeepSpeed's own zero_to_fp32.py, which the run saved beside "

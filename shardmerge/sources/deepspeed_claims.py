@@ -15,6 +15,8 @@ from shardmerge.sources.value_digest import value_digest
 # Until then ZeRO's __init__ made one optimizer step with zero gradients, to have the moments allocated, so that Adam
 # counts one step more than the engine (seen: 0.9.5, 0.10.3, 0.12.6; gone from the source of 0.13.5).
 _NO_FIRST_STEP = (0, 13, 5)
+# Steps or ranks, more than of any run.
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def read_claims(root: Mapping[object, Value]) -> Claims:
         tensor_parallel=_count(degrees.get("tp_degree")) or _count(root.get("mp_world_size")) // max(stages, 1),
         pipeline_parallel=stages,
         experts=largest(root.get("num_experts")),
-        steps=steps if isinstance(steps, int) else None,
+        steps=_count(steps) if isinstance(steps, int) else None,
         skipped=_count(root.get("skipped_steps")),
         version=text_of(root.get("ds_version")),
         bf16=(settings_of((config or {}).get("bf16")) or {}).get("enabled") is True,
@@ -119,7 +121,7 @@ def _stage(config: Mapping[object, Value] | None) -> int | None:
 
 
 def _count(value: Value) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return min(value, _MOST) if isinstance(value, int) and value > 0 else 0
 
 
 def text_of(value: Value) -> str:

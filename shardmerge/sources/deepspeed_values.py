@@ -9,8 +9,10 @@ read, four bytes and two each.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from pathlib import PurePath
 
@@ -148,19 +150,23 @@ def compare_masters(
     most
         About how many weights.
     """
-    pairs = [(piece, name, entry.dtype) for name, entry in entries.items()
-             if name in module and module[name].shape == entry.shape
-             and is_float(entry.dtype) and is_float(module[name].dtype)
-             for piece in entry.pieces]  # fmt: skip
+    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name])]
+    starts = list(accumulate((len(entries[name].pieces) for name in names), initial=0))
+    each = max(most // max(starts[-1], 1), 1)
     samples, tally = Samples(), Tally()
-    each = max(most // max(len(pairs), 1), 1)
-    chosen = pairs if len(pairs) <= most else [pairs[index] for index in spread(len(pairs), most)]
-    for piece, name, dtype in chosen:
+    for index in spread(starts[-1], most):
+        at = bisect_right(starts, index) - 1
+        entry = entries[names[at]]
+        piece = entry.pieces[index - starts[at]]
         assert isinstance(piece.held, Extent)  # partitions are dense
         indices = spread(piece.count, each)
-        differing = _differing(samples, (model, module[name]), piece, dtype, indices)
-        tally.add(piece.held.file, name, len(indices), differing)
+        differing = _differing(samples, (model, module[names[at]]), piece, entry.dtype, indices)
+        tally.add(piece.held.file, names[at], len(indices), differing)
     return tally
+
+
+def _comparable(entry: TensorEntry, ref: TensorRef) -> bool:
+    return ref.shape == entry.shape and is_float(entry.dtype) and is_float(ref.dtype)
 
 
 def _differing(
