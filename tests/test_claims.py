@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 import shardmerge as sm
+from benchmarks.synthetic import write_zero
 from shardmerge.sources.deepspeed_files import View
 from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 
@@ -424,3 +425,87 @@ def test_a_module_of_placeholders_and_weights_is_no_module_view(tmp_path: Path) 
     assert "[no-module-view]" in text
     assert "3 tensors without data" in text  # the large one, and two frozen ones
     assert is_truth(read_all(sm.inspect(folder)), _values(saved.truth))
+
+
+# --- what optimizer files state, on files that torch alone can write ---
+
+
+def _synthetic(folder: Path, edit: Callable[[dict], object], rank: int = 1) -> Path:
+    """Three ranks of stage 3 by Adam, and a change of one rank's optimizer file."""
+    tag = write_zero(folder, {"a.weight": (7, 5), "b.weight": (3,)}, stage=3, world=3, fill=True)
+    for which in range(3):
+        path = tag / f"bf16_zero_pp_rank_{which}_mp_rank_00_optim_states.pt"
+        root = torch.load(path, weights_only=True)
+        base = root["optimizer_state_dict"]["optimizer_state_dict"]
+        base["param_groups"] = [{"lr": 0.01, "betas": (0.9, 0.999), "params": [0]}]
+        if which == rank:
+            edit(root)
+        torch.save(root, path)
+    return tag
+
+
+def _base(root: dict) -> dict:
+    return root["optimizer_state_dict"]["optimizer_state_dict"]
+
+
+def _stepped(root: dict) -> None:
+    _base(root)["state"][0]["step"] = torch.tensor(7.0)
+
+
+OPTIM_EDITS: dict[str, Callable[[dict], object]] = {
+    "another learning rate": lambda root: _base(root)["param_groups"][0].update(lr=0.02),
+    "more steps": _stepped,
+    "another world": lambda root: root["optimizer_state_dict"].update(partition_count=4),
+    "another DeepSpeed": lambda root: root.update(ds_version="0.9.5"),
+    "other settings": lambda root: root.update(ds_config={"train_batch_size": 8}),
+}
+
+
+@pytest.mark.parametrize("what", OPTIM_EDITS)
+def test_optimizer_files_of_all_ranks_agree(what: str, tmp_path: Path) -> None:
+    assert sm.inspect(_synthetic(tmp_path / "same", lambda root: None)).entries
+    text = shardmerge("inspect", _synthetic(tmp_path / "run", OPTIM_EDITS[what]), code=1).stderr
+    assert "[mixed-runs]" in text
+    assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt" in text
+
+
+def test_an_adam_without_moments_has_made_no_step(tmp_path: Path) -> None:
+    """What a run saves before its first step, among the files of a later one."""
+
+    def untrained(root: dict) -> None:
+        _base(root).update(state={})
+
+    assert sm.inspect(_synthetic(tmp_path / "early", untrained)).entries  # these have made no step either
+    tag = _synthetic(tmp_path / "late", untrained)
+    for rank in (0, 2):
+        path = tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        root = torch.load(path, weights_only=True)
+        _stepped(root)
+        torch.save(root, path)
+    assert "[mixed-runs]" in shardmerge("inspect", tag, code=1).stderr
+
+
+def test_a_rank_has_one_file(tmp_path: Path) -> None:
+    tag = write_zero(tmp_path, {"a.weight": (7, 5)}, stage=2, world=2, fill=True)
+    shutil.copy(
+        tag / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    )
+    text = shardmerge("inspect", tag, code=1).stderr
+    assert "two files are those of rank 1" in text
+    (tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()  # the hint
+    assert sm.inspect(tag).entries
+
+
+def test_an_optimizer_begun_anew_is_told_by_the_weights(tmp_path: Path) -> None:
+    """``load_checkpoint(load_optimizer_states=False)`` keeps global_steps and counts the optimizer's from 0."""
+    damage = edited(_case("bag_z2_w3_bf16"), "a later step")
+    assert damage is not None
+    assert outcome(damage, tmp_path / "tag") == "right"
+    (warning,) = sm.inspect(tmp_path / "tag").warnings
+    assert "2 steps in bf16_zero_pp_rank_0" in warning
+    assert "4 in the model file" in warning
+
+
+def test_more_ranks_than_there_are_computers(tmp_path: Path) -> None:
+    tag = _synthetic(tmp_path, lambda root: root["optimizer_state_dict"].update(partition_count=10**12))
+    assert "[mixed-runs]" in shardmerge("inspect", tag, code=1).stderr
