@@ -477,10 +477,12 @@ def test_an_adam_without_moments_has_made_no_step(tmp_path: Path) -> None:
 
     assert sm.inspect(_synthetic(tmp_path / "early", untrained)).entries  # these have made no step either
     tag = _synthetic(tmp_path / "late", untrained)
-    for rank in (0, 2):
-        path = tag / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    for path in tag.iterdir():
         root = torch.load(path, weights_only=True)
-        _stepped(root)
+        if "optim" not in path.name:
+            root["global_steps"] = 7
+        elif "rank_1" not in path.name:
+            _stepped(root)
         torch.save(root, path)
     assert "[mixed-runs]" in shardmerge("inspect", tag, code=1).stderr
 
@@ -509,3 +511,32 @@ def test_an_optimizer_begun_anew_is_told_by_the_weights(tmp_path: Path) -> None:
 def test_more_ranks_than_there_are_computers(tmp_path: Path) -> None:
     tag = _synthetic(tmp_path, lambda root: root["optimizer_state_dict"].update(partition_count=10**12))
     assert "[mixed-runs]" in shardmerge("inspect", tag, code=1).stderr
+
+
+def test_the_stage_of_the_optimizer_is_that_of_the_settings(tmp_path: Path) -> None:
+    settings = {"zero_optimization": {"stage": 1}}
+    tag = write_zero(tmp_path, {"a.weight": (7, 5)}, stage=2, world=1, fill=True, extra={"ds_config": settings})
+    path = tag / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    root = torch.load(path, weights_only=True)
+    torch.save({**root, "ds_config": settings}, path)
+    text = shardmerge("inspect", tag, code=1).stderr
+    assert "differ in the ZeRO stage [mixed-runs]" in text
+    root["optimizer_state_dict"]["zero_stage"] = 1
+    torch.save({**root, "ds_config": settings}, path)
+    assert sm.inspect(tag).entries
+
+
+@pytest.mark.parametrize(("case", "stage"), [("llama_z2_w2_fp16", 3), ("bag_z3_w3_bf16", 2)])
+def test_the_name_of_a_model_file_tells_its_stage(case: str, stage: int, tmp_path: Path) -> None:
+    damage = edited(_case(case), f"stage {stage}")
+    assert damage is not None
+    assert outcome(damage, tmp_path / "tag", "module") == "mixed-runs"
+
+
+def test_the_model_file_of_a_model_with_fewer_parameters(tmp_path: Path) -> None:
+    """The same settings; the optimizer files tell how many parameters they hold."""
+    folder = _copy(_case("llama_z2_w2_bf16"), tmp_path / "tag")
+    _copy_into(_case("tied_z2_w2_bf16"), folder, "model")
+    text = shardmerge("inspect", folder, code=1).stderr
+    assert "[zero-layout]" in text
+    assert "20, as param_shapes says" in text
