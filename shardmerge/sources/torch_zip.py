@@ -81,11 +81,14 @@ class TorchZip:
         Where they lie in the file; 0 if they were compressed.
     storages
         By key, each stored plain.
+    archive
+        The directory inside the zip: ``torch.save`` gives it the name of the file that it writes, without its ending.
     """
 
     pickle: bytes
     pickle_offset: int
     storages: Mapping[str, Extent]
+    archive: str
 
 
 def read_torch_zip(file: SourceFile) -> TorchZip:
@@ -105,7 +108,8 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     name = f"{prefix}/data.pkl"
     member, offset = payloads[name]
     pickle = _unpack(file, member, offset)
-    return TorchZip(pickle, offset if member.method == _STORED else 0, _storages(file, f"{prefix}/data/", payloads))
+    storages = _storages(file, f"{prefix}/data/", payloads)
+    return TorchZip(pickle, offset if member.method == _STORED else 0, storages, prefix)
 
 
 def storage_records(file: SourceFile) -> Iterator[Record]:
