@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 import shardmerge
 from shardmerge import api, pins
 from shardmerge.errors import CheckpointError
+from shardmerge.plan import Plan
+from shardmerge.side_files import SideFiles, content
 
 MIB = 1 << 20
 
@@ -141,6 +143,34 @@ def test_what_is_copied_has_the_digest_of_the_plan(model: Path, monkeypatch: pyt
     _overwrite(model / "tokenizer.json")
     with pytest.raises(CheckpointError) as caught:
         api.carry_out(prepared, model.parent / "out", api.Options())
+    assert caught.value.code == "source-changed"
+
+
+@pytest.mark.parametrize("change", CHANGES[:3])
+def test_a_change_after_the_weights_were_written_is_refused(model: Path, change: Callable[[Path], None]) -> None:
+    """Side files come last: what was looked at before counts no more."""
+    plan = api.prepare_conversion(model).plan
+    side = next(side for side in plan.side_files if side.name == "tokenizer.json")
+    assert content(plan, side) == (model / "tokenizer.json").read_bytes()
+    change(model / "tokenizer.json")
+    with pytest.raises(CheckpointError) as caught:
+        content(plan, side)
+    assert caught.value.code == "source-changed"
+
+
+def test_a_file_that_grew_since_the_directory_was_listed_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the first look at it; it would be copied as long as it was."""
+    look = SideFiles.pinned
+
+    def pinned(self: SideFiles, plan: Plan) -> Plan:
+        _grow(model / "tokenizer.json")
+        return look(self, plan)
+
+    monkeypatch.setattr(SideFiles, "pinned", pinned)
+    with pytest.raises(CheckpointError) as caught:
+        api.prepare_conversion(model)
     assert caught.value.code == "source-changed"
 
 
