@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from shardmerge import api, pins
 from shardmerge.errors import CheckpointError
 from shardmerge.plan import Plan
 from shardmerge.side_files import SideFiles, content
+from shardmerge.tensors import FileStamp
 
 MIB = 1 << 20
 
@@ -180,6 +183,21 @@ def test_a_lazy_tensor_of_a_file_that_changed_is_refused(model: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint["b"].numpy()
     assert caught.value.code == "source-changed"
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"), [("inode", "ext4"), ("device", "nfs4"), ("inode", "fuse.sshfs"), ("device", "fuse")]
+)
+def test_the_number_of_an_inode_counts_where_it_is_kept(
+    model: Path, field: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else equal: of another file on a disk, of the same one where a FUSE file system was asked anew."""
+    monkeypatch.setattr(pins, "file_system", lambda path: kind)
+    path = model / "tokenizer.json"
+    stamp = FileStamp.of(str(path), path.stat())
+    found = pins.Pins([replace(stamp, **{field: getattr(stamp, field) + 1})])
+    with nullcontext() if "fuse" in kind else pytest.raises(CheckpointError):
+        found.check()
 
 
 # What the plan id knows.
