@@ -104,6 +104,17 @@ def test_a_short_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "file").read_bytes() == b"0123456789abcdefgh"
 
 
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_the_first_bytes_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The length of a safetensors header, written last: half of it is another length."""
+    file = writing.OutputFile(tmp_path / "file", 16)
+    file.write(8, memoryview(b"12345678"))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:most], offset))
+    file.seal(b"abcdefgh")
+    assert (tmp_path / "file").read_bytes() == b"abcdefgh12345678"
+
+
 def test_a_write_that_gets_nowhere_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
     with pytest.raises(OutputError):

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from safetensors.numpy import save_file
 import shardmerge
 from shardmerge import api, pins
 from shardmerge.errors import CheckpointError
+from shardmerge.plan import Plan
+from shardmerge.side_files import SideFiles, content
+from shardmerge.tensors import FileStamp
 
 MIB = 1 << 20
 
@@ -144,12 +149,55 @@ def test_what_is_copied_has_the_digest_of_the_plan(model: Path, monkeypatch: pyt
     assert caught.value.code == "source-changed"
 
 
+@pytest.mark.parametrize("change", CHANGES[:3])
+def test_a_change_after_the_weights_were_written_is_refused(model: Path, change: Callable[[Path], None]) -> None:
+    """Side files come last: what was looked at before counts no more."""
+    plan = api.prepare_conversion(model).plan
+    side = next(side for side in plan.side_files if side.name == "tokenizer.json")
+    assert content(plan, side) == (model / "tokenizer.json").read_bytes()
+    change(model / "tokenizer.json")
+    with pytest.raises(CheckpointError) as caught:
+        content(plan, side)
+    assert caught.value.code == "source-changed"
+
+
+def test_a_file_that_grew_since_the_directory_was_listed_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing and the first look at it; it would be copied as long as it was."""
+    look = SideFiles.pinned
+
+    def pinned(self: SideFiles, plan: Plan) -> Plan:
+        _grow(model / "tokenizer.json")
+        return look(self, plan)
+
+    monkeypatch.setattr(SideFiles, "pinned", pinned)
+    with pytest.raises(CheckpointError) as caught:
+        api.prepare_conversion(model)
+    assert caught.value.code == "source-changed"
+
+
 def test_a_lazy_tensor_of_a_file_that_changed_is_refused(model: Path) -> None:
     checkpoint = shardmerge.open_checkpoint(model)
     _replace(model / FILES[0])
     with pytest.raises(CheckpointError) as caught:
         checkpoint["b"].numpy()
     assert caught.value.code == "source-changed"
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"), [("inode", "ext4"), ("device", "nfs4"), ("inode", "fuse.sshfs"), ("device", "fuse")]
+)
+def test_the_number_of_an_inode_counts_where_it_is_kept(
+    model: Path, field: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else equal: of another file on a disk, of the same one where a FUSE file system was asked anew."""
+    monkeypatch.setattr(pins, "file_system", lambda path: kind)
+    path = model / "tokenizer.json"
+    stamp = FileStamp.of(str(path), path.stat())
+    found = pins.Pins([replace(stamp, **{field: getattr(stamp, field) + 1})])
+    with nullcontext() if "fuse" in kind else pytest.raises(CheckpointError):
+        found.check()
 
 
 # What the plan id knows.
