@@ -175,6 +175,9 @@ def test_a_dropped_head_still_has_the_vocabulary_rows_when_another_source_gives_
     (tmp_path / "m.yaml").write_text(text)
     after = load_file(sm.run(tmp_path / "m.yaml").path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in after.items()} == dict.fromkeys(base, (12, 4))
+    alone = text.replace(", tuned: tuned.safetensors", "").replace("tensors: {lm_head.weight: tuned:head}\n", "")
+    (tmp_path / "m.yaml").write_text(alone)  # nobody gives a head, and a directory of any architecture needs none
+    assert [one.name for one in sm.plan(tmp_path / "m.yaml").tensors()] == ["model.embed_tokens.weight"]
 
 
 # --- the narrower rule ---
