@@ -35,7 +35,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**_BERT}, _SEEN[:3]),
     "OPTForCausalLM": ("OPTConfig", {**_BERT, "ffn_dim": 40, "word_embed_proj_dim": 24}, _SEEN[:2]),
     "MixtralForCausalLM": ("MixtralConfig", {**_TEXT, "num_local_experts": 4}, (*_SEEN[:3], "num_local_experts")),
-    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**_TEXT, **_EXPERTS, "num_experts": 5}, (*_SEEN[:3], "num_local_experts")),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        {**_TEXT, **_EXPERTS, "num_experts": 5},
+        (*_SEEN[:3], "num_local_experts"),
+    ),
     "BertForMaskedLM": ("BertConfig", {**_BERT}, _SEEN[:4]),
     "BertForSequenceClassification": ("BertConfig", {**_BERT}, _SEEN[:4]),
     "ModernBertForMaskedLM": ("ModernBertConfig", {**_BERT}, _SEEN[:3]),
