@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, TargetError, raise_all
+from shardmerge.packed import packed_weights
 from shardmerge.plan import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
@@ -86,14 +87,22 @@ def described(plan: Plan, read: ReadSideFile, terms: Terms | None = None) -> Ite
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
         config = _load(side, read) if name == CONFIG else None
-        tensors = {
-            tensor.stored: tensor.shape
+        entries = {
+            tensor.stored: tensor.entry
             for shard in plan.shards
             if shard.name.rpartition("/")[0] == folder
             for tensor in shard.tensors
         }
-        if config is not None and tensors:
-            yield Described(config, _origin(side, terms.source), tensors, editable=terms.editable)
+        if config is not None and entries:
+            yield describe(config, _origin(side, terms.source), entries, editable=terms.editable)
+
+
+def describe(
+    config: JsonObject, where: str, entries: Mapping[str, TensorEntry], *, editable: bool = False
+) -> Described:
+    """Returns a config and the tensors of its directory, by their names in the files, to be compared."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return Described(config, where, shapes, editable, bool(packed_weights(Catalog("", "", entries))))
 
 
 def read_config(catalog: Catalog, read: ReadSideFile) -> JsonObject | None:

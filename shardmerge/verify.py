@@ -22,12 +22,12 @@ from shardmerge.ops.arrays import as_array
 from shardmerge.pins import Pins
 from shardmerge.plan import Plan
 from shardmerge.publish import RECEIPT
-from shardmerge.publishable import CONFIG, PARTIAL
+from shardmerge.publishable import CONFIG, PARTIAL, describe
 from shardmerge.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
-from shardmerge.targets.agreement import INCOMPLETE, Described, disagreements
+from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors import Catalog, TensorEntry
 
 # Bytes of a tensor compared or summed at a time.
@@ -356,10 +356,10 @@ def _model_problems(
         place, _, base = name.rpartition("/")
         config = _config(folder / name) if base == CONFIG else None
         beside = [entries for shard, entries in held.items() if shard.rpartition("/")[0] == place]
-        shapes = {key: entry.shape for entries in beside for key, entry in entries.items()}
-        if config is None or not shapes:
+        entries = {key: entry for shard in beside for key, entry in shard.items()}
+        if config is None or not entries:
             continue
-        for error in disagreements(Described(config, str(folder / name), shapes)):
+        for error in disagreements(describe(config, str(folder / name), entries)):
             if not (partial and error.code == INCOMPLETE):
                 fields = {"where": error.where, "found": error.found, "expected": error.expected}
                 yield VerificationError(error.code, error.what, **fields, hint="convert again, from sources that agree")

@@ -34,12 +34,19 @@ class Described:
         Names as in the files of weights of the same directory, and shapes.
     editable
         Whether the mapping can say what config.json says (``config:``), or only the file itself.
+    packed
+        Whether some weights are quantized codes, whose shapes say nothing of the model's sizes.
     """
 
     config: Mapping[str, object]
     where: str
     tensors: Mapping[str, Shape]
     editable: bool = False
+    packed: bool = False
+
+    def known(self) -> Known | None:
+        """Returns what the weights must be, or None for a model that is not known here, or whose weights are packed."""
+        return None if self.packed else known_model(self.config, self.tensors, self.where)
 
 
 def disagreements(described: Described) -> tuple[TargetError, ...]:
@@ -52,9 +59,9 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
         model. ``odd-config``: a size that is no size.
     """
     config, tensors = described.config, described.tensors
-    told = tuple(contradictions(config, tensors))
+    told = tuple(contradictions(config, tensors, packed=described.packed))
     try:
-        known = known_model(config, tensors, described.where)
+        known = described.known()
     except TargetError as error:
         return (error,)
     if known is None:
@@ -65,14 +72,14 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
 def surplus(described: Described) -> tuple[str, ...]:
     """Returns the tensors that a known model does not have and that loading it ignores, such as a value head."""
     try:
-        known = known_model(described.config, described.tensors, described.where)
+        known = described.known()
     except TargetError:
         return ()
     if known is None:
         return ()
     own = {*known.tensors, *known.optional}
     named = ((name, known.canonical(name)) for name in described.tensors)
-    return tuple(name for name, canonical in named if canonical not in own and not known.is_own(canonical))
+    return tuple(name for name, canonical in named if canonical not in own and known.is_foreign(canonical))
 
 
 # ---- a known model

@@ -49,6 +49,10 @@ class Known:
         """Whether a canonical name that the model does not have contradicts the config."""
         return name.startswith(self.owned) and not name.endswith(_BUFFERS)
 
+    def is_foreign(self, name: str) -> bool:
+        """Whether a canonical name is of something else than the model."""
+        return not name.startswith(self.owned) and not name.endswith(_BUFFERS)
+
 
 def known_model(config: Mapping[str, object], names: Iterable[str], where: str) -> Known | None:
     """Returns what the weights of a config.json must be, or None for a model that is not known here.

@@ -125,7 +125,9 @@ def stacks(tensors: Mapping[str, Shape]) -> dict[str, frozenset[int]]:
     return {prefix: frozenset(numbers) for prefix, numbers in found.items()}
 
 
-def contradictions(config: Mapping[str, object], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
+def contradictions(
+    config: Mapping[str, object], tensors: Mapping[str, Shape], *, packed: bool = False
+) -> Iterator[Contradiction]:
     """Yields every statement that the tensors contradict, those of layers first.
 
     Parameters
@@ -134,6 +136,8 @@ def contradictions(config: Mapping[str, object], tensors: Mapping[str, Shape]) -
         The whole config.json.
     tensors
         Names as in the files, without a wrapper's prefix, and shapes.
+    packed
+        Whether some are quantized codes: their shapes are other ones.
     """
     levels, numbered = parts(config), stacks(tensors)
     for part in levels:
@@ -142,7 +146,7 @@ def contradictions(config: Mapping[str, object], tensors: Mapping[str, Shape]) -
             yield from _layer_counts(part, numbered)
         yield from _listed_layers(part)
     yield from _expert_counts(levels, numbered, tensors)
-    if "quantization_config" in config:  # packed weights have other shapes and names
+    if packed or "quantization_config" in config:
         return
     if not _type(config).startswith(_ROWS_BEHIND):
         yield from _vocabulary(levels, tensors)
