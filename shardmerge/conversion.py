@@ -100,6 +100,10 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     catalog = open_source(source, Path(), options)
     if catalog.kind == PEFT_ADAPTER:
         raise _adapter_alone(catalog)
+    if catalog.absent:
+        from shardmerge.mapping.refusals import placeholder_error
+
+        raise placeholder_error(source.name, sorted(catalog.absent), catalog)
     expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -109,7 +113,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         for name in catalog.names()
     }
     if not assignments:
-        raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
+        raise _nothing(source, catalog)
     resolution = Resolution(assignments, (), ())
     plan = make_plan(
         PLAIN,
@@ -120,6 +124,16 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         output_options(None, options),
     )
     return Prepared(plan, None)
+
+
+def _nothing(source: SourceSpec, catalog: Catalog) -> UsageError:
+    return UsageError(
+        "nothing-to-convert",
+        "the checkpoint holds no tensors: there is a config.json and no weights",
+        where=source.path,
+        found="; ".join(catalog.notes),
+        hint=f"pass one of the checkpoints inside: {' or '.join(catalog.elsewhere[-8:])}" if catalog.elsewhere else "",
+    )
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:
@@ -169,7 +183,8 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     """
     from shardmerge.execute.cloning import clonable_bytes
     from shardmerge.execute.engine import check_device, execute
-    from shardmerge.publish import RECEIPT, check_output, staged
+    from shardmerge.file_roles import RECEIPT
+    from shardmerge.publish import check_output, staged
     from shardmerge.receipt import receipt_json
     from shardmerge.storage.writing import write_small
     from shardmerge.version import __version__

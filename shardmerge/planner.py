@@ -96,7 +96,7 @@ def make_plan(
         tuple(_source(name, paths[name], catalog) for name, catalog in sorted(catalogs.items())),
         shards,
         (*expectation.side_files, *indexes),
-        _unused(resolution),
+        _unused(resolution, catalogs),
         (*_source_warnings(catalogs), *expectation.warnings),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
     )
@@ -176,8 +176,10 @@ def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
     return tuple(f"{name}: {text}" for name, catalog in sorted(catalogs.items()) for text in catalog.warnings)
 
 
-def _unused(resolution: Resolution) -> tuple[Unused, ...]:
+def _unused(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> tuple[Unused, ...]:
     shadowed = (Unused(source, name, f"shadowed: {target} is taken from elsewhere")
                 for source, name, target in resolution.shadowed)  # fmt: skip
     dropped = (Unused(source, name, "dropped") for source, name in resolution.dropped)
-    return (*shadowed, *dropped)
+    absent = (Unused(source, name, "a placeholder without data")
+              for source, catalog in sorted(catalogs.items()) for name in sorted(catalog.absent))  # fmt: skip
+    return (*shadowed, *dropped, *absent)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
+from shardmerge.mapping.absent import unfilled
 from shardmerge.mapping.near import NameIndex, count, listed
-from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
+from shardmerge.mapping.refusals import Misfit, packed_error, placeholder_error, placeholder_hint, shape_hint
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.suggest import drop_lines
@@ -60,8 +61,8 @@ def resolve(
     ShardmergeError
         All problems at once: ``double-claim``, ``rule-matches-nothing``, ``drop-matches-nothing``,
         ``unmatched-source``, ``unmerged-adapter``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
-        ``shape-mismatch``, ``nothing-matched``, and of ops ``missing-operand``, ``op-shape``, ``op-value``,
-        ``unknown-value``, ``bad-formula``.
+        ``shape-mismatch``, ``nothing-matched``, ``placeholder``, and of ops ``missing-operand``, ``op-shape``,
+        ``op-value``, ``unknown-value``, ``bad-formula``.
     """
     known = variables or Variables(catalogs, _no_files)
     work = _Work(catalogs, expectation, user_file, known, merged=frozenset(merged))
@@ -91,13 +92,14 @@ class _Work:
     assignments: dict[str, Assignment] = field(default_factory=dict)
     shadowed: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: set[tuple[str, str]] = field(default_factory=set)
+    dropped_absent: set[tuple[str, str]] = field(default_factory=set)
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
     used: set[tuple[str, str]] = field(default_factory=set)
     claimed_by: dict[str, Term] = field(default_factory=dict)
     clashes: dict[tuple[Mark, Mark], list[tuple[Assignment, Assignment]]] = field(default_factory=dict)
-    placeholders: dict[str, str] = field(default_factory=dict)
+    placeholders: dict[str, tuple[str, str]] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -121,7 +123,9 @@ class _Work:
             return
         names = [name for name in catalog.names() if drop.template.match(name) is not None]
         self.dropped.update((drop.source, name) for name in names)
-        if not names and not drop.optional:
+        hollow = [name for name in catalog.absent if drop.template.match(name) is not None]
+        self.dropped_absent.update((drop.source, name) for name in hollow)
+        if not names and not hollow and not drop.optional:
             what = f"the drop `{drop.source}:{drop.template}` matches no tensor"
             hint = self.near(drop.source, drop.template.text) or "remove the line"
             self.problems.append(MappingError("drop-matches-nothing", what, where=str(drop.mark), hint=hint))
@@ -138,7 +142,7 @@ class _Work:
         # An op that lacks a tensor is passed over where a later candidate makes the target.
         left = [case for case in failures if case[2].code != "missing-operand" or case[1] not in self.assignments]
         self.failed.update(target for _, target, _ in left)
-        self.problems += _failed(rule, left, self.near)
+        self.problems += _failed(rule, left, self.near, self.catalogs)
         if not found:
             self.idle.append(rule)
 
@@ -235,7 +239,7 @@ class _Work:
         claim = Assignment(target, first.source, first.name, rule, entry, pinned)
         if before is None:
             if self._is_placeholder(entry, target):
-                self.placeholders[target] = f"{first.source}:{first.name}"
+                self.placeholders[target] = first.source, first.name
                 return
             self.assignments[target] = claim
             self.claimed_by[target] = term
@@ -267,6 +271,7 @@ class _Work:
             ]
             return  # their shapes, and the scales beside them, would only be more of the same
         missing: list[str] = []
+        self.problems += self._unfilled(rules)
         if self.expectation is not None:
             self._drop_tied(self.expectation)
             self._leave_out(self.expectation)
@@ -282,6 +287,20 @@ class _Work:
             self.problems.append(
                 MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
             )
+
+    def _unfilled(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
+        """Placeholders that no other source stands in for. What a closed target lacks is reported with its names."""
+        lacking: dict[str, list[str]] = defaultdict(list)
+        wanted = self.expectation.tensors if self.expectation and not self.expectation.open else None
+        for case in unfilled(rules, self.catalogs, self.dropped_absent, self.claimed_by):
+            if case.target in self.failed or (wanted is not None and case.target not in wanted):
+                continue
+            self.placeholders.setdefault(case.target, (case.source, case.name))
+            if wanted is None or case.target in self.assignments:
+                lacking[case.source].append(case.name)
+        for source, names in lacking.items():
+            once, droppable = list(dict.fromkeys(names)), self.expectation is None
+            yield placeholder_error(source, once, self.catalogs[source], droppable=droppable)
 
     def _adapters(self) -> dict[str, list[str]]:
         """Returns the adapter tensors by source: those no rule uses, and those the target has no place for."""
@@ -326,14 +345,15 @@ class _Work:
             looked_for = _looked_for(left[0], rules)
             words = [*looked_for, *((source, _leaf(left[0])) for source in self.catalogs)]
             hints = (hint for source, word in words if (hint := self.near(source, word)))
-            empty = [self.placeholders[name] for name in left if name in self.placeholders]
+            empty = {self.placeholders[name]: None for name in left if name in self.placeholders}
+            hollow = next((placeholder_hint(self.catalogs[source]) for source, _ in empty), "")
             yield TargetError(
                 "missing-tensor",
                 f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
                 where=self.user_file,
-                found=f"placeholders without data: {listed(empty)}" if empty else "",
+                found=f"placeholders without data: {listed([':'.join(one) for one in empty])}" if empty else "",
                 expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
-                hint=next(hints, "add a source that has them, or a rule that names them"),
+                hint=hollow or next(hints, "add a source that has them, or a rule that names them"),
             )
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
@@ -449,7 +469,10 @@ def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[As
 
 
 def _failed(
-    rule: Rule, failures: list[tuple[OpTerm, str, MappingError]], near: Callable[[str, str], str]
+    rule: Rule,
+    failures: list[tuple[OpTerm, str, MappingError]],
+    near: Callable[[str, str], str],
+    catalogs: Mapping[str, Catalog],
 ) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
     groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
@@ -458,6 +481,9 @@ def _failed(
     for code, cases in groups.items():
         term, _, first = cases[0]
         source, _, name = first.what.removesuffix(" is not there").partition(":")
+        if code == "missing-operand" and source in catalogs and name in catalogs[source].absent:
+            yield placeholder_error(source, [name], catalogs[source])
+            continue
         alike = near(source, name) if code == "missing-operand" else ""
         yield MappingError(
             code,

@@ -10,12 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
+from shardmerge.file_roles import READ_SUFFIXES, foreign_weights, shard_place
+from shardmerge.sources.choosing import (
+    ADAPTER,
+    Remarks,
+    beside_model,
+    beside_numbered,
+    beside_tag,
+    checkpoints_inside,
+    nothing_here,
+    several,
+    usual_models,
+    weight_files,
+)
 from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
-from shardmerge.sources.hf_folder import read_indexed, side_files
+from shardmerge.sources.hf_folder import named_shards, read_indexed, read_unindexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
+from shardmerge.sources.links import odd_links
 from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
+from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.sources.rank_files import (
+    TRACKER,
     is_distributed,
     is_megatron_folder,
     is_meta_file,
@@ -25,10 +41,6 @@ from shardmerge.sources.rank_files import (
 )
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
-# Beside the weights in Trainer and mmengine directories, and none of them a model.
-_NO_MODEL = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +73,39 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
     UsageError
         ``missing-path``: nothing there. ``not-in-cache``: a hub id that is not here.
     CheckpointError
-        ``unknown-format`` and whatever the reader of the format raises.
+        ``unknown-format``, ``link-outside`` and whatever the reader of the format raises.
     """
     options = options or OpenOptions()
     path = locate(text, download=options.download)
     for reader in _FOLDER_READERS if path.is_dir() else _FILE_READERS:
         catalog = reader(path, options)
         if catalog is not None:
-            folder = path if path.is_dir() else path.parent
-            return replace(catalog, side_files=catalog.side_files or side_files(folder))
+            return _completed(catalog, path)
     raise _unknown(path)
+
+
+def _completed(catalog: Catalog, path: Path) -> Catalog:
+    """Adds side files, checks links, and takes placeholders for what they are."""
+    folder = path if path.is_dir() else path.parent
+    stamps = (Path(stamp.path) for stamp in catalog.files)
+    raise_all(odd_links((file for file in stamps if file != path and file.is_relative_to(folder)), folder))
+    catalog = replace(catalog, side_files=catalog.side_files or side_files(folder))
+    if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
+        return catalog
+    catalog = without_placeholders(catalog)
+    return replace(catalog, elsewhere=_tags_near(folder)) if catalog.absent else catalog
+
+
+def _tags_near(folder: Path) -> tuple[str, ...]:
+    """Returns the ZeRO checkpoints in a directory and beside it, the newest first: they have what was not gathered."""
+    inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
+    if not inside and (folder / ADAPTER).is_file() | bool(usual_models(folder)):
+        inside = [path for path in checkpoints_inside(folder.parent) if path != folder and _is_zero(path)]
+    return tuple(str(path) for path in reversed(inside))
+
+
+def _is_zero(folder: Path) -> bool:
+    return is_tag_folder(folder) or (folder / "latest").is_file()
 
 
 def locate(text: str | Path, *, download: bool = False) -> Path:
@@ -113,17 +148,25 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
                     found=repr(tag),
                     hint="pass the tag directory itself, e.g. .../global_step500",
                 )
-            return replace(_deepspeed(folder, options), side_files=side_files(path))
+            remarks = beside_tag(path, folder, f"'{marker}'")
+            return replace(remarks.on(_tag_or_model(folder, path, options)), side_files=side_files(path))
     tags = [item for item in sorted(path.iterdir()) if item.is_dir() and is_tag_folder(item)]
     if len(tags) > 1:
-        raise CheckpointError(
-            "several-tags",
-            "the directory holds several checkpoints and no 'latest' file to choose one",
-            where=str(path),
-            found=", ".join(tag.name for tag in tags[:8]),
-            hint=f"pass one of them, e.g. {tags[-1]}",
-        )
-    return _deepspeed(tags[0], options) if tags else None
+        what = "the directory holds several checkpoints and no 'latest' file to choose one"
+        raise several("several-tags", what, path, tags)
+    return beside_tag(path, tags[0], "nothing else").on(_tag_or_model(tags[0], path, options)) if tags else None
+
+
+def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
+    """Reads a tag; where it cannot be, its error names the gathered model that lies beside it."""
+    try:
+        return _deepspeed(tag, options)
+    except ShardmergeError as error:
+        model = next(iter(usual_models(folder)), None)
+        if model is not None:
+            last = error.each()[-1]
+            last.hint = "; ".join(filter(None, (last.hint, f"or take the 16-bit model beside it: pass {model}")))
+        raise
 
 
 def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
@@ -134,7 +177,8 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
     target = Path(marker.read_text("utf-8", "replace").strip())
     for candidate in (path / target.name, target, path / target):
         if target.name and candidate.exists():
-            return open_catalog(candidate, options)
+            others = [file.name for file in weight_files(path) if file != candidate]
+            return beside_numbered(candidate.name, others, "'last_checkpoint'").on(open_catalog(candidate, options))
     raise CheckpointError(
         "missing-tag",
         "'last_checkpoint' names a checkpoint that is not there",
@@ -150,11 +194,21 @@ def _megatron(path: Path, options: OpenOptions) -> Catalog | None:
     if is_rank_folder(path):
         return _whole_set(_read_megatron(path.parent), path)
     newest = newest_iteration(path)
-    return _read_megatron(newest) if newest else None
+    iterations = [item for item in sorted(path.glob("iter_*")) if item.is_dir() and is_megatron_folder(item)]
+    if newest is None and len(iterations) > 1:
+        raise several("several-tags", f"the directory holds several iterations and no {TRACKER}", path, iterations)
+    if newest is None:
+        return None
+    others = [item.name for item in iterations if item != newest]
+    return beside_numbered(newest.name, others, TRACKER).on(_read_megatron(newest))
 
 
 def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
-    return read_adapter(path, lambda weights: _shard(weights, options))
+    catalog = read_adapter(path, lambda weights: _shard(weights, options))
+    inside = [f"{item.name}/" for item in checkpoints_inside(path)]
+    if catalog is None or not inside:
+        return catalog
+    return _noted(catalog, f"the adapter of this directory is read, and not those in {', '.join(inside[:8])}")
 
 
 def _meta(path: Path, options: OpenOptions) -> Catalog | None:
@@ -163,44 +217,95 @@ def _meta(path: Path, options: OpenOptions) -> Catalog | None:
     return read_meta(path)
 
 
-def _indexed(path: Path, options: OpenOptions) -> Catalog | None:
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / name).is_file():
-            return _noted(read_indexed(path / name, lambda shard: _shard(shard, options)), *stray_config(path))
-    return None
-
-
 def _usual(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file under the usual name; safetensors before ``.bin``."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return _noted(replace(_shard(path / name, options), path=str(path)), *stray_config(path))
-    return None
+    """A model under one of the usual names, the first that transformers would load."""
+    chosen = next(iter(usual_models(path)), None)
+    return _model(chosen, options) if chosen else None
+
+
+def _model(chosen: Path, options: OpenOptions) -> Catalog:
+    """Reads the file or index of a directory, and says what else lies there."""
+    folder = chosen.parent
+    if chosen.suffix == ".json":
+        catalog, used = read_indexed(chosen, lambda shard: _shard(shard, options)), named_shards(chosen)
+    else:
+        catalog, used = replace(_shard(chosen, options), path=str(folder)), frozenset(_sole_index(chosen))
+    return beside_model(folder, chosen, used).on(_noted(catalog, *stray_config(folder)))
+
+
+def _sole_index(file: Path) -> list[str]:
+    """An index that names this one file alone is no second model."""
+    index = file.with_name(f"{file.name}.index.json")
+    return [index.name] if index.is_file() and named_shards(index) == {file.name} else []
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file under any name, or one index."""
-    indexes = sorted(path.glob("*.index.json"))
-    if len(indexes) == 1:
-        return read_indexed(indexes[0], lambda shard: _shard(shard, options))
-    for pattern in _WEIGHTS:
-        found = sorted(item for item in path.glob(pattern) if item.name not in _NO_MODEL)
-        if len(found) > 1:
-            raise CheckpointError(
-                "several-files",
-                f"the directory holds {len(found)} {pattern} files and no index",
-                where=str(path),
-                found=", ".join(item.name for item in found[:5]),
-                hint=f"pass the one that is meant, e.g. {found[-1]}",
-            )
-        if found:
-            return open_catalog(found[0], options)
-    return None
+    """A directory with one weight file under any name, one index, or a whole set of shards without one."""
+    indexes = [item for item in sorted(path.glob("*.index.json")) if item.name.endswith(_INDEXES)]
+    if len(indexes) > 1:
+        raise several("several-files", f"the directory holds {len(indexes)} indexes", path, indexes)
+    if indexes:
+        return _model(indexes[0], options)
+    found = weight_files(path)
+    shards = [item for item in found if shard_place(item.name)]
+    if shards:
+        return _unindexed(shards[0], options)
+    # One model in two formats: safetensors, as everywhere.
+    stems = {_stem(item) for item in found}
+    if len(stems) > 1 or (len(found) > len(stems) and not found[0].name.endswith(READ_SUFFIXES[0])):
+        raise several("several-files", f"the directory holds {len(found)} files of weights and no index", path, found)
+    chosen = next((item for item in found if item.suffix == READ_SUFFIXES[0]), found[0] if found else None)
+    if chosen is None:
+        return None
+    if chosen.is_dir():
+        return open_catalog(chosen, options)
+    return beside_model(path, chosen, ()).on(open_catalog(chosen, options))
+
+
+def _stem(path: Path) -> str:
+    """``open_clip_pytorch_model.bin`` is called after its format where ``open_clip_model.safetensors`` is not."""
+    return path.stem.replace("pytorch_", "")
+
+
+def _unindexed(shard: Path, options: OpenOptions) -> Catalog:
+    """Reads the shards of one model that no index names, if all that their names count are there."""
+    place = shard_place(shard.name)
+    assert place is not None
+    stem, _, total, suffix = place
+    parts = [shard.with_name(f"{stem}-{number:05d}-of-{total:05d}{suffix}") for number in range(1, total + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            "missing-shard",
+            f"{len(missing)} of {total} shards are not there: {', '.join(missing[:5])}",
+            where=str(shard.parent),
+            found=f"{total - len(missing)} of {total}, and no index: a save or download that did not end",
+            hint="copy or download the rest, with the index",
+        )
+    strangers = [item.name for item in weight_files(shard.parent) if item not in parts]
+    remarks = Remarks(warnings=(f"not read: {', '.join(strangers[:8])}",) if strangers else ())
+    return remarks.on(read_unindexed(parts, lambda part: _shard(part, options)))
+
+
+def _inside(path: Path, options: OpenOptions) -> Catalog | None:
+    """A directory of checkpoints is none itself: no convention says which of them is meant."""
+    del options
+    inside = checkpoints_inside(path)
+    if not inside or (path / "config.json").is_file():
+        return None
+    what = (
+        "no weights here, but in " + ("a directory" if len(inside) == 1 else f"{len(inside)} directories") + " inside"
+    )
+    raise several("several-checkpoints", what, path, inside)
 
 
 def _config_only(path: Path, options: OpenOptions) -> Catalog | None:
     """A base model of which nothing but config and tokenizer is needed, since the checkpoint has all of its tensors."""
-    return Catalog(str(path), "config without weights", {}) if (path / "config.json").is_file() else None
+    del options
+    if not (path / "config.json").is_file():
+        return None
+    elsewhere = tuple(str(item) for item in checkpoints_inside(path))
+    return Catalog(str(path), "config without weights", {}, notes=tuple(nothing_here(path)), elsewhere=elsewhere)
 
 
 def _shard(path: Path, options: OpenOptions) -> Catalog:
@@ -216,6 +321,18 @@ def _index_file(path: Path, options: OpenOptions) -> Catalog | None:
     if not path.name.endswith(".index.json"):
         return None
     return read_indexed(path, lambda shard: _shard(shard, options))
+
+
+def _shard_member(path: Path, options: OpenOptions) -> Catalog | None:
+    """One shard stands for the whole model, as the file of a rank does."""
+    place = shard_place(path.name)
+    if options.root or place is None or place[2] == 1:
+        return None
+    for index in sorted(path.parent.glob("*.index.json")):
+        if index.name.endswith(_INDEXES) and path.name in named_shards(index):
+            return _whole_set(read_indexed(index, lambda shard: _shard(shard, options)), path)
+    whole = _unindexed(path, options)
+    return _whole_set(whole, path)
 
 
 def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
@@ -277,20 +394,60 @@ def _read_megatron(folder: Path) -> Catalog:
     return read_megatron(folder)
 
 
+# Weights, and no ``model_index.json`` of diffusers.
+_INDEXES = tuple(f"{suffix}.index.json" for suffix in READ_SUFFIXES)
+
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
 _FOLDER_READERS: tuple[Reader, ...] = (
-    _tag, _work_dir, _tag_parent, _megatron, _adapter, _indexed, _usual, _meta, _single, _config_only,
+    _tag, _work_dir, _tag_parent, _megatron, _adapter, _usual, _meta, _single, _inside, _config_only,
 )  # fmt: skip
-_FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _rank_member, _adapter_file, _safetensors, _torch)
+_FILE_READERS: tuple[Reader, ...] = (
+    _index_file, _tag_member, _rank_member, _shard_member, _adapter_file, _safetensors, _torch,
+)  # fmt: skip
 
 
 def _unknown(path: Path) -> CheckpointError:
     if path.is_dir():
-        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "an empty directory"
-    else:
-        with path.open("rb") as file:
-            found = f"first bytes {file.read(8)!r}"
+        return _no_weights(path)
+    with path.open("rb") as file:
+        found = f"first bytes {file.read(8)!r}"
+    kind = foreign_weights(path.name)
+    return _not_read(path, found, kind) if kind else _no_checkpoint(path, found)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """A directory without weights that are read: what it holds instead."""
+    names = sorted(item.name for item in folder.iterdir())
+    kinds = {kind: name for name in names if (kind := foreign_weights(name))}
+    lines = "; ".join(nothing_here(folder))
+    if not kinds:
+        return _no_checkpoint(folder, lines or ", ".join(names[:8]) or "an empty directory")
+    error = _not_read(folder, lines, next(iter(kinds)))
+    torch = next((folder / name for name in names if name.endswith(".ckpt") and _is_torch(folder / name)), None)
+    if torch is not None:
+        error.hint = f"torch wrote {torch.name}: pass the file itself, {torch}"
+    return error
+
+
+def _is_torch(path: Path) -> bool:
+    from shardmerge.sources.torch_file import is_torch_file
+
+    return is_torch_file(path)
+
+
+def _not_read(path: Path, found: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        "kind-not-yet",
+        f"these are weights of a kind that is not read: {kind}",
+        where=str(path),
+        found=found,
+        expected="safetensors, or torch .bin, .pth, .pt",
+        hint="pass the model that they were made from, or save it with save_pretrained first",
+    )
+
+
+def _no_checkpoint(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
         "unknown-format",
         "not a checkpoint that shardmerge knows",

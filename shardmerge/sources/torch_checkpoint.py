@@ -30,7 +30,7 @@ def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
 
 
 def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
-    """Returns the catalog of a state dict of an opened torch file: shared storages as aliases, placeholders absent."""
+    """Returns the catalog of a state dict of an opened torch file: shared storages as aliases."""
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     absent: set[str] = set()
@@ -46,7 +46,7 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
             aliases[name] = owner
     config = training_config(file)
     kind = f"XTuner / mmengine {file.kind}" if config else file.kind
-    warnings = [f"{len(absent)} names are placeholders without data (shape [0]), taken as absent"] if absent else []
+    warnings = []
     loose = [str(name) for name, value in as_dict(file.root).items() if isinstance(value, TensorRef)]
     if found.root_key and loose:
         warnings.append(f"{len(loose)} tensors beside {found.root_key} are not part of it: {', '.join(loose[:5])}")
@@ -56,7 +56,6 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         entries,
         aliases,
         files=(file.stamp,),
-        absent=frozenset(absent),
         warnings=tuple(warnings),
         training_config=config,
     )
