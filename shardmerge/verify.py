@@ -18,9 +18,9 @@ from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, Veri
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
+from shardmerge.file_roles import RECEIPT
 from shardmerge.ops.arrays import as_array
 from shardmerge.plan import Plan
-from shardmerge.file_roles import RECEIPT
 from shardmerge.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint

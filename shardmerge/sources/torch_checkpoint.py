@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.run_states import run_state
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -23,9 +25,20 @@ def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
     Raises
     ------
     CheckpointError
-        As ``read_torch_file`` and ``state_dict``.
+        ``not-a-model``: the state of an optimizer, of random generators, of a scheduler. And as ``read_torch_file`` and
+        ``state_dict``.
     """
     file = read_torch_file(path)
+    state = "" if root else run_state(file.root)
+    if state:
+        raise CheckpointError(
+            "not-a-model",
+            f"this is {state}, and no model",
+            where=file.path,
+            found=_keys(file.root),
+            expected="a state dict: tensors by the names of a model's parameters",
+            hint="pass the model's weights, or the directory of the whole checkpoint",
+        )
     return torch_catalog(file, state_dict(file.root, key=root))
 
 
@@ -33,12 +46,8 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
     """Returns the catalog of a state dict of an opened torch file: shared storages as aliases."""
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
-    absent: set[str] = set()
     owners: dict[object, str] = {}
     for name, ref in found.tensors.items():
-        if ref.shape == (0,):  # what ZeRO-3 leaves of a parameter whose data lives elsewhere
-            absent.add(name)
-            continue
         owner = owners.setdefault(file.alias_key(ref), name)
         if owner == name or 0 in ref.shape:
             entries[name] = file.entry(name, ref, f"{found.root_key or 'top level'} of {Path(file.path).name}")
@@ -59,6 +68,10 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         warnings=tuple(warnings),
         training_config=config,
     )
+
+
+def _keys(root: Value) -> str:
+    return ", ".join(str(key)[:80] for key in list(as_dict(root))[:8])
 
 
 def training_config(file: TorchFile) -> str:
