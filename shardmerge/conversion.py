@@ -20,7 +20,8 @@ from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
-from shardmerge.targets.expectation import Format, SideFile
+from shardmerge.targets.beside import with_side_files
+from shardmerge.targets.expectation import FileChoice, FileMode, Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
@@ -53,6 +54,9 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    files
+        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
+        ``all`` or ``none``.
     device
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     """
@@ -66,6 +70,7 @@ class Options:
     io: IoMode = "pread"
     sync: bool = True
     device: Device = "cpu"
+    files: FileMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
 
         raise placeholder_error(source.name, sorted(catalog.absent), catalog)
     expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
+    expectation = with_side_files(expectation, read_side_file, file_choice(None, options), "--files")
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -211,7 +217,7 @@ def read_side_file(extent: Extent) -> bytes:
 
 def _make_folders(plan: Plan, staging: Path) -> None:
     for name in [*(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)]:
-        (staging / name).parent.mkdir(exist_ok=True)
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _index_last(plan: Plan) -> list[SideFile]:
@@ -244,6 +250,11 @@ def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
         options.workers or default_workers(),
         str(spec.mark) if spec else "",
     )
+
+
+def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
+    """Returns what the caller, else the mapping, says of side files."""
+    return FileChoice(options.files) if options.files else spec.files if spec else None
 
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:

@@ -70,8 +70,6 @@ _RUN_FILES = {
     "a hidden file": (".*",),
 }  # fmt: skip
 
-_CARDS = ("README*", "MODEL_CARD*", "CHANGELOG*")
-
 # What loaders look for beside weights, whatever else lies there.
 _KNOWN = (
     "config.json", "generation_config.json", "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab",
@@ -133,8 +131,3 @@ def comes_along(path: str, *, model_folder: bool) -> bool:
         any other one, a directory of work with a .pth in it, only files of known names are.
     """
     return not left_behind(path) and (model_folder or path.startswith(_KNOWN) or path.endswith(".tiktoken"))
-
-
-def is_card(path: str) -> bool:
-    """Tells whether a file describes a model for people: it goes with that model, not with one made from it."""
-    return any(fnmatchcase(path, pattern) for pattern in _CARDS)

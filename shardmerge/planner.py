@@ -99,6 +99,7 @@ def make_plan(
         _unused(resolution, catalogs),
         (*_source_warnings(catalogs), *expectation.warnings),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
+        expectation.left_behind,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import PLAIN, Options, Prepared, open_source, output_options, read_side_file
+from shardmerge.conversion import PLAIN, Options, Prepared, file_choice, open_source, output_options, read_side_file
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
@@ -21,7 +21,8 @@ from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.planner import make_plan
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
-from shardmerge.targets.expectation import Expectation, Request, Target
+from shardmerge.targets.beside import with_side_files
+from shardmerge.targets.expectation import Expectation, FileChoice, Request, Target
 from shardmerge.tensors import Catalog
 
 # What only some mappings need is imported where they need it.
@@ -53,11 +54,14 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs)
-    raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec)])
+    raise_all([*unused_variables(spec, own), *_idle_vocabulary(spec), *_idle_files(spec, options)])
     output = output_options(spec.output, options)
     merged, used = _merged(spec, catalogs)
     variables = Variables(catalogs, read_side_file, spec.variables)
     expectation = _expectation(spec, catalogs, output.dtype, variables)
+    files = file_choice(spec.output, options)
+    if expectation is not None:
+        expectation = with_side_files(expectation, read_side_file, files, output.where)
     resolution = resolve(
         spec.rules,
         spec.drops,
@@ -201,6 +205,17 @@ def _idle_vocabulary(spec: Spec) -> Iterator[ShardmergeError]:
             "`vocabulary` is for a target, and the mapping has none",
             where=spec.file,
             hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
+        )
+
+
+def _idle_files(spec: Spec, options: Options) -> Iterator[ShardmergeError]:
+    """Without a target nothing but tensors is written."""
+    if spec.target is None and file_choice(spec.output, options) not in (None, FileChoice("none")):
+        yield MappingError(
+            "no-target",
+            "`files` says what lies beside a target's weights, and the mapping has no target",
+            where=spec.file,
+            hint="add `target: {name: hf/model, text: SOURCE}`, which takes the files of that source along",
         )
 
 

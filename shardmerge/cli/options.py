@@ -26,6 +26,11 @@ def plan_options(function: _Command) -> _Command:
             click.option(
                 "--format", "form", type=click.Choice(["safetensors", "bin"]), help="Of the files of weights."
             ),
+            click.option(
+                "--files",
+                type=click.Choice(["model", "all", "none"]),
+                help="Small files beside the weights that go along. Default: what is part of the model.",
+            ),
             click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
@@ -60,6 +65,7 @@ def parsed(given: dict[str, Any]) -> Options:
         io=given["io"],
         sync=not given["no_sync"],
         device=given.get("device", "cpu"),
+        files=given["files"],
     )
 
 

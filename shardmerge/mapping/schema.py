@@ -13,6 +13,7 @@ from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
 from shardmerge.targets.expectation import Target
+from shardmerge.targets.expectation import FILE_MODES
 from shardmerge.targets.registry import TARGETS
 
 Schema: TypeAlias = "dict[str, object]"
@@ -181,6 +182,13 @@ _SOURCE = _object(
     },
     "path",
 )
+_FILES = _object(
+    spec.FILES_KEYS,
+    {
+        "include": {"type": "array", "items": _TEXT, "description": "Patterns of names that go along, too."},
+        "exclude": {"type": "array", "items": _TEXT, "description": "Patterns of names that stay behind."},
+    },
+)
 _OUTPUT = _object(
     spec.OUTPUT_KEYS,
     {
@@ -194,6 +202,7 @@ _OUTPUT = _object(
             "description": "Another type for some target names.",
         },
         "keep": {"type": "array", "items": _TEXT, "description": "Target names that keep their own type."},
+        "files": _about(_either({"enum": list(FILE_MODES)}, _FILES), "Which small files beside the weights go along."),
     },
     "path",
 )

@@ -11,7 +11,7 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
-from shardmerge.targets.expectation import Format, Vocabulary
+from shardmerge.targets.expectation import FileChoice, Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
 
@@ -56,6 +56,8 @@ class OutputSpec:
         Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
     format
         ``safetensors`` or ``bin``.
+    files
+        Which side files go along.
     """
 
     path: str
@@ -64,6 +66,7 @@ class OutputSpec:
     mark: Mark
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     format: Format = "safetensors"
+    files: FileChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,7 @@ KEYS = (
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "files")
+FILES_KEYS = ("include", "exclude")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

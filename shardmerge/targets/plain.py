@@ -8,17 +8,6 @@ from shardmerge.dtypes import DType
 from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
 from shardmerge.tensors import Catalog
 
-# What loaders look for beside weights. Anything else (logs, scripts, trainer state) is not part of a model.
-_PREFIXES = (
-    "config.json", "generation_config.json", "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab",
-    "merges.txt", "chat_template", "preprocessor_config.json", "processor_config.json", "spiece.model",
-)  # fmt: skip
-
-
-def is_model_file(name: str) -> bool:
-    """Whether loaders look for a file of this name beside the weights."""
-    return name.startswith(_PREFIXES)
-
 
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
     """Returns the expectation that every name, aliases included, arrives with its shape.
@@ -26,12 +15,9 @@ def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Ex
     Tied names are written as copies: a state dict without its config cannot say which of two names is the owner.
     """
     tensors = {name: catalog[name].shape for name in catalog.names()}
-    sides = [
-        SideFile(name, (_with_dtype(read(extent), dtype),) if name == "config.json" and dtype else (extent,))
-        for name, extent in catalog.side_files.items()
-        if is_model_file(name)
-    ]
-    return Expectation(tensors, side_files=tuple(sides))
+    config = catalog.side_files.get("config.json")
+    made = (SideFile("config.json", (_with_dtype(read(config), dtype),)),) if config and dtype else ()
+    return Expectation(tensors, side_files=made, beside=catalog.side_files, same_model=True)
 
 
 def _with_dtype(raw: bytes, dtype: DType) -> bytes:
