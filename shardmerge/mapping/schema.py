@@ -12,8 +12,7 @@ from typing import TypeAlias
 from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
-from shardmerge.targets.expectation import Target
-from shardmerge.targets.expectation import FILE_MODES
+from shardmerge.targets.expectation import FILE_MODES, Target
 from shardmerge.targets.registry import TARGETS
 
 Schema: TypeAlias = "dict[str, object]"

@@ -22,6 +22,9 @@ from shardmerge.tensors import Catalog
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 
+# ``1_Pooling``: folders that modules.json of sentence-transformers names.
+SENTENCE_MODULE = re.compile(r"\d+_[A-Za-z]+")
+
 _MOST_FOLDERS = 1000
 _LISTED = 8
 _NUMBER = re.compile(r"\d+")
@@ -93,12 +96,19 @@ def beside_model(folder: Path, chosen: Path, used: Iterable[str]) -> Remarks:
     rest = [name for name in dict.fromkeys(others) if name not in rivals]
     warnings = []
     if rivals:
-        warnings.append(f"{chosen.name} is read; another model, or a part of one, lies beside it: {_listed(rivals)}")
+        whole = [name for name in rivals if name in USUAL]
+        other = f"; pass {folder / whole[0]} for that one" if whole else ""
+        text = f"{chosen.name} is read; another model, or a part of one, lies beside it: {_listed(rivals)}{other}"
+        warnings.append(text)
     warnings += _unfinished(folder)
     notes = []
     if rest:
         notes.append(f"{chosen.name} is read, and not what lies beside it: {_listed(rest)}")
     inside = [path.name for path in checkpoints_inside(folder)]
+    modules = [f"{name}/" for name in inside if SENTENCE_MODULE.fullmatch(name)]
+    if modules:
+        warnings.append(f"weights of further modules are not part of the result: {_listed(modules)}")
+    inside = [name for name in inside if f"{name}/" not in modules]
     if inside:
         notes.append(f"{chosen.name} is read, and not the checkpoints in {_listed([f'{name}/' for name in inside])}")
     return Remarks(tuple(notes), tuple(warnings))

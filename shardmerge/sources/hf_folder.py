@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.file_roles import comes_along, is_weights
+from shardmerge.sources.choosing import SENTENCE_MODULE
 from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
@@ -24,8 +25,6 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(safetensors|bin|pt
 _LARGEST_INDEX = 256 << 20
 # tokenizer.json of the largest vocabularies is about 20 MB; weights are told apart by suffix, not by size.
 _LARGEST_SIDE_FILE = 64 << 20
-# ``1_Pooling``: folders that modules.json of sentence-transformers names.
-_SENTENCE_MODULE = re.compile(r"\d+_[A-Za-z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,8 @@ def read_unindexed(paths: Sequence[Path], read_shard: ReadShard) -> Catalog:
                 )
             seen[name] = shard
     merged = _merged(Index(paths[0], {}, None), shards)
+    if len(paths) == 1:  # torchtune calls a whole model ft-model-00001-of-00001
+        return merged
     text = f"no index names the {len(paths)} shards: all that their names count are read"
     return replace(merged, warnings=(text, *merged.warnings))
 
@@ -121,7 +122,7 @@ def _small_files(folder: Path) -> Iterator[Path]:
 
 def _inside(folder: Path) -> Iterator[Path]:
     """Yields the files of a folder that is part of a model; folders of runs, caches and other checkpoints are not."""
-    if folder.name == "additional_chat_templates" or _SENTENCE_MODULE.fullmatch(folder.name):
+    if folder.name == "additional_chat_templates" or SENTENCE_MODULE.fullmatch(folder.name):
         yield from (path for path in sorted(folder.iterdir()) if _is_small(path))
     elif folder.name.isidentifier() and (folder / "__init__.py").is_file():
         yield from (path for path in sorted(folder.rglob("*.py")) if _is_small(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.hub import cache_folder
@@ -41,8 +42,8 @@ def odd_links(paths: Iterable[Path], folder: Path) -> Iterator[CheckpointError]:
                 where=str(path),
                 found=f"-> {real}"[:400],
                 expected=f"a file in {folder}, or a link of the hub cache into its own blobs",
-                hint=f"if that file is meant, put it there itself: cp --remove-destination {real} {path}; or pass "
-                "the directory that holds the real files",
+                hint="if you made the link, put the file there itself: cp --remove-destination "
+                f"{quote(real)} {quote(str(path))}; otherwise remove the link",
             )
 
 

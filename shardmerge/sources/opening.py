@@ -39,6 +39,7 @@ from shardmerge.sources.rank_files import (
     is_rank_folder,
     newest_iteration,
 )
+from shardmerge.sources.run_states import is_optimizer, not_a_model
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
 
@@ -80,6 +81,8 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
     for reader in _FOLDER_READERS if path.is_dir() else _FILE_READERS:
         catalog = reader(path, options)
         if catalog is not None:
+            if not options.root and is_optimizer(catalog.names()):
+                raise not_a_model("an optimizer's state", str(path), ", ".join([*catalog.names()][:5]))
             return _completed(catalog, path)
     raise _unknown(path)
 

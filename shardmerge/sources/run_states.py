@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from shardmerge.dtypes import DTYPES
+from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import TensorRef, Value
 
 _BYTES = DTYPES["U8"]
@@ -41,13 +42,25 @@ def run_state(root: Value) -> str:
     tensors = {str(name): value for name, value in root.items() if isinstance(value, TensorRef)}
     if tensors and all(_is_generator(name, ref) for name, ref in tensors.items()):
         return "the state of random generators"
-    return "an optimizer's state" if is_optimizer(iter(tensors)) else ""
+    return ""
 
 
 def is_optimizer(names: Iterator[str]) -> bool:
     """Tells whether all names of a flat file are those of moments; False for none at all."""
     leaves = {name.rpartition(".")[2] for name in names}
     return bool(leaves) and leaves <= _MOMENTS and bool(leaves & (_MOMENTS - {"step", "sum"}))
+
+
+def not_a_model(state: str, where: str, found: str) -> CheckpointError:
+    """Returns the error for a file that holds state of a run."""
+    return CheckpointError(
+        "not-a-model",
+        f"this is {state}, and no model",
+        where=where,
+        found=found,
+        expected="a state dict: tensors by the names of a model's parameters",
+        hint="pass the model's weights, or the directory of the whole checkpoint",
+    )
 
 
 def _is_generator(name: str, ref: TensorRef) -> bool:

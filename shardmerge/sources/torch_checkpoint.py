@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import TensorRef, Value
-from shardmerge.sources.run_states import run_state
+from shardmerge.sources.run_states import not_a_model, run_state
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -31,14 +30,7 @@ def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
     file = read_torch_file(path)
     state = "" if root else run_state(file.root)
     if state:
-        raise CheckpointError(
-            "not-a-model",
-            f"this is {state}, and no model",
-            where=file.path,
-            found=_keys(file.root),
-            expected="a state dict: tensors by the names of a model's parameters",
-            hint="pass the model's weights, or the directory of the whole checkpoint",
-        )
+        raise not_a_model(state, file.path, ", ".join(str(key)[:80] for key in list(as_dict(file.root))[:8]))
     return torch_catalog(file, state_dict(file.root, key=root))
 
 
@@ -68,10 +60,6 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         warnings=tuple(warnings),
         training_config=config,
     )
-
-
-def _keys(root: Value) -> str:
-    return ", ".join(str(key)[:80] for key in list(as_dict(root))[:8])
 
 
 def training_config(file: TorchFile) -> str:

@@ -1,8 +1,8 @@
 """Side files of a result, by one rule for all targets: what goes along, what is left behind and why, what is missing.
 
 All small files of a model's directory go where the model goes, but for weights, indexes, state and records of a
-training run. A target that makes another model of it writes config and processor itself, and takes the tokenizer; the card
-(README) describes the other model and stays behind, a license goes along.
+training run. A target that makes another model of it writes config and processor itself, and takes the tokenizer; the
+card (README) describes the other model and stays behind, a license goes along.
 """
 
 from __future__ import annotations
