@@ -143,13 +143,18 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
         if (path / marker).is_file():
             tag = (path / marker).read_text("utf-8", "replace").strip()
             folder = path / tag
+            if (
+                len(tag) < _LONGEST_NAME and not folder.exists() and usual_models(path)
+            ):  # whoever is short of space keeps the gathered model
+                return _gathered(path, marker, tag, options)
             if Path(tag).name != tag or not is_tag_folder(folder):
                 raise CheckpointError(
                     "missing-tag",
                     f"'{marker}' names a tag directory that is not a DeepSpeed checkpoint",
                     where=str(path / marker),
-                    found=repr(tag),
-                    hint="pass the tag directory itself, e.g. .../global_step500",
+                    found=repr(tag[:80]),
+                    hint=" or ".join(f"pass {item}" for item in checkpoints_inside(path)[-3:])
+                    or "copy the tag directory here, and pass it itself, e.g. .../global_step500",
                 )
             remarks = beside_tag(path, folder, f"'{marker}'")
             return replace(remarks.on(_tag_or_model(folder, path, options)), side_files=side_files(path))
@@ -158,6 +163,12 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
         what = "the directory holds several checkpoints and no 'latest' file to choose one"
         raise several("several-tags", what, path, tags)
     return beside_tag(path, tags[0], "nothing else").on(_tag_or_model(tags[0], path, options)) if tags else None
+
+
+def _gathered(path: Path, marker: str, tag: str, options: OpenOptions) -> Catalog:
+    """Reads the 16-bit model of a Trainer's checkpoint whose tag directory was removed."""
+    said = f"'{marker}' names {tag[:80]}, which is not here: the 16-bit model beside it is read, not the fp32 weights"
+    return Remarks(warnings=(said,)).on(_model(usual_models(path)[0], options))
 
 
 def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
@@ -239,7 +250,10 @@ def _model(chosen: Path, options: OpenOptions) -> Catalog:
 def _sole_index(file: Path) -> list[str]:
     """An index that names this one file alone is no second model."""
     index = file.with_name(f"{file.name}.index.json")
-    return [index.name] if index.is_file() and named_shards(index) == {file.name} else []
+    try:
+        return [index.name] if index.is_file() and named_shards(index) == {file.name} else []
+    except CheckpointError:  # not used, and so no reason to stop
+        return []
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
@@ -396,6 +410,9 @@ def _read_megatron(folder: Path) -> Catalog:
 
     return read_megatron(folder)
 
+
+# Bytes of a file's name on Linux.
+_LONGEST_NAME = 255
 
 # Weights, and no ``model_index.json`` of diffusers.
 _INDEXES = tuple(f"{suffix}.index.json" for suffix in READ_SUFFIXES)

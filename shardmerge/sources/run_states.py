@@ -47,8 +47,13 @@ def run_state(root: Value) -> str:
 
 def is_optimizer(names: Iterator[str]) -> bool:
     """Tells whether all names of a flat file are those of moments; False for none at all."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    return bool(leaves) and leaves <= _MOMENTS and bool(leaves & (_MOMENTS - {"step", "sum"}))
+    leaves: set[str] = set()
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        if leaf not in _MOMENTS:
+            return False
+        leaves.add(leaf)
+    return bool(leaves - {"step", "sum"})
 
 
 def not_a_model(state: str, where: str, found: str) -> CheckpointError:
