@@ -135,6 +135,12 @@ def test_other_tags_are_noted_and_a_newer_one_is_a_warning(tags: Path) -> None:
     assert "global_step10 is newer" in sm.inspect(tags).warnings[0]
 
 
+def test_a_tag_of_another_name_is_not_newer(tags: Path) -> None:
+    (tags / "global_step10").rename(tags / "best-100")
+    (tags / "latest").write_text("global_step2")
+    assert (sm.inspect(tags).warnings, "best-100" in sm.inspect(tags).notes[0]) == ((), True)
+
+
 def test_tags_without_latest(tags: Path, tmp_path: Path) -> None:
     (tags / "latest").unlink()
     error = refused(tags, tmp_path)

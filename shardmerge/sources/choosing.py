@@ -130,7 +130,8 @@ def beside_numbered(chosen: str, others: Sequence[str], by: str) -> Remarks:
     if not others:
         return Remarks()
     text = f"{chosen} is read, as {by} says; others are here: {_listed(others)}"
-    newer = [name for name in others if _last_number(name) > _last_number(chosen)]
+    series = [name for name in others if _NUMBER.sub("", name) == _NUMBER.sub("", chosen)]
+    newer = [name for name in series if _last_number(name) > _last_number(chosen)]
     return Remarks(warnings=(f"{text}; {newer[-1]} is newer",)) if newer else Remarks(notes=(text,))
 
 
