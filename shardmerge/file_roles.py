@@ -37,20 +37,17 @@ _OTHER_BINARIES = (".pkl", ".pickle", ".zip", ".gz", ".tgz", ".7z", ".so", ".pyc
 # Downloads and saves that did not end: huggingface_hub, safetensors and rsync, aria2, browsers, wget.
 UNFINISHED = (".incomplete", ".tmp", ".partial", ".part", ".aria2", ".crdownload", ".download")
 
+_RANK = r"(?:[_-](?:\d+|rank_?\d+|world_size_\d+_rank_\d+))?\.(?:pt|pth|bin|pkl|safetensors)"
 _STATES = (
-    ("the state of random generators", r"rng_state(?:_\d+)?\.pth|random_states_\d+\.pkl|rng\w*\.(?:pt|pth|bin)"),
-    (
-        "an optimizer's state",
-        r"(?:\w+[_.-])?(?:optimizer|optim|optimizers)(?:[_.-]\w+)*\.(?:pt|pth|bin|safetensors)|distrib_optim\.pt"
-        r"|.*_optim_states\.pt|paged_optim\w*\.pt",
-    ),
-    ("a learning rate scheduler's state", r"(?:lr_)?scheduler(?:_\d+)?\.(?:pt|pth|bin)"),
-    ("a gradient scaler's state", r"(?:grad_)?scaler(?:_\d+)?\.(?:pt|pth|bin)"),
-    ("a data loader's state", r"(?:dl_state_dict|(?:dist_)?sampler|dataloader|data)(?:_\w+)?\.(?:pt|pth|bin)"),
+    ("the state of random generators", r"(?:rng|random)(?:_states?)?" + _RANK),
+    ("an optimizer's state", r"(?:\w+_)?optim(?:izer)?s?(?:_states?)?" + _RANK),
+    ("a learning rate scheduler's state", r"(?:lr_)?scheduler(?:_states?)?" + _RANK),
+    ("a gradient scaler's state", r"(?:grad_|loss_)?scaler(?:_states?)?" + _RANK),
+    ("a data loader's state", r"(?:dl_state_dict|(?:dist_)?sampler|dataloader(?:_states?)?)" + _RANK + r"|data\.pt"),
     (
         "state of a training run",
-        r"training_args\.bin|custom_checkpoint_\d+\.pkl|recipe_state\.pt|trainer_state\.pt|train_state\w*\.(?:pt|pth)"
-        r"|extra_state\w*\.pt|(?:training|trainer)_config\.pt",
+        r"training_args\.bin|custom_checkpoint_\d+\.pkl|recipe_state\.pt|train(?:er|ing)?_state\.(?:pt|pth)"
+        r"|extra_state_world_size_\d+_rank_\d+\.pt",
     ),
 )
 _TRAINING_STATE = tuple((what, re.compile(pattern)) for what, pattern in _STATES)

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 
 import shardmerge as sm
-from shardmerge.file_roles import comes_along, left_behind
+from shardmerge.file_roles import comes_along, left_behind, training_state
 from tests.conftest import shardmerge
 
 # What the hub's models have beside their weights, and what training runs leave there.
@@ -143,6 +143,14 @@ def test_what_a_file_names_and_is_not_there_is_a_warning(
     assert any(file in warning and missing in warning for warning in warnings), warnings
 
 
+def test_code_that_imports_what_is_not_there(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "vision.py", "parts/__init__.py", config={"auto_map": {"AutoModel": "modeling_x.M"}})
+    code = "from .vision import A\nfrom .parts.deep import B\nfrom .audio import C\ntry:\n    from .fast import D\n"
+    (folder / "modeling_x.py").write_text(code)
+    (warning,) = sm.convert(folder, tmp_path / "out").plan.warnings
+    assert "modeling_x.py names audio.py" in warning
+
+
 def test_code_of_another_repository_is_not_missing(tmp_path: Path) -> None:
     names = {"AutoModel": "org/name--modeling_x.M"}
     assert sm.convert(folder_of(tmp_path, config={"auto_map": names}), tmp_path / "out").plan.warnings == ()
@@ -207,6 +215,22 @@ def test_a_mapping_without_a_target_has_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*OF_THE_MODEL, "deepseek.py", "anything.yaml", "pooling.json"])
 def test_names_of_a_model(name: str) -> None:
     assert comes_along(name, model_folder=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["rng_state_0.pth", "random_states_1.pkl", "optimizer_2.bin", "distrib_optim.pt", "scheduler.pt",
+             "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "scaler.pt", "optim_world_size_4_rank_3.pt", "dist_sampler.bin",
+             "sampler_1.bin", "training_args.bin", "custom_checkpoint_0.pkl", "data.pt", "recipe_state.pt"]
+)  # fmt: skip
+def test_names_of_state(name: str) -> None:
+    assert training_state(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["data_model.bin", "prompt_optimizer_model.pt", "random_forest.pt", "model.pt", "m.bin"]
+)
+def test_names_that_only_look_like_state(name: str) -> None:
+    assert not training_state(name)
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "sampler.bin", "model.h5", "a.tmp", "eval_results.json", ".hidden"])

@@ -68,6 +68,13 @@ def checkpoints_inside(folder: Path) -> list[Path]:
 
 
 def _holds_checkpoint(folder: Path) -> bool:
+    try:
+        return _looks_like_one(folder)
+    except OSError:  # not readable for this user, and none of their business
+        return False
+
+
+def _looks_like_one(folder: Path) -> bool:
     if usual_models(folder) or (folder / ADAPTER).is_file() or (folder / "latest").is_file():
         return True
     return is_tag_folder(folder) or is_megatron_folder(folder) or bool(weight_files(folder))

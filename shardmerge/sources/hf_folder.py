@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -115,7 +116,8 @@ def side_files(folder: Path) -> dict[str, Extent]:
 def _small_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            yield from _inside(path)
+            with suppress(PermissionError):
+                yield from _inside(path)
         elif _is_small(path):
             yield path
 

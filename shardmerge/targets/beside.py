@@ -8,6 +8,7 @@ card (README) describes the other model and stays behind, a license goes along.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,6 +25,8 @@ _WITH_CODE = (
     CONFIG, "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "image_processor_config.json",
 )  # fmt: skip
+# ``from .module import x`` at the start of a line; one inside of `try` may be missing.
+_RELATIVE = re.compile(rb"^from \.([A-Za-z_]\w*)(?:\.\w+)* import ", re.MULTILINE)
 # transformers reads a tokenizer from one of these; ``*.tiktoken`` and what the model's own code reads come on top.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.spm", "*.tiktoken", "tokenization_*.py", "sentencepiece*")
 
@@ -128,7 +131,7 @@ class _Named:
 def _missing_texts(files: Sequence[SideFile], read: ReadSideFile) -> Iterator[str]:
     names = {file.name for file in files}
     found = {file.name: _object(file, read) for file in files if file.name in (*_WITH_CODE, "modules.json")}
-    for named in _named(found):
+    for named in (*_named(found), *_imported(files, read)):
         if named.file not in names and not any(name.startswith(f"{named.file}/") for name in names):
             yield f"{named.by} names {named.file}, which does not lie beside it: the result does not load without it"
     tokenizer = "tokenizer_config.json" in names
@@ -143,6 +146,16 @@ def _named(found: Mapping[str, object]) -> Iterator[_Named]:
         elif isinstance(value, dict):
             for reference in sorted(set(_references(value))):
                 yield _Named(f"{reference.rpartition('.')[0]}.py", f"{file} (auto_map)")
+
+
+def _imported(files: Sequence[SideFile], read: ReadSideFile) -> Iterator[_Named]:
+    """Yields the modules beside it that a model's code imports, as transformers looks for them."""
+    for file in files:
+        if file.name.endswith(".py") and "/" not in file.name:
+            for match in _RELATIVE.finditer(_content(file, read)):
+                name = match[1].decode("ascii")
+                if not any(other.name.startswith(f"{name}/") for other in files):
+                    yield _Named(f"{name}.py", file.name)
 
 
 def _references(value: Mapping[str, object]) -> Iterator[str]:
@@ -170,6 +183,10 @@ def _module_folders(value: object) -> Iterator[str]:
 
 def _object(file: SideFile, read: ReadSideFile) -> object:
     try:
-        return json.loads(b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts))
+        return json.loads(_content(file, read))
     except (ValueError, RecursionError):
         return None
+
+
+def _content(file: SideFile, read: ReadSideFile) -> bytes:
+    return b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts)
