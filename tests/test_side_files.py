@@ -219,8 +219,9 @@ def test_names_of_a_model(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name", ["rng_state_0.pth", "random_states_1.pkl", "optimizer_2.bin", "distrib_optim.pt", "scheduler.pt",
-             "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "scaler.pt", "optim_world_size_4_rank_3.pt", "dist_sampler.bin",
-             "sampler_1.bin", "training_args.bin", "custom_checkpoint_0.pkl", "data.pt", "recipe_state.pt"]
+             "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "scaler.pt", "optim_world_size_4_rank_3.pt",
+             "dist_sampler.bin", "sampler_1.bin", "training_args.bin", "custom_checkpoint_0.pkl", "data.pt",
+             "recipe_state.pt"]
 )  # fmt: skip
 def test_names_of_state(name: str) -> None:
     assert training_state(name)
