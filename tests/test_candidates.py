@@ -218,6 +218,12 @@ def test_checkpoints_in_directories_inside(
         assert set(sm.inspect(path).entries) == {"w"}
 
 
+def test_an_optimizer_beside_is_no_candidate(tmp_path: Path) -> None:
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0"):
+        model(tmp_path / "m" / folder, 1)
+    assert [Path(path).name for path in paths(refused(tmp_path / "m", tmp_path).hint)] == ["pytorch_model_fsdp_0"]
+
+
 def test_several_files_and_indexes_give_lines_to_paste(tmp_path: Path) -> None:
     model(tmp_path / "f", 1, "a.safetensors")
     model(tmp_path / "f", 2, "b.pth")

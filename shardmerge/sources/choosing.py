@@ -26,6 +26,8 @@ ADAPTER = "adapter_config.json"
 SENTENCE_MODULE = re.compile(r"\d+_[A-Za-z]+")
 
 _MOST_FOLDERS = 1000
+# Accelerate's FSDP writes ``optimizer_0/`` beside ``pytorch_model_fsdp_0/``.
+_NO_CHECKPOINTS = (".", "optim", "scheduler")
 _LISTED = 8
 _NUMBER = re.compile(r"\d+")
 
@@ -62,7 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def checkpoints_inside(folder: Path) -> list[Path]:
     """Returns the directories right inside of one that hold a checkpoint, in the order of their numbers."""
-    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(_NO_CHECKPOINTS))
     found = [path for index, path in enumerate(folders) if index < _MOST_FOLDERS and _holds_checkpoint(path)]
     return sorted(found, key=lambda path: (_last_number(path.name), path.name))
 

@@ -44,8 +44,9 @@ def expect(request: Request) -> Expectation:
     if request.dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = request.dtype.torch
     if request.vocabulary is None:
-        made = (SideFile("config.json", (dump(config, sort=False),)),) if request.dtype else ()
-        return Expectation({}, side_files=made, beside=catalog.side_files, same_model=True, open=True)
+        content = dump(config, sort=False) if request.dtype else catalog.side_files["config.json"]
+        made = SideFile("config.json", (content,))
+        return Expectation({}, side_files=(made,), beside=catalog.side_files, same_model=True, open=True)
     return _resized(request, catalog, config)
 
 

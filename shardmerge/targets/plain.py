@@ -16,7 +16,9 @@ def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Ex
     """
     tensors = {name: catalog[name].shape for name in catalog.names()}
     config = catalog.side_files.get("config.json")
-    made = (SideFile("config.json", (_with_dtype(read(config), dtype),)),) if config and dtype else ()
+    made = (
+        () if config is None else (SideFile("config.json", (_with_dtype(read(config), dtype) if dtype else config,)),)
+    )
     return Expectation(tensors, side_files=made, beside=catalog.side_files, same_model=True)
 
 
