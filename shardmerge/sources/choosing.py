@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.file_roles import READ_SUFFIXES, UNFINISHED, foreign_weights, shard_place, training_state
 from shardmerge.sources.deepspeed_files import is_tag_folder
-from shardmerge.sources.rank_files import META, is_megatron_folder
+from shardmerge.sources.rank_files import is_megatron_folder
 from shardmerge.tensors import Catalog
 
 # In the order in which ``from_pretrained`` of transformers looks for them (``modeling_utils.py``,
@@ -85,6 +85,18 @@ def _looks_like_one(folder: Path) -> bool:
 def _last_number(name: str) -> int:
     numbers = _NUMBER.findall(name)
     return int(numbers[-1]) if numbers else -1
+
+
+def tags_near(folder: Path) -> tuple[str, ...]:
+    """Returns the ZeRO checkpoints in a directory and beside it, the newest first: they have what was not gathered."""
+    inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
+    if not inside and (folder / ADAPTER).is_file() | bool(usual_models(folder)):
+        inside = [path for path in checkpoints_inside(folder.parent) if path != folder and _is_zero(path)]
+    return tuple(str(path) for path in reversed(inside))
+
+
+def _is_zero(folder: Path) -> bool:
+    return is_tag_folder(folder) or (folder / "latest").is_file()
 
 
 def beside_model(folder: Path, chosen: Path, used: Iterable[str]) -> Remarks:
@@ -182,11 +194,6 @@ def _unfinished(folder: Path) -> list[str]:
 
 def _is_of_weights(name: str) -> bool:
     return any(f"{suffix}." in name or name.endswith(suffix) for suffix in READ_SUFFIXES)
-
-
-def is_meta_shard(name: str) -> bool:
-    """Tells whether a file is one of Meta's ranks."""
-    return META.fullmatch(name) is not None
 
 
 def _listed(names: Sequence[str]) -> str:

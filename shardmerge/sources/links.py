@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from shlex import quote
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.hub import cache_folder
@@ -36,6 +35,8 @@ def odd_links(paths: Iterable[Path], folder: Path) -> Iterator[CheckpointError]:
     for path in paths:
         real = outside(path, folder)
         if real:
+            from shlex import quote  # for an error alone
+
             yield CheckpointError(
                 "link-outside",
                 "a file of the checkpoint is a link out of its directory, and what lies there is not read",

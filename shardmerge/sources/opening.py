@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
-from shardmerge.file_roles import READ_SUFFIXES, foreign_weights, shard_place
 from shardmerge.sources.choosing import (
-    ADAPTER,
     Remarks,
-    beside_model,
     beside_numbered,
     beside_tag,
     checkpoints_inside,
     nothing_here,
     several,
+    tags_near,
     usual_models,
     weight_files,
 )
 from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
-from shardmerge.sources.hf_folder import named_shards, read_indexed, read_unindexed, side_files
+from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.links import odd_links
-from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
+from shardmerge.sources.model_files import read_model, read_set_of, read_single, read_usual
+from shardmerge.sources.not_read import unknown
+from shardmerge.sources.peft_folder import is_adapter_file, read_adapter
 from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.sources.rank_files import (
     TRACKER,
@@ -84,7 +84,7 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
             if not options.root and is_optimizer(catalog.names()):
                 raise not_a_model("an optimizer's state", str(path), ", ".join([*catalog.names()][:5]))
             return _completed(catalog, path)
-    raise _unknown(path)
+    raise unknown(path)
 
 
 def _completed(catalog: Catalog, path: Path) -> Catalog:
@@ -96,19 +96,7 @@ def _completed(catalog: Catalog, path: Path) -> Catalog:
     if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
         return catalog
     catalog = without_placeholders(catalog)
-    return replace(catalog, elsewhere=_tags_near(folder)) if catalog.absent else catalog
-
-
-def _tags_near(folder: Path) -> tuple[str, ...]:
-    """Returns the ZeRO checkpoints in a directory and beside it, the newest first: they have what was not gathered."""
-    inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
-    if not inside and (folder / ADAPTER).is_file() | bool(usual_models(folder)):
-        inside = [path for path in checkpoints_inside(folder.parent) if path != folder and _is_zero(path)]
-    return tuple(str(path) for path in reversed(inside))
-
-
-def _is_zero(folder: Path) -> bool:
-    return is_tag_folder(folder) or (folder / "latest").is_file()
+    return replace(catalog, elsewhere=tags_near(folder)) if catalog.absent else catalog
 
 
 def locate(text: str | Path, *, download: bool = False) -> Path:
@@ -168,7 +156,7 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
 def _gathered(path: Path, marker: str, tag: str, options: OpenOptions) -> Catalog:
     """Reads the 16-bit model of a Trainer's checkpoint whose tag directory was removed."""
     said = f"'{marker}' names {tag[:80]}, which is not here: the 16-bit model beside it is read, not the fp32 weights"
-    return Remarks(warnings=(said,)).on(_model(usual_models(path)[0], options))
+    return Remarks(warnings=(said,)).on(read_model(usual_models(path)[0], lambda shard: _shard(shard, options)))
 
 
 def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
@@ -232,76 +220,11 @@ def _meta(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _usual(path: Path, options: OpenOptions) -> Catalog | None:
-    """A model under one of the usual names, the first that transformers would load."""
-    chosen = next(iter(usual_models(path)), None)
-    return _model(chosen, options) if chosen else None
-
-
-def _model(chosen: Path, options: OpenOptions) -> Catalog:
-    """Reads the file or index of a directory, and says what else lies there."""
-    folder = chosen.parent
-    if chosen.suffix == ".json":
-        catalog, used = read_indexed(chosen, lambda shard: _shard(shard, options)), named_shards(chosen)
-    else:
-        catalog, used = replace(_shard(chosen, options), path=str(folder)), frozenset(_sole_index(chosen))
-    return beside_model(folder, chosen, used).on(_noted(catalog, *stray_config(folder)))
-
-
-def _sole_index(file: Path) -> list[str]:
-    """An index that names this one file alone is no second model."""
-    index = file.with_name(f"{file.name}.index.json")
-    try:
-        return [index.name] if index.is_file() and named_shards(index) == {file.name} else []
-    except CheckpointError:  # not used, and so no reason to stop
-        return []
+    return read_usual(path, lambda shard: _shard(shard, options))
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file under any name, one index, or a whole set of shards without one."""
-    indexes = [item for item in sorted(path.glob("*.index.json")) if item.name.endswith(_INDEXES)]
-    if len(indexes) > 1:
-        raise several("several-files", f"the directory holds {len(indexes)} indexes", path, indexes)
-    if indexes:
-        return _model(indexes[0], options)
-    found = weight_files(path)
-    shards = [item for item in found if shard_place(item.name)]
-    if shards:
-        return _unindexed(shards[0], options)
-    # One model in two formats: safetensors, as everywhere.
-    stems = {_stem(item) for item in found}
-    if len(stems) > 1 or (len(found) > len(stems) and not found[0].name.endswith(READ_SUFFIXES[0])):
-        raise several("several-files", f"the directory holds {len(found)} files of weights and no index", path, found)
-    chosen = next((item for item in found if item.suffix == READ_SUFFIXES[0]), found[0] if found else None)
-    if chosen is None:
-        return None
-    if chosen.is_dir():
-        return open_catalog(chosen, options)
-    return beside_model(path, chosen, ()).on(open_catalog(chosen, options))
-
-
-def _stem(path: Path) -> str:
-    """``open_clip_pytorch_model.bin`` is called after its format where ``open_clip_model.safetensors`` is not."""
-    return path.stem.replace("pytorch_", "")
-
-
-def _unindexed(shard: Path, options: OpenOptions) -> Catalog:
-    """Reads the shards of one model that no index names, if all that their names count are there."""
-    place = shard_place(shard.name)
-    assert place is not None
-    stem, _, total, suffix = place
-    parts = [shard.with_name(f"{stem}-{number:05d}-of-{total:05d}{suffix}") for number in range(1, total + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise CheckpointError(
-            "missing-shard",
-            f"{len(missing)} of {total} shards are not there: {', '.join(missing[:5])}",
-            where=str(shard.parent),
-            found=f"{total - len(missing)} of {total}, and no index: a save or download that did not end",
-            hint="copy or download the rest, with the index",
-        )
-    strangers = [item.name for item in weight_files(shard.parent) if item not in parts]
-    remarks = Remarks(warnings=(f"not read: {', '.join(strangers[:8])}",) if strangers else ())
-    return remarks.on(read_unindexed(parts, lambda part: _shard(part, options)))
+    return read_single(path, lambda shard: _shard(shard, options), lambda chosen: open_catalog(chosen, options))
 
 
 def _inside(path: Path, options: OpenOptions) -> Catalog | None:
@@ -330,7 +253,7 @@ def _shard(path: Path, options: OpenOptions) -> Catalog:
         return read_safetensors(path)
     catalog = _torch(path, options)
     if catalog is None:
-        raise _unknown(path)
+        raise unknown(path)
     return catalog
 
 
@@ -342,14 +265,8 @@ def _index_file(path: Path, options: OpenOptions) -> Catalog | None:
 
 def _shard_member(path: Path, options: OpenOptions) -> Catalog | None:
     """One shard stands for the whole model, as the file of a rank does."""
-    place = shard_place(path.name)
-    if options.root or place is None or place[2] == 1:
-        return None
-    for index in sorted(path.parent.glob("*.index.json")):
-        if index.name.endswith(_INDEXES) and path.name in named_shards(index):
-            return _whole_set(read_indexed(index, lambda shard: _shard(shard, options)), path)
-    whole = _unindexed(path, options)
-    return _whole_set(whole, path)
+    catalog = None if options.root else read_set_of(path, lambda shard: _shard(shard, options))
+    return _whole_set(catalog, path) if catalog else None
 
 
 def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
@@ -414,9 +331,6 @@ def _read_megatron(folder: Path) -> Catalog:
 # Bytes of a file's name on Linux.
 _LONGEST_NAME = 255
 
-# Weights, and no ``model_index.json`` of diffusers.
-_INDEXES = tuple(f"{suffix}.index.json" for suffix in READ_SUFFIXES)
-
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
 _FOLDER_READERS: tuple[Reader, ...] = (
@@ -425,53 +339,3 @@ _FOLDER_READERS: tuple[Reader, ...] = (
 _FILE_READERS: tuple[Reader, ...] = (
     _index_file, _tag_member, _rank_member, _shard_member, _adapter_file, _safetensors, _torch,
 )  # fmt: skip
-
-
-def _unknown(path: Path) -> CheckpointError:
-    if path.is_dir():
-        return _no_weights(path)
-    with path.open("rb") as file:
-        found = f"first bytes {file.read(8)!r}"
-    kind = foreign_weights(path.name)
-    return _not_read(path, found, kind) if kind else _no_checkpoint(path, found)
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    """A directory without weights that are read: what it holds instead."""
-    names = sorted(item.name for item in folder.iterdir())
-    kinds = {kind: name for name in names if (kind := foreign_weights(name))}
-    lines = "; ".join(nothing_here(folder))
-    if not kinds:
-        return _no_checkpoint(folder, lines or ", ".join(names[:8]) or "an empty directory")
-    error = _not_read(folder, lines, next(iter(kinds)))
-    torch = next((folder / name for name in names if name.endswith(".ckpt") and _is_torch(folder / name)), None)
-    if torch is not None:
-        error.hint = f"torch wrote {torch.name}: pass the file itself, {torch}"
-    return error
-
-
-def _is_torch(path: Path) -> bool:
-    from shardmerge.sources.torch_file import is_torch_file
-
-    return is_torch_file(path)
-
-
-def _not_read(path: Path, found: str, kind: str) -> CheckpointError:
-    return CheckpointError(
-        "kind-not-yet",
-        f"these are weights of a kind that is not read: {kind}",
-        where=str(path),
-        found=found,
-        expected="safetensors, or torch .bin, .pth, .pt",
-        hint="pass the model that they were made from, or save it with save_pretrained first",
-    )
-
-
-def _no_checkpoint(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        "unknown-format",
-        "not a checkpoint that shardmerge knows",
-        where=str(path),
-        found=found,
-        expected="safetensors, torch .pth/.pt/.bin; a DeepSpeed, Megatron, XTuner, Meta, PEFT or HF directory",
-    )
