@@ -1,12 +1,42 @@
-"""Errors for paths that hold no checkpoint: what is there instead, by name."""
+"""Errors for paths that hold no checkpoint: what is there instead, by its name or the names of its tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.file_roles import foreign_weights
 from shardmerge.sources.choosing import nothing_here
+
+# The moments that Adam, SGD, Adafactor, Lion, Shampoo keep, by the last part of their names in a flat file.
+_MOMENTS = frozenset({
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "step", "sum",
+    "square_avg", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2",
+})  # fmt: skip
+
+
+def is_optimizer(names: Iterator[str]) -> bool:
+    """Tells whether all names of a flat file are those of moments; False for none at all."""
+    leaves: set[str] = set()
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        if leaf not in _MOMENTS:
+            return False
+        leaves.add(leaf)
+    return bool(leaves - {"step", "sum"})
+
+
+def not_a_model(state: str, where: str, found: str) -> CheckpointError:
+    """Returns the error for a file that holds state of a run."""
+    return CheckpointError(
+        "not-a-model",
+        f"this is {state}, and no model",
+        where=where,
+        found=found,
+        expected="a state dict: tensors by the names of a model's parameters",
+        hint="pass the model's weights, or the directory of the whole checkpoint",
+    )
 
 
 def unknown(path: Path) -> CheckpointError:

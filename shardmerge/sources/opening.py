@@ -27,7 +27,7 @@ from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.links import odd_links
 from shardmerge.sources.model_files import read_model, read_set_of, read_single, read_usual
-from shardmerge.sources.not_read import unknown
+from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown
 from shardmerge.sources.peft_folder import is_adapter_file, read_adapter
 from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.sources.rank_files import (
@@ -39,7 +39,6 @@ from shardmerge.sources.rank_files import (
     is_rank_folder,
     newest_iteration,
 )
-from shardmerge.sources.run_states import is_optimizer, not_a_model
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
 

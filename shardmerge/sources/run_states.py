@@ -9,10 +9,8 @@ Megatron (``rng_state``).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from shardmerge.dtypes import DTYPES
-from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import TensorRef, Value
 
 _BYTES = DTYPES["U8"]
@@ -24,11 +22,6 @@ _KEYS = (
     ("a learning rate scheduler's state", {"last_epoch", "_step_count"}),
     ("a gradient scaler's state", {"scale", "growth_factor", "backoff_factor"}),
 )
-# The moments that Adam, SGD, Adafactor, Lion, Shampoo keep, by the last part of their names in a flat file.
-_MOMENTS = frozenset({
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "step", "sum",
-    "square_avg", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2",
-})  # fmt: skip
 
 
 def run_state(root: Value) -> str:
@@ -43,29 +36,6 @@ def run_state(root: Value) -> str:
     if tensors and all(_is_generator(name, ref) for name, ref in tensors.items()):
         return "the state of random generators"
     return ""
-
-
-def is_optimizer(names: Iterator[str]) -> bool:
-    """Tells whether all names of a flat file are those of moments; False for none at all."""
-    leaves: set[str] = set()
-    for name in names:
-        leaf = name.rpartition(".")[2]
-        if leaf not in _MOMENTS:
-            return False
-        leaves.add(leaf)
-    return bool(leaves - {"step", "sum"})
-
-
-def not_a_model(state: str, where: str, found: str) -> CheckpointError:
-    """Returns the error for a file that holds state of a run."""
-    return CheckpointError(
-        "not-a-model",
-        f"this is {state}, and no model",
-        where=where,
-        found=found,
-        expected="a state dict: tensors by the names of a model's parameters",
-        hint="pass the model's weights, or the directory of the whole checkpoint",
-    )
 
 
 def _is_generator(name: str, ref: TensorRef) -> bool:
