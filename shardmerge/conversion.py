@@ -25,7 +25,8 @@ from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
-from shardmerge.targets.expectation import Format, SideFile
+from shardmerge.targets.beside import with_side_files
+from shardmerge.targets.expectation import FileChoice, FileMode, Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
 from shardmerge.targets.wrappers import unwrapped
@@ -61,6 +62,9 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    files
+        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
+        ``all`` or ``none``.
     device
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     partial
@@ -77,6 +81,7 @@ class Options:
     sync: bool = True
     device: Device = "cpu"
     partial: bool = False
+    files: FileMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,17 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     opened = open_source(source, Path(), options)
     if opened.kind == PEFT_ADAPTER:
         raise _adapter_alone(opened)
+    if opened.absent:
+        from shardmerge.mapping.refusals import placeholder_error
+
+        raise placeholder_error(source.name, sorted(opened.absent), opened)
     sides = SideFiles()
     output = output_options(None, options)
     opened, outside = _unwrapped(opened, sides)
     settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), sides.read)
     catalog = settled.catalogs[source.name]
     expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
+    expectation = with_side_files(expectation, sides.read, file_choice(None, options), "--files")
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -125,7 +135,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         for name in catalog.names()
     }
     if not assignments:
-        raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
+        raise _nothing(source, catalog)
     left_out = {*settled.dropped, *((source.name, name) for name in outside)}
     resolution = Resolution(assignments, (), tuple(sorted(left_out)))
     plan = make_plan(
@@ -170,6 +180,16 @@ def _needs(name: str, catalog: Catalog, dtype: DType | None) -> Needs:
     """A conversion that keeps every name needs numbers for its cast alone."""
     published = frozenset({name} if {"config.json", *QUANTIZATION_FILES} & set(catalog.side_files) else ())
     return Needs({name: f"the cast to {dtype}"} if dtype else {}, published)
+
+
+def _nothing(source: SourceSpec, catalog: Catalog) -> UsageError:
+    return UsageError(
+        "nothing-to-convert",
+        "the checkpoint holds no tensors: there is a config.json and no weights",
+        where=source.path,
+        found="; ".join(catalog.notes),
+        hint=f"pass one of the checkpoints inside: {' or '.join(catalog.elsewhere[-8:])}" if catalog.elsewhere else "",
+    )
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:
@@ -219,7 +239,8 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     """
     from shardmerge.execute.cloning import clonable_bytes
     from shardmerge.execute.engine import check_device, execute
-    from shardmerge.publish import RECEIPT, check_output, staged
+    from shardmerge.file_roles import RECEIPT
+    from shardmerge.publish import check_output, staged
     from shardmerge.receipt import receipt_json
     from shardmerge.storage.writing import write_small
     from shardmerge.version import __version__
@@ -249,7 +270,7 @@ def _records(file: SourceFile) -> Iterable[Record]:
 
 def _make_folders(plan: Plan, staging: Path) -> None:
     for name in [*(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)]:
-        (staging / name).parent.mkdir(exist_ok=True)
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _index_last(plan: Plan) -> list[SideFile]:
@@ -282,6 +303,11 @@ def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
         options.workers or default_workers(),
         str(spec.mark) if spec else "",
     )
+
+
+def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
+    """Returns what the caller, else the mapping, says of side files."""
+    return FileChoice(options.files) if options.files else spec.files if spec else None
 
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:

@@ -153,6 +153,8 @@ class Plan:
         Source tensors that are not written.
     warnings
         To be shown, stopping nothing.
+    left_behind
+        Small files beside the weights that are not written, by name, with the reason; not part of the plan id.
     memory
         Workers and peak; not part of the plan id, since they never change a byte.
     copies
@@ -170,6 +172,7 @@ class Plan:
     memory: Memory
     copies: Mapping[Extent, str] = field(default_factory=dict)
     side_sources: tuple[FileStamp, ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = ()
     _id: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def tensors(self) -> Iterator[PlannedTensor]:

@@ -105,9 +105,10 @@ def make_plan(
         tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),
         shards,
         (*expectation.side_files, *indexes),
-        tuple(_unused(resolution)),
+        tuple(_unused(resolution, catalogs)),
         (*_source_warnings(catalogs), *expectation.warnings, *_written_twice(resolution)),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
+        left_behind=expectation.left_behind,
     )
 
 
@@ -212,13 +213,15 @@ def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
     return tuple(f"{name}: {text}" for name, catalog in sorted(catalogs.items()) for text in catalog.warnings)
 
 
-def _unused(resolution: Resolution) -> Iterator[Unused]:
+def _unused(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> Iterator[Unused]:
     for one in resolution.shadowed:
         why = f"shadowed: {one.target} is taken from elsewhere"
         if one.narrower and one.target in resolution.assignments:  # no line: it is no part of the plan's id
             why = f"a narrower rule wins: `{resolution.assignments[one.target].rule.target}` makes {one.target}"
         yield Unused(one.source, one.name, why)
     yield from (Unused(source, name, "dropped") for source, name in resolution.dropped)
+    for source, catalog in sorted(catalogs.items()):
+        yield from (Unused(source, name, "a placeholder without data") for name in sorted(catalog.absent))
 
 
 def _copies(resolution: Resolution, *, meant: bool) -> dict[str, list[str]]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import COMMAND_LINE, PLAIN, Options, Prepared, open_source, output_options
+from shardmerge.conversion import (
+    COMMAND_LINE,
+    PLAIN,
+    Options,
+    Prepared,
+    file_choice,
+    open_source,
+    output_options,
+)
 from shardmerge.dequantizing import Needs, as_plain, dequantized, needs_of
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
@@ -28,8 +36,9 @@ from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.beside import with_side_files
 from shardmerge.targets.changed_config import changed_reader, with_changes
-from shardmerge.targets.expectation import Expectation, Request, Target
+from shardmerge.targets.expectation import Expectation, FileChoice, Request, Target
 from shardmerge.tensors import Catalog, Extent
 
 # The target whose names and shapes are as the rules make them: counts follow from the rules.
@@ -111,7 +120,7 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     if preset is not None:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs, sides)
-    raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs)])
+    raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs), *_idle_files(spec, options)])
     output = output_options(spec.output, options)
     dropped = find_dropped(spec.drops, catalogs)
     needs = _needs(spec, catalogs, output)
@@ -121,10 +130,16 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     # What adapters change beside weights: the tokenizer, and words of config.json.
     seen = {name: replace(one, side_files=merged[name].side_files) for name, one in settled.catalogs.items()}
     variables = Variables(seen, read, spec.variables)
-    expectation = _expectation(spec, seen, dropped, output.dtype, variables)
+
+    def expected(catalogs: Mapping[str, Catalog]) -> Expectation | None:
+        made = _expectation(spec, catalogs, dropped, output.dtype, variables)
+        if made is None:
+            return None
+        made = with_side_files(made, read, file_choice(spec.output, options), output.where)
+        return with_changes(made, changes, read)
+
+    expectation = expected(seen)
     raise_all(_idle(spec, expectation))
-    if expectation is not None:
-        expectation = with_changes(expectation, changes, read)
     expectation = _with_format_warning(spec, options, expectation)
     resolution = resolve(
         spec.rules,
@@ -140,10 +155,8 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
         raise_all(odd_company(resolution.assignments, merged, name, settled.skipped[name]))
         catalog = seen[name]
         if expectation and leaves_all_codes(resolution.assignments.values(), name, catalog):
-            codeless = {**seen, name: as_plain(catalog)}
-            plain = _expectation(spec, codeless, dropped, output.dtype, variables)
-            written = with_changes(plain or expectation, changes, read)
-            expectation = replace(written, warnings=(*expectation.warnings, _left_out(name, catalog)))
+            plain = expected({**seen, name: as_plain(catalog)})
+            expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
     told = settled.told(merged, (one.entry for one in resolution.assignments.values()))
     return Resolved(spec, catalogs, told, resolution, expectation or _as_resolved(resolution), sides)
 
@@ -356,6 +369,17 @@ def _with_format_warning(spec: Spec, options: Options, expectation: Expectation 
         return expectation
     text = f"the format `{said}` has no effect: {spec.target.name} always writes {', '.join(sorted(suffixes))}"
     return replace(expectation, warnings=(*expectation.warnings, text))
+
+
+def _idle_files(spec: Spec, options: Options) -> Iterator[ShardmergeError]:
+    """Without a target nothing but tensors is written."""
+    if spec.target is None and file_choice(spec.output, options) not in (None, FileChoice("none")):
+        yield MappingError(
+            "no-target",
+            "`files` says what lies beside a target's weights, and the mapping has no target",
+            where=spec.file,
+            hint="add `target: {name: hf/model, text: SOURCE}`, which takes the files of that source along",
+        )
 
 
 def _option(text: str, variables: Variables) -> str:

@@ -13,8 +13,6 @@ from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise
 from shardmerge.plan import Plan
 from shardmerge.storage.writing import explained, free_bytes, sync_directory
 
-RECEIPT = "shardmerge.json"
-
 # Beyond the sum of the files: directories, the receipt, and block rounding (4 KiB a file at most).
 _SPARE_BYTES = 16 << 20
 _OWNER = ".owner.json"

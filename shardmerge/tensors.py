@@ -265,7 +265,10 @@ class Catalog:
     side_files
         Small files beside the weights (config.json, tokenizer files), by base name, each as one extent.
     absent
-        Names that the checkpoint lists with no data (numel-0 placeholders of ZeRO-3).
+        Names that the checkpoint lists with no data (placeholders of ZeRO-3).
+    elsewhere
+        Paths of checkpoints beside this one that hold weights, where it lacks some: a ZeRO tag directory beside a model
+        with placeholders, the ``checkpoint-N`` of a directory that has a config and no weights.
     notes
         What a user may want to know and what changes no value: a total_size that disagrees, the rank files read.
     warnings
@@ -290,6 +293,7 @@ class Catalog:
     files: tuple[FileStamp, ...] = ()
     side_files: Mapping[str, Extent] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     training_config: str = ""

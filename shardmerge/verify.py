@@ -18,10 +18,10 @@ from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, Veri
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
+from shardmerge.file_roles import RECEIPT
 from shardmerge.ops.arrays import as_array
 from shardmerge.pins import Pins
 from shardmerge.plan import Plan
-from shardmerge.publish import RECEIPT
 from shardmerge.publishable import CONFIG, PARTIAL, describe
 from shardmerge.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header

@@ -26,6 +26,11 @@ def plan_options(function: _Command) -> _Command:
             click.option(
                 "--format", "form", type=click.Choice(["safetensors", "bin"]), help="Of the files of weights."
             ),
+            click.option(
+                "--files",
+                type=click.Choice(["model", "all", "none"]),
+                help="Small files beside the weights that go along. Default: what is part of the model.",
+            ),
             click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
             click.option(
@@ -64,6 +69,7 @@ def parsed(given: dict[str, Any]) -> Options:
         sync=not given["no_sync"],
         device=given.get("device", "cpu"),
         partial=given["partial"],
+        files=given["files"],
     )
 
 

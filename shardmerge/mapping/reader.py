@@ -17,6 +17,7 @@ from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import (
     ADAPTER_SETTINGS,
     CONFIG_KEYS,
+    FILES_KEYS,
     KEYS,
     OUTPUT_KEYS,
     SOURCE_KEYS,
@@ -39,7 +40,7 @@ from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mar
 from shardmerge.mapping.yaml_text import read_yaml
 from shardmerge.ops.contract import OpKind, Param
 from shardmerge.targets.config_edits import ConfigEdits
-from shardmerge.targets.expectation import Format, How, Vocabulary
+from shardmerge.targets.expectation import FILE_MODES, FileChoice, Format, How, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _Value = TypeVar("_Value")
@@ -191,7 +192,23 @@ class Reader:
             self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
         dtypes = (*self._kept(fields.get("keep")), *self._dtypes(fields.get("dtypes")))
         partial = self.flag(fields["partial"], "partial") if "partial" in fields else False
-        return OutputSpec(path, dtype, size, node.mark, dtypes, self._format(fields.get("format")), partial)
+        form, files = self._format(fields.get("format")), self._files(fields.get("files"))
+        return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files)
+
+    def _files(self, node: Node | None) -> FileChoice | None:
+        """Reads ``files:``, one word, or patterns of names to include and exclude."""
+        if node is None:
+            return None
+        if isinstance(node, Table):
+            fields = self.fields(node, FILES_KEYS)
+            lists = {key: self._list(fields.get(key), key) for key in FILES_KEYS}
+            return FileChoice("model", *(tuple(self.text(each, key) for each in lists[key]) for key in FILES_KEYS))
+        mode = next((mode for mode in FILE_MODES if mode == self.text(node, "files")), None)
+        if mode is None:
+            what = "`files` is model, all or none, or `{include: [...], exclude: [...]}`"
+            self.add("unknown-files", what, node.mark, "files: model")
+            return None
+        return FileChoice(mode)
 
     def _kept(self, node: Node | None) -> Iterator[tuple[Template, DType | None]]:
         """Reads ``keep:``: target names whose tensors keep their own type."""

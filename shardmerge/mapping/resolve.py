@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
+from shardmerge.mapping.absent import unfilled
 from shardmerge.mapping.claims import Claim, Claims
 from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.near import NameIndex, count, listed
-from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
+from shardmerge.mapping.refusals import Misfit, packed_error, placeholder_error, placeholder_hint, shape_hint
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import OpTerm, Reference, Rule, Term, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
@@ -65,8 +66,8 @@ def resolve(
     ShardmergeError
         All problems at once: ``double-claim``, ``rule-matches-nothing``, ``drop-matches-nothing``,
         ``unmatched-source``, ``unmerged-adapter``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
-        ``shape-mismatch``, ``nothing-matched``, and of ops ``missing-operand``, ``op-shape``, ``op-value``,
-        ``unknown-value``, ``bad-formula``.
+        ``shape-mismatch``, ``nothing-matched``, ``placeholder``, and of ops ``missing-operand``, ``op-shape``,
+        ``op-value``, ``unknown-value``, ``bad-formula``.
     """
     known = variables or Variables(catalogs, _no_files)
     work = _Work(dropped.left(catalogs), dropped, expectation, user_file, known, merged=frozenset(merged))
@@ -116,7 +117,7 @@ class _Work:
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
-    placeholders: dict[str, str] = field(default_factory=dict)
+    placeholders: dict[str, tuple[str, str]] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -147,7 +148,7 @@ class _Work:
         for one in left:  # what the op would have used is not left over besides
             self.failed.add(one.target)
             self.matched.update((operand.source, operand.name) for operand in one.operands)
-        self.problems += _failed(rule, left, self.near)
+        self.problems += _failed(rule, left, self.near, self.catalogs)
         if not found:
             self.idle.append(rule)
 
@@ -238,7 +239,7 @@ class _Work:
         pairs = tuple((one.source, one.name) for one in operands)
         self.matched.update(pairs)
         if self._is_placeholder(entry, target) and not self.claims.by(rule, target):
-            self.placeholders[target] = f"{first.source}:{first.name}"
+            self.placeholders[target] = first.source, first.name
             return
         pinned = isinstance(term, OpTerm) and term.kind.name == "cast"
         self.claims.add(Claim(Assignment(target, first.source, first.name, rule, entry, pinned, term), pairs))
@@ -267,6 +268,7 @@ class _Work:
             ]
             return  # their shapes, and the scales beside them, would only be more of the same
         missing: list[str] = []
+        self.problems += self._unfilled(rules)
         if self.expectation is not None:
             self._drop_tied(self.expectation)
             self._leave_out(self.expectation)
@@ -282,6 +284,21 @@ class _Work:
             self.problems.append(
                 MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
             )
+
+    def _unfilled(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
+        """Placeholders that no other source stands in for. What a closed target lacks is reported with its names."""
+        lacking: dict[str, list[str]] = defaultdict(list)
+        wanted = self.expectation.tensors if self.expectation and not self.expectation.open else None
+        made_by = {target: one.term for target, one in self.assignments.items()}
+        for case in unfilled(rules, self.catalogs, made_by):
+            if case.target in self.failed or (wanted is not None and case.target not in wanted):
+                continue
+            self.placeholders.setdefault(case.target, (case.source, case.name))
+            if wanted is None or case.target in self.assignments:
+                lacking[case.source].append(case.name)
+        for source, names in lacking.items():
+            once, droppable = list(dict.fromkeys(names)), self.expectation is None
+            yield placeholder_error(source, once, self.catalogs[source], droppable=droppable)
 
     def _adapters(self) -> dict[str, list[str]]:
         """Returns the adapter tensors by source: those no rule uses, and those the target has no place for."""
@@ -330,16 +347,17 @@ class _Work:
             looked_for = _looked_for(left[0], rules)
             words = [*looked_for, *((source, _leaf(left[0])) for source in self.catalogs)]
             hints = (hint for source, word in words if (hint := self.near(source, word)))
-            empty = [self.placeholders[name] for name in left if name in self.placeholders]
+            empty = {self.placeholders[name]: None for name in left if name in self.placeholders}
+            hollow = next((placeholder_hint(self.catalogs[source]) for source, _ in empty), "")
             said = next((said for source, name in looked_for if (said := self.gone.said(source, name))), "")
             taken_away = "the target cannot do without them: take that line out of `drop`" if said else ""
             yield TargetError(
                 "missing-tensor",
                 f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
                 where=self.user_file,
-                found=f"placeholders without data: {listed(empty)}" if empty else said,
+                found=f"placeholders without data: {listed([':'.join(one) for one in empty])}" if empty else said,
                 expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
-                hint=taken_away or next(hints, "add a source that has them, or a rule that names them"),
+                hint=hollow or taken_away or next(hints, "add a source that has them, or a rule that names them"),
             )
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
@@ -481,7 +499,9 @@ def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[As
     return f"if not wanted, add under `drop:` {_ticked(lines)}"
 
 
-def _failed(rule: Rule, failures: list[_Failure], near: Callable[[str, str], str]) -> Iterator[MappingError]:
+def _failed(
+    rule: Rule, failures: list[_Failure], near: Callable[[str, str], str], catalogs: Mapping[str, Catalog]
+) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
     groups: dict[str, list[_Failure]] = defaultdict(list)
     for case in failures:
@@ -489,6 +509,9 @@ def _failed(rule: Rule, failures: list[_Failure], near: Callable[[str, str], str
     for code, cases in groups.items():
         first = cases[0].error
         source, _, name = first.what.removesuffix(" is not there").partition(":")
+        if code == "missing-operand" and source in catalogs and name in catalogs[source].absent:
+            yield placeholder_error(source, [name], catalogs[source])
+            continue
         alike = near(source, name) if code == "missing-operand" else ""
         yield MappingError(
             code,

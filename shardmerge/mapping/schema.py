@@ -12,7 +12,7 @@ from typing import TypeAlias
 from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
-from shardmerge.targets.expectation import Target
+from shardmerge.targets.expectation import FILE_MODES, Target
 from shardmerge.targets.registry import TARGETS
 
 Schema: TypeAlias = "dict[str, object]"
@@ -191,6 +191,13 @@ _SOURCE = _object(
     },
     "path",
 )
+_FILES = _object(
+    spec.FILES_KEYS,
+    {
+        "include": {"type": "array", "items": _TEXT, "description": "Patterns of names that go along, too."},
+        "exclude": {"type": "array", "items": _TEXT, "description": "Patterns of names that stay behind."},
+    },
+)
 _OUTPUT = _object(
     spec.OUTPUT_KEYS,
     {
@@ -205,6 +212,7 @@ _OUTPUT = _object(
         },
         "keep": {"type": "array", "items": _TEXT, "description": "Target names that keep their own type."},
         "partial": _about(_FLAG, "Whether only a part of the model that config.json describes is wanted."),
+        "files": _about(_either({"enum": list(FILE_MODES)}, _FILES), "Which small files beside the weights go along."),
     },
     "path",
 )

@@ -12,7 +12,7 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
 from shardmerge.targets.config_edits import ConfigEdits
-from shardmerge.targets.expectation import Format, Vocabulary
+from shardmerge.targets.expectation import FileChoice, Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
 
@@ -59,6 +59,8 @@ class OutputSpec:
         ``safetensors`` or ``bin``.
     partial
         Whether only a part of the model that config.json describes is wanted.
+    files
+        Which side files go along.
     """
 
     path: str
@@ -68,6 +70,7 @@ class OutputSpec:
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     format: Format | None = None
     partial: bool = False
+    files: FileChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,8 @@ KEYS = (
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files")
+FILES_KEYS = ("include", "exclude")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
 CONFIG_KEYS = ("take", "remove", "set")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
 from shardmerge.quantization_config import without_quantization
-from shardmerge.targets import plain, tokenizer
+from shardmerge.targets import tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
 from shardmerge.targets.expectation import Expectation, Request, SideFile, Target
 from shardmerge.targets.tokenizer import TokenizerFiles
@@ -47,10 +47,10 @@ def expect(request: Request) -> Expectation:
     if catalog.dequantized:
         config = without_quantization(config)
     if request.vocabulary is None:
-        files = tuple(SideFile(each, (extent,)) for each, extent in catalog.side_files.items() if _is_copied(each))
-        made = SideFile("config.json", (dump(config, sort=False),))
-        changed = {made.name: made} if request.dtype or catalog.dequantized else {}
-        return Expectation({}, side_files=tuple(changed.get(file.name, file) for file in files), open=True)
+        rewritten = request.dtype is not None or catalog.dequantized
+        content = dump(config, sort=False) if rewritten else catalog.side_files["config.json"]
+        made = SideFile("config.json", (content,))
+        return Expectation({}, side_files=(made,), beside=catalog.side_files, same_model=True, open=True)
     return _resized(request, catalog, config)
 
 
@@ -73,17 +73,8 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
             hint="leave `vocabulary:` out, and write rules with `op: resize` for these tensors",
         )
     made = (SideFile("config.json", (dump(config, sort=False),)), *tokens.files)
-    names = {file.name for file in made}
-    rest = (
-        SideFile(name, (extent,))
-        for name, extent in catalog.side_files.items()
-        if _is_copied(name) and name not in names
-    )
-    return Expectation(tensors, resized=counted.resized(tensors), side_files=(*made, *rest), open=True)
-
-
-def _is_copied(name: str) -> bool:
-    return plain.is_model_file(name)
+    resized = counted.resized(tensors)
+    return Expectation(tensors, resized=resized, side_files=made, beside=catalog.side_files, same_model=True, open=True)
 
 
 def _tokens(request: Request, catalog: Catalog, size: int) -> TokenizerFiles:

@@ -37,6 +37,7 @@ def expect_vision(request: Request) -> Expectation:
     return Expectation(
         tensors=dict(clip.expected(vision)),
         side_files=(SideFile("config.json", (dump(written),)), images),
+        beside=catalog.side_files,
         components=(Component("vision_model.", "", f"Check that {where} describes these weights"),),
         warnings=warnings,
     )
@@ -70,6 +71,7 @@ def expect_model(request: Request) -> Expectation:
             images,
             *tokenizer.copies(catalog.side_files),
         ),
+        beside=catalog.side_files,
         components=(Component("", "", f"Check that {where} describes these weights"),),
         warnings=warnings,
     )

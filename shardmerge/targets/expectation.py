@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from shardmerge.dtypes import DType
 from shardmerge.tensors import Catalog, Extent, Shape
@@ -49,6 +49,8 @@ class Component:
 
 
 How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
+FileMode: TypeAlias = Literal["model", "all", "none"]
+FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)
 Format: TypeAlias = Literal["safetensors", "bin"]
 
 
@@ -79,6 +81,24 @@ class Vocabulary:
     trim: bool = False
     tokens: tuple[str, ...] = ()
     pad: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileChoice:
+    """What the user says of side files: ``output.files`` of the mapping, ``--files``.
+
+    Attributes
+    ----------
+    mode
+        ``model``: what is part of the model. ``all``: every small file beside the weights. ``none``: only what the
+        target makes, and config.json.
+    include, exclude
+        Patterns of names (``*``, ``?``) that go along, or stay behind, in spite of that.
+    """
+
+    mode: FileMode = "model"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +199,12 @@ class Expectation:
         Prefixes of names that rules may make and that are not part of this directory, with the reason.
     side_files
         config.json, tokenizer files and so on.
+    beside
+        All small files that lie beside the weights of the source that describes the model, by name.
+    same_model
+        Whether the result is that model, so that everything beside it goes along; ``targets.beside`` adds it.
+    left_behind
+        Names of ``beside`` that are not written, with the reason.
     components
         For the messages about missing tensors.
     warnings
@@ -199,6 +225,9 @@ class Expectation:
     tied: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
+    beside: Mapping[str, Extent] = field(default_factory=dict)
+    same_model: bool = False
+    left_behind: tuple[tuple[str, str], ...] = ()
     components: tuple[Component, ...] = ()
     warnings: tuple[str, ...] = ()
     groups: tuple[FileGroup, ...] = (FileGroup(),)

@@ -56,6 +56,7 @@ def expect(request: Request) -> Expectation:
             *_copied(catalog, "generation_config.json"),
             *tokenizer.copies(catalog.side_files),
         ),
+        beside=catalog.side_files,
         components=(Component("", "", f"Check that {where} describes these weights"),),
         warnings=(
             *shuffle_warnings,

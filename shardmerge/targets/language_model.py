@@ -50,6 +50,7 @@ def expect(request: Request) -> Expectation:
             *_generation_config(request, text),
             *tokens.files,
         ),
+        beside=tokens_of.side_files,
         components=(Component("model.", "", f"Check that {text.where} describes these weights"),),
         warnings=warnings,
     )

@@ -163,6 +163,7 @@ def assemble(
             *model.tokens.files,
             *files,
         ),
+        beside=model.text.catalog.side_files,
         components=_components(model),
         warnings=(
             *_tokenizer_warnings(model),

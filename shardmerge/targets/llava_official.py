@@ -87,6 +87,7 @@ def expect(request: Request) -> Expectation:
             *model.tokens.files,
             *files,
         ),
+        beside=model.text.catalog.side_files,
         components=_components(model),
         warnings=(*model.wiring.warnings, *file_warnings, *_tower_warnings(model)),
     )

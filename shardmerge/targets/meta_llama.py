@@ -52,6 +52,7 @@ def expect(request: Request) -> Expectation:
             SideFile("params.json", (dump(params(text, counted.count)),)),
             *((SideFile("tokenizer.model", (tokenizer,)),) if tokenizer else ()),
         ),
+        beside=text.catalog.side_files,
         components=(Component("", "", f"Check that {text.where} describes these weights"),),
         warnings=_window(text),
         groups=tuple(FileGroup(f"{rank}.", "", f"consolidated.{rank}", ".pth", sharded=False) for rank in names),

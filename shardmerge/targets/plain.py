@@ -5,20 +5,9 @@ from __future__ import annotations
 import json
 
 from shardmerge.dtypes import DType
-from shardmerge.quantization_config import QUANTIZATION_FILES, without_quantization
+from shardmerge.quantization_config import without_quantization
 from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
 from shardmerge.tensors import Catalog
-
-# What loaders look for beside weights. Anything else (logs, scripts, trainer state) is not part of a model.
-_PREFIXES = (
-    "config.json", "generation_config.json", "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab",
-    "merges.txt", "chat_template", "preprocessor_config.json", "processor_config.json", "spiece.model",
-)  # fmt: skip
-
-
-def is_model_file(name: str) -> bool:
-    """Whether loaders look for a file of this name beside the weights."""
-    return name.startswith(_PREFIXES) or name in QUANTIZATION_FILES
 
 
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
@@ -28,12 +17,10 @@ def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Ex
     """
     tensors = {name: catalog[name].shape for name in catalog.names()}
     changed = dtype is not None or catalog.dequantized
-    sides = [
-        SideFile(name, (_updated(read(extent), dtype, catalog) if name == "config.json" and changed else extent,))
-        for name, extent in catalog.side_files.items()
-        if is_model_file(name)
-    ]
-    return Expectation(tensors, side_files=tuple(sides))
+    config = catalog.side_files.get("config.json")
+    content = (_updated(read(config), dtype, catalog) if changed else config) if config is not None else b""
+    made = (SideFile("config.json", (content,)),) if config is not None else ()
+    return Expectation(tensors, side_files=made, beside=catalog.side_files, same_model=True)
 
 
 def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
+from shardmerge.file_roles import left_behind
 from shardmerge.targets.architectures import JsonObject, dump, load_object
 from shardmerge.targets.expectation import ReadSideFile, SideFile
 from shardmerge.tensors import Extent
@@ -26,16 +27,12 @@ from shardmerge.tensors import Extent
 # to keep.
 _MAX_BYTES = 48 << 20
 
-# Read by some tokenizer class, and true whether or not tokens are added.
-_COPIED = (
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
-# All that belongs to a tokenizer, by how the name begins.
+# All that belongs to a tokenizer, by how the name begins or ends.
 _PREFIXES = (
     "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece", "additional_chat_templates/", "tokenization_", "source.spm", "target.spm", "bpe.codes",
 )  # fmt: skip
+_SUFFIXES = (".tiktoken", ".model", ".bpe")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
 
@@ -101,7 +98,12 @@ class _Place:
 
 def copies(side_files: Mapping[str, Extent]) -> tuple[SideFile, ...]:
     """Returns a tokenizer's files as they are."""
-    return tuple(SideFile(name, (extent,)) for name, extent in side_files.items() if name.startswith(_PREFIXES))
+    return tuple(SideFile(name, (extent,)) for name, extent in side_files.items() if is_tokenizer_file(name))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tells whether a side file belongs to a tokenizer: its vocabulary, templates, or its own code."""
+    return not left_behind(name) and (name.startswith(_PREFIXES) or name.endswith(_SUFFIXES))
 
 
 def add_tokens(
@@ -148,7 +150,8 @@ def add_tokens(
         edited = []
     names = _Names(pad_token, default_class, processor_class)
     edited += _edit_configs(side_files, read, added, names)
-    copied = [SideFile(name, (side_files[name],)) for name in _COPIED if name in side_files]
+    made = {file.name for file in edited}
+    copied = [file for file in copies(side_files) if file.name not in made]
     return TokenizerFiles({token: added.ids[token] for token in tokens}, tuple(edited + copied))
 
 
