@@ -13,23 +13,29 @@ It is ``from_pretrained`` itself that renames, merges and ties them, so its answ
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
 
 def check(path: str) -> dict[str, object]:
     """Returns the class that loads a directory, the versions, and the three lists of keys."""
-    _quiet()
-    kind = _class(_config(path))
+    import transformers  # noqa: PLC0415
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    kind = _class(_class_name(config.architectures))
     _, info = kind.from_pretrained(path, output_loading_info=True, low_cpu_mem_usage=True)
     return _found(kind, info)
 
 
-def check_plan(config: Mapping[str, object], tensors: Mapping[str, tuple[str, list[int]]]) -> dict[str, object]:
-    """Returns the same for a directory that is not written yet.
+def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]) -> dict[str, object]:
+    """Returns the same for a directory that is not written yet; only ``own_code`` if its class is not the library's.
 
     Parameters
     ----------
@@ -39,18 +45,20 @@ def check_plan(config: Mapping[str, object], tensors: Mapping[str, tuple[str, li
         Of each name in its files the torch dtype and the shape.
     """
     import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
 
-    _quiet()
+    name = _class_name(config.get("architectures"))
+    if "auto_map" in config and not (config.get("model_type") in transformers.CONFIG_MAPPING and _has(name)):
+        return {"own_code": name}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), "utf-8")
-        made = _config(folder)
-    kind = _class(made)
+        made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A type that this torch does not know yet has one byte, and its size is all the same here.
     state = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype, torch.uint8), device="meta")
-        for name, (dtype, shape) in tensors.items()
+        key: torch.empty(shape, dtype=getattr(torch, dtype, torch.uint8), device="meta")
+        for key, (dtype, shape) in tensors.items()
     }
-    _, info = kind.from_pretrained(
+    _, info = _class(name).from_pretrained(
         None,
         config=made,
         state_dict=state,
@@ -58,26 +66,26 @@ def check_plan(config: Mapping[str, object], tensors: Mapping[str, tuple[str, li
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # lists them all instead of raising
     )
-    return _found(kind, info)
+    return _found(_class(name), info)
 
 
-def _quiet() -> None:
+def _class_name(architectures: Any) -> str:  # noqa: ANN401  # whatever the file says
+    stated = architectures[0] if isinstance(architectures, list) and architectures else None
+    return stated if isinstance(stated, str) else "AutoModel"
+
+
+def _has(name: str) -> bool:
     import transformers  # noqa: PLC0415
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    return hasattr(getattr(transformers, name, None), "from_pretrained")
 
 
-def _config(path: str) -> Any:  # noqa: ANN401  # transformers has no types here
+def _class(name: str) -> Any:  # noqa: ANN401  # transformers has no types here
     import transformers  # noqa: PLC0415
 
-    return transformers.AutoConfig.from_pretrained(path)
-
-
-def _class(config: Any) -> Any:  # noqa: ANN401
-    import transformers  # noqa: PLC0415
-
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    if not _has(name):
+        raise ValueError(f"transformers {transformers.__version__} has no class {name}")
+    return getattr(transformers, name)
 
 
 def _found(kind: Any, info: Mapping[str, Any]) -> dict[str, object]:  # noqa: ANN401
@@ -100,7 +108,49 @@ def _mismatch(key: Any) -> str:  # noqa: ANN401
     return f"{name} {' for '.join(str(list(shape)) for shape in shapes)}".rstrip()
 
 
+class _Report(logging.Handler):
+    """Keeps what transformers logs of conversions that failed: the exception itself only points there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = _ESCAPES.sub("", record.getMessage()).splitlines()
+        self.errors += [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
+
+
+def answer(arguments: list[str]) -> dict[str, object]:
+    """Returns what there is to say: the keys, or why there are none.
+
+    Returns
+    -------
+    dict
+        As ``check``; or ``lacks``: a package that is not there; ``no_meta``: loading this class looks at values;
+        ``failed``: why transformers cannot load it.
+    """
+    report = _Report()
+    try:
+        import torch  # noqa: F401, PLC0415
+        import transformers  # noqa: PLC0415
+
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.disable_default_handler()
+        transformers.logging.add_handler(report)
+        transformers.logging.disable_progress_bar()
+        return check(*arguments) if arguments else check_plan(**json.load(sys.stdin))
+    except ImportError as error:
+        return {"lacks": _first(error)}
+    except NotImplementedError as error:
+        return {"no_meta" if "meta" in str(error) else "failed": _first(error)}
+    except Exception as error:  # noqa: BLE001  # whatever a model's code raises is the answer
+        return {"failed": "; ".join([f"{type(error).__name__}: {_first(error)}", *report.errors[:3]])}
+
+
+def _first(error: Exception) -> str:
+    """Returns the beginning of a message: those of transformers go on with advice for its own users."""
+    return " ".join(str(error).split())[:300]
+
+
 if __name__ == "__main__":
-    given = json.load(sys.stdin) if len(sys.argv) == 1 else {}
-    answer = check_plan(given["config"], given["tensors"]) if given else check(sys.argv[1])
-    print(json.dumps(answer))  # noqa: T201  # its answer
+    print(json.dumps(answer(sys.argv[1:])))  # noqa: T201  # its answer

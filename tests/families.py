@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -126,7 +125,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen2VLForConditionalGeneration": (
         "qwen2_vl",
-        {"text_config": {**TEXT, **ROPE}, "vision_config": {**QWEN_EYE, "embed_dim": 20, "hidden_size": 24}, **QWEN_IDS},
+        {"text_config": {**TEXT, **ROPE}, **QWEN_IDS, "vision_config": {**QWEN_EYE, "embed_dim": 20, "hidden_size": 24}},
     ),
     "Qwen2_5_VLForConditionalGeneration": (
         "qwen2_5_vl",
@@ -175,6 +174,18 @@ def complaints(info: Mapping[str, Any]) -> dict[str, Any]:
     return {key: names for key, names in found.items() if names}
 
 
-def read_json(path: Any) -> dict[str, Any]:  # noqa: ANN401
-    value: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return value
+# Keys that say what tensors there are and of which sizes; not every class looks at each of its config's.
+SIZES = frozenset((
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers",
+    "depth", "vocab_size", "hidden_size", "n_embd", "d_model", "dim", "embed_dim", "embedding_size",
+    "intermediate_size", "num_key_value_heads", "num_local_experts", "num_experts", "n_routed_experts",
+))  # fmt: skip
+
+
+def raised(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields a config with each size of the whole and of its parts raised by one, and which it is."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("config"):
+            yield from ((f"{key}.{inner}", {**config, key: part}) for inner, part in raised(value))
+        elif key in SIZES and type(value) is int:
+            yield key, {**config, key: value + 1}

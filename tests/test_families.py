@@ -6,6 +6,10 @@ or mismatched, the values bit for bit, and all that lay beside the weights.
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
-from tests.families import FAMILIES, complaints, made
+from shardmerge.load_check import check_plan
+from shardmerge.targets.agreement import Described, disagreements
+from shardmerge.tensors import Shape
+from tests.families import FAMILIES, complaints, made, raised
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,7 +38,7 @@ def _quiet() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: ANN401
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Gives, by the class, the directory of a tiny model, made once; every third is sharded."""
 
     @cache
@@ -43,6 +50,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: ANN401
         return folder
 
     return saved
+
+
+@pytest.fixture(scope="module")
+def values(checkpoint: Any) -> Any:
+    """Gives, by the class, what that class loads from the directory."""
+    return cache(lambda kind: loaded(checkpoint(kind), kind))
 
 
 def _beside(folder: Path) -> None:
@@ -93,9 +106,8 @@ def test_there_are_many_families() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_converts_and_loads(kind: str, checkpoint: Any, tmp_path: Path) -> None:  # noqa: ANN401
-    source = checkpoint(kind)
-    expected = loaded(source, kind)
+def test_a_family_converts_and_loads(kind: str, checkpoint: Any, values: Any, tmp_path: Path) -> None:
+    source, expected = checkpoint(kind), values(kind)
     for dtype in ("", "bfloat16"):
         options = sm.Options(dtype=dtype or None, sync=False)
         result = sm.convert(source, tmp_path / f"out{dtype}", options=options)
@@ -105,7 +117,7 @@ def test_a_family_converts_and_loads(kind: str, checkpoint: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_wrapped_family_is_unwrapped_and_renamed(kind: str, checkpoint: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_a_wrapped_family_is_unwrapped_and_renamed(kind: str, checkpoint: Any, values: Any, tmp_path: Path) -> None:
     """A trainer's prefix and head in a file of their own, the config of the family in another place."""
     source = checkpoint(kind)
     tensors = {name: value for file in sorted(source.glob("*.safetensors")) for name, value in load_file(file).items()}
@@ -118,7 +130,7 @@ def test_a_wrapped_family_is_unwrapped_and_renamed(kind: str, checkpoint: Any, t
         'tensors: {"{n...}": ["trained:{n...}", "base:{n...}"]}\n',
     )
     assert files(result.path) == files(source)
-    expected = loaded(source, kind)
+    expected = values(kind)
     assert same(loaded(result.path, kind), expected, torch.float32)
     first = next(iter(tensors))
     renamed = run(
@@ -131,3 +143,64 @@ def test_a_wrapped_family_is_unwrapped_and_renamed(kind: str, checkpoint: Any, t
         f'drop: ["base:{{n...}}"]\ntensors: {{{first}: "a:other", "{{n...}}": "a:inner.{{n...}}"}}\n',
     )
     assert same(loaded(back.path, kind), expected, torch.float32)
+
+
+# ---- what is not one model
+
+
+def layer_away(tensors: dict[str, Shape]) -> dict[str, Shape]:
+    """Returns the tensors without the last layer of the longest stack."""
+    numbered = [
+        match for name in tensors if (match := re.match(r"(.*?\.(?:layers|layer|h|blocks|block)\.)(\d+)\.", name))
+    ]
+    count = Counter(match[1] for match in {match[0]: match for match in numbered}.values())
+    if not count:
+        return {}
+    prefix, layers = count.most_common(1)[0]
+    return {name: shape for name, shape in tensors.items() if not name.startswith(f"{prefix}{layers - 1}.")}
+
+
+def loads(config: dict[str, Any], tensors: dict[str, Shape]) -> bool:
+    """Whether transformers would load it as it is: what `--check transformers` asks in a child process."""
+    try:
+        found = check_plan(config, {name: ("float32", list(shape)) for name, shape in tensors.items()})
+    except Exception:
+        return False
+    return not (found["missing"] or found["unexpected"] or found["mismatched"])
+
+
+def shapes_of(kind: str, config: dict[str, Any]) -> dict[str, Shape] | None:
+    """Returns the names and shapes of the real class, None where the library refuses the config."""
+    try:
+        made_config = transformers.AutoConfig.for_model(**deepcopy(config))
+        with torch.device("meta"):
+            model = getattr(transformers, kind)(made_config)
+    except Exception:
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+# Not a size of any tensor, and yet a statement: Swin's is the length of `depths`, which says it already.
+_NOT_SHOWN = {("SwinModel", "num_layers")}
+_CAUGHT: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_not_one_model_is_refused(kind: str, checkpoint: Any) -> None:
+    """With transformers all of it; without, never a size that no tensor shows."""
+    config = json.loads((checkpoint(kind) / "config.json").read_text("utf-8"))
+    catalog = sm.inspect(checkpoint(kind))
+    tensors = {name: catalog[name].shape for name in catalog.names()}
+    assert loads(config, tensors)
+    middle = sorted(tensors)[len(tensors) // 2]
+    for fewer in (layer_away(tensors), {name: shape for name, shape in tensors.items() if name != middle}):
+        if fewer:
+            assert not loads(config, fewer)
+            _CAUGHT["without", bool(disagreements(Described(config, "config.json", fewer)))] += 1
+    real = shapes_of(kind, config)
+    for key, other in raised(config):
+        seen = shapes_of(kind, other) != real
+        assert loads(other, tensors) == (not seen), key
+        refused = bool(disagreements(Described(other, "config.json", tensors)))
+        assert seen or not refused or (kind, key) in _NOT_SHOWN, key
+        _CAUGHT[key.rpartition(".")[2], refused] += seen
