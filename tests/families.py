@@ -125,7 +125,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Qwen2VLForConditionalGeneration": (
         "qwen2_vl",
-        {"text_config": {**TEXT, **ROPE}, **QWEN_IDS, "vision_config": {**QWEN_EYE, "embed_dim": 20, "hidden_size": 24}},
+        {"text_config": {**TEXT, **ROPE}, **QWEN_IDS,
+         "vision_config": {**QWEN_EYE, "embed_dim": 20, "hidden_size": 24}},
     ),
     "Qwen2_5_VLForConditionalGeneration": (
         "qwen2_5_vl",

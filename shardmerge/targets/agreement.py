@@ -13,6 +13,7 @@ from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.known_models import Known, known_model
 from shardmerge.targets.stated_sizes import Contradiction, contradictions
+from shardmerge.targets.uneven_layers import lost
 from shardmerge.tensors import Shape
 
 INCOMPLETE, DISAGREES = "incomplete-model", "config-disagrees"
@@ -83,7 +84,7 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
     except TargetError as error:
         return (error,)
     if known is None:
-        return tuple(_as_error(one, described) for one in told)
+        return (*(_as_error(one, described) for one in told), *_uneven(described))
     return tuple(_against_known(known, described, told))
 
 
@@ -186,6 +187,18 @@ def differing_head(head: str, embedding: str, described: Described) -> TargetErr
         expected=_says(claim),
         hint=_set_line(described, "tie_word_embeddings", "false"),
     )
+
+
+def _uneven(described: Described) -> Iterator[TargetError]:
+    if described.packed or "quantization_config" in described.config:
+        return  # a layer that is left as it was has no scales
+    names = list(lost(described.tensors))
+    if names:
+        what, found = (
+            f"{_are(len(names))} missing: {_few(names)}",
+            "one layer without, and the others of its stack with",
+        )
+        yield TargetError(INCOMPLETE, what, where=described.where, found=found, hint=_completing(described, ()))
 
 
 # ---- a model that another library loads
