@@ -120,8 +120,8 @@ class _Report(logging.Handler):
         self.errors += [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
 
 
-def answer(arguments: list[str]) -> dict[str, object]:
-    """Returns what there is to say: the keys, or why there are none.
+def answer(path: str, given: str) -> dict[str, object]:
+    """Returns what there is to say of a directory, or of a plan that is given as JSON: the keys, or why there are none.
 
     Returns
     -------
@@ -138,13 +138,15 @@ def answer(arguments: list[str]) -> dict[str, object]:
         transformers.logging.disable_default_handler()
         transformers.logging.add_handler(report)
         transformers.logging.disable_progress_bar()
-        return check(*arguments) if arguments else check_plan(**json.load(sys.stdin))
+        return check(path) if path else check_plan(**json.loads(given))
     except ImportError as error:
         return {"lacks": _first(error)}
     except NotImplementedError as error:
         return {"no_meta" if "meta" in str(error) else "failed": _first(error)}
     except Exception as error:  # noqa: BLE001  # whatever a model's code raises is the answer
         return {"failed": "; ".join([f"{type(error).__name__}: {_first(error)}", *report.errors[:3]])}
+    finally:
+        logging.getLogger("transformers").removeHandler(report)
 
 
 def _first(error: Exception) -> str:
@@ -153,4 +155,5 @@ def _first(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(answer(sys.argv[1:])))  # noqa: T201  # its answer
+    directory = sys.argv[1] if len(sys.argv) > 1 else ""
+    print(json.dumps(answer(directory, "" if directory else sys.stdin.read())))  # noqa: T201  # its answer

@@ -51,17 +51,31 @@ class Answer:
         return f"transformers {self.version} loads it as {self.keys.kind}"
 
 
-def ask(*arguments: str, given: str = "", python: str = sys.executable) -> Answer:
-    """Runs ``load_check.py`` and returns its answer.
+def ask(folder: str = "", given: str = "", python: str = sys.executable) -> Answer:
+    """Asks the transformers of an environment.
+
+    Parameters
+    ----------
+    folder
+        A finished directory; empty for a plan.
+    given
+        The plan, as ``load_check.py`` reads it.
+    python
+        The interpreter of the environment.
 
     Raises
     ------
     UsageError
         ``no-transformers``: that environment lacks a package. ``cannot-check``: loading this class needs values.
     """
+    return _answer(child(folder, given, python))
+
+
+def child(folder: str, given: str, python: str) -> Mapping[str, object]:
+    """Runs ``load_check.py`` in a process of its own and returns what it answers."""
     script = Path(__file__).with_name("load_check.py")
     done = subprocess.run(
-        [python, str(script), *arguments],
+        [python, str(script), *([folder] if folder else [])],
         input=given,
         capture_output=True,
         text=True,
@@ -70,8 +84,9 @@ def ask(*arguments: str, given: str = "", python: str = sys.executable) -> Answe
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
-        return Answer(failed=shown(last[0], 300))
-    return _answer(json.loads(done.stdout.strip().splitlines()[-1]))
+        return {"failed": shown(last[0], 300)}
+    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def _answer(found: Mapping[str, object]) -> Answer:

@@ -196,7 +196,7 @@ def _holes(part: Part, key: str, stated: int, found: Stacks) -> Iterator[Contrad
 def _own_stacks(part: Part, key: str, numbered: Stacks) -> Stacks:
     """Returns the layers that a key may count: those of its part of the model, not what is nested in layers."""
     # EfficientNet's blocks are another number than its num_hidden_layers; MPT and OLMo say n_layers.
-    odd = (".blocks", ".block") if key == "num_hidden_layers" else ()
+    odd: tuple[str, ...] = (".blocks", ".block") if key == "num_hidden_layers" else ()
     if key == "depth":  # Qwen2-VL and its kin count an encoder's blocks so; elsewhere it is a projector's layers
         odd = tuple(f".{name}" for name in STACKS - {"blocks"})
         if part.is_text:
