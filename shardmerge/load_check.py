@@ -44,6 +44,7 @@ def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[
     tensors
         Of each name in its files the torch dtype and the shape.
     """
+    import accelerate  # noqa: F401, PLC0415  # without it `from_pretrained` places no model on a device that is named
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
@@ -126,7 +127,7 @@ def answer(path: str, given: str) -> dict[str, object]:
     Returns
     -------
     dict
-        As ``check``; or ``lacks``: a package that is not there; ``no_meta``: loading this class looks at values;
+        As ``check``; or ``lacks``: a ``package`` is not there; ``no_meta``: loading this class looks at values;
         ``failed``: why transformers cannot load it.
     """
     report = _Report()
@@ -140,7 +141,7 @@ def answer(path: str, given: str) -> dict[str, object]:
         transformers.logging.disable_progress_bar()
         return check(path) if path else check_plan(**json.loads(given))
     except ImportError as error:
-        return {"lacks": _first(error)}
+        return {"lacks": _first(error), "package": error.name}
     except NotImplementedError as error:
         return {"no_meta" if "meta" in str(error) else "failed": _first(error)}
     except Exception as error:  # noqa: BLE001  # whatever a model's code raises is the answer

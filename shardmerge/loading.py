@@ -22,6 +22,7 @@ from shardmerge.targets.agreement import INCOMPLETE, Described, LoadedKeys, load
 from shardmerge.targets.expectation import ReadSideFile
 
 Check: TypeAlias = Literal["transformers"]
+_PACKAGES = ("transformers", "torch", "accelerate")
 _EXTRA = "pip install 'shardmerge[transformers]'"
 
 
@@ -91,7 +92,8 @@ def child(folder: str, given: str, python: str) -> Mapping[str, object]:
 
 def _answer(found: Mapping[str, object]) -> Answer:
     if lacks := found.get("lacks"):
-        raise UsageError("no-transformers", f"asking transformers needs a package: {lacks}", hint=_EXTRA)
+        hint = _EXTRA if found.get("package") in _PACKAGES else "install it beside transformers, or leave the check out"
+        raise UsageError("no-transformers", "asking transformers needs a package", found=str(lacks), hint=hint)
     if why := found.get("no_meta"):
         hint = "leave --check out, and try the result with `shardmerge verify OUT --load`"
         raise UsageError("cannot-check", "transformers needs this model's values to load it", found=str(why), hint=hint)

@@ -200,6 +200,22 @@ def test_without_a_config_there_is_nothing_to_ask(mamba: Path) -> None:
     assert (error.code, error.exit_code) == ("no-effect", 2)
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("gone", "hint"), [("accelerate", "pip install 'shardmerge[transformers]'"), ("timm", "install it beside")]
+)
+def test_each_package_that_is_not_there_is_named(
+    gone: str, hint: str, mamba: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gone == "timm":  # a class that is the library's and needs another one
+        edit(mamba, model_type="timm_wrapper", architectures=["TimmWrapperModel"])
+    monkeypatch.setitem(sys.modules, gone, None)
+    error = refused(mamba)
+    assert (error.code, error.exit_code) == ("no-transformers", 2)
+    assert gone in error.found
+    assert hint in error.hint
+
+
 def test_without_transformers_it_says_what_to_install(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare")
     with pytest.raises(UsageError) as caught:
