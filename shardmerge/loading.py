@@ -6,7 +6,6 @@ The streaming process never imports torch or transformers; see ``load_check`` fo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -81,7 +80,6 @@ def child(folder: str, given: str, python: str) -> Mapping[str, object]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # what is on the hub says nothing of what is published here
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
