@@ -13,6 +13,7 @@ from shardmerge.conversion import (
     PLAIN,
     Options,
     Prepared,
+    agreed,
     file_choice,
     open_source,
     output_options,
@@ -31,7 +32,7 @@ from shardmerge.mapping.variables import ROOMS, Variables, formula_names, unused
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.planner import OutputOptions, make_plan
-from shardmerge.publishable import Terms, publishable
+from shardmerge.publishable import Terms
 from shardmerge.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
@@ -105,7 +106,7 @@ def plan_of(found: Resolved, options: Options) -> Plan:
         output_options(spec.output, options),
     )
     terms = _terms(spec, found.opened, options)
-    return found.sides.pinned(publishable(plan, found.sides.read, terms))
+    return found.sides.pinned(agreed(plan, found.sides, terms, options))
 
 
 def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
