@@ -40,8 +40,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **changes}), "utf-8")
+    """Changes keys of config.json; None takes a key away."""
+    config = json.loads((folder / "config.json").read_text("utf-8")) | changes
+    left = {key: value for key, value in config.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(left), "utf-8")
 
 
 def change(folder: Path, *, drop: str = "-", **more: torch.Tensor) -> None:
@@ -154,6 +156,7 @@ def test_experts_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
         ({"model_type": "unheard_of"}, "unheard_of"),
         ({"architectures": ["MambaForChess"]}, "has no class MambaForChess"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers"),
+        ({"model_type": None}, "Unrecognized model in config.json"),
     ],
 )
 def test_a_config_that_transformers_refuses(mamba: Path, changes: dict[str, Any], found: str) -> None:
