@@ -118,7 +118,9 @@ def test_a_model_with_its_own_code_loads(tmp_path: Path, monkeypatch: pytest.Mon
     (folder / "config.json").write_text(json.dumps({"model_type": "my", "auto_map": names}))
     assert sm.convert(folder, tmp_path / "out", options=sm.Options(dtype="bfloat16")).plan.warnings == ()
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's cache
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(loaded.fc.weight.float(), torch.full((2, 2), 3.0))
 
