@@ -1,0 +1,90 @@
+"""Hints lead on: each is followed to the letter, and then it works, or another error says what else is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shardmerge.errors import ShardmergeError
+from tests.following import Row, begin
+from tests.hint_rows import NOTHING_TO_DO, ROWS
+from tests.hints_of_the_code import Hint, all_hints
+from tests.test_mistakes import world  # noqa: F401  # a fixture
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What became of a row: all errors of the first call, the one whose hint was followed, those of the second."""
+
+    first: tuple[ShardmergeError, ...]
+    met: ShardmergeError | None = None
+    after: tuple[ShardmergeError, ...] = ()
+    trouble: str = ""
+
+
+def follow(row: Row, folder: Path, world: dict[str, Path]) -> Followed:  # noqa: F811
+    call = begin(row, folder, world)
+    first = call.attempt()
+    met = next((error for error in first if error.code == row.code and error.hint), None)
+    if met is None:
+        return Followed(first, trouble=f"no {row.code} with a hint")
+    call.hint = met.hint
+    try:
+        row.follow(call)
+    except Exception as error:  # noqa: BLE001  # told by the row's own test
+        return Followed(first, met, trouble=f"the hint cannot be followed: {error!r}")
+    return Followed(first, met, call.attempt())
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dict[str, Followed]:  # noqa: F811
+    """All rows, followed once, each in a folder of its own."""
+    here, found = Path.cwd(), {}
+    try:
+        for row in ROWS:
+            folder = tmp_path_factory.mktemp("row")
+            os.chdir(folder)
+            found[row.about] = follow(row, folder, world)
+    finally:
+        os.chdir(here)
+    return found
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.about.replace(" ", "-"))
+def test_a_hint_that_is_followed_leads_on(row: Row, outcomes: dict[str, Followed]) -> None:
+    found = outcomes[row.about]
+    assert not found.trouble, (found.trouble, [one.lines() for one in found.first])
+    assert found.met is not None
+    if not row.then:
+        assert found.after == (), [one.lines() for one in found.after]
+        return
+    assert {one.code for one in found.after} == {row.then}, [one.lines() for one in found.after]
+    assert (row.code, found.met.what) not in {(one.code, one.what) for one in found.after}
+
+
+def test_every_hint_with_an_action_is_followed(outcomes: dict[str, Followed]) -> None:
+    """Every hint that the code can give was met by a row and followed, or there is nothing in it to do."""
+    followed = {(one.met.code, one.met.hint) for one in outcomes.values() if one.met is not None}
+    left = [
+        hint
+        for hint in all_hints()
+        if not any(hint.gives(code, text) for code, text in followed) and not has_nothing_to_do(hint)
+    ]
+    assert not left, "\n".join(f"{hint.place} [{hint.code}] {hint.text}" for hint in left)
+
+
+def has_nothing_to_do(hint: Hint) -> bool:
+    return any(code in ("", hint.code) and re.search(words, hint.text) for code, words, _ in NOTHING_TO_DO)
+
+
+def test_what_has_nothing_to_do_is_of_the_code() -> None:
+    for code, words, _ in NOTHING_TO_DO:
+        assert any(re.search(words, hint.text) and code in ("", hint.code) for hint in all_hints()), (code, words)
+
+
+def test_every_row_is_another_mistake() -> None:
+    assert len({row.about for row in ROWS}) == len(ROWS)
