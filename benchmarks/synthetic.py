@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import ZipFile, ZipInfo
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -84,7 +86,8 @@ def write_zero(
     stage, world
         ZeRO stage (2 or 3) and ranks.
     fill
-        Whether the master weights get random values; the moments stay holes.
+        Whether the master weights get random values, and the module of stage 2 the same in bf16, as in any checkpoint;
+        the moments stay holes.
     extra
         Further keys of the model file, as a client state has.
     """
@@ -100,6 +103,8 @@ def write_zero(
         _save(optim_states(flat, stage, world), path)
         if fill:
             _fill(path, flat, seed=rank)
+    if fill and stage == 2:
+        _fill_module(tag, shapes, world)
     return tag
 
 
@@ -176,7 +181,7 @@ def model_states(shapes: Shapes, stage: int, world: int, extra: Mapping[str, obj
         "frozen_param_fragments": None,
         "dp_world_size": world,
         "mp_world_size": 1,
-        "global_steps": 1,
+        "global_steps": 0,  # as many as the optimizer's counter says, which is a hole
         "ds_version": "0.19.8",
         **extra,
     }
@@ -218,6 +223,21 @@ def _fill(path: Path, numel: int, seed: int) -> None:
         write_normal(file, numel, seed)
 
 
+def _fill_module(tag: Path, shapes: Shapes, world: int) -> None:
+    """Writes the masters, rounded to bf16, into the module, whose storages are pickled first and in order."""
+    path = tag / "mp_rank_00_model_states.pt"
+    total, start = sum(map(prod, shapes.values())), 0
+    with ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+    with path.open("r+b") as file:
+        for index, numel in enumerate(map(prod, shapes.values())):
+            file.seek(_data_offset(path, members[f"{path.stem}/data/{index}"]))
+            for done in range(0, numel, 1 << 22):
+                masters = master_weights(tag, world, total, start + done, min(1 << 22, numel - done))
+                file.write(masters.astype(ml_dtypes.bfloat16).tobytes())
+            start += numel
+
+
 def write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) -> None:
     """Writes fp32 values at the file's position, or the upper halves of them, which are bf16 values."""
     values = np.random.default_rng(seed).standard_normal(1 << 22, np.float32) * np.float32(0.02)
@@ -227,15 +247,17 @@ def write_normal(file: BinaryIO, numel: int, seed: int, *, half: bool = False) -
 
 def _last_storage(path: Path, nbytes: int) -> int:
     """Returns where the data of the last zip member of this size starts: the master weights are pickled last."""
-    from zipfile import ZipFile
-
     with ZipFile(path) as archive:
         members = [info for info in archive.infolist() if info.file_size == nbytes]
+    return _data_offset(path, members[-1])
+
+
+def _data_offset(path: Path, member: ZipInfo) -> int:
     with path.open("rb") as file:
-        file.seek(members[-1].header_offset)
+        file.seek(member.header_offset)
         header = file.read(30)
     name, extra = struct.unpack("<HH", header[26:30])
-    return members[-1].header_offset + 30 + int(name) + int(extra)
+    return member.header_offset + 30 + int(name) + int(extra)
 
 
 def clip_tensors(

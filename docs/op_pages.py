@@ -192,7 +192,8 @@ def _number(value: float) -> str:
 
 
 def _dtype(values: Array) -> str:
-    return {"float32": "F32", "bfloat16": "BF16", "int64": "I64", "float64": "F64"}[np.dtype(values.dtype).name]
+    names = {"float32": "F32", "bfloat16": "BF16", "int64": "I64", "float64": "F64", "float8_e4m3fn": "F8_E4M3"}
+    return names[np.dtype(values.dtype).name]
 
 
 def _inverse_words(kind: OpKind) -> str:

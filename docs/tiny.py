@@ -59,6 +59,12 @@ INPUTS: dict[str, Sources] = {
     "rotary_permute": {"src": {"wq.weight": count(16, 1)}},
     "rotary_unpermute": {"src": {"q.weight": count(16, 1)}},
     "cast": {"src": {"final.norm.weight": np.array([1, 0.3, -2], ml_dtypes.bfloat16)}},
+    "dequantize": {
+        "src": {
+            "x.weight": np.array([[1, -2, 0.5], [8, 3, 6], [2, 4, 1]], ml_dtypes.float8_e4m3fn),
+            "x.weight_scale_inv": np.array([[2, 10], [100, 0.5]], np.float32),
+        },
+    },
     "linear": {"src": {"a.weight": row(1, 2, 3), "b.weight": row(5, 2, -1)}},
     "add": {"src": {"base.weight": row(1, 2, 3), "delta.weight": row(0.5, 0, -1)}},
     "scale": {"src": {"x.weight": row(1, 2, 3)}},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.conversion import ADAPTER_PRESET, Options, Prepared, Result, carry_out, is_adapter, prepare_plain
 from shardmerge.dtypes import float_dtype
-from shardmerge.errors import OutputError, UsageError, VerificationError
+from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageError, VerificationError
 from shardmerge.inspection import inspect
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable
@@ -18,6 +18,7 @@ from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.storage.limits import resident_bytes
+from shardmerge.tensors import TensorEntry
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from shardmerge.lazy import LazyCheckpoint
     from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
+    from shardmerge.mapping.way_back import Forward
     from shardmerge.verify import Difference, Verdict
 
 __all__ = [
@@ -330,7 +332,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     Parameters
     ----------
     mapping
-        The YAML file. No checkpoint is opened.
+        The YAML file. Its sources are opened if they are there, and the way back is checked against what it makes.
     source
         The source to get back; empty for the first.
 
@@ -346,7 +348,30 @@ def invert(mapping: str | Path, source: str = "") -> str:
     from shardmerge.mapping.reader import load_spec
 
     spec = load_spec(Path(mapping))
-    return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+    try:
+        found, forward = _forward(spec, Path(mapping).resolve().parent)
+    except ShardmergeError as error:
+        if not all(one.code in ("missing-path", "not-in-cache") for one in error.each()):
+            raise
+        return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+    return invert_spec(found, source, forward)
+
+
+def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
+    """Resolves a mapping and says what it makes, for a way back that is exact."""
+    from shardmerge.mapping.way_back import Forward
+    from shardmerge.preparation import plan_of, resolved
+
+    options = Options()
+    found = resolved(spec, folder, options)
+    if any(group.folder for group in found.expectation.groups):
+        what = "the result is several directories, which are not one source"
+        raise MappingError("no-inverse", what, where=spec.file, hint="invert the mapping of one of them")
+    made = {
+        tensor.name: TensorEntry(tensor.name, tensor.dtype, tensor.shape, ())
+        for tensor in plan_of(found, options).tensors()
+    }
+    return found.spec, Forward(found.opened, found.merged, found.resolution, made, found.sides.read)
 
 
 def schema(*, preset: bool = False) -> dict[str, object]:

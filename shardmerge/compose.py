@@ -73,6 +73,8 @@ def own_dtype(entry: TensorEntry) -> DType:
         return entry.dtype
     if isinstance(held.recipe, Cast) and not isinstance(held.recipe, Widen):
         return entry.dtype
+    if isinstance(held.recipe, Arithmetic) and held.recipe.own is not None:
+        return held.recipe.own
     like = held.recipe.like if isinstance(held.recipe, Arithmetic) else 0
     return own_dtype(held.bases[like])
 

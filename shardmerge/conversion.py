@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.dequantizing import Needs, dequantized
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, TargetError, UsageError
 from shardmerge.mapping.near import count, listed
@@ -15,15 +17,20 @@ from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan import Plan, bytes_read
 from shardmerge.planner import OutputOptions, make_plan
+from shardmerge.publishable import Terms, publishable, read_config
+from shardmerge.quantization_config import QUANTIZATION_FILES
+from shardmerge.side_files import SideFiles, content
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
-from shardmerge.targets.expectation import Format, SideFile
+from shardmerge.targets.beside import with_side_files
+from shardmerge.targets.expectation import FileChoice, FileMode, Format, SideFile
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, of_source
+from shardmerge.targets.wrappers import unwrapped
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
+# Stands for the mapping's file where options say what is done.
+COMMAND_LINE = "command line"
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
 
@@ -53,8 +62,13 @@ class Options:
         How sources are read.
     sync
         Whether the result is made durable before it is published.
+    files
+        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
+        ``all`` or ``none``.
     device
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
+    partial
+        Whether a part of the model that config.json describes is what is wanted.
     """
 
     dtype: DType | str | None = None
@@ -66,6 +80,8 @@ class Options:
     io: IoMode = "pread"
     sync: bool = True
     device: Device = "cpu"
+    partial: bool = False
+    files: FileMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +113,20 @@ class Result:
 
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
-    catalog = open_source(source, Path(), options)
-    if catalog.kind == PEFT_ADAPTER:
-        raise _adapter_alone(catalog)
-    expectation = replace(expect_same(catalog, read_side_file, _dtype(options)), warnings=_better_roads(catalog))
+    opened = open_source(source, Path(), options)
+    if opened.kind == PEFT_ADAPTER:
+        raise _adapter_alone(opened)
+    if opened.absent:
+        from shardmerge.mapping.refusals import placeholder_error
+
+        raise placeholder_error(source.name, sorted(opened.absent), opened)
+    sides = SideFiles()
+    output = output_options(None, options)
+    opened, outside = _unwrapped(opened, sides)
+    settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), sides.read)
+    catalog = settled.catalogs[source.name]
+    expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
+    expectation = with_side_files(expectation, sides.read, file_choice(None, options), "--files")
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
     rule = Rule(everything, (Reference(source.name, everything, mark),), mark)
@@ -109,17 +135,61 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         for name in catalog.names()
     }
     if not assignments:
-        raise UsageError("nothing-to-convert", "the checkpoint holds no tensors", where=source.path)
-    resolution = Resolution(assignments, (), ())
+        raise _nothing(source, catalog)
+    left_out = {*settled.dropped, *((source.name, name) for name in outside)}
+    resolution = Resolution(assignments, (), tuple(sorted(left_out)))
     plan = make_plan(
         PLAIN,
-        {source.name: catalog},
+        settled.told({source.name: catalog}, catalog.entries.values()),
         {source.name: source.path},
         resolution,
         expectation,
-        output_options(None, options),
+        output,
     )
-    return Prepared(plan, None)
+    terms = Terms(partial=options.partial, source=catalog)
+    return Prepared(sides.pinned(publishable(plan, sides.read, terms)), None)
+
+
+def _unwrapped(catalog: Catalog, sides: SideFiles) -> tuple[Catalog, tuple[str, ...]]:
+    """Takes wrappers' prefixes off the names where config.json tells the model's own; and what is not the model's."""
+    config = read_config(catalog, sides.read)
+    if config is None:
+        return catalog, ()
+    where = catalog.side_files["config.json"].file
+    found = unwrapped(config, {name: catalog[name].shape for name in catalog.names()}, where)
+    if not found.prefixes:
+        return catalog, ()
+    entries = {
+        found.names[name]: replace(entry, name=found.names[name])
+        for name, entry in catalog.entries.items()
+        if name in found.names
+    }
+    aliases = {
+        found.names[alias]: found.names[owner]
+        for alias, owner in catalog.aliases.items()
+        if alias in found.names and owner in found.names
+    }
+    words = ", ".join(f"`{prefix}`" for prefix in found.prefixes)
+    left = f"; left out: {listed(list(found.outside), 3)}" if found.outside else ""
+    warning = f"the names are those of a wrapped model: {words} is taken off, as config.json has them without{left}"
+    renamed = replace(catalog, entries=entries, aliases=aliases, warnings=(*catalog.warnings, warning))
+    return renamed, found.outside
+
+
+def _needs(name: str, catalog: Catalog, dtype: DType | None) -> Needs:
+    """A conversion that keeps every name needs numbers for its cast alone."""
+    published = frozenset({name} if {"config.json", *QUANTIZATION_FILES} & set(catalog.side_files) else ())
+    return Needs({name: f"the cast to {dtype}"} if dtype else {}, published)
+
+
+def _nothing(source: SourceSpec, catalog: Catalog) -> UsageError:
+    return UsageError(
+        "nothing-to-convert",
+        "the checkpoint holds no tensors: there is a config.json and no weights",
+        where=source.path,
+        found="; ".join(catalog.notes),
+        hint=f"pass one of the checkpoints inside: {' or '.join(catalog.elsewhere[-8:])}" if catalog.elsewhere else "",
+    )
 
 
 def is_adapter(source: str | Path, options: Options) -> bool:
@@ -169,7 +239,8 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     """
     from shardmerge.execute.cloning import clonable_bytes
     from shardmerge.execute.engine import check_device, execute
-    from shardmerge.publish import RECEIPT, check_output, staged
+    from shardmerge.file_roles import RECEIPT
+    from shardmerge.publish import check_output, staged
     from shardmerge.receipt import receipt_json
     from shardmerge.storage.writing import write_small
     from shardmerge.version import __version__
@@ -181,22 +252,25 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     with staged(plan, out, sync=options.sync) as staging:
         _make_folders(plan, staging)
         pool = FilePool(options.io, bounded=bounded)
-        outcome = execute(plan, staging, pool, sync=options.sync, progress=progress, device=options.device)
-        digests = {side.name: _write_side_file(staging, side, sync=options.sync) for side in _index_last(plan)}
+        outcome = execute(
+            plan, staging, pool, sync=options.sync, progress=progress, device=options.device, records=_records
+        )
+        digests = {side.name: _write_side_file(staging, side, plan, sync=options.sync) for side in _index_last(plan)}
         receipt = receipt_json(plan, outcome, digests, __version__)
         write_small(staging / RECEIPT, receipt, sync=options.sync)
     return Result(out, plan, outcome)
 
 
-def read_side_file(extent: Extent) -> bytes:
-    """Returns the bytes of a small file."""
-    with SourceFile(extent.file) as file:
-        return file.read(extent.offset, extent.nbytes)
+def _records(file: SourceFile) -> Iterable[Record]:
+    """A torch zip has checksums of its storages; no other format does."""
+    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+
+    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
 
 
 def _make_folders(plan: Plan, staging: Path) -> None:
     for name in [*(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)]:
-        (staging / name).parent.mkdir(exist_ok=True)
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _index_last(plan: Plan) -> list[SideFile]:
@@ -204,12 +278,12 @@ def _index_last(plan: Plan) -> list[SideFile]:
     return sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
 
 
-def _write_side_file(staging: Path, side: SideFile, *, sync: bool) -> str:
+def _write_side_file(staging: Path, side: SideFile, plan: Plan, *, sync: bool) -> str:
     import hashlib
 
     from shardmerge.storage.writing import write_small
 
-    data = b"".join(part if isinstance(part, bytes) else read_side_file(part) for part in side.parts)
+    data = content(plan, side)
     write_small(staging / side.name, data, sync=sync)
     return hashlib.sha256(data).hexdigest()
 
@@ -224,11 +298,16 @@ def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
         _dtype(options) or (spec.dtype if spec else None),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
-        options.format or (spec.format if spec else "safetensors"),
+        options.format or (spec.format if spec else None) or "safetensors",
         options.memory or default_budget(),
         options.workers or default_workers(),
         str(spec.mark) if spec else "",
     )
+
+
+def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
+    """Returns what the caller, else the mapping, says of side files."""
+    return FileChoice(options.files) if options.files else spec.files if spec else None
 
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
@@ -247,7 +326,7 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
     """Takes a prefix off all names. One that a preset expects may be absent; one of the user's must be there."""
     prefix = source.strip
     without = [name for name in catalog.names() if not name.startswith(prefix)]
-    if without and source.strip_required:
+    if prefix and source.strip_required and (without or not catalog.entries):
         raise _odd_strip(source, without)
     if not prefix or without:
         return catalog
@@ -266,7 +345,7 @@ def _odd_strip(source: SourceSpec, without: list[str]) -> MappingError:
         "strip-matches-nothing",
         f"not every name of {source.name} begins with {source.strip!r}, which `strip` takes off",
         where=str(source.mark),
-        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}",
+        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}" if without else "no tensors at all",
         hint="leave `strip` out, and write the prefix into the rules of the names that have it",
     )
 

@@ -43,6 +43,7 @@ def plan_json(plan: Plan, cloned: int = 0) -> Fields:
                 for s in plan.sources
             ],
             "warnings": list(plan.warnings),
+            "left_behind": dict(plan.left_behind),
             "cost": {
                 "tensors": sum(1 for _ in plan.tensors()),
                 "total_size": plan.tensor_bytes,
@@ -197,7 +198,14 @@ def _files(plan: Plan) -> str:
     if len(plan.shards) > 2:
         names.append(f"... {plan.shards[-1].name}")
     names += [side.name for side in plan.side_files]
-    return "files: " + ", ".join(names)
+    text = "files: " + ", ".join(names)
+    if not plan.left_behind:
+        return text
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.left_behind:
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"  {', '.join(found)}: {reason}" for reason, found in reasons.items()]
+    return "\n".join([text, "files left behind:", *lines])
 
 
 def _unused(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from shardmerge.dtypes import DType
-from shardmerge.execute.gather import gather
+from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Catalog, Shape, TensorEntry, leaves
+from shardmerge.tensors import Catalog, FileStamp, Shape, TensorEntry, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,9 @@ Index: TypeAlias = "int | slice | ellipsis | tuple[int | slice | ellipsis, ...]"
 
 
 class _Reader(Protocol):
-    """Something that gives any range of a tensor's elements, row-major."""
+    """Something that gives ranges of a tensor's elements, row-major: each from its start on."""
 
-    def read(self, start: int, out: memoryview) -> None: ...
+    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None: ...
 
 
 class LazyTensor:
@@ -73,7 +74,9 @@ class LazyTensor:
         CheckpointError
             ``truncated-file``, ``unreadable-file``.
         """
-        return self._range(0, prod(self.shape)).reshape(self.shape)
+        data = memoryview(bytearray(self.nbytes))
+        self._reader.read([(0, data)])
+        return as_array(data, self.dtype).reshape(self.shape)
 
     def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:
         array = self.numpy()
@@ -105,15 +108,9 @@ class LazyTensor:
         strides = [prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         tail = sum(r.start * s for r, s in zip(ranges[axis:], strides[axis:], strict=True))
         run = prod(len(r) for r in ranges[axis:])
-        flat = found.reshape(-1, run)
-        for number, outer in enumerate(product(*ranges[:axis])):
-            start = sum(i * s for i, s in zip(outer, strides, strict=False)) + tail
-            flat[number] = self._range(start, run)
-
-    def _range(self, start: int, count: int) -> Array:
-        data = bytearray(count * self.dtype.itemsize)
-        self._reader.read(start, memoryview(data))
-        return as_array(memoryview(data), self.dtype)
+        rows = found.reshape(-1, run).view(np.uint8)
+        starts = (sum(i * s for i, s in zip(outer, strides, strict=False)) + tail for outer in product(*ranges[:axis]))
+        self._reader.read((start, row.data) for start, row in zip(starts, rows, strict=True))
 
 
 def _ranges(index: Index, shape: Shape) -> tuple[list[range], list[bool]]:
@@ -179,13 +176,22 @@ class _EntryReader:
         self._pool = pool
         self._entry = entry
 
-    def read(self, start: int, out: memoryview) -> None:
-        gather(self._pool, self._entry, start, out)
+    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None:
+        """Fills each buffer; what an op reads ahead of its tiles (all of a TIES tensor) is read once for all."""
+        assembler = Assembler(self._pool)
+        for start, out in ranges:
+            assembler.fill(self._entry, start, out)
+
+
+def _pool(stamps: Iterable[FileStamp]) -> FilePool:
+    pool = FilePool()
+    pool.opened = Pins(stamps).opened
+    return pool
 
 
 def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
     """Returns the tensors of a catalog; tied names give the same bytes."""
-    pool = FilePool()
+    pool = _pool(catalog.files)
     tensors = {}
     for name in catalog.names():
         entry = catalog[name]
@@ -195,7 +201,7 @@ def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
 
 def lazy_plan(plan: Plan) -> LazyCheckpoint:
     """Returns the tensors that a plan would write, made as a run makes them."""
-    pool = FilePool()
+    pool = _pool(plan.files())
     tensors = {}
     for tensor in plan.tensors():
         origin = ", ".join(dict.fromkeys(f"{leaf.source}:{leaf.name}" for leaf in leaves(tensor.entry)))

@@ -12,7 +12,7 @@ from shardmerge.targets.expectation import SideFile
 from shardmerge.tensors import Extent, FileStamp, Made, Shape, TensorEntry, View, composed
 
 # Version of the plan's JSON. It is part of the plan id.
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,14 @@ class Plan:
         Source tensors that are not written.
     warnings
         To be shown, stopping nothing.
+    left_behind
+        Small files beside the weights that are not written, by name, with the reason; not part of the plan id.
     memory
         Workers and peak; not part of the plan id, since they never change a byte.
+    copies
+        SHA-256 (hex) of every part of a side file that is copied from a source.
+    side_sources
+        Stamps of the side files of sources that were read or are copied.
     """
 
     target: str
@@ -164,12 +170,21 @@ class Plan:
     unused: tuple[Unused, ...]
     warnings: tuple[str, ...]
     memory: Memory
+    copies: Mapping[Extent, str] = field(default_factory=dict)
+    side_sources: tuple[FileStamp, ...] = ()
+    left_behind: tuple[tuple[str, str], ...] = ()
     _id: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def tensors(self) -> Iterator[PlannedTensor]:
         """Yields every tensor, shard by shard."""
         for shard in self.shards:
             yield from shard.tensors
+
+    def files(self) -> Iterator[FileStamp]:
+        """Yields the stamps of all files that the result depends on."""
+        for source in self.sources:
+            yield from source.files
+        yield from self.side_sources
 
     @property
     def tensor_bytes(self) -> int:
@@ -228,17 +243,18 @@ def canonical(plan: Plan) -> Fields:
             ],
             "shards": Rows(lambda: map(_shard_json, plan.shards)),
             "side_files": [
-                {"name": side.name, "parts": [_side_json(p) for p in side.parts]} for side in plan.side_files
+                {"name": side.name, "parts": [_side_json(p, plan.copies) for p in side.parts]}
+                for side in plan.side_files
             ],
             "unused": sorted([unused.source, unused.name, unused.reason] for unused in plan.unused),
         }
     )
 
 
-def _side_json(part: bytes | Extent) -> object:
-    if isinstance(part, bytes):
-        return {"sha256": hashlib.sha256(part).hexdigest(), "nbytes": len(part)}
-    return {"copied": part.nbytes, "from": part.offset}
+def _side_json(part: bytes | Extent, copies: Mapping[Extent, str]) -> object:
+    """The same for bytes made here and for the same bytes copied: nobody can tell them apart."""
+    digest = hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else copies[part]
+    return {"sha256": digest, "nbytes": _length(part)}
 
 
 def _shard_json(shard: PlannedShard) -> Fields:

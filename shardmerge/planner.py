@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from shardmerge.compose import cast_to, compose, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
-from shardmerge.mapping.near import NameIndex
+from shardmerge.mapping.codes import odd_codes
+from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
@@ -17,6 +19,9 @@ from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
 from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.tensors import Catalog, Shape, TensorEntry
+
+# More lines of one kind than this help nobody.
+_FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,8 @@ def make_plan(
     Raises
     ------
     MappingError
-        ``cannot-cast``: a float type that no cast leads from or to.
+        ``cannot-cast``: a float type that no cast leads from or to. ``packed-weights``, ``codes-without-scales``: codes
+        of quantized weights that cannot be copied so.
     ResourceError
         ``memory-budget``.
     """
@@ -89,16 +95,20 @@ def make_plan(
             tensors.append(_planned(assignment, expectation, options, texts[id(rule)]))
         except MappingError as error:
             problems.append(_with_rule(error, assignment))
-    raise_all([*problems, *_unused_dtypes(options, resolution)])
+    final = partial(_final_dtype, expectation=expectation, options=options)
+    codes = odd_codes(resolution.assignments, catalogs, options.dtype, final)
+    raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
+    copies = _copies(resolution, meant=True)
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
     return Plan(
         target,
-        tuple(_source(name, paths[name], catalog) for name, catalog in sorted(catalogs.items())),
+        tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),
         shards,
         (*expectation.side_files, *indexes),
-        _unused(resolution),
-        (*_source_warnings(catalogs), *expectation.warnings),
+        tuple(_unused(resolution, catalogs)),
+        (*_source_warnings(catalogs), *expectation.warnings, *_written_twice(resolution)),
         plan_memory(tensors, budget=options.memory, workers=options.workers),
+        left_behind=expectation.left_behind,
     )
 
 
@@ -107,6 +117,9 @@ def _planned(assignment: Assignment, expectation: Expectation, options: OutputOp
     final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
     if shape != entry.shape:
+        if entry.dtype.kind != "float":
+            what = f"{entry.dtype} {list(entry.shape)} holds codes, and rows of codes can be neither made nor cut off"
+            raise MappingError("packed-weights", what, hint="leave `vocabulary:` out, or name the 16-bit model")
         entry = resized(entry, shape, expectation.resized[assignment.target])
     entry = cast_to(entry, final) if final.kind == "float" else entry
     return PlannedTensor(assignment.target, entry, rule, assignment.target)
@@ -142,24 +155,40 @@ def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
     return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
 
 
-def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> list[ShardmergeError]:
-    """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen."""
-    idle = [
-        template
-        for template, _ in options.dtypes
-        if not any(template.match(name) is not None for name in resolution.assignments)
-    ]
+def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[ShardmergeError]:
+    """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen; so is an idle one."""
     index = NameIndex(resolution.assignments)
-    return [
-        MappingError(
-            "keep-matches-nothing",
-            f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
-            where=options.where,
-            hint="`shardmerge plan --tensors` lists the names"
-            + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
-        )
-        for template in idle
-    ]
+    deciding = _deciding(options, resolution)
+    for place, (template, dtype) in enumerate(options.dtypes):
+        cases = [one for name, one in resolution.assignments.items() if template.match(name) is not None]
+        if not cases:
+            yield MappingError(
+                "keep-matches-nothing",
+                f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
+                where=options.where,
+                hint="`shardmerge plan --tensors` lists the names"
+                + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
+            )
+        elif dtype is not None and place not in deciding:
+            if any(one.entry.dtype.kind == "float" for one in cases):
+                why, hint = (
+                    "an earlier line, or an op `cast`, says these types",
+                    "write it before the others, or remove it",
+                )
+            else:
+                why, hint = "none of these tensors is float", "remove it"
+            what = f"`{template}` under `dtypes` decides nothing: {why}"
+            yield MappingError("no-effect", what, where=options.where, hint=hint)
+
+
+def _deciding(options: OutputOptions, resolution: Resolution) -> set[int]:
+    """Returns which of ``dtypes`` are the first that match a float tensor whose type is open."""
+    if not options.dtypes:
+        return set()
+    numbered = list(enumerate(options.dtypes))
+    floats = (n for n, one in resolution.assignments.items() if one.entry.dtype.kind == "float" and not one.pinned)
+    first = (next((i for i, (template, _) in numbered if template.match(name) is not None), -1) for name in floats)
+    return set(first)
 
 
 def rule_text(rule: Rule) -> str:
@@ -168,16 +197,38 @@ def rule_text(rule: Rule) -> str:
     return f"{mark.file.rsplit('/', 1)[-1]}:{mark.line}:{mark.column} {rule.target}"
 
 
-def _source(name: str, path: str, catalog: Catalog) -> PlannedSource:
-    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, catalog.notes)
+def _source(name: str, path: str, catalog: Catalog, copies: Sequence[str]) -> PlannedSource:
+    notes = (*catalog.notes, *copies[:_FEW])
+    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, notes)
+
+
+def _written_twice(resolution: Resolution) -> Iterator[str]:
+    for source, texts in _copies(resolution, meant=False).items():
+        yield from (f"{source}: {text}" for text in texts[:_FEW])
+        if len(texts) > _FEW:
+            yield f"{source}: {len(texts) - _FEW} more tensors are written under several names"
 
 
 def _source_warnings(catalogs: Mapping[str, Catalog]) -> tuple[str, ...]:
     return tuple(f"{name}: {text}" for name, catalog in sorted(catalogs.items()) for text in catalog.warnings)
 
 
-def _unused(resolution: Resolution) -> tuple[Unused, ...]:
-    shadowed = (Unused(source, name, f"shadowed: {target} is taken from elsewhere")
-                for source, name, target in resolution.shadowed)  # fmt: skip
-    dropped = (Unused(source, name, "dropped") for source, name in resolution.dropped)
-    return (*shadowed, *dropped)
+def _unused(resolution: Resolution, catalogs: Mapping[str, Catalog]) -> Iterator[Unused]:
+    for one in resolution.shadowed:
+        why = f"shadowed: {one.target} is taken from elsewhere"
+        if one.narrower and one.target in resolution.assignments:  # no line: it is no part of the plan's id
+            why = f"a narrower rule wins: `{resolution.assignments[one.target].rule.target}` makes {one.target}"
+        yield Unused(one.source, one.name, why)
+    yield from (Unused(source, name, "dropped") for source, name in resolution.dropped)
+    for source, catalog in sorted(catalogs.items()):
+        yield from (Unused(source, name, "a placeholder without data") for name in sorted(catalog.absent))
+
+
+def _copies(resolution: Resolution, *, meant: bool) -> dict[str, list[str]]:
+    """Returns by source what is written more than once: in rules of one's own it often is a mistake."""
+    found: dict[str, list[str]] = {}
+    for one in resolution.copies:
+        if one.meant == meant:
+            text = f"{one.name} is written {len(one.targets)} times: {listed(one.targets)}"
+            found.setdefault(one.source, []).append(text)
+    return found

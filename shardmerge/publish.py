@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
 from shardmerge.plan import Plan
-from shardmerge.storage.writing import free_bytes, sync_directory
-
-RECEIPT = "shardmerge.json"
+from shardmerge.storage.writing import explained, free_bytes, sync_directory
 
 # Beyond the sum of the files: directories, the receipt, and block rounding (4 KiB a file at most).
 _SPARE_BYTES = 16 << 20
 _OWNER = ".owner.json"
+
+# What rename(2) answers where the new name is taken by something that is not an empty directory.
+_OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 
 def check_output(plan: Plan, out: Path, cloned: int = 0) -> None:
@@ -109,20 +111,22 @@ def staged(plan: Plan, out: Path, *, sync: bool = True) -> Iterator[Path]:
     OutputError
         ``output-busy``: another live process stages the same plan. ``output-exists``: ``out`` appeared meanwhile.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.parent / f"{out.name}.partial-{plan.id[:16]}"
-    _claim(staging)
+    with explained(staging):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _claim(staging)
     try:
         yield staging
-        (staging / _OWNER).unlink()
+        with explained(staging):
+            (staging / _OWNER).unlink()
         if sync:
             sync_directory(staging)
         _rename(staging, out)
+        if sync:
+            _sync_name(out, staging)
     except BaseException:
         _remove(staging, ignore_errors=True)
         raise
-    if sync:
-        sync_directory(out.parent)
 
 
 def _claim(staging: Path) -> None:
@@ -161,9 +165,22 @@ def _owner_lives(staging: Path) -> bool:
 
 def _rename(staging: Path, out: Path) -> None:
     """The commit. Renaming onto an empty directory works, onto one with content fails (POSIX rename)."""
+    with explained(out):
+        try:
+            staging.rename(out)
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+            raise OutputError(
+                "output-exists", f"cannot publish: {error.strerror}", where=str(out), hint="choose another path"
+            ) from error
+
+
+def _sync_name(out: Path, staging: Path) -> None:
+    """Makes the published name durable, or takes it back: a run that fails leaves the output path as it was."""
     try:
-        staging.rename(out)
-    except OSError as error:
-        raise OutputError(
-            "output-exists", f"cannot publish: {error.strerror}", where=str(out), hint="choose another path"
-        ) from error
+        sync_directory(out.parent)
+    except ShardmergeError:
+        with suppress(OSError):
+            out.rename(staging)
+        raise

@@ -12,7 +12,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Protocol, TypeAlias
+from os import stat_result
+from typing import NamedTuple, Protocol, TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.json_rows import Rows, canonical_text
@@ -194,6 +195,25 @@ def dense(extent: Extent, numel: int) -> tuple[Piece, ...]:
     return (Piece(0, numel, extent),) if numel else ()
 
 
+class Record(NamedTuple):
+    """Bytes of a file that have a checksum there: a storage of a torch zip.
+
+    Attributes
+    ----------
+    name
+        In the archive.
+    offset, nbytes
+        Where they lie, in bytes.
+    crc32
+        As the archive says; 0 where it was written without.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int
+
+
 @dataclass(frozen=True, slots=True)
 class FileStamp:
     """What pins a source file between planning and reading.
@@ -206,12 +226,24 @@ class FileStamp:
         From ``stat``.
     header
         SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
+    device, inode, ctime_ns
+        From ``stat``: a file put in the place of another, with its size and time of modification, differs here.
     """
 
     path: str
     size: int
     mtime_ns: int
     header: str = ""
+    device: int = 0
+    inode: int = 0
+    ctime_ns: int = 0
+
+    @classmethod
+    def of(cls, path: str, status: stat_result, header: bytes = b"") -> FileStamp:
+        """Returns the stamp of a file from its ``stat`` and the bytes that were parsed, if any."""
+        digest = hashlib.sha256(header).hexdigest() if header else ""
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return cls(path, status.st_size, times[0], digest, status.st_dev, status.st_ino, times[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +265,10 @@ class Catalog:
     side_files
         Small files beside the weights (config.json, tokenizer files), by base name, each as one extent.
     absent
-        Names that the checkpoint lists with no data (numel-0 placeholders of ZeRO-3).
+        Names that the checkpoint lists with no data (placeholders of ZeRO-3).
+    elsewhere
+        Paths of checkpoints beside this one that hold weights, where it lacks some: a ZeRO tag directory beside a model
+        with placeholders, the ``checkpoint-N`` of a directory that has a config and no weights.
     notes
         What a user may want to know and what changes no value: a total_size that disagrees, the rank files read.
     warnings
@@ -244,6 +279,11 @@ class Catalog:
     facts
         Plain values that the training run left beside the weights, by name: the scalars of Megatron's ``args``
         (``num_attention_heads``, ``tensor_model_parallel_size``, ...). Not in the fingerprint.
+    quantized
+        What the files beside the weights say they are quantized by (``fp8``, ``gptq``, ...), or ``""``; known once
+        ``dequantizing`` has looked.
+    dequantized
+        Whether that no longer holds: the weights are numbers, and no config may say otherwise.
     """
 
     path: str
@@ -253,10 +293,13 @@ class Catalog:
     files: tuple[FileStamp, ...] = ()
     side_files: Mapping[str, Extent] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     training_config: str = ""
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    quantized: str = ""
+    dequantized: bool = False
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries or name in self.aliases

@@ -18,13 +18,16 @@ from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, Veri
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
+from shardmerge.file_roles import RECEIPT
 from shardmerge.ops.arrays import as_array
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan
-from shardmerge.publish import RECEIPT
+from shardmerge.publishable import CONFIG, PARTIAL, describe
 from shardmerge.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
+from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors import Catalog, TensorEntry
 
 # Bytes of a tensor compared or summed at a time.
@@ -72,6 +75,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     held = {name: _entries(folder / name) for name in shards}
     raise_all(_frame_problems(folder, held, shards, tensors))
     raise_all(_reference_problems(folder, held))
+    raise_all(_model_problems(folder, held, receipt))
     raise_all(_checksum_problems(folder, held, tensors, progress))
     total = sum(entry.nbytes for entries in held.values() for entry in entries.values())
     unseen = [int(str(tensor["nbytes"])) for tensor in tensors.values() if "crc32" not in tensor]
@@ -342,6 +346,34 @@ def _reference_zip(path: Path) -> Iterator[ShardmergeError]:
         yield _wrong("reference-differs", f"zipfile finds another CRC in {damaged}", path)
 
 
+def _model_problems(
+    folder: Path, held: Mapping[str, _Entries], receipt: Mapping[str, object]
+) -> Iterator[ShardmergeError]:
+    """Every config.json against the shards beside it, unless a part of a model is what was asked for."""
+    warnings = receipt.get("warnings")
+    partial = isinstance(warnings, list) and any(str(one).startswith(PARTIAL) for one in warnings)
+    for name in _table(receipt, "side_files"):
+        place, _, base = name.rpartition("/")
+        config = _config(folder / name) if base == CONFIG else None
+        beside = [entries for shard, entries in held.items() if shard.rpartition("/")[0] == place]
+        entries = {key: entry for shard in beside for key, entry in shard.items()}
+        if config is None or not entries:
+            continue
+        for error in disagreements(describe(config, str(folder / name), entries)):
+            if not (partial and error.code == INCOMPLETE):
+                fields = {"where": error.where, "found": error.found, "expected": error.expected}
+                yield VerificationError(error.code, error.what, **fields, hint="convert again, from sources that agree")
+
+
+def _config(path: Path) -> dict[str, object] | None:
+    """Returns a config, or None for a file that says nothing that could be compared."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _checksum_problems(
     folder: Path,
     held: Mapping[str, _Entries],
@@ -377,6 +409,7 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
 
 def _remade_problems(folder: Path, plan: Plan, progress: Progress | None) -> Iterator[ShardmergeError]:
     pool = FilePool()
+    pool.opened = Pins(plan.files()).opened
     assembler = Assembler(pool, plan.memory.tile)
     for task in tasks(plan):
         for tile in task:

@@ -76,7 +76,9 @@ def test_an_adapter_before_the_full_model_beside_it(adapted: PeftModel, tmp_path
     save_file(full, tmp_path / "model.safetensors")
     catalog = sm.inspect(tmp_path)
     assert_holds(catalog, tensors)
-    assert catalog.notes == ("the adapter is read, not the full model beside it: pass model.safetensors for that",)
+    assert catalog.warnings == (
+        f"the adapter is read, not the full model beside it: pass {tmp_path}/model.safetensors for that",
+    )
     assert_holds(sm.inspect(tmp_path / "model.safetensors"), full)
     (tmp_path / "adapter_model.safetensors").unlink()
     catalog = sm.inspect(tmp_path)

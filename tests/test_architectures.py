@@ -132,7 +132,7 @@ def test_unknown_architectures_are_named(model_type):
     [
         ("hidden_size", "64"), ("hidden_size", 0), ("hidden_size", -1), ("hidden_size", 64.0), ("hidden_size", True),
         ("hidden_size", 1 << 40), ("num_hidden_layers", 10**9), ("num_attention_heads", []), ("vocab_size", {}),
-        ("head_dim", "x"), ("tie_word_embeddings", "false"), ("attention_bias", 1), ("num_attention_heads", 65),
+        ("head_dim", "x"), ("tie_word_embeddings", "false"), ("attention_bias", 2), ("num_attention_heads", 65),
     ],
 )  # fmt: skip
 def test_sizes_that_are_no_sizes(key, value):

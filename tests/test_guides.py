@@ -21,8 +21,10 @@ peft = pytest.importorskip("peft")
 
 State = dict[str, torch.Tensor]
 
-# The examples that tests/test_docs.py runs.
+# The examples that tests/test_docs.py and tests/test_config_edits.py run.
 ELSEWHERE = {
+    "fewer-layers.yaml",
+    "text-model.yaml",
     "rename.yaml",
     "two-sources.yaml",
     "zero-module-view.yaml",
@@ -33,7 +35,8 @@ ELSEWHERE = {
 HERE = {
     "adapter-any-model.yaml", "adapter-export.yaml", "adapter-xtuner.yaml", "adapter.yaml", "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml", "merge-tasks.yaml",
-    "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "stages.yaml", "types.yaml", "vocabulary-tokens.yaml",
+    "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "rest.yaml", "special-then-rest.yaml",
+    "stages.yaml", "types.yaml", "vocabulary-tokens.yaml",
     "vocabulary.yaml",
 }  # fmt: skip
 
@@ -75,6 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(peft.get_peft_model_state_dict(facts), checkpoints / "facts.pth")
     _fused(models / "fused")
     _stages(checkpoints)
+    _omni(models / "omni", checkpoints / "thinker")
     _tokenizer(models)
     shutil.copytree(GOLDEN / "layouts" / "meta_llama3_tp2_mha" / "source", checkpoints / "meta")
     xtuner = GOLDEN / "xtuner"
@@ -95,6 +99,14 @@ def _fused(folder: Path) -> None:
     save_file(
         {**tensors, **{f"layers.{i}.down.kernel": torch.randn(24, 16) for i in range(2)}}, folder / "m.safetensors"
     )
+
+
+def _omni(whole: Path, tuned: Path) -> None:
+    for folder, prefix in ((whole, "thinker."), (tuned, "")):
+        folder.mkdir()
+        names = [f"{prefix}head.weight", f"{prefix}body.weight", *(["talker.weight"] if prefix else [])]
+        save_file({name: torch.randn(2, 3) for name in names}, folder / "model.safetensors")
+        (folder / "config.json").write_text('{"model_type": "omni"}')
 
 
 def _stages(folder: Path) -> None:
@@ -151,6 +163,18 @@ def test_fused(made: Path) -> None:
         assert torch.equal(after[f"layers.{i}.k.weight"], k)
         assert torch.equal(after[f"layers.{i}.v.weight"], v)
         assert torch.equal(after[f"layers.{i}.down.weight"], before[f"layers.{i}.down.kernel"].T)
+
+
+def test_special_then_rest(made: Path) -> None:
+    before, tuned = state(made / "models" / "omni"), state(made / "checkpoints" / "thinker")
+    after = state(run(made, "special-then-rest.yaml"))
+    close(after, {**before, **{f"thinker.{name}": tensor for name, tensor in tuned.items()}}, rtol=0)
+
+
+def test_rest(made: Path) -> None:
+    before, after = state(made / "models" / "base"), state(run(made, "rest.yaml"))
+    assert torch.equal(after.pop("head.weight"), before.pop("lm_head.weight"))
+    close(after, before, rtol=0)
 
 
 def test_stages(made: Path) -> None:

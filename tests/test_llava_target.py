@@ -416,10 +416,10 @@ def test_roles_name_the_sources(small):
     assert expect(roles, renamed, read, None).components[1].remedy == "Add `tower: openai/clip-vit-large-patch14-336`"
 
 
-def test_a_quantized_base_is_pointed_out(tmp_path, small):
+def test_nothing_is_said_of_how_a_base_was_quantized(tmp_path, small):
+    """Only numbers come out of it: tests/test_quantized.py."""
     small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"quantization_config": {"bits": 4}})
     expectation = expect(ROLES, small, read, None)
-    assert "quantized language model" in expectation.warnings[0]
     assert "quantization_config" not in side_file(expectation, "config.json")["text_config"]
 
 

@@ -108,11 +108,11 @@ NAMES = [
     ),
     Mistake(
         "two rules for one name",
-        GQA + REST + '  lm_head.weight: "m:model.embed_tokens.weight"\n',
+        GQA + REST + '  "{all...}": "m:{all...}"\n',
         "double-claim",
         "mapping.yaml:6:3",
-        "narrow",
-        ("  lm_head.weight", "  other.weight"),
+        "move one of the two under `rest:`",
+        ('  "{all...}"', 'rest:\n  "{all...}"'),
     ),
     Mistake(
         "a misspelt source",
@@ -653,15 +653,15 @@ PRESETS = [
         None,
     ),
     Mistake(
-        "a rule meant to replace one of a preset's, with a capture of another name",
+        "a rule meant to replace one of a preset's, for other names too",
         "sources: {lit: $lit}\noutput: out\nuse: llama/litgpt-to-hf\ntensors:\n"
-        '  "model.layers.{n}.input_layernorm.weight": "lit:transformer.h.{n}.norm_1.weight"\n',
+        '  "model.layers.{n:int}.input_layernorm.{p}": "lit:transformer.h.{n:int}.norm_1.{p}"\n',
         "double-claim",
         "mapping.yaml:6:3",
         "to the letter: `model.layers.{i}.input_layernorm.weight`",
         (
-            'model.layers.{n}.input_layernorm.weight": "lit:transformer.h.{n}',
-            'model.layers.{i}.input_layernorm.weight": "lit:transformer.h.{i}',
+            'model.layers.{n:int}.input_layernorm.{p}": "lit:transformer.h.{n:int}.norm_1.{p}',
+            'model.layers.{i}.input_layernorm.weight": "lit:transformer.h.{i}.norm_1.weight',
         ),
     ),
     Mistake(

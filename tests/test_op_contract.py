@@ -26,7 +26,7 @@ def case(kind: str, index: int, size: int, *dtypes: str) -> tuple[Arithmetic, li
     if not isinstance(op, Arithmetic):
         return None
     rng = np.random.default_rng(index)
-    turn = [dtypes[place % len(dtypes)] for place in range(len(found.shapes))]
+    turn = found.dtypes or [dtypes[place % len(dtypes)] for place in range(len(found.shapes))]
     arrays = [
         rng.standard_normal(shape).astype(numpy_dtype(DTYPES[dtype]))
         for shape, dtype in zip(found.shapes, turn, strict=True)
@@ -74,3 +74,18 @@ def test_new_rows_of_any_width(how: str, rows: int, width: int) -> None:
     whole = run(op, [base])
     for tile in (max(1, width // 3), 3 * width + 1):
         assert same_bits(run(op, [base], tile), whole)
+
+
+@pytest.mark.parametrize("tile", [None, 1, 40 * 64])
+def test_dora_onto_rows_that_others_changed(tile: int | None) -> None:
+    """The norm is that of the untouched rows; every byte is promised, as for each op of a mapping."""
+    from shardmerge.ops.lora import DoraOnto
+
+    rng = np.random.default_rng(0)
+    shapes = ((4, 64), (80, 4), (80,), (80, 64), (80, 64))
+    a, b, magnitude, untouched, base = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    found = execute(DoraOnto(0.5), (a, b, magnitude, untouched, base), tile)
+    product = 0.5 * b.astype(np.float64) @ a.astype(np.float64)
+    norm = np.linalg.norm(untouched + product, axis=1)
+    np.testing.assert_allclose(found.array, (magnitude / norm)[:, None] * (base + product), rtol=3e-7, atol=1e-7)
+    assert not found.overflows

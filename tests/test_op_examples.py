@@ -104,6 +104,10 @@ TRUTH: dict[str, tuple[str, Callable[[Given], Array]]] = {
     "rotary_permute": ("q_proj.weight", lambda g: rotated(g["src:wq.weight"], 4)),
     "rotary_unpermute": ("wq.weight", lambda g: unrotated(g["src:q.weight"], 4)),
     "cast": ("final.norm.weight", lambda g: g["src:final.norm.weight"].astype(np.float32)),
+    "dequantize": (
+        "x.weight",
+        lambda g: np.kron(g["src:x.weight_scale_inv"], np.ones((2, 2)))[:3, :3] * g["src:x.weight"].astype(np.float64),
+    ),
     "linear": ("x.weight", lambda g: 0.25 * g["src:a.weight"] + 0.75 * g["src:b.weight"]),
     "add": ("x.weight", lambda g: g["src:base.weight"] + g["src:delta.weight"]),
     "scale": ("x.weight", lambda g: 0.5 * g["src:x.weight"]),

@@ -42,10 +42,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Parameters of an op and the shapes of its inputs."""
+    """Parameters of an op and the shapes of its inputs, and their types where the op takes no others."""
 
     params: dict[str, Value]
     shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...] = ()
+
+
+CODES = ("F8_E4M3", "F32")
 
 
 # A case of every kind, of any size: n is even and at least 2.
@@ -71,6 +75,13 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
     "rotary_permute": lambda n: [Case({"heads": 2}, ((2 * n, n),)), Case({"heads": n}, ((4 * n, n),))],
     "rotary_unpermute": lambda n: [Case({"heads": 2}, ((2 * n, n),)), Case({"heads": 2}, ((2 * n,),))],
     "cast": lambda n: [Case({"dtype": "bfloat16"}, ((n, n),))],
+    "dequantize": lambda n: [
+        Case({"block": (2, 3)}, ((n, 3 * n), (n // 2, n)), CODES),
+        Case({"block": (4, 4)}, ((2, n + 1, n), (2, -(-(n + 1) // 4), -(-n // 4))), ("F8_E5M2", "BF16")),
+        Case({}, ((n, 3), (n, 1)), ("F8_E4M3", "F16")),
+        Case({}, ((3, n, n), (3, 1, n)), CODES),
+        Case({}, ((2 * n, n), (1,)), CODES),
+    ],
     "linear": lambda n: [Case({"weights": (0.25, 0.5)}, ((n, n), (n, n))), Case({}, ((n, n),) * 3)],
     "add": lambda n: [Case({}, ((n, n), (n, n)))],
     "scale": lambda n: [Case({"factor": 0.3}, ((n, n),))],
@@ -160,6 +171,13 @@ def values(shape: Shape, dtype: DType, rng: np.random.Generator) -> Array:
     return rng.standard_normal(shape).astype(numpy_dtype(dtype))
 
 
+def put(case: Case, store: Store, way: str) -> list[TensorEntry]:
+    """Returns normal numbers in files, as float32 where the case says no other type."""
+    types = [DTYPES[name] for name in case.dtypes] or [F32] * len(case.shapes)
+    arrays = ((values(shape, dtype, store.rng), dtype) for shape, dtype in zip(case.shapes, types, strict=True))
+    return [store.put(array, dtype, way) for array, dtype in arrays]
+
+
 def read(entry: TensorEntry, start: int = 0, size: int | None = None, tile: int = LARGEST_TILE) -> Array:
     """Reads a range, or the whole in its shape, into a buffer that is full of something else."""
     size_ = entry.numel - start if size is None else size
@@ -191,7 +209,7 @@ def test_the_table_tells_moves_from_arithmetic() -> None:
 def test_infer_says_what_is_made(kind: str, index: int, way: str, store: Store) -> None:
     case = CASES[kind](6)[index]
     op = build(OPS[kind], case.params)
-    inputs = [store.put(values(shape, F32, store.rng), F32, way) for shape in case.shapes]
+    inputs = put(case, store, way)
     made = compose(op, inputs)
     assert meta(made) == op.infer([meta(one) for one in inputs]) or kind == "cast"
     found = read(made)
@@ -202,7 +220,7 @@ def test_infer_says_what_is_made(kind: str, index: int, way: str, store: Store) 
 @pytest.mark.parametrize(("kind", "index"), KINDS)
 def test_any_cut_gives_the_same_bits(kind: str, index: int, way: str, store: Store) -> None:
     case = CASES[kind](34)[index]  # more than the 32 rows that LoRA multiplies at a time
-    inputs = [store.put(values(shape, F32, store.rng), F32, way) for shape in case.shapes]
+    inputs = put(case, store, way)
     made = compose(build(OPS[kind], case.params), inputs)
     whole = read(made).reshape(-1)
     bounds = [0, *sorted(int(place) for place in store.rng.integers(0, made.numel, size=5)), made.numel]
@@ -373,7 +391,7 @@ def test_no_more_memory_than_planned(kind: str, index: int, tile: int, way: str,
     case = CASES[kind](600)[index]
     if prod(case.shapes[0] if case.shapes else (1,)) > 3 << 20:
         case = CASES[kind](300)[index]
-    inputs = [store.put(values(shape, F32, store.rng), F32, way) for shape in case.shapes]
+    inputs = put(case, store, way)
     made = compose(build(OPS[kind], case.params), inputs)
     step = tile_elements(made, tile)
     assembler = Assembler(FilePool("pread"), tile)

@@ -130,3 +130,48 @@ def test_a_target_without_sources_says_what_it_lacks(name):
         TARGETS[name].expect(Request({}, {}, {}, read, where="mapping.yaml:3:1"))
     assert {problem.code for problem in caught.value.each()} == {"missing-source"}
     json.dumps([problem.lines() for problem in caught.value.each()])
+
+
+# ---- one whole adapter, or none
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "code"),
+    [
+        ({"base_model.model.a.lora_A.one.weight": (2, 2), "base_model.model.a.lora_A.two.weight": (2, 2)}, {},
+         "several-adapters"),
+        ({"base_model.model.a.lora_A.one.weight": (2, 2), "base_model.model.b.modules_to_save.two.weight": (2, 2)}, {},
+         "several-adapters"),
+        ({"base_model.model.a.lora_A.weight": (2, 2), "base_model.model.a.lora_B.weight": (0,)}, {}, "empty-adapter"),
+        ({"base_model.model.a.lora_A.weight": (2, 2)}, {"r": 4}, "adapter-rank"),
+        ({"base_model.model.a.lora_A.weight": (2, 2)}, {"lora_alpha": float("nan")}, "odd-setting"),
+        ({"base_model.model.a.lora_A.weight": (2, 2)}, {"use_rslora": "no"}, "odd-setting"),
+    ],
+)  # fmt: skip
+def test_what_is_not_one_whole_adapter_is_not_exported(tmp_path, names, config, code):
+    own = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
+    source = catalog(tmp_path / "t", names, adapter_config=own)
+    with pytest.raises(ShardmergeError) as caught:
+        peft_adapter.expect(Request({}, {}, {"trained": source}, read))
+    assert caught.value.code == code
+
+
+def test_the_frozen_base_of_a_zero_checkpoint_is_no_part_of_the_adapter(tmp_path):
+    """DeepSpeed's default keeps the frozen base in the checkpoint, and says so of each tensor."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    import shardmerge as sm
+    from tests.conftest import GOLDEN, read_all
+
+    case = GOLDEN / "zero" / "lora_z2_w2_bf16"
+    shutil.copytree(case / "ckpt", tmp_path / "ck")
+    own = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (tmp_path / "ck" / "adapter_config.json").write_text(json.dumps(own))
+    sm.convert(tmp_path / "ck", tmp_path / "out", use="peft/export", options=sm.Options(sync=False))
+    truth = load_file(case / "truth.safetensors")
+    wanted = {name.replace(".default", ""): tensor for name, tensor in truth.items() if ".lora_" in name}
+    found = read_all(sm.inspect(tmp_path / "out"))
+    assert set(found) == set(wanted)
+    assert all((found[name] == tensor.float().numpy()).all() for name, tensor in wanted.items())

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,15 +17,23 @@ import click
 import shardmerge
 from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import device_option, dumped, json_option, pair, parsed, plan_options, write_lines
+from shardmerge.cli.options import (
+    device_option,
+    dumped,
+    json_option,
+    pair,
+    parsed,
+    plan_options,
+    refuse_idle,
+    write_lines,
+)
 from shardmerge.cli.progress import progress_bar
-from shardmerge.errors import ShardmergeError
+from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, Result
 
 _INTERNAL_ERROR = 70
-_INTERRUPTED = 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -161,6 +170,8 @@ def verify(  # one parameter an option
     **given: Any,  # noqa: ANN401
 ) -> None:
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
+    if sources is None:
+        refuse_idle(given, "dtype", "shard_size", "form", why="is for --sources MAPPING, which makes the tensors again")
     with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
         verdict = shardmerge.verify(
             directory,
@@ -210,7 +221,7 @@ def presets_list(as_json: bool) -> None:
     """Name every preset with its title."""
     found = shardmerge.presets()
     if as_json:
-        click.echo(dumped([{"name": preset.name, "title": preset.title} for preset in found]))
+        click.echo(dumped({"presets": [{"name": preset.name, "title": preset.title} for preset in found]}))
         return
     for preset in found:
         click.echo(f"{preset.name}  {preset.title}")
@@ -268,6 +279,8 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
         click.echo(explain.plan_text(result.plan, str(out), result.outcome.bytes_cloned))
         rate = result.plan.tensor_bytes / max(seconds, 1e-9) / 1e9
         click.echo(f"written in {seconds:.1f} s ({rate:.2f} GB/s)")
+        for rest in result.outcome.records.unchecked():
+            click.echo(f"not checked  {rest}")
 
 
 def _result_json(result: Result, seconds: float) -> dict[str, object]:
@@ -275,7 +288,6 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
     from shardmerge.clones import moved
 
     return {
-        "schema": explain.JSON_SCHEMA,
         "path": str(result.path),
         "plan": result.plan.id,
         "tensors": sum(1 for _ in result.plan.tensors()),
@@ -285,6 +297,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
         "clone_seconds": round(result.outcome.clone_seconds, 6),
         "overflows": result.outcome.overflows,
+        "source_records": asdict(result.outcome.records),
         "warnings": list(result.plan.warnings),
         "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
         "planned_peak": result.plan.memory.peak,
@@ -316,25 +329,47 @@ def _guarded() -> int:
     try:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
-    except ShardmergeError as error:
-        click.echo("\n".join(f"error: {text}" for text in _blocks(error)), err=True)
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("error: interrupted; nothing was published, the same command starts again", err=True)
-        return _INTERRUPTED
     except BrokenPipeError:  # `shardmerge inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the last resort: a bug is ours, and says so in one line
-        if os.environ.get("SHARDMERGE_TRACEBACK"):
-            raise
-        click.echo(f"error: this is a bug in shardmerge: {type(error).__name__}: {error}", err=True)
-        click.echo("  hint: set SHARDMERGE_TRACEBACK=1, run it again, and report what it prints", err=True)
-        return _INTERNAL_ERROR
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last resort: a bug is ours, and says so
+        return _failed(error)
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: BaseException) -> int:
+    """Says on stderr what happened, and on stdout where JSON was asked for; returns the exit code."""
+    if isinstance(error, click.ClickException):
+        error.show()
+        return _answered(UsageError("bad-usage", error.format_message()), error.exit_code)
+    found = _as_ours(error)
+    click.echo("\n".join(f"error: {text}" for text in _blocks(found)), err=True)
+    return _answered(found, _INTERNAL_ERROR if found.code == "internal-error" else found.exit_code)
+
+
+def _as_ours(error: BaseException) -> ShardmergeError:
+    """Returns what happened as an error that a user can act on."""
+    if isinstance(error, ShardmergeError):
+        return error
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return InterruptedRunError("interrupted", "interrupted; nothing was published, the same command starts again")
+    if os.environ.get("SHARDMERGE_TRACEBACK"):
+        raise error
+    if isinstance(error, OSError):
+        where = str(error.filename or "")
+        return ResourceError("system-error", f"the system refused: {error.strerror or error}", where=where)
+    what = f"this is a bug in shardmerge: {type(error).__name__}: {error}"  # the last resort
+    hint = "set SHARDMERGE_TRACEBACK=1, run it again, and report what it prints"
+    return ShardmergeError("internal-error", what, hint=hint)
+
+
+def _answered(error: ShardmergeError, code: int) -> int:
+    """Answers a command that was asked for JSON with its errors as JSON; people read them on stderr all the same."""
+    if "--json" in sys.argv[1:]:
+        fields = ("code", "what", "where", "found", "expected", "hint")
+        errors = [{key: getattr(one, key) for key in fields} for one in error.each()]
+        click.echo(dumped({"ok": False, "exit_code": code, "errors": errors}))
+    return code
 
 
 def _blocks(error: ShardmergeError) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -26,8 +26,16 @@ def plan_options(function: _Command) -> _Command:
             click.option(
                 "--format", "form", type=click.Choice(["safetensors", "bin"]), help="Of the files of weights."
             ),
+            click.option(
+                "--files",
+                type=click.Choice(["model", "all", "none"]),
+                help="Small files beside the weights that go along. Default: what is part of the model.",
+            ),
             click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
+            click.option(
+                "--partial", is_flag=True, help="Only a part of the model that config.json describes is wanted."
+            ),
             click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache."),
             click.option("--io", type=click.Choice(["pread", "mmap"]), default="pread", help="How to read."),
             click.option("--no-sync", is_flag=True, help="Do not wait for the disk. Faster; a power cut may lose it."),
@@ -60,7 +68,17 @@ def parsed(given: dict[str, Any]) -> Options:
         io=given["io"],
         sync=not given["no_sync"],
         device=given.get("device", "cpu"),
+        partial=given["partial"],
+        files=given["files"],
     )
+
+
+def refuse_idle(given: dict[str, Any], *names: str, why: str) -> None:
+    """Refuses options that have no effect as the command is called."""
+    spelt = {"form": "format"}
+    idle = [f"--{spelt.get(name, name).replace('_', '-')}" for name in names if given[name]]
+    if idle:
+        raise UsageError("no-effect", f"{idle[0]} {why}", hint=f"leave {', '.join(idle)} out")
 
 
 def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tuple[str, str]:
@@ -71,9 +89,13 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
     return name, value
 
 
-def dumped(value: object) -> str:
-    """Returns a value as JSON text."""
-    return json.dumps(value, indent=2)
+# Schema of every --json answer, errors included.
+JSON_SCHEMA = 1
+
+
+def dumped(value: Mapping[str, object]) -> str:
+    """Returns an answer as JSON text, its schema number first."""
+    return json.dumps({"schema": JSON_SCHEMA, **value}, indent=2)
 
 
 def write_lines(value: object) -> None:

@@ -4,8 +4,8 @@ zlib-ng folds with carry-less multiplication: 15.7 GB/s a thread where zlib make
 12.9). Both release the GIL. It costs 0.5 MiB and a few ms to import, when the first tile is done; where it is not
 installed, zlib gives the same sums.
 
-Two checksums combine without the data: shifting a CRC by n zero bytes is a linear map over GF(2), a 32 x 32 bit matrix
-(zlib's ``crc32_combine``).
+Two checksums combine without the data: n zero bytes behind a string multiply its CRC, a polynomial over GF(2), by
+x ** 8n (zlib's ``crc32_combine``). That takes 9 us, and 0.4 ms for an n that was not seen lately.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _Crc32: TypeAlias = Callable[[bytes | bytearray | memoryview, int], int]
 
 # The reflected polynomial of CRC-32 (IEEE 802.3), as in zlib.
 _POLYNOMIAL = 0xEDB88320
+# Polynomials have the coefficient of x ** 0 in the highest bit: 1, and x ** 8.
+_ONE, _EIGHTH = 1 << 31, 1 << 23
+_MASK = (1 << 32) - 1
 
 
 def crc32(data: bytes | bytearray | memoryview, value: int = 0) -> int:
@@ -49,31 +52,24 @@ def joined(parts: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-@lru_cache(maxsize=64)
-def _zeros(nbytes: int) -> tuple[int, ...]:
-    """Returns the matrix that appends ``nbytes`` zero bytes; tiles come in very few sizes."""
-    power = (_POLYNOMIAL, *(1 << bit for bit in range(31)))  # one zero bit
-    for _ in range(3):
-        power = _square(power)  # one zero byte
-    result = tuple(1 << bit for bit in range(32))
+@lru_cache(maxsize=1024)
+def _zeros(nbytes: int) -> int:
+    """Returns x ** (8 * nbytes), what appends so many zero bytes; tiles come in few sizes."""
+    power, square = _ONE, _EIGHTH
     while nbytes:
         if nbytes & 1:
-            result = tuple(_times(power, column) for column in result)
-        power = _square(power)
+            power = _times(power, square)
+        square = _times(square, square)
         nbytes >>= 1
-    return result
+    return power
 
 
-def _times(matrix: tuple[int, ...], vector: int) -> int:
-    total = 0
-    bit = 0
-    while vector:
-        if vector & 1:
-            total ^= matrix[bit]
-        vector >>= 1
-        bit += 1
-    return total
-
-
-def _square(matrix: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(_times(matrix, column) for column in matrix)
+def _times(a: int, b: int) -> int:
+    """Returns the product of two polynomials modulo that of the CRC, bits reflected (zlib's ``multmodp``)."""
+    product = 0
+    while a:
+        if a & _ONE:
+            product ^= b
+        a = a << 1 & _MASK
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product

@@ -5,23 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.clones import Clone, overlapping
-from shardmerge.errors import CheckpointError, InterruptedRunError
+from shardmerge.errors import InterruptedRunError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import ordered
+from shardmerge.execute.records import ReadRecords, RecordChecks, RecordCounts, no_records
 from shardmerge.memory import has_state, tile_elements
+from shardmerge.pins import Pins
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
-from shardmerge.storage.reading import FilePool
+from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile
-from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
     from shardmerge.execute.gpu import CudaCasts
@@ -76,6 +77,8 @@ class Outcome:
         Bytes of the shards that are shared with the sources.
     clone_seconds
         What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
+    records
+        What became of the checksums that source files carry.
     """
 
     overflows: dict[str, int]
@@ -86,6 +89,7 @@ class Outcome:
     cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
     bytes_cloned: int = 0
     clone_seconds: float = 0.0
+    records: RecordCounts = field(default_factory=RecordCounts)
 
 
 def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
@@ -117,6 +121,7 @@ def execute(
     sync: bool = True,
     progress: Progress | None = None,
     device: Device = "cpu",
+    records: ReadRecords = no_records,
 ) -> Outcome:
     """Writes the plan's shards into an existing, empty directory.
 
@@ -134,18 +139,23 @@ def execute(
         Told about every tile.
     device
         Where casts are made.
+    records
+        Gives the records of a source file that have checksums there.
 
     Raises
     ------
     CheckpointError
-        ``source-changed``: a source file is not the one that was planned with.
+        ``source-changed``: a source file is not the one that was planned with. ``damaged-record``: the bytes of a
+        record do not have its checksum.
     ResourceError, OutputError
         From the writing side.
     InterruptedRunError
         ``interrupted``: Ctrl-C or SIGTERM.
     """
-    stamps = {stamp.path: stamp for source in plan.sources for stamp in source.files}
-    check_stamps(stamps.values())
+    pins = Pins(plan.files())
+    pins.check()
+    checks = RecordChecks(records)
+    pool.opened, pool.seen = _both(pins.opened, checks.opened), checks.seen
     return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
@@ -160,10 +170,21 @@ def execute(
         for thread in threads:
             thread.join()
         raise run.failure or error from error
+    finally:
+        run.close()
     if run.failure is not None:
         raise run.failure
-    check_stamps(stamps.values())
-    return run.outcome()
+    counts = checks.finish(pool)
+    pins.check()
+    return replace(run.outcome(), records=counts)
+
+
+def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:
+    def opened(file: SourceFile) -> None:
+        first(file)
+        second(file)
+
+    return opened
 
 
 def _casts_on(device: Device) -> CudaCasts | None:
@@ -172,28 +193,6 @@ def _casts_on(device: Device) -> CudaCasts | None:
     from shardmerge.execute.gpu import CudaCasts
 
     return CudaCasts()
-
-
-def check_stamps(stamps: Iterable[FileStamp]) -> None:
-    """Compares source files with what they were when they were planned with."""
-    for stamp in stamps:
-        try:
-            status = Path(stamp.path).stat()
-        except OSError as error:
-            raise _changed(stamp, "it is gone") from error
-        if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-            raise _changed(stamp, f"{status.st_size} bytes, modified meanwhile")
-
-
-def _changed(stamp: FileStamp, found: str) -> CheckpointError:
-    return CheckpointError(
-        "source-changed",
-        "a source file changed while it was being read",
-        where=stamp.path,
-        found=found,
-        expected=f"{stamp.size} bytes, as when the plan was made",
-        hint="wait until whoever writes it is done, then run again",
-    )
 
 
 @dataclass(slots=True)
@@ -243,9 +242,14 @@ class _Run:
         assembler.release(data)
 
     def stop(self, error: BaseException) -> None:
-        """Remembers the first failure; workers stop at their next tile, and open files are closed by the caller."""
+        """Remembers the first failure; workers stop at their next tile."""
         with self.lock:
             self.failure = self.failure or error
+
+    def close(self) -> None:
+        """Closes the files that a failure left open; none is otherwise."""
+        for file in self._files.values():
+            file.abandon()
 
     def outcome(self) -> Outcome:
         """Returns the totals of a finished run."""

@@ -9,41 +9,34 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import isfinite, sqrt
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.adapter_config import NAME, AdapterConfig, read_config
+from shardmerge.targets.architectures import load_object
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.targets.training_config import LoraFacts, read_training_config
 from shardmerge.tensors import Catalog
 
-_CONFIG = "adapter_config.json"
-# Adapters that are no LoRA have other tensors and other sums.
-_LORA_TYPES = ("LORA", "", None)
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is known of an adapter.
+    """What is known of an adapter: its config, the training config's or none, with the mapping's words over it.
 
     Attributes
     ----------
-    alpha
-        None where nobody says.
-    rank
-        What the config claims, to compare with the tensors; None where it does not.
+    config
+        What adapter_config.json says, or as much of it as is known.
     said_by
         Where alpha is from, for people.
+    turned
+        The mapping's ``fan_in_fan_out``; None where it does not say.
     """
 
-    alpha: float | None = None
-    rank: int | None = None
-    rslora: bool = False
-    fan_in_fan_out: bool = False
-    rank_pattern: Mapping[str, float] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    config: AdapterConfig = field(default_factory=AdapterConfig)
     said_by: str = ""
+    turned: bool | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """Returns the factor of ``B @ A`` for a module.
@@ -58,9 +51,11 @@ class Settings:
         Raises
         ------
         MappingError
-            ``adapter-rank``: the config says another rank. ``unknown-alpha``: nothing says alpha.
+            ``adapter-rank``: the config says another rank. ``unknown-alpha``: nothing says alpha. ``odd-setting``:
+            an alpha that is not finite.
         """
-        claimed = _pattern(self.rank_pattern, module) or self.rank
+        config = self.config
+        claimed = _pattern(config.rank_pattern, module) or config.rank
         if claimed is not None and claimed != rank:
             raise MappingError(
                 "adapter-rank",
@@ -69,11 +64,13 @@ class Settings:
                 expected=f"r = {claimed:g} ({self.said_by})",
                 hint="config and tensors are of different runs; or say `r:` in the mapping",
             )
-        alpha = _pattern(self.alpha_pattern, module)
-        alpha = self.alpha if alpha is None else alpha
+        alpha = _pattern(config.alpha_pattern, module)
+        alpha = config.alpha if alpha is None else alpha
         if alpha is None:
             raise MappingError("unknown-alpha", "nothing says the adapter's alpha, and so how strongly it counts")
-        return alpha / sqrt(rank) if self.rslora else alpha / rank
+        if not isfinite(alpha):
+            raise MappingError("odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha:` in the mapping")
+        return alpha / sqrt(rank) if config.rslora else alpha / rank
 
 
 def read_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFile) -> Settings:
@@ -82,35 +79,15 @@ def read_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFile) -> Se
     Raises
     ------
     MappingError
-        ``not-lora``: another kind of adapter. ``odd-setting``: a value of the mapping that is no number.
+        Those of ``read_config``. ``odd-setting``: a value of the mapping that is no number.
     """
     found = Settings()
-    if _CONFIG in catalog.side_files:
-        found = _from_peft(load_object(catalog.side_files[_CONFIG], read), catalog)
+    if NAME in catalog.side_files:
+        extent = catalog.side_files[NAME]
+        found = Settings(read_config(load_object(extent, read), extent.file), NAME)
     elif catalog.training_config:
         found = _from_training(spec, catalog)
     return _overridden(found, spec)
-
-
-def _from_peft(config: JsonObject, catalog: Catalog) -> Settings:
-    kind = config.get("peft_type")
-    if kind not in _LORA_TYPES or config.get("layer_replication"):
-        raise MappingError(
-            "not-lora",
-            "only LoRA adapters are merged",
-            where=catalog.side_files[_CONFIG].file,
-            found=f"peft_type {kind!r}" if kind not in _LORA_TYPES else "layer_replication",
-            hint="merge it with peft's merge_and_unload",
-        )
-    return Settings(
-        _number(config.get("lora_alpha")),
-        _whole(config.get("r")),
-        config.get("use_rslora") is True,
-        config.get("fan_in_fan_out") is True,
-        _numbers(config.get("rank_pattern")),
-        _numbers(config.get("alpha_pattern")),
-        _CONFIG,
-    )
 
 
 def _from_training(spec: AdapterSpec, catalog: Catalog) -> Settings:
@@ -119,25 +96,23 @@ def _from_training(spec: AdapterSpec, catalog: Catalog) -> Settings:
     lora: LoraFacts | None = facts.visual_encoder_lora if vision else facts.llm_lora
     if lora is None:
         return Settings()
-    return Settings(
-        lora.alpha, lora.r, lora.use_rslora, lora.fan_in_fan_out, lora.rank_pattern, lora.alpha_pattern,
-        "the training config",
-    )  # fmt: skip
+    config = AdapterConfig(
+        lora.alpha, lora.r, lora.use_rslora, lora.fan_in_fan_out, lora.rank_pattern, lora.alpha_pattern
+    )
+    return Settings(config, "the training config")
 
 
 def _overridden(found: Settings, spec: AdapterSpec) -> Settings:
     said = spec.settings
     numbers = {key: _said_number(said[key], key, spec) for key in ("r", "alpha") if key in said}
     flags = {key: _said_flag(said[key], key, spec) for key in ("rslora", "fan_in_fan_out") if key in said}
+    config = found.config
     if "alpha" in numbers:
-        found = replace(found, alpha=numbers["alpha"], alpha_pattern={}, said_by="the mapping")
+        config = replace(config, alpha=numbers["alpha"], alpha_pattern={})
     if "r" in numbers:
-        found = replace(found, rank=int(numbers["r"]), rank_pattern={}, said_by="the mapping")
-    return replace(
-        found,
-        rslora=flags.get("rslora", found.rslora),
-        fan_in_fan_out=flags.get("fan_in_fan_out", found.fan_in_fan_out),
-    )
+        config = replace(config, rank=int(numbers["r"]), rank_pattern={})
+    config = replace(config, rslora=flags.get("rslora", config.rslora))
+    return Settings(config, "the mapping" if numbers else found.said_by, flags.get("fan_in_fan_out"))
 
 
 def _said_number(text: str, key: str, spec: AdapterSpec) -> float:
@@ -154,19 +129,6 @@ def _said_flag(text: str, key: str, spec: AdapterSpec) -> bool:
     if text not in ("true", "false"):
         raise MappingError("odd-setting", f"`{key}: {text}` is neither true nor false", where=str(spec.mark))
     return text == "true"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _numbers(value: object) -> dict[str, float]:
-    pairs = value.items() if isinstance(value, dict) else ()
-    return {str(key): number for key, one in pairs if (number := _number(one)) is not None}
 
 
 def _pattern(patterns: Mapping[str, float], module: str) -> float | None:

@@ -1,44 +1,29 @@
 """Adapters: merged into their bases before any rule sees the bases.
 
-A base's catalog comes back with the merged tensors under the base's own names, so rules need not know of adapters. Key
-shapes are those of peft 0.6 to 0.21, as saved by ``save_pretrained`` (no adapter name) and as they stand in a model
-(``.default``), which is what XTuner and DeepSpeed save.
+A base's catalog comes back with the merged tensors under the base's own names, so rules need not know of adapters.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.mapping.adapter_base import Base
+from shardmerge.mapping.adapter_checks import incomplete
+from shardmerge.mapping.adapter_names import Places, without_base
+from shardmerge.mapping.adapter_parts import PREFIX, Parts, foreign_error, foreign_names, sort_adapter
 from shardmerge.mapping.adapter_settings import Settings, read_settings
-from shardmerge.mapping.near import NameIndex, count, listed
+from shardmerge.mapping.adapter_weights import merged_weight
+from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.ops.lora import Dora, Lora
-from shardmerge.ops.moves import Permute, Reshape
 from shardmerge.ops.pointwise import Linear
-from shardmerge.packed import packed_weights
+from shardmerge.packed import packed_places, packed_weights, titles
+from shardmerge.targets.adapter_config import NAME as CONFIG
+from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import Catalog, TensorEntry
-
-_PREFIX = "base_model.model."
-
-# What stands behind a module's name, with the adapter's own name or without it, and which part of an adapter it is.
-_PARTS = (
-    (re.compile(r"(.+)\.lora_A(\.[^.]+)?\.weight"), "a"),
-    (re.compile(r"(.+)\.lora_B(\.[^.]+)?\.weight"), "b"),
-    (re.compile(r"(.+)\.lora_B(\.[^.]+)?\.bias"), "b_bias"),
-    (re.compile(r"(.+)\.lora_embedding_A(\.[^.]+)?"), "embedding_a"),
-    (re.compile(r"(.+)\.lora_embedding_B(\.[^.]+)?"), "embedding_b"),
-    (re.compile(r"(.+)\.lora_magnitude_vector(\.[^.]+)?(?:\.weight)?"), "magnitude"),
-)
-_SAVED = re.compile(r"(.+)\.modules_to_save(\.[^.]+)?\.([^.]+)")
-# Full dumps hold these besides: the untouched copy of a module that was trained whole.
-_ORIGINAL = re.compile(r".+\.original_module\.[^.]+")
-_BASE_LAYER = re.compile(r"(.+)\.base_layer\.([^.]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +36,13 @@ class Merged:
         All of them, the bases with the merged tensors in place of their own.
     used
         (source, name) of every adapter tensor that is part of a base now.
+    configs
+        By the name of a base: what its config.json has to say otherwise.
     """
 
     catalogs: dict[str, Catalog]
     used: frozenset[tuple[str, str]]
+    configs: Mapping[str, JsonObject] = field(default_factory=dict)
 
 
 def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog], read: ReadSideFile) -> Merged:
@@ -64,34 +52,26 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
     ------
     MappingError
         All problems at once: ``not-an-adapter``, ``adapter-without-base``, ``adapter-incomplete``, ``unknown-alpha``,
-        ``adapter-rank``, ``packed-weights``, ``op-shape``, and those of ``read_settings``.
+        ``adapter-rank``, ``adapter-shape``, ``adapters-clash``, ``packed-weights``, ``op-shape``, ``tied-embeddings``,
+        ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_settings`` and ``sort_adapter``.
     """
-    found, used = dict(catalogs), set[tuple[str, str]]()
+    bases: dict[str, Base] = {}
+    used = set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
     for spec in specs:
-        if spec.source.source not in found or spec.onto.source not in found:
+        name = spec.onto.source
+        if spec.source.source not in catalogs or name not in catalogs:
             continue  # declared `required: false`, and not there
         try:
-            work = _Merge(spec, found[spec.source.source], found[spec.onto.source], read)
-            merged = work.merged()
-        except MappingError as error:
-            problems += error.each()
-            continue
+            before = bases[name] if name in bases else Base.of(name, catalogs[name], read)
+            work = _Merge(spec, catalogs[spec.source.source], before, read)
+            bases[name] = work.merged()
+            used |= {(spec.source.source, one) for one in work.parts.used}
         except ShardmergeError as error:
             problems += error.each()
-            continue
-        if merged is not None:
-            found[spec.onto.source] = merged
-            used |= {(spec.source.source, name) for name in work.used}
     raise_all(problems)
-    return Merged(found, frozenset(used))
-
-
-@dataclass(slots=True)
-class _Module:
-    """The tensors of one adapted module, by part."""
-
-    parts: dict[str, TensorEntry] = field(default_factory=dict)
+    found = dict(catalogs) | {name: base.catalog for name, base in bases.items()}
+    return Merged(found, frozenset(used), {name: base.changes for name, base in bases.items() if base.changes})
 
 
 @dataclass(slots=True)
@@ -100,93 +80,109 @@ class _Merge:
 
     spec: AdapterSpec
     adapter: Catalog
-    base: Catalog
+    base: Base
     read: ReadSideFile
-    used: set[str] = field(default_factory=set)
-    modules: dict[str, _Module] = field(default_factory=lambda: defaultdict(_Module))
-    whole: dict[str, TensorEntry] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
+    settings: Settings = field(default_factory=Settings)
 
-    def merged(self) -> Catalog | None:
-        """Returns the base with the adapter in it, None where there is nothing to merge and that is allowed."""
-        self._sort()
-        if not self.modules and not self.whole:
-            if self.spec.optional:
-                return None
-            raise MappingError(
-                "not-an-adapter",
-                f"{self.spec.source.source} holds no adapter tensors under `{self.spec.source.template}`",
-                where=str(self.spec.mark),
-                found=listed(list(self.adapter.names()), 3),
-                expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
-                hint="`shardmerge inspect` shows the names; say `from: source:prefix.{rest...}` if there is a prefix",
-            )
-        settings = read_settings(self.spec, self.adapter, self.read)
-        entries = dict(self.base.entries)
-        problems: list[ShardmergeError] = []
+    def merged(self) -> Base:
+        """Returns the base with the adapter in it, as it is where there is nothing to merge and that is allowed."""
+        if CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
+            self.settings = read_settings(self.spec, self.adapter, self.read)
+        self.parts = sort_adapter(self.spec, self.adapter)
+        if not self.parts.modules and not self.parts.whole:
+            return self._nothing()
+        self.settings = read_settings(self.spec, self.adapter, self.read)
+        base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
+        places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
+        base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
+        base = base.with_head(self.parts.whole, self.settings.config, places)
+        places = replace(places, base=base.catalog)
+        problems: list[ShardmergeError] = list(
+            incomplete(self.settings.config, self.parts, base, places, self.adapter.path)
+        )
         homeless: list[str] = []
-        entries |= dict(self._made(settings, problems, homeless))
-        raise_all([*problems, *self._without_base(homeless)])
-        note = f"{count(len(self.modules) + len(self.whole), 'module')} merged from {self.spec.source.source}"
-        alpha = f", alpha {settings.alpha:g} from {settings.said_by}" if settings.alpha is not None else ""
-        return replace(self.base, entries=entries, notes=(*self.base.notes, note + alpha))
+        entries = dict(self._made(base, places, problems, homeless))
+        raise_all([*problems, *without_base(self.spec, homeless, base.catalog, self.settings.config.saved)])
+        rows = [f"{module}.weight" for module, parts in self.parts.modules.items() if "tokens" in parts]
+        whole = frozenset(entries) & {place for name in (*self.parts.whole, *rows) if (place := places.find(name))}
+        base = base.changed(entries, whole, source=self.spec.source.source)
+        return base.with_words(self._notes(), self._warnings(places))
 
-    def _sort(self) -> None:
-        """Finds out of every name which module and part it is."""
-        named = self.spec.settings.get("name", "")
-        for name in self.adapter.names():
-            bindings = self.spec.source.template.match(name)
-            if bindings is None or (rest := bindings["rest"].removeprefix(_PREFIX)) == bindings["rest"]:
-                continue  # everything of an adapter stands below base_model.model
-            self.used.add(name)
-            entry = replace(self.adapter[name], source=self.spec.source.source)
-            self._sort_one(rest, entry, named)
+    def _nothing(self) -> Base:
+        source, template = self.spec.source.source, self.spec.source.template
+        names = [name for name in self.adapter.names() if template.match(name) is not None]
+        inside = [name.partition(f".{PREFIX}")[0] for name in names if f".{PREFIX}" in name and ".lora_" in name]
+        if not self.parts.used and not inside and (kin := foreign_names(names)):
+            raise foreign_error(kin, self.spec.source.source, self.adapter.path)
+        if (
+            self.spec.optional
+            and not (inside and template.text == "{rest...}")
+            and (template.text != "{rest...}" or self.spec.source.source == self.spec.onto.source)
+        ):
+            return self.base  # a checkpoint that may hold an adapter or not
+        raise MappingError(
+            "not-an-adapter",
+            f"{source} holds no adapter tensors under `{template}`",
+            where=str(self.spec.mark),
+            found=listed(list(self.adapter.names()), 3),
+            expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
+            hint=" or ".join(f'`from: "{source}:{one}.{{rest...}}"`' for one in dict.fromkeys(inside))
+            or "`shardmerge inspect` shows the names",
+        )
 
-    def _sort_one(self, rest: str, entry: TensorEntry, named: str) -> None:
-        for pattern, part in _PARTS:
-            match = pattern.fullmatch(rest)
-            if match is not None:
-                if not named or match[2] in (None, f".{named}"):
-                    self._add(match[1], part, entry)
-                return
-        saved, layer = _SAVED.fullmatch(rest), _BASE_LAYER.fullmatch(rest)
-        if saved is not None:
-            self.whole[f"{saved[1]}.{saved[3]}"] = entry
-        elif layer is not None and layer[2] != "weight":
-            self.whole[f"{layer[1]}.{layer[2]}"] = entry  # a trained bias; the weight itself is the base's
-        elif layer is None and _ORIGINAL.fullmatch(rest) is None:
-            self.whole[rest] = entry
+    def _weights(self) -> Iterator[str]:
+        """Yields the names of the weights that get a product or new rows, as the adapter has them."""
+        return (f"{module}.weight" for module in self.parts.modules)
 
-    def _add(self, module: str, part: str, entry: TensorEntry) -> None:
-        if part in self.modules[module].parts:
-            raise MappingError(
-                "several-adapters",
-                f"{module} has two adapters",
-                where=str(self.spec.mark),
-                found=f"{self.modules[module].parts[part].name} and {entry.name}",
-                hint="say which one: `name: default`",
+    def _trained_places(self, places: Places) -> frozenset[str]:
+        low_rank = (f"{name}.weight" for name, parts in self.parts.modules.items() if set(parts) != {"tokens"})
+        return frozenset(places.name(name) for name in (*low_rank, *self.parts.trained))
+
+    def _notes(self) -> tuple[str, ...]:
+        done = count(len(self.parts.modules) + len(self.parts.whole), "module")
+        alpha = self.settings.config.alpha
+        said = f", alpha {alpha:g} from {self.settings.said_by}" if alpha is not None else ""
+        return (f"{done} merged from {self.spec.source.source}{said}",)
+
+    def _warnings(self, places: Places) -> Iterator[str]:
+        source = self.spec.source.source
+        if places.renamed:
+            yield f"{source}: its names lose `{places.renamed}`, which the base's have not"
+        if (alpha := self.settings.config.alpha) is not None and alpha <= 0 and self.parts.modules:
+            effect = "is taken off" if alpha else "changes nothing"
+            yield f"{source}: lora_alpha is {alpha:g}: the adapter {effect}"
+        if self.parts.left_out:
+            yield (
+                f"{count(len(self.parts.left_out), 'frozen tensor')} of {source} without numbers (placeholders or "
+                f"packed): the base's are taken, e.g. for {listed(self.parts.left_out, 1)}"
             )
-        self.modules[module].parts[part] = entry
 
     def _made(
-        self, settings: Settings, problems: list[ShardmergeError], homeless: list[str]
+        self, base: Base, places: Places, problems: list[ShardmergeError], homeless: list[str]
     ) -> Iterator[tuple[str, TensorEntry]]:
-        packed = frozenset(packed_weights(self.base))
-        for name, entry in self.whole.items():
-            place = self._place(name)
+        weights = [*self.parts.whole, *self._weights()]
+        packed = packed_places(packed_weights(base.catalog))
+        codes = next((one for name in weights if (one := places.find(name) or places.name(name)) in packed), None)
+        if codes is not None:
+            problems.append(self._packed(codes))
+            return
+        for name, entry in self.parts.whole.items():
+            place = places.find(name)
             if place is not None:
+                problems += base.misfits(place, entry, self.spec, trained=name in self.parts.trained)
                 yield place, entry
-            elif not self._is_tied(entry):
+            elif name in self.parts.trained:
                 homeless.append(name)
-        for module, tensors in self.modules.items():
-            place = self._place(f"{module}.weight")
+            elif not self._is_tied(entry):
+                self.parts.used.discard(entry.name)  # a dump holds more than its adapter: rules may want a projector
+        for module, parts in self.parts.modules.items():
+            place = places.find(f"{module}.weight")
             if place is None:
                 homeless.append(f"{module}.weight")
                 continue
-            if place in packed:
-                problems.append(self._packed(place))
-                return
             try:
-                yield from self._module(module, place, tensors.parts, settings)
+                yield from self._module(base, places, module, place, parts)
             except MappingError as error:
                 problems.append(self._explained(error, module))
                 if error.code in ("unknown-alpha", "odd-pattern"):
@@ -197,57 +193,51 @@ class _Merge:
         return entry.name in self.adapter.aliases or entry.name in self.adapter.aliases.values()
 
     def _module(
-        self, module: str, place: str, parts: Mapping[str, TensorEntry], settings: Settings
+        self, base: Base, places: Places, module: str, place: str, parts: Mapping[str, TensorEntry]
     ) -> Iterator[tuple[str, TensorEntry]]:
-        base = self._base(place)
+        base.refuse_clash(place, self.spec)
+        now, untouched = base.weights(place, self.parts.bases.get(f"{module}.weight"))
+        origin = f"merged with {self.spec.source.source}"
+        if "tokens" in parts:
+            base.refuse_clash(place, self.spec, replacing=True)
+            rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens, origin=origin)
+            if len(parts) > 1:
+                raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
+            yield place, replace(rows, name=place, origin=origin)
+            return
         embedding = "embedding_a" in parts or "embedding_b" in parts
         a, b = (parts.get(f"embedding_{part}" if embedding else part) for part in "ab")
         if a is None or b is None:
             missing = "lora_A" if a is None else "lora_B"
             raise MappingError("adapter-incomplete", f"{module} has no {missing}", found=", ".join(parts))
-        scale = settings.scale(module, a.shape[0] if a.shape else 0)
-        weight = _merged_weight(base, a, b, parts.get("magnitude"), scale,
-                                turned=embedding or settings.fan_in_fan_out)  # fmt: skip
-        yield place, replace(weight, name=place, origin=f"merged with {self.spec.source.source}")
+        scale = self.settings.scale(module, a.shape[0] if a.shape else 0)
+        turned = embedding or self._is_turned(base, module, place, a, b)
+        weight = merged_weight(now, untouched, a, b, parts.get("magnitude"), scale, turned=turned)
+        yield place, replace(weight, name=place, origin=origin)
         if "b_bias" in parts:
-            bias = self._place(f"{module}.bias")
+            bias = places.find(f"{module}.bias")
             if bias is None:
-                raise MappingError("adapter-without-base", f"{module} has a LoRA bias, and its base has no bias")
-            made = compose(Linear((1.0, scale)), [self._base(bias), parts["b_bias"]])
-            yield bias, replace(made, name=bias, origin=f"merged with {self.spec.source.source}")
+                raise MappingError(
+                    "adapter-without-base",
+                    f"{module} has a LoRA bias, and its base has no bias",
+                    hint="peft cannot merge it either: run the adapter beside its base",
+                )
+            made = compose(Linear((1.0, scale)), [base.weights(bias)[0], parts["b_bias"]])
+            yield bias, replace(made, name=bias, origin=origin)
 
-    def _base(self, name: str) -> TensorEntry:
-        return replace(self.base[name], source=self.spec.onto.source)
-
-    def _place(self, name: str) -> str | None:
-        """Returns the base's name of a tensor. transformers 5.6 dropped the level ``vision_model`` of a lone CLIP."""
-        for text in (name, f"vision_model.{name}", name.removeprefix("vision_model.")):
-            place = self.spec.onto.template.format({"rest": text})
-            if place in self.base:
-                return self.base.aliases.get(place, place)
-        return None
-
-    def _without_base(self, names: list[str]) -> Iterator[MappingError]:
-        if not names:
-            return
-        template = self.spec.onto.template
-        near = NameIndex(self.base.names()).near(template.format({"rest": names[0]}))
-        yield MappingError(
-            "adapter-without-base",
-            f"{count(len(names), 'adapter module')} of {self.spec.source.source} "
-            f"without a tensor in {self.spec.onto.source}: {listed(names, 3)}",
-            where=str(self.spec.mark),
-            expected=f"{self.spec.onto.source}:{template.format({'rest': names[0]})}",
-            found=f"names such as {', '.join(near)}" if near else "no such names",
-            hint=f"is `{self.spec.onto.source}` the model that the adapter was trained on? "
-            "`onto: source:prefix.{rest...}` adds a prefix",
-        )
+    def _is_turned(self, base: Base, module: str, place: str, a: TensorEntry, b: TensorEntry) -> bool:
+        if len(base.catalog[place].shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
+            return False  # a convolution, or what the op explains
+        filed = self.settings.config.fan_in_fan_out
+        return base.layers.turned(module, place, (b.shape[0], a.shape[1]), said=self.settings.turned, filed=filed)
 
     def _packed(self, name: str) -> MappingError:
+        packed = packed_weights(self.base.catalog)
         return MappingError(
             "packed-weights",
-            f"{self.spec.onto.source} is quantized: an adapter cannot be added to packed weights such as {name}",
-            where=self.base.path,
+            f"{self.spec.onto.source} is quantized ({titles(packed, packed)}): an adapter cannot be added to packed "
+            f"weights such as {name}",
+            where=self.base.catalog.path,
             hint="name the 16-bit model that it was quantized from; the adapter fits that one too",
         )
 
@@ -262,33 +252,3 @@ class _Merge:
         return MappingError(
             error.code, what, where=str(self.spec.mark), found=error.found, expected=error.expected, hint=hint
         )
-
-
-def _merged_weight(
-    base: TensorEntry, a: TensorEntry, b: TensorEntry, magnitude: TensorEntry | None, scale: float, *, turned: bool
-) -> TensorEntry:
-    """Returns the merged weight; ``turned`` where the base is ``[in, out]`` (embeddings, GPT-2's Conv1D).
-
-    A convolution's A ``[r, in, kh, kw]`` and B ``[out, r, 1, 1]`` are matrices over flattened kernels.
-    """
-    if len(base.shape) > 2:
-        flat = _matrix(base)
-        merged = _merged_weight(flat, _matrix(a), _matrix(b), magnitude, scale, turned=False)
-        return compose(Reshape(base.shape), [merged])
-    if magnitude is not None:
-        magnitude = compose(Reshape((-1,)), [magnitude])
-        if turned:
-            merged = compose(Dora(scale), [a, b, magnitude, _turned(base)])
-            return _turned(merged)
-        return compose(Dora(scale), [a, b, magnitude, base])
-    if turned:
-        a, b = _turned(b), _turned(a)
-    return compose(Lora(scale), [a, b, base])
-
-
-def _turned(entry: TensorEntry) -> TensorEntry:
-    return compose(Permute(), [entry])
-
-
-def _matrix(entry: TensorEntry) -> TensorEntry:
-    return compose(Reshape((entry.shape[0], -1)), [entry])

@@ -85,8 +85,8 @@ class Formula:
             found = _value(self._tree, lookup)
         except (ZeroDivisionError, TypeError, OverflowError) as error:
             raise MappingError("bad-formula", f"`{self.text}` has no value: {error}") from error
-        if isinstance(found, (int, float)) and abs(found) > _LARGEST:
-            raise MappingError("bad-formula", f"`{self.text}` is too large")
+        if isinstance(found, (int, float)) and not abs(found) <= _LARGEST:  # or it is NaN
+            raise MappingError("bad-formula", f"`{self.text}` is too large, or no number")
         return found
 
 
@@ -144,6 +144,6 @@ def _value(node: ast.expr, lookup: Lookup) -> Number | str | bool | None:
 def _number(value: Number | str | bool) -> Number:
     if isinstance(value, str):
         raise TypeError(f"{value!r} is text")
-    if abs(value) > _LARGEST:
+    if not abs(value) <= _LARGEST:  # NaN is not larger, and not smaller either
         raise OverflowError("a number without end")
     return value

@@ -140,7 +140,10 @@ LAYOUTS = (
         (
             _mark("language_model.model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
             _mark("multi_modal_projector.linear_1.weight", rank=2),
-            _mark("vision_tower.{rest...}"),
+            _mark(
+                "vision_tower.vision_model.encoder.layers.{i:int}.{rest...}",
+                "vision_tower.encoder.layers.{i:int}.{rest...}",
+            ),
         ),
         (Road("llava/hf-to-4.52"), Road("llava/hf-to-5.6"), Road("llava/hf-to-official")),
     ),
@@ -158,7 +161,7 @@ LAYOUTS = (
         (
             _mark("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
             _mark("model.multi_modal_projector.linear_1.weight", rank=2),
-            _mark("model.vision_tower.{top:embeddings|encoder}.{rest...}"),
+            _mark("model.vision_tower.encoder.layers.{i:int}.{rest...}"),
         ),
         (Road("llava/hf-to-legacy"), Road("llava/hf-to-4.52"), Road("llava/hf-to-official")),
     ),

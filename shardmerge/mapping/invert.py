@@ -10,17 +10,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.arithmetic import Formula
-from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.pattern import Capture, Template
+from shardmerge.mapping.narrower import is_narrower
+from shardmerge.mapping.near import did_you_mean, listed
+from shardmerge.mapping.pattern import Capture, Template, escape
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Spec, Term, references
+from shardmerge.mapping.way_back import Fence, Forward, check, fence
 from shardmerge.ops.contract import Gathered, Mirror, OpKind, Scattered
 from shardmerge.ops.registry import OPS
 
 _MADE = "made"
+_AT_HAND = "put the sources where the mapping says"
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.+*/%() -]*")
 # The rooms of `mapping.variables`: a formula may name them without a source, and then the first that answers counts.
 _ROOMS = ("config", "params", "adapter", "facts", "cfg")
@@ -58,6 +62,11 @@ class _Parts:
     found: dict[int, _Way] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
 
+    def missing(self) -> list[str]:
+        """Returns the first parts that no rule takes; a mapping may say that there are 10^15."""
+        every = (str(i) for i in range(self.number or 0) if i not in self.found)
+        return list(islice(every, 5))
+
 
 @dataclass(slots=True)
 class _Back:
@@ -71,6 +80,8 @@ class _Back:
         Made tensors that lead nowhere, with the reason.
     others
         Made tensors that lead to another source, some of them only in part.
+    origin
+        For a made name that collects: the target that it was before.
     """
 
     source: str
@@ -79,6 +90,7 @@ class _Back:
     parts: dict[str, _Parts] = field(default_factory=dict)
     problems: list[ShardmergeError] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, rule: Rule, why: str, hint: str = "") -> None:
         """Remembers a rule that has no way back."""
@@ -86,16 +98,23 @@ class _Back:
         self.problems.append(MappingError("no-inverse", what, where=str(rule.mark), hint=hint))
 
     def rule(self, rule: Rule) -> None:
-        """Undoes a rule: its first candidate that takes anything of the source."""
+        """Undoes a rule by itself, where nobody knows what it came to: so it must have one candidate only."""
         own = [one for one in rule.candidates if any(r.source == self.source for r in references(one))]
         if not own:
             others = sorted({r.source for one in rule.candidates for r in references(one)})
             self.drops[rule.target.text] = f"comes from {', '.join(others)}" if others else "made of nothing"
-        elif rule.target.formulas:
-            why = "its name is computed of several numbers, which cannot be told apart again"
-            self.refuse(rule, why)
+            return
+        before = len(self.problems)
+        self.candidate(rule, own[0])
+        if len(rule.candidates) > 1 and len(self.problems) == before:
+            self.refuse(rule, "which of its candidates made a tensor is only known with the sources at hand", _AT_HAND)
+
+    def candidate(self, rule: Rule, term: Term) -> None:
+        """Undoes one candidate of a rule."""
+        if rule.target.formulas:
+            self.refuse(rule, "its name is computed of several numbers, which cannot be told apart again")
         else:
-            self.undo(rule, own[0], _Name(rule.target.text, frozenset(rule.target.captures)))
+            self.undo(rule, term, _Name(rule.target.text, frozenset(rule.target.captures)))
 
     def undo(self, rule: Rule, term: Term, way: _Way) -> None:
         """Goes one step in: ``way`` makes what ``term`` stands for."""
@@ -165,15 +184,26 @@ class _Back:
             return
         pieces = [_piece(part, take) for part in rule.target.parts]
         captures = frozenset(rule.target.captures) - {take}
+        self.origin["".join(pieces)] = rule.target.text
         self._joined(rule, term, (_Name("".join(pieces), captures, many=True),))
+
+    def cut_off(self, forward: Forward) -> None:
+        """Takes off the rows that a vocabulary added, by a rule for each such tensor."""
+        for target, one, rows, now in forward.resized(self.source):
+            if now < rows or not isinstance(one.term, Reference):
+                self.refuse(one.rule, f"{rows} rows became {now} in {target}")
+                continue
+            made = _Name(escape(target), frozenset())
+            self.rules[escape(one.name)] = _Undone("slice", (made,), {"stop": str(rows)})
+            self.origin[made.text] = one.rule.target.text
 
     def finish(self) -> None:
         """Joins parts, the innermost last: joining some may complete others."""
         while self.parts:
             key = next(iter(self.parts))
             parts = self.parts.pop(key)
-            if parts.number is None or sorted(parts.found) != list(range(parts.number)):
-                missing = [str(i) for i in range(parts.number or 0) if i not in parts.found]
+            missing = parts.missing()
+            if parts.number is None or missing:
                 lacking = f"part {', '.join(missing)} of it" if missing else "how many parts there are"
                 why = f"`{parts.term.kind.name}` takes a part, and no rule says {lacking}"
                 hint = "" if missing else "write the number of parts as a number"
@@ -221,7 +251,7 @@ class _Back:
         self._arrive(rule, replace(reference, template=Template.parse(text)), undone)
 
 
-def invert_spec(spec: Spec, source: str = "") -> str:
+def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) -> str:
     """Returns the mapping that leads back, as YAML with comments.
 
     Parameters
@@ -230,6 +260,9 @@ def invert_spec(spec: Spec, source: str = "") -> str:
         A mapping, its preset combined with it.
     source
         The source to get back; empty for the first. What comes from others is dropped by name.
+    forward
+        What the mapping came to, if its sources are at hand. The way back is then checked against it: it brings back
+        every tensor of the source that was used, and no other.
 
     Raises
     ------
@@ -243,21 +276,44 @@ def invert_spec(spec: Spec, source: str = "") -> str:
         hint = did_you_mean(source, spec.sources)
         raise UsageError("unknown-source", f"there is no source `{source}`", where=spec.file, hint=hint)
     back = _Back(source)
-    for rule in spec.rules:
-        back.rule(rule)
+    if forward is None:
+        raise_all(_overlapping(spec))
+        for rule in spec.rules:
+            back.rule(rule)
+    elif source in forward.catalogs:
+        for rule, term in forward.taken(source):
+            back.candidate(rule, term)
     back.finish()
-    raise_all([*back.problems, *_merged(spec)])
+    if forward is not None:
+        back.cut_off(forward)
+    raise_all([*back.problems, *_merged(spec, source, forward)])
     if not back.rules:
         what = f"no rule takes anything from `{source}` alone"
         raise MappingError("no-inverse", what, where=spec.file, hint="name another one with --source")
-    return "\n".join(_lines(spec, back)) + "\n"
+    text = "\n".join(_lines(spec, back, forward)) + "\n"
+    if forward is not None:
+        check(text, forward, source, _made_name(spec, back))
+    return text
 
 
-def _merged(spec: Spec) -> Iterator[MappingError]:
+def _overlapping(spec: Spec) -> Iterator[MappingError]:
+    """Of two rules for a name the narrower one makes it if it can, and that is not known without the sources."""
+    wide = [rule for rule in spec.rules if rule.target.captures]
+    for rule in wide:
+        if rule.rest or any(is_narrower(one.target, rule.target) for one in spec.rules):
+            what = f"what is left to the rule for `{rule.target}` is only known with the sources at hand"
+            yield MappingError("no-inverse", what, where=str(rule.mark), hint=_AT_HAND)
+
+
+def _merged(spec: Spec, source: str, forward: Forward | None) -> Iterator[MappingError]:
+    what = "an adapter that is merged into its base cannot be taken out again"
     for adapter in spec.adapters:
         if not adapter.optional:
-            what = "an adapter that is merged into its base cannot be taken out again"
             yield MappingError("no-inverse", what, where=str(adapter.mark))
+            return
+    names = forward.merged(source) if forward is not None and source in forward.catalogs else []
+    if names:
+        yield MappingError("no-inverse", what, where=spec.file, found=f"{source}: {listed(names)}")
 
 
 # --- looking at terms ---
@@ -332,13 +388,19 @@ def _shown(term: Term) -> str:
 # --- writing ---
 
 
-def _lines(spec: Spec, back: _Back) -> Iterator[str]:
+def _made_name(spec: Spec, back: _Back) -> str:
+    configs = _configs(spec, back, _needed_variables(spec, back))
+    return next(name for name in (_MADE, *(f"{_MADE}{i}" for i in range(2, 99))) if name not in configs)
+
+
+def _lines(spec: Spec, back: _Back, forward: Forward | None) -> Iterator[str]:
     variables = _needed_variables(spec, back)
     configs = _configs(spec, back, variables)
-    made = next(name for name in (_MADE, "made2", "made3", "made4") if name not in configs)
+    made = _made_name(spec, back)
     path = spec.output.path if spec.output else "OUT"
+    fenced = _fenced(back, forward, made)
     yield f"# The way back from what {spec.file.rsplit('/', 1)[-1]} makes to its source `{back.source}`."
-    yield from _remarks(spec)
+    yield from _remarks(spec, exact=forward is not None)
     yield "shardmerge: 1"
     yield "sources:"
     for name in configs:
@@ -348,21 +410,39 @@ def _lines(spec: Spec, back: _Back) -> Iterator[str]:
     if variables:
         yield "let:"
         yield from (f"  {name}: {_value(spec.variables[name].formula.text)}" for name in variables)
-    yield "tensors:"
-    for target, way in back.rules.items():
-        if _ranges(way):
-            yield "  # counted from 0; write {r:02} instead of {r} where the names have leading zeros"
-        yield f"  {_quoted(target)}: {_written(way, made)}"
-    if back.drops or configs:
+    for section in ("tensors", "rest"):
+        ways = {target: way for target, way in back.rules.items() if (target in fenced.rest) == (section == "rest")}
+        yield from _section(section, ways, made)
+    # A source without tensors, such as a config alone, has nothing to be dropped.
+    configs = [name for name in configs if forward is None or forward.has_tensors(name)]
+    if fenced.drops or configs:
         yield "drop:"
-        yield from (f"  - {_quoted(f'{made}:{text}')}  # {why}" for text, why in back.drops.items())
+        yield from (f"  - {line}" for line in fenced.drops)
         yield from (f"  - {_quoted(f'{name}:{{rest...}}')}  # nothing but its config is wanted" for name in configs)
 
 
-def _remarks(spec: Spec) -> Iterator[str]:
+def _section(name: str, ways: Mapping[str, _Way], made: str) -> Iterator[str]:
+    if ways:
+        yield f"{name}:"
+    for target, way in ways.items():
+        if _ranges(way):
+            yield "  # counted from 0; write {r:02} instead of {r} where the names have leading zeros"
+        yield f"  {_quoted(target)}: {_written(way, made)}"
+
+
+def _fenced(back: _Back, forward: Forward | None, made: str) -> Fence:
+    """Returns what must be dropped: what is known of the rules, or exactly what no rule of the way back needs."""
+    if forward is None:
+        lines = tuple(f"{_quoted(f'{made}:{text}')}  # {why}" for text, why in back.drops.items())
+        return Fence(frozenset(), lines)
+    ways = {target: [name.text for name in _names(way)] for target, way in back.rules.items()}
+    return fence(forward, back.source, ways, back.origin, made)
+
+
+def _remarks(spec: Spec, *, exact: bool) -> Iterator[str]:
     if spec.output and (spec.output.dtype or spec.output.dtypes):
         yield "# The mapping casts; what a narrower type has rounded stays rounded."
-    if spec.vocabulary is not None:
+    if spec.vocabulary is not None and not exact:
         yield "# Rows that the mapping added to the vocabulary stay, and rows that it cut off are gone."
     for source in spec.sources.values():
         if source.strip:

@@ -61,26 +61,43 @@ def odd_layouts(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> 
 def foreign_presets(catalog: Catalog) -> tuple[str, ...]:
     """Returns the presets that would turn a checkpoint of another tool into a Hugging Face model."""
     near = [name for name, part in FOREIGN.items() if any(part in tensor for tensor in catalog.names())]
-    return _best(catalog, near)
+    return _best(catalog, [name for name in near if name in _roads(catalog)]) if near else ()
+
+
+def _roads(catalog: Catalog) -> dict[str, str]:
+    """Returns the presets that lead away from a layout that the checkpoint has, each with the role that it plays there.
+
+    A preset that takes ``model.{rest...}`` reads the names of many models, and makes sense of those of its layout only.
+    """
+    from shardmerge.mapping.guess import recognise
+
+    return {road.preset: road.role for layout in recognise(catalog) for road in layout.roads}
 
 
 def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: Sequence[Template]) -> MappingError:
-    from shardmerge.mapping.preset_files import list_presets
-
-    found = _best(catalog, [name for name in list_presets() if name != preset.name])
-    hint = " or ".join(f"`{name}`" for name in found[:3])
+    found = _fits(catalog, [name for name, plays in _roads(catalog).items() if name != preset.name and not plays])
+    hint = " or ".join(f"`{name}`" for name in list(found)[:3])
     return MappingError(
         "another-layout",
         f"`{role}` has not the names that the preset {preset.name} reads: {preset.roles[role].about}",
         where=catalog.path,
         found=f"names such as {listed(list(islice(catalog.names(), 3)), 3)}",
         expected=f"names such as {listed([template.text for template in templates[:3]], 3)}",
-        hint=f"these names are read by {hint}" if hint else "`shardmerge presets list` names the layouts it can read",
+        hint=f"these names are read by {hint}"
+        if hint
+        else "no preset reads these names: write `tensors:` yourself, or leave `use` out to keep them as they are",
     )
 
 
 def _best(catalog: Catalog, presets: Sequence[str]) -> tuple[str, ...]:
     """Returns the presets that read nearly all names, and of those the ones that know them best."""
+    fits = _fits(catalog, presets)
+    most = max((fit.templates for fit in fits.values()), default=0)
+    return tuple(name for name, fit in fits.items() if fit.templates * 5 >= most * 4)
+
+
+def _fits(catalog: Catalog, presets: Sequence[str]) -> dict[str, _Fit]:
+    """Returns the presets that read nearly all names."""
     fits: dict[str, _Fit] = {}
     for name in presets:
         from shardmerge.mapping.preset_files import load_preset
@@ -91,8 +108,7 @@ def _best(catalog: Catalog, presets: Sequence[str]) -> tuple[str, ...]:
         fit = _fit(_templates(preset, role), names)
         if names and fit.share >= _WELL_KNOWN:
             fits[name] = fit
-    most = max((fit.templates for fit in fits.values()), default=0)
-    return tuple(name for name, fit in fits.items() if fit.templates * 5 >= most * 4)
+    return fits
 
 
 def _templates(preset: Preset, role: str) -> list[Template]:

@@ -63,8 +63,11 @@ def _around(ordered: list[str], word: str) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns a hint: the known words nearest to ``word``, or all of them if they are few, or nothing."""
-    words = sorted(known)
+    """Returns a hint: the known words nearest to ``word``, or all of them if they are few, or nothing.
+
+    Never the word itself: a name may be known and still say nothing, such as a key of a config that is null.
+    """
+    words = sorted(set(known) - {word})
     alike = NameIndex(words).near(word)
     if alike:
         return "did you mean " + " or ".join(f"`{name}`" for name in alike) + "?"

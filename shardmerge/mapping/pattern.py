@@ -207,6 +207,12 @@ def _written(part: Part, bindings: Mapping[str, str], variables: Mapping[str, in
     return str(value)
 
 
+def segment_takes(parts: tuple[Part, ...], text: str) -> bool:
+    """Tells whether a dot-free piece of a template, without a ``...`` capture, matches a dot-free piece of a name."""
+    segment = _segment(parts)
+    return isinstance(segment, _Segment) and _read((segment,), [text], {})
+
+
 def escape(name: str) -> str:
     """Returns the template that matches exactly this name."""
     return name.replace("{", "{{").replace("}", "}}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.narrower import alike
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.reader import Reader
 from shardmerge.mapping.spec import (
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 _SUFFIX = ".yaml"
 
 # What a preset may say.
-KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "drop")
+KEYS = ("preset", "title", "description", "sources", "target", "let", "adapters", "tensors", "rest", "drop")
 
-ROLE_KEYS = ("about", "required", "strip")
+ROLE_KEYS = ("about", "required", "strip", "model_types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,14 @@ class PresetRole:
         Whether there is no conversion without it.
     strip
         As ``SourceSpec.strip``, where the mapping says nothing.
+    model_types
+        What its config.json may say as ``model_type``; empty where the target checks it, or where any will do.
     """
 
     about: str
     required: bool
     strip: str = ""
+    model_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ def load_preset(name: str) -> Preset:
         reader.text(fields["description"], "description"),
         roles,
         reader.target(fields["target"]) if "target" in fields else None,
-        tuple(replace(rule, optional=True) for rule in reader.rules(fields["tensors"], frozenset(roles))),
+        tuple(replace(rule, optional=True) for rule in _rules(reader, fields, frozenset(roles))),
         reader.drops(fields["drop"], frozenset(roles), optional=True) if "drop" in fields else (),
         reader.variables(fields["let"]) if "let" in fields else {},
         reader.adapters(fields["adapters"], frozenset(roles), optional=True) if "adapters" in fields else (),
@@ -117,10 +121,14 @@ def load_preset(name: str) -> Preset:
     return preset
 
 
+def _rules(reader: Reader, fields: Mapping[str, Node], roles: frozenset[str]) -> tuple[Rule, ...]:
+    return (*reader.rules(fields.get("tensors"), roles), *reader.rest(fields.get("rest"), roles))
+
+
 def combine(spec: Spec, preset: Preset) -> Spec:
     """Returns the spec with the preset's rules, drops, adapters and target; a user's own replaces the preset's.
 
-    A rule replaces the one of the same target, an adapter the one that is taken from the same place.
+    A rule replaces the one whose target is the same names, an adapter the one that is taken from the same place.
 
     Raises
     ------
@@ -128,9 +136,8 @@ def combine(spec: Spec, preset: Preset) -> Spec:
         ``missing-source``: a source the preset cannot do without. ``unknown-source``: one nobody has a use for.
     """
     raise_all(_source_problems(spec, preset))
-    own = {rule.target.text for rule in spec.rules}
-    inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in own)
-    replaced = [rule.target.text for rule in preset.rules if rule.target.text in own]
+    replaced = {rule.target.text for rule in preset.rules if any(alike(rule.target, one.target) for one in spec.rules)}
+    inherited = (_without_absent(rule, spec) for rule in preset.rules if rule.target.text not in replaced)
     said = {(one.source.source, one.source.template.text) for one in spec.adapters}
     adapters = (
         one
@@ -145,7 +152,7 @@ def combine(spec: Spec, preset: Preset) -> Spec:
         drops=(*(drop for drop in preset.drops if drop.source in spec.sources), *spec.drops),
         variables={**preset.variables, **spec.variables},
         adapters=(*adapters, *spec.adapters),
-        notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in replaced)),
+        notes=(*spec.notes, *(f"replaces the rule `{text}` of {preset.name}" for text in sorted(replaced))),
     )
 
 
@@ -198,7 +205,8 @@ def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
         fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")
         strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
-        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip)
+        types = reader.text(fields["model_types"], "model_types").split("|") if "model_types" in fields else ()
+        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip, tuple(types))
 
 
 def _folder() -> Traversable:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,8 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import (
     ADAPTER_SETTINGS,
+    CONFIG_KEYS,
+    FILES_KEYS,
     KEYS,
     OUTPUT_KEYS,
     SOURCE_KEYS,
@@ -34,10 +36,11 @@ from shardmerge.mapping.spec import (
     Variable,
     references,
 )
-from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table
+from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, json_value
 from shardmerge.mapping.yaml_text import read_yaml
 from shardmerge.ops.contract import OpKind, Param
-from shardmerge.targets.expectation import Format, How, Vocabulary
+from shardmerge.targets.config_edits import ConfigEdits
+from shardmerge.targets.expectation import FILE_MODES, FileChoice, Format, How, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _Value = TypeVar("_Value")
@@ -87,11 +90,12 @@ def parse_spec(text: str, file: str) -> Spec:
         reader.output(fields["output"]) if "output" in fields else None,
         use,
         reader.target(fields["target"]) if "target" in fields else None,
-        reader.rules(fields["tensors"], known) if "tensors" in fields else (),
+        (*reader.rules(fields.get("tensors"), known), *reader.rest(fields.get("rest"), known)),
         reader.drops(fields["drop"], known) if "drop" in fields else (),
         reader.variables(fields["let"]) if "let" in fields else {},
         reader.adapters(fields["adapters"], known) if "adapters" in fields else (),
         reader.vocabulary(fields["vocabulary"]) if "vocabulary" in fields else None,
+        config=reader.config(fields["config"]) if "config" in fields else ConfigEdits(),
     )
     if not use and not spec.rules and not reader.problems:
         reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
@@ -187,7 +191,24 @@ class Reader:
         if "path" not in fields:
             self.add("no-path", "`output` has no path", node.mark, "add `path: out/model`")
         dtypes = (*self._kept(fields.get("keep")), *self._dtypes(fields.get("dtypes")))
-        return OutputSpec(path, dtype, size, node.mark, dtypes, self._format(fields.get("format")))
+        partial = self.flag(fields["partial"], "partial") if "partial" in fields else False
+        form, files = self._format(fields.get("format")), self._files(fields.get("files"))
+        return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files)
+
+    def _files(self, node: Node | None) -> FileChoice | None:
+        """Reads ``files:``, one word, or patterns of names to include and exclude."""
+        if node is None:
+            return None
+        if isinstance(node, Table):
+            fields = self.fields(node, FILES_KEYS)
+            lists = {key: self._list(fields.get(key), key) for key in FILES_KEYS}
+            return FileChoice("model", *(tuple(self.text(each, key) for each in lists[key]) for key in FILES_KEYS))
+        mode = next((mode for mode in FILE_MODES if mode == self.text(node, "files")), None)
+        if mode is None:
+            what = "`files` is model, all or none, or `{include: [...], exclude: [...]}`"
+            self.add("unknown-files", what, node.mark, "files: model")
+            return None
+        return FileChoice(mode)
 
     def _kept(self, node: Node | None) -> Iterator[tuple[Template, DType | None]]:
         """Reads ``keep:``: target names whose tensors keep their own type."""
@@ -203,11 +224,13 @@ class Reader:
             if template is not None and dtype is not None:
                 yield template, dtype
 
-    def _format(self, node: Node | None) -> Format:
-        text = self.text(node, "format") if node is not None else "safetensors"
+    def _format(self, node: Node | None) -> Format | None:
+        if node is None:
+            return None
+        text = self.text(node, "format")
         if text == "bin":
             return "bin"
-        if text != "safetensors" and node is not None:
+        if text != "safetensors":
             self.add("unknown-format", f"there is no format {text!r}", node.mark, "safetensors or bin")
         return "safetensors"
 
@@ -241,10 +264,15 @@ class Reader:
             self.add("no-target-name", "`target` has no name", table.mark, "add `name: hf/llava`")
         return TargetSpec(texts.pop("name", ""), texts, table.mark)
 
-    def rules(self, node: Node, known: frozenset[str] | None) -> tuple[Rule, ...]:
+    def rules(self, node: Node | None, known: frozenset[str] | None, what: str = "tensors") -> tuple[Rule, ...]:
         """Reads ``tensors:``; ``known`` are the sources a reference may name, None for any."""
-        found = (self._rule(key, value, known) for key, value in self.table(node, "`tensors`").entries)
+        entries = self.table(node, f"`{what}`").entries if node is not None else ()
+        found = (self._rule(key, value, known) for key, value in entries)
         return tuple(rule for rule in found if rule is not None)
+
+    def rest(self, node: Node | None, known: frozenset[str] | None) -> tuple[Rule, ...]:
+        """Reads ``rest:``, rules for what those of ``tensors:`` leave."""
+        return tuple(replace(rule, rest=True) for rule in self.rules(node, known, "rest"))
 
     def _rule(self, key: Scalar, node: Node, known: frozenset[str] | None) -> Rule | None:
         target = self._template(key.text, key.inside)
@@ -258,7 +286,10 @@ class Reader:
         if target.collects:
             self.add("collecting-target", f"`{key.text}` collects, which only the names of an op can", key.mark)
             return None
-        ranges = self._ranges(node)
+        ranges = self._ranges(nodes)
+        for name in set(ranges) - set(target.captures) - {one for formula in target.formulas for one in formula.names}:
+            what = f"`for` counts {{{name}}}, which `{key.text}` does not have"
+            self.add("no-effect", what, key.mark, f"write {{{name}}} into the target's name, or remove it from `for`")
         for candidate in candidates:
             self._check_captures(target, candidate, ranges)
         return Rule(target, candidates, key.mark, ranges)
@@ -294,6 +325,7 @@ class Reader:
             return None
         params = {param.name: param for param in kind.params}
         fields = self.fields(node, ("op", "of", "for", *kind.terms, *params))
+        self._idle_params(kind, fields)
         inputs = self._inputs(kind, fields, node.mark, known)
         arguments = {
             name: argument
@@ -305,6 +337,16 @@ class Reader:
                 what = f"the op `{kind.name}` needs `{param.name}`: {param.about}"
                 self.add("missing-parameter", what, node.mark, f"add `{param.name}: ...`")
         return OpTerm(kind, inputs, arguments, node.mark) if inputs is not None else None
+
+    def _idle_params(self, kind: OpKind, fields: Mapping[str, Node]) -> None:
+        """Adds a problem for each parameter that does nothing with the value of another one."""
+        for param in kind.params:
+            if param.name in fields and param.only_with is not None:
+                key, value = param.only_with
+                other = fields.get(key)
+                if not isinstance(other, Scalar) or other.text != value:
+                    what = f"`{param.name}` of `{kind.name}` is for `{key}: {value}`"
+                    self.add("no-effect", what, fields[param.name].mark, f"remove it, or say `{key}: {value}`")
 
     def _inputs(
         self, kind: OpKind, fields: Mapping[str, Node], mark: Mark, known: frozenset[str] | None
@@ -323,6 +365,9 @@ class Reader:
             return None
         if of is not None:
             nodes += of.nodes if isinstance(of, Items) else (of,)
+        for table in (node for node in nodes if isinstance(node, Table)):
+            for key in (key for key, _ in table.entries if key.text == "for"):
+                self.add("no-effect", "`for` counts at the outside of a rule only", key.mark, "move it out")
         terms = [self.term(node, known) for node in nodes]
         found = tuple(term for term in terms if term is not None)
         for reference in found if not kind.many else ():
@@ -363,16 +408,16 @@ class Reader:
             self.problems.append(error)
             return None
 
-    def _ranges(self, node: Node) -> dict[str, Formula]:
-        """Reads ``for: {r: 8}``."""
-        named = {key.text: value for key, value in node.entries} if isinstance(node, Table) else {}
-        if "for" not in named:
-            return {}
-        found = {}
-        for key, value in self.table(named["for"], "`for`").entries:
-            formula = self._formula(self.text(value, key.text), value.mark)
-            if formula is not None:
-                found[key.text] = formula
+    def _ranges(self, nodes: Sequence[Node]) -> dict[str, Formula]:
+        """Reads ``for: {r: 8}`` of a rule's candidates, which have to agree."""
+        found: dict[str, Formula] = {}
+        tables = (node for node in nodes if isinstance(node, Table))
+        for counts in (value for table in tables for key, value in table.entries if key.text == "for"):
+            for key, value in self.table(counts, "`for`").entries:
+                formula = self._formula(self.text(value, key.text), value.mark)
+                if formula is not None and found.setdefault(key.text, formula).text != formula.text:
+                    what = f"the candidates count {{{key.text}}} to {found[key.text].text} and to {formula.text}"
+                    self.add("op-value", what, value.mark, "one rule counts to one number: write the same in both")
         return found
 
     def variables(self, node: Node) -> dict[str, Variable]:
@@ -432,6 +477,7 @@ class Reader:
         hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
         if new not in hows:
             self.add("op-value", f"`new` cannot be {new!r}", fields["new"].mark, f"one of {', '.join(hows)}")
+        self._idle_numbers(fields, new, node.mark)
         return Vocabulary(
             numbers.get("rows"),
             max(numbers.get("multiple", 1), 1),
@@ -441,6 +487,33 @@ class Reader:
             self.flag(fields["trim"], "trim") if "trim" in fields else False,
             tuple(self.text(item, "tokens") for item in self._list(fields.get("tokens"), "tokens")),
             self.text(fields["pad"], "pad") if "pad" in fields else "",
+        )
+
+    def _idle_numbers(self, fields: Mapping[str, Node], new: str, mark: Mark) -> None:
+        """Adds a problem for each key of ``vocabulary`` that changes nothing beside the others."""
+        for key, how in (("row", "copy"), ("seed", "normal")):
+            if key in fields and new != how:
+                what = f"`{key}` is for `new: {how}`, and does nothing with `new: {new}`"
+                self.add("no-effect", what, fields[key].mark, f"remove `{key}`, or say `new: {how}`")
+        if "pad" in fields and "tokens" not in fields:
+            hint = "add `tokens: [...]`, or remove `pad`"
+            self.add("no-effect", "`pad` names one of `tokens`, and there are none", fields["pad"].mark, hint)
+        multiple = fields.get("multiple")
+        rounded = isinstance(multiple, Scalar) and multiple.text not in ("0", "1")
+        tokens = fields.get("tokens")
+        if not ("rows" in fields or rounded or (isinstance(tokens, Items) and tokens.nodes)):
+            what = "without `rows`, `tokens` or a `multiple` above 1 the vocabulary stays as it is"
+            self.add("no-effect", what, mark, "add one of them, or remove `vocabulary`")
+
+    def config(self, node: Node) -> ConfigEdits:
+        """Reads ``config:``, what the result's config.json says."""
+        fields = self.fields(self.table(node, "`config`"), CONFIG_KEYS)
+        values = self.table(fields["set"], "`set`").entries if "set" in fields else ()
+        return ConfigEdits(
+            self.text(fields["take"], "take") if "take" in fields else "",
+            tuple(self.text(item, "remove") for item in self._list(fields.get("remove"), "remove")),
+            {key.text: json_value(value) for key, value in values},
+            str(node.mark),
         )
 
     def _count(self, node: Node, what: str) -> int:
@@ -489,7 +562,7 @@ class Reader:
 
     def _check_captures(self, target: Template, term: Term, ranges: Mapping[str, Formula]) -> None:
         """Both sides bind the same captures: else one name would have two sources, or a capture no value."""
-        ours = set(target.captures) - set(ranges)
+        ours = set(target.captures) - (set(ranges) if isinstance(term, OpTerm) else set())
         counted = set(ranges) | {name for formula in target.formulas for name in formula.names}
         for reference in references(term):
             template = reference.template

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.packed import Packed, titles
 from shardmerge.targets.expectation import Expectation
-from shardmerge.tensors import Shape
+from shardmerge.tensors import Catalog, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,17 @@ def _swapped(cases: Sequence[Misfit]) -> tuple[Misfit, Misfit] | None:
     return None
 
 
-def packed_error(source: str, names: Sequence[str], used: set[str], mark: Mark, purpose: str) -> MappingError:
+def packed_error(
+    source: str, names: Sequence[str], packed: Mapping[str, Packed], used: set[str], mark: Mark, purpose: str
+) -> MappingError:
     """Returns the error for packed weights that shall be numbers.
 
     Parameters
     ----------
     source, names
         Whose they are.
+    packed
+        What is known of all codes of the source.
     used
         All names of the source that rules use: a line to drop the packed ones must not touch others.
     mark
@@ -67,9 +72,40 @@ def packed_error(source: str, names: Sequence[str], used: set[str], mark: Mark, 
     lines = " and ".join(f"`{line}`" for line in drop_lines(source, names, used - set(names)))
     return MappingError(
         "packed-weights",
-        f"{count(len(names), 'tensor')} of {source} packed by quantization, codes that {purpose} cannot use: "
-        f"{listed(names, 3)}",
+        f"{count(len(names), 'tensor')} of {source} packed by quantization ({titles(packed, names)}), codes that "
+        f"{purpose} cannot use: {listed(names, 3)}",
         where=str(mark),
         hint=f"let `{source}` be the 16-bit model that it was quantized from; where another source has these tensors, "
         f"add under `drop:` {lines}",
+    )
+
+
+def placeholder_error(source: str, names: Sequence[str], catalog: Catalog, *, droppable: bool = False) -> MappingError:
+    """Returns the error for tensors that are wanted and that their source lists without data.
+
+    Parameters
+    ----------
+    source, names, catalog
+        Whose they are.
+    droppable
+        Whether the mapping alone decides what is written, so that a line under `drop:` leads on.
+    """
+    lines = " and ".join(f"`{line}`" for line in drop_lines(source, names, set(catalog.names())))
+    without = f"; to go without them, add under `drop:` {lines}" if droppable else ""
+    return MappingError(
+        "placeholder",
+        f"{count(len(names), 'tensor')} of {source} without data, placeholders of a save under ZeRO-3 that did not "
+        f"gather: {listed(names, 3)}",
+        where=catalog.files[0].path if len(catalog.files) == 1 else catalog.path,
+        hint=placeholder_hint(catalog) + without,
+    )
+
+
+def placeholder_hint(catalog: Catalog) -> str:
+    """Returns where the data of placeholders are."""
+    if catalog.elsewhere:
+        return f"the data are in the ZeRO checkpoint beside it: pass {' or '.join(catalog.elsewhere[:3])} instead"
+    return (
+        "the data are in the tag directory of the same save (global_stepN, with *_optim_states.pt): pass that; or save "
+        'the model again with "stage3_gather_16bit_weights_on_model_save": true'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardmerge.mapping.spec import Rule
+from shardmerge.mapping.spec import Rule, Term
 from shardmerge.tensors import TensorEntry
 
 
@@ -20,6 +20,8 @@ class Assignment:
         The tensor, or the whole expression.
     pinned
         Whether the rule itself says the type.
+    term
+        The candidate of the rule; None where no rule was written.
     """
 
     target: str
@@ -28,6 +30,33 @@ class Assignment:
     rule: Rule
     entry: TensorEntry
     pinned: bool = False
+    term: Term | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shadowed:
+    """A source tensor that a rule would have taken for ``target``, if not another candidate or rule had made it.
+
+    ``narrower`` tells that it was a narrower rule, not an earlier candidate.
+    """
+
+    source: str
+    name: str
+    target: str
+    narrower: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A source tensor that stands in the output under several names.
+
+    ``meant`` tells that the checkpoint itself ties these names, or that a preset makes them so.
+    """
+
+    source: str
+    name: str
+    targets: tuple[str, ...]
+    meant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +65,13 @@ class Resolution:
 
     Attributes
     ----------
-    shadowed
-        (source, name, target): an earlier candidate has the tensor.
     dropped
         (source, name).
+    copies
+        What is written more than once.
     """
 
     assignments: dict[str, Assignment]
-    shadowed: tuple[tuple[str, str, str], ...]
+    shadowed: tuple[Shadowed, ...]
     dropped: tuple[tuple[str, str], ...]
+    copies: tuple[Copies, ...] = ()

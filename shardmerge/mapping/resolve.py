@@ -1,7 +1,8 @@
 """Rules against catalogs: which source tensor every target name takes. Pure, and order-free but for candidates.
 
-The target pulls: a rule's first candidate that really has a tensor wins. Nothing is left over in silence: every source
-tensor is used, shadowed by an earlier candidate, or dropped by name.
+The target pulls: a rule's first candidate that really has a tensor wins, and of two rules for a name the narrower one.
+Rules of ``rest:`` come last and take what the others left. Nothing is left over in silence: every source tensor is
+used, shadowed, or dropped by name.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from dataclasses import dataclass, field
 from math import prod
 
 from shardmerge.errors import MappingError, ShardmergeError, TargetError, raise_all
+from shardmerge.mapping.absent import unfilled
+from shardmerge.mapping.claims import Claim, Claims
+from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.near import NameIndex, count, listed
-from shardmerge.mapping.refusals import Misfit, packed_error, shape_hint
+from shardmerge.mapping.refusals import Misfit, packed_error, placeholder_error, placeholder_hint, shape_hint
 from shardmerge.mapping.resolution import Assignment, Resolution
-from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references
+from shardmerge.mapping.spec import OpTerm, Reference, Rule, Term, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.packed import packed_weights
+from shardmerge.packed import Packed, packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
@@ -30,7 +34,7 @@ _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector"
 
 def resolve(
     rules: Sequence[Rule],
-    drops: Sequence[Drop],
+    dropped: Dropped,
     catalogs: Mapping[str, Catalog],
     expectation: Expectation | None = None,
     *,
@@ -42,10 +46,12 @@ def resolve(
 
     Parameters
     ----------
-    rules, drops
+    rules
         Of the spec, presets included.
+    dropped
+        What its drops take away.
     catalogs
-        By source name.
+        By source name; what is dropped may still be in them.
     expectation
         What the target must hold; None if the mapping alone decides.
     user_file
@@ -53,30 +59,45 @@ def resolve(
     variables
         What the formulas of ops may name.
     merged
-        (source, name) of adapter tensors that are part of their bases by now.
+        (source, name) of tensors that are part of others by now: of adapters in their bases, scales in their weights.
 
     Raises
     ------
     ShardmergeError
         All problems at once: ``double-claim``, ``rule-matches-nothing``, ``drop-matches-nothing``,
         ``unmatched-source``, ``unmerged-adapter``, ``missing-component``, ``missing-tensor``, ``unexpected-target``,
-        ``shape-mismatch``, ``nothing-matched``, and of ops ``missing-operand``, ``op-shape``, ``op-value``,
-        ``unknown-value``, ``bad-formula``.
+        ``shape-mismatch``, ``nothing-matched``, ``placeholder``, and of ops ``missing-operand``, ``op-shape``,
+        ``op-value``, ``unknown-value``, ``bad-formula``.
     """
     known = variables or Variables(catalogs, _no_files)
-    work = _Work(catalogs, expectation, user_file, known, merged=frozenset(merged))
-    for drop in drops:
-        work.drop(drop)
-    for rule in rules:
+    work = _Work(dropped.left(catalogs), dropped, expectation, user_file, known, merged=frozenset(merged))
+    for rule in (one for one in rules if not one.rest):
+        work.apply(rule)
+    work.spent = frozenset(work.matched)
+    for rule in (one for one in rules if one.rest):
         work.apply(rule)
     work.finish(rules)
     raise_all(work.problems)
-    shadowed = tuple(case for case in work.shadowed if case[:2] not in work.used)
-    return Resolution(work.assignments, shadowed, tuple(sorted(work.dropped)))
+    return Resolution(
+        work.assignments,
+        work.claims.shadowed(work.assignments),
+        tuple(sorted({*dropped.lines, *work.left_out})),
+        work.claims.copies(work.assignments),
+    )
 
 
 def _no_files(extent: Extent) -> bytes:
     raise MappingError("unreadable-file", "no files can be read here", where=extent.file)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A target that an op cannot make."""
+
+    term: OpTerm
+    target: str
+    error: MappingError
+    operands: Sequence[Operand] = ()
 
 
 @dataclass(slots=True)
@@ -84,24 +105,23 @@ class _Work:
     """A resolution in the making."""
 
     catalogs: Mapping[str, Catalog]
+    gone: Dropped
     expectation: Expectation | None
     user_file: str
     variables: Variables
     merged: frozenset[tuple[str, str]] = frozenset()
+    spent: frozenset[tuple[str, str]] = frozenset()
+    claims: Claims = field(default_factory=Claims)
     assignments: dict[str, Assignment] = field(default_factory=dict)
-    shadowed: list[tuple[str, str, str]] = field(default_factory=list)
-    dropped: set[tuple[str, str]] = field(default_factory=set)
+    left_out: set[tuple[str, str]] = field(default_factory=set)
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     matched: set[tuple[str, str]] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
-    used: set[tuple[str, str]] = field(default_factory=set)
-    claimed_by: dict[str, Term] = field(default_factory=dict)
-    clashes: dict[tuple[Mark, Mark], list[tuple[Assignment, Assignment]]] = field(default_factory=dict)
-    placeholders: dict[str, str] = field(default_factory=dict)
+    placeholders: dict[str, tuple[str, str]] = field(default_factory=dict)
     idle: list[Rule] = field(default_factory=list)
     indexes: dict[str, NameIndex] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    packed: dict[str, frozenset[str]] = field(default_factory=dict)
+    packed: dict[str, dict[str, Packed]] = field(default_factory=dict)
     quantized: dict[str, tuple[Mark, dict[str, None]]] = field(default_factory=dict)
     _finder: Finder | None = None
 
@@ -114,31 +134,21 @@ class _Work:
         found = self.indexes[source].near(word)
         return "near names: " + ", ".join(f"{source}:{name}" for name in found) if found else ""
 
-    def drop(self, drop: Drop) -> None:
-        """Sets aside what a drop matches; one of the user's own must match something."""
-        catalog = self.catalogs.get(drop.source)
-        if catalog is None:
-            return
-        names = [name for name in catalog.names() if drop.template.match(name) is not None]
-        self.dropped.update((drop.source, name) for name in names)
-        if not names and not drop.optional:
-            what = f"the drop `{drop.source}:{drop.template}` matches no tensor"
-            hint = self.near(drop.source, drop.template.text) or "remove the line"
-            self.problems.append(MappingError("drop-matches-nothing", what, where=str(drop.mark), hint=hint))
-
     def apply(self, rule: Rule) -> None:
         """The first candidate that has a tensor wins, the later ones are shadowed by it."""
         found = False
-        failures: list[tuple[OpTerm, str, MappingError]] = []
+        failures: list[_Failure] = []
         for candidate in rule.candidates:
             if isinstance(candidate, Reference):
                 found |= self._take(rule, candidate)
             else:
                 found |= self._make(rule, candidate, failures)
         # An op that lacks a tensor is passed over where a later candidate makes the target.
-        left = [case for case in failures if case[2].code != "missing-operand" or case[1] not in self.assignments]
-        self.failed.update(target for _, target, _ in left)
-        self.problems += _failed(rule, left, self.near)
+        left = [one for one in failures if one.error.code != "missing-operand" or not self.claims.by(rule, one.target)]
+        for one in left:  # what the op would have used is not left over besides
+            self.failed.add(one.target)
+            self.matched.update((operand.source, operand.name) for operand in one.operands)
+        self.problems += _failed(rule, left, self.near, self.catalogs)
         if not found:
             self.idle.append(rule)
 
@@ -153,13 +163,15 @@ class _Work:
             if bindings is None or (check and not rule.target.fits(bindings)):
                 continue
             found = True
+            if rule.rest and (reference.source, name) in self.spent:
+                continue
             if self.expectation is not None and not self.expectation.open:
                 self._note_packed(rule, [Operand(reference.source, name)])
             entry = of_source(self.catalogs[reference.source][name], reference.source)
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
 
-    def _make(self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]) -> bool:
+    def _make(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> bool:
         """Claims a target for every combination of captures that the op finds its first tensors for."""
         found = False
         for bindings in self._bindings(rule, term, failures):
@@ -168,14 +180,13 @@ class _Work:
             found = True
             target = self._target(rule, bindings)
             operands = [one for reference in references(term) for one in self.finder.operands(reference, bindings)]
-            if self._note_packed(rule, operands):
+            codes = [one for reference in dequantized_by(term) for one in self.finder.operands(reference, bindings)]
+            if self._note_packed(rule, [one for one in operands if one not in codes]):
                 continue
             try:
                 entry = self.finder.build(term, bindings, target)
             except MappingError as error:
-                failures.append((term, target, error))
-                if error.code != "missing-operand":
-                    self.matched.update((one.source, one.name) for one in operands)
+                failures.append(_Failure(term, target, error, operands))
                 continue
             self._claim(rule, term, target, operands, entry)
         return found or bool(failures)
@@ -188,25 +199,23 @@ class _Work:
             self.matched.add((one.source, one.name))
         return bool(found)
 
-    def _packed(self, source: str) -> frozenset[str]:
+    def _packed(self, source: str) -> dict[str, Packed]:
         if source not in self.packed:
-            self.packed[source] = frozenset(packed_weights(self.catalogs[source]))
+            self.packed[source] = packed_weights(self.catalogs[source])
         return self.packed[source]
 
-    def _bindings(
-        self, rule: Rule, term: OpTerm, failures: list[tuple[OpTerm, str, MappingError]]
-    ) -> Iterator[Bindings]:
+    def _bindings(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> Iterator[Bindings]:
         try:
-            yield from self.finder.bindings(rule, term)
+            yield from self.finder.bindings(rule, term, self.spent if rule.rest else frozenset())
         except MappingError as error:
-            failures.append((term, str(rule.target), error))
+            failures.append(_Failure(term, str(rule.target), error))
 
     @property
     def finder(self) -> Finder:
-        """Looks operands up; made when all drops are known."""
+        """Looks operands up."""
         if self._finder is None:
             names = {source: self._names(source) for source in self.catalogs}
-            self._finder = Finder(self.catalogs, defaultdict(tuple, names), self.variables)
+            self._finder = Finder(self.catalogs, defaultdict(tuple, names), self.variables, self.gone)
         return self._finder
 
     def _target(self, rule: Rule, bindings: Bindings) -> str:
@@ -218,32 +227,22 @@ class _Work:
         return rule.target.format(bindings, known)
 
     def _names(self, source: str) -> Sequence[str]:
-        """Returns the names of a source that are not dropped; asked for once all drops are known."""
+        """Returns the names of a source that rules may take: neither dropped nor merged into a base."""
         if source not in self.names:
             catalog = self.catalogs.get(source)
             every = catalog.names() if catalog else ()
-            gone = self.dropped | self.merged
-            self.names[source] = [name for name in every if (source, name) not in gone]
+            self.names[source] = [name for name in every if (source, name) not in self.merged]
         return self.names[source]
 
     def _claim(self, rule: Rule, term: Term, target: str, operands: list[Operand], entry: TensorEntry) -> None:
         first = operands[0] if operands else Operand("", "")
-        pairs = [(one.source, one.name) for one in operands]
+        pairs = tuple((one.source, one.name) for one in operands)
         self.matched.update(pairs)
-        before = self.assignments.get(target)
+        if self._is_placeholder(entry, target) and not self.claims.by(rule, target):
+            self.placeholders[target] = first.source, first.name
+            return
         pinned = isinstance(term, OpTerm) and term.kind.name == "cast"
-        claim = Assignment(target, first.source, first.name, rule, entry, pinned)
-        if before is None:
-            if self._is_placeholder(entry, target):
-                self.placeholders[target] = f"{first.source}:{first.name}"
-                return
-            self.assignments[target] = claim
-            self.claimed_by[target] = term
-            self.used.update(pairs)
-        elif before.rule is rule and self.claimed_by[target] is not term:
-            self.shadowed += [(one.source, one.name, target) for one in operands]
-        else:  # another rule's target, or two names that one candidate makes into one
-            self.clashes.setdefault((before.rule.mark, rule.mark), []).append((before, claim))
+        self.claims.add(Claim(Assignment(target, first.source, first.name, rule, entry, pinned, term), pairs))
 
     def _is_placeholder(self, entry: TensorEntry, target: str) -> bool:
         """A tensor without elements does not count where the target wants some."""
@@ -252,7 +251,9 @@ class _Work:
 
     def finish(self, rules: Sequence[Rule]) -> None:
         """Checks what is left over on either side."""
-        self.problems += map(_double_claim, self.clashes.values())
+        self.assignments, clashes = self.claims.settled()
+        self.problems += map(_double_claim, clashes)
+        self.problems += self._idle_drops()
         adapters = self._adapters()
         if adapters:
             self.problems += [
@@ -262,16 +263,17 @@ class _Work:
         if self.quantized:
             purpose = "an op" if self.expectation is None or self.expectation.open else "the target"
             self.problems += [
-                packed_error(source, list(names), self._used(source), mark, purpose)
+                packed_error(source, list(names), self._packed(source), self._used(source), mark, purpose)
                 for source, (mark, names) in self.quantized.items()
             ]
             return  # their shapes, and the scales beside them, would only be more of the same
         missing: list[str] = []
+        self.problems += self._unfilled(rules)
         if self.expectation is not None:
             self._drop_tied(self.expectation)
             self._leave_out(self.expectation)
             made = self.failed.union(self.assignments)
-            missing = [name for name in self.expectation.tensors if name not in made]
+            missing = [name for name in self.expectation.tensors if name not in made and not self._unwanted(name)]
             self.problems += self._missing(self.expectation, missing, rules)
             self.problems += self._unexpected(self.expectation)
             self.problems += self._misshapen(self.expectation)
@@ -282,6 +284,21 @@ class _Work:
             self.problems.append(
                 MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
             )
+
+    def _unfilled(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
+        """Placeholders that no other source stands in for. What a closed target lacks is reported with its names."""
+        lacking: dict[str, list[str]] = defaultdict(list)
+        wanted = self.expectation.tensors if self.expectation and not self.expectation.open else None
+        made_by = {target: one.term for target, one in self.assignments.items()}
+        for case in unfilled(rules, self.catalogs, made_by):
+            if case.target in self.failed or (wanted is not None and case.target not in wanted):
+                continue
+            self.placeholders.setdefault(case.target, (case.source, case.name))
+            if wanted is None or case.target in self.assignments:
+                lacking[case.source].append(case.name)
+        for source, names in lacking.items():
+            once, droppable = list(dict.fromkeys(names)), self.expectation is None
+            yield placeholder_error(source, once, self.catalogs[source], droppable=droppable)
 
     def _adapters(self) -> dict[str, list[str]]:
         """Returns the adapter tensors by source: those no rule uses, and those the target has no place for."""
@@ -297,21 +314,25 @@ class _Work:
 
     def _left_over(self) -> list[tuple[str, str]]:
         everything = ((source, name) for source, catalog in self.catalogs.items() for name in catalog.names())
-        settled = self.matched | self.dropped | self.merged
+        settled = self.matched | self.merged
         return [pair for pair in everything if pair not in settled]
 
     def _drop_tied(self, expectation: Expectation) -> None:
         for target in expectation.tied:
             assignment = self.assignments.pop(target, None)
             if assignment is not None and assignment.source:
-                self.dropped.add((assignment.source, assignment.name))
+                self.left_out.add((assignment.source, assignment.name))
 
     def _leave_out(self, expectation: Expectation) -> None:
         """Takes back what rules made and this directory has no place for, by the target's own word."""
+        for source, names in expectation.ignored.items():
+            ignored = {(source, name) for name in names} - self.matched
+            self.left_out |= ignored
+            self.matched |= ignored
         for prefix in expectation.left_out:
             for target in [name for name in self.assignments if name.startswith(prefix)]:
                 assignment = self.assignments.pop(target)
-                self.dropped.add((assignment.source, assignment.name))
+                self.left_out.add((assignment.source, assignment.name))
 
     def _missing(
         self, expectation: Expectation, left: Sequence[str], rules: Sequence[Rule]
@@ -326,14 +347,17 @@ class _Work:
             looked_for = _looked_for(left[0], rules)
             words = [*looked_for, *((source, _leaf(left[0])) for source in self.catalogs)]
             hints = (hint for source, word in words if (hint := self.near(source, word)))
-            empty = [self.placeholders[name] for name in left if name in self.placeholders]
+            empty = {self.placeholders[name]: None for name in left if name in self.placeholders}
+            hollow = next((placeholder_hint(self.catalogs[source]) for source, _ in empty), "")
+            said = next((said for source, name in looked_for if (said := self.gone.said(source, name))), "")
+            taken_away = "the target cannot do without them: take that line out of `drop`" if said else ""
             yield TargetError(
                 "missing-tensor",
                 f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
                 where=self.user_file,
-                found=f"placeholders without data: {listed(empty)}" if empty else "",
+                found=f"placeholders without data: {listed([':'.join(one) for one in empty])}" if empty else said,
                 expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
-                hint=next(hints, "add a source that has them, or a rule that names them"),
+                hint=hollow or taken_away or next(hints, "add a source that has them, or a rule that names them"),
             )
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
@@ -373,6 +397,17 @@ class _Work:
                 hint=shape_hint(misfits, expectation, source),
             )
 
+    def _unwanted(self, target: str) -> bool:
+        """Tells whether a target of an open directory, known only since a source has it, is dropped from there."""
+        opened = self.expectation is not None and self.expectation.open
+        return opened and any((source, target) in self.gone.lines for source in self.catalogs)
+
+    def _idle_drops(self) -> Iterator[ShardmergeError]:
+        for drop in self.gone.idle:
+            what = f"the drop `{drop.source}:{drop.template}` matches no tensor"
+            hint = self.near(drop.source, drop.template.text) or "remove the line"
+            yield MappingError("drop-matches-nothing", what, where=str(drop.mark), hint=hint)
+
     def _idle_rules(self, missing: Sequence[str]) -> Iterator[ShardmergeError]:
         for rule in self.idle:
             if any(rule.target.match(name) is not None for name in missing):
@@ -380,6 +415,10 @@ class _Work:
             named = [reference for candidate in rule.candidates for reference in references(candidate)]
             if rule.optional or not named or all(reference.source not in self.catalogs for reference in named):
                 continue  # a preset's, or the user said that these sources may be absent
+            if rule.rest and any(
+                r.source == source and r.template.match(name) for r in named for source, name in self.spent
+            ):
+                continue  # nothing was left for it, and that is what `rest` is for
             yield MappingError(
                 "rule-matches-nothing",
                 f"no source tensor matches the rule for `{rule.target}`",
@@ -394,9 +433,14 @@ class _Work:
             mine = sorted(name for source, name in self.merged if source == one.source)
             gone = next((name for name in mine if one.template.match(name) is not None), "")
             if gone:
-                return (
-                    f"`adapters:` merges {one.source}:{gone} into its base: remove this rule, or take the base's tensor"
-                )
+                if gone in self.catalogs[one.source]:
+                    text = f"`adapters:` merges {one.source}:{gone} into its base"
+                    return f"{text}: remove this rule, or take the base's tensor"
+                return f"{one.source}:{gone} is part of the dequantized weight by now: remove this rule"
+            lines = (pair for pair in self.gone.lines if pair[0] == one.source)
+            lost = next((pair for pair in lines if one.template.match(pair[1]) is not None), None)
+            if lost is not None:
+                return f"{one.source}:{lost[1]} is {self.gone.said(*lost)}: remove this rule, or that line"
         return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
@@ -434,9 +478,16 @@ def _double_claim(cases: list[tuple[Assignment, Assignment]]) -> MappingError:
 def _clash_hint(before: Rule, after: Rule) -> str:
     if before is after:
         return "let each value of the captures make a name of its own"
-    if before.optional and not after.optional:  # a preset's, and one that was probably meant to replace it
-        return f"to replace the preset's rule, write its target to the letter: `{before.target}`"
-    return "make it one rule with an ordered list of candidates, or narrow one of the two"
+    later = "takes only what the others leave"
+    if before.optional != after.optional:  # a preset's, and one that was probably meant to replace it
+        preset, own = (before, after) if before.optional else (after, before)
+        return (
+            f"to replace the preset's rule, write its target to the letter: `{preset.target}`; "
+            f"or move `{own.target}` under `rest:`, where it {later}"
+        )
+    if before.rest:
+        return "neither is narrower than the other: move one of the two to `tensors:`, which go before `rest:`"
+    return f"neither is narrower than the other: move one of the two under `rest:`, where it {later}"
 
 
 def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[Assignment]) -> str:
@@ -449,20 +500,23 @@ def _unwanted_hint(lines: list[str], cases: list[Assignment], every: Iterable[As
 
 
 def _failed(
-    rule: Rule, failures: list[tuple[OpTerm, str, MappingError]], near: Callable[[str, str], str]
+    rule: Rule, failures: list[_Failure], near: Callable[[str, str], str], catalogs: Mapping[str, Catalog]
 ) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
-    groups: dict[str, list[tuple[OpTerm, str, MappingError]]] = defaultdict(list)
+    groups: dict[str, list[_Failure]] = defaultdict(list)
     for case in failures:
-        groups[case[2].code].append(case)
+        groups[case.error.code].append(case)
     for code, cases in groups.items():
-        term, _, first = cases[0]
+        first = cases[0].error
         source, _, name = first.what.removesuffix(" is not there").partition(":")
+        if code == "missing-operand" and source in catalogs and name in catalogs[source].absent:
+            yield placeholder_error(source, [name], catalogs[source])
+            continue
         alike = near(source, name) if code == "missing-operand" else ""
         yield MappingError(
             code,
-            f"{listed(list(dict.fromkeys(name for _, name, _ in cases)))}: {first.what}",
-            where=first.where or str(term.mark),
+            f"{listed(list(dict.fromkeys(case.target for case in cases)))}: {first.what}",
+            where=first.where or str(cases[0].term.mark),
             found=first.found,
             expected=first.expected,
             hint=first.hint or alike or f"the rule is `{rule.target}` at {rule.mark}",

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
-from shardmerge.targets.expectation import Target
+from shardmerge.targets.expectation import FILE_MODES, Target
 from shardmerge.targets.registry import TARGETS
 
 Schema: TypeAlias = "dict[str, object]"
@@ -39,14 +39,19 @@ def mapping_schema() -> Schema:
         "use": {"enum": list(preset_files.list_presets()), "description": "A preset: rules, drops and a target."},
         **_shared(),
         "vocabulary": _VOCABULARY,
+        "config": _CONFIG,
     }
-    required = {"required": ["shardmerge", "sources"], "anyOf": [{"required": ["use"]}, {"required": ["tensors"]}]}
+    required = {
+        "required": ["shardmerge", "sources"],
+        "anyOf": [{"required": [key]} for key in ("use", "tensors", "rest")],
+    }
     return _document("shardmerge mapping", _object(spec.KEYS, properties) | required)
 
 
 def preset_schema() -> Schema:
     """Returns the schema of a preset's file."""
-    role = _object(preset_files.ROLE_KEYS, {"about": _TEXT, "required": _FLAG, "strip": _TEXT}, "about", "required")
+    role_keys: dict[str, Schema] = {"about": _TEXT, "required": _FLAG, "strip": _TEXT, "model_types": _TEXT}
+    role = _object(preset_files.ROLE_KEYS, role_keys, "about", "required")
     properties: dict[str, Schema] = {
         "preset": _VERSION,
         "title": _TEXT,
@@ -54,7 +59,7 @@ def preset_schema() -> Schema:
         "sources": _names_to(_NAME, role, "The sources it works with."),
         **_shared(),
     }
-    needed = ("preset", "title", "description", "sources", "tensors")
+    needed = ("preset", "title", "description", "sources")
     return _document("shardmerge preset", _object(preset_files.KEYS, properties, *needed))
 
 
@@ -72,6 +77,11 @@ def _shared() -> dict[str, Schema]:
         "tensors": {
             "type": "object",
             "description": "Rules: each target name and what it is made of; of several candidates the first there is.",
+            "additionalProperties": _either(_ref("term"), candidates),
+        },
+        "rest": {
+            "type": "object",
+            "description": "Rules for what no rule of `tensors` uses, for names that none of them makes.",
             "additionalProperties": _either(_ref("term"), candidates),
         },
         "drop": {"type": "array", "items": _REFERENCE, "description": "Source tensors that are not wanted."},
@@ -181,6 +191,13 @@ _SOURCE = _object(
     },
     "path",
 )
+_FILES = _object(
+    spec.FILES_KEYS,
+    {
+        "include": {"type": "array", "items": _TEXT, "description": "Patterns of names that go along, too."},
+        "exclude": {"type": "array", "items": _TEXT, "description": "Patterns of names that stay behind."},
+    },
+)
 _OUTPUT = _object(
     spec.OUTPUT_KEYS,
     {
@@ -194,6 +211,8 @@ _OUTPUT = _object(
             "description": "Another type for some target names.",
         },
         "keep": {"type": "array", "items": _TEXT, "description": "Target names that keep their own type."},
+        "partial": _about(_FLAG, "Whether only a part of the model that config.json describes is wanted."),
+        "files": _about(_either({"enum": list(FILE_MODES)}, _FILES), "Which small files beside the weights go along."),
     },
     "path",
 )
@@ -211,6 +230,17 @@ _ADAPTER = _object(
     },
     "from",
     "onto",
+)
+_CONFIG = _about(
+    _object(
+        spec.CONFIG_KEYS,
+        {
+            "take": _about(_TEXT, "The nested config that becomes the whole: text_config."),
+            "remove": {"type": "array", "items": _TEXT, "description": "Keys, with dots into nested ones."},
+            "set": {"type": "object", "description": "Values by key, with dots into nested ones."},
+        },
+    ),
+    "What the config.json of the result says.",
 )
 _VOCABULARY = _object(
     spec.VOCABULARY_KEYS,

@@ -11,7 +11,8 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
-from shardmerge.targets.expectation import Format, Vocabulary
+from shardmerge.targets.config_edits import ConfigEdits
+from shardmerge.targets.expectation import FileChoice, Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
 
@@ -56,6 +57,10 @@ class OutputSpec:
         Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
     format
         ``safetensors`` or ``bin``.
+    partial
+        Whether only a part of the model that config.json describes is wanted.
+    files
+        Which side files go along.
     """
 
     path: str
@@ -63,7 +68,9 @@ class OutputSpec:
     shard_size: int | None
     mark: Mark
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
-    format: Format = "safetensors"
+    format: Format | None = None
+    partial: bool = False
+    files: FileChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,15 @@ def references(term: Term) -> Iterator[Reference]:
         yield from references(one)
 
 
+def dequantized_by(term: Term) -> Iterator[Reference]:
+    """Yields the references that an op ``dequantize`` of a term reads: codes are what it is for."""
+    if isinstance(term, OpTerm):
+        for one in term.inputs:
+            if isinstance(one, Reference) and term.kind.name == "dequantize":
+                yield one
+            yield from dequantized_by(one)
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A target template and its candidates, the first that has the tensor winning.
@@ -124,6 +140,9 @@ class Rule:
         Captures of the target that count from 0 to a number (``for:``).
     optional
         Whether it may match nothing: rules of a preset, which serves several variants of a layout.
+    rest
+        Whether it stands under ``rest:``: it takes source tensors that no rule of ``tensors:`` uses, for targets that
+        none of them makes.
     """
 
     target: Template
@@ -131,6 +150,7 @@ class Rule:
     mark: Mark
     ranges: Mapping[str, Formula] = field(default_factory=dict)
     optional: bool = False
+    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +216,18 @@ class Spec:
     adapters: tuple[AdapterSpec, ...] = ()
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
+    config: ConfigEdits = field(default_factory=ConfigEdits)
 
 
 # What a mapping.yaml may say.
 KEYS = (
-    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "tensors", "drop",
+    "shardmerge", "sources", "output", "use", "target", "let", "adapters", "vocabulary", "config", "tensors", "rest",
+    "drop",
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files")
+FILES_KEYS = ("include", "exclude")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
+CONFIG_KEYS = ("take", "remove", "set")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
 from shardmerge.mapping.arithmetic import Formula
+from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.variables import Variables
 from shardmerge.ops.contract import Param, Value
@@ -18,8 +20,10 @@ from shardmerge.tensors import Catalog, TensorEntry, of_source
 
 Bindings = Mapping[str, str]
 
-# `for: {r: N}` counts ranks, experts, layers.
+# `for: {r: N}` counts ranks, experts, layers; a rule makes no more targets by it than the largest models have tensors:
+# each takes some 500 bytes and 15 us to plan.
 _MOST_COUNTED = 1 << 16
+_MOST_TARGETS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +41,35 @@ class Finder:
     catalogs: Mapping[str, Catalog]
     names: Mapping[str, Sequence[str]]
     variables: Variables
+    gone: Dropped
     _groups: dict[int, dict[tuple[tuple[str, str], ...], list[tuple[str, str]]]] = field(default_factory=dict)
 
-    def bindings(self, rule: Rule, term: OpTerm) -> Iterator[Bindings]:
-        """Yields what the captures of the target can be, each combination once, in the order of the names."""
+    def bindings(
+        self, rule: Rule, term: OpTerm, spent: Collection[tuple[str, str]] = frozenset()
+    ) -> Iterator[Bindings]:
+        """Yields what the captures of the target can be, each combination once, in the order of the names.
+
+        ``spent`` are tensors that do not count, for a rule of ``rest:``: others have taken them.
+
+        Raises
+        ------
+        MappingError
+            ``op-value``: ``for`` counts to what is no number, or too far. ``too-many-targets``.
+        """
         counted = [dict(zip(rule.ranges, values, strict=True)) for values in self._counted(rule)]
         wanted = set(rule.target.captures) - set(rule.ranges)
         wanted |= {n for formula in rule.target.formulas for n in formula.names if self.variables.get(n) is None}
         wanted -= set(rule.ranges)
         seen: set[tuple[tuple[str, str], ...]] = set()
-        for found in self._driven(term, wanted):
+        for found in self._driven(term, wanted, spent):
             key = tuple(sorted(found.items()))
             if key not in seen:
                 seen.add(key)
+                if rule.ranges:
+                    _within_budget(rule, len(seen) * len(counted))
                 yield from ({**found, **more} for more in counted)
 
-    def _driven(self, term: OpTerm, wanted: set[str]) -> Iterator[dict[str, str]]:
+    def _driven(self, term: OpTerm, wanted: set[str], spent: Collection[tuple[str, str]]) -> Iterator[dict[str, str]]:
         """Yields bindings from the first reference that has all captures."""
         if not wanted and not any(r.template.captures for r in references(term)):
             yield {}
@@ -62,12 +79,13 @@ class Finder:
             return
         for name in self.names[driver.source]:
             found = driver.template.match(name)
-            if found is not None:
+            if found is not None and (driver.source, name) not in spent:
                 found.pop(driver.template.collected, None)
                 yield found
 
     def _counted(self, rule: Rule) -> Iterator[tuple[str, ...]]:
         counts = [self._count(formula, rule) for formula in rule.ranges.values()]
+        _within_budget(rule, prod(counts))
         combinations: list[tuple[str, ...]] = [()]
         for count in counts:
             combinations = [(*before, str(i)) for before in combinations for i in range(count)]
@@ -134,8 +152,22 @@ class Finder:
         found = self.operands(reference, bindings)
         if not found:
             shown = f"{reference.source}:{_shown(reference, bindings)}"
-            raise MappingError("missing-operand", f"{shown} is not there", where=str(reference.mark))
+            said = self._said(reference, bindings)
+            hint = "take that line out of `drop`, or add a candidate for where the tensor is dropped" if said else ""
+            what = f"{shown} is {said or 'not there'}"
+            raise MappingError("missing-operand", what, where=str(reference.mark), hint=hint)
         return [self.leaf(operand) for operand in found]
+
+    def _said(self, reference: Reference, bindings: Bindings) -> str:
+        """Returns which line dropped the tensors that a reference means, ``""`` if they were never there."""
+        if not reference.template.collects:
+            return self.gone.said(reference.source, reference.template.format(bindings))
+        return next((self.gone.said(*pair) for pair in self.gone.lines if self._means(reference, bindings, pair)), "")
+
+    @staticmethod
+    def _means(reference: Reference, bindings: Bindings, pair: tuple[str, str]) -> bool:
+        found = reference.template.match(pair[1]) if pair[0] == reference.source else None
+        return found is not None and all(found[name] == bindings[name] for name in found if name in bindings)
 
     def _values(self, term: OpTerm, bindings: Bindings, target: str) -> dict[str, Value]:
         """Returns the op's parameters as numbers and texts; the salt makes random draws of two targets differ."""
@@ -158,6 +190,17 @@ class Finder:
             whole = tuple(_whole(number, param, argument) for number in numbers)
             return whole if param.kind == "ints" else whole[0]
         return tuple(float(number) for number in numbers) if param.kind == "numbers" else numbers[0]
+
+
+def _within_budget(rule: Rule, targets: int) -> None:
+    if targets > _MOST_TARGETS:
+        raise MappingError(
+            "too-many-targets",
+            f"the rule for `{rule.target}` makes {targets:,} tensors or more",
+            where=str(rule.mark),
+            expected=f"at most {_MOST_TARGETS:,}",
+            hint="count fewer under `for`",
+        )
 
 
 def _whole(number: float, param: Param, argument: Argument) -> int:

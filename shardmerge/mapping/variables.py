@@ -27,7 +27,7 @@ _FILES = {
     "adapter": "adapter_config.json",
     "model_config": "model_config.yaml",
 }
-_ROOMS = (*_FILES, "facts", "cfg")
+ROOMS = (*_FILES, "facts", "cfg")
 
 _Plain = int | float | str | bool
 
@@ -86,7 +86,7 @@ class Variables:
         head, _, rest = name.partition(".")
         if head in self.catalogs and rest:
             return self._looked_up(head, rest)
-        if head in _ROOMS:
+        if head in ROOMS:
             return next(
                 (value for source in self.catalogs if (value := self._looked_up(source, name)) is not None), None
             )
@@ -142,7 +142,7 @@ class Variables:
 
 def unused_variables(spec: Spec, names: Collection[str]) -> Iterator[MappingError]:
     """Yields an error for each of some variables that no formula of a mapping names: most likely a misspelt one."""
-    named = set(_formula_names(spec))
+    named = set(formula_names(spec))
     for name in names:
         if name not in named:
             yield MappingError(
@@ -162,7 +162,8 @@ def _unused_hint(name: str, named: set[str], others: set[str]) -> str:
     return f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "remove it"
 
 
-def _formula_names(spec: Spec) -> Iterator[str]:
+def formula_names(spec: Spec) -> Iterator[str]:
+    """Yields every name that a formula of a mapping asks for."""
     for variable in spec.variables.values():
         yield from variable.formula.names
     for rule in spec.rules:

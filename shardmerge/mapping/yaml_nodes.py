@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -73,3 +74,24 @@ class Table:
 
 
 Node: TypeAlias = "Scalar | Items | Table"
+
+
+def json_value(node: Node) -> object:
+    """Returns a node as JSON has it: bare ``true``, ``null`` and numbers as such, all other text as text."""
+    if isinstance(node, Table):
+        return {key.text: json_value(value) for key, value in node.entries}
+    if isinstance(node, Items):
+        return [json_value(item) for item in node.nodes]
+    if node.quoted:
+        return node.text
+    if node.empty:
+        return None
+    try:
+        value = json.loads(node.text, parse_constant=_no_number)
+    except ValueError:
+        return node.text
+    return value if isinstance(value, bool | int | float) else node.text
+
+
+def _no_number(text: str) -> object:
+    raise ValueError(text)

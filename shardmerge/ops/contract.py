@@ -120,6 +120,11 @@ class Arithmetic(Op):
 
     like: ClassVar[int] = 0
 
+    @property
+    def own(self) -> DType | None:
+        """The type the result keeps where nobody asks for another, where no input has it; None for that of ``like``."""
+        return None
+
     def unit(self, inputs: Sequence[Meta]) -> int:
         """Returns how many elements are made together; ranges begin at its multiples.
 
@@ -191,6 +196,8 @@ class Param:
         None where the parameter must be given, or where ``optional`` says that it may be absent.
     choices
         What a ``text`` may be; empty for anything.
+    only_with
+        Another parameter and the value that it must have for this one to do anything.
     """
 
     name: str
@@ -199,6 +206,7 @@ class Param:
     default: Value | None = None
     optional: bool = False
     choices: tuple[str, ...] = ()
+    only_with: tuple[str, str] | None = None
 
 
 Texts: TypeAlias = Mapping[str, str]

@@ -175,10 +175,10 @@ class Dora(Arithmetic):
         a = _matrix(state)
         base, result = _as_rows(tiles[-1], a.shape[1]), _as_rows(out, a.shape[1])
         with np.errstate(all="ignore"):
-            norms = self._fill(a, tiles[1], base, result)
+            norms = self.fill(a, tiles[1], base, result)
             return _scale_rows(tiles[2].astype(np.float64) / norms, result, base)
 
-    def _fill(self, a: Array, b: Array, base: Array, result: Array) -> Array:
+    def fill(self, a: Array, b: Array, base: Array, result: Array) -> Array:
         """Fills ``result`` with ``W``; returns the norm of each row, summed in float64 before the rounding."""
         squares = np.zeros(len(base))
         for rows, columns, product, total in self._lora.blocks(a, b, base):
@@ -186,6 +186,67 @@ class Dora(Arithmetic):
             np.copyto(result[rows, columns], total, casting="unsafe")
             squares[rows] += np.square(total, out=total).sum(axis=1)
         return np.sqrt(squares, out=squares)
+
+
+@dataclass(frozen=True, slots=True)
+class DoraOnto(Arithmetic):
+    """DoRA onto a weight that other adapters have changed: ``magnitude * (base + D) / ||untouched + D||`` by rows.
+
+    ``D`` is ``scale * B @ A``. The norm is that of the weight that the adapter was trained on, as in peft 0.21
+    (``DoraLinearVariant.merge_unsafe``; huggingface/peft#3608), where all adapters are active on one model.
+
+    Inputs: A ``[r, in]``, B ``[out, r]``, magnitude ``[out]``, untouched ``[out, in]``, base ``[out, in]``.
+    """
+
+    like: ClassVar[int] = -1
+
+    scale: float
+
+    @property
+    def label(self) -> str:
+        """``dora x 0.5 onto changed rows``."""
+        return f"dora x {self.scale:g} onto changed rows"
+
+    @property
+    def _dora(self) -> Dora:
+        return Dora(self.scale)
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns the base's shape."""
+        a, b, magnitude, untouched, base = inputs
+        self._dora.infer((a, b, magnitude, untouched))
+        self._dora.infer((a, b, magnitude, base))
+        return Meta(result_dtype(inputs), base.shape)
+
+    def unit(self, inputs: Sequence[Meta]) -> int:
+        """A block of whole rows."""
+        return self._dora.unit(inputs)
+
+    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """The rows of all but A."""
+        *others, base = self._dora.ranges(inputs, start, count)
+        return (*others, base, base)
+
+    def state_peak(self, inputs: Sequence[Meta]) -> int:
+        """That of A."""
+        return self._dora.state_peak(inputs)
+
+    def prepare(self, inputs: Sequence[Stream]) -> State:
+        """Returns A."""
+        return self._dora.prepare(inputs)
+
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """That of DoRA: the norms come first, and their buffers are gone before the sum is made."""
+        return self._dora.peak(inputs, count)
+
+    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
+        """Fills whole rows: the norms over the untouched weight, then the sum, then each row times its factor."""
+        a = _matrix(state)
+        untouched, base, result = (_as_rows(one, a.shape[1]) for one in (*tiles[-2:], out))
+        with np.errstate(all="ignore"):
+            norms = self._dora.fill(a, tiles[1], untouched, result)
+            self._dora.fill(a, tiles[1], base, result)
+            return _scale_rows(tiles[2].astype(np.float64) / norms, result, base)
 
 
 def _scale_rows(factors: Array, result: Array, base: Array) -> int:

@@ -6,6 +6,7 @@ arrays. Sizes are in elements, axes may be negative, as in torch.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,9 +131,18 @@ class _InOrder(Move):
 
 @dataclass(frozen=True, slots=True)
 class Reshape(_InOrder):
-    """Another shape for the same elements; one size may be -1."""
+    """Another shape for the same elements; one size may be -1.
+
+    Attributes
+    ----------
+    shape
+        The new one.
+    was
+        What the old one must be, one size -1 for any; None for whatever it is.
+    """
 
     shape: Shape
+    was: Shape | None = None
 
     @property
     def label(self) -> str:
@@ -142,6 +152,8 @@ class Reshape(_InOrder):
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the shape, -1 filled in."""
         (one,) = inputs
+        if self.was is not None and not _is_shape(one.shape, self.was):
+            raise odd_shape(f"{self.label}: `was` is not the tensor's shape", list(one.shape), str(list(self.was)))
         known, numel = prod(size for size in self.shape if size != -1), prod(one.shape)
         fits = numel == known if -1 not in self.shape else known > 0 and numel % known == 0
         if not fits or self.shape.count(-1) > 1 or min(self.shape, default=0) < -1:
@@ -151,6 +163,11 @@ class Reshape(_InOrder):
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
         return inputs[0].reshape(self.shape)
+
+
+def _is_shape(shape: Shape, said: Shape) -> bool:
+    pairs = zip(shape, said, strict=False)
+    return len(shape) == len(said) and said.count(-1) <= 1 and all(want in (-1, size) for size, want in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +337,13 @@ class Concat(Move):
         The axis.
     sizes
         What they must measure along it; empty for whatever they do.
+    chunks
+        How many of equal size there must be; 0 for any.
     """
 
     dim: int = 0
     sizes: tuple[int, ...] = ()
+    chunks: int = 0
 
     @property
     def label(self) -> str:
@@ -343,6 +363,9 @@ class Concat(Move):
         found = tuple(other.shape[axis] for other in inputs)
         if self.sizes and found != self.sizes:
             raise odd_shape(f"{self.label}: the sizes are not those given", list(found), str(list(self.sizes)))
+        if self.chunks and (len(found) != self.chunks or len(set(found)) > 1):
+            wanted = f"{self.chunks} of equal size, as `chunks` says"
+            raise odd_shape(f"{self.label}: the tensors are not those chunks", list(found), wanted)
         return Meta(first.dtype, (*first.shape[:axis], sum(found), *first.shape[axis + 1 :]))
 
     def layout(self, inputs: Sequence[Meta]) -> Layout:
@@ -440,15 +463,25 @@ def _chunk(values: _Values) -> Chunk:
     return Chunk(integer(values, "dim"), chunks, take(values, chunks))
 
 
+def _concat(values: _Values) -> Concat:
+    chunks = positive(values, "chunks")[0] if "chunks" in values else 0
+    return Concat(integer(values, "dim"), integers(values, "sizes"), chunks)
+
+
 def _slice(values: _Values) -> Slice:
     stop = integer(values, "stop") if "stop" in values else None
     return Slice(integer(values, "dim"), integer(values, "start"), stop)
 
 
 def _inverse_permutation(params: Texts) -> Texts:
-    dims = [int(word) for word in params.get("dims", "").strip("[]").split(",") if word.strip()]
-    inverse = [dims.index(axis) for axis in range(len(dims))] if sorted(dims) == list(range(len(dims))) else dims
-    return {**params, "dims": f"[{', '.join(map(str, inverse))}]"} if dims else params
+    """Leaves ``dims`` out where they are no plain numbers: what a formula comes to is not known here."""
+    words = [word.strip() for word in params.get("dims", "").strip("[]").split(",") if word.strip()]
+    if not all(re.fullmatch("-?[0-9]{1,3}", word) for word in words):
+        return {}
+    dims = [int(word) % len(words) for word in words]
+    if sorted(dims) != list(range(len(dims))):
+        return {}
+    return {**params, "dims": f"[{', '.join(str(dims.index(axis)) for axis in range(len(dims)))}]"}
 
 
 _DIM = Param("dim", "int", "The axis, counted from 0, or from the end with a minus.", 0)
@@ -479,7 +512,7 @@ KINDS = (
             Param("shape", "ints", "The new shape."),
             Param("was", "ints", "The old shape. Checked, and what `shardmerge invert` needs.", optional=True),
         ),
-        build=lambda values: Reshape(integers(values, "shape")),
+        build=lambda values: Reshape(integers(values, "shape"), integers(values, "was") if "was" in values else None),
         inverse=Mirror("reshape", lambda params: {"shape": params.get("was", ""), "was": params["shape"]}),
     ),
     OpKind(
@@ -537,7 +570,7 @@ KINDS = (
             Param("sizes", "ints", "Their sizes along it. Checked, and what `shardmerge invert` needs.", optional=True),
             Param("chunks", "int", "Their number, if they are equal; checked, for `shardmerge invert`.", optional=True),
         ),
-        build=lambda values: Concat(integer(values, "dim"), integers(values, "sizes")),
+        build=_concat,
         many=True,
         inverse=Scattered("split", "sizes"),
     ),

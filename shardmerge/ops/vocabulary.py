@@ -178,8 +178,8 @@ KINDS = (
         params=(
             Param("rows", "int", "How many."),
             Param("new", "text", "How they are made.", "mean", choices=("mean", "zeros", "copy", "normal")),
-            Param("row", "int", "The row that `copy` copies.", 0),
-            Param("seed", "int", "Of `normal`.", 0),
+            Param("row", "int", "The row that `copy` copies.", 0, only_with=("new", "copy")),
+            Param("seed", "int", "Of `normal`.", 0, only_with=("new", "normal")),
         ),
         build=_build,
         lossy="new rows say nothing of the old ones",

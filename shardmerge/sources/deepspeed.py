@@ -13,18 +13,18 @@ from pathlib import Path
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.deepspeed_files import View, kind_not_yet, list_tag
+from shardmerge.shown import shown
+from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, check_weights
+from shardmerge.sources.deepspeed_claims import read_claims
+from shardmerge.sources.deepspeed_files import View, list_tag
+from shardmerge.sources.deepspeed_masters import has_masters, name_masters
 from shardmerge.sources.deepspeed_ranks import (
     MISFIT,
     OptimState,
     RankReader,
-    RankState,
-    check_ranks,
     frozen_shares,
-    largest,
     named_tensors,
     shape_table,
-    tensors,
 )
 from shardmerge.sources.pickle_vm import TensorRef, Value
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
@@ -50,34 +50,27 @@ def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
         ``kind-not-yet`` (MoE, pipeline, tensor parallel, universal), ``missing-rank``, ``mixed-runs``,
         ``zero-layout``, ``no-module-view``, and what the torch reader raises.
     """
-    tag = list_tag(folder)
+    listed = list_tag(folder)
     reader = RankReader()
-    first = reader.file(tag.models[0])
-    root = as_dict(first.root)
-    if largest(root.get("num_experts")) > 0:
-        raise kind_not_yet(folder, "mixture-of-experts (MoE)")
-    optims = [reader.optim(rank) for rank in tag.optims]
-    stage = optims[0].stage if optims else 0
-    frozen = frozen_shares(root, len(tag.models)) if stage == 3 else {}
-    states = [reader.model(rank, frozen) for rank in tag.models]
-    check_ranks(folder, root.get("dp_world_size"), states, optims)
-    builder = _Builder(folder, first, states, optims, stage)
+    first = reader.file(listed.models[0])
+    check_kind(folder, read_claims(as_dict(first.root)))
     if view == "module":
-        builder.add_module(required=True)
-    else:
-        builder.add_fp32()
-    return builder.catalog(view)
+        state = reader.model(listed.models[0], {})
+        check_module(folder, state)
+        return _Builder(Tag(folder, [state], []), first).module_catalog()
+    optims = [reader.optim(rank) for rank in listed.optims]
+    frozen = frozen_shares(as_dict(first.root), len(listed.models)) if listed.models[0].partitioned else {}
+    tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], optims)
+    check_tag(tag)
+    return _Builder(tag, first).fp32_catalog()
 
 
 @dataclass(slots=True)
 class _Builder:
     """Collects the entries of one checkpoint."""
 
-    folder: Path
+    tag: Tag
     first: TorchFile
-    states: list[RankState]
-    optims: list[OptimState]
-    stage: int
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
@@ -88,53 +81,82 @@ class _Builder:
         """What rank 0's model file holds."""
         return as_dict(self.first.root)
 
+    @property
+    def optims(self) -> Sequence[OptimState]:
+        """The optimizer files, in rank order."""
+        return self.tag.optims
+
     def module(self) -> dict[str, TensorRef]:
         """Tensors of ``module``, by name; empty where the file has none."""
         return state_dict(self.first.root, key="module").tensors if as_dict(self.root.get("module")) else {}
 
-    def add_fp32(self) -> None:
+    def fp32_catalog(self) -> Catalog:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
-        if self.stage == 0:
-            self._add_unpartitioned()
-        elif self.stage == 3:
+        if self.tag.stage == 3:
             self._add_stage3()
+            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_stage3()
-        else:
+        elif self.optims:
+            self._check_module_shapes()
             self._add_stage12()
+            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_whole()
-        self.add_module(required=False)
+        else:
+            self._add_unpartitioned()
+        self._add_module()
         self._add_shared()
+        self._check_all_there()
+        return self._catalog("fp32")
 
-    def add_module(self, *, required: bool) -> None:
+    def module_catalog(self) -> Catalog:
+        """The 16-bit weights, all or nothing: half of them in another precision is no model that anybody asked for."""
+        self._check_module_shapes()
+        self._add_module()
+        listed = {name for group in self._listed_shapes() for name in group}
+        if not self.entries or self.absent & listed or (self.absent and self.states_stage3):
+            raise self._no_module(sorted(self.absent))
+        self._add_shared()
+        return self._catalog("module")
+
+    @property
+    def states_stage3(self) -> bool:
+        """Whether the model file is one of stage 3."""
+        return self.tag.states[0].rank.partitioned
+
+    def _no_module(self, absent: list[str]) -> CheckpointError:
+        return CheckpointError(
+            "no-module-view",
+            "this checkpoint has no whole 16-bit module: ZeRO-3 saves placeholders of it",
+            where=self.first.path,
+            found=f"{len(absent)} tensors without data: {shown(absent)}" if absent else "",
+            hint="use the fp32 view and cast it: --dtype bfloat16",
+        )
+
+    def _add_module(self) -> None:
         """Adds the tensors of ``module`` that are not there yet; shared storages become aliases."""
-        module = self.module()
-        holders = {name for name, ref in module.items() if ref.shape == (0,) and self.stage == 3}
-        if required and (not module or len(holders) > len(module) // 2):
-            raise CheckpointError(
-                "no-module-view",
-                "this checkpoint has no whole 16-bit module: ZeRO-3 saves placeholders of it",
-                where=self.first.path,
-                hint="use the fp32 view and cast it: --dtype bfloat16",
-            )
         owners: dict[object, str] = {}
-        for name, ref in module.items():
+        shared = as_dict(self.root.get("shared_params"))
+        empty = {name for group in self._listed_shapes() for name, shape in group.items() if 0 in shape}
+        for name, ref in self.module().items():
             key = self.first.alias_key(ref)
-            if name in holders:
-                if name not in self.entries:
-                    self.absent.add(name)
-            elif name in self.entries:
+            owner = shared.get(name)
+            if name in self.entries:
                 owners.setdefault(key, name)
+            elif isinstance(owner, str) and owner in self.entries:
+                self.aliases[name] = owner
+            elif ref.shape == (0,) and name not in empty:
+                self.absent.add(name)  # what stage 3, or a save that gathered nothing, leaves of a parameter
             elif prod(ref.shape) and key in owners:
                 self.aliases[name] = owners[key]
             else:
                 owners.setdefault(key, name)
                 self.entries[name] = self.first.entry(name, ref, "module, as saved")
 
-    def catalog(self, view: View) -> Catalog:
-        files = (*(state.stamp for state in self.states), *(optim.stamp for optim in self.optims))
+    def _catalog(self, view: View) -> Catalog:
+        files = (*(state.stamp for state in self.tag.states), *(optim.stamp for optim in self.optims))
         return Catalog(
-            str(self.folder),
-            f"DeepSpeed ZeRO-{self.stage}",
+            str(self.tag.folder),
+            f"DeepSpeed ZeRO-{self.tag.stage}",
             self.entries,
             {alias: owner for alias, owner in self.aliases.items() if alias not in self.entries},
             files,
@@ -143,6 +165,43 @@ class _Builder:
             warnings=tuple(self.warnings),
             training_config=training_config(self.first),
         )
+
+    def _listed_shapes(self) -> list[dict[str, Shape]]:
+        """Shapes of all parameters that the model file lists, trained or frozen; empty where it lists none."""
+        groups = self.root.get("param_shapes")
+        listed = groups if isinstance(groups, list) else [groups]
+        return [shape_table(group) for group in (*listed, self.root.get("frozen_param_shapes"))]
+
+    def _check_module_shapes(self) -> None:
+        """Below stage 3, module and param_shapes say the same shape of a parameter; a placeholder says none."""
+        module = self.module()
+        for name, shape in ((n, s) for group in self._listed_shapes() for n, s in group.items()):
+            if name in module and module[name].shape not in (shape, (0,)):
+                raise self._layout(
+                    f"the module does not have the parameter {shown(name)} in the shape that is stated",
+                    f"{module[name].shape} in module",
+                    f"{shape}, as the shapes in the model file say",
+                )
+
+    def _check_all_there(self) -> None:
+        """What the model file lists is there; buffers may have been left out by a ``state_dict`` of the user's."""
+        listed = {name: None for group in self._listed_shapes() for name in group}
+        shared = as_dict(self.root.get("shared_params")).items()
+        tied = [name for name, owner in shared if isinstance(name, str) and isinstance(owner, str) and owner in listed]
+        missing = [name for name in (*listed, *tied) if name not in self.entries and name not in self.aliases]
+        if missing:
+            raise self._layout(
+                "the model file lists parameters that are in none of the files",
+                f"{len(missing)}: {shown(missing)}",
+                hint="copy the checkpoint again from where the run saved it",
+            )
+        module = self.module()
+        unknown = [name for name in listed if name not in module]
+        if module and unknown:  # a state_dict of the user's may have names of its own
+            self.warnings.append(f"{len(unknown)} parameters are not in module under their names: {shown(unknown)}")
+        buffers = [name for name in _strings(self.root.get("buffer_names")) if name not in self.entries]
+        if buffers:
+            self.warnings.append(f"{len(buffers)} buffers that the model file lists are not in it: {shown(buffers)}")
 
     def _shapes(self) -> list[dict[str, Shape]]:
         groups = self.root.get("param_shapes")
@@ -156,12 +215,24 @@ class _Builder:
         self._check_group_count(len(shapes), "parameter groups")
         for index, group in enumerate(shapes):
             flat = FlatGroup.of(self.optims[0].dtypes[index], [optim.partitions[index] for optim in self.optims])
-            paddings = self.optims[0].paddings
-            offsets = flat_offsets(list(group.values()), paddings[index] if paddings else ())
+            offsets = flat_offsets(list(group.values()), self._paddings(index, len(group)))
             self._check_group_size(index, flat.numel, offsets[-1])
             for (name, shape), start in zip(group.items(), offsets, strict=False):
                 pieces = flat.pieces(start, prod(shape))
                 self._add(name, flat.dtype, shape, pieces, f"fp32 partitions, group {index}")
+
+    def _paddings(self, index: int, parameters: int) -> tuple[int, ...]:
+        """Elements to skip after each parameter of a group, empty for none."""
+        paddings = self.optims[0].paddings
+        mine = paddings[index] if index < len(paddings) else ()
+        if paddings and len(mine) != parameters:
+            raise self._layout(
+                f"the optimizer files have other parameters in group {index} than the model file",
+                f"{len(mine)} in param_alignment_paddings of {self.optims[0].rank.path.name}",
+                f"{parameters}, as param_shapes says",
+                ONE_SAVE,
+            )
+        return mine
 
     def _add_stage3(self) -> None:
         shapes = self._shapes()
@@ -194,8 +265,8 @@ class _Builder:
 
     def _add_frozen_stage3(self) -> None:
         table = named_tensors(self.root.get("frozen_param_fragments"))
-        files = [state.stamp.path for state in self.states]
-        offsets = [state.fragments for state in self.states]
+        files = [state.stamp.path for state in self.tag.states]
+        offsets = [state.fragments for state in self.tag.states]
         for index, (name, shape) in enumerate(shape_table(self.root.get("frozen_param_shapes")).items()):
             if any(mine[index] == MISFIT for mine in offsets):
                 raise self._layout(f"the fragments of the frozen parameter {name!r} do not add up to {shape}")
@@ -210,16 +281,20 @@ class _Builder:
                 self.aliases[alias] = owner
 
     def _add_unpartitioned(self) -> None:
-        """Stage 0 keeps nameless fp32 masters in ``optimizer``; they are used only if just one naming fits."""
+        """Stage 0 keeps nameless fp32 masters in ``optimizer``; they are used where their values name every one."""
         optimizer = as_dict(self.root.get("optimizer"))
         buffers = set(_strings(self.root.get("buffer_names")))
         module = {name: ref for name, ref in self.module().items() if name not in buffers}
-        masters = _masters(optimizer)
-        if masters is None:
+        if not has_masters(optimizer):
+            if any(ref.dtype.name in ("BF16", "F16") for ref in module.values()):
+                self.warnings.append("the checkpoint has no fp32 masters: the 16-bit module is taken")
             return
-        named = _only_naming(module, masters)
+        named = name_masters(self.first, optimizer, module)
         if named is None:
-            self.warnings.append("the fp32 masters have no names and fit more than one way: taken from module instead")
+            self.warnings.append(
+                "the fp32 masters have no names, and their values do not tell which is which: "
+                "the 16-bit module is taken instead"
+            )
             return
         for name, ref in named.items():
             self.entries[name] = self.first.entry(name, ref, "fp32 masters")
@@ -249,52 +324,10 @@ class _Builder:
             )
 
     def _layout(self, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
-        return CheckpointError("zero-layout", what, where=str(self.folder), found=found, expected=expected, hint=hint)
+        return CheckpointError(
+            "zero-layout", what, where=str(self.tag.folder), found=found, expected=expected, hint=hint
+        )
 
 
 def _strings(value: Value) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, (list, tuple)) else []
-
-
-def _masters(optimizer: Mapping[object, Value]) -> list[tuple[TensorRef, ...]] | None:
-    groups = optimizer.get("fp32_groups")
-    if not isinstance(groups, list):
-        return None
-    found = [tensors(group) for group in groups]
-    return [group for group in found if group is not None] if None not in found else None
-
-
-def _only_naming(module: Mapping[str, TensorRef], groups: Sequence[Sequence[TensorRef]]) -> dict[str, TensorRef] | None:
-    """Names the nameless masters if the order of ``module`` and the shapes leave exactly one way.
-
-    A group lists its parameters in the order of the model, frozen ones left out, so its shapes are a subsequence of
-    the module's. Several groups interleave: only one group, or every parameter in some group in order, is decidable.
-    """
-    flat = [ref for group in groups for ref in group]
-    names = list(module)
-    if len(groups) == 1 and _ways([module[n].shape for n in names], [ref.shape for ref in flat]) == 1:
-        return _pair(names, module, flat)
-    if len(flat) == len(names) and [module[n].shape for n in names] == [ref.shape for ref in flat]:
-        return dict(zip(names, flat, strict=True)) if len(groups) == 1 else None
-    return None
-
-
-def _ways(shapes: list[Shape], wanted: list[Shape]) -> int:
-    """Counts the ways (0, 1, or 2 for more) in which ``wanted`` is a subsequence of ``shapes``."""
-    ways = [1] + [0] * len(wanted)
-    for shape in shapes:
-        for index in range(len(wanted) - 1, -1, -1):
-            if wanted[index] == shape:
-                ways[index + 1] = min(ways[index + 1] + ways[index], 2)
-    return ways[-1]
-
-
-def _pair(names: list[str], module: Mapping[str, TensorRef], refs: list[TensorRef]) -> dict[str, TensorRef]:
-    named: dict[str, TensorRef] = {}
-    rest = iter(refs)
-    ref = next(rest, None)
-    for name in names:
-        if ref is not None and module[name].shape == ref.shape:
-            named[name] = ref
-            ref = next(rest, None)
-    return named

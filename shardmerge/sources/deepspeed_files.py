@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from shardmerge.errors import CheckpointError
+from shardmerge.errors import CheckpointError, raise_all
 
 # Which weights: those that the optimizer keeps, or the 16-bit ones that the model computed with.
 View: TypeAlias = Literal["fp32", "module"]
@@ -15,6 +16,10 @@ View: TypeAlias = Literal["fp32", "module"]
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*_optim_states\.pt")
+# What `zero_to_fp32.py`, `save_pretrained` and `save_16bit_model` call a whole model.
+_WHOLE = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+)  # fmt: skip
 _LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
 
 
@@ -31,6 +36,20 @@ class RankFile:
     path: Path
     data_parallel: int
     model_parallel: int
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether a model file's name is one of stage 3, where every rank writes its own."""
+        return self.path.name.startswith("zero_pp_rank_")
+
+    def saved_as(self, archive: str) -> str:
+        """Returns the name that the file was saved under, if that is another rank's or another kind's; else ``""``.
+
+        ``torch.save`` keeps the name of the file inside it; ``archive`` is that, without the ending.
+        """
+        name = f"{archive}.pt"
+        there, here = _kind(name), _kind(self.path.name)
+        return name if there and (there, _numbers(name)) != (here, _numbers(self.path.name)) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +79,15 @@ def list_tag(folder: Path) -> TagFiles:
     ------
     CheckpointError
         ``kind-not-yet`` for layouts with model parallelism or experts and for universal checkpoints;
-        ``missing-rank`` when there is no model file at all.
+        ``missing-rank`` when there is no model file at all; ``mixed-runs`` when a rank has two files of a kind.
     """
     kinds: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*_states.pt")):
         kinds.setdefault(_kind(path.name), []).append(path)
     models = _ranks(kinds.get("model", []), _MODEL)
     optims = _ranks(kinds.get("optim", []), _OPTIM)
-    _refuse_other_kinds(folder, kinds, models)
+    _refuse_other_kinds(folder, kinds, (*models, *optims))
+    raise_all(_twice(folder, models, optims))
     if not models:
         raise CheckpointError(
             "missing-rank",
@@ -77,6 +97,26 @@ def list_tag(folder: Path) -> TagFiles:
             hint="rank 0 writes it: gather the files of all nodes in one directory",
         )
     return TagFiles(models, optims)
+
+
+def model_name(rank: int) -> str:
+    """Returns the name of a rank's model file in stage 3."""
+    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
+def optim_name(rank: int, *, bf16: bool) -> str:
+    """Returns the name of a rank's optimizer file."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+def consolidated(folder: Path) -> Path | None:
+    """Returns a file beside a tag directory, or in it, that by its name holds a whole model; ``None`` without one."""
+    places = (place / name for place in (folder.parent, folder) for name in _WHOLE)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"rank_(\d+)", name))
 
 
 def _kind(name: str) -> str:
@@ -93,25 +133,42 @@ def _ranks(paths: list[Path], pattern: re.Pattern[str]) -> tuple[RankFile, ...]:
     return tuple(sorted(found, key=lambda rank: (rank.model_parallel, rank.data_parallel)))
 
 
-def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], models: tuple[RankFile, ...]) -> None:
+def _twice(folder: Path, *sets: tuple[RankFile, ...]) -> Iterator[CheckpointError]:
+    """Two files for one rank: those of another stage, or with and without ``bf16_``, in one directory."""
+    for files in sets:
+        known: dict[int, RankFile] = {}
+        for file in files:
+            other = known.setdefault(file.data_parallel, file)
+            if other is not file:
+                yield CheckpointError(
+                    "mixed-runs",
+                    f"two files are those of rank {file.data_parallel}",
+                    where=str(folder),
+                    found=f"{other.path.name} and {file.path.name}",
+                    hint="they are of two saves, with other settings: move the files of one of them elsewhere",
+                )
+
+
+def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], files: tuple[RankFile, ...]) -> None:
     if (folder / "zero").is_dir():
         kind = "universal"
     elif "expert" in kinds:
         kind = "mixture-of-experts (MoE)"
     elif "layer" in kinds:
         kind = "pipeline-parallel"
-    elif any(rank.model_parallel for rank in models):
+    elif any(file.model_parallel for file in files):
         kind = "tensor-parallel"
     else:
         return
     raise kind_not_yet(folder, kind)
 
 
-def kind_not_yet(folder: Path, kind: str) -> CheckpointError:
+def kind_not_yet(folder: Path, kind: str, found: str = "") -> CheckpointError:
     """Returns the error for a layout that is recognised and not read."""
     return CheckpointError(
         "kind-not-yet",
         f"this is a {kind} DeepSpeed checkpoint, which shardmerge does not read yet",
         where=str(folder),
+        found=found,
         hint="ZeRO stages 0 to 3 without model parallelism are read",
     )

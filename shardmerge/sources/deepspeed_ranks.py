@@ -1,4 +1,4 @@
-"""The rank files of a ZeRO checkpoint, each reduced to what the layout needs, and the checks that they belong together.
+"""The rank files of a ZeRO checkpoint, each reduced to what the layout needs and what tells whose it is.
 
 A run of 1,024 ranks has 2,048 files with a thousand tensors in half of them. Every header is read and checked, but
 nothing that is kept of a file grows with its tensors, except eight bytes for each frozen one.
@@ -9,17 +9,19 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from shardmerge.dtypes import DType
-from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.errors import CheckpointError
+from shardmerge.shown import shown
+from shardmerge.sources.deepspeed_claims import Claims, largest, read_claims, text_of
 from shardmerge.sources.deepspeed_files import RankFile
 from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
+from shardmerge.sources.value_digest import value_digest
 from shardmerge.sources.zero import Partition, chunk_numel
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, FileStamp, Shape, Strided
@@ -34,10 +36,10 @@ class RankState:
 
     Attributes
     ----------
-    shapes
-        ``param_shapes`` as text, to be compared; one object for all ranks that agree.
-    steps
-        ``global_steps``.
+    claims
+        What it states; one object for all ranks whose files say the same.
+    saved_as
+        The name that the file was saved under, where that is another's; else ``""``.
     fragments
         Offsets in bytes of the rank's fragments of the frozen parameters, in the order of rank 0's
         ``frozen_param_shapes``, or ``MISFIT``.
@@ -45,8 +47,8 @@ class RankState:
 
     rank: RankFile
     stamp: FileStamp
-    shapes: str
-    steps: Value
+    claims: Claims
+    saved_as: str
     fragments: Sequence[int]
 
 
@@ -68,26 +70,34 @@ class OptimState:
     Attributes
     ----------
     stage
-        ZeRO stage, 1 for BF16_Optimizer, which writes none (its layout is that of stage 1).
+        ZeRO stage; ``None`` for BF16_Optimizer, which writes none. Its layout is that of stage 1.
     dtypes, partitions
         Of the rank's flat fp32 tensors: one a parameter group (stages 1, 2) or one a sub-group (stage 3).
     world
         Ranks that share the partitions, as the file says; 0 if it does not.
-    settings
-        ``ds_config`` as text; one object for all ranks that agree.
-    paddings, step
-        ``param_alignment_paddings``, and the optimizer's step counter.
+    settings, version
+        Digest of ``ds_config``, one object for all ranks that agree; ``ds_version``.
+    paddings
+        ``param_alignment_paddings``.
+    step, groups
+        The optimizer's step counter, ``None`` where it has none; digest of the plain values in its ``param_groups``:
+        learning rates, betas, weight decay.
+    saved_as
+        The name that the file was saved under, where that is another's; else ``""``.
     """
 
     rank: RankFile
     stamp: FileStamp
-    stage: int
+    stage: int | None
     dtypes: tuple[DType, ...]
     partitions: tuple[Partition, ...]
     world: int
     paddings: tuple[tuple[int, ...], ...]
     settings: str
+    version: str
     step: float | None
+    groups: str
+    saved_as: str
 
 
 class RankReader:
@@ -95,7 +105,7 @@ class RankReader:
 
     def __init__(self) -> None:
         self._pickles = KnownPickles()
-        self._texts: dict[str, str] = {}
+        self._claims: dict[str, Claims] = {}
 
     def file(self, rank: RankFile) -> TorchFile:
         """Returns a whole file."""
@@ -107,13 +117,13 @@ class RankReader:
         root = as_dict(file.root)
         table = named_tensors(root.get("frozen_param_fragments")) if frozen else {}
         fragments = array("q", (_fragment(file, table.get(name), share) for name, share in frozen.items()))
-        shapes = self._text(file, root.get("param_shapes"))
-        return RankState(rank, file.stamp, shapes, root.get("global_steps"), fragments)
+        return RankState(rank, file.stamp, self._stated(file), rank.saved_as(file.archive), fragments)
 
     def optim(self, rank: RankFile) -> OptimState:
         """Returns what is kept of an optimizer file."""
         file = self.file(rank)
-        state = as_dict(as_dict(file.root).get("optimizer_state_dict"))
+        root = as_dict(file.root)
+        state = as_dict(root.get("optimizer_state_dict"))
         stage = _stage_number(state.get("zero_stage"))
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
         flats = tensors(state.get(key))
@@ -122,9 +132,10 @@ class RankReader:
                 "zero-layout",
                 f"the optimizer file has no {key}",
                 where=file.path,
-                found=", ".join(str(name) for name in state) or "no optimizer_state_dict",
+                found=shown(list(state)) if state else "no optimizer_state_dict",
                 hint="shardmerge reads the files of DeepSpeed 0.9 to 0.19, ZeRO stages 0 to 3",
             )
+        base = _base_state(state)
         return OptimState(
             rank,
             file.stamp,
@@ -133,16 +144,19 @@ class RankReader:
             tuple(partition(file, flat) for flat in flats),
             largest(state.get("partition_count")),
             _paddings(state.get("param_alignment_paddings")),
-            self._text(file, as_dict(file.root).get("ds_config")),
-            _first_step(file, state),
+            sys.intern(value_digest(root.get("ds_config"))),
+            text_of(root.get("ds_version")),
+            _first_step(file, base, sum(prod(flat.shape) for flat in flats)),
+            sys.intern(_plain(base)),
+            rank.saved_as(file.archive),
         )
 
-    def _text(self, file: TorchFile, value: Value) -> str:
-        """Returns a value as text, the same object for all that are equal."""
-        header = file.stamp.header
-        if header not in self._texts:
-            self._texts[header] = sys.intern(repr(value))
-        return self._texts[header]
+    def _stated(self, file: TorchFile) -> Claims:
+        """Returns what a model file states, read once for all files of one pickle."""
+        claims = self._claims.get(file.stamp.header)
+        if claims is None:
+            claims = self._claims[file.stamp.header] = read_claims(as_dict(file.root))
+        return claims
 
 
 def shape_table(value: Value) -> dict[str, Shape]:
@@ -179,17 +193,11 @@ def partition(file: TorchFile, ref: TensorRef) -> Partition:
     return Partition(held, prod(ref.shape))
 
 
-def _stage_number(value: Value) -> int:
+def _stage_number(value: Value) -> int | None:
     """ZeroStageEnum is pickled as a call with one int (``runtime/zero/config.py``); older files hold the int."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
-    return value if isinstance(value, int) else 1
-
-
-def largest(value: Value) -> int:
-    """Returns a count, or the largest of a list of them (one a parameter group, or one a MoE layer); 0 for neither."""
-    counts = value if isinstance(value, list) else [value]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    return value if isinstance(value, int) else None
 
 
 def _paddings(value: Value) -> tuple[tuple[int, ...], ...]:
@@ -197,17 +205,35 @@ def _paddings(value: Value) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(n for n in group if isinstance(n, int)) for group in groups if isinstance(group, list))
 
 
-def _first_step(file: TorchFile, state: Mapping[object, Value]) -> float | None:
+def _base_state(state: Mapping[object, Value]) -> Mapping[object, Value]:
+    """What the optimizer inside ZeRO's saved; nothing for ``elastic_checkpoint``, which saves a list of lean dicts."""
+    return as_dict(state.get("base_optimizer_state") or state.get("optimizer_state_dict"))
+
+
+def _first_step(file: TorchFile, base: Mapping[object, Value], numel: int) -> float | None:
     """Returns the optimizer's step counter: four bytes that tell two runs, or two moments of one run, apart."""
-    base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
-    moments = as_dict(as_dict(base).get("state"))
-    first = next(iter(moments.values()), None)
-    step = as_dict(first).get("step")
+    moments = as_dict(base.get("state"))
+    if not moments:  # Adam makes its moments in the first step; a rank may have nothing to train, SGD has no moments
+        return 0.0 if numel and "state" in base and any("betas" in group for group in _param_groups(base)) else None
+    step = as_dict(next(iter(moments.values()))).get("step")
     if isinstance(step, (int, float)):
         return float(step)
     if isinstance(step, TensorRef) and step.dtype.name == "F32" and prod(step.shape) == 1:
         return _read_float(file, step)
     return None
+
+
+def _param_groups(base: Mapping[object, Value]) -> list[Mapping[object, Value]]:
+    groups = base.get("param_groups")
+    return [as_dict(group) for group in groups] if isinstance(groups, list) else []
+
+
+def _plain(base: Mapping[object, Value]) -> str:
+    plain = (bool, int, float, str, tuple)
+    found: list[Value] = [
+        {key: value for key, value in group.items() if isinstance(value, plain)} for group in _param_groups(base)
+    ]
+    return value_digest(found)
 
 
 def _read_float(file: TorchFile, ref: TensorRef) -> float:
@@ -217,73 +243,3 @@ def _read_float(file: TorchFile, ref: TensorRef) -> float:
     with SourceFile(extent.file) as source:
         number: float = struct.unpack("<f", source.read(extent.offset, 4))[0]
     return number
-
-
-def check_ranks(folder: Path, world: Value, states: list[RankState], optims: list[OptimState]) -> None:
-    """Raises what is wrong with a set of rank files; ``world`` is the number of ranks that the model file says.
-
-    Raises
-    ------
-    CheckpointError
-        ``missing-rank``, ``mixed-runs``; all at once.
-    """
-    raise_all([*_missing_ranks(folder, world, states, optims), *_mixed_runs(folder, states, optims)])
-
-
-def _missing_ranks(
-    folder: Path, saved_world: Value, states: list[RankState], optims: list[OptimState]
-) -> Iterator[ShardmergeError]:
-    claims = [optim.world for optim in optims]
-    if isinstance(saved_world, int) and optims:
-        claims.append(saved_world)
-    world = max(claims, default=1)
-    groups = [("optimizer", [o.rank.data_parallel for o in optims])] if optims else []
-    if optims and optims[0].stage == 3:
-        groups.append(("model", [s.rank.data_parallel for s in states]))
-    for what, ranks in groups:
-        missing = sorted(set(range(world)) - set(ranks))
-        if missing:
-            yield CheckpointError(
-                "missing-rank",
-                f"the {what} files of rank {', '.join(map(str, missing[:8]))} are missing",
-                where=str(folder),
-                found=f"{len(ranks)} files",
-                expected=f"{world} files, one a rank",
-                hint="every node writes its own ranks: gather the files of all nodes in one directory",
-            )
-        if max(ranks) >= world:
-            yield CheckpointError(
-                "mixed-runs",
-                f"there are more {what} files than ranks",
-                where=str(folder),
-                found=f"rank {max(ranks)}",
-                expected=f"{world} ranks (partition_count)",
-                hint="files of an earlier run with more ranks lie in the same directory",
-            )
-
-
-def _mixed_runs(folder: Path, states: list[RankState], optims: list[OptimState]) -> Iterator[ShardmergeError]:
-    facts: list[tuple[str, list[tuple[Path, object]]]] = [
-        ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
-        ("world size", [(o.rank.path, o.world) for o in optims]),
-        ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
-        ("ds_config", [(o.rank.path, o.settings) for o in optims]),
-        ("param_shapes", [(s.rank.path, s.shapes) for s in states]),
-        ("global_steps", [(s.rank.path, s.steps) for s in states]),
-    ]
-    for what, values in facts:
-        other = next((pair for pair in values if pair[1] != values[0][1]), None)
-        if other is not None:
-            yield CheckpointError(
-                "mixed-runs",
-                f"the rank files are not of one run: they differ in {what}",
-                where=str(folder),
-                found=f"{_short(other[1])} in {other[0].name}",
-                expected=f"{_short(values[0][1])}, as in {values[0][0].name}",
-                hint="copy the files of one save into a directory of their own",
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

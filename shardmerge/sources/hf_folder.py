@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.file_roles import comes_along, is_weights
+from shardmerge.sources.choosing import SENTENCE_MODULE
+from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
 
@@ -22,7 +26,6 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(safetensors|bin|pt
 _LARGEST_INDEX = 256 << 20
 # tokenizer.json of the largest vocabularies is about 20 MB; weights are told apart by suffix, not by size.
 _LARGEST_SIDE_FILE = 64 << 20
-_SIDE_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".jsonl", ".yaml"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +61,79 @@ def read_indexed(path: Path, read_shard: ReadShard) -> Catalog:
     return _merged(index, shards)
 
 
+def read_unindexed(paths: Sequence[Path], read_shard: ReadShard) -> Catalog:
+    """Returns the catalog of shards that no index names, told by their own names (``-00001-of-00003``) to be all.
+
+    Raises
+    ------
+    CheckpointError
+        ``duplicate-name``: two shards hold one tensor, so they are not of one model.
+    """
+    shards = {path.name: read_shard(path) for path in paths}
+    seen: dict[str, str] = {}
+    for shard, catalog in shards.items():
+        for name in catalog.names():
+            if name in seen:
+                raise CheckpointError(
+                    "duplicate-name",
+                    f"two shards hold a tensor of one name: {seen[name]} and {shard}",
+                    where=f"{paths[0].parent}, {name[:200]}",
+                    hint="the shards are of different models: keep those of one, and its index",
+                )
+            seen[name] = shard
+    merged = _merged(Index(paths[0], {}, None), shards)
+    if len(paths) == 1:  # torchtune calls a whole model ft-model-00001-of-00001
+        return merged
+    text = f"no index names the {len(paths)} shards: all that their names count are read"
+    return replace(merged, warnings=(text, *merged.warnings))
+
+
+def named_shards(index: Path) -> frozenset[str]:
+    """Returns the shards that an index file names; raises as ``read_indexed``."""
+    return frozenset(_read_index(index).weight_map.values())
+
+
 def side_files(folder: Path) -> dict[str, Extent]:
-    """Returns the small files of a directory that are no weights and no index, by name."""
-    found: dict[str, Extent] = {}
+    """Returns the small files of a directory that are no weights, by their path inside of it.
+
+    Folders inside are looked into where they are part of a model: extra chat templates, Python packages that the
+    model's code imports, modules of sentence-transformers.
+
+    Raises
+    ------
+    CheckpointError
+        ``link-outside``: a file that would go where the model goes is a link out of the directory.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in _small_files(folder)}
+    whole = "config.json" in paths
+    links = [path for name, path in paths.items() if path.is_symlink() or path.parent.is_symlink()]
+    gone = [path for path in links if outside(path, folder)]
+    wanted = [path for path in gone if comes_along(path.relative_to(folder).as_posix(), model_folder=whole)]
+    raise_all(odd_links(wanted, folder))
+    return {name: Extent(str(path), 0, path.stat().st_size) for name, path in paths.items() if path not in gone}
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.suffix in _SIDE_SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
-            size = path.stat().st_size
-            if size <= _LARGEST_SIDE_FILE:
-                found[path.name] = Extent(str(path), 0, size)
-    return found
+        if path.is_dir():
+            with suppress(PermissionError):
+                yield from _inside(path)
+        elif _is_small(path):
+            yield path
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder that is part of a model; folders of runs, caches and other checkpoints are not."""
+    if folder.name == "additional_chat_templates" or SENTENCE_MODULE.fullmatch(folder.name):
+        yield from (path for path in sorted(folder.iterdir()) if _is_small(path))
+    elif folder.name.isidentifier() and (folder / "__init__.py").is_file():
+        yield from (path for path in sorted(folder.rglob("*.py")) if _is_small(path))
+
+
+def _is_small(path: Path) -> bool:
+    if is_weights(path.name) or not path.is_file():
+        return False
+    return path.stat().st_size <= _LARGEST_SIDE_FILE
 
 
 def _read_index(path: Path) -> Index:

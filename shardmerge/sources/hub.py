@@ -11,7 +11,13 @@ import re
 from pathlib import Path
 
 from shardmerge.errors import UsageError
+from shardmerge.file_roles import READ_SUFFIXES, shard_place, training_state
 
+# Weights of kinds that are read, and what ``targets.beside`` takes along.
+_WANTED = (
+    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.json", "*.jsonl", "*.yaml", "*.model", "*.spm", "*.tiktoken", "*.txt",
+    "*.bpe", "*.jinja", "*.py", "*.npz", "LICENSE*", "NOTICE*", "USE_POLICY*", "README*",
+)  # fmt: skip
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -52,7 +58,7 @@ def resolve_hub_id(hub_id: str, *, download: bool) -> Path:
         ``download-failed``: the hub refused or is out of reach.
     """
     found = find_in_cache(hub_id)
-    if found is not None:
+    if found is not None and (not download or _is_whole(found)):
         return found
     if not download:
         raise UsageError(
@@ -62,6 +68,18 @@ def resolve_hub_id(hub_id: str, *, download: bool) -> Path:
             hint="pass a path, or add --download to fetch it (needs `pip install shardmerge[transformers]`)",
         )
     return _download(hub_id)
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Tells whether the weights are here. ``AutoConfig`` and ``AutoTokenizer`` leave a snapshot of small files only."""
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    counted = [place for name in names if (place := shard_place(name))]
+    shards = all(
+        f"{stem}-{number:05d}-of-{total:05d}{suffix}" in names
+        for stem, _, total, suffix in counted
+        for number in range(1, total + 1)
+    )
+    return shards and any(name.endswith(READ_SUFFIXES) and not training_state(name) for name in names)
 
 
 def _download(hub_id: str) -> Path:
@@ -74,8 +92,11 @@ def _download(hub_id: str) -> Path:
             hint="pip install shardmerge[transformers]",
         ) from error
     repo, _, revision = hub_id.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(_WANTED), cache_dir=str(cache_folder())
+            )
+        )
     except Exception as error:  # the hub's errors are many and change between versions
         raise UsageError("download-failed", f"cannot download {hub_id!r}: {error}") from error

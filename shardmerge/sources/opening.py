@@ -5,17 +5,33 @@ What recognises a format is imported here, what reads it where it was recognised
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
+from shardmerge.sources.choosing import (
+    Remarks,
+    beside_numbered,
+    beside_tag,
+    checkpoints_inside,
+    nothing_here,
+    several,
+    tags_near,
+    usual_models,
+    weight_files,
+)
 from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
 from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
-from shardmerge.sources.peft_folder import is_adapter_file, read_adapter, stray_config
+from shardmerge.sources.links import odd_links
+from shardmerge.sources.model_files import read_model, read_set_of, read_single, read_usual
+from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown
+from shardmerge.sources.peft_folder import is_adapter_file, read_adapter
+from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.sources.rank_files import (
+    TRACKER,
     is_distributed,
     is_megatron_folder,
     is_meta_file,
@@ -25,10 +41,6 @@ from shardmerge.sources.rank_files import (
 )
 from shardmerge.sources.safetensors_file import is_safetensors, read_safetensors
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
-
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
-# Beside the weights in Trainer and mmengine directories, and none of them a model.
-_NO_MODEL = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +73,43 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
     UsageError
         ``missing-path``: nothing there. ``not-in-cache``: a hub id that is not here.
     CheckpointError
-        ``unknown-format`` and whatever the reader of the format raises.
+        ``unknown-format``, ``link-outside`` and whatever the reader of the format raises.
     """
     options = options or OpenOptions()
     path = locate(text, download=options.download)
     for reader in _FOLDER_READERS if path.is_dir() else _FILE_READERS:
         catalog = reader(path, options)
         if catalog is not None:
-            folder = path if path.is_dir() else path.parent
-            return replace(catalog, side_files=catalog.side_files or side_files(folder))
-    raise _unknown(path)
+            raise_all(_idle(catalog, options))
+            if not options.root and is_optimizer(catalog.names()):
+                raise not_a_model("an optimizer's state", str(path), ", ".join([*catalog.names()][:5]))
+            return _completed(catalog, path)
+    raise unknown(path)
+
+
+def _completed(catalog: Catalog, path: Path) -> Catalog:
+    """Adds side files, checks links, and takes placeholders for what they are."""
+    folder = path if path.is_dir() else path.parent
+    stamps = (Path(stamp.path) for stamp in catalog.files)
+    raise_all(odd_links((file for file in stamps if file != path and file.is_relative_to(folder)), folder))
+    catalog = replace(catalog, side_files=catalog.side_files or side_files(folder))
+    if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
+        return catalog
+    catalog = without_placeholders(catalog)
+    return replace(catalog, elsewhere=tags_near(folder)) if catalog.absent else catalog
+
+
+def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
+    """An option that nothing here has a use for says that the user takes the checkpoint for another kind."""
+    ranks = catalog.kind.startswith("DeepSpeed")
+    if options.view == "module" and not ranks:
+        what = "the view `module` is one of a DeepSpeed checkpoint, and this is none"
+        hint = "leave `view` out; the tensors are taken as they are stored"
+        yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint=hint)
+    start = f"{options.root} of "
+    if options.root and (ranks or not any(entry.origin.startswith(start) for entry in catalog.entries.values())):
+        what = f"the root `{options.root}` is of no use: only a torch file has state dicts inside"
+        yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint="leave `root` out")
 
 
 def locate(text: str | Path, *, download: bool = False) -> Path:
@@ -105,25 +144,44 @@ def _tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
         if (path / marker).is_file():
             tag = (path / marker).read_text("utf-8", "replace").strip()
             folder = path / tag
+            if (
+                len(tag) < _LONGEST_NAME and not folder.exists() and usual_models(path)
+            ):  # whoever is short of space keeps the gathered model
+                return _gathered(path, marker, tag, options)
             if Path(tag).name != tag or not is_tag_folder(folder):
                 raise CheckpointError(
                     "missing-tag",
                     f"'{marker}' names a tag directory that is not a DeepSpeed checkpoint",
                     where=str(path / marker),
-                    found=repr(tag),
-                    hint="pass the tag directory itself, e.g. .../global_step500",
+                    found=repr(tag[:80]),
+                    hint=" or ".join(f"pass {item}" for item in checkpoints_inside(path)[-3:])
+                    or "copy the tag directory here, and pass it itself, e.g. .../global_step500",
                 )
-            return replace(_deepspeed(folder, options), side_files=side_files(path))
+            remarks = beside_tag(path, folder, f"'{marker}'")
+            return replace(remarks.on(_tag_or_model(folder, path, options)), side_files=side_files(path))
     tags = [item for item in sorted(path.iterdir()) if item.is_dir() and is_tag_folder(item)]
     if len(tags) > 1:
-        raise CheckpointError(
-            "several-tags",
-            "the directory holds several checkpoints and no 'latest' file to choose one",
-            where=str(path),
-            found=", ".join(tag.name for tag in tags[:8]),
-            hint=f"pass one of them, e.g. {tags[-1]}",
-        )
-    return _deepspeed(tags[0], options) if tags else None
+        what = "the directory holds several checkpoints and no 'latest' file to choose one"
+        raise several("several-tags", what, path, tags)
+    return beside_tag(path, tags[0], "nothing else").on(_tag_or_model(tags[0], path, options)) if tags else None
+
+
+def _gathered(path: Path, marker: str, tag: str, options: OpenOptions) -> Catalog:
+    """Reads the 16-bit model of a Trainer's checkpoint whose tag directory was removed."""
+    said = f"'{marker}' names {tag[:80]}, which is not here: the 16-bit model beside it is read, not the fp32 weights"
+    return Remarks(warnings=(said,)).on(read_model(usual_models(path)[0], lambda shard: _shard(shard, options)))
+
+
+def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
+    """Reads a tag; where it cannot be, its error names the gathered model that lies beside it."""
+    try:
+        return _deepspeed(tag, options)
+    except ShardmergeError as error:
+        model = next(iter(usual_models(folder)), None)
+        if model is not None:
+            last = error.each()[-1]
+            last.hint = "; ".join(filter(None, (last.hint, f"or take the 16-bit model beside it: pass {model}")))
+        raise
 
 
 def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
@@ -134,7 +192,8 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
     target = Path(marker.read_text("utf-8", "replace").strip())
     for candidate in (path / target.name, target, path / target):
         if target.name and candidate.exists():
-            return open_catalog(candidate, options)
+            others = [file.name for file in weight_files(path) if file != candidate]
+            return beside_numbered(candidate.name, others, "'last_checkpoint'").on(open_catalog(candidate, options))
     raise CheckpointError(
         "missing-tag",
         "'last_checkpoint' names a checkpoint that is not there",
@@ -150,11 +209,21 @@ def _megatron(path: Path, options: OpenOptions) -> Catalog | None:
     if is_rank_folder(path):
         return _whole_set(_read_megatron(path.parent), path)
     newest = newest_iteration(path)
-    return _read_megatron(newest) if newest else None
+    iterations = [item for item in sorted(path.glob("iter_*")) if item.is_dir() and is_megatron_folder(item)]
+    if newest is None and len(iterations) > 1:
+        raise several("several-tags", f"the directory holds several iterations and no {TRACKER}", path, iterations)
+    if newest is None:
+        return None
+    others = [item.name for item in iterations if item != newest]
+    return beside_numbered(newest.name, others, TRACKER).on(_read_megatron(newest))
 
 
 def _adapter(path: Path, options: OpenOptions) -> Catalog | None:
-    return read_adapter(path, lambda weights: _shard(weights, options))
+    catalog = read_adapter(path, lambda weights: _shard(weights, options))
+    inside = [f"{item.name}/" for item in checkpoints_inside(path)]
+    if catalog is None or not inside:
+        return catalog
+    return _noted(catalog, f"the adapter of this directory is read, and not those in {', '.join(inside[:8])}")
 
 
 def _meta(path: Path, options: OpenOptions) -> Catalog | None:
@@ -163,44 +232,33 @@ def _meta(path: Path, options: OpenOptions) -> Catalog | None:
     return read_meta(path)
 
 
-def _indexed(path: Path, options: OpenOptions) -> Catalog | None:
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / name).is_file():
-            return _noted(read_indexed(path / name, lambda shard: _shard(shard, options)), *stray_config(path))
-    return None
-
-
 def _usual(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file under the usual name; safetensors before ``.bin``."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return _noted(replace(_shard(path / name, options), path=str(path)), *stray_config(path))
-    return None
+    return read_usual(path, lambda shard: _shard(shard, options))
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    """A directory with one weight file under any name, or one index."""
-    indexes = sorted(path.glob("*.index.json"))
-    if len(indexes) == 1:
-        return read_indexed(indexes[0], lambda shard: _shard(shard, options))
-    for pattern in _WEIGHTS:
-        found = sorted(item for item in path.glob(pattern) if item.name not in _NO_MODEL)
-        if len(found) > 1:
-            raise CheckpointError(
-                "several-files",
-                f"the directory holds {len(found)} {pattern} files and no index",
-                where=str(path),
-                found=", ".join(item.name for item in found[:5]),
-                hint=f"pass the one that is meant, e.g. {found[-1]}",
-            )
-        if found:
-            return open_catalog(found[0], options)
-    return None
+    return read_single(path, lambda shard: _shard(shard, options), lambda chosen: open_catalog(chosen, options))
+
+
+def _inside(path: Path, options: OpenOptions) -> Catalog | None:
+    """A directory of checkpoints is none itself: no convention says which of them is meant."""
+    del options
+    inside = checkpoints_inside(path)
+    if not inside or (path / "config.json").is_file():
+        return None
+    what = (
+        "no weights here, but in " + ("a directory" if len(inside) == 1 else f"{len(inside)} directories") + " inside"
+    )
+    raise several("several-checkpoints", what, path, inside)
 
 
 def _config_only(path: Path, options: OpenOptions) -> Catalog | None:
     """A base model of which nothing but config and tokenizer is needed, since the checkpoint has all of its tensors."""
-    return Catalog(str(path), "config without weights", {}) if (path / "config.json").is_file() else None
+    del options
+    if not (path / "config.json").is_file():
+        return None
+    elsewhere = tuple(str(item) for item in checkpoints_inside(path))
+    return Catalog(str(path), "config without weights", {}, notes=tuple(nothing_here(path)), elsewhere=elsewhere)
 
 
 def _shard(path: Path, options: OpenOptions) -> Catalog:
@@ -208,7 +266,7 @@ def _shard(path: Path, options: OpenOptions) -> Catalog:
         return read_safetensors(path)
     catalog = _torch(path, options)
     if catalog is None:
-        raise _unknown(path)
+        raise unknown(path)
     return catalog
 
 
@@ -216,6 +274,12 @@ def _index_file(path: Path, options: OpenOptions) -> Catalog | None:
     if not path.name.endswith(".index.json"):
         return None
     return read_indexed(path, lambda shard: _shard(shard, options))
+
+
+def _shard_member(path: Path, options: OpenOptions) -> Catalog | None:
+    """One shard stands for the whole model, as the file of a rank does."""
+    catalog = None if options.root else read_set_of(path, lambda shard: _shard(shard, options))
+    return _whole_set(catalog, path) if catalog else None
 
 
 def _tag_member(path: Path, options: OpenOptions) -> Catalog | None:
@@ -277,24 +341,14 @@ def _read_megatron(folder: Path) -> Catalog:
     return read_megatron(folder)
 
 
+# Bytes of a file's name on Linux.
+_LONGEST_NAME = 255
+
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
 _FOLDER_READERS: tuple[Reader, ...] = (
-    _tag, _work_dir, _tag_parent, _megatron, _adapter, _indexed, _usual, _meta, _single, _config_only,
+    _tag, _work_dir, _tag_parent, _megatron, _adapter, _usual, _meta, _single, _inside, _config_only,
 )  # fmt: skip
-_FILE_READERS: tuple[Reader, ...] = (_index_file, _tag_member, _rank_member, _adapter_file, _safetensors, _torch)
-
-
-def _unknown(path: Path) -> CheckpointError:
-    if path.is_dir():
-        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "an empty directory"
-    else:
-        with path.open("rb") as file:
-            found = f"first bytes {file.read(8)!r}"
-    return CheckpointError(
-        "unknown-format",
-        "not a checkpoint that shardmerge knows",
-        where=str(path),
-        found=found,
-        expected="safetensors, torch .pth/.pt/.bin; a DeepSpeed, Megatron, XTuner, Meta, PEFT or HF directory",
-    )
+_FILE_READERS: tuple[Reader, ...] = (
+    _index_file, _tag_member, _rank_member, _shard_member, _adapter_file, _safetensors, _torch,
+)  # fmt: skip

@@ -48,11 +48,22 @@ def read_adapter(folder: Path, read_shard: ReadShard) -> Catalog | None:
         )
     if weights is None:
         return None
-    notes = [f"the adapter is read, not the full model beside it: pass {name} for that" for name in full[:1]]
+    warnings = [
+        f"the adapter is read, not the full model beside it: pass {folder / name} for that" for name in full[:1]
+    ]
+    second = [name for name in _WEIGHTS if name != weights.name and (folder / name).is_file()]
+    warnings += [f"{weights.name} is read; {name} lies beside it: pass {folder / name} for that one" for name in second]
+    notes = []
     if (folder / _LLAVA).is_file():
         notes.append(f"{_LLAVA} holds what was trained beside the adapter: make it a source of its own")
     catalog = read_shard(weights)
-    return replace(catalog, path=str(folder), kind=PEFT_ADAPTER, notes=(*notes, *catalog.notes))
+    return replace(
+        catalog,
+        path=str(folder),
+        kind=PEFT_ADAPTER,
+        notes=(*notes, *catalog.notes),
+        warnings=(*warnings, *catalog.warnings),
+    )
 
 
 def stray_config(folder: Path) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ readings of one file pass: duplicate keys, leading blanks, unknown fields.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -72,7 +72,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     with SourceFile(path) as file:
         length = _header_length(file)
         raw = file.read(8, length)
-        stamp = FileStamp(str(path), file.size, file.mtime_ns, hashlib.sha256(raw).hexdigest())
+        stamp = FileStamp.of(str(path), file.status, raw)
     fields = _parse(raw, str(path))
     metadata = _metadata(fields.pop("__metadata__", None), str(path))
     entries = [_entry(name, value, str(path), 8 + length) for name, value in fields.items()]
@@ -117,7 +117,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} stands twice")
     return found
 

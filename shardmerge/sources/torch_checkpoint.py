@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from shardmerge.sources.not_read import not_a_model
 from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.run_states import run_state
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -23,22 +25,22 @@ def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
     Raises
     ------
     CheckpointError
-        As ``read_torch_file`` and ``state_dict``.
+        ``not-a-model``: the state of an optimizer, of random generators, of a scheduler. And as ``read_torch_file`` and
+        ``state_dict``.
     """
     file = read_torch_file(path)
+    state = "" if root else run_state(file.root)
+    if state:
+        raise not_a_model(state, file.path, ", ".join(str(key)[:80] for key in list(as_dict(file.root))[:8]))
     return torch_catalog(file, state_dict(file.root, key=root))
 
 
 def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
-    """Returns the catalog of a state dict of an opened torch file: shared storages as aliases, placeholders absent."""
+    """Returns the catalog of a state dict of an opened torch file: shared storages as aliases."""
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
-    absent: set[str] = set()
     owners: dict[object, str] = {}
     for name, ref in found.tensors.items():
-        if ref.shape == (0,):  # what ZeRO-3 leaves of a parameter whose data lives elsewhere
-            absent.add(name)
-            continue
         owner = owners.setdefault(file.alias_key(ref), name)
         if owner == name or 0 in ref.shape:
             entries[name] = file.entry(name, ref, f"{found.root_key or 'top level'} of {Path(file.path).name}")
@@ -46,7 +48,7 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
             aliases[name] = owner
     config = training_config(file)
     kind = f"XTuner / mmengine {file.kind}" if config else file.kind
-    warnings = [f"{len(absent)} names are placeholders without data (shape [0]), taken as absent"] if absent else []
+    warnings = []
     loose = [str(name) for name, value in as_dict(file.root).items() if isinstance(value, TensorRef)]
     if found.root_key and loose:
         warnings.append(f"{len(loose)} tensors beside {found.root_key} are not part of it: {', '.join(loose[:5])}")
@@ -56,7 +58,6 @@ def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:
         entries,
         aliases,
         files=(file.stamp,),
-        absent=frozenset(absent),
         warnings=tuple(warnings),
         training_config=config,
     )

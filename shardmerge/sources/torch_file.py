@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -47,6 +46,8 @@ class TorchFile:
         What was saved.
     storages
         Where each storage lies, by key.
+    archive
+        The name that the file was saved under, without its ending, where the container tells it (``TorchZip``).
     """
 
     path: str
@@ -54,6 +55,7 @@ class TorchFile:
     root: Value
     storages: Mapping[str, Extent]
     stamp: FileStamp
+    archive: str = ""
 
     def entry(self, name: str, ref: TensorRef, origin: str = "") -> TensorEntry:
         """Returns the catalog entry of a tensor: one dense extent, or a strided view of one.
@@ -224,7 +226,7 @@ def _from_zip(file: SourceFile, known: KnownPickles) -> TorchFile:
     if root is None:
         root = interpret(parts.pickle, where=file.path, base=parts.pickle_offset)
         known.put(stamp.header, root, len(parts.pickle))
-    return TorchFile(file.path, "torch zip", root, parts.storages, stamp)
+    return TorchFile(file.path, "torch zip", root, parts.storages, stamp, parts.archive)
 
 
 def _from_legacy(file: SourceFile) -> TorchFile:
@@ -233,7 +235,7 @@ def _from_legacy(file: SourceFile) -> TorchFile:
 
 
 def _stamp(file: SourceFile, header: bytes) -> FileStamp:
-    return FileStamp(file.path, file.size, file.mtime_ns, hashlib.sha256(header).hexdigest())
+    return FileStamp.of(file.path, file.status, header)
 
 
 # State dicts

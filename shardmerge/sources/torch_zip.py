@@ -20,7 +20,7 @@ from typing import NamedTuple
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES
 from shardmerge.storage.reading import SourceFile
-from shardmerge.tensors import Extent
+from shardmerge.tensors import Extent, Record
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -81,11 +81,14 @@ class TorchZip:
         Where they lie in the file; 0 if they were compressed.
     storages
         By key, each stored plain.
+    archive
+        The directory inside the zip: ``torch.save`` gives it the name of the file that it writes, without its ending.
     """
 
     pickle: bytes
     pickle_offset: int
     storages: Mapping[str, Extent]
+    archive: str
 
 
 def read_torch_zip(file: SourceFile) -> TorchZip:
@@ -105,7 +108,17 @@ def read_torch_zip(file: SourceFile) -> TorchZip:
     name = f"{prefix}/data.pkl"
     member, offset = payloads[name]
     pickle = _unpack(file, member, offset)
-    return TorchZip(pickle, offset if member.method == _STORED else 0, _storages(file, f"{prefix}/data/", payloads))
+    storages = _storages(file, f"{prefix}/data/", payloads)
+    return TorchZip(pickle, offset if member.method == _STORED else 0, storages, prefix)
+
+
+def storage_records(file: SourceFile) -> Iterator[Record]:
+    """Yields the storages of a torch zip that was read before, with their checksums."""
+    members, directory = read_directory(file)
+    folder = f"{_prefix(file, members)}/data/"
+    for name, (member, offset) in _payloads(file, members, directory).items():
+        if name.startswith(folder):
+            yield Record(name, offset, member.size, member.crc)
 
 
 def _zip_error(code: str, what: str, file: SourceFile, at: int, found: str = "") -> CheckpointError:

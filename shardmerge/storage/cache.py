@@ -6,9 +6,11 @@ cgroup the pages of the files count, read or written (cgroup v1 does not even sl
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -25,26 +27,44 @@ _AGAIN = 64 << 20
 _SyncFileRange: TypeAlias = Callable[[int, int, int, int], int]
 
 
+# What a system or a file system that has no such call answers; EPERM comes from filters of system calls in containers.
+# Nothing was waited for, so no error was taken from the descriptor.
+_NOT_HERE = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP, errno.EPERM})
+
+
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
-    """Asks the system to begin writing a range's dirty pages to the disk; does not wait. A hint: it cannot fail."""
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, offset, nbytes, _WRITE)
+    """Asks the system to begin writing a range's dirty pages to the disk; does not wait.
+
+    Raises
+    ------
+    OSError
+        The pages could not be handed to the disk. A file system may report that here and nowhere else.
+    """
+    _sync_range(fd, offset, nbytes, _WRITE)
 
 
 def drop_written(fd: int, offset: int, nbytes: int) -> None:
-    """Waits until a range is on the disk, and lets its pages go. A hint: durability is what ``fsync`` gives."""
-    call = _sync_file_range()
-    if call is not None:
-        call(fd, offset, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+    """Waits until a range is on the disk, and lets its pages go.
+
+    Raises
+    ------
+    OSError
+        Something of the file could not be written. Linux reports an error of writing once for each open file
+        (``file_check_and_advance_wb_err``), and waiting here counts: the next ``fsync`` knows nothing of it any more.
+    """
+    _sync_range(fd, offset, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
     drop_read(fd, offset, nbytes)
 
 
 def drop_read(fd: int, offset: int, nbytes: int) -> None:
-    """Lets the clean pages of a range go; whole pages only, those at the edges may be wanted by a neighbour."""
+    """Lets the clean pages of a range go; whole pages only, those at the edges may be wanted by a neighbour.
+
+    A hint, and one that reports no error of writing: what the system says to it does not matter.
+    """
     if hasattr(os, "posix_fadvise"):
         start = max(offset - _AGAIN, 0)
-        os.posix_fadvise(fd, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(fd, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
 
 class Trail:
@@ -55,7 +75,7 @@ class Trail:
         self._nbytes = 0
 
     def passed(self, nbytes: int, drop: Callable[[], None]) -> None:
-        """Notes a range just used; calls the ``drop`` of those that lie far enough behind."""
+        """Notes a range just used; calls the ``drop`` of those that lie far enough behind, and raises what they do."""
         self._ranges.append((nbytes, drop))
         self._nbytes += nbytes
         while self._nbytes > _LAG:
@@ -67,10 +87,21 @@ class Trail:
             call()
 
     def clear(self) -> None:
-        """Drops all that is left."""
+        """Drops all that is left, and raises what the first that fails does."""
         while self._ranges:
             self._ranges.popleft()[1]()
         self._nbytes = 0
+
+
+def _sync_range(fd: int, offset: int, nbytes: int, flags: int) -> None:
+    call = _sync_file_range()
+    if call is None or call(fd, offset, nbytes, flags) == 0:
+        return
+    import ctypes
+
+    code = ctypes.get_errno()
+    if code not in _NOT_HERE:
+        raise OSError(code, os.strerror(code))
 
 
 @lru_cache(maxsize=1)
@@ -79,7 +110,7 @@ def _sync_file_range() -> _SyncFileRange | None:
     import ctypes  # only a run moves pages: `inspect` reads headers
 
     try:
-        found = ctypes.CDLL(None).sync_file_range
+        found = ctypes.CDLL(None, use_errno=True).sync_file_range
     except (OSError, AttributeError):
         return None
     found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)

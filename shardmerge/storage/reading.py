@@ -17,7 +17,8 @@ import resource
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,13 @@ _WANTED_FILES = 8192 + _SPARED_FILES
 class SourceFile:
     """A file open for reading, pinned by the size it had when it was opened.
 
+    Attributes
+    ----------
+    path, size
+        As it was opened; the size in bytes.
+    status
+        From ``fstat``.
+
     Raises
     ------
     UsageError
@@ -61,8 +69,8 @@ class SourceFile:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointError("not-a-file", "only regular files can be read", where=self.path)
+        self.status = status
         self.size = status.st_size
-        self.mtime_ns = status.st_mtime_ns
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes from ``offset`` on, or raises ``truncated-file``."""
@@ -71,22 +79,27 @@ class SourceFile:
         return bytes(buffer)
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fills ``out`` from ``offset`` on, looping over short reads.
+        """Fills ``out`` from ``offset`` on. After a short read it begins again once, then goes on from its count.
 
         Raises
         ------
         CheckpointError
             ``truncated-file``: the file ends first. ``unreadable-file``: an I/O error, with the byte.
         """
-        done = 0
+        if self._read_some(offset, out) == len(out):
+            return
+        done = self._read_some(offset, out)
         while done < len(out):
-            try:
-                got = os.preadv(self._fd, [out[done:]], offset + done)
-            except OSError as error:
-                raise self._broken(offset + done, error) from error
+            got = self._read_some(offset + done, out[done:])
             if got == 0:
                 raise self._truncated(offset, len(out))
             done += got
+
+    def _read_some(self, offset: int, out: memoryview) -> int:
+        try:
+            return os.preadv(self._fd, [out], offset)
+        except OSError as error:
+            raise self._broken(offset, error) from error
 
     def read_runs(self, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset on, as ``read_into`` does; a short loop, since there may be thousands."""
@@ -102,7 +115,8 @@ class SourceFile:
     def expect(self, offset: int, nbytes: int) -> None:
         """Starts reading a range into the page cache, where the system does such things."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # a hint
+                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def window(self, offset: int, nbytes: int) -> memoryview:
         """Returns a read-only view of the bytes, mapped; the mapping goes when the last view of it goes.
@@ -138,8 +152,9 @@ class SourceFile:
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with suppress(OSError):  # of a file that was only read, nothing is lost
+                os.close(fd)
 
     def __enter__(self) -> SourceFile:
         return self
@@ -201,6 +216,11 @@ class FilePool:
         As given.
     bytes_read, reads, opens
         What has been read through the pool so far, in bytes and calls, and how often a file was opened for it.
+    opened
+        Called with every file that is opened, before it is read; what it raises goes to whoever asked for the bytes.
+    seen
+        Called with path, offset and bytes of what was read, by whichever thread; with no bytes where ``read_runs``
+        begins. What it raises goes the same way.
     """
 
     def __init__(self, io: IoMode = "pread", *, bounded: bool = False) -> None:
@@ -210,6 +230,8 @@ class FilePool:
         self._most = most_open_files()
         self._io = io
         self.bounded = bounded
+        self.opened: Callable[[SourceFile], None] | None = None
+        self.seen: Callable[[str, int, memoryview], None] | None = None
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -227,7 +249,10 @@ class FilePool:
             if file is not None:
                 self._open.move_to_end(path)
                 return file
-            file = self._open[path] = SourceFile(path)
+            file = SourceFile(path)
+            if self.opened is not None:
+                self.opened(file)
+            self._open[path] = file
             self.opens += 1
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
@@ -248,13 +273,18 @@ class FilePool:
             return None
         file = self._get(path, nbytes, 1)
         self._passed(file, offset, nbytes)
-        return file.window(offset, nbytes)
+        found = file.window(offset, nbytes)
+        if self.seen is not None:
+            self.seen(path, offset, found)
+        return found
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fills ``out`` from the file's byte ``offset`` on."""
         file = self._get(path, len(out), 1)
         self._passed(file, offset, len(out))
         file.read_into(offset, out)
+        if self.seen is not None:
+            self.seen(path, offset, out)
 
     def read_runs(self, path: str, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset in the file on: many short reads for the price of their system calls.
@@ -262,6 +292,8 @@ class FilePool:
         The pages stay in the page cache, since the other bands of a matrix are in the same ones.
         """
         self._get(path, sum(map(len, outs)), len(outs)).read_runs(offsets, outs)
+        if self.seen is not None:
+            self.seen(path, offsets[0], memoryview(b""))
 
     def expect(self, path: str, offset: int, nbytes: int) -> None:
         """Lets the system read these bytes ahead; it cannot guess that short reads apart from each other go on."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -45,46 +46,88 @@ class OutputFile:
         self._sync = sync
         self._trail = Trail() if bounded else None
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with _explained(path):
+        self._failed: OSError | None = None
+        self._fd = -1
+        with explained(path):
             self._fd = os.open(path, flags, 0o666)
-            os.ftruncate(self._fd, size)
+            try:
+                os.ftruncate(self._fd, size)
+            except OSError:
+                self.abandon()
+                raise
 
     def fileno(self) -> int:
         """Returns the descriptor, as long as the file is open."""
         return self._fd
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Writes all of ``data`` at ``offset``, looping over short writes."""
+        """Writes all of ``data`` at ``offset``. After an error the file is useless: it cannot be sealed any more."""
         view = data.cast("B") if data.nbytes else memoryview(b"")
-        done = 0
-        with _explained(self.path):
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
-        if self._sync or self._trail:
-            start_writing(self._fd, offset, done)
-        if self._trail is not None:
-            self._trail.passed(done, partial(drop_written, self._fd, offset, done))
+        with self._remembered():
+            _write_whole(self._fd, view, offset)
+            if self._sync or self._trail:
+                start_writing(self._fd, offset, len(view))
+            if self._trail is not None:
+                self._trail.passed(len(view), partial(drop_written, self._fd, offset, len(view)))
 
     def seal(self, first_bytes: bytes) -> None:
-        """Syncs the data, writes the reserved first bytes, syncs again, and closes."""
-        if self._trail is not None:
-            self._trail.clear()
-        with _explained(self.path):
+        """Syncs the data, writes the reserved first bytes, syncs again, and closes.
+
+        An error of writing is reported once (see ``storage.cache``), so one that any thread met before counts here too,
+        and no sync is ever tried twice: after an error the pages that are lost are clean.
+        """
+        with self._remembered():
+            if self._failed is not None:
+                raise self._failed
+            if self._trail is not None:
+                self._trail.clear()
             self._fsync()
-            os.pwrite(self._fd, first_bytes, 0)
+            _write_whole(self._fd, memoryview(first_bytes), 0)
             self._fsync()
+            self._check_size()
         self.close()
 
     def close(self) -> None:
         """Closes the descriptor, reporting what the close reports (NFS says "disk full" here)."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            with _explained(self.path):
+            with explained(self.path):
                 os.close(fd)
+
+    def abandon(self) -> None:
+        """Closes the descriptor of a file that nobody will use."""
+        with suppress(OutputError, ResourceError):
+            self.close()
+
+    @contextmanager
+    def _remembered(self) -> Iterator[None]:
+        with explained(self.path):
+            try:
+                yield
+            except OSError as error:
+                self._failed = self._failed or error
+                raise
+
+    def _check_size(self) -> None:
+        found = os.fstat(self._fd).st_size
+        if found != self.size:
+            raise OSError(errno.EIO, f"the file has {found} bytes instead of {self.size}")
 
     def _fsync(self) -> None:
         if self._sync:
             os.fsync(self._fd)
+
+
+def _write_whole(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of ``data``. After a short count once more from its start, then on from its count."""
+    if os.pwrite(fd, data, offset) == len(data):
+        return
+    done = os.pwrite(fd, data, offset)
+    while done < len(data):
+        more = os.pwrite(fd, data[done:], offset + done)
+        if more == 0:
+            raise OSError(errno.EIO, "the system took no more bytes")
+        done += more
 
 
 def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True) -> None:
@@ -100,14 +143,15 @@ def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True)
 
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable; without it a rename may be lost in a power cut."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directory sync
-            raise
-    finally:
-        os.close(fd)
+    with explained(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directory sync
+                raise
+        finally:
+            os.close(fd)
 
 
 def free_bytes(path: Path) -> int:
@@ -119,7 +163,7 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-class _explained:  # noqa: N801  # reads as a statement: with _explained(path)
+class explained:  # noqa: N801  # reads as a statement: with explained(path)
     """Turns an OSError of the body into an error of ours that names the file."""
 
     def __init__(self, path: Path) -> None:
@@ -139,4 +183,8 @@ class _explained:  # noqa: N801  # reads as a statement: with _explained(path)
                 hint="free some space or choose another output path; the staging directory is removed",
             ) from error
         if isinstance(error, OSError):
-            raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(self._path)) from error
+            hint = (
+                "the disk loses what is written to it: choose another output path" if error.errno == errno.EIO else ""
+            )
+            what = f"cannot write: {error.strerror}"
+            raise OutputError("unwritable-output", what, where=str(self._path), hint=hint) from error

@@ -1,7 +1,7 @@
 """The target ``hf/model``: a Hugging Face directory of an architecture that is not known here.
 
 Names and shapes are whatever the rules make; config and tokenizer are the source's own, with type and vocabulary
-brought up to date.
+brought up to date. That config and tensors agree is checked for every target alike (``targets.agreement``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import plain, tokenizer
+from shardmerge.quantization_config import without_quantization
+from shardmerge.targets import tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
 from shardmerge.targets.expectation import Expectation, Request, SideFile, Target
 from shardmerge.targets.tokenizer import TokenizerFiles
@@ -43,10 +44,13 @@ def expect(request: Request) -> Expectation:
     config = load_object(catalog.side_files["config.json"], request.read)
     if request.dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = request.dtype.torch
+    if catalog.dequantized:
+        config = without_quantization(config)
     if request.vocabulary is None:
-        files = tuple(SideFile(each, (extent,)) for each, extent in catalog.side_files.items() if _is_copied(each))
-        changed = {"config.json": SideFile("config.json", (dump(config, sort=False),))} if request.dtype else {}
-        return Expectation({}, side_files=tuple(changed.get(file.name, file) for file in files), open=True)
+        rewritten = request.dtype is not None or catalog.dequantized
+        content = dump(config, sort=False) if rewritten else catalog.side_files["config.json"]
+        made = SideFile("config.json", (content,))
+        return Expectation({}, side_files=(made,), beside=catalog.side_files, same_model=True, open=True)
     return _resized(request, catalog, config)
 
 
@@ -69,17 +73,8 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
             hint="leave `vocabulary:` out, and write rules with `op: resize` for these tensors",
         )
     made = (SideFile("config.json", (dump(config, sort=False),)), *tokens.files)
-    names = {file.name for file in made}
-    rest = (
-        SideFile(name, (extent,))
-        for name, extent in catalog.side_files.items()
-        if _is_copied(name) and name not in names
-    )
-    return Expectation(tensors, resized=counted.resized(tensors), side_files=(*made, *rest), open=True)
-
-
-def _is_copied(name: str) -> bool:
-    return plain.is_model_file(name)
+    resized = counted.resized(tensors)
+    return Expectation(tensors, resized=resized, side_files=made, beside=catalog.side_files, same_model=True, open=True)
 
 
 def _tokens(request: Request, catalog: Catalog, size: int) -> TokenizerFiles:
@@ -105,8 +100,9 @@ def _over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]
 
 TARGET = Target(
     name="hf/model",
-    about="A Hugging Face directory of any architecture: names and shapes as the rules make them, not checked.",
+    about="A Hugging Face directory of any architecture: names and shapes as the rules make them.",
     roles={"text": "the source whose config.json and tokenizer files are copied"},
     options={},
     expect=expect,
+    codes=True,
 )

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isfinite
 from typing import TypeAlias
 
 from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import Extent
 
@@ -73,7 +75,7 @@ def dimension(config: Mapping[str, object], key: str, default: int, where: str, 
             "odd-config",
             f"`{key}` in config.json cannot be used",
             where=where,
-            found=repr(value)[:80],
+            found=shown(value),
             expected=f"an integer from 1 to {limit}",
         )
     return value
@@ -85,17 +87,53 @@ def layers(config: Mapping[str, object], default: int, where: str) -> int:
 
 
 def flag(config: Mapping[str, object], key: str, where: str) -> bool:
-    """Returns a switch from a config, false where it is absent or null."""
+    """Returns a switch from a config, false where it is absent or null.
+
+    Python takes 1 for true, and so does everything that reads these configs with it: ``use_rslora: 1`` is true.
+    """
     value = config.get(key)
-    if value is None or isinstance(value, bool):
+    if value is None or (isinstance(value, int) and value in (0, 1)):  # a bool is an int
         return bool(value)
     raise TargetError(
         "odd-config",
         f"`{key}` in config.json cannot be used",
         where=where,
-        found=repr(value)[:80],
-        expected="a boolean",
+        found=shown(value),
+        expected="true or false",
     )
+
+
+def finite(config: Mapping[str, object], key: str, default: float, where: str) -> float:
+    """Returns a real number from a config, ``default`` where it is absent or null.
+
+    JSON as Python and JavaScript write it has NaN and Infinity. Some configs mean them (``time_step_limit`` of Mamba 2
+    is ``[0.0, Infinity]``), so they are refused where a number is used, and not where the file is read.
+
+    Raises
+    ------
+    TargetError
+        ``odd-config``: NaN, infinite, or no number.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value):
+        return float(value)
+    raise TargetError(
+        "odd-config",
+        f"`{key}` in the config cannot be used",
+        where=where,
+        found=shown(value),
+        expected="a finite number",
+    )
+
+
+def is_finite(value: float) -> bool:
+    """Tells whether a number can be computed with; an integer may be too large for a float."""
+    try:
+        return isfinite(value)
+    except OverflowError:
+        return False
 
 
 def portable(config: Mapping[str, object], dtype: str) -> JsonObject:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config
+from shardmerge.targets import clip, llama, llava_kinds, official_config
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.clip import VisionArchitecture
 from shardmerge.targets.expectation import Component, ReadSideFile, Request
 from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.trained_model import ModelFacts, read_model_facts
 from shardmerge.targets.training_config import TrainingFacts, read_training_config
 from shardmerge.tensors import Catalog
 
@@ -104,7 +105,7 @@ class Cast:
         The checkpoint; ``None`` where no source plays it.
     trained_name
         The name of its source.
-    facts
+    facts, model
         Of its training config.
     text, vision
         The parts.
@@ -113,6 +114,7 @@ class Cast:
     trained: Catalog | None
     trained_name: str
     facts: TrainingFacts
+    model: ModelFacts
     text: Part
     vision: Part
 
@@ -124,17 +126,65 @@ def cast(request: Request, text_prefix: str, vision_prefix: str) -> Cast:
     ----------
     text_prefix, vision_prefix
         Of the parts' target names.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture``: XTuner trained another model than a LLaVA over CLIP, or with unknown settings.
     """
     names = {**_SOURCES, **request.roles}
     trained = request.catalogs.get(names["trained"])
-    facts = read_training_config(trained.training_config if trained else "")
+    config = trained.training_config if trained else ""
+    facts, model = read_training_config(config), read_model_facts(config)
+    _check_training(model, trained)
     tower = facts.vision_path or _named_tower(request.catalogs.get(names["text"]), request.read)
     return Cast(
         trained=trained,
         trained_name=names["trained"],
         facts=facts,
+        model=model,
         text=Part("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
         vision=Part("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
+    )
+
+
+def _check_training(model: ModelFacts, trained: Catalog | None) -> None:
+    found = [f"the model {model.name}"] if model.name not in ("", "LLaVAModel") else []
+    found += [f"the encoder {model.vision}"] if model.vision not in ("", "AutoModel", "CLIPVisionModel") else []
+    found += [f"the model's setting {name}" for name in model.odd]
+    if found:
+        raise TargetError(
+            "unsupported-architecture",
+            "the training config describes another model than XTuner's LLaVA over a CLIP",
+            where=trained.path if trained else "",
+            found=", ".join(found)[:200],
+            expected="the model LLaVAModel, the encoder CLIPVisionModel, and settings that are known",
+        )
+
+
+def check_context(model: ModelFacts, text: TextBase) -> None:
+    """Checks that the text base is stretched as far as the training stretched it.
+
+    XTuner does it in memory (``_prepare_for_long_context_training``), and no file says so but the training config.
+
+    Raises
+    ------
+    TargetError
+        ``contradiction``.
+    """
+    wanted, own = model.max_position_embeddings, text.config.get("max_position_embeddings")
+    rope = text.config.get("rope_scaling") or text.config.get("rope_parameters")
+    factor = rope.get("factor", 1) if isinstance(rope, dict) else 1
+    if wanted is None or not isinstance(own, int) or not isinstance(factor, int | float) or wanted <= own * factor:
+        return
+    stretch = float(-(-wanted // max(int(own * factor), 1)))
+    raise TargetError(
+        "contradiction",
+        "the training stretched the rotary embedding, and the language model's config.json does not",
+        where=text.where,
+        found=f"max_position_embeddings {own}, a factor of {factor}",
+        expected=f"max_position_embeddings {wanted}, as the training config says",
+        hint=f'write into a copy of it: "rope_scaling": {{"type": "linear", "factor": {stretch}}}',
     )
 
 
@@ -227,8 +277,10 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     whole = load_object(extent, read)
     nested = whole.get("text_config")
     config = nested if isinstance(nested, dict) else whole
+    if isinstance(nested, dict):
+        llava_kinds.kind_of(whole, extent.file)
     if official_config.is_official(whole):
-        config = official_config.language_part(whole)
+        config = official_config.language_part(whole, extent.file)
     return TextBase(catalog, whole, config, llama.read_architecture(config, extent.file), extent.file)
 
 
@@ -257,15 +309,3 @@ def read_vision(part: Part, catalogs: Mapping[str, Catalog], read: ReadSideFile)
         )
     config = clip.unwrap(whole)
     return VisionBase(catalog, whole, config, clip.read_architecture(config, extent.file))
-
-
-def quantized_warnings(text: TextBase, vision: VisionBase | None) -> tuple[str, ...]:
-    """Returns a warning for each base whose config says that its weights are packed."""
-    named = [(text.catalog, text.config, "language model")]
-    if vision is not None:
-        named.append((vision.catalog, vision.config, "visual encoder"))
-    return tuple(
-        f"{catalog.path} is a quantized {title}: tensors taken from it are not what the output's config says"
-        for catalog, config, title in named
-        if config.get("quantization_config")
-    )

@@ -175,17 +175,28 @@ def _standard_processor(size: int) -> JsonObject:
     }
 
 
-# Encoder layers of the CLIPs that OpenAI published (config.json of openai/clip-vit-*), by the last part of their name.
-_PUBLISHED_LAYERS = {
-    "clip-vit-base-patch16": 12,
-    "clip-vit-base-patch32": 12,
-    "clip-vit-large-patch14": 24,
-    "clip-vit-large-patch14-336": 24,
+# Encoder layers and image sizes of the CLIPs that OpenAI published (config.json of openai/clip-vit-*), by the last part
+# of their name.
+_PUBLISHED = {
+    "clip-vit-base-patch16": (12, 224),
+    "clip-vit-base-patch32": (12, 224),
+    "clip-vit-large-patch14": (24, 224),
+    "clip-vit-large-patch14-336": (24, 336),
 }
 
 
 def published_tensor_count(path: str) -> int:
     """Returns the tensors of a published CLIP's vision tower, known by name alone; 0 for any other."""
-    layers = _PUBLISHED_LAYERS.get(path.rstrip("/").rsplit("/", 1)[-1], 0)
+    layers, _ = _PUBLISHED.get(_last_part(path), (0, 0))
     # Three embeddings, two norms around the layers with weight and bias, and 16 tensors a layer.
     return 16 * layers + 7 if layers else 0
+
+
+def is_another(path: str, vision: VisionArchitecture) -> bool:
+    """Whether a path or hub id names a published CLIP of other sizes than these."""
+    known = _PUBLISHED.get(_last_part(path))
+    return known is not None and known != (vision.num_layers, vision.image_size)
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets import clip, open_clip_config, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, layers, load_object, portable, stored_dtype
 from shardmerge.targets.clip import VisionArchitecture
@@ -36,6 +37,7 @@ def expect_vision(request: Request) -> Expectation:
     return Expectation(
         tensors=dict(clip.expected(vision)),
         side_files=(SideFile("config.json", (dump(written),)), images),
+        beside=catalog.side_files,
         components=(Component("vision_model.", "", f"Check that {where} describes these weights"),),
         warnings=warnings,
     )
@@ -50,7 +52,8 @@ def expect_model(request: Request) -> Expectation:
         ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``.
     """
     catalog, whole, where = _read(request, "config")
-    vision_part, text_part = clip.unwrap(whole), _text_part(whole, where)
+    vision_part, text_part = clip.unwrap(whole), read_text_part(whole, where)
+    _check_kind(whole, text_part, where)
     vision = clip.read_architecture(vision_part, where)
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
     written = portable(whole, dtype) | {
@@ -68,9 +71,23 @@ def expect_model(request: Request) -> Expectation:
             images,
             *tokenizer.copies(catalog.side_files),
         ),
+        beside=catalog.side_files,
         components=(Component("", "", f"Check that {where} describes these weights"),),
         warnings=warnings,
     )
+
+
+def _check_kind(whole: Mapping[str, object], text: Mapping[str, object], where: str) -> None:
+    """AltCLIP, CLIPSeg and Chinese CLIP have a CLIP's encoders, whole or in part, and are other models."""
+    kinds = (whole.get("model_type"), text.get("model_type", "clip_text_model"))
+    if kinds != ("clip", "clip_text_model"):
+        raise TargetError(
+            "unsupported-architecture",
+            "the model is not a CLIPModel",
+            where=where,
+            found=f"model_type {shown(kinds[0])}, of its text_config {shown(kinds[1])}",
+            expected="model_type 'clip' and 'clip_text_model'",
+        )
 
 
 # ---- reading
@@ -99,7 +116,7 @@ def _read(request: Request, role: str) -> tuple[Catalog, JsonObject, str]:
     )
 
 
-def _text_part(whole: Mapping[str, object], where: str) -> JsonObject:
+def read_text_part(whole: Mapping[str, object], where: str) -> JsonObject:
     """Returns the text part of a full CLIP's config; ``text_config_dict`` of 2022 wins, as for the vision part."""
     nested, legacy = whole.get("text_config"), whole.get("text_config_dict")
     if whole.get("model_type") != "clip" or not (isinstance(nested, dict) or isinstance(legacy, dict)):
@@ -136,7 +153,12 @@ def _model_tensors(
     yield "text_projection.weight", (projection, hidden)
     yield "visual_projection.weight", (projection, vision.hidden_size)
     yield from clip.expected(vision)
-    prefix = "text_model"
+    yield from text_tensors(text, where)
+
+
+def text_tensors(text: Mapping[str, object], where: str) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of the text encoder; defaults follow ``CLIPTextConfig``."""
+    prefix, hidden = "text_model", dimension(text, "hidden_size", 512, where)
     yield f"{prefix}.embeddings.token_embedding.weight", (dimension(text, "vocab_size", 49408, where), hidden)
     positions = dimension(text, "max_position_embeddings", 77, where)
     yield f"{prefix}.embeddings.position_embedding.weight", (positions, hidden)

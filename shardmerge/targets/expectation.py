@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from shardmerge.dtypes import DType
 from shardmerge.tensors import Catalog, Extent, Shape
@@ -49,6 +49,8 @@ class Component:
 
 
 How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
+FileMode: TypeAlias = Literal["model", "all", "none"]
+FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)
 Format: TypeAlias = Literal["safetensors", "bin"]
 
 
@@ -82,6 +84,24 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class FileChoice:
+    """What the user says of side files: ``output.files`` of the mapping, ``--files``.
+
+    Attributes
+    ----------
+    mode
+        ``model``: what is part of the model. ``all``: every small file beside the weights. ``none``: only what the
+        target makes, and config.json.
+    include, exclude
+        Patterns of names (``*``, ``?``) that go along, or stay behind, in spite of that.
+    """
+
+    mode: FileMode = "model"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a target is asked for.
 
@@ -101,6 +121,8 @@ class Request:
         As the mapping says, None where it does not.
     where
         The mapping's line, for messages.
+    dropped
+        (source, name) of what the user drops: a target that is as large as its source does not ask for it.
     """
 
     roles: Mapping[str, str]
@@ -110,6 +132,12 @@ class Request:
     dtype: DType | None = None
     vocabulary: Vocabulary | None = None
     where: str = ""
+    dropped: frozenset[tuple[str, str]] = frozenset()
+
+    def gone(self, role: str) -> frozenset[str]:
+        """Returns the names that the user drops of the source that plays a role."""
+        source = self.roles.get(role, role)
+        return frozenset(name for owner, name in self.dropped if owner == source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +199,12 @@ class Expectation:
         Prefixes of names that rules may make and that are not part of this directory, with the reason.
     side_files
         config.json, tokenizer files and so on.
+    beside
+        All small files that lie beside the weights of the source that describes the model, by name.
+    same_model
+        Whether the result is that model, so that everything beside it goes along; ``targets.beside`` adds it.
+    left_behind
+        Names of ``beside`` that are not written, with the reason.
     components
         For the messages about missing tensors.
     warnings
@@ -179,6 +213,8 @@ class Expectation:
         How tensors are spread over files; every tensor belongs to one.
     keep
         Names that keep the type of their source whatever ``output.dtype`` says.
+    ignored
+        By source: names that are no part of this directory and need no ``drop:``, such as a frozen base in a dump.
     open
         The architecture is not known: ``tensors`` lists only names whose shape is known, and any other name that a
         rule makes is written too, with the shape it has. At least one tensor must come out.
@@ -189,10 +225,14 @@ class Expectation:
     tied: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
+    beside: Mapping[str, Extent] = field(default_factory=dict)
+    same_model: bool = False
+    left_behind: tuple[tuple[str, str], ...] = ()
     components: tuple[Component, ...] = ()
     warnings: tuple[str, ...] = ()
     groups: tuple[FileGroup, ...] = (FileGroup(),)
     keep: frozenset[str] = frozenset()
+    ignored: Mapping[str, frozenset[str]] = field(default_factory=dict)
     open: bool = False
 
 
@@ -212,6 +252,8 @@ class Target:
         Its own settings, with a line about each.
     expect
         Says what such a directory holds; raises TargetError.
+    codes
+        Whether quantized weights may be copied into it as they are: its config.json is then that of its source.
     """
 
     name: str
@@ -219,3 +261,4 @@ class Target:
     roles: Mapping[str, str]
     options: Mapping[str, str]
     expect: Callable[[Request], Expectation]
+    codes: bool = False

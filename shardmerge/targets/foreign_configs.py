@@ -9,11 +9,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dimension, layers
+from shardmerge.shown import shown
+from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
+from shardmerge.targets.settings import unknown
 from shardmerge.tensors import Catalog
 
 _LLAMA_3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA_3_CONTEXT = 8192
+
+# `ModelArgs` of Meta's LLaMA 1 to 3. LLaMA 4 and the vision models have more, and so has Mistral's own params.json.
+_PARAMS = (
+    "dim", "ffn_dim_multiplier", "max_batch_size", "max_seq_len", "model_parallel_size", "multiple_of", "n_heads",
+    "n_kv_heads", "n_layers", "norm_eps", "rope_scale_factor", "rope_theta", "use_scaled_rope", "vocab_size",
+)  # fmt: skip
+
+# litgpt's `Config`: what makes another model than LLaMA's, with the value that does not. Its own defaults (GPT-NeoX's)
+# are not these, and the first four leave no trace in the tensors: they have to be there.
+_LITGPT = {
+    "mlp_class_name": "LLaMAMLP", "norm_class_name": "RMSNorm", "parallel_residual": False, "rotary_percentage": 1.0,
+    "attention_logit_softcapping": None, "attention_scores_scalar": None, "final_logit_softcapping": None,
+    "latent_attention": None, "lm_head_bias": False, "n_expert": 0, "norm_1": True, "norm_2": True, "norm_qk": False,
+    "post_attention_norm": False, "post_mlp_norm": False, "rope_indices": None, "rope_interleave": False,
+    "rope_local_base_freq": None, "scale_embeddings": False, "shared_attention_norm": False,
+}  # fmt: skip
+_LITGPT_STATED = 4
+# Read, or of no consequence without experts.
+_LITGPT_READ = (
+    "attn_bias", "bias", "block_size", "first_k_dense_replace", "gelu_approximate", "head_size", "hf_config",
+    "intermediate_size", "moe_intermediate_size", "n_embd", "n_expert_groups", "n_expert_per_token", "n_head",
+    "n_layer", "n_query_groups", "n_shared_expert", "n_topk_groups", "n_topk_scores_per_group", "name", "norm_eps",
+    "norm_qk_type", "norm_topk_prob", "org", "padded_vocab_size", "padding_multiple", "rope_adjustments", "rope_base",
+    "rope_condense_ratio", "routed_scaling_factor", "sliding_window_indices", "sliding_window_layer_placing",
+    "sliding_window_layer_stride", "sliding_window_size", "vocab_size",
+)  # fmt: skip
+_ROPE_ADJUSTMENTS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}
+
+# Megatron's arguments that make another model than LLaMA's, with every value that does not.
+_MEGATRON: Mapping[str, tuple[object, ...]] = {
+    "normalization": ("RMSNorm",), "swiglu": (True,), "position_embedding_type": ("rope",), "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,), "add_bias_linear": (False,), "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,), "qk_layernorm": (False,), "qk_l2_norm": (False,),
+    "num_experts": (None, 0, 1), "multi_latent_attention": (False,), "squared_relu": (False,), "quick_geglu": (False,),
+    "group_query_attention_interleaved": (False,), "rotary_seq_len_interpolation_factor": (None, 1),
+    "softmax_type": ("vanilla",), "softmax_scale": (None,), "no_rope_freq": (None,), "mtp_num_layers": (None, 0),
+    "window_size": (None,), "is_hybrid_model": (False,), "hybrid_override_pattern": (None,),
+    "heterogeneous_layers_config_path": (None,), "heterogeneous_layers_config_encoded_json": (None,),
+    "attention_output_gate": (False,), "activation_func_clamp_value": (None,), "glu_linear_offset": (0.0,),
+    "scale_embeddings": (False,), "embedding_multiplier": (None, 1), "mup_width_mult": (None, 1),
+}  # fmt: skip
 
 
 # ---- Meta
@@ -35,8 +78,10 @@ def from_params(params: Mapping[str, object], vocab_size: int, *, tied: bool, wh
     """
     inner = params.get("model", params)  # Llama Stack nests them
     params = inner if isinstance(inner, dict) else params
+    if odd := unknown(params, _PARAMS):
+        raise not_llama("params.json", where, shown(odd), "the fields of Meta's LLaMA 1 to 3, and no others")
     dim, heads = dimension(params, "dim", 4096, where), dimension(params, "n_heads", 32, where)
-    theta, scaled = _real(params, "rope_theta", 10000.0), params.get("use_scaled_rope") is True
+    theta, scaled = real(params, "rope_theta", 10000.0), params.get("use_scaled_rope") is True
     stated = params.get("vocab_size")
     rows = stated if isinstance(stated, int) and stated > 0 else vocab_size
     third = is_llama_3(params, rows)
@@ -52,30 +97,38 @@ def from_params(params: Mapping[str, object], vocab_size: int, *, tied: bool, wh
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": params.get("n_layers")}, 32, where),
         "num_key_value_heads": dimension(params, "n_kv_heads", heads, where),
-        "rms_norm_eps": _real(params, "norm_eps", 1e-5),
+        "rms_norm_eps": real(params, "norm_eps", 1e-5),
         "rope_theta": theta,
         "tie_word_embeddings": tied,
         "vocab_size": rows,
     }
     if scaled:
-        # LLaMA 3.2's 1B and 3B stretch by 32, all others by 8, and params.json does not say so.
-        factor = _real(params, "rope_scale_factor", 32.0 if dim <= 3072 else 8.0)
-        config["rope_scaling"] = _LLAMA_3_ROPE | {
-            "factor": factor,
-            "original_max_position_embeddings": _LLAMA_3_CONTEXT,
-        }
+        usual = llama_3_scaling(dim)
+        config["rope_scaling"] = usual | {"factor": params.get("rope_scale_factor") or usual["factor"]}
     return config
+
+
+def llama_3_scaling(dim: int) -> JsonObject:
+    """Returns the ``rope_scaling`` of LLaMA 3.1 and later, which Meta's code has and params.json only switches on.
+
+    LLaMA 3.2's 1B and 3B stretch by 32, all others by 8.
+    """
+    return {
+        **_LLAMA_3_ROPE,
+        "factor": 32.0 if dim <= 3072 else 8.0,
+        "original_max_position_embeddings": _LLAMA_3_CONTEXT,
+    }
 
 
 def is_llama_3(params: Mapping[str, object], vocab_size: int) -> bool:
     """Whether params.json is a LLaMA 3's."""
-    return vocab_size > 100_000 or params.get("use_scaled_rope") is True or _real(params, "rope_theta", 0) == 500_000
+    return vocab_size > 100_000 or params.get("use_scaled_rope") is True or real(params, "rope_theta", 0) == 500_000
 
 
 def intermediate_size(params: Mapping[str, object], dim: int, where: str) -> int:
     """Returns the width of the feed-forward layers (``llama/model.py`` of Meta: ``FeedForward``)."""
     multiple = dimension(params, "multiple_of", 256, where)
-    return feed_forward_width(dim, _real(params, "ffn_dim_multiplier", 1.0), multiple)
+    return feed_forward_width(dim, real(params, "ffn_dim_multiplier", 1.0), multiple)
 
 
 def feed_forward_width(dim: int, multiplier: float, multiple: int) -> int:
@@ -89,7 +142,7 @@ def _context(params: Mapping[str, object], *, third: bool, scaled: bool, theta: 
         return 131072 if scaled else _LLAMA_3_CONTEXT
     if theta > 10000.0:
         return 16384
-    return 2048 if _real(params, "norm_eps", 1e-5) == 1e-6 else 4096
+    return 2048 if real(params, "norm_eps", 1e-5) == 1e-6 else 4096
 
 
 def meta_rows(catalog: Catalog) -> int:
@@ -125,16 +178,7 @@ def from_litgpt(config: Mapping[str, object], where: str) -> JsonObject:
     TargetError
         ``unsupported-architecture`` for anything that the LLaMA layout does not have; ``odd-config``.
     """
-    for key, expected in (
-        ("norm_class_name", "RMSNorm"),
-        ("mlp_class_name", "LLaMAMLP"),
-        ("rotary_percentage", 1.0),
-        ("parallel_residual", False),
-        ("lm_head_bias", False),
-        ("norm_qk", False),
-    ):
-        if key in config and config[key] != expected:
-            raise _not_llama("model_config.yaml", where, f"{key}: {config[key]!r}", f"{key}: {expected!r}")
+    _check_litgpt(config, where)
     heads, hidden = dimension(config, "n_head", 32, where), dimension(config, "n_embd", 4096, where)
     biased, query_bias = config.get("bias") is True, config.get("attn_bias") is True
     made: JsonObject = {
@@ -149,23 +193,56 @@ def from_litgpt(config: Mapping[str, object], where: str) -> JsonObject:
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": config.get("n_layer")}, 16, where),
         "num_key_value_heads": dimension(config, "n_query_groups", heads, where),
-        "rms_norm_eps": _real(config, "norm_eps", 1e-5),
-        "rope_theta": _real(config, "rope_base", 10000.0),
+        "rms_norm_eps": real(config, "norm_eps", 1e-5),
+        "rope_theta": real(config, "rope_base", 10000.0),
         "tie_word_embeddings": False,
         "vocab_size": dimension(config, "padded_vocab_size", 0, where),
     }
     if biased:
         made |= {"attention_bias": True, "mlp_bias": True}
-    return made | _litgpt_rope(config)
+    return made | _litgpt_window(config, where) | _litgpt_rope(config, where)
 
 
-def _litgpt_rope(config: Mapping[str, object]) -> JsonObject:
+def _check_litgpt(config: Mapping[str, object], where: str) -> None:
+    missing = [key for key in list(_LITGPT)[:_LITGPT_STATED] if key not in config]
+    odd = {key: config[key] for key, usual in _LITGPT.items() if key in config and config[key] != usual}
+    if odd.get("attention_scores_scalar") == config.get("head_size"):
+        odd.pop("attention_scores_scalar", None)
+    odd |= unknown(config, (*_LITGPT, *_LITGPT_READ))
+    if "gemma" in str(config.get("name", "")).lower():  # whose RMSNorm adds one to its weight (`norm_class`)
+        odd["name"] = config["name"]
+    if odd or missing:
+        found = shown(odd) if odd else f"no {', '.join(missing)}"
+        wanted = ", ".join(f"{key}: {_LITGPT[key]}" for key in (*odd, *missing) if key in _LITGPT)
+        raise not_llama("model_config.yaml", where, found, wanted or "the settings of a LLaMA")
+
+
+def _litgpt_window(config: Mapping[str, object], where: str) -> JsonObject:
+    """Returns Mistral's window, which litgpt applies to all layers, some, or none."""
+    size, indices = config.get("sliding_window_size"), config.get("sliding_window_indices")
+    placing = config.get("sliding_window_layer_placing", config.get("sliding_window_layer_stride"))
+    if size is None or (not placing and not (isinstance(indices, list) and any(indices))):
+        return {}
+    if (
+        config.get("bias") is True
+        or config.get("attn_bias") is True
+        or not (placing in ("all", 1) or (isinstance(indices, list) and all(indices)))
+    ):
+        raise not_llama(
+            "model_config.yaml", where, f"sliding_window_size {shown(size)} of some layers", "of all or none"
+        )
+    return {"model_type": "mistral", "sliding_window": dimension(config, "sliding_window_size", 0, where)}
+
+
+def _litgpt_rope(config: Mapping[str, object], where: str) -> JsonObject:
     adjustments = config.get("rope_adjustments")
-    if isinstance(adjustments, dict) and "original_max_seq_len" in adjustments:
+    if adjustments is not None and (not isinstance(adjustments, dict) or set(adjustments) != _ROPE_ADJUSTMENTS):
+        raise not_llama("model_config.yaml", where, f"rope_adjustments {shown(adjustments)}", "those of LLaMA 3.1")
+    if isinstance(adjustments, dict):
         kept = {key: value for key, value in adjustments.items() if key != "original_max_seq_len"}
         original = adjustments["original_max_seq_len"]
         return {"rope_scaling": {**_LLAMA_3_ROPE, **kept, "original_max_position_embeddings": original}}
-    ratio = _real(config, "rope_condense_ratio", 1.0)
+    ratio = real(config, "rope_condense_ratio", 1.0)
     return {} if ratio == 1.0 else {"rope_scaling": {"rope_type": "linear", "factor": ratio}}
 
 
@@ -180,10 +257,12 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
     TargetError
         ``unsupported-architecture`` for another normalisation than RMSNorm; ``odd-config``.
     """
-    norm = arguments.get("normalization", "RMSNorm")
-    if norm != "RMSNorm" or arguments.get("swiglu") is False:
-        found = f"normalization {norm!r}, swiglu {arguments.get('swiglu')!r}"
-        raise _not_llama("args in the checkpoint", where, found, "RMSNorm and swiglu")
+    odd = {key: arguments[key] for key, usual in _MEGATRON.items() if key in arguments and arguments[key] not in usual}
+    if arguments.get("use_rotary_position_embeddings") is True:
+        odd.pop("position_embedding_type", None)  # the older switch, which wins in `validate_args`
+    if odd:
+        wanted = ", ".join(f"{key} {_MEGATRON[key][0]!r}" for key in odd)
+        raise not_llama("args in the checkpoint", where, shown(odd), wanted)
     heads = dimension(arguments, "num_attention_heads", 32, where)
     hidden = dimension(arguments, "hidden_size", 4096, where)
     grouped = arguments.get("group_query_attention") is not False
@@ -200,62 +279,26 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": arguments.get("num_layers")}, 32, where),
         "num_key_value_heads": groups,
-        "rms_norm_eps": _real(arguments, epsilon, 1e-5),
-        "rope_theta": _real(arguments, "rotary_base", 10000.0),
+        "rms_norm_eps": real(arguments, epsilon, 1e-5),
+        "rope_theta": real(arguments, "rotary_base", 10000.0),
         "tie_word_embeddings": arguments.get("untie_embeddings_and_output_weights") is not True,
         "vocab_size": dimension(arguments, rows, 0, where),
     }
     if arguments.get("use_rope_scaling") is True:
         made["rope_scaling"] = _LLAMA_3_ROPE | {
-            "factor": _real(arguments, "rope_scaling_factor", 8.0),
+            "factor": real(arguments, "rope_scaling_factor", 8.0),
             "original_max_position_embeddings": _LLAMA_3_CONTEXT,
         }
     return made
 
 
-# ---- Phi-3, InternLM2
+def real(config: Mapping[str, object], key: str, default: float) -> float:
+    """Returns a number from a config, ``default`` where it is absent."""
+    return finite(config, key, default, "the checkpoint's own config")
 
 
-# What LlamaConfig has no use for, or would misread.
-_PHI_ONLY = ("auto_map", "embd_pdrop", "resid_pdrop", "sliding_window")
-
-
-def from_phi3(config: Mapping[str, object], where: str) -> tuple[JsonObject, tuple[str, ...]]:
-    """Returns the config for a Phi-3 whose fused layers are split, and warnings (XTuner's ``convert_phi_to_llama.py``).
-
-    Raises
-    ------
-    TargetError
-        ``unsupported-architecture`` for a rotary embedding of part of each head, which LLaMA does not have.
-    """
-    rope = config.get("rope_parameters")
-    partial = config.get("partial_rotary_factor", rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
-    if partial not in (None, 1, 1.0):
-        raise _not_llama("config.json", where, f"partial_rotary_factor {partial!r}", "the whole head rotated")
-    kept = {key: value for key, value in config.items() if key not in (*_PHI_ONLY, "partial_rotary_factor")}
-    if isinstance(rope, dict):
-        kept["rope_parameters"] = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    window = config.get("sliding_window")
-    warnings: tuple[str, ...] = ()
-    if isinstance(window, int):
-        warnings = (
-            f"this Phi-3 looks back {window} tokens at most, as a LLaMA at all: the two differ for longer texts",
-        )
-    return kept | {"model_type": "llama"}, warnings
-
-
-def from_internlm2(config: Mapping[str, object]) -> JsonObject:
-    """Returns the config for an InternLM2 whose fused ``wqkv`` is split: a LLaMA with a bias where it says ``bias``."""
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias", "attn_implementation")}
-    return kept | {"model_type": "llama", "attention_bias": config.get("bias") is True}
-
-
-def _real(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
-
-
-def _not_llama(file: str, where: str, found: str, expected: str) -> TargetError:
+def not_llama(file: str, where: str, found: str, expected: str) -> TargetError:
+    """Returns the error about a model of another arithmetic than LLaMA's."""
     return TargetError(
         "unsupported-architecture",
         f"{file} describes a model that the LLaMA layout cannot hold",

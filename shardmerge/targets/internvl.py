@@ -8,53 +8,24 @@ It is described by the config.json of the original InternVLChat. Names and confi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import foreign_configs, llama, tokenizer
-from shardmerge.targets.architectures import (
-    JsonObject,
-    dimension,
-    dump,
-    flag,
-    layers,
-    load_object,
-    portable,
-    stored_dtype,
-)
+from shardmerge.targets import llama, rewritten_configs, tokenizer
+from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.targets.options import count
+from shardmerge.targets.options import bad_option, count
+from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, Shape
 
 _MAX_ID = 1 << 24
-# `<IMG_CONTEXT>`: the id in InternVL's Qwen2 and InternLM2 tokenizers.
+# `<IMG_CONTEXT>`: the id in the published models' tokenizers, for weights that come without one.
 _IMAGE_IDS = {"qwen2": 151667, "llama": 92546}
 _IMAGE_TOKEN = "<IMG_CONTEXT>"
 
-# Fields of the original configs that describe training, or another class's code.
-_DROPPED = (
-    "auto_map", "bias", "drop_path_rate", "dropout", "initializer_factor", "laux_allreduce", "model_type",
-    "moe_config", "noisy_gate_policy", "qkv_bias", "qk_normalization", "use_bfloat16", "use_flash_attn",
-    "attention_probs_dropout_prob", "attention_dropout", "output_attentions", "output_hidden_states",
-)  # fmt: skip
-
 # ImageNet's mean and deviation, with which InternVL is trained.
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    """InternViT's sizes."""
-
-    hidden: int
-    inner: int
-    layers: int
-    patch: int
-    image: int
-    qkv_bias: bool
-    rms: bool
-    qk_norm: bool
 
 
 def expect(request: Request) -> Expectation:
@@ -68,24 +39,28 @@ def expect(request: Request) -> Expectation:
     catalog, whole, where = _read(request)
     text_part = _part(whole, "llm_config", where)
     if text_part.get("model_type") == "internlm2":
-        text_part = foreign_configs.from_internlm2(text_part)
+        text_part = rewritten_configs.from_internlm2(text_part, where)
     text = llama.read_architecture(text_part, where)
-    encoder = _encoder(_part(whole, "vision_config", where), whole, where)
-    shuffle = _shuffle(whole, where)
+    encoder = read_encoder(_part(whole, "vision_config", where), whole, where)
+    shuffle, shuffle_warnings = read_shuffle(whole, where)
+    image_id, id_warnings = _image_id(request, catalog, text, where)
     tied = text.tied
-    config = _config(request, whole, text_part, text, encoder)
+    config = _config(request, whole, text_part, text, encoder, shuffle) | {"image_token_id": image_id}
     head = "language_model.lm_head.weight"
     return Expectation(
         tensors=dict(_tensors(text, encoder, shuffle)),
         tied={head: "language_model.model.embed_tokens.weight"} if tied else {},
         side_files=(
             SideFile("config.json", (dump(config),)),
-            SideFile("preprocessor_config.json", (dump(_images(encoder)),)),
+            SideFile("preprocessor_config.json", (dump(_images(encoder, whole, where)),)),
             *_copied(catalog, "generation_config.json"),
             *tokenizer.copies(catalog.side_files),
         ),
+        beside=catalog.side_files,
         components=(Component("", "", f"Check that {where} describes these weights"),),
         warnings=(
+            *shuffle_warnings,
+            *id_warnings,
             "the tokenizer is the original's: InternVLProcessor also needs the chat template and the names of the "
             "image tokens that the `-hf` model of the same size has in its tokenizer files",
         ),
@@ -103,7 +78,9 @@ def _read(request: Request) -> tuple[Catalog, JsonObject, str]:
             expected=f"a source named `{name}` with the config.json of an InternVLChat",
         )
     extent = catalog.side_files["config.json"]
-    return catalog, load_object(extent, request.read), extent.file
+    whole = load_object(extent, request.read)
+    check_whole(whole, extent.file)
+    return catalog, whole, extent.file
 
 
 def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
@@ -119,44 +96,48 @@ def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
     )
 
 
-def _encoder(config: Mapping[str, object], whole: Mapping[str, object], where: str) -> _Encoder:
-    image = dimension(whole, "force_image_size", dimension(config, "image_size", 448, where), where)
-    return _Encoder(
-        hidden=dimension(config, "hidden_size", 1024, where),
-        inner=dimension(config, "intermediate_size", 4096, where),
-        layers=layers(config, 24, where),
-        patch=dimension(config, "patch_size", 14, where),
-        image=image,
-        qkv_bias=flag({"qkv_bias": config.get("qkv_bias", True)}, "qkv_bias", where),
-        rms=config.get("norm_type") == "rms_norm",
-        qk_norm=flag(config, "qk_normalization", where),
-    )
-
-
-def _shuffle(whole: Mapping[str, object], where: str) -> int:
-    """Returns how many patches a token takes in along each side: 1 / downsample_ratio."""
-    ratio = whole.get("downsample_ratio", 0.5)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where: str) -> tuple[int, tuple[str, ...]]:
+    """Returns the id of ``<IMG_CONTEXT>``: the tokenizer's; where there is none the option's, or the published one."""
+    known = tokenizer.token_id(catalog.side_files, request.read, _IMAGE_TOKEN)
+    stated = count(request, "image_token_id", known or 1, most=_MAX_ID) if "image_token_id" in request.options else None
+    if known is not None and stated not in (None, known):
+        raise bad_option(request, "image_token_id", str(stated), f"{known}, which is what the tokenizer has")
+    found = known if known is not None else stated
+    if found is not None:
+        check_ids({_IMAGE_TOKEN: found}, text.vocab_size, where, "put the tokenizer of these weights beside them")
+        return found, ()
+    if tokenizer.has_tokenizer(catalog.side_files):
         raise TargetError(
-            "odd-config",
-            "`downsample_ratio` in config.json cannot be used",
-            where=where,
-            found=repr(ratio)[:80],
-            expected="a number above 0, at most 1",
+            "token-id",
+            f"the tokenizer has no `{_IMAGE_TOKEN}`, the token that stands for an image",
+            where=catalog.path,
+            expected=f"the tokenizer of the InternVLChat, which has `{_IMAGE_TOKEN}`",
+            hint="set the target's option, e.g. `image_token_id: 151667`, if another token plays its part",
         )
-    return int(1 / ratio)
+    assumed = _IMAGE_IDS.get(text.model_type, 92546)
+    beyond = f", which is beyond the {text.vocab_size} rows of this one" if assumed >= text.vocab_size else ""
+    warning = (
+        f"{catalog.path} has no tokenizer, and image_token_id {assumed} of the published models is assumed{beyond}. "
+        f"Put the tokenizer's files beside the weights, or set the target's option `image_token_id`"
+    )
+    return assumed, (warning,)
 
 
 # ---- names and shapes
 
 
-def _tensors(text: TextArchitecture, encoder: _Encoder, shuffle: int) -> Iterator[tuple[str, Shape]]:
+def _tensors(text: TextArchitecture, encoder: Encoder, factor: int) -> Iterator[tuple[str, Shape]]:
     for name, shape in llama.expected(text, text.vocab_size):
         yield f"language_model.{name}", shape
-    wide = encoder.hidden * shuffle**2
+    yield from vision_tensors(encoder, text.hidden_size, factor)
+
+
+def vision_tensors(encoder: Encoder, text_hidden: int, factor: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the names and shapes of projector and encoder; a token takes in ``factor`` patches along each side."""
+    wide = encoder.hidden * factor**2
     yield from _affine("multi_modal_projector.layer_norm", (wide,))
-    yield from _affine("multi_modal_projector.linear_1", (text.hidden_size, wide))
-    yield from _affine("multi_modal_projector.linear_2", (text.hidden_size, text.hidden_size))
+    yield from _affine("multi_modal_projector.linear_1", (text_hidden, wide))
+    yield from _affine("multi_modal_projector.linear_2", (text_hidden, text_hidden))
     hidden, prefix = encoder.hidden, "vision_tower.embeddings"
     yield f"{prefix}.cls_token", (1, 1, hidden)
     yield f"{prefix}.position_embeddings", (1, (encoder.image // encoder.patch) ** 2 + 1, hidden)
@@ -165,7 +146,7 @@ def _tensors(text: TextArchitecture, encoder: _Encoder, shuffle: int) -> Iterato
         yield from _layer(f"vision_tower.encoder.layer.{index}", encoder)
 
 
-def _layer(prefix: str, encoder: _Encoder) -> Iterator[tuple[str, Shape]]:
+def _layer(prefix: str, encoder: Encoder) -> Iterator[tuple[str, Shape]]:
     hidden = encoder.hidden
     for name in ("q_proj", "k_proj", "v_proj"):
         yield from _affine(f"{prefix}.attention.{name}", (hidden, hidden), bias=encoder.qkv_bias)
@@ -195,30 +176,20 @@ def _config(
     whole: Mapping[str, object],
     text_part: Mapping[str, object],
     text: TextArchitecture,
-    encoder: _Encoder,
+    encoder: Encoder,
+    shuffle: int,
 ) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
-    vision = {key: value for key, value in _vision_part(whole).items() if key not in _DROPPED}
     language = {key: value for key, value in text_part.items() if key not in ("moe_config", "use_cache")}
     config: JsonObject = {
         "architectures": ["InternVLForConditionalGeneration"],
         "downsample_ratio": whole.get("downsample_ratio", 0.5),
-        "image_seq_length": (encoder.image // encoder.patch // _shuffle(whole, "")) ** 2,
-        "image_token_id": count(request, "image_token_id", _IMAGE_IDS.get(text.model_type, 92546), most=_MAX_ID),
+        "image_seq_length": (encoder.image // encoder.patch // shuffle) ** 2,
         "model_type": "internvl",
         "projector_hidden_act": "gelu",
         "text_config": llama.text_config(language, text, text.vocab_size, dtype, ""),
         "tie_word_embeddings": text.tied,
-        "vision_config": portable(vision, dtype)
-        | {
-            "attention_bias": encoder.qkv_bias,
-            "image_size": [encoder.image, encoder.image],
-            "model_type": "internvl_vision",
-            "patch_size": [encoder.patch, encoder.patch],
-            "use_absolute_position_embeddings": True,
-            "use_mean_pooling": True,
-            "use_qk_norm": encoder.qk_norm,
-        },
+        "vision_config": vision_config(_vision_part(whole), encoder, dtype),
         "vision_feature_layer": whole.get("select_layer", -1),
         "vision_feature_select_strategy": "default",
     }
@@ -230,8 +201,8 @@ def _vision_part(whole: Mapping[str, object]) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _images(encoder: _Encoder) -> JsonObject:
-    """What the converter's image processor saves."""
+def _images(encoder: Encoder, whole: Mapping[str, object], where: str) -> JsonObject:
+    """What the converter's image processor saves, with the numbers of tiles that the config says."""
     return {
         "crop_to_patches": False,
         "do_convert_rgb": True,
@@ -241,8 +212,8 @@ def _images(encoder: _Encoder) -> JsonObject:
         "image_mean": _MEAN,
         "image_processor_type": "GotOcr2ImageProcessor",
         "image_std": _STD,
-        "max_patches": 12,
-        "min_patches": 1,
+        "max_patches": dimension(whole, "max_dynamic_patch", 12, where),
+        "min_patches": dimension(whole, "min_dynamic_patch", 1, where),
         "processor_class": "InternVLProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
@@ -258,6 +229,6 @@ TARGET = Target(
     name="hf/internvl",
     about="An InternVL for transformers: `InternVLForConditionalGeneration.from_pretrained` loads it.",
     roles={"config": "the original InternVLChat: config.json and tokenizer files"},
-    options={"image_token_id": f"the id of `{_IMAGE_TOKEN}`, where it is not that of InternVL 2.5 and 3"},
+    options={"image_token_id": f"the id of `{_IMAGE_TOKEN}`, where no tokenizer lies beside the weights"},
     expect=expect,
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shardmerge.compose import own_dtype
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
-from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
+from shardmerge.targets.vocabulary import Rows, id_warnings, rows, tokenizer_files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -39,6 +40,7 @@ def expect(request: Request) -> Expectation:
     tokens = tokenizer_files(request, side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     tied = text.architecture.tied
+    warnings = (*warnings, *id_warnings(text.config, counted.count, text.where))
     return Expectation(
         tensors=dict(llama.expected(text.architecture, counted.count)),
         resized=counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),
@@ -48,6 +50,7 @@ def expect(request: Request) -> Expectation:
             *_generation_config(request, text),
             *tokens.files,
         ),
+        beside=tokens_of.side_files,
         components=(Component("model.", "", f"Check that {text.where} describes these weights"),),
         warnings=warnings,
     )
@@ -70,7 +73,7 @@ def _config(request: Request, text: TextSource, counted: Rows) -> JsonObject:
 
 def _stored(text: TextSource) -> str:
     """Returns the type of the weights, where they all have one."""
-    types = {entry.dtype.torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
+    types = {own_dtype(entry).torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
     return types.pop() if len(types) == 1 else ""
 
 

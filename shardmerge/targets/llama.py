@@ -8,10 +8,12 @@ only what differs from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dimension, flag, layers, portable
 from shardmerge.tensors import Shape
 
@@ -78,6 +80,7 @@ def read_architecture(config: Mapping[str, object], where: str) -> TextArchitect
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
         raise _unsupported(model_type, where)
+    _check_classes(config, model_type, where)
     hidden, heads = (
         dimension(config, "hidden_size", 4096, where),
         dimension(config, "num_attention_heads", 32, where),
@@ -111,10 +114,28 @@ def _unsupported(model_type: object, where: str) -> TargetError:
         "unsupported-architecture",
         "the text model's architecture is not one whose tensors are known here",
         where=where,
-        found=f"model_type {model_type!r}"[:120],
+        found=f"model_type {shown(model_type)}",
         expected=f"model_type {', '.join(SUPPORTED)}",
-        hint="a Phi-3 with fused qkv_proj and gate_up_proj has to be split to the LLaMA layout first",
+        hint="split its fused layers to the LLaMA layout first: --use llama/phi3-to-llama"
+        if model_type == "phi3"
+        else "",
     )
+
+
+def _check_classes(config: Mapping[str, object], model_type: str, where: str) -> None:
+    """Checks that ``architectures`` does not name another family than ``model_type``: Granite has LLaMA's names too."""
+    stated = config.get("architectures")
+    classes = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    odd = [name for name in classes if not re.match(rf"{model_type}(?!moe|vl|audio|_|\d)", name, re.IGNORECASE)]
+    if odd:
+        raise TargetError(
+            "unsupported-architecture",
+            "the config names a class of another family than its model_type",
+            where=where,
+            found=f"model_type {shown(model_type)}, architectures {shown(odd)}",
+            expected=f"a class of {model_type}",
+            hint="correct the one that is wrong in a copy of this file",
+        )
 
 
 def expected(text: TextArchitecture, rows: int) -> Iterator[tuple[str, Shape]]:
@@ -154,7 +175,7 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple
 
 def text_config(config: Mapping[str, object], text: TextArchitecture, rows: int, dtype: str, where: str) -> JsonObject:
     """Returns the ``text_config`` of a LLaVA config.json, the vocabulary having ``rows`` rows."""
-    nested = portable(_with_v4_rope(config, where), dtype)
+    nested = portable(with_v4_rope(config, where), dtype)
     stated = {
         "model_type": text.model_type,
         "num_key_value_heads": text.kv_heads,  # null is fine with 4.x, and refused by 5.x for mistral
@@ -164,7 +185,7 @@ def text_config(config: Mapping[str, object], text: TextArchitecture, rows: int,
     return nested | stated
 
 
-def _with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:
+def with_v4_rope(config: Mapping[str, object], where: str) -> JsonObject:
     """Returns the config with ``rope_theta`` and ``rope_scaling`` in place of ``rope_parameters``.
 
     Transformers 5 saves ``rope_parameters`` only, which 4.x ignores without a word and takes theta 10000,

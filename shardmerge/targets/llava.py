@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, tokenizer
+from shardmerge.targets import clip, llama, official_config, training_run
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -18,19 +18,20 @@ from shardmerge.targets.bases import (
     TextBase,
     VisionBase,
     cast,
+    check_context,
     missing_sources,
-    quantized_warnings,
     read_both,
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.llava_kinds import LLAVA, Kind, kind_of, pinpoints
+from shardmerge.targets.llava_names import LAYOUTS, Names
+from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.vocabulary import Rows, rows
+from shardmerge.targets.training_run import Settings, processor_source, read_settings, tokenizer_source
+from shardmerge.targets.vocabulary import Rows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape
-
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
 
 # XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
 _ROW_MULTIPLE = 64
@@ -41,78 +42,6 @@ OPTIONS = {
     "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source "
     "is a Hugging Face LLaVA, whose tokens and rows stay as they are",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Where the parts of the model stand among the target names."""
-
-    language: str
-    head: str
-    vision: str
-    projector: str
-    newline: str
-
-    @property
-    def embedding(self) -> str:
-        """The embedding's name."""
-        return f"{self.language}embed_tokens.weight"
-
-    def text(self, name: str) -> str:
-        """Returns the target name of a tensor of the language model."""
-        return self.language + name.removeprefix("model.") if name.startswith("model.") else self.head
-
-    def tower(self, name: str) -> str:
-        """Returns the target name of a tensor of the encoder, which has ``vision_model.`` in front."""
-        return self.vision + name.removeprefix("vision_model.")
-
-
-# Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
-# took `vision_model.` out of CLIPVisionModel.
-LAYOUTS = {
-    "legacy": Names(
-        "language_model.model.",
-        "language_model.lm_head.weight",
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-        "image_newline",
-    ),
-    "4.52": Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.vision_model.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-    "5.6": Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What sets one Hugging Face LLaVA apart from another.
-
-    Attributes
-    ----------
-    model_type, architecture, processor_class
-        As its files name them.
-    newline
-        Whether it has ``image_newline``.
-    """
-
-    model_type: str
-    architecture: str
-    processor_class: str
-    newline: bool
-
-
-LLAVA = Kind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +57,7 @@ class Model:
     tokens: TokenizerFiles
     pad_id: int | None
     rows: Rows
+    settings: Settings
 
 
 def expect(request: Request) -> Expectation:
@@ -136,10 +66,23 @@ def expect(request: Request) -> Expectation:
     Raises
     ------
     TargetError
-        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``bad-option``,
-        ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
+        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``contradiction``,
+        ``bad-option``, ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
     """
-    model = read_model(request, LLAVA)
+    return expect_kind(request, LLAVA)
+
+
+def expect_kind(request: Request, kind: Kind) -> Expectation:
+    """Returns what the directory of a LLaVA of this kind must hold.
+
+    Where the vocabulary is kept the text source is a LLaVA that is only renamed, and its own kind counts.
+
+    Raises
+    ------
+    TargetError
+        As ``expect``.
+    """
+    model = read_model(request, kind)
     return assemble(model, request, config_json(model, request), *processor_files(model, request))
 
 
@@ -160,11 +103,32 @@ def read_model(request: Request, kind: Kind) -> Model:
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
     text, vision = read_both(players, request)
-    wiring = wire(players.facts, players.trained, text.whole)
+    check_context(players.model, text)
+    kind = _kind(request, kind, text)
+    settings = read_settings(request, text)
+    official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
+    wiring = wire(players.facts, players.trained, settings.config, settings.where)
     raise_all(_two_layers(wiring, players))
-    tokens, pad_id = _tokens(request, text, kind)
+    tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
-    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted)
+    check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
+    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
+
+
+def _kind(request: Request, kind: Kind, text: TextBase) -> Kind:
+    """Returns the kind of the result: a base that is a LLaVA-NeXT makes no LLaVA 1.5, and the other way round."""
+    if not isinstance(text.whole.get("text_config"), dict):
+        return kind
+    own = kind_of(text.whole, text.where)
+    if own is kind or choice(request, "vocabulary", ("extend", "keep")) == "keep":
+        return own
+    raise TargetError(
+        "unsupported-architecture",
+        f"the text source is a {own.model_type}, which is no base for a {kind.model_type}",
+        where=text.where,
+        found=f"model_type {own.model_type!r}",
+        expected=f"a language model, or a LLaVA of model_type {kind.model_type!r}",
+    )
 
 
 def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
@@ -179,43 +143,6 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
         hint="the targets official/llava and xtuner/llava hold a projector of any depth",
     )
     return [problem]
-
-
-def _tokens(request: Request, text: TextBase, kind: Kind) -> tuple[TokenizerFiles, int | None]:
-    """Returns the tokenizer with the tokens that a LLaVA needs, after those that the mapping asks for."""
-    if choice(request, "vocabulary", ("extend", "keep")) == "keep":
-        return _kept_tokens(request, text)
-    wanted = request.vocabulary
-    pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN
-    asked = wanted.tokens if wanted else ()
-    needed = [token for token in (IMAGE_TOKEN, pad) if token not in asked]
-    files = tokenizer.add_tokens(
-        text.catalog.side_files,
-        request.read,
-        (*asked, *needed),
-        pad_token=pad,
-        vocab_size=text.architecture.vocab_size,
-        default_class=text.architecture.tokenizer_class,
-        processor_class=kind.processor_class,
-    )
-    return files, files.ids[pad]
-
-
-def _kept_tokens(request: Request, text: TextBase) -> tuple[TokenizerFiles, int | None]:
-    """Returns the tokenizer of a LLaVA as it is, with the ids that its config.json states."""
-    image = text.whole.get("image_token_index", text.whole.get("image_token_id"))
-    pad = text.whole.get("pad_token_id", text.config.get("pad_token_id"))
-    if not isinstance(image, int) or isinstance(image, bool):
-        raise TargetError(
-            "bad-option",
-            "`vocabulary: keep` needs a text source that is a Hugging Face LLaVA",
-            where=request.where,
-            found=f"no image_token_index in {text.where}",
-            expected="`image_token_index` in its config.json",
-            hint="vocabulary: extend",
-        )
-    files = TokenizerFiles({IMAGE_TOKEN: image}, tokenizer.copies(text.catalog.side_files))
-    return files, pad if isinstance(pad, int) else None
 
 
 # ---- names and shapes
@@ -236,10 +163,12 @@ def assemble(
             *model.tokens.files,
             *files,
         ),
+        beside=model.text.catalog.side_files,
         components=_components(model),
         warnings=(
-            *_tokenizer_warnings(model.text, model.tokens),
-            *quantized_warnings(model.text, model.vision),
+            *_tokenizer_warnings(model),
+            *model.wiring.warnings,
+            *_tower_warnings(model),
             *warnings,
         ),
     )
@@ -263,7 +192,9 @@ def _components(model: Model) -> tuple[Component, ...]:
         f"Check that `{players.trained_name}` is the checkpoint of the training: XTuner always saves the projector "
         "with it"
     )
-    return (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
+    newline = (model.names.newline, "", f"Every {model.kind.model_type} has it: do not drop it")
+    parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
+    return (*parts, Component(*newline)) if model.kind.newline else parts
 
 
 # ---- config.json and generation_config.json
@@ -290,7 +221,13 @@ def config_json(model: Model, request: Request) -> JsonObject:
         "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,
         "vision_feature_select_strategy": wiring.strategy,
     }
+    if model.kind.newline:
+        config["image_grid_pinpoints"] = _pinpoints(model)
     return config | _pad(model) | ({"torch_dtype": text_dtype} if text_dtype else {})
+
+
+def _pinpoints(model: Model) -> list[list[int]]:
+    return pinpoints(model.settings.config, model.vision.architecture.image_size, model.settings.where)
 
 
 def _pad(model: Model) -> JsonObject:
@@ -312,9 +249,9 @@ def generation_config(text: TextBase, request: Request, changes: Mapping[str, ob
 # ---- tokenizer and processor
 
 
-def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ...]:
-    catalog = text.catalog
-    if "tokenizer.json" in catalog.side_files:
+def _tokenizer_warnings(model: Model) -> tuple[str, ...]:
+    catalog, tokens = model.text.catalog, model.tokens
+    if "tokenizer.json" in tokenizer_source(model.settings, model.text):
         return ()
     if tokens.files:
         # 4.51, 4.57 and 5.23 compared: 5.x takes its generic class for every LLaVA, whatever class is named,
@@ -333,15 +270,27 @@ def _tokenizer_warnings(text: TextBase, tokens: TokenizerFiles) -> tuple[str, ..
     return (warning,)
 
 
+def _tower_warnings(model: Model) -> tuple[str, ...]:
+    """Two encoders of one width fit the same projector, and only one of them is the one that it was trained with."""
+    started, vision = model.players.vision.path, model.vision
+    if not clip.is_another(started, vision.architecture):
+        return ()
+    sizes = f"{vision.architecture.num_layers} layers, images of {vision.architecture.image_size} pixels"
+    return (
+        f"the projector was trained with {started!r}, and the encoder in {vision.catalog.path} is another: {sizes}",
+    )
+
+
 def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Returns preprocessor_config.json and processor_config.json, and warnings."""
-    vision = model.vision
-    images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
-    return two_files(model, images), warnings
-
-
-def two_files(model: Model, images: JsonObject) -> tuple[SideFile, SideFile]:
-    """Returns the files of a LLaVA's processor, given what its image processor's says."""
+    files = processor_source(model.settings, model.vision.catalog)
+    images, warnings = clip.image_processor(files, request.read, model.vision.architecture)
+    if model.kind.newline:
+        images |= {
+            "aspect_ratio_setting": "anyres",
+            "image_grid_pinpoints": _pinpoints(model),
+            "image_processor_type": "LlavaNextImageProcessor",
+        }
     # Without this file the processor of 4.51 to 5.23 loads and fails when called, and without the additional
     # token, which is CLIP's class token, it counts one image token too few.
     processor: JsonObject = {
@@ -351,16 +300,17 @@ def two_files(model: Model, images: JsonObject) -> tuple[SideFile, SideFile]:
         "processor_class": model.kind.processor_class,
         "vision_feature_select_strategy": model.wiring.strategy,
     }
-    return (
+    two = (
         SideFile("preprocessor_config.json", (dump(images | {"processor_class": model.kind.processor_class}),)),
         SideFile("processor_config.json", (dump(processor),)),
     )
+    return two, warnings
 
 
 TARGET = Target(
     name="hf/llava",
     about="A LLaVA 1.5 for transformers: `LlavaForConditionalGeneration.from_pretrained` loads it.",
-    roles=ROLES,
+    roles=ROLES | training_run.ROLES,
     options=OPTIONS,
     expect=expect,
 )

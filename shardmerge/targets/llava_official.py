@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama
+from shardmerge.targets import clip, llama, official_config
 from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
@@ -18,8 +18,8 @@ from shardmerge.targets.bases import (
     TextBase,
     VisionBase,
     cast,
+    check_context,
     missing_sources,
-    quantized_warnings,
     read_text,
     read_vision,
 )
@@ -87,8 +87,9 @@ def expect(request: Request) -> Expectation:
             *model.tokens.files,
             *files,
         ),
+        beside=model.text.catalog.side_files,
         components=_components(model),
-        warnings=(*quantized_warnings(model.text, model.vision), *file_warnings, *_tower_warnings(model)),
+        warnings=(*model.wiring.warnings, *file_warnings, *_tower_warnings(model)),
     )
 
 
@@ -103,7 +104,9 @@ def _read_model(request: Request) -> _Model:
     raise_all(missing_sources(parts, request.catalogs))
     text = read_text(request.catalogs[players.text.source], request.read)
     vision = read_vision(players.vision, request.catalogs, request.read) if tower or described else None
-    wiring = wire(players.facts, players.trained, text.whole)
+    check_context(players.model, text)
+    official_config.check_images(text.whole, tiles=None, where=text.where)
+    wiring = wire(players.facts, players.trained, text.whole, text.where)
     raise_all(_odd_projector(wiring, players))
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     return _Model(
@@ -133,14 +136,18 @@ def _with_tower(request: Request, players: Cast) -> bool:
 
 
 def _odd_projector(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
-    if wiring.depth is not None and wiring.layers == 1:
+    plain = wiring.activation == "gelu" and wiring.bias
+    if wiring.depth is not None and wiring.layers == 1 and plain:
         return []
+    found = f"the output of encoder layers {wiring.layer} side by side" if wiring.layers > 1 else wiring.told
     problem = TargetError(
         "projector-kind",
         "the projector is not one that LLaVA's code builds",
         where=players.trained.path if players.trained else "",
-        found=wiring.told if wiring.depth is None else f"the output of encoder layers {wiring.layer} side by side",
-        expected="linear layers with a GELU between them, after one layer of the encoder",
+        found=found
+        if plain
+        else f"projector_hidden_act {wiring.activation!r}, multimodal_projector_bias {wiring.bias}",
+        expected="linear layers with a bias and a GELU between them, after one layer of the encoder",
     )
     return [problem]
 

@@ -18,8 +18,8 @@ from shardmerge.targets.bases import (
     ROLES,
     Cast,
     cast,
+    check_context,
     missing_sources,
-    quantized_warnings,
     read_text,
     read_vision,
 )
@@ -134,6 +134,7 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
     if form != "whole":
         return
     text = read_text(request.catalogs[players.text.source], request.read)
+    check_context(players.model, text)
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
@@ -146,7 +147,6 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
         (SideFile("config.json", (dump(config),)), generation_config(text, request, {}), *tokens.files),
         resized=tuple(counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]).items()),
         tied=((HEAD, EMBEDDING),) if tied else (),
-        warnings=quantized_warnings(text, None),
     )
 
 
@@ -172,7 +172,7 @@ def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> 
         if folder == LLM_ADAPTER
         else (players.vision, players.facts.visual_encoder_lora, "vision_alpha", "", "visual_encoder.")
     )
-    tensors = peft_adapter.adapter_tensors(trained, prefix)
+    tensors = peft_adapter.adapter_tensors(trained, prefix, request.gone("trained"))
     stated = number(request, option)
     facts = AdapterFacts(
         alpha=lora.alpha if stated is None and lora else stated,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dump
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, SideFile, Target
-from shardmerge.targets.foreign_configs import feed_forward_width
+from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
@@ -20,6 +21,7 @@ from shardmerge.targets.vocabulary import Rows, rows
 from shardmerge.tensors import Shape
 
 _MAX_RANKS = 64
+_FACTORS = (8, 32)  # LLaMA 3.1 and 3.2
 # Meta's own choices first: LLaMA 1 and 2, 3 8B, 3 70B; then whatever divides.
 _MULTIPLES = (256, 1024, 4096, 512, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -50,9 +52,18 @@ def expect(request: Request) -> Expectation:
             SideFile("params.json", (dump(params(text, counted.count)),)),
             *((SideFile("tokenizer.model", (tokenizer,)),) if tokenizer else ()),
         ),
+        beside=text.catalog.side_files,
         components=(Component("", "", f"Check that {text.where} describes these weights"),),
+        warnings=_window(text),
         groups=tuple(FileGroup(f"{rank}.", "", f"consolidated.{rank}", ".pth", sharded=False) for rank in names),
     )
+
+
+def _window(text: TextSource) -> tuple[str, ...]:
+    window = text.config.get("sliding_window")
+    if text.architecture.model_type != "mistral" or not isinstance(window, int):
+        return ()
+    return (f"this Mistral looks back {window} tokens at most, Meta's LLaMA at all: the two differ for longer texts",)
 
 
 def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> None:
@@ -65,6 +76,7 @@ def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> 
             found=f"{model.model_type}: {model.heads} heads of {model.head_dim}, hidden size {model.hidden_size}",
             expected="no bias, and heads times their size equal to the hidden size",
         )
+    _check_arithmetic(text)
     sizes = {
         "attention heads": model.heads,
         "key and value heads": model.kv_heads,
@@ -81,6 +93,35 @@ def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> 
                 found=f"{size} {what}, {ranks} ranks",
                 expected="a number of ranks that divides it",
             )
+
+
+def _check_arithmetic(text: TextSource) -> None:
+    """Checks what params.json has no field for: Meta's code has one activation and one stretched rotary embedding."""
+    odd: JsonObject = {}
+    scaling = _scaling(text.config)
+    usual = llama_3_scaling(text.architecture.hidden_size)
+    if scaling and (scaling | {"factor": 8.0} != usual | {"factor": 8.0} or scaling["factor"] not in _FACTORS):
+        odd["rope_scaling"] = scaling
+    act = text.config.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        odd["hidden_act"] = act
+    if odd:
+        raise TargetError(
+            "unsupported-architecture",
+            "Meta's LLaMA has no place for settings of this model",
+            where=text.where,
+            found=shown(odd),
+            expected=f"hidden_act 'silu', and no rope_scaling or {shown(usual)}",
+        )
+
+
+def _scaling(config: JsonObject) -> JsonObject:
+    """Returns ``rope_scaling`` under the names of transformers 4.43 and later, empty for none."""
+    nested = config.get("rope_scaling") or config.get("rope_parameters")
+    found = dict(nested) if isinstance(nested, dict) else {}
+    kind = found.pop("type", "default")
+    found = {"rope_type": kind} | {key: value for key, value in found.items() if key != "rope_theta"}
+    return {} if found["rope_type"] == "default" else found
 
 
 def _tensors(model: TextArchitecture, vocabulary: int, ranks: int, *, by_columns: bool) -> Iterator[tuple[str, Shape]]:
@@ -113,7 +154,6 @@ def params(text: TextSource, vocabulary: int) -> JsonObject:
     multiple, multiplier = _feed_forward(model.hidden_size, model.intermediate_size)
     rope = text.config.get("rope_parameters")
     nested = rope if isinstance(rope, dict) else {}
-    scaling = text.config.get("rope_scaling") or nested
     made: JsonObject = {
         "dim": model.hidden_size,
         "multiple_of": multiple,
@@ -124,7 +164,10 @@ def params(text: TextSource, vocabulary: int) -> JsonObject:
         "rope_theta": nested.get("rope_theta", text.config.get("rope_theta", 10000.0)),
         "vocab_size": vocabulary,
     }
-    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "llama3":
+    scaling = _scaling(text.config)
+    if scaling:
+        if scaling["factor"] != llama_3_scaling(model.hidden_size)["factor"]:
+            made["rope_scale_factor"] = scaling["factor"]
         made["use_scaled_rope"] = True
     return made if multiplier is None else made | {"ffn_dim_multiplier": multiplier}
 

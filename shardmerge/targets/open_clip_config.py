@@ -5,19 +5,33 @@ Field names and defaults follow ``CLIPVisionCfg`` and ``CLIPTextCfg`` of ``open_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dimension, layers
+from shardmerge.shown import shown
+from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
+from shardmerge.targets.settings import unknown
 
 PREPROCESSING = "_preprocessing"
 
-# Any of these makes another model than CLIP's: their neutral value, which is also the default.
-_NEUTRAL: Mapping[str, object] = {
-    "timm_model_name": None, "hf_model_name": None, "ls_init_value": None, "attentional_pool": False,
-    "no_ln_pre": False, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False, "scale_attn": False,
-    "scale_attn_inner": False, "scale_fc": False, "embed_cls": False, "proj_bias": False, "no_causal_mask": False,
+# What `CLIPModel` has a place for, or what is of no consequence for a ViT in use. Any other setting that is not idle
+# makes another model.
+_MODEL = ("cast_dtype", "custom_text", "embed_dim", "init_logit_scale", "quick_gelu", "text_cfg", "vision_cfg")
+_VISION = (
+    "attn_pooler_heads", "attn_pooler_queries", "head_width", "image_size", "layers", "mlp_ratio", "norm_kwargs",
+    "patch_dropout", "patch_size", "timm_drop", "timm_drop_path", "timm_model_pretrained", "timm_pool", "timm_proj",
+    "width",
+)  # fmt: skip
+_TEXT = (
+    "context_length", "eos_id", "heads", "hf_model_pretrained", "hf_pooler_type", "hf_proj_type", "hf_tokenizer_name",
+    "layers", "mlp_ratio", "norm_kwargs", "pad_id", "tokenizer_kwargs", "tokenizer_mode", "vocab_size", "width",
+)  # fmt: skip
+# Settings whose usual value is a word or a switch that is on.
+_USUAL: Mapping[str, tuple[object, ...]] = {
+    "block_type": (None, "default"), "pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",), "hf_model_name": (None,), "timm_model_name": (None,),
 }  # fmt: skip
+_EPSILON = 1e-5
 
 _MEAN = [0.48145466, 0.4578275, 0.40821073]
 _STD = [0.26862954, 0.26130258, 0.27577711]
@@ -41,7 +55,7 @@ def to_clip_config(config: Mapping[str, object], where: str) -> JsonObject:
     nested = config.get("model_cfg", config)
     model = nested if isinstance(nested, dict) else {}
     vision, text = _part(model, "vision_cfg"), _part(model, "text_cfg")
-    _refuse_others(vision, text, where)
+    _refuse_others(model, vision, text, where)
     projection = dimension(model, "embed_dim", 512, where)
     # open_clip trains with an exact GELU unless it says otherwise; OpenAI's own weights need the quick one.
     shared: JsonObject = {
@@ -63,17 +77,25 @@ def _part(model: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _refuse_others(vision: Mapping[str, object], text: Mapping[str, object], where: str) -> None:
-    odd = [f"{key}: {part[key]!r}" for part in (vision, text) for key, value in _NEUTRAL.items()
-           if key in part and part[key] != value]  # fmt: skip
-    if isinstance(vision.get("layers"), list):
-        odd.append("a ResNet")
+def _odd(part: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+    words = {key: part[key] for key, usual in _USUAL.items() if key in part and part[key] not in usual}
+    kwargs = part.get("norm_kwargs")
+    if isinstance(kwargs, dict) and set(kwargs) - {"eps"}:
+        words["norm_kwargs"] = kwargs
+    return words | unknown(part, (*known, *_USUAL))
+
+
+def _refuse_others(
+    model: Mapping[str, object], vision: Mapping[str, object], text: Mapping[str, object], where: str
+) -> None:
+    odd = _odd(model, _MODEL) | _odd(vision, _VISION) | _odd(text, _TEXT)
+    odd |= {"a ResNet": vision["layers"]} if isinstance(vision.get("layers"), list) else {}
     if odd:
         raise TargetError(
             "unsupported-architecture",
             "this model of open_clip is not one that CLIPModel can be",
             where=where,
-            found=", ".join(odd)[:120],
+            found=shown(odd),
             expected="a ViT and a text transformer as OpenAI's CLIP has them",
         )
 
@@ -84,7 +106,7 @@ def _vision(config: Mapping[str, object], image: int, where: str) -> JsonObject:
         "hidden_size": width,
         "image_size": image,
         "intermediate_size": int(width * _ratio(config)),
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": _epsilon(config),
         "model_type": "clip_vision_model",
         "num_attention_heads": width // dimension(config, "head_width", 64, where),
         "num_channels": 3,
@@ -101,7 +123,7 @@ def _text(config: Mapping[str, object], where: str) -> JsonObject:
         "eos_token_id": rows - 1,
         "hidden_size": width,
         "intermediate_size": int(width * _ratio(config)),
-        "layer_norm_eps": 1e-5,
+        "layer_norm_eps": _epsilon(config),
         "max_position_embeddings": dimension(config, "context_length", 77, where),
         "model_type": "clip_text_model",
         "num_attention_heads": dimension(config, "heads", 8, where),
@@ -110,9 +132,13 @@ def _text(config: Mapping[str, object], where: str) -> JsonObject:
     }
 
 
+def _epsilon(config: Mapping[str, object]) -> object:
+    kwargs = config.get("norm_kwargs")
+    return kwargs.get("eps", _EPSILON) if isinstance(kwargs, dict) else _EPSILON
+
+
 def _ratio(config: Mapping[str, object]) -> float:
-    value = config.get("mlp_ratio")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 4.0
+    return finite(config, "mlp_ratio", 4.0, "the OpenCLIP config")
 
 
 def _square(config: Mapping[str, object], key: str, default: int, where: str) -> int:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dump, load_object
+from shardmerge.errors import TargetError, raise_all
+from shardmerge.shown import shown
+from shardmerge.targets.adapter_config import read_config
+from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
 from shardmerge.targets.options import number, switch
 from shardmerge.tensors import Catalog, Shape
@@ -25,7 +27,10 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
 )
+_WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
+# Fields of a config beside the checkpoint whose values are checked; the others are kept as they are.
+_READ = ("lora_alpha", "r", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 # What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
 _BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
 
@@ -77,7 +82,7 @@ def saved_name(name: str) -> str:
     return name
 
 
-def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
+def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = ()) -> dict[str, Shape]:
     """Returns the keys and shapes that peft saves for an adapter.
 
     Parameters
@@ -86,10 +91,21 @@ def adapter_tensors(catalog: Catalog, prefix: str = "") -> dict[str, Shape]:
         Of the training: the wrapped model's parameters, or keys as peft saves them.
     prefix
         What stands in front of ``base_model.model.``, e.g. ``llm.``.
+    gone
+        Names that the user drops.
     """
     start = prefix + ROOT
-    names = [name for name in catalog.names() if name.startswith(start) and not name.endswith(_BASE)]
+    names = [
+        name
+        for name in catalog.names()
+        if name.startswith(start) and not _is_of_the_base(catalog, name) and name not in gone
+    ]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
+
+
+def _is_of_the_base(catalog: Catalog, name: str) -> bool:
+    """Whether a tensor of a dump is the base's: wrapped by its name, or frozen by what DeepSpeed says of it."""
+    return name.endswith(_BASE) or catalog[name].origin.startswith("frozen")
 
 
 def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str) -> JsonObject:
@@ -98,7 +114,8 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     Raises
     ------
     TargetError
-        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA.
+        ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA, ``adapter-incomplete``
+        where a module has half of a pair.
     """
     ranks = _ranks(tensors)
     if not ranks:
@@ -110,6 +127,14 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
             where=where,
             expected="`lora_alpha` in the training config or in adapter_config.json",
             hint="set the target's option, e.g. `alpha: 16`",
+        )
+    halves = _halves(tensors)
+    if halves:
+        raise TargetError(
+            "adapter-incomplete",
+            f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
+            where=where,
+            hint="if the other half was dropped, drop both",
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
@@ -144,6 +169,17 @@ def _ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
         if match is not None and match["kind"] in ("lora_A", "lora_embedding_A") and shape:
             ranks[match["module"].removeprefix(ROOT)] = shape[0]
     return ranks
+
+
+def _halves(tensors: Mapping[str, Shape]) -> list[str]:
+    """Returns the modules that have one of A and B and not the other."""
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for name in tensors:
+        match = _PART.fullmatch(name)
+        if match is not None and match["leaf"] != ".bias" and match["kind"] != "lora_magnitude_vector":
+            family, _, half = match["kind"].rpartition("_")
+            kinds.setdefault((match["module"], family), set()).add(half)
+    return sorted(module for (module, _), found in kinds.items() if len(found) == 1)
 
 
 def _targets(ranks: Mapping[str, int]) -> list[str]:
@@ -201,10 +237,14 @@ def expect(request: Request) -> Expectation:
         raise TargetError(
             "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
         )
-    tensors = adapter_tensors(catalog, _prefix(request, catalog))
+    prefix = _prefix(request, catalog)
+    raise_all(_unfit(catalog, prefix + ROOT))
+    tensors = adapter_tensors(catalog, prefix, request.gone("trained"))
     config = _config(request, catalog, tensors)
+    frozen = (name for name in catalog.names() if _is_of_the_base(catalog, name))
     return Expectation(
         tensors=tensors,
+        ignored={source: frozenset(frozen)},
         side_files=(SideFile(CONFIG, (dump(config),)),),
         groups=(FileGroup(stem=STEM, sharded=False),),
     )
@@ -227,16 +267,56 @@ def _prefix(request: Request, catalog: Catalog) -> str:
     return next(iter(found), "")
 
 
+def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
+    """Yields what keeps the tensors from being one whole adapter."""
+    parts = [name for name in (*catalog.names(), *catalog.absent) if name.startswith(start)]
+    found = {name: match for name in parts if (match := _PART.fullmatch(name) or _WHOLE.fullmatch(name))}
+    adapters = sorted({match["adapter"] for match in found.values() if match["adapter"]})
+    if len(adapters) > 1:
+        yield TargetError(
+            "several-adapters",
+            f"the checkpoint holds {len(adapters)} adapters: {shown(adapters)}",
+            where=catalog.path,
+            hint="save the one that is meant: model.save_pretrained(OUT, selected_adapters=[NAME])",
+        )
+    empty = [name for name in found if name in catalog.absent or not catalog[name].numel]
+    if empty:
+        yield TargetError(
+            "empty-adapter",
+            f"{len(empty)} tensors of the adapter have no elements: placeholders [0], saved under ZeRO-3 before they "
+            f"were gathered: {shown(empty)}",
+            where=catalog.path,
+            hint="name the directory of the DeepSpeed checkpoint beside it: it has the numbers",
+        )
+
+
+def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[TargetError]:
+    """Yields an error where a config beside the checkpoint is that of another run."""
+    said = read_config(own, where)
+    if said.rank is not None and not said.rank_pattern and set(ranks.values()) != {said.rank}:
+        yield TargetError(
+            "adapter-rank",
+            "adapter_config.json says another rank than the tensors have",
+            where=where,
+            found=", ".join(map(str, sorted(set(ranks.values()))[:5])),
+            expected=f"r = {said.rank}",
+            hint="config and tensors are of different runs: put the right adapter_config.json beside the checkpoint",
+        )
+
+
 def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
     own = load_object(catalog.side_files[CONFIG], request.read) if CONFIG in catalog.side_files else {}
     stated = number(request, "alpha")
-    alpha = own.get("lora_alpha") if stated is None else stated
+    where = catalog.side_files[CONFIG].file if own else catalog.path
+    if own and _ranks(tensors):
+        raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))
+    alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated
     base = own.get("base_model_name_or_path")
     task = own.get("task_type")
     facts = AdapterFacts(
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        use_rslora=switch(request, "rslora", default=own.get("use_rslora") is True),
+        alpha=alpha,
+        use_rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
         base=request.options.get("base", base if isinstance(base, str) else ""),
         task_type=request.options.get("task_type", task if isinstance(task, str) else ""),
     )

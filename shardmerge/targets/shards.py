@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.plan import PlannedShard, PlannedTensor
+from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format, SideFile
 from shardmerge.targets.phases import Arrangement, arrange, by_source
 from shardmerge.targets.torch_layout import lay_out_torch
@@ -20,6 +22,14 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 # Data starts on a page, or at the offset in one that cloning asks for. The format wants a multiple of 8; a page costs
 # at most 4 KB a shard, lets loaders map tensors aligned, and keeps two threads from writing the same page of the file.
 _PAGE = 4096
+
+# What readers of safetensors refuse. The format keeps one name for itself (safetensors 0.8, ``tensor.rs``), a lone
+# surrogate is no UTF-8, and control characters and longer names are refused when shardmerge reads them.
+_METADATA = "__metadata__"
+_UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
+_LONGEST_NAME = 4096
+# ``MAX_HEADER_SIZE`` of safetensors, in bytes.
+_LARGEST_HEADER = 100_000_000
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -140,14 +150,40 @@ def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedS
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
+    raise_all(_unusable_names(path, tensors))
     order = arrange(sorted(tensors, key=lambda tensor: natural_key(tensor.name)))
     header = _header(order)
+    if len(header) > _LARGEST_HEADER:
+        raise TargetError(
+            "header-too-large",
+            "a file of weights would list more tensors than safetensors reads",
+            where=path,
+            found=f"a header of {len(header):,} bytes",
+            expected=f"at most {_LARGEST_HEADER:,} bytes",
+            hint="make more files: a smaller --shard-size",
+        )
     cursor = len(header)
     placed = []
     for tensor in order.tensors:
         placed.append(replace(tensor, offset=cursor))
         cursor += tensor.nbytes
     return PlannedShard(path, cursor, ((0, header),), tuple(placed))
+
+
+def _unusable_names(path: str, tensors: Iterable[PlannedTensor]) -> Iterator[ShardmergeError]:
+    for tensor in tensors:
+        name = tensor.stored
+        if name and name != _METADATA and len(name) <= _LONGEST_NAME and not _UNPRINTABLE.search(name):
+            continue
+        reserved = name == _METADATA
+        yield TargetError(
+            "unusable-name",
+            "safetensors keeps this name for itself" if reserved else "no reader of safetensors takes this name",
+            where=f"{tensor.rule}, in {path}",
+            found=shown(name),
+            expected="" if reserved else f"1 to {_LONGEST_NAME} characters, none of them a control character",
+            hint="give the tensor another name in a mapping, or `drop` it",
+        )
 
 
 def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:

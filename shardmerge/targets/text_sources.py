@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import yaml
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import foreign_configs, llama, official_config
+from shardmerge.shown import shown
+from shardmerge.targets import foreign_configs, llama, official_config, rewritten_configs
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile, Request
 from shardmerge.targets.llama import TextArchitecture
@@ -65,7 +66,35 @@ def read_text_source(request: Request, default: str = "text") -> TextSource:
             where=catalog.path if catalog else request.where,
             expected=f"a source `{name}` with config.json, {_PARAMS}, {_LITGPT} or Megatron's args",
         )
-    return _read(catalog, request.read)
+    found = _read(catalog, request.read)
+    if found.kind == "hf":
+        _check_arguments(found, request)
+    return found
+
+
+# What Megatron's args say of the arithmetic, and how the config made of them calls it.
+_ARGUMENTS = {"rotary_base": "rope_theta", "norm_epsilon": "rms_norm_eps", "layernorm_epsilon": "rms_norm_eps"}
+
+
+def _check_arguments(text: TextSource, request: Request) -> None:
+    """Checks that Megatron's args, where a source has them, describe the model that the Hugging Face config does."""
+    for catalog in request.catalogs.values():
+        if "num_layers" not in catalog.facts:
+            continue
+        made = foreign_configs.from_megatron({"vocab_size": 1, **catalog.facts}, catalog.path)
+        rope = text.config.get("rope_parameters")
+        own = {**(rope if isinstance(rope, dict) else {}), **text.config}
+        keys = {key for argument, key in _ARGUMENTS.items() if argument in catalog.facts}
+        odd = sorted(key for key in keys if key in own and own[key] != made[key])
+        if odd:
+            raise TargetError(
+                "contradiction",
+                "the config.json and the args in the checkpoint describe two models",
+                where=text.where,
+                found=", ".join(f"{key} {shown(own[key])}" for key in odd),
+                expected=", ".join(f"{key} {shown(made[key])}" for key in odd) + f", as in {catalog.path}",
+                hint="name the base that the training started from, or leave it out",
+            )
 
 
 def _describes(catalog: Catalog) -> bool:
@@ -96,13 +125,23 @@ def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
     """Returns the language model's config: the whole, or the part that a LLaVA has of it."""
     nested = whole.get("text_config")
     if official_config.is_official(whole):
-        return official_config.language_part(whole), ()
+        return official_config.language_part(whole, where), ()
     config = nested if isinstance(nested, dict) else whole
     if config.get("model_type") == "phi3":
-        return foreign_configs.from_phi3(config, where)
+        return rewritten_configs.from_phi3(config, where)
     if config.get("model_type") == "internlm2":
-        return foreign_configs.from_internlm2(config), ()
+        return rewritten_configs.from_internlm2(config, where), ()
     return config, ()
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads no alias of a list or a table: a few hundred bytes of them say 10^9 values, and a walk never ends."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # the stub leaves it bare
+        if isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+            raise yaml.YAMLError(f"the alias `*{event.anchor}` of a list or a table is not read")
+        return super().compose_node(parent, index)  # type: ignore[arg-type]  # stub: int
 
 
 def _load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
@@ -110,7 +149,7 @@ def _load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
     value: object = None
     if not problem:
         try:
-            value = yaml.safe_load(read(extent))
+            value = yaml.load(read(extent), _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             problem = str(error)[:200]
     if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
+from shardmerge.file_roles import left_behind
 from shardmerge.targets.architectures import JsonObject, dump, load_object
 from shardmerge.targets.expectation import ReadSideFile, SideFile
 from shardmerge.tensors import Extent
@@ -26,16 +27,12 @@ from shardmerge.tensors import Extent
 # to keep.
 _MAX_BYTES = 48 << 20
 
-# Read by some tokenizer class, and true whether or not tokens are added.
-_COPIED = (
-    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
-# All that belongs to a tokenizer, by how the name begins.
+# All that belongs to a tokenizer, by how the name begins or ends.
 _PREFIXES = (
     "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece", "additional_chat_templates/", "tokenization_", "source.spm", "target.spm", "bpe.codes",
 )  # fmt: skip
+_SUFFIXES = (".tiktoken", ".model", ".bpe")
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "vocab.json", "vocab.txt")
 
@@ -101,7 +98,12 @@ class _Place:
 
 def copies(side_files: Mapping[str, Extent]) -> tuple[SideFile, ...]:
     """Returns a tokenizer's files as they are."""
-    return tuple(SideFile(name, (extent,)) for name, extent in side_files.items() if name.startswith(_PREFIXES))
+    return tuple(SideFile(name, (extent,)) for name, extent in side_files.items() if is_tokenizer_file(name))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tells whether a side file belongs to a tokenizer: its vocabulary, templates, or its own code."""
+    return not left_behind(name) and (name.startswith(_PREFIXES) or name.endswith(_SUFFIXES))
 
 
 def add_tokens(
@@ -136,7 +138,7 @@ def add_tokens(
     TargetError
         ``bad-tokenizer-json``, ``bad-json``, ``side-file-too-large``.
     """
-    if not any(name in side_files for name in _VOCABULARIES):
+    if not has_tokenizer(side_files):
         return TokenizerFiles({token: vocab_size + index for index, token in enumerate(tokens)}, ())
     stated = _stated_tokens(side_files, read)
     if "tokenizer.json" in side_files:
@@ -148,8 +150,32 @@ def add_tokens(
         edited = []
     names = _Names(pad_token, default_class, processor_class)
     edited += _edit_configs(side_files, read, added, names)
-    copied = [SideFile(name, (side_files[name],)) for name in _COPIED if name in side_files]
+    made = {file.name for file in edited}
+    copied = [file for file in copies(side_files) if file.name not in made]
     return TokenizerFiles({token: added.ids[token] for token in tokens}, tuple(edited + copied))
+
+
+def token_id(side_files: Mapping[str, Extent], read: ReadSideFile, token: str) -> int | None:
+    """Returns the id of a token as a loader has it; ``None`` where the tokenizer has none, or where there is none.
+
+    Raises
+    ------
+    TargetError
+        ``bad-tokenizer-json``, ``bad-json``, ``side-file-too-large``.
+    """
+    if not has_tokenizer(side_files):
+        return None
+    if "tokenizer.json" in side_files:
+        present, vocabulary = _scan_file(side_files["tokenizer.json"], read, (token,))[1:]
+        return _number(present, vocabulary, {}).get(token, vocabulary.ids.get(token))
+    stated = _stated_tokens(side_files, read)
+    known = _slow_vocabulary(side_files, read, {*stated, token})
+    return stated.get(token, known.ids.get(token) if known else None)
+
+
+def has_tokenizer(side_files: Mapping[str, Extent]) -> bool:
+    """Whether a tokenizer's vocabulary is among these files."""
+    return any(name in side_files for name in _VOCABULARIES)
 
 
 # ---- tokenizer.json
@@ -157,9 +183,20 @@ def add_tokens(
 
 def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[SideFile, _Added]:
     """Returns tokenizer.json with the new entries, and all added tokens as a loader numbers them."""
+    place, present, vocabulary = _scan_file(extent, read, tokens)
+    added = _add(present, vocabulary, tokens)
+    if not added.new:
+        return SideFile("tokenizer.json", (extent,)), added
+    entries = [{"id": added.ids[token], "content": token, **_entry()} for token in added.new]
+    new = place.before + b",\n".join(map(_indented, entries)) + place.after
+    head, tail = extent.slice(0, place.position), extent.slice(place.position, extent.nbytes - place.position)
+    return SideFile("tokenizer.json", (head, new, tail)), added
+
+
+def _scan_file(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[_Place, list[str], _Vocabulary]:
     data = _read_capped(extent, read)
     try:
-        place, present, vocabulary = _scan(data, tokens)
+        return _scan(data, tokens)
     except _ScanError as error:
         raise TargetError(
             "bad-tokenizer-json",
@@ -168,13 +205,6 @@ def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[st
             found=repr(data[error.position : error.position + 40]),
             expected=error.expected,
         ) from error
-    added = _add(present, vocabulary, tokens)
-    if not added.new:
-        return SideFile("tokenizer.json", (extent,)), added
-    entries = [{"id": added.ids[token], "content": token, **_entry()} for token in added.new]
-    new = place.before + b",\n".join(map(_indented, entries)) + place.after
-    head, tail = extent.slice(0, place.position), extent.slice(place.position, extent.nbytes - place.position)
-    return SideFile("tokenizer.json", (head, new, tail)), added
 
 
 def _read_capped(extent: Extent, read: ReadSideFile) -> bytes:

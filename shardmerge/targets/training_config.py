@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
+from shardmerge.targets.architectures import is_finite
+
 MAX_CHARS = 4 << 20
 
 # A syntax tree costs up to 600 bytes a character, so that only the statements that matter are parsed, one by
@@ -35,7 +37,7 @@ class _Unknown(enum.Enum):
 
 
 _UNKNOWN = _Unknown.UNKNOWN
-_Value: TypeAlias = "str | int | float | tuple[_Value, ...] | Mapping[str, _Value] | Literal[_Unknown.UNKNOWN] | None"
+Value: TypeAlias = "str | int | float | tuple[Value, ...] | Mapping[str, Value] | Literal[_Unknown.UNKNOWN] | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +111,17 @@ def read_training_config(text: str) -> TrainingFacts:
 
     Keys are those of ``xtuner.model.LLaVAModel``.
     """
-    model = _lookup(text, "model")
+    model = lookup(text, "model")
     if not isinstance(model, Mapping):
         return TrainingFacts()
-    llm, vision = _section(model, "llm"), _section(model, "visual_encoder")
+    llm, vision = part_of(model, "llm"), part_of(model, "visual_encoder")
     return TrainingFacts(
         freeze_llm=_flag(model, "freeze_llm"),
         freeze_visual_encoder=_flag(model, "freeze_visual_encoder"),
-        llm_path=_text(llm, "pretrained_model_name_or_path"),
-        vision_path=_text(vision, "pretrained_model_name_or_path"),
-        visual_select_layer=_integer(model, "visual_select_layer"),
-        projector_depth=_integer(model, "projector_depth"),
+        llm_path=plain_text(llm, "pretrained_model_name_or_path"),
+        vision_path=plain_text(vision, "pretrained_model_name_or_path"),
+        visual_select_layer=integer(model, "visual_select_layer"),
+        projector_depth=integer(model, "projector_depth"),
         llm_lora=_lora(model, "llm_lora"),
         visual_encoder_lora=_lora(model, "visual_encoder_lora"),
         quantized=llm.get("quantization_config") is not None,
@@ -142,13 +144,13 @@ def read_config_value(text: str, dotted: str) -> str | int | float | bool | None
         ``None`` where there is no such value, where it is no literal, and where it is ``None``.
     """
     name, *keys = dotted.split(".")
-    value = _lookup(text, name) if name.isidentifier() else _UNKNOWN
+    value = lookup(text, name) if name.isidentifier() else _UNKNOWN
     for key in keys:
         value = _item(value, key)
     return value if isinstance(value, str | int | float) else None
 
 
-def _lookup(text: str, name: str) -> _Value:
+def lookup(text: str, name: str) -> Value:
     """Returns what a top-level name is bound to; unknown where it is changed in place later."""
     if len(text) > MAX_CHARS:
         return _UNKNOWN
@@ -159,7 +161,7 @@ def _lookup(text: str, name: str) -> _Value:
         return _UNKNOWN
 
 
-def _item(value: _Value, key: str) -> _Value:
+def _item(value: Value, key: str) -> Value:
     if isinstance(value, Mapping):
         return value.get(key)
     if isinstance(value, tuple) and key.isascii() and key.isdigit() and len(key) < _LONGEST_INDEX:
@@ -167,21 +169,21 @@ def _item(value: _Value, key: str) -> _Value:
     return None
 
 
-def _lora(model: Mapping[str, _Value], key: str) -> LoraFacts | None:
+def _lora(model: Mapping[str, Value], key: str) -> LoraFacts | None:
     """Returns what is known of an adapter; the config may be anything that is not ``None``."""
     if model.get(key) is None:
         return None
-    section = _section(model, key)
+    section = part_of(model, key)
     ranks, alphas = _numbers(section, "rank_pattern"), _numbers(section, "alpha_pattern")
-    rslora = section.get("use_rslora", False)
+    rslora = _flag(section, "use_rslora") if "use_rslora" in section else False
     saved = section.get("modules_to_save")
-    alpha = _number(section, "lora_alpha") if isinstance(rslora, bool) else None
+    alpha = _number(section, "lora_alpha") if rslora is not None else None
     return LoraFacts(
-        r=_integer(section, "r"),
+        r=integer(section, "r"),
         alpha=alpha if ranks is not None and alphas is not None else None,
         use_rslora=rslora is True,
         use_dora=_flag(section, "use_dora") or False,
-        bias=_text(section, "bias") or "none",
+        bias=plain_text(section, "bias") or "none",
         fan_in_fan_out=_flag(section, "fan_in_fan_out") or False,
         modules_to_save=tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, tuple) else (),
         rank_pattern={name: rank for name, rank in (ranks or {}).items() if isinstance(rank, int)},
@@ -189,7 +191,7 @@ def _lora(model: Mapping[str, _Value], key: str) -> LoraFacts | None:
     )
 
 
-def _numbers(section: Mapping[str, _Value], key: str) -> dict[str, float] | None:
+def _numbers(section: Mapping[str, Value], key: str) -> dict[str, float] | None:
     """Returns a mapping of numbers, empty where it is not given; ``None`` where it cannot be read."""
     value = section.get(key)
     if value is None:
@@ -199,28 +201,33 @@ def _numbers(section: Mapping[str, _Value], key: str) -> dict[str, float] | None
     return numbers if len(numbers) == len(found) else None
 
 
-def _section(model: Mapping[str, _Value], key: str) -> Mapping[str, _Value]:
+def part_of(model: Mapping[str, Value], key: str) -> Mapping[str, Value]:
+    """Returns a part of a config, empty where it is none."""
     value = model.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _flag(section: Mapping[str, _Value], key: str) -> bool | None:
+def _flag(section: Mapping[str, Value], key: str) -> bool | None:
     value = section.get(key)
-    return value if isinstance(value, bool) else None
+    return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
-def _integer(section: Mapping[str, _Value], key: str) -> int | None:
-    value = section.get(key)
+def integer(part: Mapping[str, Value], key: str) -> int | None:
+    """Returns a number of a config, ``None`` where there is none."""
+    value = part.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _number(section: Mapping[str, _Value], key: str) -> float | None:
+def _number(section: Mapping[str, Value], key: str) -> float | None:
     value = section.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if is_finite(value) else None
 
 
-def _text(section: Mapping[str, _Value], key: str) -> str:
-    value = section.get(key)
+def plain_text(part: Mapping[str, Value], key: str) -> str:
+    """Returns a text of a config, ``""`` where there is none."""
+    value = part.get(key)
     return value if isinstance(value, str) else ""
 
 
@@ -243,13 +250,13 @@ class _Config:
 
     statements: list[tuple[str, str]]
     changed: frozenset[str]
-    known: dict[int, _Value] = field(default_factory=dict)
+    known: dict[int, Value] = field(default_factory=dict)
 
-    def value(self, name: str) -> _Value:
+    def value(self, name: str) -> Value:
         """Returns what a name is bound to at the end of the text."""
         return self._bound(name, len(self.statements), 0)
 
-    def _bound(self, name: str, before: int, depth: int) -> _Value:
+    def _bound(self, name: str, before: int, depth: int) -> Value:
         """Returns what a name is bound to before the statement ``before``."""
         index = next((i for i in range(before - 1, -1, -1) if self.statements[i][0] == name), None)
         if index is None or depth > _MAX_NAMES or name in self.changed:
@@ -259,7 +266,7 @@ class _Config:
             self.known[index] = self._evaluate(node, index, depth) if node is not None else _UNKNOWN
         return self.known[index]
 
-    def _evaluate(self, node: ast.expr, index: int, depth: int) -> _Value:
+    def _evaluate(self, node: ast.expr, index: int, depth: int) -> Value:
         match node:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return value
@@ -270,7 +277,7 @@ class _Config:
             case _:
                 return self._container(node, index, depth)
 
-    def _container(self, node: ast.expr, index: int, depth: int) -> _Value:
+    def _container(self, node: ast.expr, index: int, depth: int) -> Value:
         match node:
             case ast.Dict(keys=keys, values=values):
                 names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
@@ -284,13 +291,13 @@ class _Config:
             case _:
                 return _UNKNOWN
 
-    def _sequence(self, items: Sequence[ast.expr], index: int, depth: int) -> _Value:
+    def _sequence(self, items: Sequence[ast.expr], index: int, depth: int) -> Value:
         """Returns the items of a list or tuple. A starred one may stand for any number of items."""
         if any(isinstance(item, ast.Starred) for item in items):
             return _UNKNOWN
         return tuple(self._evaluate(item, index, depth) for item in items)
 
-    def _mapping(self, names: Sequence[object], values: list[ast.expr], index: int, depth: int) -> _Value:
+    def _mapping(self, names: Sequence[object], values: list[ast.expr], index: int, depth: int) -> Value:
         """Returns the items of a display or call. A name that is no string (``**``) may hide anything."""
         if not all(isinstance(name, str) for name in names):
             return _UNKNOWN

@@ -69,6 +69,60 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
     return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
 
 
+def check_ids(ids: Mapping[str, int | None], count: int, where: str, hint: str = "") -> None:
+    """Checks that tokens have rows; ``None`` and negative numbers stand for no token.
+
+    Parameters
+    ----------
+    ids
+        By the name of the token, or of the key that states it.
+    count
+        Rows of embedding and head.
+    where
+        The file that states them.
+    hint
+        What to do where the target makes no rows.
+
+    Raises
+    ------
+    TargetError
+        ``token-id``.
+    """
+    beyond = {name: number for name, number in ids.items() if number is not None and number >= count}
+    if beyond:
+        raise TargetError(
+            "token-id",
+            "a token's id is beyond the last row of the vocabulary",
+            where=where,
+            found=", ".join(f"{name} {number}" for name, number in beyond.items()),
+            expected=f"ids below {count}",
+            hint=hint or f"vocabulary: {{rows: {max(beyond.values()) + 1}}}",
+        )
+
+
+def id_warnings(config: Mapping[str, object], count: int, where: str) -> tuple[str, ...]:
+    """Checks the ids that a config states: a padding token has a row, and of the others it is said where they do not.
+
+    ``torch.nn.Embedding`` refuses a padding id beyond its rows; a model whose texts begin or end with one loads.
+
+    Raises
+    ------
+    TargetError
+        ``token-id``.
+    """
+    pad = config.get("pad_token_id")
+    check_ids({"pad_token_id": pad if isinstance(pad, int) else None}, count, where)
+    beyond = [f"{key} {config[key]}" for key in ("bos_token_id", "eos_token_id") if _is_beyond(config.get(key), count)]
+    if not beyond:
+        return ()
+    return (f"{', '.join(beyond)} in config.json: beyond the {count} rows of the vocabulary",)
+
+
+def _is_beyond(stated: object, count: int) -> bool:
+    every = stated if isinstance(stated, list) else [stated]
+    return any(isinstance(number, int) and number >= count for number in every)
+
+
 def tokenizer_files(request: Request, side_files: Mapping[str, Extent], text: TextArchitecture) -> TokenizerFiles:
     """Returns a language model's tokenizer as it is, or with the tokens that the mapping adds.
 

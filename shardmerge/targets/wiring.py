@@ -7,12 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from shardmerge.errors import TargetError
+from shardmerge.shown import shown
 from shardmerge.targets import official_config
 from shardmerge.targets.training_config import TrainingFacts
 from shardmerge.tensors import Catalog
 
 _PROJECTOR = re.compile(r"(?:projector\.model|(?:model\.)?mm_projector)\.(\d{1,3})\.weight")
 _MAX_DEPTH = 64
+
+_LAYER, _FEATURE = "vision_feature_layer", "vision_feature_select_strategy"
+# What LLaVA's own code calls them; `patch` leaves the class token out, `cls_patch` keeps it (`clip_encoder.py`).
+_STRATEGIES: Mapping[object, Literal["default", "full"]] = {
+    "default": "default",
+    "patch": "default",
+    "full": "full",
+    "cls_patch": "full",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class Wiring:
         Between the linear layers.
     bias
         Whether they have one.
+    warnings
+        What nobody says and is taken for granted.
     """
 
     layer: int | tuple[int, ...] = -2
@@ -41,6 +54,7 @@ class Wiring:
     told: str = ""
     activation: str = "gelu"
     bias: bool = True
+    warnings: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -48,7 +62,7 @@ class Wiring:
         return len(self.layer) if isinstance(self.layer, tuple) else 1
 
 
-def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object]) -> Wiring:
+def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object], where: str = "") -> Wiring:
     """Returns the wiring: as the training config says, else as ``config`` says, else as LLaVA 1.5 has it.
 
     Parameters
@@ -56,46 +70,92 @@ def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, obj
     facts, trained
         The checkpoint, whose projector counts for more than a base's.
     config
-        The text base's config.json: a LLaVA's, of either kind, or a language model's that says nothing.
+        A LLaVA's config.json, of either kind: of the training run, or of the text base; or a language model's that says
+        nothing.
+    where
+        Its file.
+
+    Raises
+    ------
+    TargetError
+        ``odd-config`` for a setting that is there and cannot be used.
     """
     depth, told = _depth(facts, trained, config)
-    activation, bias = config.get("projector_hidden_act"), config.get("multimodal_projector_bias")
+    layer = facts.visual_select_layer if facts.visual_select_layer is not None else _layer(config, where)
     return Wiring(
-        layer=_layer(facts, config),
-        strategy=_strategy(config),
+        layer=-2 if layer is None else layer,
+        strategy=_strategy(config, where),
         depth=depth,
         told=told,
-        activation=activation if isinstance(activation, str) else "gelu",
-        bias=bias if isinstance(bias, bool) else True,
+        activation=_activation(config, where),
+        bias=_bias(config, where),
+        warnings=_unsaid(facts, trained, config, where) if layer is None else (),
     )
 
 
-def _layer(facts: TrainingFacts, config: Mapping[str, object]) -> int | tuple[int, ...]:
-    if facts.visual_select_layer is not None:
-        return facts.visual_select_layer
-    stated = config.get("vision_feature_layer", config.get("mm_vision_select_layer"))
-    if isinstance(stated, list):
-        several = tuple(layer for layer in stated if _whole(layer))
-        return several if several and len(several) == len(stated) else -2
-    return stated if isinstance(stated, int) and not isinstance(stated, bool) else -2
+def _unsaid(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object], where: str) -> tuple[str, ...]:
+    """LLaVA's own code has no default for the layer; transformers and XTuner have -2."""
+    if trained is not None and trained.training_config and facts == TrainingFacts():
+        told = f"the training config in {trained.path} cannot be read"
+        return (f"{told}: `visual_select_layer` -2, XTuner's default, is assumed",)
+    if official_config.is_official(config):
+        return (f"{where} does not say `mm_vision_select_layer`: -2, the layer of LLaVA 1.5, is assumed",)
+    return ()
+
+
+def _layer(config: Mapping[str, object], where: str) -> int | tuple[int, ...] | None:
+    key = _LAYER if _LAYER in config else "mm_vision_select_layer"
+    stated = config.get(key)
+    if stated is None or _whole(stated):
+        return stated if isinstance(stated, int) else None
+    if isinstance(stated, list) and stated and all(map(_whole, stated)):
+        return tuple(stated)
+    raise _odd(key, stated, "a number, or a list of numbers", where)
 
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _strategy(config: Mapping[str, object]) -> Literal["default", "full"]:
-    stated = config.get("vision_feature_select_strategy", config.get("mm_vision_select_feature"))
-    return "full" if stated in ("full", "cls_patch") else "default"
+def _strategy(config: Mapping[str, object], where: str) -> Literal["default", "full"]:
+    key = _FEATURE if _FEATURE in config else "mm_vision_select_feature"
+    stated = config.get(key)
+    if stated is None:
+        return "default"
+    if isinstance(stated, str) and stated in _STRATEGIES:
+        return _STRATEGIES[stated]
+    raise _odd(key, stated, "`default` or `full`, in LLaVA's own code `patch` or `cls_patch`", where)
+
+
+def _activation(config: Mapping[str, object], where: str) -> str:
+    stated = config.get("projector_hidden_act")
+    if stated is None or isinstance(stated, str):
+        return stated or "gelu"
+    raise _odd("projector_hidden_act", stated, "the name of an activation", where)
+
+
+def _bias(config: Mapping[str, object], where: str) -> bool:
+    stated = config.get("multimodal_projector_bias")
+    if stated is None or isinstance(stated, bool):
+        return stated is not False
+    raise _odd("multimodal_projector_bias", stated, "true or false", where)
+
+
+def _odd(key: str, stated: object, expected: str, where: str) -> TargetError:
+    what = f"`{key}` in config.json cannot be used"
+    return TargetError("odd-config", what, where=where, found=shown(stated), expected=expected)
 
 
 def _depth(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object]) -> tuple[int | None, str]:
     if facts.projector_depth is not None:
         return facts.projector_depth, f"projector_depth {facts.projector_depth} in the training config"
+    stated = official_config.projector_depth(config) if "mm_projector_type" in config else 0
+    told = f"mm_projector_type {shown(config.get('mm_projector_type'))}"
+    if stated is None:
+        # Another class may have layers of the same names: what it is called counts.
+        return None, told
     indices = [int(match[1]) for name in trained.names() if (match := _PROJECTOR.fullmatch(name))] if trained else []
     if indices and max(indices) // 2 < _MAX_DEPTH:
         # A linear layer and an activation take turns.
         return max(indices) // 2 + 1, f"projector layers 0 to {max(indices)} in the checkpoint"
-    if "mm_projector_type" in config:
-        return official_config.projector_depth(config), f"mm_projector_type {config['mm_projector_type']!r}"[:120]
-    return 2, ""
+    return (stated, told) if stated else (2, "")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-import time
 
 import pytest
 
-from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_vm import Global, Opaque, interpret
+from tests.counting import refusal
 
 STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\6tQ"
 HOOKS = b"\x89ccollections\nOrderedDict\n)R"
@@ -101,7 +100,7 @@ HOSTILE = {
     "LONG4": two(b"\x8b" + struct.pack("<i", 1 << 30)),
     "colliding integers as keys": colliding_integers(50_000),
     "many tuples as keys": colliding_tuples(50_000),
-    "a dict a byte": two(b"(" + b"}" * 3_000_000 + b"t"),
+    "a dict a byte": two(b"(" + b"}" * 1_500_000 + b"t"),
     "copies of a large text": two(
         b"c_codecs\nencode\nq\0X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\1("
         + b"h\0h\1X\6\0\0\0latin1\x86R" * 2000 + b"t"
@@ -159,15 +158,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", [*HOSTILE, *DAMAGED])
-def test_hostile_pickles_are_refused_quickly(case):
+def test_hostile_pickles_are_refused_with_little_work(case):
     code = "hostile-pickle" if case in HOSTILE else "damaged-pickle"
     data = {**HOSTILE, **DAMAGED}[case]
-    begun = time.monotonic()
-    with pytest.raises(CheckpointError) as caught:
-        interpret(data, where="evil.pth")
-    assert caught.value.code == code, caught.value
-    assert caught.value.where.startswith("evil.pth, byte ")
-    assert time.monotonic() - begun < 8  # the largest takes a second, and nearly all take microseconds
+    error, count = refusal(lambda: interpret(data, where="evil.pth"))
+    assert error.code == code, error
+    assert error.where.startswith("evil.pth, byte ")
+    assert count < 25 * len(data) + 10_000  # a few calls a byte; 20 for `copies of a large set`
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ class Case:
     frozen_in_groups: bool = False
     hostile_state: bool = False
     tags: tuple[str | None, ...] = (None,)
+    seed: int = 20240229
+    reverse: bool = False  # the optimizer is given the parameters of a group in the reverse of the model's order
+    fused: bool = False  # DeepSpeed's FusedAdam (its CPU build), which makes stage 0 keep flat masters
     features: tuple[str, ...] = ()
     notes: str = ""
 
@@ -142,6 +145,16 @@ def cases_of(version: tuple[int, ...]) -> list[Case]:
              features=(*BAG, "frozen parameters inside the optimizer's groups")),
         Case("two_tags_z2_w2_bf16", "llama", 2, 2, tags=("global_step1", "epoch=1-step=2.ckpt"),
              features=("two tag directories",), notes="latest names the second tag"),
+        Case("two_saves_z1_w2_bf16", "bag", 1, 2, groups=2, tags=("global_step1", "global_step2"),
+             features=(*BAG, "2 param groups", "two tag directories"), notes="latest names the second tag"),
+        Case("two_saves_z3_w2_bf16", "bag", 3, 2, groups=2, tags=("global_step1", "global_step2"),
+             features=(*BAG, "2 param groups", "two tag directories"), notes="latest names the second tag"),
+        Case("other_run_z2_w2_bf16", "llama", 2, 2, seed=20240301, features=("the settings of llama_z2_w2_bf16, another seed",)),
+        Case("order_z0_w2_bf16", "llama", 0, 2, groups=2, reverse=True,
+             features=("2 param groups", "the optimizer has the parameters in another order than the model")),
+        Case("fused_z0_w2_fp16", "llama", 0, 2, "fp16", fused=True, features=("flat fp32 masters",)),
+        Case("fused_order_z0_w2_fp16", "llama", 0, 2, "fp16", groups=2, reverse=True, fused=True,
+             features=("flat fp32 masters", "2 param groups", "the optimizer has the parameters in another order than the model")),
         Case("elastic_z2_w2_bf16", "llama", 2, 2, zero={"elastic_checkpoint": True}, features=("elastic_checkpoint",)),
     ]  # fmt: skip
     return cases
@@ -167,13 +180,21 @@ def run_case(case: Case, version: tuple[int, ...]) -> None:
     dist.barrier()
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
-    torch.manual_seed(20240229)
+    torch.manual_seed(case.seed)
     model = build(case.model)
     expected = list(model.state_dict())
     buffers = [n for n, _ in model.named_buffers() if n in expected]
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     parameters = groups_of(model, case.model, case.groups, case.frozen_in_groups)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    if case.reverse:
+        parameters = [{**group, "params": group["params"][::-1]} for group in parameters]
+    names = {id(p): n for n, p in model.named_parameters()}
+    order = [names[id(p)] for group in parameters for p in group["params"]]
+    optimizer: Any = torch.optim.AdamW(parameters, lr=1e-2)
+    if case.fused:
+        from deepspeed.ops.adam import FusedAdam
+
+        optimizer = FusedAdam(parameters, lr=1e-2)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
@@ -206,7 +227,7 @@ def run_case(case: Case, version: tuple[int, ...]) -> None:
     dist.barrier()
     if rank == 0:
         try:
-            finish(case, version, here, live, masters, expected, buffers, frozen, moved)
+            finish(case, version, here, live, masters, expected, buffers, frozen, moved, order)
         except Exception:
             print(f"FAILED {case.name}\n{traceback.format_exc()}", flush=True)
             FAILED.append(case.name)
@@ -251,7 +272,7 @@ def live_masters(engine: Any, case: Case) -> dict[str, Any]:
 # rank 0, after saving
 
 
-def finish(case, version, here, live, masters, expected, buffers, frozen, moved) -> None:  # type: ignore[no-untyped-def]
+def finish(case, version, here, live, masters, expected, buffers, frozen, moved, order) -> None:  # type: ignore[no-untyped-def]
     import torch
     from safetensors.torch import save_file
 
@@ -260,7 +281,7 @@ def finish(case, version, here, live, masters, expected, buffers, frozen, moved)
         (save_dir / script).unlink(missing_ok=True)
     tags = sorted(p.name for p in save_dir.iterdir() if p.is_dir())
     latest = (save_dir / "latest").read_text().strip()
-    truth, made_by, notes = consolidate(case, save_dir, latest, live, masters, frozen)
+    truth, made_by, notes = consolidate(case, save_dir, latest, live, masters, frozen, order)
 
     wanted = set(expected) - (set(frozen) if case.exclude_frozen else set())
     lost = sorted(wanted - set(truth))
@@ -300,6 +321,8 @@ def finish(case, version, here, live, masters, expected, buffers, frozen, moved)
         for tag in tags:
             if tag != latest:
                 other = from_zero(save_dir, tag)
+                if case.stage == 1:  # it omits the frozen parameters
+                    other.update({n: live[n] for n in frozen})
                 save_file({n: t.clone().contiguous() for n, t in sorted(other.items())}, str(here / "truth_first_tag.safetensors"))
                 notes.append(f"truth_first_tag.safetensors belongs to the tag {tag}")
     if case.notes:
@@ -346,13 +369,13 @@ def natural(path: pathlib.Path) -> int:
     return int(path.name.split("_pp_rank_")[1].split("_")[0])
 
 
-def consolidate(case, save_dir, latest, live, masters, frozen):  # type: ignore[no-untyped-def]
+def consolidate(case, save_dir, latest, live, masters, frozen, order):  # type: ignore[no-untyped-def]
     """(tensors, how they were made, notes)."""
     notes: list[str] = []
     tag = save_dir / latest
     kept_frozen = {} if case.exclude_frozen else {n: live[n] for n in frozen}
     if case.stage == 0 and not list(tag.glob("*optim_states.pt")):
-        return *stage_0(case, tag, live, notes), notes
+        return *stage_0(case, tag, live, notes, order), notes
     try:
         truth = from_zero(save_dir, None)
     except Exception as error:
@@ -371,25 +394,27 @@ def consolidate(case, save_dir, latest, live, masters, frozen):  # type: ignore[
     return truth, made_by, notes
 
 
-def stage_0(case, tag, live, notes):  # type: ignore[no-untyped-def]
-    """Without ZeRO: the fp32 copies are whole tensors in the order of the optimizer's groups."""
+def stage_0(case, tag, live, notes, order):  # type: ignore[no-untyped-def]
+    """Without ZeRO: the fp32 copies are whole tensors, or parts of a flat one, in the order of the optimizer's groups."""
     import torch
 
     state = load(tag / "mp_rank_00_model_states.pt")
     truth = {n: state["module"][n] for n in live}
     optimizer = state.get("optimizer") or {}
-    groups = optimizer.get("fp32_groups")
-    if groups is None:
+    key = "fp32_groups_flat" if "fp32_groups_flat" in optimizer else "fp32_groups"
+    if key not in optimizer:
         notes.append("no fp32 copies in the file: the module is all there is")
         return truth, "the module of the model file, checked against the parameters in memory"
-    names = [n for n in live if n in dict.fromkeys(live)]
-    flat = [t for group in groups for t in group]
-    trainable = names[: len(flat)]
-    if len(groups) != 1 or [t.shape for t in flat] != [live[n].shape for n in trainable]:
-        raise AssertionError("the fp32 groups do not follow the parameters")
-    truth.update({n: t.detach().to(torch.float32) for n, t in zip(trainable, flat, strict=True)})
-    notes.append("the fp32 copies are in optimizer.fp32_groups of the model file, without names")
-    return truth, "optimizer.fp32_groups of the model file, checked against the parameters in memory"
+    if key == "fp32_groups":
+        flat = [t for group in optimizer[key] for t in group]
+    else:
+        whole = torch.cat([t.detach().reshape(-1) for t in optimizer[key]])
+        flat = [t.reshape(live[n].shape) for n, t in zip(order, whole.split([live[n].numel() for n in order]), strict=True)]
+    if [t.shape for t in flat] != [live[n].shape for n in order]:
+        raise AssertionError("the fp32 groups do not follow the optimizer's parameters")
+    truth.update({n: t.detach().to(torch.float32).clone() for n, t in zip(order, flat, strict=True)})
+    notes.append(f"the fp32 copies are in optimizer.{key} of the model file, without names")
+    return truth, f"optimizer.{key} of the model file, checked against the parameters in memory"
 
 
 def from_partitions(tag: pathlib.Path, world: int) -> dict[str, Any]:

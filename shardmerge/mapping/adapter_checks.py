@@ -1,0 +1,81 @@
+"""Whether an adapter holds all that its config says it does. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from shardmerge.errors import MappingError
+from shardmerge.mapping.adapter_base import Base
+from shardmerge.mapping.adapter_names import Places
+from shardmerge.mapping.adapter_parts import Parts
+from shardmerge.mapping.near import count, listed
+from shardmerge.targets.adapter_config import NAME, AdapterConfig, last_names, layer_of
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def incomplete(config: AdapterConfig, parts: Parts, base: Base, places: Places, path: str) -> Iterator[MappingError]:
+    """Yields what the config promises and the tensors do not hold, and the reverse."""
+    low_rank = [module for module, held in parts.modules.items() if set(held) != {"tokens"}]
+    if config.targets and not low_rank:
+        yield _missing(f"{NAME} names target_modules, and no tensor is one of LoRA", list(config.targets), path)
+    if config.targets and (gone := sorted(_left_unadapted(config, low_rank, base, places))):
+        what = f"{count(len(gone), 'module')} that {NAME} names have no tensors, though their like in other layers do"
+        yield _missing(what, gone, path)
+    if gone := sorted(_left_unsaved(config, parts, base, places)):
+        yield _missing(f"{NAME} says modules_to_save, and their weights are not there", gone, path)
+    yield from _magnitudes(config, parts, low_rank, path)
+
+
+def _missing(what: str, names: list[str], path: str) -> MappingError:
+    return MappingError(
+        "adapter-incomplete",
+        f"{what}: {listed(names, 3)}",
+        where=path,
+        hint="fetch or save the adapter again, whole; if these were never trained, write the names that were into "
+        f"{NAME} (target_modules, modules_to_save)",
+    )
+
+
+def _left_unadapted(config: AdapterConfig, adapted: list[str], base: Base, places: Places) -> Iterator[str]:
+    """Peft wraps every module that ``target_modules`` fits; of a kind that is adapted, all are."""
+    known, kinds = set(adapted), {_NUMBER.sub("#", module) for module in adapted}
+    nested = base.config.get("text_config")
+    most = (nested if isinstance(nested, dict) else base.config).get("num_hidden_layers")
+    for name in base.catalog.names():
+        bindings = places.spec.onto.template.match(name)
+        if bindings is None or not name.endswith(".weight"):
+            continue
+        module = places.renamed + bindings["rest"].removesuffix(".weight")
+        if module in known or _NUMBER.sub("#", module) not in kinds or not last_names(module, config.targets):
+            continue
+        layer = layer_of(module)
+        beyond = isinstance(most, int) and layer is not None and layer >= most  # layers of multi-token prediction
+        if last_names(module, config.excluded) or beyond or (config.layers is not None and layer not in config.layers):
+            continue
+        yield module
+
+
+def _left_unsaved(config: AdapterConfig, parts: Parts, base: Base, places: Places) -> Iterator[str]:
+    """Names that the base does not have are peft's own additions (``classifier`` and ``score`` for every head)."""
+    held = {one.rpartition(".")[0] for one in parts.whole}
+    for name in base.catalog.entries:
+        bindings = places.spec.onto.template.match(name)
+        if bindings is None:
+            continue
+        module = (places.renamed + bindings["rest"]).rpartition(".")[0]
+        if last_names(module, config.saved) and module not in parts.modules and module not in held:
+            yield module
+
+
+def _magnitudes(config: AdapterConfig, parts: Parts, low_rank: list[str], path: str) -> Iterator[MappingError]:
+    if config.dora and (gone := [module for module in low_rank if "magnitude" not in parts.modules[module]]):
+        yield _missing(f"{NAME} says use_dora, and {count(len(gone), 'module')} have no magnitude", gone, path)
+    if config.dora is False and (odd := [module for module in low_rank if "magnitude" in parts.modules[module]]):
+        yield MappingError(
+            "adapter-setting",
+            f"{NAME} says use_dora: false, and there are magnitudes of DoRA: {listed(odd, 3)}",
+            where=path,
+            hint=f"set use_dora to true in {NAME}, if the run was one of DoRA",
+        )

@@ -1,0 +1,73 @@
+"""What pins the files that a plan was made with: the run must meet the same ones, by name and by descriptor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from shardmerge.errors import CheckpointError
+from shardmerge.storage.reading import SourceFile, file_system
+from shardmerge.tensors import FileStamp
+
+
+class Pins:
+    """Compares files with what they were when they were planned with.
+
+    Parameters
+    ----------
+    stamps
+        Of the files; any other file is let pass.
+    """
+
+    def __init__(self, stamps: Iterable[FileStamp]) -> None:
+        self._stamps = {stamp.path: stamp for stamp in stamps}
+
+    def check(self) -> None:
+        """Looks at every file by its path.
+
+        Raises
+        ------
+        CheckpointError
+            ``source-changed``: one is gone, was written to, or replaced.
+        """
+        for stamp in self._stamps.values():
+            try:
+                status = Path(stamp.path).stat()
+            except OSError as error:
+                raise source_changed(stamp, "it is gone") from error
+            _compare(stamp, status)
+
+    def opened(self, file: SourceFile) -> None:
+        """Looks at a file that was just opened: what is read is the descriptor, whatever the path says later.
+
+        Raises
+        ------
+        CheckpointError
+            ``source-changed``.
+        """
+        stamp = self._stamps.get(file.path)
+        if stamp is not None:
+            _compare(stamp, file.status)
+
+
+def _compare(stamp: FileStamp, status: os.stat_result) -> None:
+    if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
+        raise source_changed(stamp, f"{status.st_size} bytes, modified meanwhile")
+    if status.st_ctime_ns != stamp.ctime_ns:  # a program can set the time of modification, and not this one
+        raise source_changed(stamp, f"{status.st_size} bytes, replaced or its attributes changed meanwhile")
+    # FUSE file systems may make up the number of an inode whenever somebody asks anew.
+    if (status.st_dev, status.st_ino) != (stamp.device, stamp.inode) and "fuse" not in file_system(stamp.path):
+        raise source_changed(stamp, "another file of the same size under its name")
+
+
+def source_changed(stamp: FileStamp, found: str) -> CheckpointError:
+    """Returns the error of a file that is not the one that was planned with."""
+    return CheckpointError(
+        "source-changed",
+        "a source file changed while it was being read",
+        where=stamp.path,
+        found=found,
+        expected=f"{stamp.size} bytes, as when the plan was made",
+        hint="wait until whoever writes it is done, then run again",
+    )

@@ -1,0 +1,283 @@
+"""Whether the files of a DeepSpeed tag are all there and of one save: what each states against what the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.shown import shown
+from shardmerge.sources.deepspeed_claims import Claims, version_of
+from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
+from shardmerge.sources.deepspeed_ranks import OptimState, RankState
+from shardmerge.sources.deepspeed_values import compare_masters
+from shardmerge.sources.pickle_vm import TensorRef
+from shardmerge.sources.torch_file import TorchFile
+from shardmerge.tensors import TensorEntry
+
+ONE_SAVE = "copy the files of one save into a directory of their own"
+_MODULE = "take the 16-bit weights of the model file alone: --view module (in a mapping, `view: module`)"
+# A hundred times the GPUs of the largest runs.
+_MOST_RANKS = 10_000_000
+# Weights compared with the 16-bit module: where nothing else speaks against one save, and where counters do.
+_USUALLY, _CLOSELY = 2048, 16384
+# Names in one line of an error.
+_MOST_NAMES = 8
+# Sequence-parallel runs before it state the ranks that see other data in ``dp_world_size``, and cut over more ranks.
+_SEQUENCE_WORLD = (0, 13)
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """The files of a tag, read.
+
+    Attributes
+    ----------
+    folder
+        The tag directory.
+    states, optims
+        Its model and optimizer files, in rank order.
+    """
+
+    folder: Path
+    states: Sequence[RankState]
+    optims: Sequence[OptimState]
+
+    @property
+    def claims(self) -> Claims:
+        """What rank 0's model file states."""
+        return self.states[0].claims
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of the layout: that of the optimizer files, else as the model file says, else by its name."""
+        if self.optims:
+            return self.optims[0].stage or 1
+        if self.claims.stage is not None:
+            return self.claims.stage
+        return 3 if self.states[0].rank.partitioned else 1 if self.claims.partitioned else 0
+
+    def error(self, code: str, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
+        """Returns an error about the directory."""
+        return CheckpointError(code, what, where=str(self.folder), found=found, expected=expected, hint=hint)
+
+
+def check_kind(folder: Path, claims: Claims) -> None:
+    """Raises ``kind-not-yet`` for a run with experts or model parallelism, also where only a part of it is there."""
+    if claims.experts > 0:
+        raise kind_not_yet(folder, "mixture-of-experts (MoE)")
+    if claims.pipeline_parallel > 1:
+        raise kind_not_yet(folder, "pipeline-parallel", _parallel(claims.pipeline_parallel))
+    if claims.tensor_parallel > 1:
+        raise kind_not_yet(folder, "tensor-parallel", _parallel(claims.tensor_parallel))
+
+
+def _parallel(ranks: int) -> str:
+    return f"the model file is one of {ranks} model-parallel ranks, mp_rank_00 to mp_rank_{ranks - 1:02d}"
+
+
+def check_module(folder: Path, state: RankState) -> None:
+    """Raises what is wrong with a model file that is read alone: ``mixed-runs``."""
+    tag = Tag(folder, [state], [])
+    raise_all([*_wrong_names(tag), *_wrong_stage(tag)])
+
+
+def check_tag(tag: Tag) -> None:
+    """Raises what is wrong with a set of rank files.
+
+    Raises
+    ------
+    CheckpointError
+        ``missing-rank``, ``mixed-runs``; all at once.
+    """
+    raise_all([*_wrong_names(tag), *_wrong_stage(tag), *_missing_ranks(tag), *_mixed_runs(tag)])
+
+
+def _wrong_names(tag: Tag) -> Iterator[ShardmergeError]:
+    named = [*((state.rank, state.saved_as) for state in tag.states), *((o.rank, o.saved_as) for o in tag.optims)]
+    for rank, saved_as in named:
+        if saved_as:
+            yield CheckpointError(
+                "mixed-runs",
+                "a file was saved under another rank's name",
+                where=str(rank.path),
+                found=saved_as,
+                expected=rank.path.name,
+                hint="files were renamed or swapped: give each its own name again, or copy the save anew",
+            )
+
+
+def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
+    claimed = tag.claims.stage
+    first = tag.states[0].rank
+    if claimed is not None and (claimed == 3) != first.partitioned:
+        yield tag.error(
+            "mixed-runs",
+            "the model file has the name of another ZeRO stage than it states",
+            found=first.path.name,
+            expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {shown(claimed)}",
+            hint=ONE_SAVE,
+        )
+    for optim in tag.optims:
+        # BF16_Optimizer, which writes no stage, serves stage 1 and, up to DeepSpeed 0.16, stage 0.
+        if claimed not in ((None, optim.stage) if optim.stage is not None else (None, 0, 1)):
+            yield tag.error(
+                "mixed-runs",
+                "model file and optimizer files are not of one run: they differ in the ZeRO stage",
+                found=f"stage {shown(optim.stage)} in {optim.rank.path.name}",
+                expected=f"stage {shown(claimed)}, as in {first.path.name}",
+                hint=ONE_SAVE + _way_out(tag),
+            )
+            return
+
+
+def _missing_ranks(tag: Tag) -> Iterator[ShardmergeError]:
+    claims = tag.claims
+    if not tag.optims and not claims.stage and not claims.partitioned:
+        return  # stage 0: the model file is all there is
+    stated = [*(optim.world for optim in tag.optims), claims.world]
+    partitioned = tag.stage == 3
+    there = [state.rank.data_parallel for state in tag.states] if partitioned else []
+    world = max(1, *stated, *([] if any(stated) else (rank + 1 for rank in there)))
+    if world > _MOST_RANKS:
+        yield tag.error("mixed-runs", "the files state more ranks than any run has", found=shown(world), hint=ONE_SAVE)
+        return
+    yield from _missing(tag, "optimizer", [optim.rank.data_parallel for optim in tag.optims], world)
+    if partitioned:
+        yield from _missing(tag, "model", there, world)
+
+
+def _missing(tag: Tag, what: str, ranks: Sequence[int], world: int) -> Iterator[ShardmergeError]:
+    missing = sorted(set(range(world)) - set(ranks))
+    names = [_file_name(tag, what, rank) for rank in missing]
+    if missing:
+        numbers = ", ".join(map(str, missing[:_MOST_NAMES])) + (", ..." if len(missing) > _MOST_NAMES else "")
+        yield tag.error(
+            "missing-rank",
+            f"the {what} files of rank {numbers} are missing" if ranks else f"there are no {what} files",
+            found=f"{len(ranks)} files; not {', '.join(names[:_MOST_NAMES])}",
+            expected=f"{world} files, one a rank",
+            hint="every node writes its own ranks: gather the files of all nodes in one directory" + _way_out(tag),
+        )
+    if max(ranks, default=0) >= world:
+        yield tag.error(
+            "mixed-runs",
+            f"there are more {what} files than ranks",
+            found=f"rank {max(ranks)}",
+            expected=f"{world} ranks (partition_count)",
+            hint="files of an earlier run with more ranks lie in the same directory: move them elsewhere",
+        )
+
+
+def _file_name(tag: Tag, what: str, rank: int) -> str:
+    if what == "model":
+        return model_name(rank)
+    return optim_name(rank, bf16=tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16)
+
+
+def _way_out(tag: Tag) -> str:
+    """What can be done without the files: the 16-bit module below stage 3, a consolidated file beside the tag."""
+    whole = consolidated(tag.folder)
+    ways = ([] if tag.states[0].rank.partitioned else [_MODULE]) + (
+        [f"convert {whole}, a whole model"] if whole else []
+    )
+    return "".join(f"; or {way}" for way in ways)
+
+
+def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
+    optims, states = tag.optims, tag.states
+    facts: list[tuple[str, list[tuple[Path, object]]]] = [
+        ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
+        ("world size", [(o.rank.path, o.world) for o in optims]),
+        ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
+        ("ds_config", [(o.rank.path, o.settings) for o in optims]),
+        ("the optimizer's settings", [(o.rank.path, o.groups) for o in optims]),
+        ("DeepSpeed version", [(o.rank.path, o.version) for o in optims]),
+        ("param_shapes", [(s.rank.path, s.claims.shapes) for s in states]),
+        ("global_steps", [(s.rank.path, s.claims.steps) for s in states]),
+        ("skipped_steps", [(s.rank.path, s.claims.skipped) for s in states]),
+        ("world size", [(s.rank.path, s.claims.world) for s in states]),
+        ("ds_config", [(s.rank.path, s.claims.settings) for s in states]),
+        ("DeepSpeed version", [(s.rank.path, s.claims.version) for s in states]),
+    ]
+    for what, values in facts:
+        other = next((pair for pair in values if pair[1] != values[0][1]), None)
+        if other is not None:
+            yield _differ(tag, what, values[0], other)
+    if optims:
+        yield from _mixed_kinds(tag)
+
+
+def _mixed_kinds(tag: Tag) -> Iterator[ShardmergeError]:
+    """What model files and optimizer files both state."""
+    state, optim, claims = tag.states[0], tag.optims[0], tag.claims
+    facts: list[tuple[str, object, object]] = [
+        ("ds_config", claims.settings, optim.settings),
+        ("DeepSpeed version", claims.version, optim.version),
+        ("world size", claims.world, _same_world(claims, optim.world)),
+    ]
+    for what, mine, theirs in facts:
+        if mine and theirs and mine != theirs:
+            yield _differ(tag, what, (state.rank.path, mine), (optim.rank.path, theirs))
+
+
+def _same_world(claims: Claims, world: int) -> int:
+    multiple = claims.world > 0 and world % claims.world == 0
+    return claims.world if multiple and version_of(claims.version) < _SEQUENCE_WORLD else world
+
+
+def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, object]) -> CheckpointError:
+    digest = what in ("ds_config", "param_shapes", "the optimizer's settings")  # a digest says nothing to anybody
+    return tag.error(
+        "mixed-runs",
+        f"the rank files are not of one run: they differ in {what}",
+        found=other[0].name if digest else f"{shown(other[1])} in {other[0].name}",
+        expected=f"the same as in {first[0].name}" if digest else f"{shown(first[1])}, as in {first[0].name}",
+        hint=ONE_SAVE + _way_out(tag),
+    )
+
+
+def check_weights(
+    tag: Tag, model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry]
+) -> list[str]:
+    """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.
+
+    Masters round to the module's weights in one save. Steps differ also where an optimizer was begun anew when the run
+    was resumed (``load_optimizer_states=False``): then every sampled weight must agree.
+
+    Raises
+    ------
+    CheckpointError
+        ``mixed-runs``.
+    """
+    claims = tag.claims
+    odd = next((o for o in tag.optims if o.step is not None and not claims.counts_to(o.step)), None)
+    tally = compare_masters(model, module, entries, _CLOSELY if odd else _USUALLY)
+    steps = "" if odd is None else f"{odd.step:g} steps in {odd.rank.path.name}"
+    if steps and (tally.differing or not tally.files):
+        skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""
+        raise _two_saves(tag, steps, f"{claims.steps}{skipped}, as in {tag.states[0].rank.path.name}")
+    if tally.worst():
+        raise _two_saves(tag, f"{tally.worst()} differ", "masters that round to the 16-bit module")
+    warnings = []
+    if tally.differing:
+        warnings.append(f"{tally.differing} sampled fp32 weights do not round to the 16-bit module's; they are taken")
+    if steps:
+        warnings.append(f"{steps}, {claims.steps} in the model file; the weights of both agree")
+    return warnings
+
+
+def _two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
+    """Returns the error for a model file and optimizer files whose steps, or whose weights, are not of one save."""
+    again = "" if tag.stage < 3 else (
+        "; where the optimizer was begun anew on purpose, DeepSpeed's own zero_to_fp32.py, which the run saved beside "
+        "the tag, makes a file to convert"
+    )  # fmt: skip
+    return tag.error(
+        "mixed-runs",
+        "model file and optimizer files are of two saves",
+        found=found,
+        expected=expected,
+        hint="a save that broke off, or a copy of two: " + ONE_SAVE + _way_out(tag) + again,
+    )
