@@ -151,7 +151,7 @@ def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
 
 def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
     what = f"{assignment.target}: {error.what}"
-    hint = error.hint or "leave `dtype` out, or name the tensor under `output: {keep: [...]}`"
+    hint = error.hint or f"leave `dtype` out, or add `keep: [{assignment.target}]` under `output:`"
     return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ class Row:
     follow
         Does what the hint says.
     then
-        The code of the next error, another one; empty where it works.
+        The codes of the next errors, other ones; empty where it works.
     """
 
     about: str
@@ -133,6 +134,24 @@ def said(wrong: str) -> Follow:
 def pasted(call: Call) -> None:
     """Adds the first line in backticks to the mapping."""
     call.add(call.ticked()[0])
+
+
+def argument(old: str, new: str, words: str) -> Follow:
+    """Gives another argument, or none for an empty one, as the hint says in these words."""
+
+    def follow(call: Call) -> None:
+        assert words in call.hint, (words, call.hint)
+        assert old in call.args, call.args
+        place = call.args.index(old)
+        call.args[place : place + 1] = [filled(one, call.world) for one in new.split()]
+
+    return follow
+
+
+def ran(call: Call) -> None:
+    """Runs the command of shardmerge that the hint has in backticks."""
+    command = next(one for one in call.ticked() if one.startswith("shardmerge "))
+    call.args = shlex.split(command)[1:]
 
 
 def near(wrong: str) -> Follow:

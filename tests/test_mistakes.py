@@ -722,7 +722,7 @@ OUTPUT = [
         GQA.replace("output: out", "output: {path: out, format: gguf}") + REST,
         "unknown-format",
         "mapping.yaml:3",
-        "safetensors or bin",
+        "`format: safetensors` or `format: bin`",
         ("gguf", "bin"),
     ),
     Mistake(
@@ -785,7 +785,7 @@ SOURCES = [
         "sources: {m: {path: $zero, view: fp16}}\noutput: out\ntensors:\n" + REST,
         "unknown-view",
         "mapping.yaml:2",
-        "fp32 or module",
+        "`view: module` or `view: fp32`",
         ("fp16", "module"),
     ),
     Mistake(

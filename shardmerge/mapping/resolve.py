@@ -26,6 +26,7 @@ from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.packed import Packed, packed_weights
 from shardmerge.targets.expectation import Component, Expectation, Resize
+from shardmerge.shown import inspecting
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.
@@ -280,10 +281,13 @@ class _Work:
         self.problems += self._idle_rules(missing)
         self.problems += self._unmatched()
         if not self.assignments and not self.problems:
-            hint = "`shardmerge inspect` shows what a source holds"
-            self.problems.append(
-                MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
-            )
+            self.problems.append(self._nothing())
+
+    def _nothing(self) -> MappingError:
+        named = (one.source for rule in self.idle for term in rule.candidates for one in references(term))
+        away = next((source for source in named if source not in self.catalogs), "")  # declared `required: false`
+        hint = f"there is no `{away}`: correct its path under `sources:`" if away else ""
+        return MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
 
     def _unfilled(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
         """Placeholders that no other source stands in for. What a closed target lacks is reported with its names."""
@@ -441,7 +445,11 @@ class _Work:
             lost = next((pair for pair in lines if one.template.match(pair[1]) is not None), None)
             if lost is not None:
                 return f"{one.source}:{lost[1]} is {self.gone.said(*lost)}: remove this rule, or that line"
-        return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
+        return self.near(first.source, first.template.text) or self._listing(first.source)
+
+    def _listing(self, source: str) -> str:
+        """Returns a hint with the command that lists the names of a source."""
+        return f"{inspecting(self.catalogs[source].path)} lists the names" if source in self.catalogs else ""
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
         groups: dict[str, list[str]] = defaultdict(list)
@@ -519,7 +527,7 @@ def _failed(
             where=first.where or str(cases[0].term.mark),
             found=first.found,
             expected=first.expected,
-            hint=first.hint or alike or f"the rule is `{rule.target}` at {rule.mark}",
+            hint=first.hint or alike,
         )
 
 

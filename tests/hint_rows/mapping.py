@@ -1,0 +1,335 @@
+"""Mistakes in the text of a mapping: YAML, keys, values, templates."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from tests.following import Row, change, near, pasted, ran, said, under
+from tests.hint_rows.given import LAYOUTS, changed, mapped, raw, told
+from tests.test_mistakes import ALL_LLM, GQA, LORA, REST, one_op
+
+ONLY = 'drop: ["m:model.{rest...}"]\n'
+LLAMA = "target: {name: hf/llama, text: m}\n"
+
+
+def with_a_bias(folder: Path) -> None:
+    """A model with a tensor more, as ``ck``."""
+    shutil.copytree(LAYOUTS / "litgpt_llama_gqa/truth", folder / "ck")
+    changed(folder / "ck/model.safetensors", lambda held: held.update({"lm_head.bias": torch.ones(2)}))
+
+
+TEXT = [
+    Row("no version", raw("sources: {m: $gqa}\noutput: out\ntensors:\n" + REST), "no-version", pasted),
+    Row(
+        "a version of the future",
+        raw("shardmerge: 2\n" + GQA + REST),
+        "unknown-version",
+        lambda call: call.change("shardmerge: 2", call.ticked()[0]),
+    ),
+    Row(
+        "no sources",
+        "output: out\ntensors: {a: m:b}\n",
+        "no-sources",
+        lambda call: call.add(call.ticked()[0].replace("PATH", str(call.world["gqa"]))),
+        "unknown-source",
+    ),
+    Row(
+        "a source of a bad name",
+        'sources: {"my model": $gqa}\noutput: out\nuse: peft/merge\n',
+        "bad-source-name",
+        said('"my model"'),
+        "missing-source unknown-source",
+    ),
+    Row(
+        "a source without a path",
+        "sources: {m: {view: fp32}}\noutput: out\ntensors:\n" + REST,
+        "no-path",
+        lambda call: call.change("view: fp32", call.ticked()[0].replace("PATH", str(call.world["gqa"]))),
+    ),
+    Row(
+        "an output without a path",
+        GQA.replace("output: out", "output: {dtype: bf16}") + REST,
+        "no-path",
+        lambda call: call.change("dtype: bf16", f"dtype: bf16, {call.ticked()[0]}"),
+    ),
+    Row(
+        "a view that does not exist",
+        "sources: {m: {path: $zero, view: fp16}}\noutput: out\ntensors:\n" + REST,
+        "unknown-view",
+        lambda call: call.change("view: fp16", call.ticked()[0]),
+    ),
+    Row(
+        "no rules at all",
+        "sources: {m: $gqa}\noutput: out\n",
+        "no-rules",
+        lambda call: call.add(call.ticked()[0].replace("PRESET", "llama/hf-to-meta")),
+        "missing-source unknown-source",
+    ),
+    Row("a misspelt key", GQA.replace("tensors:", "tensor:") + REST, "unknown-key", said("tensor")),
+    Row(
+        "a key of nothing like it",
+        GQA.replace("output: out", "output: {path: out, zzz: 1}") + REST,
+        "unknown-key",
+        change("zzz: 1", "dtype: bf16", "dtype"),
+    ),
+    Row(
+        "files of no known kind",
+        LLAMA + GQA.replace("output: out", "output: {path: out, files: some}") + REST,
+        "unknown-files",
+        lambda call: call.change("files: some", call.ticked()[0]),
+    ),
+    Row(
+        "a format that does not exist",
+        GQA.replace("output: out", "output: {path: out, format: gguf}") + REST,
+        "unknown-format",
+        lambda call: call.change("format: gguf", call.ticked()[1]),
+    ),
+    Row(
+        "a list that is none",
+        GQA.replace("output: out", "output: {path: out, keep: model.norm.weight}") + REST,
+        "wrong-kind",
+        lambda call: call.change("keep: model.norm.weight", call.ticked()[0].replace("...", "model.norm.weight")),
+    ),
+    Row(
+        "a target without a name",
+        "target: {text: m}\n" + GQA + REST,
+        "no-target-name",
+        lambda call: call.change("{text: m}", f"{{{call.ticked()[0]}, text: m}}"),
+    ),
+    Row(
+        "a rule without candidates",
+        GQA + '  "{rest...}": []\n',
+        "no-candidates",
+        lambda call: call.change("[]", call.ticked()[0]),
+    ),
+    Row(
+        "a `for` that counts nothing",
+        GQA + '  "{rest...}": {op: cast, of: "m:{rest...}", dtype: bf16, for: {r: 2}}\n',
+        "no-effect",
+        told("remove it from `for`", ", for: {r: 2}", ""),
+    ),
+    Row(
+        "a formula on the wrong side",
+        GQA + '  "old.{i}.w": "m:model.layers.{i + j}.mlp.up_proj.weight"\n',
+        "bad-formula",
+        told(
+            "on the side of the target",
+            '"old.{i}.w": "m:model.layers.{i + j}.mlp.up_proj.weight"',
+            '"old.{i + 1}.w": "m:model.layers.{i}.mlp.up_proj.weight"',
+        ),
+        "unmatched-source",
+    ),
+    Row(
+        "braces without quotes in a list",
+        GQA + '  "model.{rest...}": [m:model.{rest...}, "m:{rest...}"]\n' + '  lm_head.weight: m:lm_head.weight\n',
+        "yaml-syntax",
+        told('["trained:{rest...}", ', "[m:model.{rest...}", '["m:model.{rest...}"'),
+    ),
+    Row(
+        "braces without quotes in a list, of a short name",
+        GQA + '  "{rest}": [{rest}]\n',
+        "wrong-kind",
+        told('["trained:{rest...}", ', "[{rest}]", '["m:{rest}"]'),
+        "rule-matches-nothing unmatched-source",
+    ),
+    Row(
+        "an op without its name",
+        GQA + '  "{rest...}": {of: "m:{rest...}", dtype: bf16}\n',
+        "wrong-kind",
+        told("{op: NAME, of: source:name}", "{of:", "{op: cast, of:"),
+    ),
+    Row(
+        "braces without quotes",
+        GQA + "  {rest...}: m:{rest...}\n",
+        "yaml-key",
+        change("  {rest...}: m:", '  "{rest...}": m:', '"{rest...}": src:{rest...}'),
+    ),
+    Row(
+        "a name that is no name of a number",
+        "let: {n-heads: 4}\n" + one_op("rotary_permute", "m:lm_head.weight", ", heads: n_heads"),
+        "bad-name",
+        said("n-heads"),
+    ),
+    Row("an anchor", GQA.replace("output: out", "output: &o out") + REST, "yaml-anchor", change("&o out", "out", "out")),
+    Row(
+        "two documents",
+        GQA + REST + "---\na: b\n",
+        "yaml-several-documents",
+        told("the second `---`", "---\na: b\n", ""),
+    ),
+    Row(
+        "a key twice",
+        GQA + REST + '  "{rest...}": "m:{rest...}"\n',
+        "duplicate-key",
+        told("keep one of them", REST + REST, REST),
+    ),
+    Row(
+        "a mapping of a million characters",
+        mapped(GQA + REST + "# " + "a" * (4 << 20)),
+        "yaml-too-large",
+        lambda call: call.write(call.mapping.partition("# ")[0]),
+    ),
+    Row(
+        "two captures side by side",
+        GQA + '  "{a}x{b}": "m:{a}x{b}"\n',
+        "ambiguous-segment",
+        told("{i:int}", "{b}", "{b:int}"),
+        "rule-matches-nothing unmatched-source",
+    ),
+    Row(
+        "a mapping of a misspelt name",
+        mapped(GQA + REST, "run", "maping.yaml", "--no-sync", "-q"),
+        "missing-path",
+        said("maping.yaml"),
+    ),
+    Row(
+        "a mapping of quite another name",
+        mapped(GQA + REST, "run", "zzz.yml", "--no-sync", "-q"),
+        "missing-path",
+        lambda call: call.change("zzz.yml", call.hint.partition("known here: ")[2]),
+    ),
+]
+
+NAMES = [
+    Row(
+        "a tensor that no rule takes",
+        GQA + '  "model.{rest...}": "m:model.{rest...}"\n',
+        "unmatched-source",
+        under("drop"),
+    ),
+    Row(
+        "a misspelt tensor", GQA + "  head: m:lm_haed.weight\n" + ONLY, "rule-matches-nothing", near("m:lm_haed.weight")
+    ),
+    Row(
+        "a name like no other",
+        GQA + REST + '  zzz: "m:qqq0815"\n',
+        "rule-matches-nothing",
+        ran,
+    ),
+    Row(
+        "a rule for what an adapter took",
+        LORA + "adapters: [{from: lora, onto: llm}]\n"
+        + ALL_LLM.replace('"}', '", extra: "lora:base_model.model.lm_head.lora_A.weight"}'),
+        "rule-matches-nothing",
+        told("remove this rule", ', extra: "lora:base_model.model.lm_head.lora_A.weight"', ""),
+    ),
+    Row(
+        "a rule for what is dropped",
+        GQA + '  head: m:lm_head.weight\n  "{rest...}": "m:{rest...}"\ndrop: [m:lm_head.weight]\n',
+        "rule-matches-nothing",
+        told("remove this rule", "  head: m:lm_head.weight\n", ""),
+    ),
+    Row(
+        "a misspelt source",
+        'sources: {trained: $gqa}\noutput: out\ntensors:\n  "{rest...}": "traned:{rest...}"\n',
+        "unknown-source",
+        said("traned"),
+    ),
+    Row(
+        "a name without its source",
+        GQA + '  "{rest...}": "{rest...}"\n',
+        "no-source",
+        lambda call: call.change('": "{rest...}"', f'": "{call.ticked()[0]}"'),
+    ),
+    Row(
+        "a name without its source, of a preset",
+        "sources: {lit: $lit}\noutput: out\nuse: llama/litgpt-to-hf\ntensors:\n  a: b\n",
+        "no-source",
+        told("source:name", "  a: b", "  a: lit:lm_head.weight"),
+        "unexpected-target",
+    ),
+    Row(
+        "a drop that matches nothing",
+        GQA + REST + 'drop: ["m:model.layers.0.self_attn.vproj.weight"]\n',
+        "drop-matches-nothing",
+        near("m:model.layers.0.self_attn.vproj.weight"),
+    ),
+    Row(
+        "a drop of nothing like it",
+        GQA + REST + 'drop: ["m:{a}.qqq0815"]\n',
+        "drop-matches-nothing",
+        told("remove the line", 'drop: ["m:{a}.qqq0815"]\n', ""),
+    ),
+    Row(
+        "a name the target does not have",
+        LLAMA + GQA + REST + "  lm_head.bias: m:model.norm.weight\n",
+        "unexpected-target",
+        lambda call: call.change(f"  {call.ticked()[0]}: m:model.norm.weight\n", ""),
+    ),
+    Row(
+        "a tensor the target does not have",
+        mapped(LLAMA + GQA.replace("$gqa", "ck") + REST, before=lambda call: with_a_bias(call.folder)),
+        "unexpected-target",
+        under("drop"),
+    ),
+    Row(
+        "a capture on one side only",
+        GQA + '  "{rest...}": "m:model.{name...}"\n',
+        "unbound-capture",
+        told("the same captures on both sides", "{name...}", "{rest...}"),
+        "unmatched-source",
+    ),
+    Row(
+        "a count without `for`",
+        GQA + '  "old.{rest...}": "m:{rest...}"\n'
+        '  "{r}.head": {op: chunk, of: "m:lm_head.weight", chunks: 2, take: r}\n',
+        "unbound-capture",
+        lambda call: call.change("take: r}", f"take: r, {call.ticked()[0].replace('8', '2')}}}"),
+    ),
+    Row(
+        "two rules for one name",
+        GQA + REST + '  "{all...}": "m:{all...}"\n',
+        "double-claim",
+        told("move one of the two under `rest:`", '  "{all...}"', 'rest:\n  "{all...}"'),
+    ),
+    Row(
+        "two rules for one name under `rest:` and `tensors:`",
+        GQA.replace("tensors:\n", "rest:\n") + REST + '  "{all...}": "m:{all...}"\n',
+        "double-claim",
+        told("move one of the two to `tensors:`", '  "{all...}"', 'tensors:\n  "{all...}"'),
+    ),
+    Row(
+        "one rule that makes a name twice",
+        GQA + '  "norm.{p}": "m:model.layers.{_i}.input_layernorm.{p}"\n' + ONLY.replace("m:model", "m:lm_head"),
+        "double-claim",
+        told("a name of its own", '"norm.{p}": "m:model.layers.{_i}', '"norm.{i}.{p}": "m:model.layers.{i}'),
+        "unmatched-source",
+    ),
+    Row(
+        "a rule meant to replace one of a preset's, for other names too",
+        "sources: {lit: $lit}\noutput: out\nuse: llama/litgpt-to-hf\ntensors:\n"
+        '  "model.layers.{n:int}.input_layernorm.{p}": "lit:transformer.h.{n:int}.norm_1.{p}"\n',
+        "double-claim",
+        lambda call: call.change(
+            '"model.layers.{n:int}.input_layernorm.{p}": "lit:transformer.h.{n:int}.norm_1.{p}"',
+            f'"{call.ticked()[0]}": "lit:transformer.h.{{i}}.norm_1.weight"',
+        ),
+    ),
+    Row(
+        "an optional source that is not there",
+        mapped("sources: {m: {path: nope, required: false}}\noutput: out\ntensors:\n" + REST),
+        "nothing-matched",
+        told("correct its path under `sources:`", "nope", "$gqa"),
+    ),
+    Row(
+        "q and k swapped in a model with grouped queries",
+        LLAMA + GQA + '  "{rest...}": "m:{rest...}"\n'
+        '  "model.layers.{i}.self_attn.q_proj.weight": "m:model.layers.{i}.self_attn.k_proj.weight"\n'
+        '  "model.layers.{i}.self_attn.k_proj.weight": "m:model.layers.{i}.self_attn.q_proj.weight"\n',
+        "shape-mismatch",
+        told("would fit in each other's place", "self_attn.q_proj.weight\": \"m:model.layers.{i}.self_attn.k_proj",
+             "self_attn.q_proj.weight\": \"m:model.layers.{i}.self_attn.q_proj"),
+        "shape-mismatch",
+    ),
+    Row(
+        "a rule for the first layer alone",
+        LLAMA + GQA + REST + 'drop: ["m:model.layers.1.{rest...}"]\n',
+        "missing-tensor",
+        told("take that line out of `drop`", 'drop: ["m:model.layers.1.{rest...}"]\n', ""),
+    ),
+]
+
+ROWS = [*TEXT, *NAMES]
