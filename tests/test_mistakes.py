@@ -409,7 +409,7 @@ ADAPTERS = [
         LORA.replace("$base", "$llm") + MERGED + ALL_LLM,
         "op-shape",
         "mapping.yaml:4",
-        "is this the base that the adapter was trained on?",
+        "name the base that the adapter was trained on",
         ("$llm", "$base"),
     ),
     Mistake(
