@@ -90,6 +90,8 @@ class Row:
         Does what the hint says.
     then
         The codes of the next errors, other ones; empty where it works.
+    words
+        Of the hint, where several errors have the code.
     """
 
     about: str
@@ -97,6 +99,7 @@ class Row:
     code: str
     follow: Follow
     then: str = ""
+    words: str = ""
 
 
 def filled(text: str, world: Mapping[str, Path]) -> str:

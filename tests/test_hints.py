@@ -29,7 +29,7 @@ class Followed:
 def follow(row: Row, folder: Path, world: dict[str, Path]) -> Followed:  # noqa: F811
     call = begin(row, folder, world)
     first = call.attempt()
-    met = next((error for error in first if error.code == row.code and error.hint), None)
+    met = next((error for error in first if error.code == row.code and error.hint and row.words in error.hint), None)
     if met is None:
         return Followed(first, trouble=f"no {row.code} with a hint")
     call.hint = met.hint

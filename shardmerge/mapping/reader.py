@@ -466,7 +466,7 @@ class Reader:
             return None
         reference = self.reference(node if ":" in text else Scalar(f"{text}:{{rest...}}", node.mark, False), known)
         if reference is not None and reference.template.captures != ("rest",):
-            self.add("bad-capture", f"`{what}` has one capture, `{{rest...}}`", node.mark, f"write `{text.partition(':')[0]}` alone, or a prefix: `{text.partition(':')[0]}:llm.{{rest...}}`")
+            self.add("bad-capture", f"`{what}` has one capture, `{{rest...}}`", node.mark, f"write `{text.partition(':')[0]}` alone, or a prefix: `\"{text.partition(':')[0]}:llm.{{rest...}}\"`")
             return None
         return reference
 

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _MOST_DEPTH = 100
 # Bytes of pickles whose values are kept: the values take about eight times as much. Ranks that share a node's GPUs
 # write a few hundred KB in as many variants as there are GPUs.
 _MOST_KNOWN = 4 << 20
+# Keys looked at on each level for a hint.
+_MOST_ROOTS = 20
 
 # Records of the tar that torch <= 0.1.9 wrote (``torch/serialization.py``, ``legacy_load``).
 _TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
@@ -308,7 +311,7 @@ def _descend(root: Value, key: str) -> Value:
         "unknown-root",
         f"the file has no {key!r}",
         found=_keys(root),
-        hint="name a key, or several joined with dots",
+        hint=_root_hint(root, key),
     )
 
 
@@ -371,7 +374,7 @@ def _unsupported(name: str, value: Value) -> CheckpointError:
         "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
         where=name,
         found=value.type.path if isinstance(value, Opaque) else "",
-        hint="save it as a plain dense tensor, or name another root",
+        hint="where it is trusted, load it with torch and save what to_dense() or dequantize() gives",
     )
 
 
@@ -380,8 +383,26 @@ def _no_tensors(root: Value, key: str) -> CheckpointError:
         "no-tensors",
         f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
         found=_keys(root),
-        hint="name the dict that holds the weights as the root, with dots for nested ones",
+        hint=_root_hint(root, key),
     )
+
+
+def _root_hint(root: Value, key: str) -> str:
+    """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
+    from difflib import get_close_matches  # for an error alone
+
+    roots = list(islice(_roots(root), _MOST_ROOTS))
+    best = next(iter(get_close_matches(key, roots, n=1) or roots), "")
+    return f"say --root {best}, in a mapping `root: {best}`" if best else ""
+
+
+def _roots(value: Value, prefix: str = "", depth: int = 3) -> Iterator[str]:
+    """Yields the dotted names of the dicts inside that hold tensors."""
+    for name, item in islice(value.items(), _MOST_ROOTS) if isinstance(value, dict) and depth else ():
+        if isinstance(item, dict):
+            if any(_is_tensor(leaf) for leaf in islice(item.values(), _MOST_ROOTS)):
+                yield f"{prefix}{str(name)[:80]}"
+            yield from _roots(item, f"{prefix}{str(name)[:80]}.", depth - 1)
 
 
 def _keys(value: Value) -> str:

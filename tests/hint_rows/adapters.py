@@ -259,7 +259,7 @@ CONFIG = [
         by_hand("the value that the run had", of_the_run),
     ),
     Row("an alpha without end", run_of(lines=["from: lora, onto: base, alpha: 1e999"]), "odd-setting",
-        lambda call: call.change("alpha: 1e999", call.ticked()[1].replace("NUMBER", "8"))),
+        lambda call: call.change("alpha: 1e999", call.ticked()[0].replace("NUMBER", "8"))),
     Row(
         "a rank of another run",
         run_of(then=lora(r=8)),
@@ -446,7 +446,7 @@ MAPPING = [
         "an adapter of other captures",
         LORA + 'adapters: [{from: "lora:{a}.{b...}", onto: llm}]\n' + ALL_LLM,
         "bad-capture",
-        lambda call: call.change('"lora:{a}.{b...}"', call.ticked()[1]),
+        lambda call: call.change('"lora:{a}.{b...}"', call.ticked()[0]),
     ),
     Row(
         "an adapter converted alone",

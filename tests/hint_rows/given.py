@@ -103,7 +103,7 @@ def truncated(name: str) -> Callable[[Path], object]:
 
     def do(folder: Path) -> None:
         path = next(folder.rglob(name))
-        aside = folder.parent / "aside"
+        aside = Path("aside")
         aside.mkdir(exist_ok=True)
         shutil.copy(path, aside)
         with path.open("r+b") as file:
@@ -113,16 +113,16 @@ def truncated(name: str) -> Callable[[Path], object]:
 
 
 def rewritten(name: str, change: Callable[[Any], object]) -> Callable[[Path], object]:
-    """Changes what torch reads of a file; the file as it was lies aside."""
+    """Changes what torch reads of files; the files as they were lie aside."""
 
     def do(folder: Path) -> None:
-        path = next(folder.rglob(name))
-        aside = folder.parent / "aside"
+        aside = Path("aside")
         aside.mkdir(exist_ok=True)
-        shutil.copy(path, aside)
-        state = torch.load(path, weights_only=False)
-        change(state)
-        torch.save(state, path)
+        for path in sorted(folder.rglob(name)):
+            shutil.copy(path, aside)
+            state = torch.load(path, weights_only=False)
+            change(state)
+            torch.save(state, path)
 
     return do
 
