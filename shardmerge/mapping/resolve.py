@@ -344,7 +344,7 @@ class _Work:
         for component in expectation.components:
             own = [name for name in left if name.startswith(component.prefix)]
             whole = sum(name.startswith(component.prefix) for name in expectation.tensors)
-            if own and len(own) == whole:
+            if own and len(own) == whole and self.placeholders.keys().isdisjoint(own):
                 yield _missing_component(component, len(own), self.user_file)
                 left = [name for name in left if not name.startswith(component.prefix)]
         if left:

@@ -288,7 +288,7 @@ def state_dict(root: Value, *, key: str = "") -> StateDict:
         for name in _ROOTS:
             if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
                 return _collect(root[name], name)
-        if any(isinstance(value, TensorRef) for value in root.values()):
+        if any(_is_tensor(value) for value in root.values()):
             return _collect(_without_optimizer(root), "")
     raise _no_tensors(root, "")
 
@@ -299,20 +299,16 @@ def _without_optimizer(root: dict[object, Value]) -> dict[object, Value]:
 
 def _descend(root: Value, key: str) -> Value:
     """Keys may hold dots themselves, so the longest one that fits wins."""
-    if not key:
-        return root
-    parts = key.split(".")
-    names = root if isinstance(root, dict) else {}
-    for end in range(len(parts), 0, -1):
-        name = ".".join(parts[:end])
-        if name in names:
-            return _descend(names[name], ".".join(parts[end:]))
-    raise UsageError(
-        "unknown-root",
-        f"the file has no {key!r}",
-        found=_keys(root),
-        hint=_root_hint(root, key),
-    )
+    value, parts = root, key.split(".")
+    while parts:
+        names = value if isinstance(value, dict) else {}
+        end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names), 0)
+        if not end:
+            raise UsageError(
+                "unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key)
+            )
+        value, parts = names[".".join(parts[:end])], parts[end:]
+    return value
 
 
 def _collect(holder: Value, root_key: str) -> StateDict:
