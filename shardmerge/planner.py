@@ -166,8 +166,9 @@ def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[S
                 "keep-matches-nothing",
                 f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
                 where=options.where,
-                hint="`shardmerge plan --tensors` lists the names"
-                + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
+                hint=f"near names: {', '.join(near)}"
+                if (near := index.near(template.text))
+                else "`shardmerge plan MAPPING --tensors` lists the names, with that line taken out",
             )
         elif dtype is not None and place not in deciding:
             if any(one.entry.dtype.kind == "float" for one in cases):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -27,12 +28,15 @@ class Call:
         What is called; changed by whoever follows a hint.
     hint
         Of the error.
+    faults
+        What is broken on purpose, until a hint is followed that mends it.
     """
 
     folder: Path
     world: Mapping[str, Path]
     args: list[str] = field(default_factory=list)
     hint: str = ""
+    faults: ExitStack = field(default_factory=ExitStack)
 
     @property
     def mapping(self) -> str:
@@ -153,7 +157,7 @@ def argument(old: str, new: str, words: str) -> Follow:
 
 def ran(call: Call) -> None:
     """Runs the command of shardmerge that the hint has in backticks."""
-    command = next(one for one in call.ticked() if one.startswith("shardmerge "))
+    command = next(one for one in call.ticked() if one.startswith("shardmerge ")).replace("MAPPING", "mapping.yaml")
     call.args = shlex.split(command)[1:]
 
 

@@ -208,7 +208,11 @@ def _joined(value: ast.JoinedStr, scope: _Scope) -> list[str]:
         inner = ["{}"]
         if isinstance(part, ast.Constant):
             inner = [str(part.value)]
-        elif isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) and part.value.id.strip('_').isupper():
+        elif (
+            isinstance(part, ast.FormattedValue)
+            and isinstance(part.value, ast.Name)
+            and part.value.id.strip("_").isupper()
+        ):
             inner = _of_name(part.value, scope)
         texts = [before + after for before in texts for after in inner]
     return texts

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardmerge.errors import ShardmergeError
-from tests.following import Row, begin
+from tests.following import Call, Row, begin
 from tests.hint_rows import NOTHING_TO_DO, ROWS
 from tests.hints_of_the_code import Hint, all_hints
 from tests.test_mistakes import world  # noqa: F401  # a fixture
@@ -28,6 +28,11 @@ class Followed:
 
 def follow(row: Row, folder: Path, world: dict[str, Path]) -> Followed:  # noqa: F811
     call = begin(row, folder, world)
+    with call.faults:
+        return followed(row, call)
+
+
+def followed(row: Row, call: Call) -> Followed:
     first = call.attempt()
     met = next((error for error in first if error.code == row.code and error.hint and row.words in error.hint), None)
     if met is None:

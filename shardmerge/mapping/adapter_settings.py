@@ -69,7 +69,9 @@ class Settings:
         if alpha is None:
             raise MappingError("unknown-alpha", "nothing says the adapter's alpha, and so how strongly it counts")
         if not isfinite(alpha):
-            raise MappingError("odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha: NUMBER` under `adapters:`")
+            raise MappingError(
+                "odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha: NUMBER` under `adapters:`"
+            )
         return alpha / sqrt(rank) if config.rslora else alpha / rank
 
 
@@ -146,7 +148,7 @@ def _pattern(patterns: Mapping[str, float], module: str) -> float | None:
                 "a rank or alpha pattern is more than a module's name",
                 found=key[:80],
                 expected="names such as `self_attn.q_proj`",
-                hint=f"write a line for each module into {NAME}, such as \"{module}\": {value}",
+                hint=f'write a line for each module into {NAME}, such as "{module}": {value}',
             )
         if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
             return value

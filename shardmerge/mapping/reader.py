@@ -98,7 +98,12 @@ def parse_spec(text: str, file: str) -> Spec:
         config=reader.config(fields["config"]) if "config" in fields else ConfigEdits(),
     )
     if not use and not spec.rules and not reader.problems:
-        reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`, one of `shardmerge presets list`")
+        reader.add(
+            "no-rules",
+            "the mapping says neither `use:` nor `tensors:`",
+            root.mark,
+            "add `use: PRESET`, one of `shardmerge presets list`",
+        )
     raise_all(reader.problems)
     return spec
 
@@ -157,7 +162,9 @@ class Reader:
         found = {}
         for key, value in self.table(node, "`sources`").entries:
             if not _SOURCE_NAME.fullmatch(key.text):
-                self.add("bad-source-name", f"{key.text!r} cannot name a source", key.mark, f"call it `{_plain(key.text)}`")
+                self.add(
+                    "bad-source-name", f"{key.text!r} cannot name a source", key.mark, f"call it `{_plain(key.text)}`"
+                )
             found[key.text] = self._source(key, value)
         return found
 
@@ -169,7 +176,12 @@ class Reader:
             self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: PATH`")
         view = self.text(fields["view"], "view") if "view" in fields else ""
         if view not in ("", "fp32", "module"):
-            self.add("unknown-view", f"there is no view {view!r}", fields["view"].mark, "write `view: module` or `view: fp32`")
+            self.add(
+                "unknown-view",
+                f"there is no view {view!r}",
+                fields["view"].mark,
+                "write `view: module` or `view: fp32`",
+            )
         return SourceSpec(
             key.text,
             self.text(fields["path"], "path") if "path" in fields else "",
@@ -231,7 +243,12 @@ class Reader:
         if text == "bin":
             return "bin"
         if text != "safetensors":
-            self.add("unknown-format", f"there is no format {text!r}", node.mark, "write `format: safetensors` or `format: bin`")
+            self.add(
+                "unknown-format",
+                f"there is no format {text!r}",
+                node.mark,
+                "write `format: safetensors` or `format: bin`",
+            )
         return "safetensors"
 
     def _list(self, node: Node | None, what: str) -> tuple[Node, ...]:
@@ -368,7 +385,12 @@ class Reader:
             nodes += of.nodes if isinstance(of, Items) else (of,)
         for table in (node for node in nodes if isinstance(node, Table)):
             for key in (key for key, _ in table.entries if key.text == "for"):
-                self.add("no-effect", "`for` counts at the outside of a rule only", key.mark, "move `for` to the outermost op")
+                self.add(
+                    "no-effect",
+                    "`for` counts at the outside of a rule only",
+                    key.mark,
+                    "move `for` to the outermost op",
+                )
         terms = [self.term(node, known) for node in nodes]
         found = tuple(term for term in terms if term is not None)
         for reference in found if not kind.many else ():
@@ -426,7 +448,12 @@ class Reader:
         found = {}
         for key, value in self.table(node, "`let`").entries:
             if not key.text.isidentifier():
-                self.add("bad-name", f"{key.text!r} cannot name a number", key.mark, f"call it `{_plain(key.text).replace('-', '_')}`")
+                self.add(
+                    "bad-name",
+                    f"{key.text!r} cannot name a number",
+                    key.mark,
+                    f"call it `{_plain(key.text).replace('-', '_')}`",
+                )
                 continue
             formula = self._formula(self.text(value, key.text), value.mark)
             if formula is not None:
@@ -450,7 +477,12 @@ class Reader:
         fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *ADAPTER_SETTINGS))
         for key in ("from", "onto"):
             if key not in fields:
-                self.add("missing-parameter", f"an adapter needs `{key}: source`", node.mark, "write `{from: ADAPTER, onto: BASE}`")
+                self.add(
+                    "missing-parameter",
+                    f"an adapter needs `{key}: source`",
+                    node.mark,
+                    "write `{from: ADAPTER, onto: BASE}`",
+                )
         if "from" not in fields or "onto" not in fields:
             return None
         source, onto = (self._whole(fields[key], key, known) for key in ("from", "onto"))
@@ -466,7 +498,12 @@ class Reader:
             return None
         reference = self.reference(node if ":" in text else Scalar(f"{text}:{{rest...}}", node.mark, False), known)
         if reference is not None and reference.template.captures != ("rest",):
-            self.add("bad-capture", f"`{what}` has one capture, `{{rest...}}`", node.mark, f"write `{text.partition(':')[0]}` alone, or a prefix: `\"{text.partition(':')[0]}:llm.{{rest...}}\"`")
+            self.add(
+                "bad-capture",
+                f"`{what}` has one capture, `{{rest...}}`",
+                node.mark,
+                f'write `{text.partition(":")[0]}` alone, or a prefix: `"{text.partition(":")[0]}:llm.{{rest...}}"`',
+            )
             return None
         return reference
 

@@ -304,9 +304,7 @@ def _descend(root: Value, key: str) -> Value:
         names = value if isinstance(value, dict) else {}
         end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names), 0)
         if not end:
-            raise UsageError(
-                "unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key)
-            )
+            raise UsageError("unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key))
         value, parts = names[".".join(parts[:end])], parts[end:]
     return value
 

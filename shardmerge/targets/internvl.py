@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from shardmerge.errors import TargetError
 from shardmerge.targets import llama, rewritten_configs, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
-from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, Request, SideFile, Target, described_by
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import bad_option, count
@@ -57,7 +57,7 @@ def expect(request: Request) -> Expectation:
             *tokenizer.copies(catalog.side_files),
         ),
         beside=catalog.side_files,
-        components=(Component("", "", f"Check that {where} describes these weights"),),
+        components=(described_by("", where),),
         warnings=(
             *shuffle_warnings,
             *id_warnings,

@@ -189,12 +189,11 @@ def _tensors(model: Model) -> dict[str, Shape]:
 def _components(model: Model) -> tuple[Component, ...]:
     players = model.players
     remedy = (
-        f"Check that `{players.trained_name}` is the checkpoint of the training: XTuner always saves the projector "
-        "with it"
+        f"name the checkpoint of the training as `{players.trained_name}`: XTuner always saves the projector with it"
     )
-    newline = (model.names.newline, "", f"Every {model.kind.model_type} has it: do not drop it")
+    newline = Component(model.names.newline, "", f"take it out of `drop`: every {model.kind.model_type} has it")
     parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
-    return (*parts, Component(*newline)) if model.kind.newline else parts
+    return (*parts, newline) if model.kind.newline else parts
 
 
 # ---- config.json and generation_config.json

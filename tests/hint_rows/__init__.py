@@ -1,4 +1,11 @@
-"""Rows."""
+"""Mistakes whose hints are followed, by subject, and the hints in which there is nothing to do."""
+
+from __future__ import annotations
+
 from tests.following import Row
-ROWS: list[Row] = []
-NOTHING_TO_DO: list[tuple[str, str, str]] = []
+from tests.hint_rows import adapters, checkpoints, deepspeed, mapping, ops, output
+from tests.hint_rows.nothing_to_do import NOTHING_TO_DO
+
+ROWS: list[Row] = [row for module in (mapping, ops, adapters, deepspeed, checkpoints, output) for row in module.ROWS]
+
+__all__ = ["NOTHING_TO_DO", "ROWS"]

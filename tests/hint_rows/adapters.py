@@ -258,8 +258,12 @@ CONFIG = [
         "odd-setting",
         by_hand("the value that the run had", of_the_run),
     ),
-    Row("an alpha without end", run_of(lines=["from: lora, onto: base, alpha: 1e999"]), "odd-setting",
-        lambda call: call.change("alpha: 1e999", call.ticked()[0].replace("NUMBER", "8"))),
+    Row(
+        "an alpha without end",
+        run_of(lines=["from: lora, onto: base, alpha: 1e999"]),
+        "odd-setting",
+        lambda call: call.change("alpha: 1e999", call.ticked()[0].replace("NUMBER", "8")),
+    ),
     Row(
         "a rank of another run",
         run_of(then=lora(r=8)),
@@ -368,9 +372,7 @@ BASES = [
         "adapter-shape",
         by_hand("the model that the adapter was trained on", of_the_run),
     ),
-    Row(
-        "a vocabulary that grew on one side", grown, "adapter-vocabulary", by_hand("resize_token_embeddings", resized)
-    ),
+    Row("a vocabulary that grew on one side", grown, "adapter-vocabulary", by_hand("resize_token_embeddings", resized)),
     Row("a module that the base lacks", new_head, "adapter-new-module", by_hand("makes it", with_that_head)),
     Row(
         "a square layer of an unknown kind",

@@ -45,7 +45,9 @@ MEGATRON = LAYOUTS / "megatron_tp2_pp1_mha/source"
 ONES = {"w": torch.ones(4)}
 
 
-def torch_file(state: object, *args: str, name: str = "ck.pth", change: Callable[[bytes], bytes] | None = None) -> Given:
+def torch_file(
+    state: object, *args: str, name: str = "ck.pth", change: Callable[[bytes], bytes] | None = None
+) -> Given:
     """A file of torch, its bytes changed; the one that was not changed lies aside."""
 
     def make(call: Call) -> None:
@@ -131,9 +133,7 @@ def two_shards(folder: Path, *, more: dict[str, torch.Tensor], index: bool = Fal
 def megatron(call: Call, *, tensor: int, extra: int = 0) -> None:
     write_megatron(call.folder / "ck/iter_0000007", tensor, 1)
     for rank in range(tensor, tensor + extra):
-        shutil.copytree(
-            call.folder / "ck/iter_0000007/mp_rank_00", call.folder / f"ck/iter_0000007/mp_rank_{rank:02d}"
-        )
+        shutil.copytree(call.folder / "ck/iter_0000007/mp_rank_00", call.folder / f"ck/iter_0000007/mp_rank_{rank:02d}")
 
 
 def other_names(call: Call) -> None:
@@ -164,8 +164,13 @@ SHARDS = [
     ),
     Row(
         "a shard left behind, and no index",
-        made(lambda call: (two_shards(call.folder / "ck", more={}), (call.folder / "aside").mkdir(),
-                           shutil.move("ck/model-00002-of-00002.safetensors", "aside"))),
+        made(
+            lambda call: (
+                two_shards(call.folder / "ck", more={}),
+                (call.folder / "aside").mkdir(),
+                shutil.move("ck/model-00002-of-00002.safetensors", "aside"),
+            )
+        ),
         "missing-shard",
         by_hand("copy or download the rest", back()),
     ),
@@ -203,8 +208,9 @@ SHARDS = [
         "ranks of two models",
         made(other_names, *CONVERT, "ck/iter_0000007", "out"),
         "mixed-ranks",
-        by_hand("fetch all ranks again", lambda call: shutil.copy(
-            "aside/model_optim_rng.pt", "ck/iter_0000007/mp_rank_01")),
+        by_hand(
+            "fetch all ranks again", lambda call: shutil.copy("aside/model_optim_rng.pt", "ck/iter_0000007/mp_rank_01")
+        ),
     ),
     Row(
         "rank folders of two runs",
@@ -214,7 +220,9 @@ SHARDS = [
     ),
     Row(
         "a tracker that names nothing",
-        made(lambda call: (megatron(call, tensor=1), (Path("ck") / "latest_checkpointed_iteration.txt").write_text("9"))),
+        made(
+            lambda call: (megatron(call, tensor=1), (Path("ck") / "latest_checkpointed_iteration.txt").write_text("9"))
+        ),
         "missing-tag",
         told("pass the directory of the iteration itself", "ck", "ck/iter_0000007"),
     ),
@@ -259,21 +267,35 @@ TORCH = [
         "a zip that was compressed",
         made(
             lambda call: (torch.save(ONES, "ck.pth"), rezipped(call.folder / "ck.pth", zipfile.ZIP_DEFLATED)),
-            *CONVERT, "ck.pth", "out",
+            *CONVERT,
+            "ck.pth",
+            "out",
         ),
         "compressed-storage",
-        by_hand("store it again without compression", lambda call: rezipped(call.folder / "ck.pth", zipfile.ZIP_STORED)),
+        by_hand(
+            "store it again without compression", lambda call: rezipped(call.folder / "ck.pth", zipfile.ZIP_STORED)
+        ),
     ),
     Row(
         "a file of a big-endian machine",
         made(
-            lambda call: (torch.save(ONES, "ck.pth"), rezipped(call.folder / "ck.pth", zipfile.ZIP_STORED, big_endian=True)),
-            *CONVERT, "ck.pth", "out",
+            lambda call: (
+                torch.save(ONES, "ck.pth"),
+                rezipped(call.folder / "ck.pth", zipfile.ZIP_STORED, big_endian=True),
+            ),
+            *CONVERT,
+            "ck.pth",
+            "out",
         ),
         "big-endian",
         by_hand("load and save it once with torch", saved_anew()),
     ),
-    Row("a TorchScript archive", made(scripted, *CONVERT, "ck.pt", "out"), "torchscript", by_hand("python -c", run_python)),
+    Row(
+        "a TorchScript archive",
+        made(scripted, *CONVERT, "ck.pt", "out"),
+        "torchscript",
+        by_hand("python -c", run_python),
+    ),
     Row(
         "a sparse tensor",
         torch_file({"w": torch.ones(4).to_sparse()}),
@@ -294,8 +316,15 @@ TORCH = [
     ),
     Row(
         "an optimizer as a model",
-        made(lambda call: (stored(call.folder / "ck.safetensors", {"l.w.exp_avg": torch.ones(2), "l.w.exp_avg_sq": torch.ones(2)}),
-                           stored(call.folder / "model.safetensors", ONES)), *CONVERT, "ck.safetensors", "out"),
+        made(
+            lambda call: (
+                stored(call.folder / "ck.safetensors", {"l.w.exp_avg": torch.ones(2), "l.w.exp_avg_sq": torch.ones(2)}),
+                stored(call.folder / "model.safetensors", ONES),
+            ),
+            *CONVERT,
+            "ck.safetensors",
+            "out",
+        ),
         "not-a-model",
         argument("ck.safetensors", "model.safetensors", "pass the model's weights"),
     ),
@@ -344,7 +373,12 @@ KINDS = [
         "link-outside",
         by_hand("cp --remove-destination", run_shell),
     ),
-    Row("a hub id that is not here", (*CONVERT, "org/name", "out"), "not-in-cache", argument("org/name", "$gqa", "pass a path")),
+    Row(
+        "a hub id that is not here",
+        (*CONVERT, "org/name", "out"),
+        "not-in-cache",
+        argument("org/name", "$gqa", "pass a path"),
+    ),
     Row(
         "a view of what is no run",
         (*CONVERT, "$gqa", "out", "--view", "module"),
@@ -378,7 +412,11 @@ def gathered(call: Call, *, tag: bool) -> None:
     """A model that ZeRO-3 saved without gathering, its tag beside it or not."""
     folder = call.folder / "ck"
     shutil.copytree(ZERO / "llama_z3_w2_bf16/ckpt", folder)
-    state = {"model.embed_tokens.weight": torch.empty(0), "model.norm.weight": torch.empty(0), "x.weight": torch.ones(2)}
+    state = {
+        "model.embed_tokens.weight": torch.empty(0),
+        "model.norm.weight": torch.empty(0),
+        "x.weight": torch.ones(2),
+    }
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "latest").unlink()
     if not tag:
@@ -412,7 +450,8 @@ PLACEHOLDERS = [
         "placeholders that a target needs",
         mapped(
             "sources: {m: ck/pytorch_model.bin, c: $gqa}\noutput: out\ntarget: {name: hf/llama, text: c}\ntensors:\n"
-            + REST + 'drop: ["c:{rest...}", "m:x.weight"]\n',
+            + REST
+            + 'drop: ["c:{rest...}", "m:x.weight"]\n',
             before=lambda call: gathered(call, tag=True),
         ),
         "missing-tensor",
@@ -423,7 +462,8 @@ PLACEHOLDERS = [
         "placeholders that a target needs, and no tag",
         mapped(
             "sources: {m: ck/pytorch_model.bin, c: $gqa}\noutput: out\ntarget: {name: hf/llama, text: c}\ntensors:\n"
-            + REST + 'drop: ["c:{rest...}", "m:x.weight"]\n',
+            + REST
+            + 'drop: ["c:{rest...}", "m:x.weight"]\n',
             before=lambda call: gathered(call, tag=False),
         ),
         "missing-tensor",

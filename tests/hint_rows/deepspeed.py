@@ -41,7 +41,9 @@ def of_another(source: Path, names: str, *args: str, case: Path = Z2) -> Given:
 
 
 def written(
-    change: Callable[[Path], object] = str, edit: Callable[[dict[str, Any]], object] = str, **settings: Any  # noqa: ANN401
+    change: Callable[[Path], object] = str,
+    edit: Callable[[dict[str, Any]], object] = str,
+    **settings: Any,  # noqa: ANN401
 ) -> Given:
     """A checkpoint made here, whose second rank's optimizer file is changed; the file as it was lies aside."""
 
@@ -95,7 +97,12 @@ def from_the_hint(word: str) -> Follow:
 BY_MODULE = option("--view", "module", words="--view module")
 
 FILES = [
-    Row("a rank left behind", copied(Z2, without=OPTIM_1), "missing-rank", by_hand("gather the files", back("ck/global_step2"))),
+    Row(
+        "a rank left behind",
+        copied(Z2, without=OPTIM_1),
+        "missing-rank",
+        by_hand("gather the files", back("ck/global_step2")),
+    ),
     Row("a rank left behind, and nobody has it", copied(Z2, without=OPTIM_1), "missing-rank", BY_MODULE),
     Row(
         "ranks of ZeRO-3 left behind, and a whole model beside",
@@ -109,7 +116,12 @@ FILES = [
         "missing-rank",
         from_the_hint("beside it: pass "),
     ),
-    Row("the model file left behind", copied(Z2, without=MODEL), "missing-rank", by_hand("rank 0 writes it", back("ck/global_step2"))),
+    Row(
+        "the model file left behind",
+        copied(Z2, without=MODEL),
+        "missing-rank",
+        by_hand("rank 0 writes it", back("ck/global_step2")),
+    ),
     Row("files swapped", copied(Z2, then=swapped), "mixed-runs", by_hand("give each its own name again", back())),
     Row(
         "a rank of another run",
@@ -179,7 +191,11 @@ CLAIMS = [
         "the module of a ZeRO-3 checkpoint",
         copied(Z3, "--view", "module"),
         "no-module-view",
-        lambda call: (call.args.remove("--view"), call.args.remove("module"), call.args.extend(["--dtype", "bfloat16"])),
+        lambda call: (
+            call.args.remove("--view"),
+            call.args.remove("module"),
+            call.args.extend(["--dtype", "bfloat16"]),
+        ),
     ),
 ]
 

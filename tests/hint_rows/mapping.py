@@ -124,7 +124,7 @@ TEXT = [
     ),
     Row(
         "braces without quotes in a list",
-        GQA + '  "model.{rest...}": [m:model.{rest...}, "m:{rest...}"]\n' + '  lm_head.weight: m:lm_head.weight\n',
+        GQA + '  "model.{rest...}": [m:model.{rest...}, "m:{rest...}"]\n' + "  lm_head.weight: m:lm_head.weight\n",
         "yaml-syntax",
         told('["trained:{rest...}", ', "[m:model.{rest...}", '["m:model.{rest...}"'),
     ),
@@ -153,7 +153,9 @@ TEXT = [
         "bad-name",
         said("n-heads"),
     ),
-    Row("an anchor", GQA.replace("output: out", "output: &o out") + REST, "yaml-anchor", change("&o out", "out", "out")),
+    Row(
+        "an anchor", GQA.replace("output: out", "output: &o out") + REST, "yaml-anchor", change("&o out", "out", "out")
+    ),
     Row(
         "two documents",
         GQA + REST + "---\na: b\n",
@@ -211,7 +213,8 @@ NAMES = [
     ),
     Row(
         "a rule for what an adapter took",
-        LORA + "adapters: [{from: lora, onto: llm}]\n"
+        LORA
+        + "adapters: [{from: lora, onto: llm}]\n"
         + ALL_LLM.replace('"}', '", extra: "lora:base_model.model.lm_head.lora_A.weight"}'),
         "rule-matches-nothing",
         told("remove this rule", ', extra: "lora:base_model.model.lm_head.lora_A.weight"', ""),
@@ -320,8 +323,11 @@ NAMES = [
         '  "model.layers.{i}.self_attn.q_proj.weight": "m:model.layers.{i}.self_attn.k_proj.weight"\n'
         '  "model.layers.{i}.self_attn.k_proj.weight": "m:model.layers.{i}.self_attn.q_proj.weight"\n',
         "shape-mismatch",
-        told("would fit in each other's place", "self_attn.q_proj.weight\": \"m:model.layers.{i}.self_attn.k_proj",
-             "self_attn.q_proj.weight\": \"m:model.layers.{i}.self_attn.q_proj"),
+        told(
+            "would fit in each other's place",
+            'self_attn.q_proj.weight": "m:model.layers.{i}.self_attn.k_proj',
+            'self_attn.q_proj.weight": "m:model.layers.{i}.self_attn.q_proj',
+        ),
         "shape-mismatch",
     ),
     Row(

@@ -175,8 +175,12 @@ BACK = [
         "no-inverse",
         lambda call: call.args.extend(call.ticked()[0].split()),
     ),
-    back_from("a way back of what is left", GQA + '  lm_head.weight: m:lm_head.weight\n' + REST, here("put the sources")),
-    back_from("a way back of two candidates", GQA + '  "{rest...}": ["m:x.{rest...}", "m:{rest...}"]\n', here("put the")),
+    back_from(
+        "a way back of what is left", GQA + "  lm_head.weight: m:lm_head.weight\n" + REST, here("put the sources")
+    ),
+    back_from(
+        "a way back of two candidates", GQA + '  "{rest...}": ["m:x.{rest...}", "m:{rest...}"]\n', here("put the")
+    ),
     back_from(
         "a way back of lost zeros",
         GQA + '  "{i:02}.x": "m:layers.{i}.x"\n',
@@ -189,7 +193,9 @@ BACK = [
     ),
     back_from(
         "a way back of parts of an unknown number",
-        "let: {n: 2}\n" + GQA + '  a: {op: chunk, of: "m:x", chunks: n, take: 0}\n  b: {op: chunk, of: "m:x", chunks: n, take: 1}\n',
+        "let: {n: 2}\n"
+        + GQA
+        + '  a: {op: chunk, of: "m:x", chunks: n, take: 0}\n  b: {op: chunk, of: "m:x", chunks: n, take: 1}\n',
         told("as a number", "chunks: n", "chunks: 2"),
     ),
     back_from(
