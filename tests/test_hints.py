@@ -16,6 +16,10 @@ from tests.hints_of_the_code import Hint, all_hints
 from tests.test_mistakes import world  # noqa: F401  # a fixture
 
 
+# What transformers says of tiny models.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
 @dataclass(frozen=True)
 class Followed:
     """What became of a row: all errors of the first call, the one whose hint was followed, those of the second."""
