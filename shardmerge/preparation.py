@@ -152,7 +152,7 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     )
     resolution = replace(resolution, dropped=tuple(sorted({*resolution.dropped, *settled.dropped})))
     for name in needs.published:
-        raise_all(odd_company(resolution.assignments, merged, name, settled.skipped[name]))
+        raise_all(odd_company(resolution.assignments, seen, name, settled.skipped[name]))
         catalog = seen[name]
         if expectation and leaves_all_codes(resolution.assignments.values(), name, catalog):
             plain = expected({**seen, name: as_plain(catalog)})

@@ -204,6 +204,7 @@ def test_a_base_saved_without_its_head_has_no_prefix(
 def test_the_hint_for_a_prefix_of_the_base_leads_on(run: Path) -> None:
     state = {f"language_model.{name}": one for name, one in load_file(run / "base" / "model.safetensors").items()}
     save_file(state, run / "base" / "model.safetensors", {"format": "pt"})
+    (run / "base" / "config.json").write_text('{"model_type": "mine"}')
     stderr = refused(run)
     assert "[adapter-without-base]" in stderr
     assert '`onto: "base:language_model.{rest...}"`' in stderr

@@ -332,7 +332,7 @@ def test_a_directory_of_state_alone_has_no_model(tmp_path: Path, *, config: bool
         if name != "bf16_zero_states.pt":
             torch.save(state, tmp_path / "ck" / name)
     if config:
-        (tmp_path / "ck" / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / "ck" / "config.json").write_text('{"model_type": "mine"}')
     error = refused(tmp_path / "ck", tmp_path)
     assert error.code == ("nothing-to-convert" if config else "unknown-format")
     assert "rng_state.pth, rng_state_0.pth: the state of random generators" in error.found

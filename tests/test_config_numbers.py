@@ -55,21 +55,22 @@ def test_sizes_that_follow_from_a_number(tmp_path: Path) -> None:
     assert feed_forward_width(4096, 1.0, 256) == 11008
 
 
-def _formula(folder: Path, number: str) -> Path:
+def _formula(folder: Path, number: str, formula: str = "f * 2") -> Path:
     folder.mkdir()
     save_file({"a": np.ones(4, np.float32)}, folder / "model.safetensors")
     (folder / "config.json").write_text(f'{{"factor": {number}}}')
     (folder / "mapping.yaml").write_text(
         "shardmerge: 1\nsources: {s: model.safetensors}\noutput: {path: out}\nlet: {f: s.config.factor}\n"
-        'tensors:\n  a: {op: scale, of: "s:a", factor: f * 2}\n'
+        f'tensors:\n  a: {{op: scale, of: "s:a", factor: {formula}}}\n'
     )
     return folder / "mapping.yaml"
 
 
+@pytest.mark.parametrize("formula", ["f", "f * 2"])
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_a_formula_over_a_config_is_finite(tmp_path: Path, number: str) -> None:
+def test_a_formula_over_a_config_is_finite(tmp_path: Path, number: str, formula: str) -> None:
     with pytest.raises(ShardmergeError) as caught:
-        shardmerge.run(_formula(tmp_path / "case", number))
+        shardmerge.run(_formula(tmp_path / "case", number, formula))
     assert caught.value.exit_code == 1
     assert caught.value.code == "bad-formula"
     assert not (tmp_path / "case" / "out").exists()

@@ -273,7 +273,7 @@ def test_presets_have_an_inverse_that_reads_or_say_why_not(name: str) -> None:
 
 
 # Their sources are not here, and only those tell which of several candidates made a tensor.
-OPEN = ("two-sources", "own-rules")
+OPEN = ("two-sources", "own-rules", "rest", "special-then-rest")
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "docs" / "examples").glob("*.yaml")), ids=str)

@@ -597,6 +597,12 @@ def test_relatives_of_clip(kind: str, tmp_path: Path) -> None:
     assert config["model_type"] in said
 
 
+def test_a_clip_with_another_text_encoder(tmp_path: Path) -> None:
+    config = {"model_type": "clip", "vision_config": EYE, "text_config": {"model_type": "roberta", "hidden_size": 24}}
+    wanted = Request({}, {}, {"config": catalog(tmp_path / "c", config=config)}, read)
+    assert "roberta" in refusal(lambda: clip_model.expect_model(wanted))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -614,7 +620,7 @@ def test_what_metas_code_has_no_place_for(changes: dict[str, object], tmp_path: 
 def test_a_phi_3_of_long_texts_is_a_llama_of_long_texts(kind: str, tmp_path: Path) -> None:
     """Phi-3's code reads all three names as longrope, and LLaMA's has another yarn."""
     rope = {"type": "longrope", "short_factor": [1.1, 1.2, 1.3, 1.4], "long_factor": [2.0, 3.0, 4.0, 5.0]}
-    sizes = SIZES | {"original_max_position_embeddings": 8, "rope_scaling": rope, "sliding_window": None}
+    sizes = SIZES | {"original_max_position_embeddings": 8, "rope_scaling": dict(rope), "sliding_window": None}
     torch.manual_seed(0)
     phi = shaken(transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, eos_token_id=2)))
     config = phi.config.to_dict()

@@ -54,7 +54,7 @@ def write(path: Path, tensors: Mapping[str, tuple[str, bytes]], phase: int) -> N
     """Writes tensors in the order given, the first at ``phase`` modulo the block, aligned or not."""
     fields, cursor = {}, 0
     for name, (dtype, data) in tensors.items():
-        shape = [len(data) // DTYPES[dtype].itemsize]
+        shape = [len(data) // DTYPES[dtype].itemsize, 1]  # [0] would be what ZeRO-3 leaves of a parameter
         fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [cursor, cursor + len(data)]}
         cursor += len(data)
     text = json.dumps(fields).encode()
@@ -97,7 +97,7 @@ def _sources(folder: Path, made: list[tuple[list[tuple[str, int]], int]]) -> Ite
     rng = np.random.default_rng(0)
     for number, (tensors, phase) in enumerate(made):
         # Finite in every float type: bytes below 0x40.
-        held = {f"t.{i}": (dtype, rng.integers(0, 64, nbytes, np.uint8).tobytes())
+        held = {f"t.{'abcde'[i]}": (dtype, rng.integers(0, 64, nbytes, np.uint8).tobytes())
                 for i, (dtype, nbytes) in enumerate(tensors)}  # fmt: skip
         write(folder / f"s{number}.safetensors", held, phase)
         yield from ((f"s{number}.{name}", value) for name, value in held.items())

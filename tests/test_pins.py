@@ -36,7 +36,7 @@ def model(tmp_path: Path) -> Path:
         save_file({name: random.integers(0, 255, size * MIB, np.uint8)}, folder / shard)
     index = {"metadata": {}, "weight_map": {name: shard for shard, (name, _) in shards.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
+    (folder / "config.json").write_text('{"model_type": "mine", "torch_dtype": "float32"}')
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(n): n for n in range(1000)}}}))
     return folder
 

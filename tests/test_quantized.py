@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
@@ -378,6 +379,16 @@ def test_codes_are_copied_with_scales_and_config(name: str, tmp_path: Path) -> N
     for out in (tmp_path / "plain", tmp_path / "out"):
         assert same(tensors(out), tensors(source))
         assert config(out) == config(source)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "torchao" in name])
+def test_codes_whose_meaning_stands_in_a_header_are_not_copied(name: str, tmp_path: Path) -> None:
+    """``from_pretrained`` of such a copy fails: Invalid torchao safetensors metadata."""
+    with safe_open(QUANTIZED / name / "model.safetensors", "pt") as file:
+        assert "Tensor" in json.dumps(file.metadata())
+    text = code(lambda: sm.convert(QUANTIZED / name, tmp_path / "out", options=options()))
+    assert "packed-weights" in text
+    assert "say in their headers" in text
 
 
 @pytest.mark.parametrize("name", COPIED)

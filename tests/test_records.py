@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import zipfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
@@ -120,6 +121,30 @@ def test_a_storage_of_which_little_is_used_is_not_read_whole(tmp_path: Path) -> 
     assert outcome.records == RecordCounts(partly=1)
     assert outcome.bytes_read == 4096 * 4
     assert [text[:18] for text in outcome.records.unchecked()] == ["1 source record(s)"]
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(3072, True), (512, False)])
+def test_what_is_read_in_runs_is_read_again_where_most_of_it_is_used(
+    tmp_path: Path, columns: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some columns of a matrix: each row of them is a read of its own, too short to be summed."""
+    runs: list[int] = []
+    real = FilePool.read_runs
+
+    def read_runs(self: FilePool, path: str, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
+        runs.append(len(outs))
+        real(self, path, offsets, outs)
+
+    monkeypatch.setattr(FilePool, "read_runs", read_runs)
+    path = tmp_path / "a.pth"
+    torch.save({"columns": torch.randn(500, 5000)[:, :columns]}, path)
+    outcome = shardmerge.convert(path, tmp_path / "out").outcome
+    assert sum(runs) > 400
+    assert outcome.records == (RecordCounts(1, 500 * 5000 * 4) if whole else RecordCounts(partly=1))
+    ((_, offset, nbytes),) = _records(path)
+    _flip(path, offset + nbytes - 1)
+    with pytest.raises(CheckpointError) if whole else nullcontext():
+        shardmerge.convert(path, tmp_path / "again")
 
 
 def test_a_file_without_checksums_converts_and_says_so(tmp_path: Path) -> None:

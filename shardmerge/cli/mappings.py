@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def schema(preset: bool) -> None:
     """Print the JSON Schema of mapping.yaml, for editors."""
     from shardmerge import api
 
-    click.echo(dumped(api.schema(preset=preset)))
+    click.echo(json.dumps(api.schema(preset=preset), indent=2))
 
 
 def _write(text: str, out: str | None) -> None:

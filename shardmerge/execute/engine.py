@@ -155,7 +155,7 @@ def execute(
     pins = Pins(plan.files())
     pins.check()
     checks = RecordChecks(records)
-    pool.opened, pool.seen = _both(pins.opened, checks.opened), checks.seen
+    pool.opened, pool.seen, pool.skimmed = _both(pins.opened, checks.opened), checks.seen, checks.skimmed
     return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]

@@ -77,12 +77,15 @@ class _Table:
 
 @dataclass(slots=True)
 class _Spans:
-    """What of a record was read: ranges apart from each other, with their checksums; None while one is summed."""
+    """What of a record was read: ranges apart from each other, with their checksums; None while one is summed.
+
+    What was only skimmed has none: its bytes are counted, those that are read twice twice.
+    """
 
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     sums: list[int | None] = field(default_factory=list)
-    apart: bool = False
+    skimmed: int = 0
     done: bool = False
 
     def claim(self, low: int, high: int) -> list[tuple[int, int]]:
@@ -147,7 +150,7 @@ class RecordChecks:
             self._tables[file.path] = _Table(self._read(file))
 
     def seen(self, path: str, offset: int, data: memoryview) -> None:
-        """Takes note of bytes that were read, all of one record; no bytes stand for short pieces from there on.
+        """Takes note of bytes that were read, all of one record.
 
         Raises
         ------
@@ -161,7 +164,6 @@ class RecordChecks:
             return
         with self._lock:
             spans = self._spans.setdefault((path, index), _Spans())
-            spans.apart = spans.apart or not len(data)
             new = [] if spans.done else spans.claim(offset, offset + len(data))
         for low, high in new:
             checksum = crc32(data[low - offset : high - offset])
@@ -171,6 +173,14 @@ class RecordChecks:
                 spans.done = spans.done or (whole and spans.sums[0] is not None)
             if spans.done:
                 self._compare(table, path, index, spans)
+
+    def skimmed(self, path: str, offset: int, nbytes: int) -> None:
+        """Takes note of bytes of one record that were read in pieces too short to be summed."""
+        table = self._tables.get(path)
+        index = table.find(offset) if table is not None else None
+        if index is not None:
+            with self._lock:
+                self._spans.setdefault((path, index), _Spans()).skimmed += nbytes
 
     def finish(self, pool: FilePool) -> RecordCounts:
         """Reads what is missing of records of which most was read, and tells what was compared.
@@ -187,8 +197,8 @@ class RecordChecks:
             if not table.sums[index]:
                 without += 1
                 continue
-            covered = spans.covered()
-            if not spans.done and (spans.apart or size - covered <= max(covered, _BLOCK)):
+            used = min(spans.covered() + spans.skimmed, size)
+            if not spans.done and size - used <= max(used, _BLOCK):
                 self._complete(pool, path, table.starts[index], size, spans)
             partly += not spans.done
             checked += spans.done

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.mapping.near import listed
+from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
@@ -50,20 +51,14 @@ def files_beside(
         warnings.append(f"{source}: {listed(list(processor))} beside the adapter taken, not that of {onto}")
     if config and _CONFIG in adapter.side_files:
         own = load_object(adapter.side_files[_CONFIG], read)
-        same = own.get("model_type") == config.get("model_type")
-        if same and (
-            odd := sorted(key for key in own.keys() & config.keys() - _OF_NO_WEIGHT if own[key] != config[key])
-        ):
+        odd = sorted(key for key in own.keys() & config.keys() - _OF_NO_WEIGHT if own[key] != config[key])
+        if odd and "model_type" not in odd:  # the config of a model around the base is its target's matter
             warnings.append(
                 f"{source}: config.json beside the adapter says otherwise than that of {onto}, which is taken: "
-                + listed([f"{key} {own[key]!r}"[:60] if _is_plain(own[key]) else key for key in odd])
+                + listed([f"{key} {shown(own[key], 60)}" for key in odd])
             )
     return files, tuple(warnings)
 
 
 def _chosen(files: Mapping[str, Extent], starts: tuple[str, ...]) -> dict[str, Extent]:
     return {name: extent for name, extent in files.items() if name.startswith(starts)}
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and abs(value) < 1 << 64)

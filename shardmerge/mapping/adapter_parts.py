@@ -111,7 +111,8 @@ class _Sort:
             self.parts.used.add(name)
             entry = replace(self.catalog[name], source=self.spec.source.source)
             self._one(rest, entry, packed=name in packed or name.rpartition(".")[0] in packed)
-        self.empty += [name for name, rest in self._inside(sorted(self.catalog.absent)) if self._is_trained(rest)]
+        for name, rest in self._inside(sorted(self.catalog.absent)):
+            (self.empty if self._is_trained(rest) else self.parts.left_out).append(name)
         self._check()
 
     def _inside(self, names: Collection[str] | Iterator[str]) -> Iterator[tuple[str, str]]:

@@ -53,7 +53,7 @@ def odd_layouts(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> 
         templates = _templates(preset, role)
         if not about.required or role in own or role not in catalogs or not templates:
             continue
-        names = _sample(catalogs[role], about.strip)
+        names = _sample(catalogs[role], preset, role)
         if names and _fit(templates, names).share < _STRANGER:
             yield _another_layout(preset, role, catalogs[role], templates)
 
@@ -104,7 +104,7 @@ def _fits(catalog: Catalog, presets: Sequence[str]) -> dict[str, _Fit]:
 
         preset = load_preset(name)
         role = next(role for role, about in preset.roles.items() if about.required)
-        names = _sample(catalog, preset.roles[role].strip)
+        names = _sample(catalog, preset, role)
         fit = _fit(_templates(preset, role), names)
         if names and fit.share >= _WELL_KNOWN:
             fits[name] = fit
@@ -119,8 +119,10 @@ def _templates(preset: Preset, role: str) -> list[Template]:
     return [template for text, template in found.items() if text != "{rest...}"]
 
 
-def _sample(catalog: Catalog, strip: str) -> list[str]:
-    names = list(catalog.names())
+def _sample(catalog: Catalog, preset: Preset, role: str) -> list[str]:
+    """Returns names, without what the preset drops: Transformer Engine's ``_extra_state`` is half of all names."""
+    strip, drops = preset.roles[role].strip, [drop.template for drop in preset.drops if drop.source == role]
+    names = [name for name in catalog.names() if not any(drop.match(name) is not None for drop in drops)]
     if strip and all(name.startswith(strip) for name in names):
         names = [name.removeprefix(strip) for name in names]
     return names[:: max(1, len(names) // _MOST_NAMES)]

@@ -219,8 +219,9 @@ class FilePool:
     opened
         Called with every file that is opened, before it is read; what it raises goes to whoever asked for the bytes.
     seen
-        Called with path, offset and bytes of what was read, by whichever thread; with no bytes where ``read_runs``
-        begins. What it raises goes the same way.
+        Called with path, offset and bytes of what was read, by whichever thread. What it raises goes the same way.
+    skimmed
+        Called with path, first offset and number of bytes of what ``read_runs`` read.
     """
 
     def __init__(self, io: IoMode = "pread", *, bounded: bool = False) -> None:
@@ -232,6 +233,7 @@ class FilePool:
         self.bounded = bounded
         self.opened: Callable[[SourceFile], None] | None = None
         self.seen: Callable[[str, int, memoryview], None] | None = None
+        self.skimmed: Callable[[str, int, int], None] | None = None
         self._trail = Trail() if bounded else None
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -291,9 +293,10 @@ class FilePool:
 
         The pages stay in the page cache, since the other bands of a matrix are in the same ones.
         """
-        self._get(path, sum(map(len, outs)), len(outs)).read_runs(offsets, outs)
-        if self.seen is not None:
-            self.seen(path, offsets[0], memoryview(b""))
+        nbytes = sum(map(len, outs))
+        self._get(path, nbytes, len(outs)).read_runs(offsets, outs)
+        if self.skimmed is not None:
+            self.skimmed(path, offsets[0], nbytes)
 
     def expect(self, path: str, offset: int, nbytes: int) -> None:
         """Lets the system read these bytes ahead; it cannot guess that short reads apart from each other go on."""

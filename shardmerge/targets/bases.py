@@ -277,11 +277,12 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     whole = load_object(extent, read)
     nested = whole.get("text_config")
     config = nested if isinstance(nested, dict) else whole
-    if isinstance(nested, dict):
-        llava_kinds.kind_of(whole, extent.file)
     if official_config.is_official(whole):
         config = official_config.language_part(whole, extent.file)
-    return TextBase(catalog, whole, config, llama.read_architecture(config, extent.file), extent.file)
+    architecture = llama.read_architecture(config, extent.file)
+    if isinstance(nested, dict):
+        llava_kinds.kind_of(whole, extent.file)
+    return TextBase(catalog, whole, config, architecture, extent.file)
 
 
 def read_vision(part: Part, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> VisionBase:

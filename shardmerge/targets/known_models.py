@@ -315,7 +315,8 @@ def _official_llava(text_type: str) -> Callable[[Mapping[str, object], frozenset
     """Returns the reader of the LLaVA repository's own class, whose encoder is another directory's, mostly."""
 
     def read(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-        text = _text_part({**config, "model_type": text_type}, "", where)
+        plain = {key: value for key, value in config.items() if key != "architectures"}  # the class is LLaVA's own
+        text = _text_part({**plain, "model_type": text_type}, "", where)
         hidden = text.tensors["model.norm.weight"][0]
         projector = dict(_official_projector(config, hidden, where))
         owned = ("model.layers.", "model.mm_projector." if projector else "model.norm.", "lm_head.")
