@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import (
 
 from tests.adapter_runs import (
     WEIGHTS,
-    base_state,
     change_config,
     change_tensors,
     gpt2,
@@ -34,7 +32,7 @@ from tests.adapter_runs import (
     trained,
     write_mapping,
 )
-from tests.following import RUN, Call, Follow, Row, by_hand, near, ran, said
+from tests.following import RUN, Call, Follow, Row, by_hand, ran, said
 from tests.hint_rows.given import CONVERT, Given, told
 from tests.test_mistakes import ALL_LLM, LORA, MERGED
 

@@ -11,15 +11,14 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 
-from tests.following import Call, Follow, Row, argument, by_hand, option, ran
+from tests.following import Call, Row, argument, by_hand
 from tests.hint_rows.given import (
     CONVERT,
     LAYOUTS,
@@ -28,7 +27,6 @@ from tests.hint_rows.given import (
     at_last,
     back,
     copied,
-    edited,
     made,
     mapped,
     removed,

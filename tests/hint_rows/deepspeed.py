@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.synthetic import write_zero
 from tests.following import Call, Follow, Row, by_hand, option
-from tests.hint_rows.given import CONVERT, ZERO, Given, at_last, back, copied, removed, rewritten
+from tests.hint_rows.given import CONVERT, ZERO, Given, at_last, back, copied, rewritten
 from tests.test_claims import EDITS
 
 Z2 = ZERO / "llama_z2_w2_bf16/ckpt"

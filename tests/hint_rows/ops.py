@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.following import Call, Follow, Row, argument, change, near, said
 from tests.hint_rows.given import mapped, stored, told
-from tests.test_mistakes import ALL_LLM, GQA, LORA, REST, one_op
+from tests.test_mistakes import GQA, REST, one_op
 
 HEAD = "m:lm_head.weight"
 INVERT = ("invert", "mapping.yaml")

@@ -17,7 +17,7 @@ import torch
 from shardmerge import api
 from tests.following import RUN, Call, Follow, Row, argument, by_hand, change, near, pasted, ran, said
 from tests.hint_rows.given import CONVERT, Given, made, mapped, stored, told
-from tests.test_mistakes import ALL_LLM, GQA, REST, XTUNER
+from tests.test_mistakes import GQA, REST, XTUNER
 
 LLAMA = "target: {name: hf/llama, text: m}\n"
 INIT = ("init",)

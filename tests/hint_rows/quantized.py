@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from tests.adapter_runs import llama, saved
-from tests.following import RUN, Call, Row, by_hand, under
-from tests.hint_rows.given import CONVERT, Given, changed, mapped, told
-from tests.test_mistakes import ALL_LLM, LORA, REST
-from tests.test_quantized import BLOCKS, F32, FP8, I8, STATED, Q, State, config, foreign, quantized, tensors, write
+from tests.following import Call, Row, by_hand, under
+from tests.hint_rows.given import CONVERT, Given, mapped, told
+from tests.test_mistakes import REST
+from tests.test_quantized import (
+    BLOCKS,
+    F32,
+    FP8,
+    I8,
+    QUANTIZED,
+    STATED,
+    Q,
+    State,
+    config,
+    foreign,
+    quantized,
+    write,
+)
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SOURCE = "sources: {s: ck}\noutput: out\n"
@@ -54,7 +66,7 @@ def codes_of(name: str, text: str = "", *args: str) -> Given:
     """A checkpoint of another library's codes, and the model that it was quantized from."""
 
     def given(call: Call) -> Sequence[str]:
-        foreign(name, call.folder).rename(call.folder / "ck")
+        shutil.copytree(foreign(name, call.folder), call.folder / "ck")
         write(call.folder / "whole", {"m.weight": torch.ones(4, 4)}, {})
         return mapped(text)(call) if text else [*CONVERT, "ck", "out", *args]
 
@@ -73,13 +85,15 @@ def gate(call: Call) -> None:
     write(call.folder / "ck", state, {"quantization_config": said})
 
 
+def torchao(call: Call) -> None:
+    shutil.copytree(QUANTIZED / "torchao-float8", call.folder / "ck")
+    write(call.folder / "whole", {"w": torch.ones(4, 4)}, {})
+
+
 def two_kinds(call: Call) -> None:
-    """Codes, and a number in the place of some."""
-    foreign("GPTQ", call.folder).rename(call.folder / "ck")
-    state = tensors(call.folder / "ck")
-    more = {f"o.{name[2:]}": tensor for name, tensor in state.items() if name.startswith("m.")}
-    write(call.folder / "ck", state | more, config(call.folder / "ck"))
-    write(call.folder / "b", {"m.weight": torch.ones(4, 4)}, None)
+    """Codes of a source whose config is not that of the result."""
+    shutil.copytree(foreign("GPTQ", call.folder), call.folder / "ck")
+    write(call.folder / "b", {"o.weight": torch.ones(4, 4)}, {})
 
 
 SCALES = [
@@ -113,7 +127,7 @@ SCALES = [
 CODES = [
     Row(
         "codes whose header is not carried",
-        codes_of("torchao-float8", SOURCE + ALL),
+        mapped(SOURCE + ALL, before=torchao),
         "packed-weights",
         by_hand("or name the 16-bit model", lambda call: setattr(call, "args", [*CONVERT, "whole", "out"])),
     ),
@@ -142,13 +156,13 @@ CODES = [
         lambda call: call.change("output: out", "output: {path: out, " + call.ticked()[0].partition("{")[2]),
     ),
     Row(
-        "numbers in the place of some codes",
+        "codes under the config of another source",
         mapped(
-            "sources: {s: ck, b: b}\noutput: out\n" + LIKE + ALL + '  m.weight: b:m.weight\ndrop: ["s:m.{rest...}"]\n',
+            "sources: {s: ck, b: b}\noutput: out\n" + LIKE.replace("s}", "b}") + ALL + "  o.weight: b:o.weight\n",
             before=two_kinds,
         ),
         "mixed-quantization",
-        told("from the source of the config", '  m.weight: b:m.weight\ndrop: ["s:m.{rest...}"]\n', 'drop: ["b:{rest...}"]\n'),
+        told("from the source of the config", "text: b", "text: s"),
     ),
     Row(
         "4-bit weights in an op",
@@ -157,11 +171,12 @@ CODES = [
         told("let `m` be the 16-bit model", "$packed", "$base"),
     ),
     Row(
-        "4-bit weights in a LoRA of its own",
-        "sources: {m: $packed, l: $base}\noutput: out\ntensors:\n"
-        '  head: {op: lora, of: "m:lm_head.weight", a: "l:lm_head.weight", b: "l:lm_head.weight"}\n',
+        "weights that are no numbers in a LoRA of its own",
+        "sources: {m: $mixed, l: $linear}\noutput: out\ntensors:\n"
+        "  head: {op: lora, of: m:ids, a: m:ids, b: m:w}\n",
         "op-shape",
-        told("name the 16-bit model", "$packed", "$base"),
+        told("name the 16-bit model", "of: m:ids, a: m:ids", "of: m:w, a: m:w"),
+        "op-shape unmatched-source",
     ),
 ]
 
