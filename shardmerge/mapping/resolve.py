@@ -30,6 +30,7 @@ from shardmerge.shown import inspecting
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.
+_TAKE_BACK = "the target cannot do without them: take that line out of `drop`"
 _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector", ".modules_to_save.", ".base_layer.")
 
 
@@ -345,7 +346,7 @@ class _Work:
             own = [name for name in left if name.startswith(component.prefix)]
             whole = sum(name.startswith(component.prefix) for name in expectation.tensors)
             if own and len(own) == whole and self.placeholders.keys().isdisjoint(own):
-                yield _missing_component(component, len(own), self.user_file)
+                yield _missing_component(component, len(own), self.user_file, self._taken_away(own[0], rules))
                 left = [name for name in left if not name.startswith(component.prefix)]
         if left:
             looked_for = _looked_for(left[0], rules)
@@ -353,8 +354,8 @@ class _Work:
             hints = (hint for source, word in words if (hint := self.near(source, word)))
             empty = {self.placeholders[name]: None for name in left if name in self.placeholders}
             hollow = next((placeholder_hint(self.catalogs[source]) for source, _ in empty), "")
-            said = next((said for source, name in looked_for if (said := self.gone.said(source, name))), "")
-            taken_away = "the target cannot do without them: take that line out of `drop`" if said else ""
+            said = self._taken_away(left[0], rules)
+            taken_away = _TAKE_BACK if said else ""
             yield TargetError(
                 "missing-tensor",
                 f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
@@ -363,6 +364,10 @@ class _Work:
                 expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
                 hint=hollow or taken_away or next(hints, "add a source that has them, or a rule that names them"),
             )
+
+    def _taken_away(self, target: str, rules: Sequence[Rule]) -> str:
+        """Returns which line under ``drop:`` takes the tensor away that would have made a target, or nothing."""
+        return next((said for one in _looked_for(target, rules) if (said := self.gone.said(*one))), "")
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
         extra: dict[tuple[Mark, str], list[Assignment]] = defaultdict(list)
@@ -558,13 +563,14 @@ def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingEr
     )
 
 
-def _missing_component(component: Component, number: int, file: str) -> TargetError:
+def _missing_component(component: Component, number: int, file: str, taken_away: str) -> TargetError:
     reason = f": {component.reason}" if component.reason else ""
     return TargetError(
         "missing-component",
         f"{number} tensors of {component.prefix}* have no source{reason}",
         where=file,
-        hint=component.remedy,
+        found=taken_away,
+        hint=_TAKE_BACK if taken_away else component.remedy,
     )
 
 

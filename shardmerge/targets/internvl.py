@@ -112,7 +112,8 @@ def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where:
             f"the tokenizer has no `{_IMAGE_TOKEN}`, the token that stands for an image",
             where=catalog.path,
             expected=f"the tokenizer of the InternVLChat, which has `{_IMAGE_TOKEN}`",
-            hint="set the target's option, e.g. `image_token_id: 151667`, if another token plays its part",
+            hint="put the tokenizer of these weights beside them; or say which token plays its part, e.g. "
+            "`target: {name: hf/internvl, config: SOURCE, image_token_id: 151667}`",
         )
     assumed = _IMAGE_IDS.get(text.model_type, 92546)
     beyond = f", which is beyond the {text.vocab_size} rows of this one" if assumed >= text.vocab_size else ""

@@ -140,7 +140,7 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
         where=players.trained.path if players.trained else "",
         found=wiring.told,
         expected="projector_depth 2",
-        hint="the targets official/llava and xtuner/llava hold a projector of any depth",
+        hint="name a target that holds a projector of any depth: `official/llava` or `xtuner/llava`",
     )
     return [problem]
 
