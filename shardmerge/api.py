@@ -365,7 +365,7 @@ def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
     found = resolved(spec, folder, options)
     if any(group.folder for group in found.expectation.groups):
         what = "the result is several directories, which are not one source"
-        raise MappingError("no-inverse", what, where=spec.file, hint="invert the mapping of one of them")
+        raise MappingError("no-inverse", what, where=spec.file)
     made = {
         tensor.name: TensorEntry(tensor.name, tensor.dtype, tensor.shape, ())
         for tensor in plan_of(found, options).tensors()

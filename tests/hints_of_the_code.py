@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 PACKAGE = Path(__file__).parent.parent / "shardmerge"
 
-_CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
+_CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _GIVEN_AS = ("hint", "remedy")
 _PRINTED = "hint: "
 _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef

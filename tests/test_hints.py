@@ -11,7 +11,7 @@ import pytest
 
 from shardmerge.errors import ShardmergeError
 from tests.following import Call, Row, begin
-from tests.hint_rows import NOTHING_TO_DO, ROWS
+from tests.hint_rows import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH, ROWS
 from tests.hints_of_the_code import Hint, all_hints
 from tests.test_mistakes import world  # noqa: F401  # a fixture
 
@@ -75,25 +75,39 @@ def test_a_hint_that_is_followed_leads_on(row: Row, outcomes: dict[str, Followed
     assert (row.code, found.met.what) not in {(one.code, one.what) for one in found.after}
 
 
+def listed(hint: Hint, table: list[tuple[str, str, str]]) -> bool:
+    return any(code in ("", hint.code) and re.search(words, hint.text) for code, words, _ in table)
+
+
 def test_every_hint_with_an_action_is_followed(outcomes: dict[str, Followed]) -> None:
-    """Every hint that the code can give was met by a row and followed, or there is nothing in it to do."""
-    followed = {(one.met.code, one.met.hint) for one in outcomes.values() if one.met is not None}
+    """Every hint that the code can give was met by a row and followed, or the lists say why not."""
+    met = {(one.met.code, one.met.hint) for one in outcomes.values() if one.met is not None}
     left = [
         hint
         for hint in all_hints()
-        if not any(hint.gives(code, text) for code, text in followed) and not has_nothing_to_do(hint)
+        if not any(hint.gives(code, text) for code, text in met)
+        and not any(listed(hint, table) for table in (NOTHING_TO_DO, ELSEWHERE, OUT_OF_REACH))
     ]
     assert not left, "\n".join(f"{hint.place} [{hint.code}] {hint.text}" for hint in left)
 
 
-def has_nothing_to_do(hint: Hint) -> bool:
-    return any(code in ("", hint.code) and re.search(words, hint.text) for code, words, _ in NOTHING_TO_DO)
-
-
-def test_what_has_nothing_to_do_is_of_the_code() -> None:
-    for code, words, _ in NOTHING_TO_DO:
+def test_what_the_lists_name_is_there() -> None:
+    for code, words, _ in (*NOTHING_TO_DO, *ELSEWHERE, *OUT_OF_REACH):
         assert any(re.search(words, hint.text) and code in ("", hint.code) for hint in all_hints()), (code, words)
+    for _, _, test in ELSEWHERE:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in Path(__file__).with_name(file).read_text("utf-8")
 
 
 def test_every_row_is_another_mistake() -> None:
     assert len({row.about for row in ROWS}) == len(ROWS)
+
+
+def test_the_page_states_the_counts() -> None:
+    page = (Path(__file__).parent.parent / "docs/guarantees.md").read_text("utf-8")
+    said = re.search(r"(\d+) hints, (\d+) of them with an action", page)
+    idle = sum(listed(hint, NOTHING_TO_DO) for hint in all_hints())
+    counts = (len(all_hints()), len(all_hints()) - idle)
+    assert said is not None
+    assert (int(said[1]), int(said[2])) == counts
+    assert f"{len(ROWS)} mistakes" in page

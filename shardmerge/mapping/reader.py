@@ -413,8 +413,7 @@ class Reader:
             formula = self._formula(text, node.mark)
             return Argument(text, (formula,), node.mark) if formula is not None else None
         if param.choices and text not in param.choices:
-            hint = did_you_mean(text, param.choices) or f"one of {', '.join(param.choices)}"
-            self.add("op-value", f"`{param.name}` cannot be {text!r}", node.mark, hint)
+            self.add("op-value", f"`{param.name}` cannot be {text!r}", node.mark, did_you_mean(text, param.choices))
             return None
         if param.kind == "dtype":
             self._said(node, param.name, float_dtype)

@@ -112,7 +112,7 @@ def _missing(players: Cast, request: Request, forms: tuple[_Form, _Form]) -> lis
 
 def _joined(branches: list[_Branch], players: Cast) -> Expectation:
     prefixed = [(f"{branch.folder}/" if branch.folder else "", branch) for branch in branches]
-    remedy = f"name the checkpoint of the training as `{players.trained_name}`"
+    remedy = f"name the checkpoint of the training as `{players.trained_name}`, and leave `parts: all` out"
     return Expectation(
         tensors={prefix + name: shape for prefix, branch in prefixed for name, shape in branch.tensors.items()},
         resized={name: resize for branch in branches for name, resize in branch.resized},

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from tests.following import Row
 from tests.hint_rows import adapters, checkpoints, deepspeed, mapping, models, ops, output, quantized, targets
-from tests.hint_rows.nothing_to_do import NOTHING_TO_DO
+from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
-ROWS: list[Row] = [row for module in (mapping, ops, adapters, deepspeed, checkpoints, quantized, models, targets, output) for row in module.ROWS]
+ROWS: list[Row] = [
+    row
+    for module in (mapping, ops, adapters, deepspeed, checkpoints, quantized, models, targets, output)
+    for row in module.ROWS
+]
 
-__all__ = ["NOTHING_TO_DO", "ROWS"]
+__all__ = ["ELSEWHERE", "NOTHING_TO_DO", "OUT_OF_REACH", "ROWS"]

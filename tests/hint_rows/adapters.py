@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from tests.adapter_runs import (
     write_mapping,
 )
 from tests.following import RUN, Call, Follow, Row, by_hand, ran, said
-from tests.hint_rows.given import CONVERT, Given, told
+from tests.hint_rows.given import CONVERT, LAYOUTS, Given, stored, told
 from tests.test_mistakes import ALL_LLM, LORA, MERGED
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -327,6 +328,12 @@ PARTS = [
         told("known here: policy", "name: zzz", "name: policy"),
     ),
     Row(
+        "an adapter of many that has another name",
+        several(", name: zzz", [f"adapter{number}" for number in range(21)]),
+        "unknown-adapter",
+        lambda call: call.change("name: zzz", call.ticked()[0]),
+    ),
+    Row(
         "a name where there are none",
         run_of(lines=["from: lora, onto: base, name: default"]),
         "unknown-adapter",
@@ -416,6 +423,35 @@ BASES = [
         told("take that line out of `drop`", 'drop: ["base:model.layers.0.self_attn.q_proj.weight"]\n', ""),
     ),
 ]
+
+
+def newer_names(call: Call) -> Sequence[str]:
+    """A LLaVA by its old names, and an adapter with the new ones."""
+    shutil.copytree(LAYOUTS / "llava_names_l4/source", call.folder / "base")
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+    stored(call.folder / "lora" / WEIGHTS, {name.format("A"): torch.ones(2, 32), name.format("B"): torch.ones(32, 2)})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [name.split(".lora_")[0][17:]]}
+    (call.folder / "lora/adapter_config.json").write_text(json.dumps(config))
+    write_mapping(call.folder, list(MERGE_LORA), "base", ["lora"])
+    return RUN
+
+
+def renamed_base(call: Call) -> None:
+    """Converts the base as the hint says, and names that one."""
+    merge, call.args = call.args, [*CONVERT, "base", "new", *call.ticked()[0].split()]
+    assert call.attempt() == ()
+    call.args = merge
+    call.change("base: base", "base: new")
+
+
+BASES.append(
+    Row(
+        "an adapter with the names of a newer transformers",
+        newer_names,
+        "adapter-without-base",
+        by_hand("convert base first", renamed_base),
+    )
+)
 
 
 def dropped(folder: Path) -> None:

@@ -445,6 +445,15 @@ PLACEHOLDERS = [
         lambda call: call.add("drop:\n" + "\n".join(f"  {one}" for one in call.ticked() if one[:2] == "- ")),
     ),
     Row(
+        "placeholders that nobody needs, beside their tag",
+        mapped(
+            "sources: {m: ck/pytorch_model.bin}\noutput: out\ntensors:\n" + REST,
+            before=lambda call: gathered(call, tag=True),
+        ),
+        "placeholder",
+        lambda call: call.change("ck/pytorch_model.bin", call.hint.partition("pass ")[2].split()[0]),
+    ),
+    Row(
         "placeholders that a target needs",
         mapped(
             "sources: {m: ck/pytorch_model.bin, c: $gqa}\noutput: out\ntarget: {name: hf/llama, text: c}\ntensors:\n"

@@ -168,6 +168,15 @@ CLAIMS = [
         "mixed-runs",
         by_hand("a save that broke off", back()),
     ),
+    Row(
+        "model files of a later step, and a whole model beside",
+        copied(
+            ZERO / "llama_z3_w2_bf16/ckpt",
+            then=lambda folder: (rewritten(MODEL, EDITS["a later step"])(folder), with_whole_model(folder)),
+        ),
+        "mixed-runs",
+        from_the_hint("or convert "),
+    ),
     Row("a parameter less", claimed("a parameter less"), "zero-layout", by_hand(ONE_SAVE, back())),
     Row(
         "a parameter less, with alignment",

@@ -195,6 +195,34 @@ TEXT = [
     ),
 ]
 
+WORDS = LLAMA + GQA + REST
+VOCABULARY = [
+    Row(
+        "a vocabulary made in no known way",
+        WORDS + "vocabulary: {rows: 128, new: random}\n",
+        "op-value",
+        told("one of mean, zeros, copy, normal", "random", "normal"),
+    ),
+    Row(
+        "a padding token without tokens",
+        WORDS + 'vocabulary: {rows: 128, pad: "<pad>"}\n',
+        "no-effect",
+        told("or remove `pad`", ', pad: "<pad>"', ""),
+    ),
+    Row(
+        "a vocabulary that stays as it is",
+        WORDS + "vocabulary: {new: zeros}\n",
+        "no-effect",
+        told("add one of them", "{new: zeros}", "{new: zeros, rows: 128}"),
+    ),
+    Row(
+        "a seed for what is no chance",
+        WORDS + "vocabulary: {rows: 128, seed: 3}\n",
+        "no-effect",
+        lambda call: call.change("seed: 3", f"seed: 3, {call.ticked()[1]}"),
+    ),
+]
+
 NAMES = [
     Row(
         "a tensor that no rule takes",
@@ -338,4 +366,4 @@ NAMES = [
     ),
 ]
 
-ROWS = [*TEXT, *NAMES]
+ROWS = [*TEXT, *VOCABULARY, *NAMES]

@@ -60,7 +60,9 @@ HALF = {"layers.0.w.weight": torch.ones(4, 4)}
 def with_base(call: Call) -> None:
     """Writes the mapping that the hint spells."""
     base = call.world["gqa"]
-    call.write(f"shardmerge: 1\nsources: {{trained: ck, base: {base}}}\noutput: out\n" + "\n".join(call.ticked()[:2]) + "\n")
+    call.write(
+        f"shardmerge: 1\nsources: {{trained: ck, base: {base}}}\noutput: out\n" + "\n".join(call.ticked()[:2]) + "\n"
+    )
     call.args = list(RUN)
 
 
@@ -108,6 +110,8 @@ SHAPES = [
         lambda call: call.change("vocabulary: {rows: 100}", call.hint)),
     Row("fewer rows than the tokens need", XTUNER + "vocabulary: {rows: 299, trim: true}\n", "vocabulary-rows",
         lambda call: call.change("vocabulary: {rows: 299, trim: true}", call.hint)),
+    Row("a padding token without a row", of("gqa", LLAMA + CK + REST, edited("config.json", pad_token_id=500)), "token-id",
+        lambda call: call.add(call.hint)),
     Row("a vocabulary of unknown tensors", mapped(LIKE + CK + REST + "vocabulary: {rows: 8}\n",
         before=small({"emb.weight": torch.ones(4, 4)}, vocab_size=4)), "no-vocabulary",
         lambda call: (call.change("vocabulary: {rows: 8}\n", "config: {set: {vocab_size: 8}}\n"),

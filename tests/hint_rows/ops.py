@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.following import Call, Follow, Row, argument, change, near, said
 from tests.hint_rows.given import mapped, stored, told
 from tests.test_mistakes import GQA, REST, one_op
@@ -142,8 +144,6 @@ OPS = [
 
 def codes(call: Call) -> None:
     """A tensor of a type that no float is cast from."""
-    import torch
-
     stored(call.folder / "ck.safetensors", {"w": torch.ones(4).to(torch.float8_e8m0fnu)})
 
 
@@ -202,6 +202,27 @@ BACK = [
         "a way back of joined sizes",
         GQA + "  a: {op: concat, of: [m:x, m:y]}\n",
         lambda call: call.change("[m:x, m:y]", f"[m:x, m:y], {call.ticked()[0].replace('...', '2, 2')}"),
+    ),
+]
+
+
+def two_in_one(call: Call) -> None:
+    """Two names that become one."""
+    stored(call.folder / "a.safetensors", {"old.1": torch.zeros(1), "new.2": torch.zeros(1)})
+
+
+BACK += [
+    Row(
+        "a way back that would bring something wrong",
+        mapped(
+            'sources: {a: a.safetensors}\noutput: out\ntensors: {"t.{n}": ["a:new.{n}", "a:old.{n}"]}\n',
+            *INVERT,
+            before=two_in_one,
+        ),
+        "no-inverse",
+        lambda call: setattr(
+            call, "args", call.ticked()[-1].replace("MAPPING", "mapping.yaml").replace("NAME", "t.1").split()[1:]
+        ),
     ),
 ]
 

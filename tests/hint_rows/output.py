@@ -262,4 +262,22 @@ def huge(call: Call) -> None:
     (call.folder / "ck.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
-ROWS = [*OUTPUT, *PRESETS, *ASKED, *FAULTS]
+def hidden(call: Call) -> None:
+    """An environment whose transformers cannot be found, for the child that loads the model."""
+    (call.folder / "hidden/transformers").mkdir(parents=True)
+    (call.folder / "hidden/transformers/__init__.py").write_text(
+        "raise ModuleNotFoundError('No module named transformers')"
+    )
+    call.faults.enter_context(mock.patch.dict(os.environ, {"PYTHONPATH": str(call.folder / "hidden")}))
+
+
+ENVIRONMENT = [
+    Row("an environment without transformers", done_before(LLAMA + GQA + REST, hidden, "verify", "out", "--load", "-q"),
+        "no-transformers", by_hand("pip install shardmerge[transformers]", mended)),
+    Row("a benchmark of next to nothing", ("bench", "--size", "1KB", "--rounds", "1"), "bad-size",
+        lambda call: call.args.extend(call.hint.replace(",", "").split()[:2])),
+    Row("a benchmark of more than the disk", ("bench", "--size", "999TB", "--rounds", "1"), "disk-too-small",
+        argument("999TB", "17MiB", "a smaller --size")),
+]  # fmt: skip
+
+ROWS = [*ENVIRONMENT, *OUTPUT, *PRESETS, *ASKED, *FAULTS]

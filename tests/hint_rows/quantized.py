@@ -97,7 +97,9 @@ def two_kinds(call: Call) -> None:
 
 
 SCALES = [
-    Row("numbers beside scales", float8(cast), "scales-beside-numbers", by_hand("fetch the float8 checkpoint", fetched)),
+    Row(
+        "numbers beside scales", float8(cast), "scales-beside-numbers", by_hand("fetch the float8 checkpoint", fetched)
+    ),
     Row(
         "numbers beside scales that are multiplied by now",
         float8(cast, SOURCE + LIKE + ALL),
@@ -172,8 +174,7 @@ CODES = [
     ),
     Row(
         "weights that are no numbers in a LoRA of its own",
-        "sources: {m: $mixed, l: $linear}\noutput: out\ntensors:\n"
-        "  head: {op: lora, of: m:ids, a: m:ids, b: m:w}\n",
+        "sources: {m: $mixed, l: $linear}\noutput: out\ntensors:\n  head: {op: lora, of: m:ids, a: m:ids, b: m:w}\n",
         "op-shape",
         told("name the 16-bit model", "of: m:ids, a: m:ids", "of: m:w, a: m:w"),
         "op-shape unmatched-source",

@@ -52,7 +52,7 @@ def official(case: Path, preset: str, **values: object) -> Given:
         shutil.copytree(case / "source", call.folder / "ck")
         edited("config.json", **values)(call.folder / "ck")
 
-    text = f"sources: {{llava: ck, vision: {case}/truth}}\noutput: out\nuse: {preset}\ndrop: [\"vision:{{rest...}}\"]\n"
+    text = f'sources: {{llava: ck, vision: {case}/truth}}\noutput: out\nuse: {preset}\ndrop: ["vision:{{rest...}}"]\n'
     return mapped(text, before=before)
 
 
@@ -120,6 +120,19 @@ def split_first(call: Call) -> None:
     call.change(str(LAYOUTS / "phi3_to_llama_gqa/source"), "split")
 
 
+def without_newline(call: Call) -> None:
+    shutil.copytree(NEXT / "source", call.folder / "ck")
+    held = {
+        name: one
+        for path in sorted((call.folder / "ck").glob("*.safetensors"))
+        for name, one in load_file(path).items()
+    }
+    for path in (call.folder / "ck").glob("model*"):
+        path.unlink()
+    held.pop("model.image_newline")
+    stored(call.folder / "ck/model.safetensors", held)
+
+
 LLAVA = [
     Row("a LLaVA whose class nobody says", official(V15, "llava/official-to-hf", model_type="llava", architectures=None),
         "unsupported-architecture", config("ck/config.json", '"architectures": ["LlavaLlamaForCausalLM"]',
@@ -141,6 +154,9 @@ LLAVA = [
     Row("an encoder without weights", mapped(XTUNER.replace("$clip", "clip"), before=encoder_without_weights),
         "missing-component", lambda call: call.change("vision: clip", call.ticked()[0].replace("base_clip",
         str(call.world["clip"])))),
+    Row("an encoder that was not trained, to XTuner's own", XTUNER.replace("to-hf", "to-xtuner")
+        + "target: {name: xtuner/llava, trained: trained, text: llm, vision: vision, parts: all}\n", "missing-component",
+        told("leave `parts: all` out", ", parts: all", "")),
     Row("a language model of fused layers", XTUNER.replace("$llm", str(LAYOUTS / "phi3_to_llama_gqa/source")),
         "unsupported-architecture", by_hand("--use llama/phi3-to-llama", split_first), "shape-mismatch"),
     Row("a checkpoint without its projector", xtuner(no_projector), "missing-component", WHOLE),
@@ -149,6 +165,10 @@ LLAVA = [
     Row("a checkpoint without its projector, to XTuner's own", xtuner(no_projector, TRAINED.replace("to-hf", "to-xtuner")),
         "no-projector", ran),
     Row("a training of longer texts", xtuner(LONGER), "contradiction", by_hand("write into a copy of it", stretched)),
+    Row("a LLaVA-NeXT without its newline", mapped(
+        f"sources: {{llava: ck, vision: {NEXT}/truth}}\noutput: out\nuse: llava/official-to-hf-next\n"
+        'drop: ["vision:{rest...}"]\n', before=without_newline), "missing-component",
+        told("name a checkpoint that has it", "llava: ck", f"llava: {NEXT}/source")),
     Row("a vocabulary to keep of what is no LLaVA", TO_HF.replace("}", ", vocabulary: keep}") + XTUNER, "bad-option",
         lambda call: call.change("vocabulary: keep", call.ticked()[0])),
 ]  # fmt: skip
