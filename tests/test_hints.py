@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,6 @@ from tests.following import Call, Row, begin
 from tests.hint_rows import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH, ROWS
 from tests.hints_of_the_code import Hint, all_hints
 from tests.test_mistakes import world  # noqa: F401  # a fixture
-
-
-# What transformers says of tiny models.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,14 @@ def followed(row: Row, call: Call) -> Followed:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, world: dict[str, Path]) -> dict[str, Followed]:  # noqa: F811
     """All rows, followed once, each in a folder of its own."""
-    here, found = Path.cwd(), {}
-    try:
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch and transformers say of tiny models
         for row in ROWS:
             folder = tmp_path_factory.mktemp("row")
-            os.chdir(folder)
-            found[row.about] = follow(row, folder, world)
-    finally:
-        os.chdir(here)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                found[row.about] = follow(row, folder, world)
     return found
 
 

@@ -264,7 +264,7 @@ CONFIG = [
         lambda call: call.change("alpha: 1e999", call.ticked()[0].replace("NUMBER", "8")),
     ),
     Row(
-        "a rank of another run",
+        "a config of another rank",
         run_of(then=lora(r=8)),
         "adapter-rank",
         lambda call: call.change("onto: base", f"onto: base, {call.ticked()[0]}"),

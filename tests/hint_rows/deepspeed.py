@@ -112,7 +112,7 @@ FILES = [
     ),
     Row(
         "a tag that is damaged, and a whole model beside",
-        copied(Z3, without="*rank_1*model*", then=with_whole_model),
+        copied(Z2, without=MODEL, then=with_whole_model),
         "missing-rank",
         from_the_hint("beside it: pass "),
     ),
