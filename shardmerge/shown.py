@@ -32,7 +32,7 @@ def shown(value: object, most: int = _ROOM) -> str:
 
 def inspecting(path: str) -> str:
     """Returns the command that lists what a checkpoint holds, for a hint."""
-    from shlex import quote  # for an error alone
+    from shlex import quote  # noqa: PLC0415  # for an error alone
 
     return f"`shardmerge inspect {quote(path)}`"
 

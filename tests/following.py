@@ -69,7 +69,8 @@ class Call:
         except ShardmergeError as error:
             return error.each()
         except SystemExit as end:  # `diff` says with its exit code whether two checkpoints differ
-            assert end.code in (0, 3)
+            if end.code not in (0, 3):
+                raise
         return ()
 
 

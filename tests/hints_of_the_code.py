@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -172,33 +172,31 @@ def _code(value: ast.expr | None, scope: _Scope) -> str:
 
 def _texts(value: ast.expr, scope: _Scope) -> list[str]:
     """The texts that an expression may come to; none for a hint that is passed on and followed where it is made."""
-    match value:
-        case ast.Constant():
-            return [value.value] if isinstance(value.value, str) and value.value else []
-        case ast.JoinedStr():
-            return _joined(value, scope)
-        case ast.IfExp():
-            return [*_texts(value.body, scope), *_texts(value.orelse, scope)]
-        case ast.BoolOp():
-            return [text for one in value.values for text in _texts(one, scope)]
-        case ast.BinOp(op=ast.Add()):
-            ends = _texts(value.right, scope) or ["{}"]
-            return [a + b for a in _texts(value.left, scope) or ["{}"] for b in ends]
-        case ast.Subscript(slice=ast.Slice()):
-            return _texts(value.value, scope)
-        case ast.Attribute(attr="hint" | "remedy"):
-            return []
-        case ast.Name():
-            return _of_name(value, scope)
-        case ast.GeneratorExp():
-            return _texts(value.elt, scope)
-        case ast.NamedExpr():
-            return _texts(value.value, scope)
-        case ast.Attribute():
-            return [text for one in scope.called(value.attr) for text in _returned(one)] or ["{}"]
-        case ast.Call():
-            return _of_call(value, scope)
-    return ["{}"]
+    if isinstance(value, ast.Constant):
+        return [value.value] if isinstance(value.value, str) and value.value else []
+    read = _READERS.get(type(value))
+    return read(value, scope) if read else ["{}"]
+
+
+def _either(value: ast.IfExp, scope: _Scope) -> list[str]:
+    return [*_texts(value.body, scope), *_texts(value.orelse, scope)]
+
+
+def _any_of(value: ast.BoolOp, scope: _Scope) -> list[str]:
+    return [text for one in value.values for text in _texts(one, scope)]
+
+
+def _added(value: ast.BinOp, scope: _Scope) -> list[str]:
+    if not isinstance(value.op, ast.Add):
+        return ["{}"]
+    ends = _texts(value.right, scope) or ["{}"]
+    return [a + b for a in _texts(value.left, scope) or ["{}"] for b in ends]
+
+
+def _of_attribute(value: ast.Attribute, scope: _Scope) -> list[str]:
+    if value.attr in _GIVEN_AS:
+        return []
+    return [text for one in scope.called(value.attr) for text in _returned(one)] or ["{}"]
 
 
 def _joined(value: ast.JoinedStr, scope: _Scope) -> list[str]:
@@ -256,3 +254,17 @@ def _returned(scope: _Scope) -> list[str]:
     assert scope.function is not None
     values = [node.value for node in ast.walk(scope.function) if isinstance(node, ast.Return) and node.value]
     return list(dict.fromkeys(text for value in values for text in _texts(value, scope)))
+
+
+_READERS: Mapping[type[ast.expr], Callable[..., list[str]]] = {
+    ast.JoinedStr: _joined,
+    ast.IfExp: _either,
+    ast.BoolOp: _any_of,
+    ast.BinOp: _added,
+    ast.Subscript: lambda value, scope: _texts(value.value, scope),
+    ast.Attribute: _of_attribute,
+    ast.Name: _of_name,
+    ast.NamedExpr: lambda value, scope: _texts(value.value, scope),
+    ast.GeneratorExp: lambda value, scope: _texts(value.elt, scope),
+    ast.Call: _of_call,
+}

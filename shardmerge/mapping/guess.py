@@ -16,8 +16,8 @@ from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Term, references
-from shardmerge.targets.training_config import read_training_config
 from shardmerge.shown import inspecting
+from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog
 
 _FILL_IN = "FILL_IN"

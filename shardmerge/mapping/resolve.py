@@ -25,8 +25,8 @@ from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.packed import Packed, packed_weights
-from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.shown import inspecting
+from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.

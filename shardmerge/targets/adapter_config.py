@@ -66,8 +66,8 @@ _BY_PEFT = (
 )
 
 _BESIDE = (
-    "no merge can do it: load it beside its base, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
-    "ADAPTER)"
+    "no merge can do it: load it beside its base, "
+    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
 )
 # Of those above: what peft 0.19 merges into numbers that answer as the adapter does.
 _MERGED_BY_PEFT = frozenset({"target_parameters", "use_bdlora", "kasa_config", "monteclora_config"})

@@ -43,7 +43,7 @@ def of_another(source: Path, names: str, *args: str, case: Path = Z2) -> Given:
 def written(
     change: Callable[[Path], object] = str,
     edit: Callable[[dict[str, Any]], object] = str,
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,
 ) -> Given:
     """A checkpoint made here, whose second rank's optimizer file is changed; the file as it was lies aside."""
 

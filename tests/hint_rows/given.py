@@ -127,6 +127,18 @@ def rewritten(name: str, change: Callable[[Any], object]) -> Callable[[Path], ob
     return do
 
 
+def done_before(text: str, then: Callable[[Call], object], *args: str) -> Given:
+    """A mapping that was carried out, something that happens, and a call."""
+
+    def given(call: Call) -> Sequence[str]:
+        call.args = list(mapped(text)(call))
+        assert call.attempt() == ()
+        then(call)
+        return args
+
+    return given
+
+
 # --- what is done by hand ---
 
 
@@ -200,5 +212,16 @@ def at_last(number: int = 0) -> Follow:
         path = paths[number].split(";")[0].strip()
         assert Path(path).exists(), call.hint
         call.change("ck", path) if "ck" in call.args else call.change(str(call.folder / "ck"), path)
+
+    return follow
+
+
+def without(*words: str) -> Follow:
+    """Leaves arguments out, as the hint says."""
+
+    def follow(call: Call) -> None:
+        assert "out" in call.hint, call.hint
+        for word in words:
+            call.args.remove(word)
 
     return follow

@@ -12,6 +12,11 @@ HEAD = "m:lm_head.weight"
 INVERT = ("invert", "mapping.yaml")
 
 
+def codes(call: Call) -> None:
+    """A tensor of a type that no float is cast from."""
+    stored(call.folder / "ck.safetensors", {"w": torch.ones(4).to(torch.float8_e8m0fnu)})
+
+
 OPS = [
     Row("an op that does not exist", one_op("trnspose", HEAD), "unknown-op", said("trnspose")),
     Row(
@@ -104,7 +109,8 @@ OPS = [
     Row(
         "a count inside of an op",
         GQA + '  "old.{rest...}": "m:{rest...}"\n'
-        '  "{r}.head": {op: cast, dtype: bf16, of: {op: chunk, of: "m:lm_head.weight", chunks: 2, take: r, for: {r: 2}}}\n',
+        '  "{r}.head": {op: cast, dtype: bf16, '
+        'of: {op: chunk, of: "m:lm_head.weight", chunks: 2, take: r, for: {r: 2}}}\n',
         "no-effect",
         told("to the outermost op", ", for: {r: 2}}}", "}, for: {r: 2}}"),
     ),
@@ -134,17 +140,12 @@ OPS = [
         "a sum that cannot be a type",
         mapped(
             "sources: {m: ck.safetensors}\noutput: {path: out, dtype: bf16}\ntensors:\n" + REST,
-            before=lambda call: codes(call),
+            before=codes,
         ),
         "cannot-cast",
         lambda call: call.change("dtype: bf16", f"dtype: bf16, {call.ticked()[1]}"),
     ),
 ]
-
-
-def codes(call: Call) -> None:
-    """A tensor of a type that no float is cast from."""
-    stored(call.folder / "ck.safetensors", {"w": torch.ones(4).to(torch.float8_e8m0fnu)})
 
 
 def back_from(about: str, text: str, follow: Follow, *, away: bool = True, then: str = "") -> Row:
