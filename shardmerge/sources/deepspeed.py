@@ -129,7 +129,7 @@ class _Builder:
             "this checkpoint has no whole 16-bit module: ZeRO-3 saves placeholders of it",
             where=self.first.path,
             found=f"{len(absent)} tensors without data: {shown(absent)}" if absent else "",
-            hint="use the fp32 view and cast it: --dtype bfloat16",
+            hint="leave --view out, and cast the fp32 weights: --dtype bfloat16",
         )
 
     def _add_module(self) -> None:

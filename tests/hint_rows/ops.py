@@ -30,7 +30,7 @@ OPS = [
         "a part that is not there",
         one_op("chunk", HEAD, ", dim: 0, chunks: 2, take: 2"),
         "op-value",
-        change("take: 2", "take: 0", "counted from 0"),
+        lambda call: call.change("take: 2", call.ticked()[0]),
     ),
     Row(
         "a number nobody knows",
@@ -48,7 +48,7 @@ OPS = [
         "a division with a rest",
         one_op("slice", "m:model.norm.weight", ", dim: 0, start: 1 / 2, stop: 4"),
         "op-value",
-        change("1 / 2", "1 // 2", "// divides without a rest"),
+        lambda call: call.change("1 / 2", "1 / 2".replace(call.ticked()[1], call.ticked()[0])),
     ),
     Row(
         "an operand that is not there",
