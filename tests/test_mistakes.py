@@ -433,7 +433,7 @@ ADAPTERS = [
         LORA.replace("$lora", "$other_rank") + MERGED + ALL_LLM,
         "adapter-rank",
         "mapping.yaml:4",
-        "`r:`",
+        "`r: 4`",
         ("onto: llm}", "onto: llm, r: 4}"),
     ),
     Mistake(

@@ -191,7 +191,8 @@ def _components(model: Model) -> tuple[Component, ...]:
     remedy = (
         f"name the checkpoint of the training as `{players.trained_name}`: XTuner always saves the projector with it"
     )
-    newline = Component(model.names.newline, "", f"name a checkpoint that has it: every {model.kind.model_type} does")
+    kind = model.kind.model_type
+    newline = Component(model.names.newline, f"every {kind} has it", f"name a checkpoint of a {kind} that has it")
     parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
     return (*parts, newline) if model.kind.newline else parts
 

@@ -193,7 +193,7 @@ LLAVA = [
             before=without_newline,
         ),
         "missing-component",
-        told("name a checkpoint that has it", "llava: ck", f"llava: {NEXT}/source"),
+        told("name a checkpoint of a llava_next that has it", "llava: ck", f"llava: {NEXT}/source"),
     ),
     Row(
         "a vocabulary to keep of what is no LLaVA",
