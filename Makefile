@@ -40,7 +40,7 @@ check: $(VENV)/check.stamp
 # All tests, those that load results with three versions of transformers included (each in an environment of its own).
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/load_environments.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The main job on a small real checkpoint that ships in the repository.
 demo: $(VENV)/pip.stamp

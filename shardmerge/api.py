@@ -262,7 +262,7 @@ def verify(
         checks.append(_equals(folder, reference))
     if load:
         found = verify_load(folder)
-        checks.append(f"transformers {found['transformers']} loads {found['class']}: 0 missing, unexpected, mismatched")
+        checks.append(f"transformers {found.version} loads {found.keys.kind}: 0 missing, unexpected, mismatched")
     compared = sources is not None or reference is not None
     return Verdict(tuple(checks), verdict.tensors, verdict.nbytes, () if compared else verdict.unchecked)
 

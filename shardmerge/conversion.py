@@ -35,6 +35,7 @@ from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
     from shardmerge.execute.engine import Device, Outcome, Progress
+    from shardmerge.loading import Check
     from shardmerge.mapping.preset_files import Preset
 
 PLAIN = "state-dict"
@@ -69,6 +70,9 @@ class Options:
         ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
     partial
         Whether a part of the model that config.json describes is what is wanted.
+    check
+        ``transformers``: what will be written is loaded by its own class on the meta device, in a child process, before
+        anything is written.
     """
 
     dtype: DType | str | None = None
@@ -82,6 +86,7 @@ class Options:
     device: Device = "cpu"
     partial: bool = False
     files: FileMode | None = None
+    check: Check | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,17 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         output,
     )
     terms = Terms(partial=options.partial, source=catalog)
-    return Prepared(sides.pinned(publishable(plan, sides.read, terms)), None)
+    return Prepared(sides.pinned(agreed(plan, sides, terms, options)), None)
+
+
+def agreed(plan: Plan, sides: SideFiles, terms: Terms, options: Options) -> Plan:
+    """Returns a plan whose config.json and tensors agree; where that is asked for, also as transformers sees it."""
+    plan = publishable(plan, sides.read, terms)
+    if options.check is None:
+        return plan
+    from shardmerge.loading import load_checked
+
+    return load_checked(plan, sides.read, terms)
 
 
 def _unwrapped(catalog: Catalog, sides: SideFiles) -> tuple[Catalog, tuple[str, ...]]:

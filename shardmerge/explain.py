@@ -43,6 +43,7 @@ def plan_json(plan: Plan, cloned: int = 0) -> Fields:
                 for s in plan.sources
             ],
             "warnings": list(plan.warnings),
+            "checks": list(plan.checks),
             "left_behind": dict(plan.left_behind),
             "cost": {
                 "tensors": sum(1 for _ in plan.tensors()),
@@ -82,6 +83,7 @@ def plan_text(plan: Plan, out: str, cloned: int = 0) -> str:
         _headline(plan, out),
         _sources(plan),
         "\n".join(f"warning: {warning}" for warning in plan.warnings),
+        "\n".join(f"checked: {check}" for check in plan.checks),
         _groups_table(plan),
         _files(plan),
         _unused(plan),

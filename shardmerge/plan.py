@@ -153,6 +153,8 @@ class Plan:
         Source tensors that are not written.
     warnings
         To be shown, stopping nothing.
+    checks
+        What was checked with another library; not part of the plan id.
     left_behind
         Small files beside the weights that are not written, by name, with the reason; not part of the plan id.
     memory
@@ -173,6 +175,7 @@ class Plan:
     copies: Mapping[Extent, str] = field(default_factory=dict)
     side_sources: tuple[FileStamp, ...] = ()
     left_behind: tuple[tuple[str, str], ...] = ()
+    checks: tuple[str, ...] = ()
     _id: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def tensors(self) -> Iterator[PlannedTensor]:

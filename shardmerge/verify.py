@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
 from shardmerge.file_roles import RECEIPT
+from shardmerge.loading import Answer, ask
 from shardmerge.ops.arrays import as_array
 from shardmerge.pins import Pins
 from shardmerge.plan import Plan
@@ -111,7 +111,7 @@ def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -
     return Verdict(("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes)
 
 
-def verify_load(folder: Path, python: str = sys.executable) -> dict[str, object]:
+def verify_load(folder: Path, python: str = sys.executable) -> Answer:
     """Loads the directory with the transformers of an environment, in a child process.
 
     Parameters
@@ -128,31 +128,21 @@ def verify_load(folder: Path, python: str = sys.executable) -> dict[str, object]
     VerificationError
         ``does-not-load``: an exception, or missing, unexpected or mismatched keys.
     """
-    script = Path(__file__).with_name("load_check.py")
-    done = subprocess.run([python, str(script), str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        if "ModuleNotFoundError" in last[0]:
-            raise UsageError("no-transformers", last[0], hint="pip install shardmerge[transformers]")
-        raise VerificationError("does-not-load", f"transformers could not load it: {last[0]}", where=str(folder))
-    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    wrong = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what in _KEYS if (keys := _names(found.get(what)))]
+    answer = ask(str(folder), python=python)
+    if answer.failed:
+        raise VerificationError("does-not-load", f"transformers could not load it: {answer.failed}", where=str(folder))
+    keys = answer.keys
+    lists = (("missing", keys.missing), ("unexpected", keys.unexpected), ("mismatched", keys.mismatched))
+    wrong = [f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in lists if names]
     if wrong:
         raise VerificationError(
             "does-not-load",
-            f"transformers {found['transformers']} loads it as {found['class']} with wrong keys",
+            f"{answer.says()} with wrong keys",
             where=str(folder),
             found="; ".join(wrong),
             expected="no missing, unexpected or mismatched keys",
         )
-    return found
-
-
-_KEYS = ("missing", "unexpected", "mismatched")
-
-
-def _names(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else []
+    return answer
 
 
 @dataclass(frozen=True, slots=True)

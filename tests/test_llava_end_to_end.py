@@ -78,8 +78,8 @@ def test_logits_are_those_of_the_model_in_memory(finished: dict[str, Path], vers
 @pytest.mark.parametrize("version", VERSIONS)
 def test_verify_load_uses_the_installed_transformers(finished: dict[str, Path], version: str) -> None:
     found = verify_load(finished["frozen_z2"], str(environment(version)))
-    assert found["class"] == "LlavaForConditionalGeneration"
-    assert found["transformers"] == version
+    assert found.keys.kind == "LlavaForConditionalGeneration"
+    assert found.version == version
 
 
 def test_verify_load_sees_what_is_missing(finished: dict[str, Path], tmp_path: Path) -> None:

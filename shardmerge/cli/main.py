@@ -18,6 +18,7 @@ import shardmerge
 from shardmerge.cli.bench import bench
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import (
+    check_option,
     device_option,
     dumped,
     json_option,
@@ -67,6 +68,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @click.argument("mapping", type=click.Path())
 @_out
 @plan_options
+@check_option
 @device_option
 @_quiet
 @json_option
@@ -83,6 +85,7 @@ def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any)
 @click.argument("mapping", type=click.Path())
 @_out
 @plan_options
+@check_option
 @click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
 @json_option
 def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
@@ -102,6 +105,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @_view
 @_root
 @plan_options
+@check_option
 @device_option
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
@@ -299,6 +303,7 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         "overflows": result.outcome.overflows,
         "source_records": asdict(result.outcome.records),
         "warnings": list(result.plan.warnings),
+        "checks": list(result.plan.checks),
         "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
         "planned_peak": result.plan.memory.peak,
         "seconds": round(seconds, 3),

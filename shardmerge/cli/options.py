@@ -45,6 +45,11 @@ def plan_options(function: _Command) -> _Command:
     return function
 
 
+check_option = click.option(
+    "--check",
+    type=click.Choice(["transformers"]),
+    help="Ask the installed transformers, before anything is written, whether it will load.",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -70,6 +75,7 @@ def parsed(given: dict[str, Any]) -> Options:
         device=given.get("device", "cpu"),
         partial=given["partial"],
         files=given["files"],
+        check=given.get("check"),
     )
 
 

@@ -13,6 +13,7 @@ from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.known_models import Known, known_model
 from shardmerge.targets.stated_sizes import Contradiction, contradictions
+from shardmerge.targets.uneven_layers import lost
 from shardmerge.tensors import Shape
 
 INCOMPLETE, DISAGREES = "incomplete-model", "config-disagrees"
@@ -49,6 +50,24 @@ class Described:
         return None if self.packed else known_model(self.config, self.tensors, self.where)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedKeys:
+    """What a library says after loading: its class, and the keys that are not as they should be.
+
+    Attributes
+    ----------
+    kind
+        The class that was loaded.
+    missing, unexpected, mismatched
+        As transformers' ``output_loading_info``, by the names inside of the model.
+    """
+
+    kind: str = ""
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+
 def disagreements(described: Described) -> tuple[TargetError, ...]:
     """Returns everything in which config.json and tensors disagree.
 
@@ -65,7 +84,7 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
     except TargetError as error:
         return (error,)
     if known is None:
-        return tuple(_as_error(one, described) for one in told)
+        return (*(_as_error(one, described) for one in told), *_uneven(described))
     return tuple(_against_known(known, described, told))
 
 
@@ -170,6 +189,40 @@ def differing_head(head: str, embedding: str, described: Described) -> TargetErr
     )
 
 
+def _uneven(described: Described) -> Iterator[TargetError]:
+    if described.packed or "quantization_config" in described.config:
+        return  # a layer that is left as it was has no scales
+    names = list(lost(described.tensors))
+    if names:
+        what, found = (
+            f"{_are(len(names))} missing: {_few(names)}",
+            "one layer without, and the others of its stack with",
+        )
+        yield TargetError(INCOMPLETE, what, where=described.where, found=found, hint=_completing(described, ()))
+
+
+# ---- a model that another library loads
+
+
+def loading_errors(described: Described, keys: LoadedKeys, says: str) -> tuple[TargetError, ...]:
+    """Returns an error for each kind of keys that are not as they should be; ``says`` tells who loaded it as what."""
+    return tuple(_loading_errors(described, keys, says))
+
+
+def _loading_errors(described: Described, keys: LoadedKeys, says: str) -> Iterator[TargetError]:
+    where, told = described.where, tuple(contradictions(described.config, described.tensors))
+    if keys.missing:
+        what = f"{_are(len(keys.missing))} missing: {_few(keys.missing)}"
+        yield TargetError(INCOMPLETE, what, where=where, found=says, hint=_completing(described, told))
+    if keys.unexpected:
+        what = f"config.json describes a model without {_few(keys.unexpected)}"
+        found = f"{says}, and ignores {len(keys.unexpected)} tensors"
+        yield TargetError(DISAGREES, what, where=where, found=found, hint=_dropping(described, keys.unexpected))
+    if keys.mismatched:
+        what = f"config.json describes another shape of {_few(keys.mismatched)}"
+        yield TargetError(DISAGREES, what, where=where, found=says, hint=_correcting(described, told))
+
+
 # ---- words
 
 
@@ -194,6 +247,12 @@ def _correcting(described: Described, told: Sequence[Contradiction]) -> str:
     keys = ", ".join(f"`{'.'.join(one.path)}`" for one in told) or "it"
     place = "under `config: {set: {...}}`" if described.editable else f"in {described.where}"
     return f"correct {keys} {place}, or name the config.json that belongs to these tensors"
+
+
+def _dropping(described: Described, names: Sequence[str]) -> str:
+    stored = [name for name in names if name in described.tensors]
+    how = f"drop them in a mapping: `drop: [SOURCE:{stored[0]}, ...]`; or " if stored else ""
+    return f"{how}name the config.json that belongs to these tensors"
 
 
 def _line(one: Contradiction) -> tuple[str, str]:

@@ -17,18 +17,19 @@ from shardmerge.tensors import Shape
 Path: TypeAlias = tuple[str, ...]
 
 # Keys that count layers. Those of encoder and decoder count what stands under that name.
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _HALVES = {
     "encoder_layers": "encoder",
     "num_encoder_layers": "encoder",
     "decoder_layers": "decoder",
     "num_decoder_layers": "decoder",
 }
-_STACKS = frozenset(("layers", "layer", "h", "blocks", "block"))
+# Where layers are numbered.
+STACKS = frozenset(("layers", "layer", "h", "blocks", "block"))
 # Multi-token prediction: layers that are stored behind the counted ones (DeepSeek-V3).
 _MORE_LAYERS = "num_nextn_predict_layers"
 # Layers that are run through several times (ALBERT, HRM) are counted as often, and stored once.
-_REPEATED = re.compile(r"hidden_groups|loops|cycles|recurr|per_stack|_share", re.IGNORECASE)
+_REPEATED = re.compile(r"hidden_groups|loops|cycles|recurr|per_stack|_share(?!d_expert)", re.IGNORECASE)
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 _VOCABULARY = re.compile(
     r"(?:^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|token_embedding|shared|embed_out|lm_head)\.weight$"
@@ -195,11 +196,15 @@ def _holes(part: Part, key: str, stated: int, found: Stacks) -> Iterator[Contrad
 def _own_stacks(part: Part, key: str, numbered: Stacks) -> Stacks:
     """Returns the layers that a key may count: those of its part of the model, not what is nested in layers."""
     # EfficientNet's blocks are another number than its num_hidden_layers; MPT and OLMo say n_layers.
-    odd = (".blocks", ".block") if key == "num_hidden_layers" else ()
+    odd: tuple[str, ...] = (".blocks", ".block") if key == "num_hidden_layers" else ()
+    if key == "depth":  # Qwen2-VL and its kin count an encoder's blocks so; elsewhere it is a projector's layers
+        odd = tuple(f".{name}" for name in STACKS - {"blocks"})
+        if part.is_text:
+            return {}
     plain = {
         prefix: numbers
         for prefix, numbers in numbered.items()
-        if prefix.rsplit(".", 1)[-1] in _STACKS and not _NUMBER.search(prefix) and not prefix.endswith(odd)
+        if prefix.rsplit(".", 1)[-1] in STACKS and not _NUMBER.search(prefix) and not prefix.endswith(odd)
     }
     if key in _HALVES:
         half = re.compile(rf"(?:^|^model\.){_HALVES[key]}\.(?:layers|block)$")
