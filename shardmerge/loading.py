@@ -6,7 +6,6 @@ The streaming process never imports torch or transformers; see ``load_check`` fo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -81,7 +80,6 @@ def child(folder: str, given: str, python: str) -> Mapping[str, object]:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # what is on the hub says nothing of what is published here
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
@@ -123,34 +121,37 @@ def load_checked(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
         what = "there is nothing that transformers could load: no config.json is written beside the weights"
         raise UsageError("no-effect", what, hint="leave --check out")
     types = {tensor.stored: tensor.dtype.name for tensor in plan.tensors()}
-    problems: list[TargetError] = []
-    lines: dict[bool, list[str]] = {True: [], False: []}
-    for one in directories:
-        for line, well in _asked(one, types, problems, partial=terms.partial):
-            lines[well].append(line)
-    raise_all(problems)
-    return replace(plan, checks=tuple(lines[True]), warnings=(*plan.warnings, *lines[False]))
+    said = [_said(one, types, partial=terms.partial) for one in directories]
+    raise_all(error for one in said for error in one.problems)
+    checks = tuple(one.check for one in said if one.check)
+    return replace(plan, checks=checks, warnings=(*plan.warnings, *(text for one in said for text in one.warnings)))
 
 
-def _asked(
-    one: Described, types: Mapping[str, str], problems: list[TargetError], *, partial: bool
-) -> list[tuple[str, bool]]:
-    """Returns what is said of one directory, each with whether all is well; adds what is wrong to the problems."""
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What came of one directory: a line if all is well, what a user must know, what stops the run."""
+
+    check: str = ""
+    warnings: tuple[str, ...] = ()
+    problems: tuple[TargetError, ...] = ()
+
+
+def _said(one: Described, types: Mapping[str, str], *, partial: bool) -> _Said:
     if one.packed or "quantization_config" in one.config:
-        return [(f"--check: {one.where}: quantized weights are not checked with transformers", False)]
+        return _Said(warnings=(f"--check: {one.where}: quantized weights are not checked with transformers",))
     tensors = {name: (types[name], shape) for name, shape in one.tensors.items()}
     answer = ask(given=json.dumps({"config": one.config, "tensors": tensors}))
     if answer.own_code:
-        text = f"--check: {one.where}: {answer.own_code} is code of the checkpoint, which is not executed: not checked"
-        return [(text, False)]
+        why = f"{answer.own_code} is code of the checkpoint, which is not executed: not checked"
+        return _Said(warnings=(f"--check: {one.where}: {why}",))
     if answer.failed:
-        problems.append(_does_not_load(one, answer))
-        return []
+        return _Said(problems=(_does_not_load(one, answer),))
     wrong = loading_errors(one, answer.keys, answer.says())
-    problems += [error for error in wrong if not (partial and error.code == INCOMPLETE)]
-    if wrong:
-        return [(f"{PARTIAL}: {error.what}", False) for error in wrong if partial and error.code == INCOMPLETE]
-    return [(f"{answer.says()}: 0 keys missing, unexpected or mismatched", True)]
+    if not wrong:
+        return _Said(f"{answer.says()}: 0 keys missing, unexpected or mismatched")
+    wanted = [error for error in wrong if partial and error.code == INCOMPLETE]
+    problems = tuple(error for error in wrong if error not in wanted)
+    return _Said(warnings=tuple(f"{PARTIAL}: {error.what}" for error in wanted), problems=problems)
 
 
 def _does_not_load(one: Described, answer: Answer) -> TargetError:

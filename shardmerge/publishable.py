@@ -185,13 +185,14 @@ def _no_config(edits: ConfigEdits) -> MappingError:
 
 def _two_heads(plan: Plan, one: Described, read: ReadSideFile) -> Iterator[TargetError]:
     """A head beside the embedding that it is said to be: transformers 4 puts the embedding in its place, 5 does not."""
-    if not any(part.values.get("tie_word_embeddings") is True for part in parts(one.config) if part.is_text):
+    said = [part.path for part in parts(one.config) if part.is_text and part.values.get("tie_word_embeddings") is True]
+    if not said:
         return
     entries = {tensor.stored: tensor.entry for tensor in plan.tensors() if tensor.stored in one.tensors}
     heads = [name for name in entries if _HEAD.search(name)]
     embeddings = [name for name in entries if _EMBEDDING.search(name)]
     if len(heads) == len(embeddings) == 1 and _differ(entries[heads[0]], entries[embeddings[0]], read):
-        yield differing_head(heads[0], embeddings[0], one)
+        yield differing_head(heads[0], embeddings[0], one, said)
 
 
 def _differ(a: TensorEntry, b: TensorEntry, read: ReadSideFile) -> bool:

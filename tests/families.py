@@ -160,10 +160,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def made(kind: str) -> torch.nn.Module:
+def made(kind: str, **more: Any) -> torch.nn.Module:
     """Returns a tiny model of a class, every value drawn, its configs' own defaults where the table says nothing."""
     model_type, values = FAMILIES[kind]
-    config = transformers.AutoConfig.for_model(model_type, **deepcopy(values))
+    config = transformers.AutoConfig.for_model(model_type, **deepcopy(values), **more)
     torch.manual_seed(1)
     model: torch.nn.Module = getattr(transformers, kind)(config)
     return model

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
+from shardmerge.errors import ShardmergeError
 from shardmerge.load_check import check_plan
 from shardmerge.targets.agreement import Described, disagreements
 from shardmerge.tensors import Shape
@@ -143,6 +144,23 @@ def test_a_wrapped_family_is_unwrapped_and_renamed(kind: str, checkpoint: Any, v
         f'drop: ["base:{{n...}}"]\ntensors: {{{first}: "a:other", "{{n...}}": "a:inner.{{n...}}"}}\n',
     )
     assert same(loaded(back.path, kind), expected, torch.float32)
+
+
+def test_a_head_that_one_of_two_configs_unties(tmp_path: Path) -> None:
+    """Versions of transformers differ in which of the two they ask; 5.24 saves them as they are."""
+    kind = "Gemma3ForConditionalGeneration"
+    model = made(kind, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ShardmergeError) as refused:
+        sm.convert(tmp_path / "model", tmp_path / "out")
+    assert refused.value.code == "config-disagrees"
+    key = "text_config.tie_word_embeddings"
+    assert f"`{key}` to false" in refused.value.hint
+    config = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), "utf-8")
+    sm.convert(tmp_path / "model", tmp_path / "out", options=sm.Options(sync=False))
+    assert same(loaded(tmp_path / "out", kind), dict(model.state_dict()), torch.float32)
 
 
 # ---- what is not one model

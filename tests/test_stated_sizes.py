@@ -139,6 +139,18 @@ def test_layers_with_a_gap() -> None:
     assert "transformer.h.1 is not" in error.found
 
 
+def test_depth_counts_the_blocks_of_an_encoder_alone() -> None:
+    """Qwen2-VL's says how many blocks there are; Janus's how deep the projector behind its layers is."""
+    config = {"vision_config": {"depth": 2, "num_hidden_layers": 3}}
+    layers: dict[str, Shape] = {f"model.vision_model.encoder.layers.{n}.norm.weight": (4,) for n in range(3)}
+    assert disagreements(Described(config, "config.json", layers)) == ()
+    ocr: dict[str, Shape] = {f"backbone.encoder.blocks.{n}.norm.weight": (4,) for n in range(3)}  # PP-OCRv5: its neck
+    assert disagreements(Described({"depth": 2}, "config.json", ocr)) == ()
+    blocks: dict[str, Shape] = {f"model.visual.blocks.{n}.norm.weight": (4,) for n in range(3)}
+    (error,) = disagreements(Described({"vision_config": {"depth": 2}}, "config.json", blocks))
+    assert "vision_config.depth 2" in error.expected
+
+
 def test_a_hostile_config_is_bounded() -> None:
     nested: dict[str, Any] = {"num_hidden_layers": 10**4000, "vocab_size": -1}
     for _ in range(50):

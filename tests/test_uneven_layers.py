@@ -87,6 +87,19 @@ def test_layers_may_differ_by_design(kind: str) -> None:
     assert disagreements(Described(config, "config.json", shapes)) == ()
 
 
+def test_the_middle_one_of_three_may_be_another_kind() -> None:
+    sizes = {"qformer_config": {**QFORMER, "num_hidden_layers": 3}}  # every second layer attends to the image
+    config, shapes = real("Blip2ForConditionalGeneration", **sizes)
+    assert disagreements(Described(config, "config.json", shapes)) == ()
+
+
+def test_where_no_kind_is_usual_nothing_is_missed() -> None:
+    """Architecture search leaves layers without attention, without an MLP, with one of several norms (DeciLM)."""
+    parts = ("ab", "abc", "ad", "a", "ae", "abc")  # of each layer
+    shapes: dict[str, Shape] = {f"layers.{n}.{part}.weight": (4,) for n, own in enumerate(parts) for part in own}
+    assert disagreements(Described({}, "config.json", shapes)) == ()
+
+
 def test_what_is_left_unquantized_is_not_missed() -> None:
     """compressed-tensors and fp8 list modules to ignore: those have no scales."""
     names = [f"model.layers.{layer}.mlp.up_proj.{part}" for layer in range(6) for part in ("weight", "weight_scale")]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.known_models import Known, known_model
-from shardmerge.targets.stated_sizes import Contradiction, contradictions
+from shardmerge.targets.stated_sizes import Contradiction, Path, contradictions
 from shardmerge.targets.uneven_layers import lost
 from shardmerge.tensors import Shape
 
@@ -176,16 +176,16 @@ def _as_error(one: Contradiction, described: Described) -> TargetError:
     return TargetError(code, what, where=described.where, found=one.detail, expected=_says(one), hint=hint)
 
 
-def differing_head(head: str, embedding: str, described: Described) -> TargetError:
-    """Returns the error of a model that is called tied and has two different matrices."""
-    claim = Contradiction(("tie_word_embeddings",), True, 0, f"{head} has other values than {embedding}")
+def differing_head(head: str, embedding: str, described: Described, said: Sequence[Path]) -> TargetError:
+    """Returns the error of a model that these parts of its config call tied, and that has two different matrices."""
+    keys = [".".join((*path, "tie_word_embeddings")) for path in said]
     return TargetError(
         DISAGREES,
         "config.json says that head and embedding are one tensor, and they are two",
         where=described.where,
-        found=claim.detail,
-        expected=_says(claim),
-        hint=_set_line(described, "tie_word_embeddings", "false"),
+        found=f"{head} has other values than {embedding}",
+        expected="; ".join(f"{key} True" for key in keys),
+        hint="; ".join(_set_line(described, key, "false") for key in keys),
     )
 
 
