@@ -383,10 +383,8 @@ def _no_tensors(root: Value, key: str) -> CheckpointError:
 
 def _root_hint(root: Value, key: str) -> str:
     """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
-    from difflib import get_close_matches  # for an error alone
-
     roots = list(islice(_roots(root), _MOST_ROOTS))
-    best = next(iter(get_close_matches(key, roots, n=1) or roots), "")
+    best = max(roots, key=lambda root: len(os.path.commonprefix((root, key))), default="")  # reading imports nothing
     return f"say --root {best}, in a mapping `root: {best}`" if best else ""
 
 

@@ -14,7 +14,7 @@ import torch
 
 from shardmerge import api
 from tests.following import Call, Row, argument, by_hand
-from tests.hint_rows.given import CONVERT, Given, done_before, made, stored, without
+from tests.hint_rows.given import CONVERT, Given, copied, done_before, edited, made, stored, without
 from tests.hint_rows.output import LLAMA
 from tests.test_mistakes import GQA, REST
 
@@ -167,17 +167,29 @@ def hidden(call: Call) -> None:
     """An environment whose transformers cannot be found, for the child that loads the model."""
     (call.folder / "hidden/transformers").mkdir(parents=True)
     (call.folder / "hidden/transformers/__init__.py").write_text(
-        "raise ModuleNotFoundError('No module named transformers')"
+        "raise ModuleNotFoundError('No module named transformers', name='transformers')"
     )
     call.faults.enter_context(mock.patch.dict(os.environ, {"PYTHONPATH": str(call.folder / "hidden")}))
 
 
 ENVIRONMENT = [
     Row(
+        "a check of what is no model",
+        (*CONVERT, "$mixed", "out", "--check", "transformers"),
+        "no-effect",
+        without("--check", "transformers"),
+    ),
+    Row(
+        "a config that transformers does not take",
+        copied("gqa", "--check", "transformers", then=edited("config.json", hidden_act="nonsense")),
+        "does-not-load",
+        without("--check", "transformers"),
+    ),
+    Row(
         "an environment without transformers",
         done_before(LLAMA + GQA + REST, hidden, "verify", "out", "--load", "-q"),
         "no-transformers",
-        by_hand("pip install shardmerge[transformers]", mended),
+        by_hand("pip install 'shardmerge[transformers]'", mended),
     ),
     Row(
         "a benchmark of next to nothing",
