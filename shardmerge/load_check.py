@@ -51,9 +51,7 @@ def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[
     name = _class_name(config.get("architectures"))
     if "auto_map" in config and not (config.get("model_type") in transformers.CONFIG_MAPPING and _has(name)):
         return {"own_code": name}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config), "utf-8")
-        made = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    made = _config(config)
     # A type that this torch does not know yet has one byte, and its size is all the same here.
     state = {
         key: torch.empty(shape, dtype=getattr(torch, dtype, torch.uint8), device="meta")
@@ -68,6 +66,18 @@ def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[
         ignore_mismatched_sizes=True,  # lists them all instead of raising
     )
     return _found(_class(name), info)
+
+
+def _config(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Returns the config object that the library reads from a config.json of these values."""
+    import transformers  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(values), "utf-8")
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, "config.json")) from error
 
 
 def _class_name(architectures: Any) -> str:  # noqa: ANN401  # whatever the file says

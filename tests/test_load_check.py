@@ -40,8 +40,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **changes}), "utf-8")
+    """Changes keys of config.json; None takes a key away."""
+    config = json.loads((folder / "config.json").read_text("utf-8")) | changes
+    left = {key: value for key, value in config.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(left), "utf-8")
 
 
 def change(folder: Path, *, drop: str = "-", **more: torch.Tensor) -> None:
@@ -154,6 +156,7 @@ def test_experts_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
         ({"model_type": "unheard_of"}, "unheard_of"),
         ({"architectures": ["MambaForChess"]}, "has no class MambaForChess"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers"),
+        ({"model_type": None}, "Unrecognized model in config.json"),
     ],
 )
 def test_a_config_that_transformers_refuses(mamba: Path, changes: dict[str, Any], found: str) -> None:
@@ -191,6 +194,26 @@ def test_quantized_weights_are_not_checked(mamba: Path, tmp_path: Path) -> None:
     change(mamba, **{"backbone.layers.0.mixer.in_proj.qweight": torch.ones(4, 4, dtype=torch.int32)})
     result = sm.convert(mamba, tmp_path / "out", options=CHECK)
     assert any("quantized weights are not checked" in warning for warning in result.plan.warnings)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_class_that_cannot_be_loaded_without_values(tmp_path: Path) -> None:
+    """transformers puts the n-gram embedding of this family together on the CPU, whatever device the model is on."""
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+        "num_experts_per_tok": 2, "num_experts": 4, "hc_lowrank": 4, "ple_embed_dim": 32, "ngram_vocab_size_base": 100,
+        "split_ngram_parts": 2, "max_position_embeddings": 64, "heads_per_ngram": 2, "ple_layer_ids": [1],
+        "make_ngram_vocab_size_divisible_by": 4, "layer_types": ["linear_attention"] * 2, "eos_token_id": 2,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model("qwen4_exp_text", **sizes)
+    transformers.Qwen4ExpForCausalLM(config).save_pretrained(tmp_path / "model")
+    error = refused(tmp_path / "model")
+    assert (error.code, error.exit_code) == ("cannot-check", 2)
+    assert "verify OUT --load" in error.hint
+    sm.convert(tmp_path / "model", tmp_path / "out", options=sm.Options(sync=False))  # as the hint says
+    assert "0 missing" in sm.verify(tmp_path / "out", load=True).checks[-1]
 
 
 @pytest.mark.usefixtures("here")
