@@ -190,6 +190,7 @@ def prepare_conversion(
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+    from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset
     from shardmerge.preparation import prepare
 
@@ -198,11 +199,9 @@ def prepare_conversion(
     sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
     for name, path in (bases or {}).items():
         if name not in preset.roles:
-            raise UsageError(
-                "unknown-source",
-                f"the preset {use} has no source {name!r}",
-                expected=", ".join(role for role in preset.roles if role != first),
-            )
+            others = [role for role in preset.roles if role != first]
+            what, hint = f"the preset {use} has no source {name!r}", did_you_mean(name, others)
+            raise UsageError("unknown-source", what, expected=", ".join(others), hint=hint)
         sources[name] = SourceSpec(name, path, mark=_COMMAND_LINE)
     spec = Spec("command line", sources, None, use, None, (), (), _variables(let or {}, preset))
     return prepare(spec, Path(), options)
@@ -215,7 +214,7 @@ def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
     found = {}
     for name, text in let.items():
         if name not in preset.variables:
-            hint = did_you_mean(name, preset.variables) or f"it has {', '.join(preset.variables) or 'none'}"
+            hint = did_you_mean(name, preset.variables) or f"leave --let {name}={text} out"
             raise UsageError("unknown-value", f"the preset {preset.name} has no number {name!r}", hint=hint)
         found[name] = Variable(Formula.parse(text, f"--let {name}"), _COMMAND_LINE)
     return found
@@ -366,7 +365,7 @@ def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
     found = resolved(spec, folder, options)
     if any(group.folder for group in found.expectation.groups):
         what = "the result is several directories, which are not one source"
-        raise MappingError("no-inverse", what, where=spec.file, hint="invert the mapping of one of them")
+        raise MappingError("no-inverse", what, where=spec.file)
     made = {
         tensor.name: TensorEntry(tensor.name, tensor.dtype, tensor.shape, ())
         for tensor in plan_of(found, options).tensors()

@@ -238,7 +238,7 @@ class _Source:
             where=self.catalog.path,
             found=error.found,
             expected=error.expected,
-            hint="are weights and scales of the same download? `shardmerge inspect` shows the shapes",
+            hint="fetch the checkpoint again: weights and scales are of two downloads",
         )
 
     def _missing(self, names: list[str]) -> CheckpointError:

@@ -107,7 +107,8 @@ def float_dtype(text: str) -> DType:
             "unknown-dtype",
             f"{text!r} is not a float type that tensors can be cast to",
             expected=", ".join(FLOAT_SPELLINGS),
-            hint=_near_dtype(word.lower()) or "integers, booleans and complex numbers are never cast",
+            hint=_near_dtype(word.lower())
+            or "name a type of floats, such as `bfloat16`: integers, booleans and complex numbers are never cast",
         )
     return row
 

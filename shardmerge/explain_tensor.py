@@ -29,7 +29,7 @@ def find_tensor(plan: Plan, name: str) -> tuple[PlannedShard, PlannedTensor]:
             if name in (tensor.name, tensor.stored):
                 return shard, tensor
     near = NameIndex(tensor.name for tensor in plan.tensors()).near(name)
-    hint = f"near names: {', '.join(near)}" if near else "`shardmerge plan --tensors` lists the names"
+    hint = f"near names: {', '.join(near)}" if near else "`shardmerge plan MAPPING --tensors` lists the names"
     raise UsageError("unknown-tensor", f"the plan has no tensor {shown(name)!r}", hint=hint)
 
 

@@ -151,7 +151,7 @@ def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
 
 def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
     what = f"{assignment.target}: {error.what}"
-    hint = error.hint or "leave `dtype` out, or name the tensor under `output: {keep: [...]}`"
+    hint = error.hint or f"leave `dtype` out, or add `keep: [{assignment.target}]` under `output:`"
     return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
 
 
@@ -166,8 +166,9 @@ def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[S
                 "keep-matches-nothing",
                 f"no target tensor is called `{template}`, which `keep` or `dtypes` names",
                 where=options.where,
-                hint="`shardmerge plan --tensors` lists the names"
-                + (f", such as {', '.join(near)}" if (near := index.near(template.text)) else ""),
+                hint=f"near names: {', '.join(near)}"
+                if (near := index.near(template.text))
+                else "`shardmerge plan MAPPING --tensors` lists the names, with that line taken out",
             )
         elif dtype is not None and place not in deciding:
             if any(one.entry.dtype.kind == "float" for one in cases):

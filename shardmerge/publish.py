@@ -172,7 +172,10 @@ def _rename(staging: Path, out: Path) -> None:
             if error.errno not in _OCCUPIED:
                 raise
             raise OutputError(
-                "output-exists", f"cannot publish: {error.strerror}", where=str(out), hint="choose another path"
+                "output-exists",
+                f"cannot publish: {error.strerror}",
+                where=str(out),
+                hint="choose another path, or remove it first",
             ) from error
 
 

@@ -30,6 +30,13 @@ def shown(value: object, most: int = _ROOM) -> str:
     return text
 
 
+def inspecting(path: str) -> str:
+    """Returns the command that lists what a checkpoint holds, for a hint."""
+    from shlex import quote  # noqa: PLC0415  # for an error alone
+
+    return f"`shardmerge inspect {quote(path)}`"
+
+
 def _pieces(value: object, most: int, depth: int) -> Iterator[str]:
     if isinstance(value, (str, bytes)):
         yield repr(value[: most + 1])

@@ -597,7 +597,7 @@ def test_a_base_of_another_size(spoilt: Path) -> None:
     )
     stderr = refused(spoilt)
     assert "[op-shape]" in stderr
-    assert "is this the base that the adapter was trained on?" in stderr
+    assert "name the base that the adapter was trained on" in stderr
 
 
 def test_a_base_with_other_names(spoilt: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_base_of_another_size_is_refused_before_anything_is_written(tmp_path: 
     (clip / "config.json").write_text(json.dumps(config))
     done = shardmerge("run", mapping(tmp_path, "frozen_z2", vision=str(clip)), code=1)
     assert "[shape-mismatch]" in done.stderr
-    assert "base model of another size" in done.stderr
+    assert "one of another size" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -409,7 +409,7 @@ ADAPTERS = [
         LORA.replace("$base", "$llm") + MERGED + ALL_LLM,
         "op-shape",
         "mapping.yaml:4",
-        "is this the base that the adapter was trained on?",
+        "name the base that the adapter was trained on",
         ("$llm", "$base"),
     ),
     Mistake(
@@ -433,7 +433,7 @@ ADAPTERS = [
         LORA.replace("$lora", "$other_rank") + MERGED + ALL_LLM,
         "adapter-rank",
         "mapping.yaml:4",
-        "`r:`",
+        "`r: 4`",
         ("onto: llm}", "onto: llm, r: 4}"),
     ),
     Mistake(
@@ -722,7 +722,7 @@ OUTPUT = [
         GQA.replace("output: out", "output: {path: out, format: gguf}") + REST,
         "unknown-format",
         "mapping.yaml:3",
-        "safetensors or bin",
+        "`format: safetensors` or `format: bin`",
         ("gguf", "bin"),
     ),
     Mistake(
@@ -785,7 +785,7 @@ SOURCES = [
         "sources: {m: {path: $zero, view: fp16}}\noutput: out\ntensors:\n" + REST,
         "unknown-view",
         "mapping.yaml:2",
-        "fp32 or module",
+        "`view: module` or `view: fp32`",
         ("fp16", "module"),
     ),
     Mistake(

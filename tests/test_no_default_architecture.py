@@ -305,7 +305,7 @@ def test_a_llava_next_is_no_llava_1_5(next_model: Path, clip: Path, tmp_path: Pa
     bases = {"vision": str(clip)}
     with pytest.raises(ShardmergeError, match="llava_next") as caught:
         sm.convert(there, tmp_path / "out", use="llava/official-to-hf", bases=bases)
-    hint = caught.value.hint.removeprefix("use: ")
+    hint = caught.value.hint.partition("`use: ")[2].rstrip("`")
     back = sm.convert(there, tmp_path / "back", use=hint, bases=bases).path
     assert json.loads((back / "config.json").read_text())["model_type"] == "llava_next"
 

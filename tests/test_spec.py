@@ -144,7 +144,7 @@ WRONG = [
     ("output: {path: o, shard_size: 0}\ntensors:\n  x: a:x\n", "bad-size", "5:31", ""),
     ("output: [o]\ntensors:\n  x: a:x\n", "wrong-kind", "5:9", ""),
     ("use: [x]\n", "wrong-kind", "5:6", ""),
-    ("target: {text: a}\ntensors:\n  x: a:x\n", "no-target-name", "5:9", "hf/llava"),
+    ("target: {text: a}\ntensors:\n  x: a:x\n", "no-target-name", "5:9", "add `name: hf/model`"),
     ("tensors: [x]\n", "wrong-kind", "5:10", ""),
     ("tensors:\n  x: b:x\n", "unknown-source", "6:6", ""),
     ("tensors:\n  x: bass:x\n", "unknown-source", "6:6", "`base`"),

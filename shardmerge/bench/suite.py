@@ -110,7 +110,10 @@ def bench(size: int, scratch: Path, rounds: int, tell: Tell) -> dict[str, object
 def _check(size: int, scratch: Path) -> None:
     if size < max(SMALLEST, LAYER_BYTES):
         raise UsageError(
-            "bad-size", "too small to measure anything but start-up", found=f"{size:,} bytes", hint="--size 2GiB"
+            "bad-size",
+            "too small to measure anything but start-up",
+            found=f"{size:,} bytes",
+            hint=f"--size {-(-max(SMALLEST, LAYER_BYTES) >> 20)}MiB, the least, or more",
         )
     if not scratch.is_dir():
         raise UsageError("missing-path", "there is no such directory", where=str(scratch))

@@ -91,7 +91,11 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
     """Returns the two sides of ``NAME=VALUE``."""
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise UsageError("bad-pair", f"{option} takes NAME=VALUE, not {text!r}", hint=f"{option} {example}")
+        raise UsageError(
+            "bad-pair",
+            f"{option} takes NAME=VALUE, not {text!r}",
+            hint=f"{option} NAME={text.lstrip('=') or 'PATH'}, such as {option} {example}",
+        )
     return name, value
 
 

@@ -106,7 +106,7 @@ class Base:
                 where=str(spec.mark),
                 found=f"{list(entry.shape)} in {spec.source.source}:{entry.name}",
                 expected=f"{list(old)} in {self.name}:{place}",
-                hint=f"is `{self.name}` the model that the adapter was trained on?",
+                hint=f"name as `{self.name}` the model that the adapter was trained on",
             )
 
     def token_rows(

@@ -105,4 +105,4 @@ def _way(spec: AdapterSpec, names: Sequence[str], base: Catalog) -> str:
             f"the adapter has the names of a newer transformers: convert {onto} first, with `--use llava/hf-to-5.6` "
             "(adapters of transformers 5.6 and later) or `--use llava/hf-to-4.52` (4.52 to 5.5), and name that one"
         )
-    return f"is `{onto}` the model that the adapter was trained on?"
+    return f"name as `{onto}` the model that the adapter was trained on"

@@ -185,7 +185,7 @@ class _Sort:
                 f"{source} holds {len(self.adapters)} adapters: {listed(sorted(self.adapters))}",
                 where=where,
                 found=" and ".join(shown(name) for name in list(self.adapters.values())[:2]),
-                hint=f"say which one: `name: {shown(min(self.adapters))}`",
+                hint=f"say which one under `adapters:`, such as `name: {shown(min(self.adapters))}`",
             )
         if wanted and wanted not in self.adapters and self.parts.used:
             self._unknown(wanted, where)

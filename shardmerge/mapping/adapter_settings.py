@@ -62,14 +62,16 @@ class Settings:
                 f"{module}: the adapter's config says another rank than its tensors",
                 found=f"A has {rank} rows",
                 expected=f"r = {claimed:g} ({self.said_by})",
-                hint="config and tensors are of different runs; or say `r:` in the mapping",
+                hint=f"put the adapter_config.json of the run there, or say `r: {rank}` under `adapters:`",
             )
         alpha = _pattern(config.alpha_pattern, module)
         alpha = config.alpha if alpha is None else alpha
         if alpha is None:
             raise MappingError("unknown-alpha", "nothing says the adapter's alpha, and so how strongly it counts")
         if not isfinite(alpha):
-            raise MappingError("odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha:` in the mapping")
+            raise MappingError(
+                "odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha: NUMBER` under `adapters:`"
+            )
         return alpha / sqrt(rank) if config.rslora else alpha / rank
 
 
@@ -121,7 +123,8 @@ def _said_number(text: str, key: str, spec: AdapterSpec) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1e9:
-        raise MappingError("odd-setting", f"`{key}: {text}` is no positive number", where=str(spec.mark))
+        what, hint = f"`{key}: {text}` is no positive number", f"say `{key}: NUMBER` under `adapters:`"
+        raise MappingError("odd-setting", what, where=str(spec.mark), hint=hint)
     return value
 
 
@@ -145,7 +148,7 @@ def _pattern(patterns: Mapping[str, float], module: str) -> float | None:
                 "a rank or alpha pattern is more than a module's name",
                 found=key[:80],
                 expected="names such as `self_attn.q_proj`",
-                hint="merge it with peft's merge_and_unload, or write the names out in adapter_config.json",
+                hint=f'write a line for each module into {NAME}, such as "{module}": {value}',
             )
         if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
             return value

@@ -20,6 +20,7 @@ from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.packed import packed_places, packed_weights, titles
+from shardmerge.shown import inspecting
 from shardmerge.targets.adapter_config import NAME as CONFIG
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.expectation import ReadSideFile
@@ -128,7 +129,7 @@ class _Merge:
             found=listed(list(self.adapter.names()), 3),
             expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
             hint=" or ".join(f'`from: "{source}:{one}.{{rest...}}"`' for one in dict.fromkeys(inside))
-            or "`shardmerge inspect` shows the names",
+            or f"{inspecting(self.adapter.path)} lists the names",
         )
 
     def _weights(self) -> Iterator[str]:

@@ -16,6 +16,7 @@ from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Term, references
+from shardmerge.shown import inspecting
 from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog
 
@@ -153,7 +154,7 @@ def _unknown(catalog: Catalog) -> MappingError:
         where=catalog.path,
         found="; ".join(layout.name for layout in layouts) or listed(list(catalog.names()), 3),
         expected="; ".join(layout.name for layout in LAYOUTS),
-        hint="write `tensors:` yourself; `shardmerge inspect` shows the names",
+        hint=f"write `tensors:` yourself; {inspecting(catalog.path)} lists the names",
     )
 
 

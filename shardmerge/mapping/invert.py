@@ -289,7 +289,9 @@ def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) ->
     raise_all([*back.problems, *_merged(spec, source, forward)])
     if not back.rules:
         what = f"no rule takes anything from `{source}` alone"
-        raise MappingError("no-inverse", what, where=spec.file, hint="name another one with --source")
+        other = next((r.source for rule in spec.rules for one in rule.candidates for r in references(one)), "")
+        hint = f"get back another one: `--source {other}`" if other else ""
+        raise MappingError("no-inverse", what, where=spec.file, hint=hint)
     text = "\n".join(_lines(spec, back, forward)) + "\n"
     if forward is not None:
         check(text, forward, source, _made_name(spec, back))

@@ -98,7 +98,12 @@ def parse_spec(text: str, file: str) -> Spec:
         config=reader.config(fields["config"]) if "config" in fields else ConfigEdits(),
     )
     if not use and not spec.rules and not reader.problems:
-        reader.add("no-rules", "the mapping says neither `use:` nor `tensors:`", root.mark, "add `use: PRESET`")
+        reader.add(
+            "no-rules",
+            "the mapping says neither `use:` nor `tensors:`",
+            root.mark,
+            "add `use: PRESET`, one of `shardmerge presets list`",
+        )
     raise_all(reader.problems)
     return spec
 
@@ -157,7 +162,9 @@ class Reader:
         found = {}
         for key, value in self.table(node, "`sources`").entries:
             if not _SOURCE_NAME.fullmatch(key.text):
-                self.add("bad-source-name", f"{key.text!r} cannot name a source", key.mark, "use a-z, 0-9, _ and -")
+                self.add(
+                    "bad-source-name", f"{key.text!r} cannot name a source", key.mark, f"call it `{_plain(key.text)}`"
+                )
             found[key.text] = self._source(key, value)
         return found
 
@@ -166,10 +173,15 @@ class Reader:
             return SourceSpec(key.text, self.text(node, key.text), mark=node.mark)
         fields = self.fields(self.table(node, f"`{key.text}`"), SOURCE_KEYS)
         if "path" not in fields:
-            self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: ...`")
+            self.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: PATH`")
         view = self.text(fields["view"], "view") if "view" in fields else ""
         if view not in ("", "fp32", "module"):
-            self.add("unknown-view", f"there is no view {view!r}", fields["view"].mark, "fp32 or module")
+            self.add(
+                "unknown-view",
+                f"there is no view {view!r}",
+                fields["view"].mark,
+                "write `view: module` or `view: fp32`",
+            )
         return SourceSpec(
             key.text,
             self.text(fields["path"], "path") if "path" in fields else "",
@@ -206,7 +218,7 @@ class Reader:
         mode = next((mode for mode in FILE_MODES if mode == self.text(node, "files")), None)
         if mode is None:
             what = "`files` is model, all or none, or `{include: [...], exclude: [...]}`"
-            self.add("unknown-files", what, node.mark, "files: model")
+            self.add("unknown-files", what, node.mark, "write `files: model` or `files: all`")
             return None
         return FileChoice(mode)
 
@@ -231,14 +243,19 @@ class Reader:
         if text == "bin":
             return "bin"
         if text != "safetensors":
-            self.add("unknown-format", f"there is no format {text!r}", node.mark, "safetensors or bin")
+            self.add(
+                "unknown-format",
+                f"there is no format {text!r}",
+                node.mark,
+                "write `format: safetensors` or `format: bin`",
+            )
         return "safetensors"
 
     def _list(self, node: Node | None, what: str) -> tuple[Node, ...]:
         if node is None:
             return ()
         if not isinstance(node, Items):
-            self.add("wrong-kind", f"`{what}` is a list", node.mark, f"{what}: [...]")
+            self.add("wrong-kind", f"`{what}` is a list", node.mark, f"write `{what}: [...]`")
             return ()
         return node.nodes
 
@@ -261,7 +278,7 @@ class Reader:
         table = self.table(node, "`target`")
         texts = {key.text: self.text(value, key.text) for key, value in table.entries}
         if "name" not in texts:
-            self.add("no-target-name", "`target` has no name", table.mark, "add `name: hf/llava`")
+            self.add("no-target-name", "`target` has no name", table.mark, "add `name: hf/model`")
         return TargetSpec(texts.pop("name", ""), texts, table.mark)
 
     def rules(self, node: Node | None, known: frozenset[str] | None, what: str = "tensors") -> tuple[Rule, ...]:
@@ -279,7 +296,8 @@ class Reader:
         nodes = node.nodes if isinstance(node, Items) else (node,)
         terms = [self.term(item, known) for item in nodes]
         if not nodes:
-            self.add("no-candidates", f"`{key.text}` names no source tensor", key.mark, "[trained:{rest...}]")
+            hint = f'write `"{min(known) if known else "SOURCE"}:{key.text}"`'
+            self.add("no-candidates", f"`{key.text}` names no source tensor", key.mark, hint)
         candidates = tuple(term for term in terms if term is not None)
         if target is None or len(candidates) != len(terms) or not candidates:
             return None
@@ -367,7 +385,12 @@ class Reader:
             nodes += of.nodes if isinstance(of, Items) else (of,)
         for table in (node for node in nodes if isinstance(node, Table)):
             for key in (key for key, _ in table.entries if key.text == "for"):
-                self.add("no-effect", "`for` counts at the outside of a rule only", key.mark, "move it out")
+                self.add(
+                    "no-effect",
+                    "`for` counts at the outside of a rule only",
+                    key.mark,
+                    "move `for` to the outermost op",
+                )
         terms = [self.term(node, known) for node in nodes]
         found = tuple(term for term in terms if term is not None)
         for reference in found if not kind.many else ():
@@ -390,8 +413,7 @@ class Reader:
             formula = self._formula(text, node.mark)
             return Argument(text, (formula,), node.mark) if formula is not None else None
         if param.choices and text not in param.choices:
-            hint = did_you_mean(text, param.choices) or f"one of {', '.join(param.choices)}"
-            self.add("op-value", f"`{param.name}` cannot be {text!r}", node.mark, hint)
+            self.add("op-value", f"`{param.name}` cannot be {text!r}", node.mark, did_you_mean(text, param.choices))
             return None
         if param.kind == "dtype":
             self._said(node, param.name, float_dtype)
@@ -425,7 +447,12 @@ class Reader:
         found = {}
         for key, value in self.table(node, "`let`").entries:
             if not key.text.isidentifier():
-                self.add("bad-name", f"{key.text!r} cannot name a number", key.mark, "letters, digits and _")
+                self.add(
+                    "bad-name",
+                    f"{key.text!r} cannot name a number",
+                    key.mark,
+                    f"call it `{_plain(key.text).replace('-', '_')}`",
+                )
                 continue
             formula = self._formula(self.text(value, key.text), value.mark)
             if formula is not None:
@@ -449,7 +476,12 @@ class Reader:
         fields = self.fields(self.table(node, "an adapter"), ("from", "onto", *ADAPTER_SETTINGS))
         for key in ("from", "onto"):
             if key not in fields:
-                self.add("missing-parameter", f"an adapter needs `{key}: source`", node.mark, "{from: lora, onto: llm}")
+                self.add(
+                    "missing-parameter",
+                    f"an adapter needs `{key}: source`",
+                    node.mark,
+                    "write `{from: ADAPTER, onto: BASE}`",
+                )
         if "from" not in fields or "onto" not in fields:
             return None
         source, onto = (self._whole(fields[key], key, known) for key in ("from", "onto"))
@@ -465,7 +497,12 @@ class Reader:
             return None
         reference = self.reference(node if ":" in text else Scalar(f"{text}:{{rest...}}", node.mark, False), known)
         if reference is not None and reference.template.captures != ("rest",):
-            self.add("bad-capture", f"`{what}` has one capture, `{{rest...}}`", node.mark, f"{text}:llm.{{rest...}}")
+            self.add(
+                "bad-capture",
+                f"`{what}` has one capture, `{{rest...}}`",
+                node.mark,
+                f'write `{text.partition(":")[0]}` alone, or a prefix: `"{text.partition(":")[0]}:llm.{{rest...}}"`',
+            )
             return None
         return reference
 
@@ -586,3 +623,8 @@ class Reader:
             name = fewest[0]
             what = f"no name in the op has all captures of `{target}`: {{{name}}} is missing"
             self.add("unbound-capture", what, term.mark, f"`for: {{{name}: 8}}` counts it from 0 to 7")
+
+
+def _plain(text: str) -> str:
+    """Returns a name near to one that cannot be."""
+    return re.sub(r"[^a-z0-9_-]+", "_", text.lower()).lstrip("0123456789_-") or "model"

@@ -38,7 +38,7 @@ def shape_hint(cases: Sequence[Misfit], expectation: Expectation, source: str) -
         other = "" if names >= {"embed_tokens", "lm_head"} else "; embedding and head come with different rows"
         said = f"`vocabulary: {{rows: {want}{cut}}}`, or `{{rows: {have}}}` to keep it"
         return f"to resize the vocabulary, say {said}{other}"
-    return f"is `{source}` a base model of another size than the one that was trained?"
+    return f"name as `{source}` the model of the sizes that the config says: this is one of another size"
 
 
 def _swapped(cases: Sequence[Misfit]) -> tuple[Misfit, Misfit] | None:

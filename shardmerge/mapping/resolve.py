@@ -25,10 +25,12 @@ from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.packed import Packed, packed_weights
+from shardmerge.shown import inspecting
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
 
 # How peft spells what belongs to an adapter and not to a model.
+_TAKE_BACK = "the target cannot do without them: take that line out of `drop`"
 _ADAPTER = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector", ".modules_to_save.", ".base_layer.")
 
 
@@ -280,10 +282,13 @@ class _Work:
         self.problems += self._idle_rules(missing)
         self.problems += self._unmatched()
         if not self.assignments and not self.problems:
-            hint = "`shardmerge inspect` shows what a source holds"
-            self.problems.append(
-                MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
-            )
+            self.problems.append(self._nothing())
+
+    def _nothing(self) -> MappingError:
+        named = (one.source for rule in self.idle for term in rule.candidates for one in references(term))
+        away = next((source for source in named if source not in self.catalogs), "")  # declared `required: false`
+        hint = f"there is no `{away}`: correct its path under `sources:`" if away else ""
+        return MappingError("nothing-matched", "no tensor of any source is used", where=self.user_file, hint=hint)
 
     def _unfilled(self, rules: Sequence[Rule]) -> Iterator[ShardmergeError]:
         """Placeholders that no other source stands in for. What a closed target lacks is reported with its names."""
@@ -340,8 +345,8 @@ class _Work:
         for component in expectation.components:
             own = [name for name in left if name.startswith(component.prefix)]
             whole = sum(name.startswith(component.prefix) for name in expectation.tensors)
-            if own and len(own) == whole:
-                yield _missing_component(component, len(own), self.user_file)
+            if own and len(own) == whole and self.placeholders.keys().isdisjoint(own):
+                yield _missing_component(component, len(own), self.user_file, self._taken_away(own[0], rules))
                 left = [name for name in left if not name.startswith(component.prefix)]
         if left:
             looked_for = _looked_for(left[0], rules)
@@ -349,8 +354,8 @@ class _Work:
             hints = (hint for source, word in words if (hint := self.near(source, word)))
             empty = {self.placeholders[name]: None for name in left if name in self.placeholders}
             hollow = next((placeholder_hint(self.catalogs[source]) for source, _ in empty), "")
-            said = next((said for source, name in looked_for if (said := self.gone.said(source, name))), "")
-            taken_away = "the target cannot do without them: take that line out of `drop`" if said else ""
+            said = self._taken_away(left[0], rules)
+            taken_away = _TAKE_BACK if said else ""
             yield TargetError(
                 "missing-tensor",
                 f"{count(len(left), 'tensor')} of the target without a source: {listed(left)}",
@@ -359,6 +364,10 @@ class _Work:
                 expected=" or ".join(f"{source}:{name}" for source, name in looked_for),
                 hint=hollow or taken_away or next(hints, "add a source that has them, or a rule that names them"),
             )
+
+    def _taken_away(self, target: str, rules: Sequence[Rule]) -> str:
+        """Returns which line under ``drop:`` takes the tensor away that would have made a target, or nothing."""
+        return next((said for one in _looked_for(target, rules) if (said := self.gone.said(*one))), "")
 
     def _unexpected(self, expectation: Expectation) -> Iterator[ShardmergeError]:
         extra: dict[tuple[Mark, str], list[Assignment]] = defaultdict(list)
@@ -441,7 +450,11 @@ class _Work:
             lost = next((pair for pair in lines if one.template.match(pair[1]) is not None), None)
             if lost is not None:
                 return f"{one.source}:{lost[1]} is {self.gone.said(*lost)}: remove this rule, or that line"
-        return self.near(first.source, first.template.text) or "shardmerge inspect shows the names"
+        return self.near(first.source, first.template.text) or self._listing(first.source)
+
+    def _listing(self, source: str) -> str:
+        """Returns a hint with the command that lists the names of a source."""
+        return f"{inspecting(self.catalogs[source].path)} lists the names" if source in self.catalogs else ""
 
     def _unmatched(self) -> Iterator[ShardmergeError]:
         groups: dict[str, list[str]] = defaultdict(list)
@@ -519,7 +532,7 @@ def _failed(
             where=first.where or str(cases[0].term.mark),
             found=first.found,
             expected=first.expected,
-            hint=first.hint or alike or f"the rule is `{rule.target}` at {rule.mark}",
+            hint=first.hint or alike,
         )
 
 
@@ -550,13 +563,14 @@ def _adapter_error(source: str, names: list[str], catalog: Catalog) -> MappingEr
     )
 
 
-def _missing_component(component: Component, number: int, file: str) -> TargetError:
+def _missing_component(component: Component, number: int, file: str, taken_away: str) -> TargetError:
     reason = f": {component.reason}" if component.reason else ""
     return TargetError(
         "missing-component",
         f"{number} tensors of {component.prefix}* have no source{reason}",
         where=file,
-        hint=component.remedy,
+        found=taken_away,
+        hint=_TAKE_BACK if taken_away else component.remedy,
     )
 
 

@@ -31,6 +31,7 @@ def parse_size(text: str, *, binary: bool = False) -> int:
     unit = match["unit"].upper() if match else ""
     factor = _DECIMAL.get(unit) or (_BINARY.get(unit) if binary else None)
     if match is None or factor is None or float(match["number"]) * factor < 1:
-        hint = "file sizes are decimal, as on the hub: 5GB is 5,000,000,000 bytes" if unit in _BINARY else ""
+        decimal = f"{match['number']}{unit.replace('I', '')}" if match else ""
+        hint = f"write `{decimal}`: file sizes are decimal, as on the hub" if unit in _BINARY else ""
         raise UsageError("bad-size", f"{text!r} is not a size", expected="a number with KB, MB, GB or TB", hint=hint)
     return int(float(match["number"]) * factor)

@@ -207,7 +207,8 @@ def _whole(number: float, param: Param, argument: Argument) -> int:
     if isinstance(number, int) or number.is_integer():
         return int(number)
     what = f"`{param.name}: {argument.text}` is {number}, and a whole number is needed"
-    raise MappingError("op-value", what, where=str(argument.mark), hint="// divides without a rest")
+    hint = "write `//` in the place of `/`: it divides without a rest"
+    raise MappingError("op-value", what, where=str(argument.mark), hint=hint)
 
 
 def _shown(reference: Reference, bindings: Bindings) -> str:

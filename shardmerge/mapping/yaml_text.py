@@ -33,7 +33,7 @@ def read_yaml(text: str, file: str) -> Node:
             "yaml-too-large",
             f"a mapping file of more than {LARGEST_TEXT} characters is not read",
             where=file,
-            hint="one template stands for many tensors: `layers.{i}.{rest...}`",
+            hint="write one rule for many tensors, such as `layers.{i}.{rest...}`",
         )
     root = _compose(text, file)
     if root is None:

@@ -294,7 +294,7 @@ def _check(label: str, a: Meta, b: Meta, base: Meta, *others: Meta) -> None:
             f"{label}: A, B and the base do not fit",
             found=f"A {list(a.shape)}, B {list(b.shape)}, base {list(base.shape)}",
             expected="A [r, in], B [out, r], base [out, in]",
-            hint="is this the base that the adapter was trained on?",
+            hint="name the base that the adapter was trained on",
         )
 
 

@@ -432,7 +432,7 @@ def take(values: _Values, parts: int) -> int:
     if not 0 <= found < parts:
         raise MappingError(
             "op-value", f"`take: {found}` is not one of {parts} parts", expected=f"0 to {parts - 1}",
-            hint="parts are counted from 0",
+            hint=f"write `take: {parts - 1}` for the last part: the first is 0",
         )  # fmt: skip
     return found
 

@@ -129,7 +129,7 @@ class _Builder:
             "this checkpoint has no whole 16-bit module: ZeRO-3 saves placeholders of it",
             where=self.first.path,
             found=f"{len(absent)} tensors without data: {shown(absent)}" if absent else "",
-            hint="use the fp32 view and cast it: --dtype bfloat16",
+            hint="leave --view out, and cast the fp32 weights: --dtype bfloat16",
         )
 
     def _add_module(self) -> None:
@@ -309,6 +309,7 @@ class _Builder:
                     f"rank {optim.rank.data_parallel} does not have the {what} that param_shapes lists",
                     f"{len(optim.partitions)} in {optim.rank.path.name}",
                     str(groups),
+                    ONE_SAVE,
                 )
 
     def _check_group_size(self, index: int, held: int, needed: int) -> None:
@@ -320,7 +321,7 @@ class _Builder:
                 f"the ranks together do not hold parameter group {index}",
                 f"{held} elements in {len(self.optims)} files",
                 f"{needed} elements, as param_shapes says",
-                "a rank file is missing, or files of two runs are mixed",
+                ONE_SAVE,
             )
 
     def _layout(self, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:

@@ -170,5 +170,5 @@ def kind_not_yet(folder: Path, kind: str, found: str = "") -> CheckpointError:
         f"this is a {kind} DeepSpeed checkpoint, which shardmerge does not read yet",
         where=str(folder),
         found=found,
-        hint="ZeRO stages 0 to 3 without model parallelism are read",
+        expected="ZeRO stages 0 to 3 without model parallelism",
     )

@@ -133,7 +133,7 @@ class RankReader:
                 f"the optimizer file has no {key}",
                 where=file.path,
                 found=shown(list(state)) if state else "no optimizer_state_dict",
-                hint="shardmerge reads the files of DeepSpeed 0.9 to 0.19, ZeRO stages 0 to 3",
+                expected=f"{key}, as DeepSpeed 0.9 to 0.19 write it for ZeRO stages 0 to 3",
             )
         base = _base_state(state)
         return OptimState(

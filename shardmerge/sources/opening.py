@@ -178,9 +178,10 @@ def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
         return _deepspeed(tag, options)
     except ShardmergeError as error:
         model = next(iter(usual_models(folder)), None)
-        if model is not None:
-            last = error.each()[-1]
-            last.hint = "; ".join(filter(None, (last.hint, f"or take the 16-bit model beside it: pass {model}")))
+        last = error.each()[-1]
+        if model is not None and str(model) not in last.hint:
+            before = f"{last.hint}; or " if last.hint else ""
+            last.hint = f"{before}take the 16-bit model beside it: pass {model}"
         raise
 
 

@@ -188,11 +188,12 @@ def interpret_at(data: bytes | memoryview, start: int, *, where: str, legacy: bo
             "damaged-pickle",
             f"the pickle is malformed: {_ACCIDENTS.get(type(error), 'a bad name or text')}",
             where=f"{where}, byte {base + machine.op}",
-            hint="copy or download the file again; a checkpoint still being written looks like this too",
+            hint=_AGAIN,
         ) from error
     return Parsed(value, machine.pos, machine.storages)
 
 
+_AGAIN = "copy or download the file again; a checkpoint still being written looks like this too"
 _ACCIDENTS: dict[type[Exception], str] = {
     IndexError: "it ends early, or takes a value that was never pushed",
     KeyError: "it refers to a memo entry that was never written",
@@ -206,7 +207,7 @@ def _hostile(what: str, found: str = "", expected: str = "") -> CheckpointError:
 
 
 def _damaged(what: str, found: str = "", expected: str = "") -> CheckpointError:
-    return CheckpointError("damaged-pickle", what, found=found, expected=expected)
+    return CheckpointError("damaged-pickle", what, found=found, expected=expected, hint=_AGAIN)
 
 
 def _kind(value: Value) -> str:

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _MOST_DEPTH = 100
 # Bytes of pickles whose values are kept: the values take about eight times as much. Ranks that share a node's GPUs
 # write a few hundred KB in as many variants as there are GPUs.
 _MOST_KNOWN = 4 << 20
+# Keys looked at on each level for a hint.
+_MOST_ROOTS = 20
 
 # Records of the tar that torch <= 0.1.9 wrote (``torch/serialization.py``, ``legacy_load``).
 _TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
@@ -285,7 +288,7 @@ def state_dict(root: Value, *, key: str = "") -> StateDict:
         for name in _ROOTS:
             if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
                 return _collect(root[name], name)
-        if any(isinstance(value, TensorRef) for value in root.values()):
+        if any(_is_tensor(value) for value in root.values()):
             return _collect(_without_optimizer(root), "")
     raise _no_tensors(root, "")
 
@@ -296,20 +299,14 @@ def _without_optimizer(root: dict[object, Value]) -> dict[object, Value]:
 
 def _descend(root: Value, key: str) -> Value:
     """Keys may hold dots themselves, so the longest one that fits wins."""
-    if not key:
-        return root
-    parts = key.split(".")
-    names = root if isinstance(root, dict) else {}
-    for end in range(len(parts), 0, -1):
-        name = ".".join(parts[:end])
-        if name in names:
-            return _descend(names[name], ".".join(parts[end:]))
-    raise UsageError(
-        "unknown-root",
-        f"the file has no {key!r}",
-        found=_keys(root),
-        hint="name a key, or several joined with dots",
-    )
+    value, parts = root, key.split(".")
+    while parts:
+        names = value if isinstance(value, dict) else {}
+        end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names), 0)
+        if not end:
+            raise UsageError("unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key))
+        value, parts = names[".".join(parts[:end])], parts[end:]
+    return value
 
 
 def _collect(holder: Value, root_key: str) -> StateDict:
@@ -371,7 +368,7 @@ def _unsupported(name: str, value: Value) -> CheckpointError:
         "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
         where=name,
         found=value.type.path if isinstance(value, Opaque) else "",
-        hint="save it as a plain dense tensor, or name another root",
+        hint="where it is trusted, load it with torch and save what to_dense() or dequantize() gives",
     )
 
 
@@ -380,8 +377,24 @@ def _no_tensors(root: Value, key: str) -> CheckpointError:
         "no-tensors",
         f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
         found=_keys(root),
-        hint="name the dict that holds the weights as the root, with dots for nested ones",
+        hint=_root_hint(root, key),
     )
+
+
+def _root_hint(root: Value, key: str) -> str:
+    """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
+    roots = list(islice(_roots(root), _MOST_ROOTS))
+    best = max(roots, key=lambda root: len(os.path.commonprefix((root, key))), default="")  # reading imports nothing
+    return f"say --root {best}, in a mapping `root: {best}`" if best else ""
+
+
+def _roots(value: Value, prefix: str = "", depth: int = 3) -> Iterator[str]:
+    """Yields the dotted names of the dicts inside that hold tensors."""
+    for name, item in islice(value.items(), _MOST_ROOTS) if isinstance(value, dict) and depth else ():
+        if isinstance(item, dict):
+            if any(_is_tensor(leaf) for leaf in islice(item.values(), _MOST_ROOTS)):
+                yield f"{prefix}{str(name)[:80]}"
+            yield from _roots(item, f"{prefix}{str(name)[:80]}.", depth - 1)
 
 
 def _keys(value: Value) -> str:

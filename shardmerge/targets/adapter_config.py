@@ -60,7 +60,17 @@ _REFUSED: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA samples around A with parameters of its own",
     "enable_lora": "enable_lora adapts parts of a fused layer",
 }
-_BY_PEFT = "merge it with peft's merge_and_unload where peft can"
+_BY_PEFT = (
+    "let peft merge it, and convert MERGED: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
+    "ADAPTER).merge_and_unload().save_pretrained(MERGED)"
+)
+
+_BESIDE = (
+    "no merge can do it: load it beside its base, "
+    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
+)
+# Of those above: what peft 0.19 merges into numbers that answer as the adapter does.
+_MERGED_BY_PEFT = frozenset({"target_parameters", "use_bdlora", "kasa_config", "monteclora_config"})
 
 # Initialisations that leave the base as it is, by `LoraLayer.update_layer`. A missing one is peft's default.
 _UNCHANGED = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -141,7 +151,7 @@ def _refusals(config: JsonObject, where: str) -> Iterator[ShardmergeError]:
             else f"the adapter's config sets `{shown(key)[1:-1]}`, which is not known here and may change the sums",
             where=where,
             found=f"{shown(key)[1:-1]}: {shown(value)}",
-            hint=_BY_PEFT if known else f"{_BY_PEFT}; if it changes no weight, remove the line from {NAME}",
+            hint=_way_on(key),
         )
     yield from _changed_base(config.get("init_lora_weights"), where)
     if config.get("bias") not in _BIASES:
@@ -165,6 +175,12 @@ def _changed_base(init: object, where: str) -> Iterator[ShardmergeError]:
         hint="let peft write it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...); or "
         f"name the residual model that it was trained on as the base, and set init_lora_weights to true in {NAME}",
     )
+
+
+def _way_on(key: str) -> str:
+    if key in _REFUSED:
+        return _BY_PEFT if key in _MERGED_BY_PEFT else _BESIDE
+    return f"{_BY_PEFT}; if it changes no weight, remove the line from {NAME}"
 
 
 def _odd(key: str, value: object, expected: str, where: str) -> MappingError:

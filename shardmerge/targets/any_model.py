@@ -65,12 +65,15 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
     part["vocab_size"] = counted.count
     tensors = {name: (counted.count, *shape[1:]) for name, shape in _over_vocabulary(catalog, size)}
     if not tensors:
+        source = request.roles.get("text", "text")
         raise TargetError(
             "no-vocabulary",
             "none of the source's tensors is known as an embedding or head over the vocabulary",
             where=catalog.path,
             found=f"no name that ends in {', '.join(_VOCABULARY[:4])}, ... with {size} rows",
-            hint="leave `vocabulary:` out, and write rules with `op: resize` for these tensors",
+            hint="leave `vocabulary:` out, set vocab_size under `config:`, and write a rule for each such tensor, as "
+            f'`NAME: {{op: concat, of: ["{source}:NAME", {{op: new_rows, of: "{source}:NAME", '
+            f"rows: {max(counted.count - size, 1)}}}]}}`",
         )
     made = (SideFile("config.json", (dump(config, sort=False),)), *tokens.files)
     resized = counted.resized(tensors)

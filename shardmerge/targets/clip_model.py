@@ -13,7 +13,7 @@ from shardmerge.shown import shown
 from shardmerge.targets import clip, open_clip_config, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, layers, load_object, portable, stored_dtype
 from shardmerge.targets.clip import VisionArchitecture
-from shardmerge.targets.expectation import Component, Expectation, ReadSideFile, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, ReadSideFile, Request, SideFile, Target, described_by
 from shardmerge.tensors import Catalog, Shape
 
 _OPEN_CLIP = "open_clip_config.json"
@@ -38,7 +38,7 @@ def expect_vision(request: Request) -> Expectation:
         tensors=dict(clip.expected(vision)),
         side_files=(SideFile("config.json", (dump(written),)), images),
         beside=catalog.side_files,
-        components=(Component("vision_model.", "", f"Check that {where} describes these weights"),),
+        components=(described_by("vision_model.", where),),
         warnings=warnings,
     )
 
@@ -72,7 +72,7 @@ def expect_model(request: Request) -> Expectation:
             *tokenizer.copies(catalog.side_files),
         ),
         beside=catalog.side_files,
-        components=(Component("", "", f"Check that {where} describes these weights"),),
+        components=(described_by("", where),),
         warnings=warnings,
     )
 

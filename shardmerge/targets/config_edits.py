@@ -114,7 +114,7 @@ def _no_key(what: str, key: str, place: Mapping[str, object], edits: ConfigEdits
         f"`{what}: {key}` names nothing in config.json that it could be done to",
         where=edits.where,
         found=f"keys {shown(sorted(keys), 200)}",
-        hint="correct the key, or remove the line",
+        hint=f"remove `{what}: {key}`, or name one of these keys",
     )
 
 

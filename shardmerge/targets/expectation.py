@@ -48,6 +48,12 @@ class Component:
     remedy: str
 
 
+def described_by(prefix: str, where: str) -> Component:
+    """Returns the part that a config describes as a whole: without a tensor of it, it is that of another model."""
+    remedy = f"name a source that has them, or put the config.json of these weights in the place of {where}"
+    return Component(prefix, "", remedy)
+
+
 How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
 FileMode: TypeAlias = Literal["model", "all", "none"]
 FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from shardmerge.errors import TargetError
 from shardmerge.targets import llama, rewritten_configs, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
-from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, Request, SideFile, Target, described_by
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import bad_option, count
@@ -57,7 +57,7 @@ def expect(request: Request) -> Expectation:
             *tokenizer.copies(catalog.side_files),
         ),
         beside=catalog.side_files,
-        components=(Component("", "", f"Check that {where} describes these weights"),),
+        components=(described_by("", where),),
         warnings=(
             *shuffle_warnings,
             *id_warnings,
@@ -112,7 +112,8 @@ def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where:
             f"the tokenizer has no `{_IMAGE_TOKEN}`, the token that stands for an image",
             where=catalog.path,
             expected=f"the tokenizer of the InternVLChat, which has `{_IMAGE_TOKEN}`",
-            hint="set the target's option, e.g. `image_token_id: 151667`, if another token plays its part",
+            hint="put the tokenizer of these weights beside them; or say which token plays its part, e.g. "
+            "`target: {name: hf/internvl, config: SOURCE, image_token_id: 151667}`",
         )
     assumed = _IMAGE_IDS.get(text.model_type, 92546)
     beyond = f", which is beyond the {text.vocab_size} rows of this one" if assumed >= text.vocab_size else ""

@@ -94,7 +94,7 @@ def _dividing(hidden: int, heads: int, where: str) -> None:
             "`hidden_size` in config.json is not a multiple of `num_attention_heads`",
             where=where,
             found=f"{hidden} and {heads}",
-            hint="correct whichever does not describe these weights",
+            hint=f"correct the one of the two that does not describe these weights in {where}",
         )
 
 

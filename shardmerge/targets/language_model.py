@@ -7,7 +7,7 @@ from dataclasses import replace
 from shardmerge.compose import own_dtype
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
-from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, Request, SideFile, Target, described_by
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import Rows, id_warnings, rows, tokenizer_files
@@ -51,7 +51,7 @@ def expect(request: Request) -> Expectation:
             *tokens.files,
         ),
         beside=tokens_of.side_files,
-        components=(Component("model.", "", f"Check that {text.where} describes these weights"),),
+        components=(described_by("model.", text.where),),
         warnings=warnings,
     )
 

@@ -134,7 +134,7 @@ def _check_classes(config: Mapping[str, object], model_type: str, where: str) ->
             where=where,
             found=f"model_type {shown(model_type)}, architectures {shown(odd)}",
             expected=f"a class of {model_type}",
-            hint="correct the one that is wrong in a copy of this file",
+            hint=f"correct `architectures` or `model_type`, whichever is wrong, in {where}",
         )
 
 

@@ -140,7 +140,7 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
         where=players.trained.path if players.trained else "",
         found=wiring.told,
         expected="projector_depth 2",
-        hint="the targets official/llava and xtuner/llava hold a projector of any depth",
+        hint="name a target that holds a projector of any depth: `official/llava` or `xtuner/llava`",
     )
     return [problem]
 
@@ -189,12 +189,12 @@ def _tensors(model: Model) -> dict[str, Shape]:
 def _components(model: Model) -> tuple[Component, ...]:
     players = model.players
     remedy = (
-        f"Check that `{players.trained_name}` is the checkpoint of the training: XTuner always saves the projector "
-        "with it"
+        f"name the checkpoint of the training as `{players.trained_name}`: XTuner always saves the projector with it"
     )
-    newline = (model.names.newline, "", f"Every {model.kind.model_type} has it: do not drop it")
+    kind = model.kind.model_type
+    newline = Component(model.names.newline, f"every {kind} has it", f"name a checkpoint of a {kind} that has it")
     parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
-    return (*parts, Component(*newline)) if model.kind.newline else parts
+    return (*parts, newline) if model.kind.newline else parts
 
 
 # ---- config.json and generation_config.json

@@ -214,7 +214,7 @@ def _is_linear(model: _Model) -> bool:
 
 def _components(model: _Model) -> tuple[Component, ...]:
     players = model.players
-    remedy = f"Check that `{players.trained_name}` is the checkpoint of the training, which always has the projector"
+    remedy = f"name the checkpoint of the training as `{players.trained_name}`: it always has the projector"
     return (Component(PROJECTOR, "", remedy), players.vision.component, players.text.component)
 
 

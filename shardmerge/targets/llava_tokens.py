@@ -68,7 +68,7 @@ def _kept_tokens(
             where=request.where,
             found=f"no image_token_index in {text.where}",
             expected="`image_token_index` in its config.json",
-            hint="vocabulary: extend",
+            hint="write `vocabulary: extend` in the target",
         )
     known = tokenizer.token_id(side_files, request.read, IMAGE_TOKEN)
     if request.vocabulary is None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.shown import inspecting
 from shardmerge.targets import clip, llama, peft_adapter, projector_code
 from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
@@ -111,7 +112,7 @@ def _missing(players: Cast, request: Request, forms: tuple[_Form, _Form]) -> lis
 
 def _joined(branches: list[_Branch], players: Cast) -> Expectation:
     prefixed = [(f"{branch.folder}/" if branch.folder else "", branch) for branch in branches]
-    remedy = f"Check that `{players.trained_name}` is the checkpoint of the training"
+    remedy = f"name the checkpoint of the training as `{players.trained_name}`, and leave `parts: all` out"
     return Expectation(
         tensors={prefix + name: shape for prefix, branch in prefixed for name, shape in branch.tensors.items()},
         resized={name: resize for branch in branches for name, resize in branch.resized},
@@ -223,7 +224,7 @@ def _widths(request: Request, trained: Catalog) -> tuple[int, int]:
         "the checkpoint has no projector, which XTuner saves with every LLaVA",
         where=trained.path,
         expected=" or ".join(_FIRST),
-        hint=f"check what it holds: `shardmerge inspect {trained.path}`",
+        hint=f"name the checkpoint of the training; {inspecting(trained.path)} lists what this one holds",
     )
 
 

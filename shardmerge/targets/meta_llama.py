@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dump
-from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target, described_by
 from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import choice, count
@@ -53,7 +53,7 @@ def expect(request: Request) -> Expectation:
             *((SideFile("tokenizer.model", (tokenizer,)),) if tokenizer else ()),
         ),
         beside=text.catalog.side_files,
-        components=(Component("", "", f"Check that {text.where} describes these weights"),),
+        components=(described_by("", text.where),),
         warnings=_window(text),
         groups=tuple(FileGroup(f"{rank}.", "", f"consolidated.{rank}", ".pth", sharded=False) for rank in names),
     )

@@ -156,7 +156,9 @@ def _check_tiles(config: Mapping[str, object], *, tiles: bool, where: str) -> No
             where=where,
             found=f"mm_patch_merge_type {shown(merge)}, image_aspect_ratio {shown(ratio)}",
             expected="mm_patch_merge_type 'flat', image_aspect_ratio 'pad' or 'square'",
-            hint="use: llava/official-to-hf-next" if merge == "spatial_unpad" and ratio in ("anyres", usual) else "",
+            hint="take the preset of LLaVA-NeXT: `use: llava/official-to-hf-next`"
+            if merge == "spatial_unpad" and ratio in ("anyres", usual)
+            else "",
         )
     if tiles and (merge != "spatial_unpad" or ratio != "anyres"):
         raise TargetError(
@@ -165,7 +167,9 @@ def _check_tiles(config: Mapping[str, object], *, tiles: bool, where: str) -> No
             where=where,
             found=f"mm_patch_merge_type {shown(merge)}, image_aspect_ratio {shown(ratio)}",
             expected="mm_patch_merge_type 'spatial_unpad', image_aspect_ratio 'anyres'",
-            hint="use: llava/official-to-hf" if merge == "flat" and ratio in (usual, "square", "pad") else "",
+            hint="take the preset of LLaVA 1.5: `use: llava/official-to-hf`"
+            if merge == "flat" and ratio in (usual, "square", "pad")
+            else "",
         )
 
 

@@ -126,7 +126,7 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
             "nobody says the adapter's alpha, and its weights cannot tell",
             where=where,
             expected="`lora_alpha` in the training config or in adapter_config.json",
-            hint="set the target's option, e.g. `alpha: 16`",
+            hint="say the run's in the target: `target: {name: peft/adapter, trained: SOURCE, alpha: 16}`",
         )
     halves = _halves(tensors)
     if halves:
@@ -134,7 +134,7 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
             "adapter-incomplete",
             f"{len(halves)} modules of the adapter have A without B, or B without A: {', '.join(halves[:3])}",
             where=where,
-            hint="if the other half was dropped, drop both",
+            hint="fetch the checkpoint again, whole; a line under `drop:` that takes one half must take both",
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: found for module, found in ranks.items() if found != rank}
@@ -262,7 +262,7 @@ def _prefix(request: Request, catalog: Catalog) -> str:
             "the checkpoint has more than one adapter",
             where=catalog.path,
             found=", ".join(sorted(repr(prefix) for prefix in found)),
-            hint=f"set the target's option, e.g. `under: {min(found)}`",
+            hint=f"say which one: `target: {{name: peft/adapter, trained: SOURCE, under: {min(found)}}}`",
         )
     return next(iter(found), "")
 

@@ -1,0 +1,30 @@
+"""Mistakes whose hints are followed, by subject, and the hints that no row follows."""
+
+from __future__ import annotations
+
+from tests.following import Row
+from tests.hint_rows import (
+    adapter_bases,
+    adapters,
+    checkpoints,
+    deepspeed,
+    faults,
+    llava,
+    mapping,
+    models,
+    names,
+    ops,
+    output,
+    presets,
+    quantized,
+    targets,
+    torch_files,
+)
+from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
+
+_TEXTS = (mapping, names, ops, presets, output)
+_INPUTS = (adapters, adapter_bases, deepspeed, checkpoints, torch_files, quantized)
+_RESULTS = (models, targets, llava, faults)
+ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
+
+__all__ = ["ELSEWHERE", "NOTHING_TO_DO", "OUT_OF_REACH", "ROWS"]

@@ -1,0 +1,40 @@
+"""Hints that no row follows: the code, words of the hint, and why."""
+
+from __future__ import annotations
+
+# There is nothing in them that could be done.
+NOTHING_TO_DO: list[tuple[str, str, str]] = [
+    ("unsafe-index", "do not use this checkpoint", "a warning of somebody hostile"),
+    ("hostile-pickle", "do not open it with torch.load either", "a warning of somebody hostile"),
+    ("internal-error", "SHARDMERGE_TRACEBACK=1", "a bug of ours is to be reported"),
+    ("adapter-setting", "no merge can do it", "the adapter is used with peft, and nothing is converted"),
+    ("adapter-without-base", "run the adapter beside its base", "the adapter is used with peft"),
+    ("unknown-preset", "known here", "all are listed where they are 20 at most, and there are more"),
+    ("unknown-op", "known here", "all are listed where they are 20 at most, and there are more"),
+]
+
+# Tests that follow them with means that a row has not: the file and the name.
+ELSEWHERE: list[tuple[str, str, str]] = [
+    ("no-transformers", "install it beside", "test_load_check.py::test_each_package_that_is_not_there_is_named"),
+    ("no-huggingface-hub", "pip install", "test_hub.py::test_a_snapshot_without_its_weights_is_completed"),
+    ("interrupted", "run it again", "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_starts_again"),
+    ("unwritable-output", "the disk loses", "test_io_errors.py::test_a_call_that_fails_ends_the_run"),
+    (
+        "bench-failed",
+        "run `shardmerge convert`",
+        "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_starts_again",
+    ),
+    (
+        "",
+        "--sources MAPPING makes every",
+        "test_cloning.py::test_verify_says_what_it_did_not_check_and_sources_find_it",
+    ),
+]
+
+# They ask for a model or a tool that cannot be had in a test.
+OUT_OF_REACH: list[tuple[str, str, str]] = [
+    ("cannot-check", "leave --check out", "no small model has been met whose loading looks at values"),
+    ("torch-tar", "with a torch of today", "no torch that can be installed writes such files"),
+    ("kind-not-yet", "Megatron's tools/checkpoint/convert.py", "Megatron is no package, and takes GPUs"),
+    ("kind-not-yet", "Megatron's training command", "Megatron is no package, and takes GPUs"),
+]

@@ -1,0 +1,140 @@
+"""What is said of the output, of presets and of options; and what stands in the way when it is written."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.following import Follow, Row, change, near, pasted, ran, said
+from tests.hint_rows.given import mapped, told
+from tests.test_mistakes import GQA, REST
+
+LLAMA = "target: {name: hf/llama, text: m}\n"
+INIT = ("init",)
+
+
+def output(keys: str, start: str = "", source: str = "$gqa") -> str:
+    return start + GQA.replace("output: out", f"output: {{path: out, {keys}}}").replace("$gqa", source) + REST
+
+
+def more(*args: str) -> Follow:
+    """Adds the option that the hint begins with, or these."""
+    return lambda call: call.args.extend(args or call.hint.replace(",", " ").split()[1:3])
+
+
+OUTPUT = [
+    Row("no output", GQA.replace("output: out\n", "") + REST, "no-output", pasted),
+    Row(
+        "a name under keep that is not there",
+        output("keep: [model.nrom.weight]"),
+        "keep-matches-nothing",
+        near("model.nrom.weight"),
+    ),
+    Row(
+        "a name under keep like no other",
+        output("keep: [q0815]"),
+        "keep-matches-nothing",
+        lambda call: (call.change(", keep: [q0815]", ""), ran(call)),
+    ),
+    Row(
+        "a type that decides nothing",
+        output('dtypes: {"model.{r...}": bf16, model.norm.weight: f32}'),
+        "no-effect",
+        told(
+            "write it before the others",
+            '{"model.{r...}": bf16, model.norm.weight: f32}',
+            '{model.norm.weight: f32, "model.{r...}": bf16}',
+        ),
+    ),
+    Row(
+        "a type of what is no float",
+        output("dtypes: {ids: bf16}", source="$mixed"),
+        "no-effect",
+        told("remove it", ", dtypes: {ids: bf16}", ""),
+    ),
+    Row("a type that does not exist", output("dtype: bf61"), "unknown-dtype", said("bf61")),
+    Row("a type that is no float", output("dtype: int8"), "unknown-dtype", said("int8")),
+    Row("a size in the unit of memory", output("shard_size: 5GiB"), "bad-size", said("5GiB")),
+    Row(
+        "a vocabulary without a target",
+        GQA.replace("output: out", "output: out\nvocabulary: {rows: 128}") + REST,
+        "no-target",
+        lambda call: call.add(call.ticked()[0].replace("SOURCE", "m")),
+    ),
+    Row(
+        "a vocabulary of a model without words",
+        "sources: {m: $clip}\noutput: out\ntarget: {name: hf/clip, config: m}\nvocabulary: {rows: 128}\ntensors:\n"
+        + REST,
+        "no-effect",
+        told("remove `vocabulary`", "vocabulary: {rows: 128}\n", ""),
+        "unexpected-target",
+    ),
+    Row(
+        "files without a target",
+        output("files: model"),
+        "no-target",
+        lambda call: call.add(call.ticked()[0].replace("SOURCE", "m")),
+    ),
+    Row(
+        "a config without a target",
+        GQA + REST + "config: {set: {use_cache: false}}\n",
+        "no-config",
+        lambda call: call.add(call.ticked()[0].replace("SOURCE", "m")),
+    ),
+    Row(
+        "a target that does not exist",
+        "target: {name: hf/lama, text: m}\n" + GQA + REST,
+        "unknown-target",
+        said("hf/lama"),
+    ),
+    Row(
+        "a target of nothing like it",
+        "target: {name: zzz, text: m}\n" + GQA + REST,
+        "unknown-target",
+        change("zzz", "hf/llama"),
+    ),
+    Row(
+        "a role that the target does not have",
+        "target: {name: hf/llama, llm: m}\n" + GQA + REST,
+        "unknown-role",
+        change("llm: m", "text: m", "text"),
+    ),
+    Row(
+        "a misspelt option of the target",
+        "target: {name: hf/llama, text: m, contxt: 64}\n" + GQA + REST,
+        "unknown-role",
+        said("contxt"),
+    ),
+    Row(
+        "a source without tensors that nobody uses",
+        mapped(
+            GQA.replace("m: $gqa", "m: $gqa, c: ck") + REST,
+            before=lambda call: (
+                (call.folder / "ck").mkdir(),
+                shutil.copy(call.world["gqa"] / "config.json", call.folder / "ck"),
+            ),
+        ),
+        "unknown-source",
+        told("remove it", ", c: ck", ""),
+    ),
+    Row(
+        "a pattern of files that fits nothing",
+        output('files: {include: ["*.zzz"]}', LLAMA),
+        "file-matches-nothing",
+        told("remove the pattern", 'include: ["*.zzz"]', ""),
+    ),
+    Row(
+        "the config left out",
+        output('files: {exclude: ["*.json"]}', LLAMA),
+        "needed-file",
+        told("do not fit config.json", "*.json", "shardmerge*.json"),
+        "file-matches-nothing",
+    ),
+    Row(
+        "a name that no reader takes",
+        GQA.replace("tensors:\n", "tensors:\n  __metadata__: m:model.norm.weight\n") + REST,
+        "unusable-name",
+        told("another name", "__metadata__", "metadata"),
+    ),
+]
+
+ROWS = [*OUTPUT]
