@@ -36,6 +36,22 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture
+def remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code of checkpoints in a cache of its own, and forgotten: transformers keeps it in one package of the process."""
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+    monkeypatch.setattr(sys, "path", [cache, *sys.path])
+    _forget_remote_code()
+    yield
+    _forget_remote_code()
+
+
+def _forget_remote_code() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 def read_entry(entry: TensorEntry) -> Array:
     """Reads a tensor whole, through its pieces."""
     data = bytearray(entry.nbytes)

@@ -115,6 +115,7 @@ def test_the_configs_are_xtuners(tmp_path):
     assert ours.to_dict() | own == theirs.to_dict() | own
 
 
+@pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_projector_of_any_depth_loads_and_computes(tmp_path, depth):
     save_file = pytest.importorskip("safetensors.torch").save_file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import textwrap
 from pathlib import Path
 
@@ -90,7 +89,8 @@ def test_a_directory_of_work_is_no_model(tmp_path: Path) -> None:
     assert beside(tmp_path / "out") == {"tokenizer.json", "qwen.tiktoken"}
 
 
-def test_a_model_with_its_own_code_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("remote_code")
+def test_a_model_with_its_own_code_loads(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
     names = {"AutoConfig": "configuration_my.MyConfig", "AutoModel": "modeling_my.MyModel"}
@@ -117,10 +117,6 @@ def test_a_model_with_its_own_code_loads(tmp_path: Path, monkeypatch: pytest.Mon
     save_file({"fc.weight": torch.full((2, 2), 3.0)}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "my", "auto_map": names}))
     assert sm.convert(folder, tmp_path / "out", options=sm.Options(dtype="bfloat16")).plan.warnings == ()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # another test's cache
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(loaded.fc.weight.float(), torch.full((2, 2), 3.0))
 
