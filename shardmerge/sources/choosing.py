@@ -30,6 +30,8 @@ _MOST_FOLDERS = 1000
 _NO_CHECKPOINTS = (".", "optim", "scheduler")
 _LISTED = 8
 _NUMBER = re.compile(r"\d+")
+# ``checkpoint-500`` of the Trainer, ``global_step500`` of DeepSpeed, ``step_500``, ``epoch-1``, ``iter_500.pth``.
+_NUMBERED = re.compile(r"(checkpoint|global_step|step|epoch|iter)[-_=]?\d+(\.\w+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,14 @@ def _last_number(name: str) -> int:
 
 
 def tags_near(folder: Path) -> tuple[str, ...]:
-    """Returns the ZeRO checkpoints in a directory and beside it, the newest first: they have what was not gathered."""
+    """Returns the ZeRO checkpoints in a directory and beside it, the newest first: they have what was not gathered.
+
+    Beside it only what a run numbers: any other directory there may be of another model.
+    """
     inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
     if not inside and (folder / ADAPTER).is_file() | bool(usual_models(folder)):
-        inside = [path for path in checkpoints_inside(folder.parent) if path != folder and _is_zero(path)]
+        beside = (path for path in checkpoints_inside(folder.parent) if path != folder)
+        inside = [path for path in beside if _NUMBERED.fullmatch(path.name) and _is_zero(path)]
     return tuple(str(path) for path in reversed(inside))
 
 
