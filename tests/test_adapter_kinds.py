@@ -408,6 +408,19 @@ def test_a_tied_base_answers_as_the_run_did(tmp_path: Path, case: str, use: str)
     assert ("tie_word_embeddings: false" in " ".join(done.plan.warnings)) is untied
 
 
+def test_a_head_that_follows_its_embedding_stays_tied(tmp_path: Path) -> None:
+    """peft writes both weights and cannot load one; where the copy was left out, the flag says what the head is."""
+    base = llama(tie_word_embeddings=True)
+    saved(base, tmp_path / "base")
+    trained(opened(base, tmp_path / "base"), tmp_path / "lora", **json.loads(json.dumps(TIED["tied on purpose"])))
+    state = load_file(tmp_path / "lora" / WEIGHTS)
+    change_tensors(tmp_path / "lora", {name: None for name in state if "lm_head" in name})
+    merge(tmp_path)
+    model = loaded(tmp_path / "out")
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, state["base_model.model.model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("tied", [True, False, None])
 @pytest.mark.parametrize("owner", ["embedding", "head"])
 @pytest.mark.parametrize("case", ["embedding whole", "head by LoRA"])
