@@ -16,7 +16,17 @@ from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, ra
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
-from shardmerge.packed import ACTIVATION_SCALES, FLOAT8, FP8, Packed, fp8_weights, packed_weights, titles, unscaled
+from shardmerge.packed import (
+    ACTIVATION_SCALES,
+    FLOAT8,
+    FP8,
+    Packed,
+    fp8_weights,
+    is_wide,
+    packed_weights,
+    titles,
+    unscaled,
+)
 from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
 from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves, of_source
 
@@ -140,7 +150,7 @@ class _Source:
         """Weights of 16 bits beside block scales: somebody cast the codes, or dequantized them and left the scales."""
         scales = [name for name in self._names() if name.endswith("_scale_inv")]
         weights = {name: name.removesuffix("_scale_inv") for name in scales}
-        odd = [name for name in scales if weights[name] in self.catalog and _is_wide(self.catalog[weights[name]])]
+        odd = [name for name in scales if weights[name] in self.catalog and is_wide(self.catalog[weights[name]])]
         if odd:
             first = weights[odd[0]]
             yield CheckpointError(
@@ -250,10 +260,6 @@ class _Source:
             expected=f"{names[0]}_scale_inv or {names[0]}_scale",
             hint="fetch the checkpoint again: all files with scales belong to it",
         )
-
-
-def _is_wide(entry: TensorEntry) -> bool:
-    return entry.dtype.kind == "float" and entry.dtype.itemsize > 1
 
 
 def as_plain(catalog: Catalog) -> Catalog:

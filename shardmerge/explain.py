@@ -6,12 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.clones import Moved, moved
-from shardmerge.json_rows import Fields, Rows
+from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan import Plan, PlannedTensor, bytes_read, canonical, tensor_json
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
-
-# Schema of every --json answer of this module.
-JSON_SCHEMA = 1
 
 
 def human_bytes(count: int) -> str:

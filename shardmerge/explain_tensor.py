@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 from shardmerge.errors import UsageError
-from shardmerge.explain import JSON_SCHEMA, human_bytes
+from shardmerge.explain import human_bytes
+from shardmerge.json_rows import JSON_SCHEMA
 from shardmerge.mapping.near import NameIndex, shown
 from shardmerge.memory import making_peak
 from shardmerge.plan import Plan, PlannedShard, PlannedTensor, bytes_read, is_copy

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+# Schema of every --json answer, errors included.
+JSON_SCHEMA = 1
+
 Encode: TypeAlias = Callable[[object], str]
 
 

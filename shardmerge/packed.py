@@ -152,7 +152,7 @@ def packed_weights(catalog: Catalog) -> dict[str, Packed]:
     found: dict[str, Packed] = {}
     for name in catalog.names():
         entry = catalog[name]
-        if _is_wide(entry) and name.endswith(".weight") and f"{name}.absmax" not in catalog.entries:
+        if is_wide(entry) and name.endswith(".weight") and f"{name}.absmax" not in catalog.entries:
             continue  # most names of most models
         packed = _packed(catalog, name, entry)
         if packed is not None:
@@ -194,7 +194,8 @@ def _is_weight(name: str) -> bool:
     return "scale" not in name.rpartition(".")[2] and not name.endswith(("_qdata", "._data"))
 
 
-def _is_wide(entry: TensorEntry) -> bool:
+def is_wide(entry: TensorEntry) -> bool:
+    """Tells whether a tensor holds floats of more than eight bits: numbers, and no codes of float8."""
     return entry.dtype.itemsize > 1 and entry.dtype.kind == "float"
 
 

@@ -197,7 +197,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Bytes of all files of the output directory, the receipt not included."""
-        sides = sum(_length(part) for side in self.side_files for part in side.parts)
+        sides = sum(side.nbytes for side in self.side_files)
         return sum(shard.nbytes for shard in self.shards) + sides
 
     @property

@@ -113,10 +113,10 @@ def read_config(catalog: Catalog, read: ReadSideFile) -> JsonObject | None:
 
 def _load(side: SideFile, read: ReadSideFile) -> JsonObject | None:
     """Returns a config, or None for a file that says nothing that could be compared."""
-    if sum(len(part) if isinstance(part, bytes) else part.nbytes for part in side.parts) > MAX_JSON_BYTES:
+    if side.nbytes > MAX_JSON_BYTES:
         return None
     try:
-        value = json.loads(b"".join(part if isinstance(part, bytes) else read(part) for part in side.parts))
+        value = json.loads(side.content(read))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

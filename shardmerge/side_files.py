@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 from shardmerge.pins import Pins, source_changed
 from shardmerge.plan import Plan
@@ -67,7 +68,7 @@ def content(plan: Plan, side: SideFile) -> bytes:
     CheckpointError
         ``source-changed``.
     """
-    return b"".join(part if isinstance(part, bytes) else _as_planned(plan, part) for part in side.parts)
+    return side.content(partial(_as_planned, plan))
 
 
 def _as_planned(plan: Plan, part: Extent) -> bytes:

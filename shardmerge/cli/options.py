@@ -99,12 +99,10 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
     return name, value
 
 
-# Schema of every --json answer, errors included.
-JSON_SCHEMA = 1
-
-
 def dumped(value: Mapping[str, object]) -> str:
     """Returns an answer as JSON text, its schema number first."""
+    from shardmerge.json_rows import JSON_SCHEMA
+
     return json.dumps({"schema": JSON_SCHEMA, **value}, indent=2)
 
 

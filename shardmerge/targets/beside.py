@@ -152,7 +152,7 @@ def _imported(files: Sequence[SideFile], read: ReadSideFile) -> Iterator[_Named]
     """Yields the modules beside it that a model's code imports, as transformers looks for them."""
     for file in files:
         if file.name.endswith(".py") and "/" not in file.name:
-            for match in _RELATIVE.finditer(_content(file, read)):
+            for match in _RELATIVE.finditer(file.content(read)):
                 name = match[1].decode("ascii")
                 if not any(other.name.startswith(f"{name}/") for other in files):
                     yield _Named(f"{name}.py", file.name)
@@ -183,10 +183,6 @@ def _module_folders(value: object) -> Iterator[str]:
 
 def _object(file: SideFile, read: ReadSideFile) -> object:
     try:
-        return json.loads(_content(file, read))
+        return json.loads(file.content(read))
     except (ValueError, RecursionError):
         return None
-
-
-def _content(file: SideFile, read: ReadSideFile) -> bytes:
-    return b"".join(part if isinstance(part, bytes) else read(part) for part in file.parts)

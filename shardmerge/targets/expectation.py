@@ -28,6 +28,15 @@ class SideFile:
     name: str
     parts: tuple[bytes | Extent, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in self.parts)
+
+    def content(self, read: ReadSideFile) -> bytes:
+        """Returns the bytes, those of extents as ``read`` gives them."""
+        return b"".join(part if isinstance(part, bytes) else read(part) for part in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
