@@ -22,7 +22,6 @@ from shardmerge.version import __version__
 
 if TYPE_CHECKING:
     from shardmerge.api import convert, diff, open_checkpoint, plan, presets, run, verify
-    from shardmerge.conversion import Options, Result
     from shardmerge.errors import (
         CheckpointError,
         InterruptedRunError,
@@ -36,11 +35,13 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from shardmerge.inspection import inspect
     from shardmerge.lazy import LazyCheckpoint, LazyTensor
-    from shardmerge.plan import Plan
+    from shardmerge.plan.value import Plan
+    from shardmerge.prepare.conversion import Options
+    from shardmerge.prepare.inspection import inspect
+    from shardmerge.publish.running import Result
+    from shardmerge.publish.verify import Difference, Verdict
     from shardmerge.tensors import Catalog, TensorEntry
-    from shardmerge.verify import Difference, Verdict
 
 __all__ = [
     "Catalog",
@@ -77,7 +78,8 @@ __all__ = [
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
     "shardmerge.api": ("convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
-    "shardmerge.conversion": ("Options", "Result"),
+    "shardmerge.prepare.conversion": ("Options",),
+    "shardmerge.publish.running": ("Result",),
     "shardmerge.errors": (
         "CheckpointError",
         "InterruptedRunError",
@@ -91,11 +93,11 @@ _MODULES = {
         "UsageError",
         "VerificationError",
     ),
-    "shardmerge.inspection": ("inspect",),
+    "shardmerge.prepare.inspection": ("inspect",),
     "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
-    "shardmerge.plan": ("Plan",),
+    "shardmerge.plan.value": ("Plan",),
     "shardmerge.tensors": ("Catalog", "TensorEntry"),
-    "shardmerge.verify": ("Difference", "Verdict"),
+    "shardmerge.publish.verify": ("Difference", "Verdict"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -103,8 +105,8 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 class _Door(ModuleType):
     """The package: public names are imported when they are first asked for.
 
-    Two of them, ``plan`` and ``verify``, are functions and modules at once. Python binds a module to its package
-    when it is imported, whoever imports it, and that must not hide the function.
+    One of them, ``plan``, is a function and a room at once. Python binds a room to its package when it is imported,
+    whoever imports it, and that must not hide the function.
     """
 
     def __getattr__(self, name: str) -> object:

@@ -8,14 +8,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import ADAPTER_PRESET, Options, Prepared, Result, carry_out, is_adapter, prepare_plain
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageError, VerificationError
-from shardmerge.inspection import inspect
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.conversion import ADAPTER_PRESET, Options, Prepared, is_adapter, prepare_plain
+from shardmerge.prepare.inspection import inspect
+from shardmerge.publish.running import Result, carry_out
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.mapping.way_back import Forward
-    from shardmerge.verify import Difference, Verdict
+    from shardmerge.publish.verify import Difference, Verdict
 
 __all__ = [
     "Options", "Prepared", "Result", "carry_out", "clonable_bytes", "convert", "diff", "explain_json",
@@ -73,7 +74,7 @@ def plan(mapping: str | Path, options: Options | None = None) -> Plan:
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
     """Plans a mapping.yaml, and says where its result goes. Relative paths in it are relative to its own directory."""
-    from shardmerge.preparation import prepare_mapping as prepare
+    from shardmerge.prepare.preparation import prepare_mapping as prepare
 
     return prepare(path, options)
 
@@ -192,7 +193,7 @@ def prepare_conversion(
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
     from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset
-    from shardmerge.preparation import prepare
+    from shardmerge.prepare.preparation import prepare
 
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
@@ -251,7 +252,7 @@ def verify(
     VerificationError
         All that differs, at once.
     """
-    from shardmerge.verify import Verdict, verify_directory, verify_load, verify_sources
+    from shardmerge.publish.verify import Verdict, verify_directory, verify_load, verify_sources
 
     folder = Path(directory)
     verdict = verify_directory(folder, progress)
@@ -282,7 +283,7 @@ def _equals(folder: Path, reference: str | Path) -> str:
 
 def diff(a: str | Path, b: str | Path, progress: Progress | None = None) -> Iterator[Difference]:
     """Yields the differences between two checkpoints of any format."""
-    from shardmerge.verify import compare
+    from shardmerge.publish.verify import compare
 
     return compare(inspect(a), inspect(b), progress)
 
@@ -311,7 +312,7 @@ def explain_text(mapping: str | Path, tensor: str, options: Options | None = Non
     ShardmergeError
         As ``plan``.
     """
-    from shardmerge.explain_tensor import find_tensor, tensor_story_text
+    from shardmerge.plan.explain_tensor import find_tensor, tensor_story_text
 
     made = plan(mapping, options)
     return tensor_story_text(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
@@ -319,7 +320,7 @@ def explain_text(mapping: str | Path, tensor: str, options: Options | None = Non
 
 def explain_json(mapping: str | Path, tensor: str, options: Options | None = None) -> dict[str, object]:
     """As ``explain_text``, as plain JSON values."""
-    from shardmerge.explain_tensor import find_tensor, tensor_story_json
+    from shardmerge.plan.explain_tensor import find_tensor, tensor_story_json
 
     made = plan(mapping, options)
     return tensor_story_json(made, tensor, _rule_lines(Path(mapping), find_tensor(made, tensor)[1].rule))
@@ -359,7 +360,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
 def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
     """Resolves a mapping and says what it makes, for a way back that is exact."""
     from shardmerge.mapping.way_back import Forward
-    from shardmerge.preparation import plan_of, resolved
+    from shardmerge.prepare.preparation import plan_of, resolved
 
     options = Options()
     found = resolved(spec, folder, options)

@@ -15,11 +15,6 @@ from shardmerge.ops.contract import Arithmetic, Joined, Meta, Move, Op
 from shardmerge.tensors import Columns, Composed, Made, Piece, TensorEntry, View, composed
 
 
-def meta(entry: TensorEntry) -> Meta:
-    """Returns type and shape of an entry."""
-    return Meta(entry.dtype, entry.shape)
-
-
 def compose(op: Op, inputs: Sequence[TensorEntry]) -> TensorEntry:
     """Returns the entry that an op makes of others.
 
@@ -32,7 +27,7 @@ def compose(op: Op, inputs: Sequence[TensorEntry]) -> TensorEntry:
         return cast_to(inputs[0], op.target)
     if isinstance(op, Move):
         inputs = _one_dtype(inputs)
-    metas = [meta(entry) for entry in inputs]
+    metas = [Meta.of(entry) for entry in inputs]
     result = op.infer(metas)
     if not isinstance(op, Move):
         return _entry(result.dtype, result.shape, Made(tuple(inputs), op))

@@ -11,9 +11,9 @@ import numpy as np
 
 from shardmerge.dtypes import DType
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
-from shardmerge.pins import Pins
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog, FileStamp, Shape, TensorEntry, leaves
 

@@ -11,10 +11,10 @@ import numpy as np
 from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
-from shardmerge.memory import _need, tile_elements
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.ops.contract import Op, Value
 from shardmerge.ops.registry import OPS
+from shardmerge.plan.memory import _need, tile_elements
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, TensorEntry, dense
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from shardmerge import conversion, preparation
 from shardmerge.mapping.reader import parse_spec
+from shardmerge.prepare import conversion, preparation
+from shardmerge.publish import running
 from tests.conftest import GOLDEN
 
 LAYOUTS = GOLDEN / "layouts"
@@ -38,7 +39,7 @@ def use_preset(
     }
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)
-    conversion.carry_out(preparation.prepare(spec, out.parent, options), out, options)
+    running.carry_out(preparation.prepare(spec, out.parent, options), out, options)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import shardmerge as sm
-from shardmerge.packed import packed_weights
+from shardmerge.tensors.packed import packed_weights
 from tests.conftest import read_all, same_values, shardmerge
 
 State = dict[str, torch.Tensor]
@@ -121,7 +121,7 @@ BYTES = torch.zeros(8, 1, dtype=torch.uint8)
 CODES = torch.zeros(2, 4, dtype=torch.int32)
 PLAIN = torch.zeros(4, 4)
 
-# Names and shapes as the libraries save them; sources in shardmerge/packed.py.
+# Names and shapes as the libraries save them; sources in shardmerge/tensors/packed.py.
 PACKED: dict[str, tuple[State, list[str]]] = {
     "bitsandbytes nf4": (
         {

@@ -12,8 +12,8 @@ import torch
 
 import shardmerge as sm
 from shardmerge.errors import ShardmergeError, VerificationError
+from shardmerge.publish.verify import verify_directory
 from shardmerge.targets.config_edits import PART_CLASSES
-from shardmerge.verify import verify_directory
 from tests.test_docs import EXAMPLES
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge.errors import ShardmergeError
-from shardmerge.load_check import check_plan
+from shardmerge.prepare.load_check import check_plan
 from shardmerge.targets.agreement import Described, disagreements
 from shardmerge.tensors import Shape
 from tests.families import FAMILIES, complaints, made, raised

@@ -25,8 +25,8 @@ from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import first_byte, ordered
 from shardmerge.execute.rearrange import rearrange
-from shardmerge.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
-from shardmerge.plan import PlannedTensor
+from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
+from shardmerge.plan.value import PlannedTensor
 from shardmerge.sources.zero import Partition, RankChunks, chunk_numel
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool

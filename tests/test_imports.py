@@ -43,9 +43,9 @@ ROOMS = {
     "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
     "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
     "shardmerge.mapping.preset_files", "shardmerge.mapping.reader", "shardmerge.mapping.resolve",
-    "shardmerge.ops.registry", "shardmerge.planner", "shardmerge.sources.opening",
+    "shardmerge.ops.registry", "shardmerge.plan.planner", "shardmerge.sources.opening",
     "shardmerge.targets.bases", "shardmerge.targets.llava",
-    "shardmerge.targets.training_config", "shardmerge.verify",
+    "shardmerge.targets.training_config", "shardmerge.publish.verify",
 }  # fmt: skip
 READING = {"shardmerge.sources.opening"}
 # What reads formats, and is imported where its format was recognised.
@@ -54,7 +54,7 @@ READERS = {
     "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
 }  # fmt: skip
 OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}
-PLANNING = READING | {"shardmerge.planner"}
+PLANNING = READING | {"shardmerge.plan.planner"}
 EXECUTING = PLANNING | {"shardmerge.execute.engine"}
 
 MAPPING = """\
@@ -145,14 +145,14 @@ def test_a_target_is_imported_when_it_is_asked_for() -> None:
 
 
 def test_the_library_is_whole_whatever_was_imported_first() -> None:
-    """``plan`` and ``verify`` are functions and modules: Python binds a module to its package when it is imported."""
+    """``plan`` is a function and a room: Python binds a room to its package when it is imported."""
     program = (
-        "import shardmerge, shardmerge.verify, shardmerge.plan, shardmerge.planner\n"
-        "from shardmerge.plan import Plan\n"
+        "import shardmerge, shardmerge.publish.verify, shardmerge.plan.value, shardmerge.plan.planner\n"
+        "from shardmerge.plan.value import Plan\n"
         "assert callable(shardmerge.plan) and callable(shardmerge.verify) and shardmerge.Plan is Plan\n"
         "assert set(shardmerge.__all__) <= set(dir(shardmerge))\n"
         "for name in shardmerge.__all__: getattr(shardmerge, name)\n"
         "import shardmerge.api, sys\n"
-        "assert shardmerge.plan is shardmerge.api.plan and sys.modules['shardmerge.plan'].Plan is Plan\n"
+        "assert shardmerge.plan is shardmerge.api.plan and sys.modules['shardmerge.plan.value'].Plan is Plan\n"
     )
     succeed(measure([sys.executable, "-c", program]))

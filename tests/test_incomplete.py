@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import shardmerge as sm
 from benchmarks.synthetic import write_zero
 from shardmerge.errors import ShardmergeError
-from shardmerge.verify import verify_directory
+from shardmerge.publish.verify import verify_directory
 from tests.conftest import shardmerge
 
 transformers = pytest.importorskip("transformers")

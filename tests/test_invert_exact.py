@@ -23,7 +23,7 @@ from shardmerge.mapping.reader import parse_spec
 from shardmerge.mapping.spec import Spec
 from shardmerge.ops.contract import OpKind, Param
 from shardmerge.ops.registry import OPS
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
 from shardmerge.tensors import leaves
 from tests.conftest import GOLDEN
 from tests.presets_in_use import LAYOUTS, compare_bits

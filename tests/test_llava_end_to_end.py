@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import shardmerge as sm
-from shardmerge.verify import verify_load
+from shardmerge.publish.verify import verify_load
 from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 from tests.load_environments import VERSIONS, interpreter, ready
 

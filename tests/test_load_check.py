@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
-from shardmerge import load_check, loading
 from shardmerge.errors import ShardmergeError, UsageError
-from shardmerge.loading import ask
+from shardmerge.prepare import load_check, loading
+from shardmerge.prepare.loading import ask
 from tests.conftest import shardmerge
 from tests.families import made
 from tests.load_environments import VERSIONS, interpreter, ready

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
-from shardmerge.verify import verify_load
+from shardmerge.publish.verify import verify_load
 from tests.conftest import GOLDEN
 from tests.load_environments import VERSIONS, interpreter, ready
 

@@ -22,19 +22,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardmerge.compose import compose, meta
+from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
-from shardmerge.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
-from shardmerge.ops.contract import Gathered, Mirror, Move, Op, OpKind, Scattered, Value
+from shardmerge.ops.contract import Gathered, Meta, Mirror, Move, Op, OpKind, Scattered, Value
 from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
 from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
-from shardmerge.pieces import single_extent
-from shardmerge.plan import is_copy
+from shardmerge.plan.memory import LARGEST_TILE, making_peak, tile_elements
+from shardmerge.plan.value import is_copy
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
+from shardmerge.tensors.pieces import single_extent
 
 F32, BF16 = DTYPES["F32"], DTYPES["BF16"]
 Shape = tuple[int, ...]
@@ -211,7 +211,7 @@ def test_infer_says_what_is_made(kind: str, index: int, way: str, store: Store) 
     op = build(OPS[kind], case.params)
     inputs = put(case, store, way)
     made = compose(op, inputs)
-    assert meta(made) == op.infer([meta(one) for one in inputs]) or kind == "cast"
+    assert Meta.of(made) == op.infer([Meta.of(one) for one in inputs]) or kind == "cast"
     found = read(made)
     assert (found.dtype, found.shape) == (numpy_dtype(made.dtype), made.shape)
 

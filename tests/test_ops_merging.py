@@ -15,8 +15,8 @@ from safetensors import safe_open
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
 from shardmerge.execute.gather import Assembler
-from shardmerge.memory import has_state
 from shardmerge.ops.selection import BLOCK, blocks, keys, select
+from shardmerge.plan.memory import has_state
 from shardmerge.storage.reading import FilePool
 from tests.conftest import GOLDEN
 from tests.made import built, check_cuts, check_peak, filled, made, stored

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
-from shardmerge.clones import BLOCK, SMALLEST, clones
 from shardmerge.dtypes import DTYPES
-from shardmerge.plan import PlannedShard
-from shardmerge.targets.shards import natural_key
+from shardmerge.plan.clones import BLOCK, SMALLEST, clones
+from shardmerge.plan.value import PlannedShard
+from shardmerge.tensors.natural_order import natural_key
 
 DTYPE_NAMES = ("I64", "F32", "BF16", "U8")
 

@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import shardmerge
-from shardmerge import api, pins
+from shardmerge import api
 from shardmerge.errors import CheckpointError
-from shardmerge.plan import Plan
-from shardmerge.side_files import SideFiles, content
+from shardmerge.execute import pins
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.tensors import FileStamp
 
 MIB = 1 << 20

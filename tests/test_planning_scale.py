@@ -16,7 +16,7 @@ import pytest
 
 import shardmerge as sm
 from benchmarks.harness import answer, measure, succeed
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
 from shardmerge.sources import pickle_vm
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, Piece
@@ -144,7 +144,7 @@ def test_a_damaged_rank_among_equal_ones_is_found(many: Path, tmp_path: Path) ->
 def test_the_id_is_made_once(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sm.plan(few)
     first = plan.id
-    monkeypatch.setattr(sys.modules["shardmerge.plan"], "canonical", None)
+    monkeypatch.setattr(sys.modules["shardmerge.plan.value"], "canonical", None)
     assert plan.id == first
 
 

@@ -1,7 +1,7 @@
 """Quantized weights are known by what they are: codes are copied with their scales, dequantized, or refused by name.
 
 Files of other libraries lie in tests/golden/quantized (``make_quantized.py``); where no library runs on a CPU, names,
-types and shapes are those of the sources that shardmerge/packed.py names.
+types and shapes are those of the sources that shardmerge/tensors/packed.py names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 import shardmerge as sm
-from shardmerge.packed import fp8_weights, packed_weights
+from shardmerge.tensors.packed import fp8_weights, packed_weights
 from tests.conftest import GOLDEN, shardmerge
 
 Tensor = torch.Tensor

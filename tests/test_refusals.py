@@ -126,7 +126,7 @@ def test_all_problems_of_the_file_at_once(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_too_small(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardmerge.publish.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("shardmerge.publish.staging.free_bytes", lambda path: 1000)
     before = tree(tmp_path)
     with pytest.raises(sm.ResourceError) as caught:
         sm.convert(zero, tmp_path / "out")
@@ -141,7 +141,7 @@ _FULL_DISK = """
 import sys
 from pathlib import Path
 import shardmerge
-from shardmerge import publish
+from shardmerge.publish import staging as publish
 source, disk = Path(sys.argv[1]), Path(sys.argv[2])
 check = publish.free_bytes
 def check_then_fill(path):

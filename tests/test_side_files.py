@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 import shardmerge as sm
-from shardmerge.file_roles import comes_along, left_behind, training_state
+from shardmerge.tensors.file_roles import comes_along, left_behind, training_state
 from tests.conftest import shardmerge
 
 # What the hub's models have beside their weights, and what training runs leave there.

@@ -22,7 +22,7 @@ import shardmerge
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import TargetError
 from shardmerge.execute.checksum import combine
-from shardmerge.targets.torch_layout import lay_out_torch
+from shardmerge.plan.torch_layout import lay_out_torch
 from tests.counting import calls
 
 torch = pytest.importorskip("torch")

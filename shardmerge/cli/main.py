@@ -147,7 +147,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
 @json_option
 def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
     """List what a checkpoint holds, from its headers alone."""
-    from shardmerge import explain
+    from shardmerge.plan import explain
 
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
     if as_json:
@@ -245,7 +245,8 @@ cli.add_command(bench)
 
 
 def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:
-    from shardmerge import api, explain
+    from shardmerge import api
+    from shardmerge.plan import explain
 
     _warn(prepared)
     cloned = 0 if out is None or tensors else api.clonable_bytes(prepared.plan, out.expanduser())
@@ -264,7 +265,8 @@ def _warn(prepared: Prepared) -> None:
 
 
 def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool) -> None:
-    from shardmerge import api, explain
+    from shardmerge import api
+    from shardmerge.plan import explain
 
     _warn(prepared)
     started = time.monotonic()
@@ -288,8 +290,8 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
 
 
 def _result_json(result: Result, seconds: float) -> dict[str, object]:
-    from shardmerge import explain
-    from shardmerge.clones import moved
+    from shardmerge.plan import explain
+    from shardmerge.plan.clones import moved
 
     return {
         "path": str(result.path),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shardmerge.clones import BLOCK, Clone, clones
-from shardmerge.plan import Plan, PlannedShard, PlannedTensor
+from shardmerge.plan.clones import BLOCK, Clone, clones
+from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.cloning import can_clone, clone_range
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardmerge.clones import Clone, overlapping
 from shardmerge.errors import InterruptedRunError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import ordered
+from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import ReadRecords, RecordChecks, RecordCounts, no_records
-from shardmerge.memory import has_state, tile_elements
-from shardmerge.pins import Pins
-from shardmerge.plan import Plan, PlannedShard, PlannedTensor
+from shardmerge.plan.clones import Clone, overlapping
+from shardmerge.plan.memory import has_state, tile_elements
+from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile

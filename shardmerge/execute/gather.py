@@ -3,17 +3,17 @@
 Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: views and columns are the business
 of ``regions``, arithmetic that of ``making``, and each is imported with the first tensor that needs it.
 
-The planner counts what these modules allocate (``shardmerge.memory``); where one changes, so does the other.
+The planner counts what these modules allocate (``shardmerge.plan.memory``); where one changes, so does the other.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shardmerge.memory import KEPT_TILES, LARGEST_TILE
-from shardmerge.pieces import pieces_in, single_extent
+from shardmerge.plan.memory import KEPT_TILES, LARGEST_TILE
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Columns, Extent, Made, Piece, TensorEntry
+from shardmerge.tensors.pieces import pieces_in, single_extent
 
 if TYPE_CHECKING:
     from shardmerge.execute.gpu import CudaCasts

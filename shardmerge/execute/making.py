@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardmerge.compose import meta
-from shardmerge.memory import chunk_elements, tile_elements
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
+from shardmerge.plan.memory import chunk_elements, tile_elements
 from shardmerge.tensors import Made, TensorEntry
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Maker:
         if found is None:
             if len(self._makings) == _MOST_MAKINGS:
                 self._makings.clear()
-            op, metas = arithmetic(held), tuple(meta(base) for base in held.bases)
+            op, metas = arithmetic(held), tuple(Meta.of(base) for base in held.bases)
             step, chunk = tile_elements(entry, self._assembler.tile), chunk_elements(entry, held, self._assembler.tile)
             found = self._makings[id(held)] = _Making(held, op, metas, op.unit(metas), step, chunk)
         return found
@@ -110,7 +109,7 @@ class _Stream:
 
     @property
     def meta(self) -> Meta:
-        return meta(self._entry)
+        return Meta.of(self._entry)
 
     def read(self, start: int, count: int) -> Array:
         data = np.empty(count * self._entry.dtype.itemsize, np.uint8)

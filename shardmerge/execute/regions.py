@@ -10,11 +10,11 @@ import numpy as np
 
 from shardmerge.dtypes import DType
 from shardmerge.execute.rearrange import rearrange
-from shardmerge.memory import WORKSPACE, column_elements
 from shardmerge.ops.arrays import Array
-from shardmerge.pieces import is_plain, single_extent
-from shardmerge.strides import direct, in_order, run, span
+from shardmerge.plan.memory import WORKSPACE, column_elements
 from shardmerge.tensors import Columns, Shape, Strided, TensorEntry, View, dense
+from shardmerge.tensors.pieces import is_plain, single_extent
+from shardmerge.tensors.strides import direct, in_order, run, span
 
 if TYPE_CHECKING:
     from shardmerge.execute.gather import Assembler

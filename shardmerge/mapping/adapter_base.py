@@ -13,8 +13,7 @@ from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
 from shardmerge.targets.architectures import JsonObject, load_object
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 
 _CONFIG = "config.json"
 # Input embeddings and heads over the vocabulary, as transformers calls them, by the end of their names.

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from shardmerge.mapping.near import listed
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, load_object
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, ReadSideFile
 
 _CONFIG = "config.json"
 # A tokenizer is a set of files: all are the adapter's, or all the base's. Its chat template is that of the run.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, did_you_mean, listed, shown
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.packed import packed_weights
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
+from shardmerge.tensors.packed import packed_weights
 
 PREFIX = "base_model.model."
 

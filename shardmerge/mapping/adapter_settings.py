@@ -15,9 +15,8 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import NAME, AdapterConfig, read_config
 from shardmerge.targets.architectures import load_object
-from shardmerge.targets.expectation import ReadSideFile
 from shardmerge.targets.training_config import LoraFacts, read_training_config
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, ReadSideFile
 
 
 @dataclass(frozen=True, slots=True)

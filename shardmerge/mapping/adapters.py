@@ -19,12 +19,11 @@ from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
-from shardmerge.packed import packed_places, packed_weights, titles
 from shardmerge.shown import inspecting
 from shardmerge.targets.adapter_config import NAME as CONFIG
 from shardmerge.targets.architectures import JsonObject
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
+from shardmerge.tensors.packed import packed_places, packed_weights, titles
 
 
 @dataclass(frozen=True, slots=True)

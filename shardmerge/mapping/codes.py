@@ -12,8 +12,8 @@ from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.resolution import Assignment
-from shardmerge.packed import Packed, module_of, packed_weights, titles
 from shardmerge.tensors import Catalog, composed
+from shardmerge.tensors.packed import Packed, module_of, packed_weights, titles
 
 # Targets that are copies of a tensor of a source, by its name.
 Taken: TypeAlias = dict[str, list[Assignment]]

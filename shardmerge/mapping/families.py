@@ -12,8 +12,7 @@ from shardmerge.errors import TargetError
 from shardmerge.mapping.preset_files import Preset
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import load_object
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, ReadSideFile
 
 
 def odd_families(preset: Preset, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> Iterator[TargetError]:

@@ -9,9 +9,9 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.packed import Packed, titles
 from shardmerge.targets.expectation import Expectation
 from shardmerge.tensors import Catalog, Shape
+from shardmerge.tensors.packed import Packed, titles
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.terms import Bindings, Finder, Operand
 from shardmerge.mapping.variables import Variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.packed import Packed, packed_weights
 from shardmerge.shown import inspecting
 from shardmerge.targets.expectation import Component, Expectation, Resize
 from shardmerge.tensors import Catalog, Extent, Shape, TensorEntry, of_source
+from shardmerge.tensors.packed import Packed, packed_weights
 
 # How peft spells what belongs to an adapter and not to a model.
 _TAKE_BACK = "the target cannot do without them: take that line out of `drop`"

@@ -15,8 +15,8 @@ from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.variables import Variables
 from shardmerge.ops.contract import Param, Value
-from shardmerge.targets.shards import natural_key
 from shardmerge.tensors import Catalog, TensorEntry, of_source
+from shardmerge.tensors.natural_order import natural_key
 
 Bindings = Mapping[str, str]
 

@@ -17,8 +17,7 @@ from shardmerge.mapping.near import NameIndex, did_you_mean
 from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
 from shardmerge.mapping.yaml_nodes import Scalar, Table
 from shardmerge.targets.architectures import JsonObject, load_object
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Catalog, Extent
+from shardmerge.tensors import Catalog, Extent, ReadSideFile
 
 # How a formula calls a JSON file beside the weights.
 _FILES = {

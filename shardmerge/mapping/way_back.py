@@ -20,8 +20,7 @@ from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import Rule, Term, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.mapping.variables import Variables
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
+from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry, composed, leaves
 
 
 @dataclass(frozen=True, slots=True)

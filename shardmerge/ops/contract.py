@@ -22,12 +22,29 @@ if TYPE_CHECKING:
 Shape: TypeAlias = tuple[int, ...]
 
 
+class Typed(Protocol):
+    """Anything with a type and a shape: a tensor's entry, an array."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its element type."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """A tensor without its data."""
 
     dtype: DType
     shape: Shape
+
+    @classmethod
+    def of(cls, tensor: Typed) -> Meta:
+        """Returns type and shape of a tensor."""
+        return cls(tensor.dtype, tensor.shape)
 
 
 class Op(ABC):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
-from shardmerge.file_roles import READ_SUFFIXES, UNFINISHED, foreign_weights, shard_place, training_state
 from shardmerge.sources.deepspeed_files import is_tag_folder
 from shardmerge.sources.rank_files import is_megatron_folder
 from shardmerge.tensors import Catalog
+from shardmerge.tensors.file_roles import READ_SUFFIXES, UNFINISHED, foreign_weights, shard_place, training_state
 
 # In the order in which ``from_pretrained`` of transformers looks for them (``modeling_utils.py``,
 # ``_get_resolved_checkpoint_files``).

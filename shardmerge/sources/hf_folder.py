@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
-from shardmerge.file_roles import comes_along, is_weights
 from shardmerge.sources.choosing import SENTENCE_MODULE
 from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
+from shardmerge.tensors.file_roles import comes_along, is_weights
 
 ReadShard: TypeAlias = Callable[[Path], Catalog]
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from shardmerge.errors import UsageError
-from shardmerge.file_roles import READ_SUFFIXES, shard_place, training_state
+from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place, training_state
 
 # Weights of kinds that are read, and what ``targets.beside`` takes along.
 _WANTED = (

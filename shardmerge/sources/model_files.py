@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
-from shardmerge.file_roles import READ_SUFFIXES, shard_place
 from shardmerge.sources.choosing import Remarks, beside_model, several, usual_models, weight_files
 from shardmerge.sources.hf_folder import ReadShard, named_shards, read_indexed, read_unindexed
 from shardmerge.sources.peft_folder import stray_config
 from shardmerge.tensors import Catalog
+from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place
 
 # Indexes of weights, and no ``model_index.json`` of diffusers.
 _INDEXES = tuple(f"{suffix}.index.json" for suffix in READ_SUFFIXES)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
-from shardmerge.file_roles import foreign_weights
 from shardmerge.sources.choosing import nothing_here
+from shardmerge.tensors.file_roles import foreign_weights
 
 # The moments that Adam, SGD, Adafactor, Lion, Shampoo keep, by the last part of their names in a flat file.
 _MOMENTS = frozenset({

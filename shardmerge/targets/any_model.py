@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
-from shardmerge.quantization_config import without_quantization
 from shardmerge.targets import tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
-from shardmerge.targets.expectation import Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, Request, Target
+from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import rows
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.tensors import Catalog, Shape, SideFile
 
 # How transformers calls embeddings and heads over the vocabulary, by the end of their names.
 _VOCABULARY = (

@@ -11,8 +11,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Extent
+from shardmerge.tensors import Extent, ReadSideFile
 
 JsonObject: TypeAlias = dict[str, object]
 

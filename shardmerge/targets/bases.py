@@ -16,11 +16,11 @@ from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.targets import clip, llama, llava_kinds, official_config
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.clip import VisionArchitecture
-from shardmerge.targets.expectation import Component, ReadSideFile, Request
+from shardmerge.targets.expectation import Component, Request
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.trained_model import ModelFacts, read_model_facts
 from shardmerge.targets.training_config import TrainingFacts, read_training_config
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, ReadSideFile
 
 ROLES = {
     "text": "the pretrained language model, or a LLaVA that holds one: config.json and tokenizer files",

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.file_roles import comes_along, left_behind
-from shardmerge.targets.expectation import Expectation, FileChoice, ReadSideFile, SideFile
-from shardmerge.tensors import Extent
+from shardmerge.targets.expectation import Expectation, FileChoice
+from shardmerge.tensors import Extent, ReadSideFile, SideFile
+from shardmerge.tensors.file_roles import comes_along, left_behind
 
 CONFIG = "config.json"
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")

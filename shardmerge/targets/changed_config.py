@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from shardmerge.targets.architectures import JsonObject, dump, load_object
-from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
-from shardmerge.tensors import Extent
+from shardmerge.targets.expectation import Expectation
+from shardmerge.tensors import Extent, ReadSideFile, SideFile
 
 
 def changed_reader(changes: Mapping[Extent, JsonObject], read: ReadSideFile) -> ReadSideFile:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.targets.architectures import JsonObject, dimension, layers, load_object, portable
-from shardmerge.targets.expectation import ReadSideFile
-from shardmerge.tensors import Extent, Shape
+from shardmerge.tensors import Extent, ReadSideFile, Shape
 
 _DEFAULT_HIDDEN, _DEFAULT_INNER, _DEFAULT_LAYERS = 768, 3072, 12
 _DEFAULT_IMAGE, _DEFAULT_PATCH, _DEFAULT_CHANNELS = 224, 32, 3

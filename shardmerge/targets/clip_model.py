@@ -13,8 +13,8 @@ from shardmerge.shown import shown
 from shardmerge.targets import clip, open_clip_config, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, layers, load_object, portable, stored_dtype
 from shardmerge.targets.clip import VisionArchitecture
-from shardmerge.targets.expectation import Expectation, ReadSideFile, Request, SideFile, Target, described_by
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.targets.expectation import Expectation, Request, Target, described_by
+from shardmerge.tensors import Catalog, ReadSideFile, Shape, SideFile
 
 _OPEN_CLIP = "open_clip_config.json"
 _DEFAULT_PROJECTION = 512

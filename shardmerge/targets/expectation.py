@@ -7,35 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from shardmerge.dtypes import DType
-from shardmerge.tensors import Catalog, Extent, Shape
-
-# Targets open no files: whoever calls them passes the function that reads a side file's bytes.
-ReadSideFile: TypeAlias = Callable[[Extent], bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class SideFile:
-    """A small file of the output directory.
-
-    Attributes
-    ----------
-    name
-        Where it stands inside the output directory: ``tokenizer.json``, ``projector/config.json``.
-    parts
-        Its content in order: bytes made here, or extents of source files copied as they are.
-    """
-
-    name: str
-    parts: tuple[bytes | Extent, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in self.parts)
-
-    def content(self, read: ReadSideFile) -> bytes:
-        """Returns the bytes, those of extents as ``read`` gives them."""
-        return b"".join(part if isinstance(part, bytes) else read(part) for part in self.parts)
+from shardmerge.tensors import Catalog, Extent, ReadSideFile, Shape, SideFile
 
 
 @dataclass(frozen=True, slots=True)

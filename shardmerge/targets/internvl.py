@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from shardmerge.errors import TargetError
 from shardmerge.targets import llama, rewritten_configs, tokenizer
 from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
-from shardmerge.targets.expectation import Expectation, Request, SideFile, Target, described_by
+from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import bad_option, count
 from shardmerge.targets.vocabulary import check_ids
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.tensors import Catalog, Shape, SideFile
 
 _MAX_ID = 1 << 24
 # `<IMG_CONTEXT>`: the id in the published models' tokenizers, for weights that come without one.

@@ -7,10 +7,11 @@ from dataclasses import replace
 from shardmerge.compose import own_dtype
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
-from shardmerge.targets.expectation import Expectation, Request, SideFile, Target, described_by
+from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import Rows, id_warnings, rows, tokenizer_files
+from shardmerge.tensors import SideFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -22,7 +22,7 @@ from shardmerge.targets.bases import (
     missing_sources,
     read_both,
 )
-from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.llava_kinds import LLAVA, Kind, kind_of, pinpoints
 from shardmerge.targets.llava_names import LAYOUTS, Names
 from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
@@ -31,7 +31,7 @@ from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.training_run import Settings, processor_source, read_settings, tokenizer_source
 from shardmerge.targets.vocabulary import Rows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
-from shardmerge.tensors import Shape
+from shardmerge.tensors import Shape, SideFile
 
 # XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
 _ROW_MULTIPLE = 64

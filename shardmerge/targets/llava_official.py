@@ -23,13 +23,13 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.expectation import Component, Expectation, Request, SideFile, Target
+from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.llava import generation_config
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
 from shardmerge.targets.wiring import Wiring, wire
-from shardmerge.tensors import Shape
+from shardmerge.tensors import Shape, SideFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOWER = "model.vision_tower.vision_tower."

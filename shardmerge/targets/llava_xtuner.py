@@ -24,13 +24,13 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, SideFile, Target
+from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
 from shardmerge.targets.llava import generation_config
 from shardmerge.targets.options import choice, number
 from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.tensors import Catalog, Shape, SideFile
 
 LLM_ADAPTER, ENCODER, ENCODER_ADAPTER, PROJECTOR = (
     "llm_adapter",

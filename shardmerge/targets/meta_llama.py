@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dump
-from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target, described_by
+from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target, described_by
 from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import Rows, rows
-from shardmerge.tensors import Shape
+from shardmerge.tensors import Shape, SideFile
 
 _MAX_RANKS = 64
 _FACTORS = (8, 32)  # LLaMA 3.1 and 3.2

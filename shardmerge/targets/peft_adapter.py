@@ -14,9 +14,9 @@ from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
 from shardmerge.targets.adapter_config import read_config
 from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
-from shardmerge.targets.expectation import Expectation, FileGroup, Request, SideFile, Target
+from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import number, switch
-from shardmerge.tensors import Catalog, Shape
+from shardmerge.tensors import Catalog, Shape, SideFile
 
 ROOT = "base_model.model."
 CONFIG = "adapter_config.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from shardmerge.dtypes import DType
-from shardmerge.quantization_config import without_quantization
-from shardmerge.targets.expectation import Expectation, ReadSideFile, SideFile
-from shardmerge.tensors import Catalog
+from shardmerge.targets.expectation import Expectation
+from shardmerge.targets.quantization_config import without_quantization
+from shardmerge.tensors import Catalog, ReadSideFile, SideFile
 
 
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:

@@ -10,9 +10,9 @@ from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets import foreign_configs, llama, official_config, rewritten_configs
 from shardmerge.targets.architectures import JsonObject, load_object
-from shardmerge.targets.expectation import ReadSideFile, Request
+from shardmerge.targets.expectation import Request
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.tensors import Catalog, Extent
+from shardmerge.tensors import Catalog, Extent, ReadSideFile
 
 _PARAMS, _LITGPT = "params.json", "model_config.yaml"
 _MAX_YAML_BYTES = 1 << 20

@@ -18,10 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.file_roles import left_behind
 from shardmerge.targets.architectures import JsonObject, dump, load_object
-from shardmerge.targets.expectation import ReadSideFile, SideFile
-from shardmerge.tensors import Extent
+from shardmerge.tensors import Extent, ReadSideFile, SideFile
+from shardmerge.tensors.file_roles import left_behind
 
 # The largest in use has 33 MB. The bytes are held while they are scanned, and planning has a memory promise
 # to keep.

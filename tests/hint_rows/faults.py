@@ -96,7 +96,7 @@ FAULTS = [
     ),
     Row(
         "a disk without room",
-        faulty(lambda: mock.patch("shardmerge.publish.free_bytes", return_value=0), *CONVERT, "$gqa", "out"),
+        faulty(lambda: mock.patch("shardmerge.publish.staging.free_bytes", return_value=0), *CONVERT, "$gqa", "out"),
         "disk-too-small",
         by_hand("free some space", mended),
     ),
@@ -150,7 +150,7 @@ FAULTS = [
     ),
     Row(
         "a header that is too large",
-        faulty(lambda: mock.patch("shardmerge.targets.shards._LARGEST_HEADER", 4096), *CONVERT, "$clip", "out"),
+        faulty(lambda: mock.patch("shardmerge.plan.shards._LARGEST_HEADER", 4096), *CONVERT, "$clip", "out"),
         "header-too-large",
         lambda call: call.args.extend([call.hint.split()[-1], "20KB"]),
     ),

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import TargetError, UsageError, raise_all
-from shardmerge.plan import Plan
-from shardmerge.publishable import PARTIAL, Terms, described
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.publishable import PARTIAL, Terms, described
 from shardmerge.shown import shown
 from shardmerge.targets.agreement import INCOMPLETE, Described, LoadedKeys, loading_errors
-from shardmerge.targets.expectation import ReadSideFile
+from shardmerge.tensors import ReadSideFile
 
 Check: TypeAlias = Literal["transformers"]
 _PACKAGES = ("transformers", "torch", "accelerate")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardmerge.pieces import single_extent
-from shardmerge.plan import Plan, PlannedShard, PlannedTensor, is_copy
+from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor, is_copy
 from shardmerge.tensors import Extent, TensorEntry
+from shardmerge.tensors.pieces import single_extent
 
 # The block of XFS, btrfs and ext4 as they are made, in bytes. Where blocks are larger, most ranges are copied.
 BLOCK = 4096

@@ -6,11 +6,10 @@ import hashlib
 from dataclasses import replace
 from functools import partial
 
-from shardmerge.pins import Pins, source_changed
-from shardmerge.plan import Plan
+from shardmerge.execute.pins import Pins, source_changed
+from shardmerge.plan.value import Plan
 from shardmerge.storage.reading import SourceFile
-from shardmerge.targets.expectation import SideFile
-from shardmerge.tensors import Extent, FileStamp
+from shardmerge.tensors import Extent, FileStamp, SideFile
 
 # Read and hashed at a time: a tokenizer.json of 20 MB takes 13 ms and no memory.
 _BLOCK = 1 << 20

@@ -17,18 +17,18 @@ from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, Veri
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.engine import tasks
 from shardmerge.execute.gather import Assembler, gather
-from shardmerge.file_roles import RECEIPT
-from shardmerge.loading import Answer, ask
+from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import as_array
-from shardmerge.pins import Pins
-from shardmerge.plan import Plan
-from shardmerge.publishable import CONFIG, PARTIAL, describe
-from shardmerge.receipt import FORMAT
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.loading import Answer, ask
+from shardmerge.prepare.publishable import CONFIG, PARTIAL, describe
+from shardmerge.publish.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors.file_roles import RECEIPT
 
 # Bytes of a tensor compared or summed at a time.
 _BLOCK = 4 << 20
@@ -312,7 +312,7 @@ def _reference_problems(folder: Path, held: Mapping[str, _Entries]) -> Iterator[
 
 
 def _reference_safetensors(path: Path, entries: _Entries) -> Iterator[ShardmergeError]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from shardmerge.clones import BLOCK, SMALLEST, inner_blocks, whole_extent
-from shardmerge.plan import PlannedTensor
+from shardmerge.plan.clones import BLOCK, SMALLEST, inner_blocks, whole_extent
+from shardmerge.plan.value import PlannedTensor
 from shardmerge.tensors import Extent
 
 # What the format wants the start of the data to be a multiple of.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.dequantizing import Needs, dequantized
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.errors import MappingError, TargetError, UsageError
 from shardmerge.mapping.near import count, listed
@@ -15,28 +13,29 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan import Plan, bytes_read
-from shardmerge.planner import OutputOptions, make_plan
-from shardmerge.publishable import Terms, publishable, read_config
-from shardmerge.quantization_config import QUANTIZATION_FILES
-from shardmerge.side_files import SideFiles, content
+from shardmerge.plan.planner import OutputOptions, make_plan
+from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.dequantizing import Needs, dequantized
+from shardmerge.prepare.publishable import Terms, publishable, read_config
+from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
-from shardmerge.storage.limits import bounds_cache, default_budget, default_workers
-from shardmerge.storage.reading import FilePool, IoMode, SourceFile
+from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.reading import IoMode
 from shardmerge.targets.beside import with_side_files
-from shardmerge.targets.expectation import FileChoice, FileMode, Format, SideFile
+from shardmerge.targets.expectation import FileChoice, FileMode, Format
 from shardmerge.targets.plain import expect_same
-from shardmerge.targets.shards import DEFAULT_SHARD_SIZE
+from shardmerge.targets.quantization_config import QUANTIZATION_FILES
 from shardmerge.targets.wrappers import unwrapped
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Record, of_source
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
-    from shardmerge.execute.engine import Device, Outcome, Progress
-    from shardmerge.loading import Check
+    from shardmerge.execute.engine import Device
     from shardmerge.mapping.preset_files import Preset
+    from shardmerge.prepare.loading import Check
 
 PLAIN = "state-dict"
 # Stands for the mapping's file where options say what is done.
@@ -97,25 +96,6 @@ class Prepared:
     out: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A published directory.
-
-    Attributes
-    ----------
-    path
-        The directory.
-    plan
-        What was carried out.
-    outcome
-        Overflows, checksums, bytes.
-    """
-
-    path: Path
-    plan: Plan
-    outcome: Outcome
-
-
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     """Plans a conversion that keeps every name."""
     opened = open_source(source, Path(), options)
@@ -160,7 +140,7 @@ def agreed(plan: Plan, sides: SideFiles, terms: Terms, options: Options) -> Plan
     plan = publishable(plan, sides.read, terms)
     if options.check is None:
         return plan
-    from shardmerge.loading import load_checked
+    from shardmerge.prepare.loading import load_checked
 
     return load_checked(plan, sides.read, terms)
 
@@ -242,65 +222,6 @@ def _better_roads(catalog: Catalog) -> tuple[str, ...]:
 def _bases(preset: Preset) -> list[str]:
     """Returns the sources that a preset cannot do without, but for the first, which is the checkpoint itself."""
     return [name for name, role in preset.roles.items() if role.required][1:]
-
-
-def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progress | None = None) -> Result:
-    """Runs a plan and publishes the result as ``out``.
-
-    Raises
-    ------
-    ShardmergeError
-        See ``publish.check_output`` and ``execute.engine.execute``. Whatever is raised, ``out`` is as it was.
-    """
-    from shardmerge.execute.cloning import clonable_bytes
-    from shardmerge.execute.engine import check_device, execute
-    from shardmerge.file_roles import RECEIPT
-    from shardmerge.publish import check_output, staged
-    from shardmerge.receipt import receipt_json
-    from shardmerge.storage.writing import write_small
-    from shardmerge.version import __version__
-
-    plan = prepared.plan
-    check_output(plan, out, clonable_bytes(plan, out))
-    check_device(options.device)
-    bounded = bounds_cache(plan.file_bytes + sum(bytes_read(tensor) for tensor in plan.tensors()))
-    with staged(plan, out, sync=options.sync) as staging:
-        _make_folders(plan, staging)
-        pool = FilePool(options.io, bounded=bounded)
-        outcome = execute(
-            plan, staging, pool, sync=options.sync, progress=progress, device=options.device, records=_records
-        )
-        digests = {side.name: _write_side_file(staging, side, plan, sync=options.sync) for side in _index_last(plan)}
-        receipt = receipt_json(plan, outcome, digests, __version__)
-        write_small(staging / RECEIPT, receipt, sync=options.sync)
-    return Result(out, plan, outcome)
-
-
-def _records(file: SourceFile) -> Iterable[Record]:
-    """A torch zip has checksums of its storages; no other format does."""
-    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
-
-    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
-
-
-def _make_folders(plan: Plan, staging: Path) -> None:
-    for name in [*(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)]:
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-
-
-def _index_last(plan: Plan) -> list[SideFile]:
-    """The index comes last: a directory without it is visibly not finished."""
-    return sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
-
-
-def _write_side_file(staging: Path, side: SideFile, plan: Plan, *, sync: bool) -> str:
-    import hashlib
-
-    from shardmerge.storage.writing import write_small
-
-    data = content(plan, side)
-    write_small(staging / side.name, data, sync=sync)
-    return hashlib.sha256(data).hexdigest()
 
 
 def _dtype(options: Options) -> DType | None:

@@ -16,7 +16,9 @@ from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, ra
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
-from shardmerge.packed import (
+from shardmerge.targets.quantization_config import QUANTIZATION_FILES, Stated, read_stated
+from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves, of_source
+from shardmerge.tensors.packed import (
     ACTIVATION_SCALES,
     FLOAT8,
     FP8,
@@ -27,8 +29,6 @@ from shardmerge.packed import (
     titles,
     unscaled,
 )
-from shardmerge.quantization_config import QUANTIZATION_FILES, Stated, read_stated
-from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves, of_source
 
 ReadFile = Callable[[Extent], bytes]
 

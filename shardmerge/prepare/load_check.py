@@ -26,7 +26,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 def check(path: str) -> dict[str, object]:
     """Returns the class that loads a directory, the versions, and the three lists of keys."""
-    import transformers  # noqa: PLC0415
+    import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
     kind = _class(_class_name(config.architectures))
@@ -44,9 +44,9 @@ def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[
     tensors
         Of each name in its files the torch dtype and the shape.
     """
-    import accelerate  # noqa: F401, PLC0415  # without it `from_pretrained` places no model on a device that is named
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
+    import accelerate  # noqa: F401  # without it `from_pretrained` places no model on a device that is named
+    import torch
+    import transformers
 
     name = _class_name(config.get("architectures"))
     if "auto_map" in config and not (config.get("model_type") in transformers.CONFIG_MAPPING and _has(name)):
@@ -70,7 +70,7 @@ def check_plan(config: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[
 
 def _config(values: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Returns the config object that the library reads from a config.json of these values."""
-    import transformers  # noqa: PLC0415
+    import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(values), "utf-8")
@@ -86,13 +86,13 @@ def _class_name(architectures: Any) -> str:  # noqa: ANN401  # whatever the file
 
 
 def _has(name: str) -> bool:
-    import transformers  # noqa: PLC0415
+    import transformers
 
     return hasattr(getattr(transformers, name, None), "from_pretrained")
 
 
 def _class(name: str) -> Any:  # noqa: ANN401  # transformers has no types here
-    import transformers  # noqa: PLC0415
+    import transformers
 
     if not _has(name):
         raise ValueError(f"transformers {transformers.__version__} has no class {name}")
@@ -100,8 +100,8 @@ def _class(name: str) -> Any:  # noqa: ANN401  # transformers has no types here
 
 
 def _found(kind: Any, info: Mapping[str, Any]) -> dict[str, object]:  # noqa: ANN401
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
+    import torch
+    import transformers
 
     return {
         "class": kind.__name__,
@@ -142,8 +142,8 @@ def answer(path: str, given: str) -> dict[str, object]:
     """
     report = _Report()
     try:
-        import torch  # noqa: F401, PLC0415
-        import transformers  # noqa: PLC0415
+        import torch  # noqa: F401
+        import transformers
 
         transformers.logging.set_verbosity_warning()
         transformers.logging.disable_default_handler()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from shardmerge.clones import Moved, moved
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
-from shardmerge.plan import Plan, PlannedTensor, bytes_read, canonical, tensor_json
+from shardmerge.plan.clones import Moved, moved
+from shardmerge.plan.value import Plan, PlannedTensor, bytes_read, canonical, tensor_json
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
 
 

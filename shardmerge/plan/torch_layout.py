@@ -19,7 +19,7 @@ from math import prod
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import TargetError
-from shardmerge.targets.torch_pickle import state_dict_pickle
+from shardmerge.plan.torch_pickle import state_dict_pickle
 
 # What torch.save aligns the data of a record to, in bytes; it stands in the file, for readers that count on it.
 ALIGNMENT = 64

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from shardmerge.dtypes import DType
 from shardmerge.json_rows import Fields, Rows, canonical_text
-from shardmerge.targets.expectation import SideFile
-from shardmerge.tensors import Extent, FileStamp, Made, Shape, TensorEntry, View, composed
+from shardmerge.tensors import Extent, FileStamp, Made, Shape, SideFile, TensorEntry, View, composed
 
 # Version of the plan's JSON. It is part of the plan id.
 SCHEMA = 3

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from itertools import islice
 
 from shardmerge.errors import UsageError
-from shardmerge.explain import human_bytes
 from shardmerge.json_rows import JSON_SCHEMA
 from shardmerge.mapping.near import NameIndex, shown
-from shardmerge.memory import making_peak
-from shardmerge.plan import Plan, PlannedShard, PlannedTensor, bytes_read, is_copy
+from shardmerge.plan.explain import human_bytes
+from shardmerge.plan.memory import making_peak
+from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor, bytes_read, is_copy
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, composed
 
 # A tensor of a ZeRO checkpoint has a piece for each of a thousand ranks.

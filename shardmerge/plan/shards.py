@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.plan import PlannedShard, PlannedTensor
+from shardmerge.plan.phases import Arrangement, arrange, by_source
+from shardmerge.plan.torch_layout import lay_out_torch
+from shardmerge.plan.value import PlannedShard, PlannedTensor
 from shardmerge.shown import shown
-from shardmerge.targets.expectation import FileGroup, Format, SideFile
-from shardmerge.targets.phases import Arrangement, arrange, by_source
-from shardmerge.targets.torch_layout import lay_out_torch
+from shardmerge.targets.expectation import FileGroup, Format
+from shardmerge.tensors import SideFile
+from shardmerge.tensors.natural_order import natural_key
 
 # What huggingface_hub and DeepSpeed use; decimal, as everywhere in the ecosystem.
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -30,17 +31,6 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
 _LONGEST_NAME = 4096
 # ``MAX_HEADER_SIZE`` of safetensors, in bytes.
 _LARGEST_HEADER = 100_000_000
-
-_DIGITS = re.compile(r"(\d+)")
-
-
-def natural_key(name: str) -> tuple[int | str, ...]:
-    """Returns a sort key that puts ``layers.2`` before ``layers.11``: texts and numbers in turn.
-
-    Names repeat their parts, and a sort holds all keys at once: one object a part, 100 bytes a name instead of 700.
-    """
-    parts = _DIGITS.split(name)
-    return tuple(int(part) if index % 2 else sys.intern(part) for index, part in enumerate(parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardmerge.conversion import (
-    COMMAND_LINE,
-    PLAIN,
-    Options,
-    Prepared,
-    agreed,
-    output_options,
-)
-from shardmerge.dequantizing import Dequantized, Needs, as_plain, dequantized, needs_of
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.codes import leaves_all_codes, odd_company
@@ -25,11 +16,20 @@ from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import OutputSpec, Spec
 from shardmerge.mapping.variables import Variables
-from shardmerge.opened import Opened, open_mapping, target_of
-from shardmerge.plan import Plan
-from shardmerge.planner import OutputOptions, make_plan
-from shardmerge.publishable import Terms
-from shardmerge.side_files import SideFiles
+from shardmerge.plan.planner import OutputOptions, make_plan
+from shardmerge.plan.value import Plan
+from shardmerge.prepare.conversion import (
+    COMMAND_LINE,
+    PLAIN,
+    Options,
+    Prepared,
+    agreed,
+    output_options,
+)
+from shardmerge.prepare.dequantizing import Dequantized, Needs, as_plain, dequantized, needs_of
+from shardmerge.prepare.opened import Opened, open_mapping, target_of
+from shardmerge.prepare.publishable import Terms
+from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.beside import with_side_files
 from shardmerge.targets.changed_config import changed_reader, with_changes

@@ -14,10 +14,10 @@ from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
-from shardmerge.memory import plan_memory
-from shardmerge.plan import Plan, PlannedSource, PlannedTensor, Unused
+from shardmerge.plan.memory import plan_memory
+from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
+from shardmerge.plan.value import Plan, PlannedSource, PlannedTensor, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
-from shardmerge.targets.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.tensors import Catalog, Shape, TensorEntry
 
 # More lines of one kind than this help nobody.

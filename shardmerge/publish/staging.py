@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
 from shardmerge.storage.writing import explained, free_bytes, sync_directory
 
 # Beyond the sum of the files: directories, the receipt, and block rounding (4 KiB a file at most).
@@ -148,7 +148,7 @@ def _claim(staging: Path) -> None:
 
 
 def _remove(staging: Path, *, ignore_errors: bool = False) -> None:
-    import shutil  # noqa: PLC0415  # with all compressors; a run that succeeds needs none
+    import shutil  # with all compressors; a run that succeeds needs none
 
     shutil.rmtree(staging, ignore_errors=ignore_errors)
 

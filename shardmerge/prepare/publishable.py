@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, TargetError, raise_all
-from shardmerge.packed import packed_weights
-from shardmerge.plan import Plan
+from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
-from shardmerge.targets.expectation import ReadSideFile, SideFile
 from shardmerge.targets.stated_sizes import contradictions, parts
-from shardmerge.tensors import Catalog, Extent, Made, TensorEntry, composed
+from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
+from shardmerge.tensors.packed import packed_weights
 
 CONFIG = "config.json"
 # How the warning of a directory that is not a whole model begins; `verify` knows it by this.

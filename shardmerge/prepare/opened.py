@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.conversion import Options, file_choice, open_source, output_options
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.spec import SourceSpec, Spec, TargetSpec, references
 from shardmerge.mapping.variables import ROOMS, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.planner import OutputOptions
-from shardmerge.side_files import SideFiles
+from shardmerge.plan.planner import OutputOptions
+from shardmerge.prepare.conversion import Options, file_choice, open_source, output_options
+from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.targets.expectation import FileChoice, Target

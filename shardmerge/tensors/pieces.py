@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from shardmerge.strides import in_order
 from shardmerge.tensors import Columns, Extent, Piece, TensorEntry, View
+from shardmerge.tensors.strides import in_order
 
 
 def single_extent(entry: TensorEntry, start: int, count: int) -> Extent | None:

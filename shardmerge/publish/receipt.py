@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from shardmerge.execute.engine import Outcome
-from shardmerge.plan import SCHEMA, Plan, PlannedShard, tensor_json
+from shardmerge.plan.value import SCHEMA, Plan, PlannedShard, tensor_json
 
 FORMAT = "shardmerge receipt"
 

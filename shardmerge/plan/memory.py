@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardmerge.compose import meta
 from shardmerge.errors import ResourceError
 from shardmerge.ops.contract import Arithmetic, Meta
-from shardmerge.plan import Memory, PlannedTensor
-from shardmerge.strides import block, direct, in_order
+from shardmerge.plan.value import Memory, PlannedTensor
 from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View, leaves
+from shardmerge.tensors.strides import block, direct, in_order
 
 # Resident before the first tile, with numpy, ml_dtypes, click and PyYAML: 40 MiB measured without a mapping, 43 with
 # one (CPython 3.11, numpy 2.4); zlib-ng and numkong, which come with the first tile and the first cast, take 3 more.
@@ -164,7 +163,7 @@ def granule(entry: TensorEntry) -> int:
     held = entry.pieces[0].held if entry.pieces else None
     if not isinstance(held, Made) or not isinstance(held.recipe, Arithmetic):
         return 1
-    unit = held.recipe.unit([meta(base) for base in held.bases])
+    unit = held.recipe.unit([Meta.of(base) for base in held.bases])
     if unit == 1 and len(held.bases) == 1 and held.bases[0].numel == entry.numel:
         return granule(held.bases[0])
     return unit
@@ -185,7 +184,7 @@ def making_peak(entry: TensorEntry, tile: int) -> int:
 
 
 def _metas(held: Made) -> list[Meta]:
-    return [meta(base) for base in held.bases]
+    return [Meta.of(base) for base in held.bases]
 
 
 def _worker_peak(entry: TensorEntry, tile: int) -> int:
@@ -213,7 +212,7 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
 def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> int:
     op = held.recipe
     assert isinstance(op, Arithmetic)  # moves are views and columns
-    metas = [meta(base) for base in held.bases]
+    metas = [Meta.of(base) for base in held.bases]
     unit = op.unit(metas)
     step = min(tile_elements(entry, tile), -(-count // unit) * unit + unit, entry.numel)
     total = op.peak(metas, min(chunk_elements(entry, held, tile), step)) + op.state_peak(metas)

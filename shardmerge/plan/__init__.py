@@ -1,0 +1,1 @@
+"""The plan: the value, how it is made, what it costs, and how it is shown. Opens nothing."""

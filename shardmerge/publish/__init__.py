@@ -1,0 +1,1 @@
+"""Makes a result appear whole or not at all, and verifies one."""
