@@ -15,10 +15,11 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import combine
 from shardmerge.execute.gather import gather
-from shardmerge.sources.zero import FlatGroup, Partition, RankChunks, chunk_numel, flat_offsets
+from shardmerge.sources.zero import FlatGroup, flat_offsets
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
 from shardmerge.tensors.pieces import single_extent
+from shardmerge.tensors.ranks import Partition, RankChunks, chunk_numel
 
 F32 = DTYPES["F32"]
 

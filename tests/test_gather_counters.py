@@ -27,10 +27,10 @@ from shardmerge.execute.order import first_byte, ordered
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
 from shardmerge.plan.value import PlannedTensor
-from shardmerge.sources.zero import Partition, RankChunks, chunk_numel
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
+from shardmerge.tensors.ranks import Partition, RankChunks, chunk_numel
 from tests.made import built
 
 F32, BF16 = DTYPES["F32"], DTYPES["BF16"]

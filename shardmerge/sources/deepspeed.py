@@ -29,8 +29,9 @@ from shardmerge.sources.deepspeed_ranks import (
 from shardmerge.sources.pickle_vm import TensorRef, Value
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, state_dict
-from shardmerge.sources.zero import FlatGroup, Fragments, RankChunks, chunk_numel, flat_offsets
+from shardmerge.sources.zero import FlatGroup, flat_offsets
 from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
+from shardmerge.tensors.ranks import Fragments, RankChunks, chunk_numel
 
 
 def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
@@ -265,8 +266,8 @@ class _Builder:
 
     def _add_frozen_stage3(self) -> None:
         table = named_tensors(self.root.get("frozen_param_fragments"))
-        files = [state.stamp.path for state in self.tag.states]
-        offsets = [state.fragments for state in self.tag.states]
+        files = tuple(state.stamp.path for state in self.tag.states)
+        offsets = tuple(state.fragments for state in self.tag.states)
         for index, (name, shape) in enumerate(shape_table(self.root.get("frozen_param_shapes")).items()):
             if any(mine[index] == MISFIT for mine in offsets):
                 raise self._layout(f"the fragments of the frozen parameter {name!r} do not add up to {shape}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,9 +22,9 @@ from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.sources.value_digest import value_digest
-from shardmerge.sources.zero import Partition, chunk_numel
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, FileStamp, Shape, Strided
+from shardmerge.tensors.ranks import Partition, chunk_numel
 
 # Where a rank has no fragment of a frozen parameter, or one of another size than its share.
 MISFIT = -1
@@ -49,7 +49,7 @@ class RankState:
     stamp: FileStamp
     claims: Claims
     saved_as: str
-    fragments: Sequence[int]
+    fragments: array[int]
 
 
 def _fragment(file: TorchFile, ref: TensorRef | None, share: int) -> int:

@@ -5,37 +5,21 @@ Layouts read in DeepSpeed 0.9 to 0.19 files (``runtime/zero/stage_1_and_2.py``, 
 * Stages 1 and 2: the parameters of a group, in ``param_shapes`` order, make one flat group, cut in equal parts; rank d
   holds part d. Padding stands at the end and is usually cut off before saving. ``param_alignment_paddings`` (0.19) says
   how many elements to skip after each parameter.
-* Stage 3: every parameter by itself is cut in ``ceil(numel / world)`` elements a rank; a rank's tensor of a sub-group
-  is those chunks one after the other. The padding of the last chunk is uninitialised memory.
+* Stage 3: every parameter by itself is cut in equal chunks, one a rank (``tensors.ranks``); a rank's tensor of a
+  sub-group is those chunks one after the other.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import overload
 
 from shardmerge.dtypes import DType
-from shardmerge.tensors import Extent, Piece, Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """The flat tensor that one rank holds of a group: dense, 1-D.
-
-    Attributes
-    ----------
-    extent
-        Its bytes, without the padding that its storage may have.
-    numel
-        Its elements.
-    """
-
-    extent: Extent
-    numel: int
+from shardmerge.tensors import Piece, Shape
+from shardmerge.tensors.ranks import Partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,98 +66,6 @@ class FlatGroup:
                 done += take
             rank += 1
         return tuple(found)
-
-
-class Fragments(Sequence[Partition]):
-    """The fragments of one frozen ZeRO-3 parameter, one a rank, of equal length: a number each until asked for.
-
-    Parameters
-    ----------
-    files
-        By rank, absolute.
-    offsets
-        By rank, the offsets in bytes of the fragments of all frozen parameters.
-    index
-        Which of them.
-    numel, itemsize
-        Elements of a fragment, and bytes of an element.
-    """
-
-    __slots__ = ("_files", "_index", "_itemsize", "_numel", "_offsets")
-
-    def __init__(
-        self, files: Sequence[str], offsets: Sequence[Sequence[int]], index: int, numel: int, itemsize: int
-    ) -> None:
-        self._files = files
-        self._offsets = offsets
-        self._index = index
-        self._numel = numel
-        self._itemsize = itemsize
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @overload
-    def __getitem__(self, index: int) -> Partition: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Partition]: ...
-    def __getitem__(self, index: int | slice) -> Partition | Sequence[Partition]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        offset = self._offsets[index][self._index]
-        return Partition(Extent(self._files[index], offset, self._numel * self._itemsize), self._numel)
-
-
-class RankChunks(Sequence[Piece]):
-    """The pieces of one ZeRO-3 parameter, one a rank, computed on demand.
-
-    Parameters
-    ----------
-    partitions
-        The sub-group's flat tensors (or the frozen fragments), by rank; shared by all parameters of the sub-group.
-    itemsize
-        Bytes per element.
-    start
-        First element of the parameter's chunk in every rank's tensor.
-    numel
-        Elements of the parameter, without padding.
-    """
-
-    __slots__ = ("_chunk", "_itemsize", "_length", "_numel", "_partitions", "_start")
-
-    def __init__(self, partitions: Sequence[Partition], itemsize: int, start: int, numel: int) -> None:
-        self._partitions = partitions
-        self._itemsize = itemsize
-        self._start = start
-        self._numel = numel
-        self._chunk = chunk_numel(numel, len(partitions))
-        self._length = -(-numel // self._chunk) if numel else 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Piece: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Piece]: ...
-    def __getitem__(self, index: int | slice) -> Piece | Sequence[Piece]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -self._length <= index < self._length:
-            raise IndexError(index)
-        rank = index % self._length
-        first = rank * self._chunk
-        count = min(self._chunk, self._numel - first)
-        extent = self._partitions[rank].extent.slice(self._start * self._itemsize, count * self._itemsize)
-        return Piece(first, count, extent)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return (self[i] for i in range(len(self)))
-
-
-def chunk_numel(numel: int, world: int) -> int:
-    """Returns the elements each rank holds of a ZeRO-3 parameter: ``ceil(numel / world)``."""
-    return -(-numel // world)
 
 
 def flat_offsets(shapes: Sequence[Shape], paddings: Sequence[int]) -> tuple[int, ...]:
