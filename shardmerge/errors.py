@@ -11,7 +11,8 @@ The library raises these and never prints; the command line renders them and tur
     ├── UsageError           exit 2   the call itself is off (an option, a missing path)
     ├── VerificationError    exit 3   a finished directory is not what it should be
     ├── ResourceError        exit 4   not enough disk or memory, said before starting where it can be known
-    ├── InterruptedRunError  exit 5   stopped by a signal; nothing was published, the same command starts again
+    ├── InterruptedRunError  exit 5   stopped by a signal; nothing was published, the same command goes on
+    ├── PublishedError       exit 6   published, and what came after failed: a sync, a signal, tidying up
     └── Problems             the exit code of its first error: all problems of one stage at once
 """
 
@@ -63,6 +64,10 @@ class ShardmergeError(Exception):
         """Returns the single errors this one stands for: itself, or all of a ``Problems``."""
         return (self,)
 
+    def fields(self) -> dict[str, str]:
+        """Returns the error's own texts by name, as ``--json`` prints them."""
+        return {name: str(getattr(self, name)) for name in ("code", "what", "where", "found", "expected", "hint")}
+
 
 class RefusedError(ShardmergeError):
     """The input is understood and refused (exit 1)."""
@@ -106,6 +111,12 @@ class InterruptedRunError(ShardmergeError):
     """A signal stopped the run before it was published (exit 5)."""
 
     exit_code: ClassVar[int] = 5
+
+
+class PublishedError(ShardmergeError):
+    """The result is published and whole; something after that failed (exit 6)."""
+
+    exit_code: ClassVar[int] = 6
 
 
 class Problems(ShardmergeError):

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from shardmerge.compose import cast_to, compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.order import first_byte, ordered
+from shardmerge.plan.order import first_byte, ordered
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
-from shardmerge.plan.value import PlannedTensor
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense

@@ -20,7 +20,7 @@ from shardmerge.mapping.preset_files import combine, list_presets, load_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.variables import Variables
-from shardmerge.plan.value import entry_json
+from shardmerge.plan.shard import entry_json
 from tests.conftest import shardmerge
 
 # What a mapping may hold: rules, and the shapes of the source tensors they use.

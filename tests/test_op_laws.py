@@ -31,7 +31,7 @@ from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
 from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, tile_elements
-from shardmerge.plan.value import is_copy
+from shardmerge.plan.shard import is_copy
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
 from shardmerge.tensors.pieces import single_extent

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
 from shardmerge.plan.clones import BLOCK, SMALLEST, clones
-from shardmerge.plan.value import PlannedShard
+from shardmerge.plan.shard import PlannedShard
 from shardmerge.tensors.natural_order import natural_key
 
 DTYPE_NAMES = ("I64", "F32", "BF16", "U8")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import shardmerge
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import TargetError
-from shardmerge.plan.value import PlannedTensor
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.targets import shards
 from shardmerge.tensors import TensorEntry
 

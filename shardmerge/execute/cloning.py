@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardmerge.plan.clones import BLOCK, Clone, clones
-from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor
+from shardmerge.plan.shard import PlannedShard
+from shardmerge.plan.value import Plan
 from shardmerge.storage.cloning import can_clone, clone_range
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
@@ -26,23 +26,6 @@ def clone_shard(shard: PlannedShard, file: OutputFile, pool: FilePool) -> tuple[
         if clone_range(source.fileno(), one.start, file.fileno(), one.offset, one.nbytes):
             done.append(one)
     return tuple(done)
-
-
-def ranges_left(tensor: PlannedTensor, cloned: Sequence[Clone]) -> Iterator[tuple[int, int]]:
-    """Yields what of a tensor is not cloned as (start, count), in elements.
-
-    Clones begin and end where blocks do, and a tensor that has some is aligned to its type, so no element is split.
-    """
-    size = tensor.dtype.itemsize
-    cursor, end = tensor.offset, tensor.offset + tensor.nbytes
-    for one in cloned:
-        if one.end <= cursor or one.offset >= end:
-            continue
-        if one.offset > cursor:
-            yield (cursor - tensor.offset) // size, (one.offset - cursor) // size
-        cursor = min(one.end, end)
-    if cursor < end:
-        yield (cursor - tensor.offset) // size, (end - cursor) // size
 
 
 def clonable_bytes(plan: Plan, out: Path) -> int:

@@ -1,37 +1,46 @@
-"""Streams a plan to files: workers take tiles in the order of the sources and write them at their final offsets."""
+"""Makes one part of a plan: threads take tasks in the order of the sources and write at final offsets.
+
+What threads share is the queue of tasks and the file they write; each has a pool of open files, buffers, sums and a
+counter of its own. So nothing is locked per tile, and the sums are joined once, when the part is done.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.errors import InterruptedRunError
 from shardmerge.execute.checksum import crc32, joined
-from shardmerge.execute.cloning import clone_shard, ranges_left
+from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.order import ordered
 from shardmerge.execute.pins import Pins
-from shardmerge.execute.records import ReadRecords, RecordChecks, RecordCounts, no_records
+from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
 from shardmerge.plan.clones import Clone, overlapping
-from shardmerge.plan.memory import has_state, tile_elements
-from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor
+from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
+from shardmerge.plan.tasks import Task, tasks
+from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
-from shardmerge.storage.reading import FilePool, SourceFile
+from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.storage.writing import OutputFile
 
 if TYPE_CHECKING:
     from shardmerge.execute.gpu import CudaCasts
 
-# Called with the bytes just written, from any worker, one call at a time.
-Progress: TypeAlias = Callable[[int], None]
-
 # Where casts are made; everything else is done by the CPU.
 Device: TypeAlias = Literal["cpu", "cuda"]
+
+# Bytes done so far, one number a thread: each writes its own, and whoever wants to know adds them up.
+Counters: TypeAlias = "memoryview[int] | list[int]"
+
+# How often the thread that waits looks whether it should stop, in seconds.
+_LOOK = 0.1
+# How long threads may take to stop, in seconds: a tile, or a sync that the disk does not finish.
+_GRACE = 1.5
 
 
 def check_device(device: Device) -> None:
@@ -43,23 +52,37 @@ def check_device(device: Device) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """Elements ``[start, start + count)`` of a planned tensor."""
+class Means:
+    """What a part is made with; none of it changes a byte.
 
-    shard: PlannedShard
-    tensor: PlannedTensor
-    start: int
-    count: int
+    Attributes
+    ----------
+    threads, tile
+        As ``plan.schedule`` says.
+    io
+        How sources are read.
+    bounded
+        Whether pages of files leave the page cache behind the cursor.
+    sync
+        Whether the part is synced before its first bytes are written.
+    device
+        Where casts are made.
+    records
+        Gives the records of a source file that have checksums there.
+    """
 
-    @property
-    def offset(self) -> int:
-        """In bytes, from the start of the shard."""
-        return self.tensor.offset + self.start * self.tensor.dtype.itemsize
+    threads: int = 1
+    tile: int = 1 << 20
+    io: IoMode = "pread"
+    bounded: bool = False
+    sync: bool = True
+    device: Device = "cpu"
+    records: ReadRecords = no_records
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did.
+    """What was done to make a part, or all of them.
 
     Attributes
     ----------
@@ -78,7 +101,7 @@ class Outcome:
     clone_seconds
         What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
     records
-        What became of the checksums that source files carry.
+        What was read of records that carry checksums.
     """
 
     overflows: dict[str, int]
@@ -89,58 +112,28 @@ class Outcome:
     cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
     bytes_cloned: int = 0
     clone_seconds: float = 0.0
-    records: RecordCounts = field(default_factory=RecordCounts)
+    records: tuple[RecordSums, ...] = ()
 
 
-def tasks(plan: Plan) -> Iterator[tuple[Tile, ...]]:
-    """Yields what a worker takes at a time, in source order: a tile, or all of a tensor that something is kept for."""
-    for shard in plan.shards:
-        yield from shard_tasks(plan, shard, ())
-
-
-def shard_tasks(plan: Plan, shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tuple[Tile, ...]]:
-    """Yields the tasks of a shard of which some ranges are there already."""
-    for tensor in ordered(shard.tensors):
-        step = tile_elements(tensor.entry, plan.memory.tile)
-        every = (
-            Tile(shard, tensor, start, min(step, first + count - start))
-            for first, count in ranges_left(tensor, cloned)
-            for start in range(first, first + count, step)
-        )
-        if has_state(tensor.entry):
-            yield tuple(every)
-        else:
-            yield from ((tile,) for tile in every)
-
-
-def execute(
-    plan: Plan,
-    folder: Path,
-    pool: FilePool,
-    *,
-    sync: bool = True,
-    progress: Progress | None = None,
-    device: Device = "cpu",
-    records: ReadRecords = no_records,
+def make_part(
+    part: Part,
+    path: Path,
+    means: Means,
+    counters: Counters,
+    stopped: Callable[[], bool] = bool,
 ) -> Outcome:
-    """Writes the plan's shards into an existing, empty directory.
+    """Writes a part as a new file: whole, synced and sealed when this returns.
 
     Parameters
     ----------
-    plan
-        What to do.
-    folder
-        Where the shards go; names as planned.
-    pool
-        Reads the sources. Where its pages leave the page cache at once, those of the output do.
-    sync
-        Whether each shard is synced before its first bytes are written.
-    progress
-        Told about every tile.
-    device
-        Where casts are made.
-    records
-        Gives the records of a source file that have checksums there.
+    part, path
+        What to make, and where.
+    means
+        With what.
+    counters
+        One number a thread, counted up by the bytes of each tile.
+    stopped
+        Asked every tenth of a second while threads work; once it says yes the part is given up.
 
     Raises
     ------
@@ -150,41 +143,14 @@ def execute(
     ResourceError, OutputError
         From the writing side.
     InterruptedRunError
-        ``interrupted``: Ctrl-C or SIGTERM.
+        ``interrupted``: Ctrl-C, a signal, or ``stopped``.
     """
-    pins = Pins(plan.files())
-    pins.check()
-    checks = RecordChecks(records)
-    pool.opened, pool.seen, pool.skimmed = _both(pins.opened, checks.opened), checks.seen, checks.skimmed
     return_freed_memory()
-    run = _Run(plan, folder, pool, sync, progress, device)
-    threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
-    for thread in threads:
-        thread.start()
+    file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded)
     try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(timeout=0.5)  # a join without a timeout would not see Ctrl-C
-    except KeyboardInterrupt as error:
-        run.stop(InterruptedRunError("interrupted", "stopped before the result was published", hint="run it again"))
-        for thread in threads:
-            thread.join()
-        raise run.failure or error from error
+        return _Making(part, file, means, counters, stopped).made()
     finally:
-        run.close()
-    if run.failure is not None:
-        raise run.failure
-    counts = checks.finish(pool)
-    pins.check()
-    return replace(run.outcome(), records=counts)
-
-
-def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:
-    def opened(file: SourceFile) -> None:
-        first(file)
-        second(file)
-
-    return opened
+        file.abandon()
 
 
 def _casts_on(device: Device) -> CudaCasts | None:
@@ -195,136 +161,160 @@ def _casts_on(device: Device) -> CudaCasts | None:
     return CudaCasts()
 
 
-@dataclass(slots=True)
-class _Run:
-    """The state that the workers of one execution share; everything here is guarded by ``lock``."""
+class _Worker:
+    """What one thread has of its own."""
 
-    plan: Plan
-    folder: Path
-    pool: FilePool
-    sync: bool
-    progress: Progress | None
-    device: Device
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    failure: BaseException | None = None
-    written: int = 0
-    overflows: Counter[str] = field(default_factory=Counter)
-    checksums: dict[str, int] = field(default_factory=dict)
-    cloned: dict[str, tuple[str, int]] = field(default_factory=dict)
-    bytes_cloned: int = 0
-    clone_seconds: float = 0.0
-    _queue: Iterator[tuple[Tile, ...]] = field(init=False)
-    _left: Counter[str] = field(default_factory=Counter)  # bytes of tensors still to be written, by shard
-    # Offset, bytes and CRC-32 of the tiles of tensors under way: of all of a 405B they would take 70 MB.
-    _sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
-    _files: dict[str, OutputFile] = field(default_factory=dict)
+    def __init__(self, means: Means, pins: Pins, tables: RecordTables) -> None:
+        self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads)
+        self.notes = RecordNotes(tables)
+        self.pool.opened = _both(pins.opened, tables.opened)
+        self.pool.seen, self.pool.skimmed = self.notes.seen, self.notes.skimmed
+        self.written = 0
+        self.overflows: Counter[str] = Counter()
+        self.sums: list[tuple[str, int, int, int]] = []  # tensor, offset in the file, bytes, CRC-32; one a task
 
-    def __post_init__(self) -> None:
-        self._queue = (task for shard in self.plan.shards for task in self._begin(shard))
+    def carry(self, task: Task, assembler: Assembler, file: OutputFile, done: Callable[[int], bool]) -> bool:
+        """Makes and writes a task, tile by tile; returns whether there may be another."""
+        tensor, size = task.tensor, task.tensor.dtype.itemsize
+        before, checksum = assembler.overflowed, 0
+        for start in range(task.start, task.start + task.count, task.step):
+            count = min(task.step, task.start + task.count - start)
+            data = assembler.view(tensor.entry, start, count)
+            file.write(tensor.offset + start * size, data)
+            checksum = crc32(data, checksum)
+            assembler.release(data)
+            if not done(count * size):
+                return False
+        self.written += task.count * size
+        self.sums.append((tensor.name, tensor.offset + task.start * size, task.count * size, checksum))
+        if assembler.overflowed > before:
+            self.overflows[tensor.name] += assembler.overflowed - before
+        return True
 
-    def work(self) -> None:
-        """Takes tasks until there are none, or another worker failed."""
+
+def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:
+    def opened(file: SourceFile) -> None:
+        first(file)
+        second(file)
+
+    return opened
+
+
+class _Making:
+    """One part under way."""
+
+    def __init__(
+        self, part: Part, file: OutputFile, means: Means, counters: Counters, stopped: Callable[[], bool]
+    ) -> None:
+        self._shard = part.shard
+        self._file = file
+        self._means = means
+        self._counters = counters
+        self._stopped = stopped
+        self._pins = Pins(part.files)
+        tables = RecordTables(means.records)
+        self._workers = [_Worker(means, self._pins, tables) for _ in range(means.threads)]
+        self._queue: deque[Task] = deque()
+        self._failure: BaseException | None = None
+
+    def made(self) -> Outcome:
+        """Makes the part; see ``make_part``."""
+        for offset, blob in self._shard.blobs:
+            reserved = max(8 - offset, 0)  # written last: see OutputFile
+            self._file.write(offset + reserved, memoryview(blob)[reserved:])
+        started = time.monotonic()
+        cloned = clone_shard(self._shard, self._file, self._workers[0].pool)
+        clone_seconds = time.monotonic() - started
+        self._counters[0] += sum(one.nbytes for one in cloned)
+        self._queue.extend(tasks(self._shard, self._means.tile, cloned))
+        self._run_threads()
+        self._pins.check_opened()
+        return self._outcome(cloned, clone_seconds)
+
+    def _run_threads(self) -> None:
+        """Lets threads work until the queue is empty; this one only waits, and sees signals."""
+        threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(self._means.threads)]
         try:
-            assembler = Assembler(self.pool, self.plan.memory.tile, _casts_on(self.device))
-            while (task := self._next()) is not None:
-                for tile in task:
-                    self._carry(tile, assembler)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_LOOK)  # a join without a timeout would not see Ctrl-C
+                    self._look()
+        except KeyboardInterrupt as error:
+            self._failure = self._failure or error
+            deadline = time.monotonic() + _GRACE
+            for thread in threads:
+                thread.join(max(deadline - time.monotonic(), 0))
+            raise InterruptedRunError("interrupted", "stopped before the result was published") from error
+        if self._failure is not None:
+            raise self._failure
+
+    def _look(self) -> None:
+        if self._stopped():
+            raise KeyboardInterrupt
+
+    def _work(self, number: int) -> None:
+        """Takes tasks until there are none, or another thread failed."""
+        worker, counters = self._workers[number], self._counters
+
+        def done(nbytes: int) -> bool:
+            counters[number] += nbytes
+            return self._failure is None
+
+        try:
+            assembler = Assembler(worker.pool, self._means.tile, _casts_on(self._means.device))
+            while self._queue:
+                try:
+                    task = self._queue.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                if not worker.carry(task, assembler, self._file, done):
+                    return
                 assembler.forget()
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
-            self.stop(error)
+            self._failure = self._failure or error
 
-    def _carry(self, tile: Tile, assembler: Assembler) -> None:
-        """Makes and writes one tile; its window goes with this frame, before the next one is mapped."""
-        before = assembler.overflowed
-        data = assembler.view(tile.tensor.entry, tile.start, tile.count)
-        self._file(tile.shard).write(tile.offset, data)
-        self._done(tile, data, assembler.overflowed - before)
-        assembler.release(data)
-
-    def stop(self, error: BaseException) -> None:
-        """Remembers the first failure; workers stop at their next tile."""
-        with self.lock:
-            self.failure = self.failure or error
-
-    def close(self) -> None:
-        """Closes the files that a failure left open; none is otherwise."""
-        for file in self._files.values():
-            file.abandon()
-
-    def outcome(self) -> Outcome:
-        """Returns the totals of a finished run."""
-        whole = (tensor.name for tensor in self.plan.tensors() if tensor.name not in self.cloned)
+    def _outcome(self, cloned: Sequence[Clone], clone_seconds: float) -> Outcome:
+        """Joins what the threads found, and seals the file."""
+        records = joined_sums((one for worker in self._workers for one in worker.notes.sums()), self._means.records)
+        places = dict(_cloned_places(self._shard, cloned))
+        checksums = self._checksums(places)
+        for name, offsets in self._shard.checksums.items():
+            for offset in offsets:
+                self._file.write(offset, memoryview(checksums[name].to_bytes(4, "little")))
+        self._file.seal(self._shard.blobs[0][1][:8])
+        overflows: Counter[str] = sum((worker.overflows for worker in self._workers), Counter())
         return Outcome(
-            dict(self.overflows),
-            {name: self.checksums.get(name, 0) for name in whole},  # 0: of no bytes
-            self.pool.bytes_read,
-            self.pool.reads,
-            self.written,
-            self.cloned,
-            self.bytes_cloned,
-            self.clone_seconds,
+            dict(overflows),
+            checksums,
+            sum(worker.pool.bytes_read for worker in self._workers),
+            sum(worker.pool.reads for worker in self._workers),
+            sum(worker.written for worker in self._workers),
+            places,
+            sum(one.nbytes for one in cloned),
+            clone_seconds,
+            records,
         )
 
-    def _next(self) -> tuple[Tile, ...] | None:
-        with self.lock:
-            return None if self.failure else next(self._queue, None)
+    def _checksums(self, cloned: dict[str, tuple[str, int]]) -> dict[str, int]:
+        """The CRC-32 of every tensor of which all bytes were seen."""
+        found: dict[str, list[tuple[int, int, int]]] = {
+            tensor.name: [] for tensor in self._shard.tensors if tensor.name not in cloned
+        }
+        for name, *sums in (one for worker in self._workers for one in worker.sums):
+            if name in found:
+                found[name].append((sums[0], sums[1], sums[2]))
+        return {name: joined((nbytes, one) for _, nbytes, one in sorted(sums)) for name, sums in found.items()}
 
-    def _begin(self, shard: PlannedShard) -> Iterator[tuple[Tile, ...]]:
-        """Opens a shard, clones what can be cloned, and returns the tasks that are left. The lock is held."""
-        file = self._open(shard)
-        started = time.monotonic()
-        cloned = clone_shard(shard, file, self.pool)
-        self.clone_seconds += time.monotonic() - started
-        for tensor in shard.tensors:
-            for one in overlapping(tensor, cloned):
-                self.cloned[tensor.name] = one.file, one.start + tensor.offset - one.offset
-        nbytes = sum(one.nbytes for one in cloned)
-        self.bytes_cloned += nbytes
-        if self.progress is not None and nbytes:
-            self.progress(nbytes)
-        self._left[shard.name] = sum(tensor.nbytes for tensor in shard.tensors) - nbytes
-        if not self._left[shard.name]:  # all cloned, or nothing but empty tensors
-            self._seal(shard, self._files.pop(shard.name))
-        return shard_tasks(self.plan, shard, cloned)
 
-    def _file(self, shard: PlannedShard) -> OutputFile:
-        with self.lock:
-            return self._files[shard.name]
+def _cloned_places(shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tuple[str, tuple[str, int]]]:
+    for tensor in shard.tensors if cloned else ():
+        for one in overlapping(tensor, cloned):
+            yield tensor.name, (one.file, one.start + tensor.offset - one.offset)
 
-    def _open(self, shard: PlannedShard) -> OutputFile:
-        file = OutputFile(self.folder / shard.name, shard.nbytes, sync=self.sync, bounded=self.pool.bounded)
-        for offset, blob in shard.blobs:
-            reserved = max(8 - offset, 0)  # written last: see OutputFile
-            file.write(offset + reserved, memoryview(blob)[reserved:])
-        self._files[shard.name] = file
-        return file
 
-    def _done(self, tile: Tile, data: memoryview, overflowed: int) -> None:
-        checksum = crc32(data)
-        with self.lock:
-            self.written += data.nbytes
-            self._sum_up(tile, data.nbytes, checksum)
-            if overflowed:
-                self.overflows[tile.tensor.name] += overflowed
-            self._left[tile.shard.name] -= data.nbytes
-            last = not self._left[tile.shard.name]
-            if self.progress is not None:
-                self.progress(data.nbytes)
-        if last:  # outside the lock: syncing a shard takes seconds, and the other workers go on
-            self._seal(tile.shard, self._files.pop(tile.shard.name))
-
-    def _seal(self, shard: PlannedShard, file: OutputFile) -> None:
-        for name, offsets in shard.checksums.items():
-            for offset in offsets:
-                file.write(offset, memoryview(self.checksums.get(name, 0).to_bytes(4, "little")))
-        file.seal(shard.blobs[0][1][:8])
-
-    def _sum_up(self, tile: Tile, nbytes: int, checksum: int) -> None:
-        """Keeps a tile's checksum, or joins those of its tensor if it was the last one."""
-        name = tile.tensor.name
-        if name in self.cloned:  # parts of it nobody saw
-            return
-        found = self._sums.setdefault(name, [])
-        found.append((tile.offset, nbytes, checksum))
-        if sum(size for _, size, _ in found) == tile.tensor.nbytes:
-            self.checksums[name] = joined((size, one) for _, size, one in sorted(self._sums.pop(name)))
+def preload(tensors: Sequence[PlannedTensor]) -> None:
+    """Imports what making some tensors needs, so that processes forked afterwards share it."""
+    if not all(is_copy(tensor.entry) for tensor in tensors):
+        from shardmerge.execute import making, regions  # noqa: F401

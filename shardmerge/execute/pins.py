@@ -22,6 +22,7 @@ class Pins:
 
     def __init__(self, stamps: Iterable[FileStamp]) -> None:
         self._stamps = {stamp.path: stamp for stamp in stamps}
+        self._opened: dict[str, None] = {}
 
     def check(self) -> None:
         """Looks at every file by its path.
@@ -31,12 +32,11 @@ class Pins:
         CheckpointError
             ``source-changed``: one is gone, was written to, or replaced.
         """
-        for stamp in self._stamps.values():
-            try:
-                status = Path(stamp.path).stat()
-            except OSError as error:
-                raise source_changed(stamp, "it is gone") from error
-            _compare(stamp, status)
+        _look(self._stamps.values())
+
+    def check_opened(self) -> None:
+        """Looks at every file that was opened, by its path; raises as ``check``."""
+        _look(self._stamps[path] for path in tuple(self._opened))
 
     def opened(self, file: SourceFile) -> None:
         """Looks at a file that was just opened: what is read is the descriptor, whatever the path says later.
@@ -48,12 +48,24 @@ class Pins:
         """
         stamp = self._stamps.get(file.path)
         if stamp is not None:
+            self._opened[file.path] = None
             _compare(stamp, file.status)
+
+
+def _look(stamps: Iterable[FileStamp]) -> None:
+    for stamp in stamps:
+        try:
+            status = Path(stamp.path).stat()
+        except OSError as error:
+            raise source_changed(stamp, "it is gone") from error
+        _compare(stamp, status)
 
 
 def _compare(stamp: FileStamp, status: os.stat_result) -> None:
     if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
         raise source_changed(stamp, f"{status.st_size} bytes, modified meanwhile")
+    if not stamp.inode:  # of a plan that was written down, maybe elsewhere: no other number travels
+        return
     if status.st_ctime_ns != stamp.ctime_ns:  # a program can set the time of modification, and not this one
         raise source_changed(stamp, f"{status.st_size} bytes, replaced or its attributes changed meanwhile")
     # FUSE file systems may make up the number of an inode whenever somebody asks anew.

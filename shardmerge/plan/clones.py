@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor, is_copy
+from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
+from shardmerge.plan.value import Plan
 from shardmerge.tensors import Extent, TensorEntry
 from shardmerge.tensors.pieces import single_extent
 
@@ -107,6 +108,23 @@ def overlapping(tensor: PlannedTensor, ranges: Sequence[Clone]) -> Iterator[Clon
     """Yields those of the ranges that hold some bytes of a tensor."""
     end = tensor.offset + tensor.nbytes
     return (one for one in ranges if one.offset < end and tensor.offset < one.end)
+
+
+def ranges_left(tensor: PlannedTensor, cloned: Sequence[Clone]) -> Iterator[tuple[int, int]]:
+    """Yields what of a tensor is not cloned as (start, count), in elements.
+
+    Clones begin and end where blocks do, and a tensor that has some is aligned to its type, so no element is split.
+    """
+    size = tensor.dtype.itemsize
+    cursor, end = tensor.offset, tensor.offset + tensor.nbytes
+    for one in cloned:
+        if one.end <= cursor or one.offset >= end:
+            continue
+        if one.offset > cursor:
+            yield (cursor - tensor.offset) // size, (one.offset - cursor) // size
+        cursor = min(one.end, end)
+    if cursor < end:
+        yield (cursor - tensor.offset) // size, (end - cursor) // size
 
 
 def _whole_blocks(file: str, start: int, offset: int, nbytes: int) -> Iterator[Clone]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
-from shardmerge.plan.value import Plan, PlannedTensor, bytes_read, canonical, tensor_json
+from shardmerge.plan.shard import PlannedTensor, bytes_read, tensor_json
+from shardmerge.plan.value import Plan
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
 
 
@@ -21,13 +22,23 @@ def human_bytes(count: int) -> str:
     return f"{size:.2f} TB"
 
 
-def plan_json(plan: Plan, cloned: int = 0) -> Fields:
-    """Returns the plan as JSON: its id, its canonical form, and what it costs if so many bytes are cloned."""
+def plan_json(plan: Plan, how: Schedule, cloned: int = 0) -> Fields:
+    """Returns the plan as JSON for who wants to know: its id, what it makes of what, and what it costs.
+
+    What others can carry out is its text: see ``plan.writing``.
+
+    Parameters
+    ----------
+    plan, how
+        What is planned, and how it would be carried out.
+    cloned
+        Bytes that are not copied, since the file system shares them.
+    """
     return Fields(
         {
             "schema": JSON_SCHEMA,
             "id": plan.id,
-            "plan": canonical(plan),
+            "plan": _contents(plan),
             "tensors": Rows(lambda: map(tensor_json, plan.tensors())),
             "sources": [
                 {
@@ -48,11 +59,27 @@ def plan_json(plan: Plan, cloned: int = 0) -> Fields:
                 "bytes_read": sum(bytes_read(tensor) for tensor in plan.tensors()) - cloned,
                 "bytes_written": plan.file_bytes - cloned,
                 **moved_json(moved(plan, cloned)),
-                "planned_peak": plan.memory.peak,
-                "workers": plan.memory.workers,
+                "planned_peak": how.peak,
+                "workers": how.workers,
+                "processes": how.processes,
             },
         }
     )
+
+
+def _contents(plan: Plan) -> Fields:
+    return Fields(
+        {
+            "target": plan.target,
+            "shards": Rows(lambda: map(_shard_json, plan.shards)),
+            "side_files": [{"name": side.name, "nbytes": side.nbytes} for side in plan.side_files],
+            "unused": sorted([unused.source, unused.name, unused.reason] for unused in plan.unused),
+        }
+    )
+
+
+def _shard_json(shard: PlannedShard) -> dict[str, object]:
+    return {"name": shard.name, "nbytes": shard.nbytes, "tensors": [tensor.name for tensor in shard.tensors]}
 
 
 def moved_json(how: Moved) -> dict[str, int]:
@@ -66,13 +93,13 @@ def moved_text(how: Moved) -> str:
     return ", ".join(f"{human_bytes(nbytes)} {way}" for nbytes, way in ways if nbytes) or "no data"
 
 
-def plan_text(plan: Plan, out: str, cloned: int = 0) -> str:
+def plan_text(plan: Plan, how: Schedule, out: str, cloned: int = 0) -> str:
     """Returns the plan for people: where every part of the model comes from, what it costs, what is left out.
 
     Parameters
     ----------
-    plan, out
-        What is planned, and the output path as text.
+    plan, how, out
+        What is planned, how it is carried out, and the output path as text.
     cloned
         Bytes that are not copied, since the file system shares them.
     """
@@ -84,7 +111,7 @@ def plan_text(plan: Plan, out: str, cloned: int = 0) -> str:
         _groups_table(plan),
         _files(plan),
         _unused(plan),
-        _cost(plan, cloned),
+        _cost(plan, how, cloned),
     ]
     return "\n\n".join(block for block in blocks if block)
 
@@ -218,13 +245,13 @@ def _unused(plan: Plan) -> str:
     return "\n".join(["not used:", *lines]) if lines else ""
 
 
-def _cost(plan: Plan, cloned: int) -> str:
+def _cost(plan: Plan, how: Schedule, cloned: int) -> str:
     read = sum(bytes_read(tensor) for tensor in plan.tensors()) - cloned
     written = plan.file_bytes - cloned
-    memory = plan.memory
+    within = f" in {how.processes} processes" if how.processes > 1 else ""
     return (
         f"reads {human_bytes(read)}, writes {human_bytes(written)}: {moved_text(moved(plan, cloned))}\n"
-        f"peak memory at most {memory.peak / 2**20:.0f} MiB with {memory.workers} workers\n"
+        f"peak memory at most {how.peak / 2**20:.0f} MiB with {how.workers} workers{within}\n"
         f"plan {plan.id[:16]}"
     )
 

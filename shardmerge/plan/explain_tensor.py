@@ -9,8 +9,9 @@ from shardmerge.errors import UsageError
 from shardmerge.json_rows import JSON_SCHEMA
 from shardmerge.mapping.near import NameIndex, shown
 from shardmerge.plan.explain import human_bytes
-from shardmerge.plan.memory import making_peak
-from shardmerge.plan.value import Plan, PlannedShard, PlannedTensor, bytes_read, is_copy
+from shardmerge.plan.memory import LARGEST_TILE, making_peak
+from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, is_copy
+from shardmerge.plan.value import Plan
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, composed
 
 # A tensor of a ZeRO checkpoint has a piece for each of a thousand ranks.
@@ -61,7 +62,7 @@ def tensor_story_json(plan: Plan, name: str, rule_lines: tuple[str, ...] = ()) -
         "made": _node_json(tensor.entry),
         "copy": is_copy(tensor.entry),
         "bytes_read": bytes_read(tensor),
-        "memory": making_peak(tensor.entry, plan.memory.tile),
+        "memory": making_peak(tensor.entry, LARGEST_TILE),
         "written": {"file": shard.name, "name": tensor.stored, "offset": tensor.offset, "nbytes": tensor.nbytes},
     }
 
@@ -78,7 +79,7 @@ def tensor_story_text(plan: Plan, name: str, rule_lines: tuple[str, ...] = ()) -
         "made of",
         *(f"  {line}" for line in _node_lines(tensor.entry)),
         f"reads    {human_bytes(bytes_read(tensor))}, {read}",
-        f"memory   {human_bytes(making_peak(tensor.entry, plan.memory.tile))} a worker at most",
+        f"memory   {human_bytes(making_peak(tensor.entry, LARGEST_TILE))} a worker at most",
         f"written  {shard.name}{stored}, bytes {tensor.offset} to {tensor.offset + tensor.nbytes}",
     ]
     return "\n".join(lines)

@@ -1,37 +1,16 @@
-"""The memory law: measured peak <= planned peak <= budget.
-
-The planned peak is a sum of what is known before a byte is read:
-
-    interpreter and libraries  +  the plan itself  +  workers x (a tile of output + what making it allocates)
-"""
+"""How many elements of a tensor are made at a time, and what a worker allocates for it; ``schedule`` adds it up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from shardmerge.errors import ResourceError
 from shardmerge.ops.contract import Arithmetic, Meta
-from shardmerge.plan.value import Memory, PlannedTensor
-from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View, leaves
+from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View
 from shardmerge.tensors.strides import block, direct, in_order
-
-# Resident before the first tile, with numpy, ml_dtypes, click and PyYAML: 40 MiB measured without a mapping, 43 with
-# one (CPython 3.11, numpy 2.4); zlib-ng and numkong, which come with the first tile and the first cast, take 3 more.
-# The rest is room for other versions.
-_RESERVED = 51 << 20
-
-# A tensor of a source with its pieces, what is planned of it, its header and its part of the receipt: 1.9 KB of a whole
-# run measured, over 92,000 tensors with a cast each.
-_PER_TENSOR = 2 << 10
 
 # The largest tile, for up to four workers. fp32 to bf16 by two, 2 GiB in, whole process: 0.434 s with tiles of 2 MiB,
 # 0.429 with 4. But a tile of 4 wants 6 MiB more of buffers for two workers, and its half is written in folios of 2 MiB:
 # where the machine had to fetch memory first (a guest that gives free memory back to its host), the same runs took 0.45
 # and 0.66 s.
 LARGEST_TILE = 2 << 20
-_TILES_TOGETHER = 8 << 20
-_LARGEST_OF_MANY = 1 << 20
-_SMALLEST_TILE = 64 << 10
 
 # Most bytes that `execute.gather` reads at once to rearrange them.
 WORKSPACE = 1 << 20
@@ -46,52 +25,6 @@ BAND_TILES = 16
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
 KEPT_TILES = 2
-
-
-def plan_memory(tensors: Iterable[PlannedTensor], *, budget: int, workers: int) -> Memory:
-    """Chooses the workers and the tile so that the planned peak stays within the budget.
-
-    Parameters
-    ----------
-    tensors
-        All of the plan.
-    budget
-        Most resident bytes of the whole process.
-    workers
-        Threads that stream tiles; fewer are used where so many do not fit.
-
-    Raises
-    ------
-    ResourceError
-        ``memory-budget``: even the smallest tile does not fit, with the number and the tensor.
-    """
-    listed = list(tensors)
-    fixed = _RESERVED + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in listed)
-    needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
-    for count in range(workers, 0, -1):
-        tile = _first_tile(count)
-        while tile >= _SMALLEST_TILE:
-            if tile not in needs:
-                needs[tile] = max((_worker_peak(tensor.entry, tile) for tensor in listed), default=0)
-            peak = fixed + count * needs[tile]
-            if peak <= budget:
-                return Memory(count, tile, peak)
-            tile //= 2
-    least, name = max((_worker_peak(tensor.entry, _SMALLEST_TILE), tensor.name) for tensor in listed)
-    raise ResourceError(
-        "memory-budget",
-        "the plan does not fit the memory budget",
-        where=f"tensor {name}" if least > 32 * _SMALLEST_TILE else "",  # 2 MiB: more than any cast needs
-        found=f"{fixed + least:,} bytes needed with 1 worker",
-        expected=f"at most {budget:,} bytes",
-        hint=f"allow more: --max-memory {-(-(fixed + least) // (1 << 20))}MiB",
-    )
-
-
-def _first_tile(workers: int) -> int:
-    """Returns the tile that is tried first, a power of two."""
-    share = 1 << (_TILES_TOGETHER // workers).bit_length() - 1
-    return max(min(share, LARGEST_TILE), _LARGEST_OF_MANY)
 
 
 def tile_elements(entry: TensorEntry, tile: int) -> int:
@@ -178,17 +111,15 @@ def has_state(entry: TensorEntry) -> bool:
     return any(has_state(base) for base in bases)
 
 
-def making_peak(entry: TensorEntry, tile: int) -> int:
-    """Returns the most bytes a worker allocates to make a tensor in tiles of so many bytes."""
-    return _worker_peak(entry, tile)
-
-
 def _metas(held: Made) -> list[Meta]:
     return [Meta.of(base) for base in held.bases]
 
 
-def _worker_peak(entry: TensorEntry, tile: int) -> int:
-    """The output of a tile, what making it needs, and the buffers that are kept to be used again."""
+def making_peak(entry: TensorEntry, tile: int) -> int:
+    """Returns the most bytes a worker allocates to make a tensor in tiles of so many bytes.
+
+    The output of a tile, what making it needs, and the buffers that are kept to be used again.
+    """
     count = min(tile_elements(entry, tile), entry.numel)
     return KEPT_TILES * tile + count * entry.dtype.itemsize + _need(entry, count, tile)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from shardmerge.plan.clones import BLOCK, SMALLEST, inner_blocks, whole_extent
-from shardmerge.plan.value import PlannedTensor
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.tensors import Extent
 
 # What the format wants the start of the data to be a multiple of.

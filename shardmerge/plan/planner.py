@@ -15,8 +15,9 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
 from shardmerge.plan.memory import plan_memory
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
-from shardmerge.plan.value import Plan, PlannedSource, PlannedTensor, Unused
+from shardmerge.plan.value import Plan, PlannedSource, Unused
 from shardmerge.targets.expectation import Expectation, Format, Resize
 from shardmerge.tensors import Catalog, Shape, TensorEntry
 

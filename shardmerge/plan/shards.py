@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.plan.phases import Arrangement, arrange, by_source
+from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import lay_out_torch
-from shardmerge.plan.value import PlannedShard, PlannedTensor
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile

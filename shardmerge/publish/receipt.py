@@ -8,7 +8,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from shardmerge.execute.engine import Outcome
-from shardmerge.plan.value import SCHEMA, Plan, PlannedShard, tensor_json
+from shardmerge.plan.identity import SCHEMA
+from shardmerge.plan.shard import PlannedShard, tensor_json
+from shardmerge.plan.value import Plan
 
 FORMAT = "shardmerge receipt"
 

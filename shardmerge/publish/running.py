@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.plan.value import Plan, bytes_read
+from shardmerge.plan.shard import bytes_read
+from shardmerge.plan.value import Plan
 from shardmerge.prepare.conversion import Options, Prepared
 from shardmerge.prepare.side_files import content
 from shardmerge.storage.limits import bounds_cache

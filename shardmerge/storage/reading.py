@@ -209,6 +209,8 @@ class FilePool:
         How files are read.
     bounded
         Whether pages leave the page cache soon after they were read.
+    sharers
+        How many pools share the descriptors that the process may have.
 
     Attributes
     ----------
@@ -224,11 +226,11 @@ class FilePool:
         Called with path, first offset and number of bytes of what ``read_runs`` read.
     """
 
-    def __init__(self, io: IoMode = "pread", *, bounded: bool = False) -> None:
+    def __init__(self, io: IoMode = "pread", *, bounded: bool = False, sharers: int = 1) -> None:
         self.bytes_read = 0
         self.reads = 0
         self.opens = 0
-        self._most = most_open_files()
+        self._most = max(most_open_files() // sharers, 16)
         self._io = io
         self.bounded = bounded
         self.opened: Callable[[SourceFile], None] | None = None

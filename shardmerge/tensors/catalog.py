@@ -49,16 +49,17 @@ class FileStamp:
     header
         SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
     device, inode, ctime_ns
-        From ``stat``: a file put in the place of another, with its size and time of modification, differs here.
+        From ``stat``: a file put in the place of another, with its size and time of modification, differs here. 0 in a
+        plan that was written down: they mean something on one machine only.
     """
 
     path: str
     size: int
     mtime_ns: int
     header: str = ""
-    device: int = 0
-    inode: int = 0
-    ctime_ns: int = 0
+    device: int = field(default=0, compare=False)
+    inode: int = field(default=0, compare=False)
+    ctime_ns: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, path: str, status: stat_result, header: bytes = b"") -> FileStamp:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardmerge.plan.value import PlannedTensor
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.tensors import Extent, Strided, TensorEntry
 
 

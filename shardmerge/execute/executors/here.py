@@ -1,0 +1,196 @@
+"""On this machine: in this process, or in processes forked from it that take parts from one pipe.
+
+A forked process shares the pages of the plan and of numpy with this one, and starts in milliseconds. It is only done
+where this process has a single thread: another one could hold a lock that the copy would wait for forever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shardmerge import errors
+from shardmerge.errors import InterruptedRunError, Problems, ResourceError, ShardmergeError
+from shardmerge.execute.engine import Counters, preload
+from shardmerge.execute.executors.contract import Make, Progress
+from shardmerge.plan.schedule import Schedule
+from shardmerge.plan.value import Part
+
+# A part's place in the list, as it goes through the pipe; reads and writes of so few bytes are never torn.
+_PLACE = 4
+# linux/fcntl.h; a pipe holds 64 KiB unless it is asked to hold more: 16,384 parts.
+_F_SETPIPE_SZ = 1031
+_USUAL_PIPE, _LARGEST_PIPE = 64 << 10, 1 << 20
+
+# How often this process looks after the others, in seconds.
+_LOOK = 0.05
+
+
+def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
+    """Makes parts by as many processes and threads as the schedule says: see ``contract.Executor``."""
+    if how.processes > 1 and len(parts) > 1:
+        _forked(parts, make, how, progress)
+        return
+    counters = [0] * how.threads
+    told = _Told(counters, progress)
+    for part in parts:
+        make(part, counters, told)
+        told()
+
+
+def may_fork() -> bool:
+    """Tells whether this process has one thread and no more; where /proc does not tell, it has."""
+    try:
+        return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208  # names are all that is wanted
+    except OSError:
+        return False
+
+
+class _Told:
+    """Passes on what counters say; asked as ``stopped``, it never says yes."""
+
+    def __init__(self, counters: Counters, progress: Progress | None) -> None:
+        self._counters = counters
+        self._progress = progress
+        self._before = 0
+
+    def __call__(self) -> bool:
+        done = sum(self._counters)
+        if self._progress is not None and done > self._before:
+            self._progress(done - self._before)
+        self._before = done
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A process, and where it says what went wrong."""
+
+    pid: int
+    said: int
+
+
+def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
+    preload([tensor for part in parts for tensor in part.shard.tensors])
+    slots = memoryview(mmap.mmap(-1, mmap.PAGESIZE * -(-8 * how.workers // mmap.PAGESIZE))).cast("Q")
+    told = _Told(slots, progress)
+    places = _filled_pipe(len(parts))
+    children: list[_Child] = []
+    try:
+        for number in range(min(how.processes, len(parts))):
+            counters = slots[number * how.threads : (number + 1) * how.threads]
+            children.append(_fork(parts, make, counters, places))
+        while children:
+            time.sleep(_LOOK)
+            told()
+            for child in [one for one in children if _ended(one)]:
+                children.remove(child)
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError("interrupted", "stopped before the result was published") from error
+    finally:
+        os.close(places)
+        for child in children:
+            _kill(child)
+
+
+def _filled_pipe(count: int) -> int:
+    """Returns the reading end of a pipe that holds the places of all parts, and then ends."""
+    read, write = os.pipe()
+    if count * _PLACE > _USUAL_PIPE:
+        fcntl.fcntl(write, _F_SETPIPE_SZ, _LARGEST_PIPE)
+    for place in range(count):
+        os.write(write, place.to_bytes(_PLACE, "little"))
+    os.close(write)
+    return read
+
+
+def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) -> _Child:
+    read, write = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return _Child(pid, read)
+    try:
+        os.close(read)
+        _only_parent_hears_signals()
+        for place in iter(lambda: os.read(places, _PLACE), b""):
+            make(parts[int.from_bytes(place, "little")], counters, lambda: os.getppid() != parent)
+    except BaseException as error:  # noqa: BLE001  # it must reach the parent
+        os.write(write, json.dumps(_rows(error)).encode()[: mmap.PAGESIZE * 16])
+        os._exit(1)
+    os._exit(0)
+
+
+def _only_parent_hears_signals() -> None:
+    """The parent decides: it kills its children. A terminal and a batch system send to all of them at once."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _ended(child: _Child) -> bool:
+    """Tells whether a process is done; raises what it met."""
+    pid, status = os.waitpid(child.pid, os.WNOHANG)
+    if not pid:
+        return False
+    said = b"".join(iter(lambda: os.read(child.said, 1 << 16), b""))
+    os.close(child.said)
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return True
+    raise _error(said) if said else _died(code)
+
+
+def _kill(child: _Child) -> None:
+    try:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        os.close(child.said)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def _died(code: int) -> ResourceError:
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return ResourceError(
+        "worker-died",
+        "a process that made parts was ended by the system",
+        found=name,
+        hint="the same command goes on where it was; if memory ran out, with fewer --workers or less --max-memory",
+    )
+
+
+# --- errors, from one process to another ---
+
+
+def _rows(error: BaseException) -> list[dict[str, str | int]]:
+    if isinstance(error, ShardmergeError):
+        return [{"kind": type(one).__name__, **one.fields()} for one in error.each()]
+    if isinstance(error, OSError):
+        return [{"errno": error.errno or 0, "what": error.strerror or str(error), "where": str(error.filename or "")}]
+    return [{"bug": f"{type(error).__name__}: {error}"}]
+
+
+def _error(said: bytes) -> BaseException:
+    rows = json.loads(said)
+    found = list(_ours(rows))
+    if found:
+        return found[0] if len(found) == 1 else Problems(found)
+    if "errno" in rows[0]:
+        return OSError(rows[0]["errno"], rows[0]["what"], rows[0]["where"])
+    return RuntimeError(rows[0]["bug"])
+
+
+def _ours(rows: Sequence[dict[str, str]]) -> Iterator[ShardmergeError]:
+    for row in rows:
+        kind = getattr(errors, row.get("kind", ""), None)
+        if kind is not None:
+            texts = {name: row[name] for name in ("where", "found", "expected", "hint")}
+            yield kind(row["code"], row["what"], **texts)

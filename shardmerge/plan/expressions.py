@@ -1,0 +1,180 @@
+"""What a tensor is made of as JSON values, and back. Files and the tables of rank rules are numbered."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shardmerge.dtypes import DTYPES, DType
+from shardmerge.ops.contract import Op
+from shardmerge.ops.written import op_of, op_row
+from shardmerge.plan.json_values import Row, fields, listed, numbers, text, whole
+from shardmerge.tensors import Columns, Extent, Held, Made, Piece, Strided, TensorEntry, View, composed, leaves
+from shardmerge.tensors.ranks import Fragments, Partition, Partitions, RankChunks
+
+
+class Tables:
+    """Numbers the files and the tables of rank rules that rows of tensors name.
+
+    Attributes
+    ----------
+    files
+        Paths, each with its number.
+    ranks
+        The tables, by number.
+    """
+
+    def __init__(self, files: Iterable[str] = ()) -> None:
+        self.files = {path: number for number, path in enumerate(dict.fromkeys(files))}
+        self.ranks: list[Row] = []
+        self._known: dict[int, tuple[int, object]] = {}  # by the identity of a table, which is kept alive with it
+        self._equal: dict[str, int] = {}
+
+    def file(self, path: str) -> int:
+        """Returns the number of a file, a new one if it has none."""
+        return self.files.setdefault(path, len(self.files))
+
+    def table(self, partitions: Partitions) -> int:
+        """Returns the number of a table; equal tables have one."""
+        shared = partitions.offsets if isinstance(partitions, Fragments) else partitions
+        if id(shared) not in self._known:
+            row = self._row(partitions)
+            number = self._equal.setdefault(repr(row), len(self.ranks))
+            self.ranks += [row] if number == len(self.ranks) else []
+            self._known[id(shared)] = number, shared
+        return self._known[id(shared)][0]
+
+    def collect(self, entries: Iterable[TensorEntry]) -> None:
+        """Numbers every table that some tensors name."""
+        for entry in entries:
+            for leaf in leaves(entry):
+                if isinstance(leaf.pieces, RankChunks):
+                    self.table(leaf.pieces.partitions)
+
+    def _row(self, partitions: Partitions) -> Row:
+        if isinstance(partitions, Fragments):
+            layouts = [tuple(row) for row in partitions.offsets]
+            distinct = {row: number for number, row in enumerate(dict.fromkeys(layouts))}  # ranks mostly have one
+            return {
+                "files": [self.file(path) for path in partitions.files],
+                "layouts": list(distinct),
+                "layout": [distinct[row] for row in layouts],
+            }
+        extents = ((part.extent, part.numel) for part in partitions)
+        return {"partitions": [[self.file(one.file), one.offset, one.nbytes, numel] for one, numel in extents]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """The fragments of frozen parameters: files by rank, and the offsets in each."""
+
+    files: tuple[str, ...]
+    offsets: tuple[array[int], ...]
+
+
+class Lookup:
+    """The files and tables of a plan that is read: the way back of ``Tables``."""
+
+    def __init__(self, files: Sequence[str], ranks: Iterable[object] = ()) -> None:
+        self._files = files
+        self._ranks = [self._table(fields(row)) for row in ranks]
+
+    def extent(self, file: object, offset: object, nbytes: int) -> Extent:
+        """Returns an extent of a numbered file."""
+        return Extent(self._files[whole(file)], whole(offset), nbytes)
+
+    def chunks(self, row: Row, dtype: DType) -> RankChunks:
+        """Returns the pieces that a rank rule says."""
+        found = self._ranks[whole(row["ranks"])]
+        if isinstance(found, _Frozen):
+            index, numel = numbers(row["fragment"])
+            table: Partitions = Fragments(found.files, found.offsets, index, numel, dtype.itemsize)
+        else:
+            table = found
+        return RankChunks(table, dtype.itemsize, whole(row["start"]), whole(row["numel"]))
+
+    def _table(self, row: Row) -> tuple[Partition, ...] | _Frozen:
+        if "partitions" in row:
+            parts = (numbers(one) for one in listed(row["partitions"]))
+            return tuple(Partition(self.extent(file, at, nbytes), numel) for file, at, nbytes, numel in parts)
+        layouts = [array("q", numbers(one)) for one in listed(row["layouts"])]
+        files = tuple(self._files[number] for number in numbers(row["files"]))
+        return _Frozen(files, tuple(layouts[number] for number in numbers(row["layout"])))
+
+
+def entry_row(entry: TensorEntry, tables: Tables) -> Row:
+    """Returns a tensor as JSON values; ``entry_of`` makes an equal one of them."""
+    row: Row = {"dtype": entry.dtype.name, "shape": list(entry.shape)}
+    row |= {key: value for key in ("name", "source", "origin") if (value := getattr(entry, key))}
+    held = composed(entry)
+    if held is not None:
+        return row | _composed_row(held, tables)
+    if isinstance(entry.pieces, RankChunks):
+        return row | chunks_row(entry.pieces, tables)
+    return row | {"pieces": [_piece_row(piece, tables) for piece in entry.pieces]}
+
+
+def chunks_row(chunks: RankChunks, tables: Tables) -> Row:
+    """Returns a rank rule as JSON values."""
+    table = chunks.partitions
+    row: Row = {"ranks": tables.table(table), "start": chunks.start, "numel": chunks.numel}
+    return row | {"fragment": [table.index, table.numel]} if isinstance(table, Fragments) else row
+
+
+def _composed_row(held: View | Columns | Made, tables: Tables) -> Row:
+    assert isinstance(held.recipe, Op)  # what is planned is made by ops
+    row: Row = {"by": op_row(held.recipe), "of": [entry_row(base, tables) for base in held.bases]}
+    if isinstance(held, View):
+        return {"view": [held.offset, list(held.shape), list(held.strides)], **row}
+    return {"columns": held.rows, **row} if isinstance(held, Columns) else row
+
+
+def _piece_row(piece: Piece, tables: Tables) -> list[object]:
+    held = piece.held
+    if isinstance(held, Extent):
+        return [piece.start, piece.count, tables.file(held.file), held.offset]
+    assert isinstance(held, Strided)
+    at = [tables.file(held.extent.file), held.extent.offset, held.extent.nbytes]
+    return [piece.start, piece.count, *at, list(held.shape), list(held.strides)]
+
+
+def entry_of(row: Row, lookup: Lookup) -> TensorEntry:
+    """Returns the tensor that ``entry_row`` wrote.
+
+    Raises
+    ------
+    ValueError, KeyError, IndexError
+        The values are not those of a tensor.
+    """
+    dtype, shape = DTYPES[text(row["dtype"])], numbers(row["shape"])
+    pieces: Sequence[Piece]
+    if "by" in row:
+        held = _composed_of(row, lookup)
+        entry = TensorEntry("", dtype, shape, ())
+        pieces = (Piece(0, entry.numel, held),)
+    elif "ranks" in row:
+        pieces = lookup.chunks(row, dtype)
+    else:
+        pieces = tuple(_piece_of(listed(one), dtype, lookup) for one in listed(row["pieces"]))
+    name, source, origin = (text(row.get(key, "")) for key in ("name", "source", "origin"))
+    return TensorEntry(name, dtype, shape, pieces, origin, source)
+
+
+def _composed_of(row: Row, lookup: Lookup) -> Held:
+    op, bases = op_of(fields(row["by"])), tuple(entry_of(fields(one), lookup) for one in listed(row["of"]))
+    if "view" in row:
+        offset, shape, strides = listed(row["view"])
+        (base,) = bases
+        return View(base, whole(offset), numbers(shape), numbers(strides), op)
+    return Columns(bases, whole(row["columns"]), op) if "columns" in row else Made(bases, op)
+
+
+def _piece_of(row: list[object], dtype: DType, lookup: Lookup) -> Piece:
+    start, count, file, offset, *view = row
+    count = whole(count)
+    if not view:
+        return Piece(whole(start), count, lookup.extent(file, offset, count * dtype.itemsize))
+    nbytes, shape, strides = view
+    held = Strided(lookup.extent(file, offset, whole(nbytes)), numbers(shape), numbers(strides))
+    return Piece(whole(start), count, held)

@@ -1,0 +1,151 @@
+"""How a plan is carried out with what is granted: processes, threads, tiles, and who makes which part. Pure.
+
+Nothing here changes a byte of the result. The memory law: measured peak <= planned peak <= budget, of all processes
+together. The planned peak is a sum of what is known before a byte is read:
+
+    interpreter and libraries  +  the plan itself  +  what each process has of its own
+        +  threads of all processes x (a tile of output + what making it allocates)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shardmerge.errors import ResourceError
+from shardmerge.plan.memory import LARGEST_TILE, making_peak
+from shardmerge.plan.shard import PlannedShard, PlannedTensor
+from shardmerge.tensors import leaves
+
+# Resident before the first tile, with numpy, ml_dtypes, click and PyYAML: 40 MiB measured without a mapping, 43 with
+# one (CPython 3.11, numpy 2.4); zlib-ng and numkong, which come with the first tile and the first cast, take 3 more.
+# The rest is room for other versions.
+_RESERVED = 51 << 20
+
+# A tensor of a source with its pieces, what is planned of it, its header and its part of the receipt: 1.9 KB of a whole
+# run measured, over 92,000 tensors with a cast each.
+_PER_TENSOR = 2 << 10
+
+# What a process forked from the one that planned has of its own beside its threads' buffers: pages that both wrote to
+# (counts of references), allocator, stacks.
+_PER_PROCESS = 12 << 20
+
+# Writers of one file wait for each other at its inode: four are as fast as sixteen (16 cores, fp32 to bf16: 1.03 s with
+# four, 1.25 with sixteen; a file each 0.45 in threads, 0.32 in processes).
+_MOST_THREADS = 4
+
+# A smaller result is made by one process: starting others takes as long as half of it.
+_WORTH_PROCESSES = 256 << 20
+
+# Bytes of all workers' tiles together, and the largest tile of more than four.
+_TILES_TOGETHER = 8 << 20
+_LARGEST_OF_MANY = 1 << 20
+_SMALLEST_TILE = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a plan is carried out on one machine.
+
+    Attributes
+    ----------
+    processes
+        How many make parts side by side; 1 is this one.
+    threads
+        In each process, that stream tiles of one part.
+    tile
+        Bytes of a tile, on the larger side of a cast.
+    peak
+        Planned resident memory of all processes at most, in bytes; pages that they share count once.
+    """
+
+    processes: int
+    threads: int
+    tile: int
+    peak: int
+
+    @property
+    def workers(self) -> int:
+        """Threads of all processes."""
+        return self.processes * self.threads
+
+
+def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, processes: int = 64) -> Schedule:
+    """Returns the most workers, and the largest tile, with which the planned peak stays within the budget.
+
+    Parameters
+    ----------
+    shards
+        What is to be made: all of a plan, or some of its parts.
+    budget
+        Most resident bytes of all processes.
+    workers
+        CPUs to be used; fewer are where so many do not fit, or find no work.
+    processes
+        Most of them; 1 where nothing may be forked.
+
+    Raises
+    ------
+    ResourceError
+        ``memory-budget``: even the smallest tile does not fit, with the number and the tensor.
+    """
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    fixed = _RESERVED + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in tensors)
+    needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
+    for count, threads in _ways(shards, workers, processes):
+        tile = _first_tile(count * threads)
+        while tile >= _SMALLEST_TILE:
+            if tile not in needs:
+                needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0)
+            own = _PER_PROCESS * count if count > 1 else 0
+            peak = fixed + own + count * threads * needs[tile]
+            if peak <= budget:
+                return Schedule(count, threads, tile, peak)
+            tile //= 2
+    raise _too_small(tensors, fixed, budget)
+
+
+def _ways(shards: Sequence[PlannedShard], workers: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yields (processes, threads in each), those with most workers first, and of these those with most processes."""
+    worth = sum(shard.nbytes for shard in shards) >= _WORTH_PROCESSES
+    most = min(most, workers, len(shards)) if worth else 1
+    ways = [(p, t) for p in range(1, most + 1) for t in range(1, _MOST_THREADS + 1) if p * t <= workers]
+    yield from sorted(ways, key=lambda way: (-way[0] * way[1], -way[0]))
+
+
+def _first_tile(workers: int) -> int:
+    """Returns the tile that is tried first, a power of two."""
+    share = 1 << max(_TILES_TOGETHER // workers, 1).bit_length() - 1
+    return max(min(share, LARGEST_TILE), _LARGEST_OF_MANY)
+
+
+def _too_small(tensors: Iterable[PlannedTensor], fixed: int, budget: int) -> ResourceError:
+    least, name = max((making_peak(tensor.entry, _SMALLEST_TILE), tensor.name) for tensor in tensors)
+    return ResourceError(
+        "memory-budget",
+        "the plan does not fit the memory budget",
+        where=f"tensor {name}" if least > 32 * _SMALLEST_TILE else "",  # 2 MiB: more than any cast needs
+        found=f"{fixed + least:,} bytes needed with 1 worker",
+        expected=f"at most {budget:,} bytes",
+        hint=f"allow more: --max-memory {-(-(fixed + least) // (1 << 20))}MiB",
+    )
+
+
+def largest_first(shards: Sequence[PlannedShard]) -> list[int]:
+    """Returns the numbers of parts in the order in which they are made: a large one begun last is waited for."""
+    return sorted(range(len(shards)), key=lambda number: (-shards[number].nbytes, number))
+
+
+def share(shards: Sequence[PlannedShard], index: int, count: int) -> list[int]:
+    """Returns the parts that task ``index`` of ``count`` makes: each part goes to the task that has least so far.
+
+    The same for everybody who asks, so that tasks need not speak with each other.
+    """
+    loads = [(0, task) for task in range(count)]
+    found = []
+    for number in largest_first(shards):
+        load, task = heapq.heappop(loads)
+        heapq.heappush(loads, (load + shards[number].nbytes, task))
+        found += [number] if task == index else []
+    return found
