@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
-    from shardmerge.api import convert, diff, open_checkpoint, plan, presets, run, verify
+    from shardmerge.api import clean, convert, diff, open_checkpoint, plan, presets, run, verify
     from shardmerge.errors import (
         CheckpointError,
         InterruptedRunError,
         MappingError,
         OutputError,
         Problems,
+        PublishedError,
         RefusedError,
         ResourceError,
         ShardmergeError,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     )
     from shardmerge.lazy import LazyCheckpoint, LazyTensor
     from shardmerge.plan.value import Plan
-    from shardmerge.prepare.conversion import Options
     from shardmerge.prepare.inspection import inspect
+    from shardmerge.prepare.options import Options
     from shardmerge.publish.running import Result
     from shardmerge.publish.verify import Difference, Verdict
     from shardmerge.tensors import Catalog, TensorEntry
@@ -55,6 +56,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "Problems",
+    "PublishedError",
     "RefusedError",
     "ResourceError",
     "Result",
@@ -65,6 +67,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "__version__",
+    "clean",
     "convert",
     "diff",
     "inspect",
@@ -77,8 +80,8 @@ __all__ = [
 
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
-    "shardmerge.api": ("convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
-    "shardmerge.prepare.conversion": ("Options",),
+    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
+    "shardmerge.prepare.options": ("Options",),
     "shardmerge.publish.running": ("Result",),
     "shardmerge.errors": (
         "CheckpointError",
@@ -86,6 +89,7 @@ _MODULES = {
         "MappingError",
         "OutputError",
         "Problems",
+        "PublishedError",
         "RefusedError",
         "ResourceError",
         "ShardmergeError",

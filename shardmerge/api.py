@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,30 +15,31 @@ from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import SourceSpec, Spec, Variable
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.conversion import ADAPTER_PRESET, Options, Prepared, is_adapter, prepare_plain
+from shardmerge.prepare.conversion import ADAPTER_PRESET, is_adapter, prepare_plain
 from shardmerge.prepare.inspection import inspect
-from shardmerge.publish.running import Result, carry_out
+from shardmerge.prepare.options import Options, Prepared
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.
 if TYPE_CHECKING:
-    from shardmerge.execute.engine import Progress
+    from shardmerge.execute.executors.contract import Progress
     from shardmerge.lazy import LazyCheckpoint
     from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.mapping.way_back import Forward
+    from shardmerge.publish.running import Result
     from shardmerge.publish.verify import Difference, Verdict
 
 __all__ = [
-    "Options", "Prepared", "Result", "carry_out", "clonable_bytes", "convert", "diff", "explain_json",
+    "Options", "Prepared", "carry_out", "clean", "clonable_bytes", "convert", "diff", "explain_json",
     "explain_text", "float_dtype", "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size",
-    "plan", "prepare_conversion", "prepare_mapping", "preset_text", "presets", "resident_bytes", "run",
-    "schema", "verify", "write_new",
+    "plan", "prepare", "prepare_conversion", "prepare_mapping", "preset_text", "presets", "resident_bytes", "run",
+    "schema", "verify", "write_new", "write_plan",
 ]  # fmt: skip
 
-_YAML = (".yaml", ".yml")
+_YAML, _PLAN = (".yaml", ".yml"), ".json"
 _COMMAND_LINE = Mark("command line", 1, 1)
 
 
@@ -69,21 +71,93 @@ def plan(mapping: str | Path, options: Options | None = None) -> Plan:
     ShardmergeError
         Everything that is wrong with a stage, at once.
     """
-    return prepare_mapping(Path(mapping), options or Options()).plan
+    return prepare(Path(mapping), options or Options()).plan
+
+
+def prepare(path: Path, options: Options, roots: Sequence[tuple[str, str]] = ()) -> Prepared:
+    """Plans a mapping.yaml, or reads a plan that was written down, and says where its result goes.
+
+    Relative paths in a mapping are relative to its own directory.
+
+    Parameters
+    ----------
+    path
+        The mapping, or a plan (``.json``).
+    options
+        Overrides.
+    roots
+        Pairs of directories: where a plan's files were when it was made, and where they are.
+    """
+    if path.suffix == _PLAN:
+        return _read_plan(path, options, roots)
+    if roots:
+        what = "--root says where the files of a plan are now, and this is a mapping"
+        raise UsageError(
+            "no-effect", what, where=str(path), hint="leave --root out, and change the paths in the mapping"
+        )
+    return prepare_mapping(path, options)
+
+
+def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -> Prepared:
+    from shardmerge.plan.reading import PlanText, moved_by
+
+    if not path.is_file():
+        raise UsageError("missing-path", "there is no such plan", where=str(path))
+    with path.open(encoding="utf-8") as lines:
+        read = PlanText(lines, str(path), moved_by(roots))
+        made = read.plan()
+    return Prepared.of(made, Path(read.out) if read.out else None, options)
 
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
     """Plans a mapping.yaml, and says where its result goes. Relative paths in it are relative to its own directory."""
-    from shardmerge.prepare.preparation import prepare_mapping as prepare
+    from shardmerge.prepare.preparation import prepare_mapping as prepared
 
-    return prepare(path, options)
+    return prepared(path, options)
+
+
+def write_plan(prepared: Prepared, path: Path, out: Path | None = None) -> None:
+    """Writes a plan to a file, for ``run`` to carry out: here, later, or on another machine. Another plan is replaced.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``: what is there is no plan. ``unwritable-output``.
+    """
+    from shardmerge.plan.writing import FORMAT, plan_lines
+    from shardmerge.storage.writing import write_lines
+
+    if path.exists() and not (path.is_file() and FORMAT.encode() in path.open("rb").read(64)):
+        what = "there is something at this path, and it is no plan"
+        raise OutputError(
+            "output-exists", what, where=str(path), hint="write the plan to another file: --out plan.json"
+        )
+    write_lines(path, plan_lines(prepared.plan, str(out or prepared.out or "")))
 
 
 def clonable_bytes(plan: Plan, out: Path) -> int:
     """Returns how many bytes of a plan the file system of ``out`` would clone; see ``execute.cloning``."""
     from shardmerge.execute.cloning import clonable_bytes as by_trying
 
-    return by_trying(plan, out)
+    return by_trying(plan.shards, out)
+
+
+def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progress | None = None) -> Result:
+    """Carries out a plan and publishes the result as ``out``: see ``publish.running.carry_out``."""
+    from shardmerge.publish.running import carry_out as carried
+
+    return carried(prepared.plan, out, options, progress)
+
+
+def clean(out: str | Path) -> tuple[Path, ...]:
+    """Removes what unfinished runs left beside an output path; returns what was removed."""
+    from shardmerge.publish.staging import remove, stagings
+
+    place = Path(out).expanduser().absolute()
+    found = stagings(place)
+    for root in found:
+        remove(root, place)
+    return tuple(found)
 
 
 def run(
@@ -97,7 +171,7 @@ def run(
     Parameters
     ----------
     mapping
-        The YAML file.
+        The YAML file, or a plan (``.json``) that was written down.
     out
         Instead of its ``output.path``.
     options
@@ -113,7 +187,7 @@ def run(
         As ``plan``, and what the run meets. The output path is then as it was.
     """
     options = options or Options()
-    prepared = prepare_mapping(Path(mapping), options)
+    prepared = prepare(Path(mapping), options)
     return carry_out(prepared, output_path(prepared, out, str(mapping)), options, progress)
 
 
@@ -258,7 +332,8 @@ def verify(
     verdict = verify_directory(folder, progress)
     checks = list(verdict.checks)
     if sources is not None:
-        checks += verify_sources(folder, plan(sources, options), progress).checks
+        prepared = prepare(Path(sources), replace(options or Options(), workers=1))
+        checks += verify_sources(folder, prepared.plan, prepared.how.tile, progress).checks
     if reference is not None:
         checks.append(_equals(folder, reference))
     if load:

@@ -26,13 +26,17 @@ from shardmerge.cli.options import (
     parsed,
     plan_options,
     refuse_idle,
+    refuse_idle_for_plan,
+    root_option,
+    run_options,
     write_lines,
 )
 from shardmerge.cli.progress import progress_bar
 from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
-    from shardmerge.api import Options, Prepared, Result
+    from shardmerge.api import Options, Prepared
+    from shardmerge.publish.running import Result
 
 _INTERNAL_ERROR = 70
 
@@ -67,33 +71,72 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @cli.command()
 @click.argument("mapping", type=click.Path())
 @_out
+@root_option
 @plan_options
 @check_option
 @device_option
+@run_options
 @_quiet
 @json_option
-def run(mapping: str, out: str | None, quiet: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
-    """Carry out a mapping.yaml and publish the result, whole or not at all."""
+def run(  # one parameter an option
+    mapping: str,
+    out: str | None,
+    roots: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Carry out a mapping.yaml, or a plan, and publish the result, whole or not at all.
+
+    Run again after it was stopped, it goes on where it was.
+    """
     from shardmerge import api
 
     options = parsed(given)
-    prepared = api.prepare_mapping(Path(mapping), options)
+    refuse_idle_for_plan(mapping, given)
+    prepared = api.prepare(Path(mapping), options, [pair(text, "--root", "/old=/new") for text in roots])
     _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
 
 
 @cli.command()
 @click.argument("mapping", type=click.Path())
-@_out
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="FILE", help="Write the plan, for `run` to carry out: plan.json."
+)
+@root_option
 @plan_options
 @check_option
 @click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
 @json_option
-def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: Any) -> None:  # noqa: ANN401
+def plan(  # one parameter an option
+    mapping: str,
+    out: str | None,
+    roots: tuple[str, ...],
+    tensors: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
     """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
     from shardmerge import api
 
-    prepared = api.prepare_mapping(Path(mapping), parsed(given))
-    _show_plan(prepared, Path(out) if out else prepared.out, tensors=tensors, as_json=as_json)
+    refuse_idle_for_plan(mapping, given)
+    prepared = api.prepare(Path(mapping), parsed(given), [pair(text, "--root", "/old=/new") for text in roots])
+    if out is not None:
+        api.write_plan(prepared, Path(out))
+    _show_plan(prepared, prepared.out, tensors=tensors, as_json=as_json)
+    if out is not None:
+        click.echo(f"written: {out}; to carry it out: shardmerge run {out}", err=True)
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+def clean(out: str) -> None:
+    """Remove what unfinished runs left beside the output path OUT."""
+    found = shardmerge.clean(out)
+    for path in found:
+        click.echo(f"removed: {path}")
+    if not found:
+        click.echo("nothing is left over")
 
 
 @cli.command()
@@ -107,6 +150,7 @@ def plan(mapping: str, out: str | None, tensors: bool, as_json: bool, **given: A
 @plan_options
 @check_option
 @device_option
+@run_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
 @json_option
@@ -251,12 +295,12 @@ def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: 
     _warn(prepared)
     cloned = 0 if out is None or tensors else api.clonable_bytes(prepared.plan, out.expanduser())
     if as_json:
-        write_lines(explain.plan_json(prepared.plan, cloned))
+        write_lines(explain.plan_json(prepared.plan, prepared.how, cloned))
     elif tensors:
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
     else:
-        click.echo(explain.plan_text(prepared.plan, str(out or "(no output path)"), cloned))
+        click.echo(explain.plan_text(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
 
 
 def _warn(prepared: Prepared) -> None:
@@ -275,21 +319,31 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
         result = api.carry_out(prepared, out, options, progress)
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(dumped(_result_json(result, seconds)))
+        click.echo(dumped(_result_json(result, prepared, seconds)))
         return
     if options.device == "cuda":
         click.echo("warning: the planned peak does not count what torch and CUDA take", err=True)
     for name, count in sorted(result.outcome.overflows.items()):
         click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
     if not quiet:
-        click.echo(explain.plan_text(result.plan, str(out), result.outcome.bytes_cloned))
-        rate = result.plan.tensor_bytes / max(seconds, 1e-9) / 1e9
-        click.echo(f"written in {seconds:.1f} s ({rate:.2f} GB/s)")
-        for rest in result.outcome.records.unchecked():
+        click.echo(explain.plan_text(result.plan, prepared.how, str(out), result.outcome.bytes_cloned))
+        click.echo(_said(result, seconds))
+        for rest in result.records.unchecked():
             click.echo(f"not checked  {rest}")
 
 
-def _result_json(result: Result, seconds: float) -> dict[str, object]:
+def _said(result: Result, seconds: float) -> str:
+    kept = len(result.plan.shards) - result.made
+    if not result.made:
+        return (
+            "all of it was made before: published" if result.outcome.checksums else "published already: nothing to do"
+        )
+    rate = (result.outcome.bytes_written + result.outcome.bytes_cloned) / max(seconds, 1e-9) / 1e9
+    before = f"; {kept} of {len(result.plan.shards)} files were made before" if kept else ""
+    return f"written in {seconds:.1f} s ({rate:.2f} GB/s){before}"
+
+
+def _result_json(result: Result, prepared: Prepared, seconds: float) -> dict[str, object]:
     from shardmerge.plan import explain
     from shardmerge.plan.clones import moved
 
@@ -298,16 +352,17 @@ def _result_json(result: Result, seconds: float) -> dict[str, object]:
         "plan": result.plan.id,
         "tensors": sum(1 for _ in result.plan.tensors()),
         "total_size": result.plan.tensor_bytes,
+        "parts_made": result.made,
         "bytes_read": result.outcome.bytes_read,
         "bytes_written": result.outcome.bytes_written,
         **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
         "clone_seconds": round(result.outcome.clone_seconds, 6),
         "overflows": result.outcome.overflows,
-        "source_records": asdict(result.outcome.records),
+        "source_records": asdict(result.records),
         "warnings": list(result.plan.warnings),
         "checks": list(result.plan.checks),
         "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
-        "planned_peak": result.plan.memory.peak,
+        "planned_peak": prepared.how.peak,
         "seconds": round(seconds, 3),
     }
 
@@ -317,8 +372,13 @@ def _size_of(directory: str) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """Slurm and Kubernetes send SIGTERM: the same clean stop as Ctrl-C."""
+# What ends a run cleanly beside Ctrl-C: Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a
+# terminal that closes SIGHUP.
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """The same clean stop as Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -326,10 +386,17 @@ def main() -> None:
     """Runs the command line and turns what happened into an exit code; no traceback reaches a user."""
     # numpy's BLAS would start a thread a CPU when it is loaded; products are made by one (`ops.blas`).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _stop)
     # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
     gc.disable()
-    sys.exit(_guarded())
+    code = _guarded()
+    if code == InterruptedRunError.exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a thread may be waiting for the disk, and nothing it does counts any more
+    sys.exit(code)
 
 
 def _guarded() -> int:
@@ -356,10 +423,12 @@ def _failed(error: BaseException) -> int:
 
 def _as_ours(error: BaseException) -> ShardmergeError:
     """Returns what happened as an error that a user can act on."""
+    if isinstance(error, InterruptedRunError) and not error.hint:
+        error.hint = _again()
     if isinstance(error, ShardmergeError):
         return error
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return InterruptedRunError("interrupted", "interrupted; nothing was published, the same command starts again")
+        return InterruptedRunError("interrupted", "interrupted; nothing was published", hint=_again())
     if os.environ.get("SHARDMERGE_TRACEBACK"):
         raise error
     if isinstance(error, OSError):
@@ -370,12 +439,17 @@ def _as_ours(error: BaseException) -> ShardmergeError:
     return ShardmergeError("internal-error", what, hint=hint)
 
 
+def _again() -> str:
+    """Returns the line that goes on where this command was."""
+    import shlex
+
+    return f"to go on: shardmerge {shlex.join(sys.argv[1:])}"
+
+
 def _answered(error: ShardmergeError, code: int) -> int:
     """Answers a command that was asked for JSON with its errors as JSON; people read them on stderr all the same."""
     if "--json" in sys.argv[1:]:
-        fields = ("code", "what", "where", "found", "expected", "hint")
-        errors = [{key: getattr(one, key) for key in fields} for one in error.each()]
-        click.echo(dumped({"ok": False, "exit_code": code, "errors": errors}))
+        click.echo(dumped({"ok": False, "exit_code": code, "errors": [one.fields() for one in error.each()]}))
     return code
 
 

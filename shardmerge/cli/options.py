@@ -31,8 +31,8 @@ def plan_options(function: _Command) -> _Command:
                 type=click.Choice(["model", "all", "none"]),
                 help="Small files beside the weights that go along. Default: what is part of the model.",
             ),
-            click.option("--max-memory", help="Memory budget of the process. Default: 256MiB or the cgroup's."),
-            click.option("--workers", type=click.IntRange(1, 64), help="Threads. Default: the CPUs, 2 to 4."),
+            click.option("--max-memory", help="Memory budget of all processes. Default: 256MiB, or what is granted."),
+            click.option("--workers", type=click.IntRange(1, 64), help="CPUs to use. Default: all that are granted."),
             click.option(
                 "--partial", is_flag=True, help="Only a part of the model that config.json describes is wanted."
             ),
@@ -45,6 +45,22 @@ def plan_options(function: _Command) -> _Command:
     return function
 
 
+def run_options(function: _Command) -> _Command:
+    """The options of everything that writes a result."""
+    for option in reversed(
+        [
+            click.option("--overwrite", is_flag=True, help="Replace a result of shardmerge at the output path."),
+            click.option("--fresh", is_flag=True, help="Begin anew, instead of going on where a stopped run was."),
+            click.option("--recheck", is_flag=True, help="Read all of what a stopped run made again, not samples."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+root_option = click.option(
+    "--root", "roots", multiple=True, metavar="OLD=NEW", help="Where the files of a plan are now."
+)
 check_option = click.option(
     "--check",
     type=click.Choice(["transformers"]),
@@ -76,6 +92,9 @@ def parsed(given: dict[str, Any]) -> Options:
         partial=given["partial"],
         files=given["files"],
         check=given.get("check"),
+        fresh=given.get("fresh", False),
+        recheck=given.get("recheck", False),
+        overwrite=given.get("overwrite", False),
     )
 
 
@@ -85,6 +104,13 @@ def refuse_idle(given: dict[str, Any], *names: str, why: str) -> None:
     idle = [f"--{spelt.get(name, name).replace('_', '-')}" for name in names if given[name]]
     if idle:
         raise UsageError("no-effect", f"{idle[0]} {why}", hint=f"leave {', '.join(idle)} out")
+
+
+def refuse_idle_for_plan(path: str, given: dict[str, Any]) -> None:
+    """Refuses what decides the bytes, where a plan has decided them."""
+    if path.endswith(".json"):
+        why = "is decided in the plan: give it to `shardmerge plan MAPPING --out PLAN`"
+        refuse_idle(given, "dtype", "shard_size", "form", "files", "partial", "check", "download", why=why)
 
 
 def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tuple[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shardmerge.plan.clones import BLOCK, Clone, clones
 from shardmerge.plan.shard import PlannedShard
-from shardmerge.plan.value import Plan
 from shardmerge.storage.cloning import can_clone, clone_range
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
@@ -28,8 +28,8 @@ def clone_shard(shard: PlannedShard, file: OutputFile, pool: FilePool) -> tuple[
     return tuple(done)
 
 
-def clonable_bytes(plan: Plan, out: Path) -> int:
-    """Returns how many bytes of a plan the file system of ``out`` would clone, by trying one block of each device.
+def clonable_bytes(shards: Sequence[PlannedShard], out: Path) -> int:
+    """Returns how many bytes of some parts the file system of ``out`` would clone, by trying one block of each device.
 
     Nothing is read, and nothing is written that anybody could see. A run tries every range itself, and may clone more.
     """
@@ -39,7 +39,7 @@ def clonable_bytes(plan: Plan, out: Path) -> int:
     files: dict[str, bool] = {}
     devices: dict[int, bool] = {}
     total = 0
-    for one in (one for shard in plan.shards for one in clones(shard)):
+    for one in (one for shard in shards for one in clones(shard)):
         if one.file not in files:
             device = _device(one.file)
             if device not in devices:

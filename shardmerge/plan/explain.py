@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
-from shardmerge.plan.shard import PlannedTensor, bytes_read, tensor_json
+from shardmerge.plan.schedule import Schedule
+from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, tensor_json
 from shardmerge.plan.value import Plan
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
 

@@ -14,7 +14,6 @@ from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
-from shardmerge.plan.memory import plan_memory
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.plan.value import Plan, PlannedSource, Unused
@@ -39,8 +38,6 @@ class OutputOptions:
         Most bytes of tensors in a file.
     format
         Of the files of weights.
-    memory, workers
-        Budget in bytes, and threads.
     where
         The place of ``output:`` in the mapping, for messages.
     """
@@ -49,8 +46,6 @@ class OutputOptions:
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     shard_size: int = DEFAULT_SHARD_SIZE
     format: Format = "safetensors"
-    memory: int = 256 << 20
-    workers: int = 2
     where: str = ""
 
 
@@ -82,8 +77,6 @@ def make_plan(
     MappingError
         ``cannot-cast``: a float type that no cast leads from or to. ``packed-weights``, ``codes-without-scales``: codes
         of quantized weights that cannot be copied so.
-    ResourceError
-        ``memory-budget``.
     """
     tensors: list[PlannedTensor] = []
     problems: list[ShardmergeError] = []
@@ -108,7 +101,6 @@ def make_plan(
         (*expectation.side_files, *indexes),
         tuple(_unused(resolution, catalogs)),
         (*_source_warnings(catalogs), *expectation.warnings, *_written_twice(resolution)),
-        plan_memory(tensors, budget=options.memory, workers=options.workers),
         left_behind=expectation.left_behind,
     )
 

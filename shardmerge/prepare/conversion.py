@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.dtypes import DType, float_dtype
+from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, TargetError, UsageError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
-from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
+from shardmerge.mapping.spec import Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan.planner import OutputOptions, make_plan
-from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
+from shardmerge.plan.planner import make_plan
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.dequantizing import Needs, dequantized
+from shardmerge.prepare.options import Options, Prepared, file_choice, output_options, wanted_dtype
 from shardmerge.prepare.publishable import Terms, publishable, read_config
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
-from shardmerge.storage.limits import default_budget, default_workers
-from shardmerge.storage.reading import IoMode
 from shardmerge.targets.beside import with_side_files
-from shardmerge.targets.expectation import FileChoice, FileMode, Format
 from shardmerge.targets.plain import expect_same
 from shardmerge.targets.quantization_config import QUANTIZATION_FILES
 from shardmerge.targets.wrappers import unwrapped
@@ -33,67 +30,13 @@ from shardmerge.tensors import PEFT_ADAPTER, Catalog, of_source
 
 # What only some mappings need, and what only a run needs, is imported where it is used: a plan starts without it.
 if TYPE_CHECKING:
-    from shardmerge.execute.engine import Device
     from shardmerge.mapping.preset_files import Preset
-    from shardmerge.prepare.loading import Check
 
 PLAIN = "state-dict"
 # Stands for the mapping's file where options say what is done.
 COMMAND_LINE = "command line"
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a caller may override or add to a mapping.
-
-    Attributes
-    ----------
-    dtype, shard_size
-        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
-    format
-        ``safetensors`` or ``bin``, likewise.
-    memory, workers
-        Budget in bytes and threads; None for the defaults of ``storage.limits``.
-    download
-        Whether hub ids may be downloaded.
-    io
-        How sources are read.
-    sync
-        Whether the result is made durable before it is published.
-    files
-        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
-        ``all`` or ``none``.
-    device
-        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
-    partial
-        Whether a part of the model that config.json describes is what is wanted.
-    check
-        ``transformers``: what will be written is loaded by its own class on the meta device, in a child process, before
-        anything is written.
-    """
-
-    dtype: DType | str | None = None
-    shard_size: int | None = None
-    format: Format | None = None
-    memory: int | None = None
-    workers: int | None = None
-    download: bool = False
-    io: IoMode = "pread"
-    sync: bool = True
-    device: Device = "cpu"
-    partial: bool = False
-    files: FileMode | None = None
-    check: Check | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A plan and where its result goes; ``out`` is None if the mapping names no output."""
-
-    plan: Plan
-    out: Path | None
 
 
 def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
@@ -110,7 +53,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     opened, outside = _unwrapped(opened, sides)
     settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), sides.read)
     catalog = settled.catalogs[source.name]
-    expectation = replace(expect_same(catalog, sides.read, _dtype(options)), warnings=_better_roads(catalog))
+    expectation = replace(expect_same(catalog, sides.read, wanted_dtype(options)), warnings=_better_roads(catalog))
     expectation = with_side_files(expectation, sides.read, file_choice(None, options), "--files")
     mark = Mark("command line", 1, 1)
     everything = Template.parse("{rest...}")
@@ -132,7 +75,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         output,
     )
     terms = Terms(partial=options.partial, source=catalog)
-    return Prepared(sides.pinned(agreed(plan, sides, terms, options)), None)
+    return Prepared.of(sides.pinned(agreed(plan, sides, terms, options)), None, options)
 
 
 def agreed(plan: Plan, sides: SideFiles, terms: Terms, options: Options) -> Plan:
@@ -222,28 +165,6 @@ def _better_roads(catalog: Catalog) -> tuple[str, ...]:
 def _bases(preset: Preset) -> list[str]:
     """Returns the sources that a preset cannot do without, but for the first, which is the checkpoint itself."""
     return [name for name, role in preset.roles.items() if role.required][1:]
-
-
-def _dtype(options: Options) -> DType | None:
-    return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
-
-
-def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
-    """Returns what the mapping's ``output:`` and the caller say together."""
-    return OutputOptions(
-        _dtype(options) or (spec.dtype if spec else None),
-        spec.dtypes if spec else (),
-        options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
-        options.format or (spec.format if spec else None) or "safetensors",
-        options.memory or default_budget(),
-        options.workers or default_workers(),
-        str(spec.mark) if spec else "",
-    )
-
-
-def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
-    """Returns what the caller, else the mapping, says of side files."""
-    return FileChoice(options.files) if options.files else spec.files if spec else None
 
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:

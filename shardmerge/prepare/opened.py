@@ -13,7 +13,8 @@ from shardmerge.mapping.spec import SourceSpec, Spec, TargetSpec, references
 from shardmerge.mapping.variables import ROOMS, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.plan.planner import OutputOptions
-from shardmerge.prepare.conversion import Options, file_choice, open_source, output_options
+from shardmerge.prepare.conversion import open_source
+from shardmerge.prepare.options import Options, file_choice, output_options
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate

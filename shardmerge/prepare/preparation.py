@@ -18,16 +18,10 @@ from shardmerge.mapping.spec import OutputSpec, Spec
 from shardmerge.mapping.variables import Variables
 from shardmerge.plan.planner import OutputOptions, make_plan
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.conversion import (
-    COMMAND_LINE,
-    PLAIN,
-    Options,
-    Prepared,
-    agreed,
-    output_options,
-)
+from shardmerge.prepare.conversion import COMMAND_LINE, PLAIN, agreed
 from shardmerge.prepare.dequantizing import Dequantized, Needs, as_plain, dequantized, needs_of
 from shardmerge.prepare.opened import Opened, open_mapping, target_of
+from shardmerge.prepare.options import Options, Prepared, output_options
 from shardmerge.prepare.publishable import Terms
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.architectures import JsonObject
@@ -83,7 +77,7 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
     found = resolved(spec, folder, options)
-    return Prepared(plan_of(found, options), _output_path(spec.output, folder))
+    return Prepared.of(plan_of(found, options), _output_path(spec.output, folder), options)
 
 
 def plan_of(found: Resolved, options: Options) -> Plan:

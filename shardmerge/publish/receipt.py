@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
 from collections.abc import Iterator
 
 from shardmerge.execute.engine import Outcome
 from shardmerge.plan.identity import SCHEMA
 from shardmerge.plan.shard import PlannedShard, tensor_json
 from shardmerge.plan.value import Plan
+from shardmerge.publish.part_receipts import patched_blobs
 
 FORMAT = "shardmerge receipt"
 
@@ -80,13 +80,8 @@ def _proof(name: str, outcome: Outcome) -> dict[str, object]:
 
 
 def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:
-    """The digest of all bytes of a file that are no tensor data, the checksums of a torch file in their places."""
-    fields = {at: outcome.checksums[name] for name, offsets in shard.checksums.items() for at in offsets}
+    """The digest of all bytes of a file that are no tensor data."""
     digest = hashlib.sha256()
-    places = sorted(fields)
-    for offset, blob in shard.blobs:
-        patched = bytearray(blob)
-        for at in places[bisect_left(places, offset) : bisect_left(places, offset + len(blob))]:
-            patched[at - offset : at - offset + 4] = fields[at].to_bytes(4, "little")
-        digest.update(patched)
+    for _, blob in patched_blobs(shard, outcome):
+        digest.update(blob)
     return digest.hexdigest()

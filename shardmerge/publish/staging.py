@@ -1,189 +1,200 @@
-"""Makes a result appear whole or not at all: stage in a sibling directory, sync, one rename."""
+"""The directory beside the output in which the parts of a plan gather, whoever makes them.
+
+    OUT.partial-<plan id>/
+        begun.json             which plan it is, of which files, by which version
+        parts/00003.<who>.tmp  a part being written, under a name of its maker's
+        parts/00003.json       the receipt that commits it
+        model/                 finished parts: what will be the output
+        ready-<who>/           the same, once somebody is about to publish it
+        old-<who>/             what the output path held before, where the system cannot exchange two directories
+
+Nothing else is state: no lock, no owner. Whoever is killed leaves at most a file that nobody asks for.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
+from shardmerge.errors import OutputError, raise_all
+from shardmerge.plan.identity import SCHEMA
 from shardmerge.plan.value import Plan
-from shardmerge.storage.writing import explained, free_bytes, sync_directory
+from shardmerge.storage.writing import explained, sync_directory, write_small
+from shardmerge.tensors import FileStamp
+from shardmerge.version import __version__
 
-# Beyond the sum of the files: directories, the receipt, and block rounding (4 KiB a file at most).
-_SPARE_BYTES = 16 << 20
-_OWNER = ".owner.json"
-
-# What rename(2) answers where the new name is taken by something that is not an empty directory.
-_OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+# Of the plan's id, in the directory's name: 16 hex digits, which no two plans of one output path share by accident.
+_DIGITS = 16
+_MARK = ".partial-"
+_BEGUN = "begun.json"
 
 
-def check_output(plan: Plan, out: Path, cloned: int = 0) -> None:
-    """Says before anything is written why ``out`` cannot be the output; all reasons at once.
+@dataclass(frozen=True)
+class Staging:
+    """Where a plan's parts gather.
 
-    Parameters
+    Attributes
     ----------
-    plan, out
-        What is to be written, and where.
-    cloned
-        Bytes of it that need no space.
-
-    Raises
-    ------
-    OutputError
-        ``output-exists``: a file, or a directory that is not empty. ``output-is-source``: a source lies in it, or is
-        it. ``unwritable-output``: the parent does not let us create it.
-    ResourceError
-        ``disk-too-small``: fewer bytes free than the plan writes and does not clone.
-    """
-    raise_all(_objections(plan, out, cloned))
-
-
-def _objections(plan: Plan, out: Path, cloned: int) -> Iterator[ShardmergeError]:
-    resolved = out.resolve()
-    clash = next((path for path in _source_paths(plan) if _inside(path, resolved) or path == resolved), None)
-    if clash is not None:
-        yield OutputError(
-            "output-is-source",
-            "the output path holds a source of this very conversion",
-            where=str(out),
-            found=str(clash),
-            hint="write to a new directory; sources are never touched",
-        )
-    elif out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
-        yield OutputError(
-            "output-exists",
-            "the output path exists and is not an empty directory",
-            where=str(out),
-            hint="choose another path, or remove it first",
-        )
-    parent = _nearest_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        yield OutputError("unwritable-output", "no permission to write here", where=str(parent))
-    needed = plan.file_bytes - cloned + _SPARE_BYTES
-    free = free_bytes(out)
-    if needed > free:
-        yield ResourceError(
-            "disk-too-small",
-            "the disk does not have room for the result; nothing was written",
-            where=str(parent),
-            found=f"{free:,} bytes free",
-            expected=f"{needed:,} bytes",
-            hint="free some space, choose another output path, or a smaller --dtype",
-        )
-
-
-def _source_paths(plan: Plan) -> Iterator[Path]:
-    for source in plan.sources:
-        for stamp in source.files:
-            yield Path(stamp.path).resolve()
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    return folder in path.parents
-
-
-def _nearest_parent(path: Path) -> Path:
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
-
-
-@contextmanager
-def staged(plan: Plan, out: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yields an empty directory beside ``out``; renames it to ``out`` if the body succeeds, else removes it.
-
-    Parameters
-    ----------
+    root
+        The directory.
     plan
-        Its id names the directory, so that two different runs never share one.
-    out
-        The final path.
+        Id of the plan.
     sync
-        Whether names are made durable; data is the business of whoever writes it.
-
-    Raises
-    ------
-    OutputError
-        ``output-busy``: another live process stages the same plan. ``output-exists``: ``out`` appeared meanwhile.
+        Whether names are made durable.
     """
-    staging = out.parent / f"{out.name}.partial-{plan.id[:16]}"
-    with explained(staging):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _claim(staging)
-    try:
-        yield staging
-        with explained(staging):
-            (staging / _OWNER).unlink()
-        if sync:
-            sync_directory(staging)
-        _rename(staging, out)
-        if sync:
-            _sync_name(out, staging)
-    except BaseException:
-        _remove(staging, ignore_errors=True)
-        raise
 
+    root: Path
+    plan: str
+    sync: bool = True
 
-def _claim(staging: Path) -> None:
-    """Creates the staging directory; one that a dead process left behind, for this very plan, is removed first."""
-    try:
-        staging.mkdir()
-    except FileExistsError:
-        if _owner_lives(staging):
-            raise OutputError(
-                "output-busy",
-                "another process is writing the same result right now",
-                where=str(staging),
-                hint="wait for it; if it is gone for sure, remove the directory",
-            ) from None
-        _remove(staging)
-        staging.mkdir()
-    owner = {"host": os.uname().nodename, "pid": os.getpid()}
-    (staging / _OWNER).write_text(json.dumps(owner), "utf-8")
+    @classmethod
+    def of(cls, out: Path, plan: str, *, sync: bool = True) -> Staging:
+        """Returns where the parts of a plan for an output path gather, whether there are any or not."""
+        return cls(out.parent / f"{out.name}{_MARK}{plan[:_DIGITS]}", plan, sync)
 
+    @cached_property
+    def who(self) -> str:
+        """A name that no other maker has, in this process or any other."""
+        return os.urandom(6).hex()
 
-def _remove(staging: Path, *, ignore_errors: bool = False) -> None:
-    import shutil  # with all compressors; a run that succeeds needs none
+    @property
+    def parts(self) -> Path:
+        """Receipts, and files being written."""
+        return self.root / "parts"
 
-    shutil.rmtree(staging, ignore_errors=ignore_errors)
+    @property
+    def model(self) -> Path:
+        """Finished parts."""
+        return self.root / "model"
 
+    def temporary(self, name: str) -> Path:
+        """Returns a path to write to before it gets its name."""
+        return self.parts / f"{name}.{self.who}.{os.getpid()}.tmp"
 
-def _owner_lives(staging: Path) -> bool:
-    """Tells whether the process that made the directory may still be at work; on another host it may."""
-    try:
-        owner = json.loads((staging / _OWNER).read_text("utf-8"))
-        host, pid = str(owner["host"]), int(owner["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return host != os.uname().nodename or Path(f"/proc/{pid}").exists()
+    def begin(self, plan: Plan, out: Path) -> None:
+        """Makes the directories, or takes up those that are there.
 
+        Raises
+        ------
+        OutputError
+            ``other-plan-staged``: parts of another plan gather for this output path. ``unwritable-output``.
+        """
+        raise_all(_others(self, plan, out))
+        with explained(self.root):
+            for folder in (self.root, self.parts):
+                folder.mkdir(parents=True, exist_ok=True)
+            take_back(self)
+            if not any(self.root.glob("ready-*")):
+                self.model.mkdir(exist_ok=True)
+        if not (self.root / _BEGUN).exists():
+            self.place(self.root / _BEGUN, json.dumps(_about(plan)).encode())
+            self.settle(self.root / _BEGUN)
+            if self.sync:
+                sync_directory(self.root.parent)
 
-def _rename(staging: Path, out: Path) -> None:
-    """The commit. Renaming onto an empty directory works, onto one with content fails (POSIX rename)."""
-    with explained(out):
+    def place(self, path: Path, data: bytes | list[bytes]) -> None:
+        """Makes a small file appear whole under its name, in the place of one that is there; see ``settle``."""
+        temporary = self.temporary(path.name)
         try:
-            staging.rename(out)
-        except OSError as error:
-            if error.errno not in _OCCUPIED:
-                raise
-            raise OutputError(
-                "output-exists",
-                f"cannot publish: {error.strerror}",
-                where=str(out),
-                hint="choose another path, or remove it first",
-            ) from error
+            write_small(temporary, data, sync=self.sync)
+            with explained(path):
+                temporary.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def settle(self, *paths: Path) -> None:
+        """Makes the names of files durable, and those of the directories they are in, up to the staging directory."""
+        folders = {folder for path in paths for folder in path.parents if self.root in (folder, *folder.parents)}
+        for folder in sorted(folders, reverse=True) if self.sync else ():
+            sync_directory(folder)
+
+    def tidy(self) -> None:
+        """Removes what this process left half written; called when it stops."""
+        for path in self.parts.glob(f"*.{self.who}.*.tmp"):
+            with suppress(OSError):
+                path.unlink()
 
 
-def _sync_name(out: Path, staging: Path) -> None:
-    """Makes the published name durable, or takes it back: a run that fails leaves the output path as it was."""
+def take_back(staging: Staging) -> None:
+    """Makes what somebody was about to publish, and did not, the model again."""
+    for ready in staging.root.glob("ready-*"):
+        with suppress(OSError):  # he did, after all
+            ready.rename(staging.model)
+
+
+def stagings(out: Path) -> list[Path]:
+    """Returns all directories in which parts gather for an output path."""
+    if not out.parent.is_dir():
+        return []
+    return sorted(path for path in out.parent.glob(f"{_escaped(out.name)}{_MARK}*") if path.is_dir())
+
+
+def remove(root: Path, out: Path, *, ignore_errors: bool = False) -> None:
+    """Removes a staging directory. What the output path held before, if that is in it, goes back to its place first."""
+    import shutil
+
+    with explained(root):
+        for old in root.glob("old-*"):
+            if not out.exists():
+                old.rename(out)
+        shutil.rmtree(root, ignore_errors=ignore_errors)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _about(plan: Plan) -> dict[str, object]:
+    files = [[stamp.path, *_seen(stamp)] for stamp in plan.files()]
+    return {"schema": SCHEMA, "shardmerge": __version__, "plan": plan.id, "target": plan.target, "files": files}
+
+
+def _seen(stamp: FileStamp) -> list[object]:
+    return [stamp.size, stamp.mtime_ns, stamp.header]
+
+
+def _others(staging: Staging, plan: Plan, out: Path) -> Iterator[OutputError]:
+    """Yields an error for every staging directory of the output path that is not of this plan and this version."""
+    for root in stagings(out):
+        begun = _begun(root)
+        found = _difference(begun, plan) if begun is not None else "nobody knows which: it was left unfinished"
+        if begun is None and not any(root.glob("parts/*.json")):
+            continue  # killed before it began: nothing in it counts
+        if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
+            yield OutputError(
+                "other-plan-staged",
+                "parts of another plan have been made for this output path, and they do not mix",
+                where=str(root),
+                found=found,
+                hint=f"begin anew with --fresh, or remove them: shardmerge clean {out}",
+            )
+
+
+def _begun(root: Path) -> Mapping[str, object] | None:
     try:
-        sync_directory(out.parent)
-    except ShardmergeError:
-        with suppress(OSError):
-            out.rename(staging)
-        raise
+        value = json.loads((root / _BEGUN).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _difference(begun: Mapping[str, object], plan: Plan) -> str:
+    """Says what is not as it was when the parts were begun."""
+    if begun.get("shardmerge") != __version__:
+        return f"made by shardmerge {begun.get('shardmerge')}, this is {__version__}"
+    files = begun.get("files")
+    before = {row[0]: row[1:] for row in files} if isinstance(files, list) else {}
+    now = {stamp.path: _seen(stamp) for stamp in plan.files()}
+    changed = [path for path, seen in now.items() if path in before and before[path] != seen]
+    if changed:
+        return f"a source changed since: {changed[0]}"
+    if set(before) != set(now):
+        return f"other source files: {min(set(before) ^ set(now))}"
+    return "the mapping or its options are not the same"

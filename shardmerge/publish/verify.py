@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -15,10 +15,11 @@ import numpy as np
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
 from shardmerge.execute.checksum import crc32
-from shardmerge.execute.engine import tasks
+from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.gather import Assembler, gather
 from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import as_array
+from shardmerge.plan.tasks import tasks
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
 from shardmerge.prepare.publishable import CONFIG, PARTIAL, describe
@@ -32,8 +33,6 @@ from shardmerge.tensors.file_roles import RECEIPT
 
 # Bytes of a tensor compared or summed at a time.
 _BLOCK = 4 << 20
-
-Progress: TypeAlias = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     return Verdict(checks, len(tensors), total, (unchecked,) if unseen else ())
 
 
-def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -> Verdict:
+def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | None = None) -> Verdict:
     """Makes every tensor again from the sources and compares it with the directory, bit for bit.
 
     Raises
@@ -107,7 +106,7 @@ def verify_sources(folder: Path, plan: Plan, progress: Progress | None = None) -
             expected=str(recorded)[:16],
             hint="a source, the mapping or the options changed; convert again, or verify without --sources",
         )
-    raise_all(_remade_problems(folder, plan, progress))
+    raise_all(_remade_problems(folder, plan, tile, progress))
     return Verdict(("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes)
 
 
@@ -397,28 +396,31 @@ def _checksum(pool: FilePool, entry: TensorEntry) -> int:
     return total
 
 
-def _remade_problems(folder: Path, plan: Plan, progress: Progress | None) -> Iterator[ShardmergeError]:
+def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | None) -> Iterator[ShardmergeError]:
     pool = FilePool()
     pool.opened = Pins(plan.files()).opened
-    assembler = Assembler(pool, plan.memory.tile)
-    for task in tasks(plan):
-        for tile in task:
-            made = assembler.view(tile.tensor.entry, tile.start, tile.count)
-            try:
-                held = pool.view(str(folder / tile.shard.name), tile.offset, made.nbytes)
-            except CheckpointError as error:
-                yield _wrong("size-differs", error.what, folder / tile.shard.name)
-                return
-            if made.cast("B") != held:
-                yield VerificationError(
-                    "tensor-differs",
-                    f"{tile.tensor.name} is not what its sources give",
-                    where=f"{folder / tile.shard.name}, bytes {tile.offset} to {tile.offset + made.nbytes}",
-                )
-            assembler.release(made)
-            if progress is not None:
-                progress(made.nbytes)
-        assembler.forget()
+    assembler = Assembler(pool, tile)
+    for shard in plan.shards:
+        for task in tasks(shard, tile):
+            for start in range(task.start, task.start + task.count, task.step):
+                count = min(task.step, task.start + task.count - start)
+                made = assembler.view(task.tensor.entry, start, count)
+                at = task.tensor.offset + start * task.tensor.dtype.itemsize
+                try:
+                    held = pool.view(str(folder / shard.name), at, made.nbytes)
+                except CheckpointError as error:
+                    yield _wrong("size-differs", error.what, folder / shard.name)
+                    return
+                if made.cast("B") != held:
+                    yield VerificationError(
+                        "tensor-differs",
+                        f"{task.tensor.name} is not what its sources give",
+                        where=f"{folder / shard.name}, bytes {at} to {at + made.nbytes}",
+                    )
+                assembler.release(made)
+                if progress is not None:
+                    progress(made.nbytes)
+            assembler.forget()
 
 
 def _count(plan: Plan) -> int:

@@ -6,21 +6,28 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a user who says nothing allows: a login node's leftovers.
+# What a user who says nothing allows: a login node's leftovers, and for many CPUs what a process on each needs.
 DEFAULT_BUDGET = 256 << 20
-
-# Each worker costs two tiles of memory; with more the default would no longer fit a small cgroup beside the rest.
-_MOST_WORKERS = 4
+_PER_WORKER = 32 << 20
 
 
-def default_budget() -> int:
-    """Returns 256 MiB, or what the memory cgroup allows if that is less, in bytes."""
-    return min(DEFAULT_BUDGET, cgroup_limit() or DEFAULT_BUDGET)
+def default_budget(workers: int) -> int:
+    """Returns 256 MiB, more for more than eight workers, or what cgroup or Slurm grant if that is less, in bytes."""
+    wanted = max(DEFAULT_BUDGET, workers * _PER_WORKER)
+    return min([wanted, *(limit for limit in (cgroup_limit(), _slurm_memory()) if limit)])
 
 
 def default_workers() -> int:
-    """Returns the CPUs this process may use, at least 2 (one writes while the other computes) and at most 4."""
-    return max(2, min(_MOST_WORKERS, usable_cpus()))
+    """Returns the CPUs this process may use, at least 2: one writes while the other computes."""
+    return max(2, usable_cpus())
+
+
+def _slurm_memory() -> int | None:
+    """Returns what Slurm granted on this node, in bytes: ``--mem``, or ``--mem-per-cpu`` times the CPUs."""
+    node, cpu = (os.environ.get(f"SLURM_MEM_PER_{each}", "") for each in ("NODE", "CPU"))  # in MiB
+    if node.isdigit() and int(node):
+        return int(node) << 20
+    return int(cpu) * usable_cpus() << 20 if cpu.isdigit() and int(cpu) else None
 
 
 def usable_cpus() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -131,14 +131,33 @@ def _write_whole(fd: int, data: memoryview, offset: int) -> None:
 
 
 def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True) -> None:
-    """Writes a new small file (JSON, tokenizer) whole and synced; ``data`` may be in parts."""
-    parts = [data] if isinstance(data, bytes) else data
-    file = OutputFile(path, sum(map(len, parts)), sync=sync)
-    at = 0
-    for part in parts:
-        file.write(at, memoryview(part))
-        at += len(part)
-    file.seal(parts[0][:8])
+    """Writes a new small file (JSON, tokenizer), synced; ``data`` may be in parts. It gets its name by a rename."""
+    with explained(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            at = 0
+            for part in [data] if isinstance(data, bytes) else data:
+                _write_whole(fd, memoryview(part), at)
+                at += len(part)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text of any length, and makes it appear whole, in the place of a file that is there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with explained(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def sync_directory(path: Path) -> None:
@@ -180,7 +199,7 @@ class explained:  # noqa: N801  # reads as a statement: with explained(path)
                 "disk-full",
                 f"the disk is full: {error.strerror}",
                 where=str(self._path),
-                hint="free some space or choose another output path; the staging directory is removed",
+                hint="free some space or choose another output path; the same command goes on",
             ) from error
         if isinstance(error, OSError):
             hint = (

@@ -1,1 +1,1 @@
-"""Who carries a plan out: each takes parts and has them made, here or elsewhere; no order and no number is a condition."""
+"""Who carries a plan out: each takes parts and has them made; no order, and no number of makers, is a condition."""

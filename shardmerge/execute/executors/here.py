@@ -89,8 +89,9 @@ def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress
         while children:
             time.sleep(_LOOK)
             told()
-            for child in [one for one in children if _ended(one)]:
+            for child, status in [(one, status) for one in children if (status := _ended(one)) is not None]:
                 children.remove(child)
+                _read_last_words(child, status)
     except KeyboardInterrupt as error:
         raise InterruptedRunError("interrupted", "stopped before the result was published") from error
     finally:
@@ -135,17 +136,18 @@ def _only_parent_hears_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _ended(child: _Child) -> bool:
-    """Tells whether a process is done; raises what it met."""
+def _ended(child: _Child) -> int | None:
+    """Returns how a process ended, None while it has not."""
     pid, status = os.waitpid(child.pid, os.WNOHANG)
-    if not pid:
-        return False
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _read_last_words(child: _Child, code: int) -> None:
+    """Raises what a process met, if it did not end well."""
     said = b"".join(iter(lambda: os.read(child.said, 1 << 16), b""))
     os.close(child.said)
-    code = os.waitstatus_to_exitcode(status)
-    if code == 0:
-        return True
-    raise _error(said) if said else _died(code)
+    if code:
+        raise _error(said) if said else _died(code)
 
 
 def _kill(child: _Child) -> None:

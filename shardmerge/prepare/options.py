@@ -1,0 +1,129 @@
+"""What a caller may say of a conversion, and what the mapping and the caller say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardmerge.dtypes import DType, float_dtype
+from shardmerge.execute.executors.here import may_fork
+from shardmerge.mapping.spec import OutputSpec
+from shardmerge.plan.planner import OutputOptions
+from shardmerge.plan.schedule import Schedule, schedule
+from shardmerge.plan.shard import PlannedShard
+from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
+from shardmerge.plan.value import Plan
+from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.reading import IoMode
+from shardmerge.targets.expectation import FileChoice, FileMode, Format
+
+if TYPE_CHECKING:
+    from shardmerge.execute.engine import Device
+    from shardmerge.prepare.loading import Check
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller may override or add to a mapping.
+
+    Attributes
+    ----------
+    dtype, shard_size
+        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
+    format
+        ``safetensors`` or ``bin``, likewise.
+    memory, workers
+        Budget in bytes, of all processes together, and CPUs to be used; None for the defaults of ``storage.limits``.
+    download
+        Whether hub ids may be downloaded.
+    io
+        How sources are read.
+    sync
+        Whether the result is made durable before it is published.
+    files
+        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
+        ``all`` or ``none``.
+    device
+        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
+    partial
+        Whether a part of the model that config.json describes is what is wanted.
+    fresh
+        Whether what an earlier run left is removed, instead of going on where it was.
+    recheck
+        Whether all bytes of what an earlier run made are read again, and not some.
+    overwrite
+        Whether a result of shardmerge at the output path is replaced.
+    check
+        ``transformers``: what will be written is loaded by its own class on the meta device, in a child process, before
+        anything is written.
+    """
+
+    dtype: DType | str | None = None
+    shard_size: int | None = None
+    format: Format | None = None
+    memory: int | None = None
+    workers: int | None = None
+    download: bool = False
+    io: IoMode = "pread"
+    sync: bool = True
+    device: Device = "cpu"
+    partial: bool = False
+    files: FileMode | None = None
+    fresh: bool = False
+    recheck: bool = False
+    overwrite: bool = False
+    check: Check | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, how it would be carried out here, and where its result goes.
+
+    ``out`` is None if the mapping names no output.
+    """
+
+    plan: Plan
+    how: Schedule
+    out: Path | None
+
+    @classmethod
+    def of(cls, plan: Plan, out: Path | None, options: Options) -> Prepared:
+        """Returns a plan with what its options grant; raises ``memory-budget`` where that is too little."""
+        return cls(plan, granted(plan.shards, options), out)
+
+
+def granted(shards: Sequence[PlannedShard], options: Options) -> Schedule:
+    """Returns how some parts are carried out with what the caller, else the system, grants.
+
+    Raises
+    ------
+    ResourceError
+        ``memory-budget``.
+    """
+    workers = options.workers or default_workers()
+    budget = options.memory or default_budget(workers)
+    forks = options.device == "cpu" and may_fork()  # a CUDA context does not survive a fork
+    return schedule(shards, budget=budget, workers=workers, processes=workers if forks else 1)
+
+
+def wanted_dtype(options: Options) -> DType | None:
+    """Returns the type that the caller asks for, if he does."""
+    return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
+
+
+def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
+    """Returns what the mapping's ``output:`` and the caller say together."""
+    return OutputOptions(
+        wanted_dtype(options) or (spec.dtype if spec else None),
+        spec.dtypes if spec else (),
+        options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
+        options.format or (spec.format if spec else None) or "safetensors",
+        str(spec.mark) if spec else "",
+    )
+
+
+def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
+    """Returns what the caller, else the mapping, says of side files."""
+    return FileChoice(options.files) if options.files else spec.files if spec else None

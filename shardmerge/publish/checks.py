@@ -1,0 +1,116 @@
+"""Says before anything is written why a path cannot be the output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
+from shardmerge.plan.value import Plan
+from shardmerge.storage.writing import free_bytes
+from shardmerge.tensors.file_roles import RECEIPT
+
+# Beyond the sum of the files: directories, receipts, and block rounding (4 KiB a file at most).
+_SPARE_BYTES = 16 << 20
+
+
+def check_output(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> None:
+    """Says why ``out`` cannot be the output; all reasons at once.
+
+    Parameters
+    ----------
+    plan, out
+        What is to be written, and where.
+    needed
+        Bytes that will be written and need space.
+    overwrite
+        Whether a directory that shardmerge made may be replaced.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``: a file, or a directory that is not empty. ``output-is-source``: a source lies in it, or is
+        it. ``output-is-mount``: a mount point, which no directory can be renamed to. ``not-ours``: with ``overwrite``,
+        a directory that shardmerge did not make. ``unwritable-output``: the parent does not let us create it.
+    ResourceError
+        ``disk-too-small``: fewer bytes free than the plan writes and does not clone.
+    """
+    raise_all(_objections(plan, out, needed, overwrite=overwrite))
+
+
+def _objections(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> Iterator[ShardmergeError]:
+    taken = _taken(plan, out, overwrite=overwrite)
+    if taken is not None:
+        yield taken
+    parent = _nearest_parent(out)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        yield OutputError("unwritable-output", "no permission to write here", where=str(parent))
+    free = free_bytes(out)
+    if needed + _SPARE_BYTES > free:
+        yield ResourceError(
+            "disk-too-small",
+            "the disk does not have room for the result; nothing was written",
+            where=str(parent),
+            found=f"{free:,} bytes free",
+            expected=f"{needed + _SPARE_BYTES:,} bytes",
+            hint="free some space, choose another output path, or a smaller --dtype",
+        )
+
+
+def _taken(plan: Plan, out: Path, *, overwrite: bool) -> OutputError | None:
+    """Returns why what is there cannot make room."""
+    resolved = out.resolve()
+    clash = next((path for path in _source_paths(plan) if resolved in path.parents or path == resolved), None)
+    if clash is not None:
+        return OutputError(
+            "output-is-source",
+            "the output path holds a source of this very conversion",
+            where=str(out),
+            found=str(clash),
+            hint="write to a new directory; sources are never touched",
+        )
+    if out.is_mount():
+        return OutputError(
+            "output-is-mount",
+            "the output path is a mount point, and the result is renamed to its place",
+            where=str(out),
+            hint=f"write to a directory inside: {out}/model",
+        )
+    if is_free(out):
+        return None
+    if overwrite:
+        return None if (out / RECEIPT).is_file() and not out.is_symlink() else _not_ours(out)
+    return OutputError(
+        "output-exists",
+        "the output path exists and is not an empty directory",
+        where=str(out),
+        hint="choose another path, or remove it first"
+        + ("; --overwrite replaces it" if (out / RECEIPT).is_file() else ""),
+    )
+
+
+def is_free(out: Path) -> bool:
+    """Tells whether nothing is at a path, or a directory with nothing in it."""
+    return not out.is_symlink() and (not out.exists() or (out.is_dir() and not any(out.iterdir())))
+
+
+def _not_ours(out: Path) -> OutputError:
+    return OutputError(
+        "not-ours",
+        "shardmerge did not make what is at the output path, so it does not remove it",
+        where=str(out),
+        found=f"no {RECEIPT} in it",
+        hint="choose another path, or remove it first",
+    )
+
+
+def _source_paths(plan: Plan) -> Iterator[Path]:
+    return (Path(stamp.path).resolve() for source in plan.sources for stamp in source.files)
+
+
+def _nearest_parent(path: Path) -> Path:
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent

@@ -1,0 +1,89 @@
+"""Makes a part and commits it: written under a name of its own, synced, sealed, renamed, and then its receipt."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from shardmerge.execute.engine import Counters, Means, make_part
+from shardmerge.execute.executors.contract import Stopped
+from shardmerge.plan.value import Part
+from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
+from shardmerge.publish.staging import Staging
+from shardmerge.storage.writing import explained
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes parts for a staging directory: see ``execute.executors.contract.Make``.
+
+    Two makers of one part lose time and nothing else: each writes a file of its own, and their bytes are equal.
+
+    Attributes
+    ----------
+    staging
+        Where parts gather.
+    means
+        With what they are made.
+    """
+
+    staging: Staging
+    means: Means
+
+    def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:
+        """Makes and commits a part.
+
+        Raises
+        ------
+        ShardmergeError
+            As ``execute.engine.make_part``; the part then counts as not made.
+        """
+        began, started = time.time(), time.monotonic()
+        temporary = self.staging.temporary(f"{part.number:05d}")
+        final = self.staging.model / part.shard.name
+        try:
+            outcome = make_part(part, temporary, self.means, counters, stopped)
+            seconds = time.monotonic() - started
+            receipt = receipt_of(part, temporary, outcome, synced=self.means.sync, began=began, seconds=seconds)
+            make_folders(self.staging.model, part.shard.name)
+            with explained(final):
+                temporary.rename(final)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        self.staging.settle(final)  # before the receipt that says so
+        committed = receipt_path(self.staging, part.number)
+        self.staging.place(committed, receipt_bytes(receipt, part))
+        self.staging.settle(committed)
+
+
+def make_folders(root: Path, name: str) -> None:
+    """Makes the directories of a path inside of ``root``, and never ``root``: if it is gone, it was published."""
+    with explained(root / name):
+        for folder in reversed(PurePosixPath(name).parents[:-1]):
+            (root / folder).mkdir(exist_ok=True)
+
+
+def receipt_path(staging: Staging, number: int) -> Path:
+    """Returns where the receipt of a part is."""
+    return staging.parts / f"{number:05d}.json"
+
+
+def read_receipt(staging: Staging, part: Part) -> PartReceipt | None:
+    """Returns the receipt of a part, or None where there is none. The file is opened by its name and nothing else."""
+    try:
+        data = receipt_path(staging, part.number).read_bytes()
+    except OSError:
+        return None
+    return receipt_from(data, part)
+
+
+def is_made(staging: Staging, part: Part, *, recheck: bool = False) -> bool:
+    """Tells whether a part has a receipt, and is what that says."""
+    receipt = read_receipt(staging, part)
+    if receipt is None:
+        return False
+    return not unfit(receipt, part.shard, staging.model / part.shard.name, recheck=recheck)
