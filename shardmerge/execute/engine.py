@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -27,6 +27,7 @@ from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.storage.writing import OutputFile
+from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
     from shardmerge.execute.gpu import CudaCasts
@@ -115,42 +116,56 @@ class Outcome:
     records: tuple[RecordSums, ...] = ()
 
 
-def make_part(
-    part: Part,
-    path: Path,
-    means: Means,
-    counters: Counters,
-    stopped: Callable[[], bool] = bool,
-) -> Outcome:
-    """Writes a part as a new file: whole, synced and sealed when this returns.
+class Workshop:
+    """Makes parts, one after the other, with what is worth keeping between them: open files and buffers.
 
     Parameters
     ----------
-    part, path
-        What to make, and where.
     means
         With what.
-    counters
-        One number a thread, counted up by the bytes of each tile.
-    stopped
-        Asked every tenth of a second while threads work; once it says yes the part is given up.
-
-    Raises
-    ------
-    CheckpointError
-        ``source-changed``: a source file is not the one that was planned with. ``damaged-record``: the bytes of a
-        record do not have its checksum.
-    ResourceError, OutputError
-        From the writing side.
-    InterruptedRunError
-        ``interrupted``: Ctrl-C, a signal, or ``stopped``.
+    files
+        Stamps of the files that are read.
     """
-    return_freed_memory()
-    file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded)
-    try:
-        return _Making(part, file, means, counters, stopped).made()
-    finally:
-        file.abandon()
+
+    def __init__(self, means: Means, files: Iterable[FileStamp]) -> None:
+        self._means = means
+        self._pins = Pins(files)
+        self._tables = RecordTables(means.records)
+        self._workers = [_Worker(means, self._pins, self._tables) for _ in range(means.threads)]
+        return_freed_memory()
+
+    def make(self, part: Part, path: Path, counters: Counters, stopped: Callable[[], bool] = bool) -> Outcome:
+        """Writes a part as a new file: whole, synced and sealed when this returns.
+
+        Parameters
+        ----------
+        part, path
+            What to make, and where.
+        counters
+            One number a thread, counted up by the bytes of each tile.
+        stopped
+            Asked every tenth of a second while threads work; once it says yes the part is given up.
+
+        Raises
+        ------
+        CheckpointError
+            ``source-changed``: a source file is not the one that was planned with. ``damaged-record``: the bytes of a
+            record do not have its checksum.
+        ResourceError, OutputError
+            From the writing side.
+        InterruptedRunError
+            ``interrupted``: Ctrl-C, a signal, or ``stopped``.
+        """
+        means = self._means
+        file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded)
+        for worker in self._workers:
+            worker.begin(self._tables)
+        try:
+            outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
+        finally:
+            file.abandon()
+        self._pins.check_opened()
+        return outcome
 
 
 def _casts_on(device: Device) -> CudaCasts | None:
@@ -162,20 +177,26 @@ def _casts_on(device: Device) -> CudaCasts | None:
 
 
 class _Worker:
-    """What one thread has of its own."""
+    """What one thread has of its own: kept from part to part, but for what it found."""
 
     def __init__(self, means: Means, pins: Pins, tables: RecordTables) -> None:
         self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads)
-        self.notes = RecordNotes(tables)
         self.pool.opened = _both(pins.opened, tables.opened)
+        self.assembler = Assembler(self.pool, means.tile, _casts_on(means.device))
+        self.begin(tables)
+
+    def begin(self, tables: RecordTables) -> None:
+        """Forgets what was found of the part before."""
+        self.notes = RecordNotes(tables)
         self.pool.seen, self.pool.skimmed = self.notes.seen, self.notes.skimmed
+        self.pool.bytes_read = self.pool.reads = 0
         self.written = 0
         self.overflows: Counter[str] = Counter()
         self.sums: list[tuple[str, int, int, int]] = []  # tensor, offset in the file, bytes, CRC-32; one a task
 
-    def carry(self, task: Task, assembler: Assembler, file: OutputFile, done: Callable[[int], bool]) -> bool:
+    def carry(self, task: Task, file: OutputFile, done: Callable[[int], bool]) -> bool:
         """Makes and writes a task, tile by tile; returns whether there may be another."""
-        tensor, size = task.tensor, task.tensor.dtype.itemsize
+        assembler, tensor, size = self.assembler, task.tensor, task.tensor.dtype.itemsize
         before, checksum = assembler.overflowed, 0
         for start in range(task.start, task.start + task.count, task.step):
             count = min(task.step, task.start + task.count - start)
@@ -189,6 +210,7 @@ class _Worker:
         self.sums.append((tensor.name, tensor.offset + task.start * size, task.count * size, checksum))
         if assembler.overflowed > before:
             self.overflows[tensor.name] += assembler.overflowed - before
+        assembler.forget()
         return True
 
 
@@ -203,22 +225,26 @@ def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], No
 class _Making:
     """One part under way."""
 
-    def __init__(
-        self, part: Part, file: OutputFile, means: Means, counters: Counters, stopped: Callable[[], bool]
+    def __init__(  # a part, and all it is made with
+        self,
+        shard: PlannedShard,
+        file: OutputFile,
+        means: Means,
+        workers: Sequence[_Worker],
+        counters: Counters,
+        stopped: Callable[[], bool],
     ) -> None:
-        self._shard = part.shard
+        self._shard = shard
         self._file = file
         self._means = means
+        self._workers = workers
         self._counters = counters
         self._stopped = stopped
-        self._pins = Pins(part.files)
-        tables = RecordTables(means.records)
-        self._workers = [_Worker(means, self._pins, tables) for _ in range(means.threads)]
         self._queue: deque[Task] = deque()
         self._failure: BaseException | None = None
 
     def made(self) -> Outcome:
-        """Makes the part; see ``make_part``."""
+        """Makes the part; see ``Workshop.make``."""
         for offset, blob in self._shard.blobs:
             reserved = max(8 - offset, 0)  # written last: see OutputFile
             self._file.write(offset + reserved, memoryview(blob)[reserved:])
@@ -228,7 +254,6 @@ class _Making:
         self._counters[0] += sum(one.nbytes for one in cloned)
         self._queue.extend(tasks(self._shard, self._means.tile, cloned))
         self._run_threads()
-        self._pins.check_opened()
         return self._outcome(cloned, clone_seconds)
 
     def _run_threads(self) -> None:
@@ -263,15 +288,13 @@ class _Making:
             return self._failure is None
 
         try:
-            assembler = Assembler(worker.pool, self._means.tile, _casts_on(self._means.device))
             while self._queue:
                 try:
                     task = self._queue.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                if not worker.carry(task, assembler, self._file, done):
+                if not worker.carry(task, self._file, done):
                     return
-                assembler.forget()
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             self._failure = self._failure or error
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from shardmerge.execute.engine import Counters, Means, make_part
+from shardmerge.execute.engine import Counters, Means, Workshop
 from shardmerge.execute.executors.contract import Stopped
 from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
@@ -31,6 +32,7 @@ class Maker:
 
     staging: Staging
     means: Means
+    _shops: dict[int, Workshop] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:
         """Makes and commits a part.
@@ -38,13 +40,13 @@ class Maker:
         Raises
         ------
         ShardmergeError
-            As ``execute.engine.make_part``; the part then counts as not made.
+            As ``execute.engine.Workshop.make``; the part then counts as not made.
         """
         began, started = time.time(), time.monotonic()
         temporary = self.staging.temporary(f"{part.number:05d}")
         final = self.staging.model / part.shard.name
         try:
-            outcome = make_part(part, temporary, self.means, counters, stopped)
+            outcome = self._workshop(part).make(part, temporary, counters, stopped)
             seconds = time.monotonic() - started
             receipt = receipt_of(part, temporary, outcome, synced=self.means.sync, began=began, seconds=seconds)
             make_folders(self.staging.model, part.shard.name)
@@ -58,6 +60,12 @@ class Maker:
         committed = receipt_path(self.staging, part.number)
         self.staging.place(committed, receipt_bytes(receipt, part))
         self.staging.settle(committed)
+
+    def _workshop(self, part: Part) -> Workshop:
+        """One for each process: what is open here is of no use to one that was forked."""
+        if self._shops.get(os.getpid()) is None:
+            self._shops[os.getpid()] = Workshop(self.means, part.files)
+        return self._shops[os.getpid()]
 
 
 def make_folders(root: Path, name: str) -> None:

@@ -58,7 +58,7 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
     Raises
     ------
     ShardmergeError
-        See ``publish.checks.check_output``, ``execute.engine.make_part`` and ``publish.finishing.finish``. Whatever is
+        See ``publish.checks.check_output``, ``execute.engine.Workshop.make`` and ``publish.finishing.finish``. Whatever is
         raised but a ``PublishedError``, ``out`` is as it was.
     """
     if is_published(plan, out) and not options.fresh:

@@ -110,8 +110,9 @@ class Staging:
             raise
 
     def settle(self, *paths: Path) -> None:
-        """Makes the names of files durable, and those of the directories they are in, up to the staging directory."""
-        folders = {folder for path in paths for folder in path.parents if self.root in (folder, *folder.parents)}
+        """Makes the names of files durable, and those of the directories below the staging directory they are in."""
+        inner = {folder for path in paths for folder in path.parents if self.root in folder.parents}
+        folders = inner | {path.parent for path in paths}
         for folder in sorted(folders, reverse=True) if self.sync else ():
             sync_directory(folder)
 
