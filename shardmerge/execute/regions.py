@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardmerge.dtypes import DType
+from shardmerge.execute.ranges import Ranges
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.ops.arrays import Array
 from shardmerge.plan.memory import WORKSPACE, column_elements
 from shardmerge.tensors import Columns, Shape, Strided, TensorEntry, View, dense
 from shardmerge.tensors.pieces import is_plain, single_extent
 from shardmerge.tensors.strides import direct, in_order, run, span
-
-if TYPE_CHECKING:
-    from shardmerge.execute.gather import Assembler
 
 # Runs of a view are read one by one, and not with what lies between them, where that saves a quarter of the bytes and
 # either they are this long, half a page, or what lies between them is: a read of its own costs as much time as copying
@@ -36,18 +33,21 @@ _MOST_RUNS = 1024
 class Regions:
     """Fills ranges of views and columns for an assembler, which reads what they lie in."""
 
-    def __init__(self, assembler: Assembler) -> None:
+    def __init__(self, assembler: Ranges) -> None:
         self._assembler = assembler
 
-    def fill_view(self, dtype: DType, held: Strided | View, start: int, out: memoryview) -> None:
-        """Fills ``out`` with the bytes of a view from its element ``start`` on."""
-        if isinstance(held, Strided):
+    def fill(self, dtype: DType, held: Strided | View | Columns, start: int, out: memoryview) -> None:
+        """Fills ``out`` with the bytes of a tensor so held from its element ``start`` on."""
+        target = _elements(out, dtype.itemsize)
+        if isinstance(held, Columns):
+            self._columns(held, start, target)
+        elif isinstance(held, Strided):
             reach = held.extent.nbytes // dtype.itemsize
             base = TensorEntry("", dtype, (reach,), dense(held.extent, reach))
-            self._strided(base, 0, held.shape, held.strides, start, _elements(out, dtype.itemsize))
-            return
-        held = direct(held)
-        self._strided(held.base, held.offset, held.shape, held.strides, start, _elements(out, dtype.itemsize))
+            self._strided(base, 0, held.shape, held.strides, start, target)
+        else:
+            held = direct(held)
+            self._strided(held.base, held.offset, held.shape, held.strides, start, target)
 
     # --- views ---
 
@@ -120,9 +120,8 @@ class Regions:
 
     # --- columns ---
 
-    def fill_columns(self, held: Columns, start: int, out: memoryview) -> None:
-        """Fills ``out`` with the bytes of tensors side by side: whole rows in blocks, partial rows base by base."""
-        target = _elements(out, held.bases[0].dtype.itemsize)
+    def _columns(self, held: Columns, start: int, target: Array) -> None:
+        """Tensors side by side: whole rows in blocks, partial rows base by base."""
         widths = [base.numel // held.rows for base in held.bases]
         total = sum(widths)
         row, within = divmod(start, total)
