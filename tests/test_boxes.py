@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -23,13 +24,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import shardmerge as sm
+from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.engine import execute
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import first_byte
+from shardmerge.execute.tiling import Tiling
 from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text
+from shardmerge.plan.memory import KEPT_TILINGS, WORKSPACE, tiling_bytes
 from shardmerge.plan.value import Plan
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Box, Boxes, Catalog, Extent, Piece, Strided, TensorEntry
@@ -38,6 +42,7 @@ from shardmerge.tensors.strides import blocks, row_major
 from tests import write_dcp
 from tests.conftest import read_entry
 from tests.counting import calls, refusal
+from tests.made import built
 
 F32 = DTYPES["F32"]
 
@@ -70,6 +75,18 @@ class Store:
     def entry(self, values: np.ndarray, places: list[Place]) -> TensorEntry:
         pieces = boxed(F32, values.shape, [self.box(values, place) for place in places])
         return TensorEntry("t", F32, values.shape, pieces, "boxes", "source")
+
+
+class Counting(Assembler):
+    """Notes the buffers that it is asked for."""
+
+    def __init__(self, pool: FilePool) -> None:
+        super().__init__(pool)
+        self.taken: list[int] = []
+
+    def take(self, nbytes: int) -> memoryview:
+        self.taken.append(nbytes)
+        return super().take(nbytes)
 
 
 def grid(shape: Shape, cuts: list[list[int]]) -> list[Place]:
@@ -144,18 +161,53 @@ def test_rows_of_boxes_that_are_whole_are_read_into_their_place(tmp_path: Path) 
     """Of three boxes below each other and two beside: what spans the tensor takes no copy, and one read."""
     values = np.arange(60, dtype=np.float32).reshape(10, 6)
     entry = Store(tmp_path).entry(values, [((0, 0), (4, 6)), ((4, 0), (2, 3)), ((4, 3), (2, 3)), ((6, 0), (4, 6))])
-    taken: list[int] = []
-
-    class Counting(Assembler):
-        def take(self, nbytes: int) -> memoryview:
-            taken.append(nbytes)
-            return super().take(nbytes)
-
     assembler, out = Counting(FilePool()), bytearray(values.nbytes)
     assembler.fill(entry, 0, memoryview(out))
     assert out == values.tobytes()
     assert assembler.pool.reads == 4
-    assert taken == [2 * 3 * 4] * 2
+    assert assembler.taken == [2 * 3 * 4] * 2
+
+
+def test_what_is_read_to_be_copied_is_read_in_blocks(tmp_path: Path) -> None:
+    """A whole tensor at once, as ``LazyTensor.numpy`` does: no buffer is larger than the planner counts."""
+    values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+    entry = Store(tmp_path).entry(values, grid((1024, 1024), [[], [100]]))
+    assembler, out = Counting(FilePool()), bytearray(values.nbytes)
+    assembler.fill(entry, 0, memoryview(out))
+    assert out == values.tobytes()
+    assert max(assembler.taken) <= WORKSPACE
+    assert assembler.pool.reads == 1 + 4
+
+
+def many(boxes: int, axes: int) -> Boxes:
+    shape = (*(2,) * (axes - 1), boxes)
+    return Boxes(shape, tuple(Box((*(0,) * (axes - 1), n), (*shape[:-1], 1), Extent("f", 0, 4)) for n in range(boxes)))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 4])
+@pytest.mark.parametrize("boxes", [300, 4000])
+def test_finding_boxes_takes_what_is_planned(boxes: int, axes: int) -> None:
+    """As many tensors as are remembered, and a block that meets every box of one."""
+    held = [many(boxes, axes) for _ in range(KEPT_TILINGS)]
+    tracemalloc.start()
+    kept = [Tiling(one) for one in held]
+    assert sum(1 for _ in kept[0].meet((0,) * axes, held[0].shape)) == boxes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= tiling_bytes(held[0]) + 4096 < 2 * peak
+
+
+def test_a_few_tensors_in_boxes_are_remembered(tmp_path: Path) -> None:
+    """The places of the ones asked for last, in a tensor that is made of more."""
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    store = Store(tmp_path)
+    parts = [store.entry(values + n, grid((4, 6), [[], [2, 5]])) for n in range(KEPT_TILINGS + 3)]
+    joined = compose(built("concat", dim=0), parts)
+    assembler, out = Assembler(FilePool()), bytearray(joined.nbytes)
+    for _ in range(2):
+        assembler.fill(joined, 0, memoryview(out))
+        assert out == np.concatenate([values + n for n in range(len(parts))]).tobytes()
+        assert list(assembler._arranging()._tilings) == [id(part.pieces[0].held) for part in parts[-KEPT_TILINGS:]]
 
 
 # ---- pieces

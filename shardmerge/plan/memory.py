@@ -43,9 +43,9 @@ REARRANGING = 512 << 10
 # of its source that every page would be read up to 100 times. See decision 18.
 BAND_TILES = 16
 
-# What a read of a box should bring, in bytes: it costs 20 us, mostly of Python. A matrix cut into narrow columns is made
-# in bands for it, as a transposed one is: 1,024 boxes side by side, 16,384 columns of bf16, with 2, 4, 8, 16 and 32 KiB:
-# 0.15, 0.29, 0.43, 0.68 and 0.50 GB/s of CPU time.
+# What a read of a box should bring, in bytes: it costs 20 us, mostly of Python. A matrix cut into narrow columns is
+# made in bands for it, as a transposed one is. 1,024 boxes side by side, 16,384 columns of bf16, with 2, 4, 8, 16 and
+# 32 KiB: 0.15, 0.29, 0.43, 0.68 and 0.50 GB/s of CPU time.
 _BOX_READ = 16 << 10
 
 # How many tensors in boxes a worker remembers the places of; one is made of a few at most.
@@ -235,8 +235,9 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
 
 
 def tiling_bytes(held: Boxes) -> int:
-    """Returns the bytes of what finds boxes by their place: their corners, those of a block's, and a list of some."""
-    return len(held.boxes) * (16 * len(held.shape) * (KEPT_TILINGS + 3) + 48)
+    """Returns the bytes of what finds boxes by their place: three arrays a tensor, and lists of what a block meets."""
+    axes = len(held.shape)
+    return len(held.boxes) * (KEPT_TILINGS * (24 * axes + 40) + 60 * axes + 330)
 
 
 def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> int:
