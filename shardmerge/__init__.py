@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from shardmerge.plan.value import Plan
     from shardmerge.prepare.inspection import inspect
     from shardmerge.prepare.options import Options
-    from shardmerge.publish.running import Result
+    from shardmerge.publish.results import Result
     from shardmerge.publish.verify import Difference, Verdict
     from shardmerge.tensors import Catalog, TensorEntry
 
@@ -82,7 +82,7 @@ __all__ = [
 _MODULES = {
     "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
     "shardmerge.prepare.options": ("Options",),
-    "shardmerge.publish.running": ("Result",),
+    "shardmerge.publish.results": ("Result",),
     "shardmerge.errors": (
         "CheckpointError",
         "InterruptedRunError",

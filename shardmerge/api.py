@@ -18,6 +18,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.prepare.conversion import ADAPTER_PRESET, is_adapter, prepare_plain
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.options import Options, Prepared
+from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import View
 from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
@@ -29,14 +30,13 @@ if TYPE_CHECKING:
     from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.mapping.way_back import Forward
-    from shardmerge.publish.running import Result
     from shardmerge.publish.verify import Difference, Verdict
 
 __all__ = [
-    "Options", "Prepared", "carry_out", "clean", "clonable_bytes", "convert", "diff", "explain_json",
-    "explain_text", "float_dtype", "init", "inspect", "invert", "open_checkpoint", "output_path", "parse_size",
-    "plan", "prepare", "prepare_conversion", "prepare_mapping", "preset_text", "presets", "resident_bytes", "run",
-    "schema", "verify", "write_new", "write_plan",
+    "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
+    "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "open_checkpoint",
+    "output_path", "parse_size", "plan", "prepare", "prepare_conversion", "prepare_mapping", "preset_text", "presets",
+    "resident_bytes", "run", "run_part", "schema", "verify", "write_new", "write_plan",
 ]  # fmt: skip
 
 _YAML, _PLAN = (".yaml", ".yml"), ".json"
@@ -147,6 +147,70 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
     from shardmerge.publish.running import carry_out as carried
 
     return carried(prepared.plan, out, options, progress)
+
+
+def run_part(  # one parameter an option
+    mapping: str | Path,
+    part: str,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    *,
+    roots: Sequence[tuple[str, str]] = (),
+    progress: Progress | None = None,
+) -> Result | Unfinished:
+    """Makes some parts of a mapping or a plan, as one of several processes that do, on this machine or others.
+
+    Whoever finds all parts made publishes the result.
+
+    Parameters
+    ----------
+    mapping, out, options, progress
+        As for ``run``.
+    part
+        ``3/8``: the share of the fourth of eight. ``any``: whatever nobody has made or is visibly at work on.
+    roots
+        As for ``prepare``.
+
+    Raises
+    ------
+    UsageError
+        ``bad-part``.
+    ShardmergeError
+        As ``run``.
+    """
+    from shardmerge.publish.finishing import is_published
+    from shardmerge.publish.running import finish_plan, make_some
+    from shardmerge.publish.shares import which
+
+    options, path, chosen = options or Options(), Path(mapping), which(part)
+    prepared = prepare(path, options, roots)
+    place = output_path(prepared, out, str(mapping))
+    if is_published(prepared.plan, place) and not options.fresh:
+        return finish_plan(prepared.plan, place, options)
+    state = make_some(prepared.plan.parts(), chosen, place, options, progress)
+    return state if state.missing else finish_plan(prepared.plan, place, options, made=state.made)
+
+
+def finish(
+    mapping: str | Path,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    roots: Sequence[tuple[str, str]] = (),
+) -> Result:
+    """Publishes a mapping or a plan whose parts have all been made.
+
+    Raises
+    ------
+    OutputError
+        ``parts-missing``.
+    ShardmergeError
+        As ``run``.
+    """
+    from shardmerge.publish.running import finish_plan
+
+    options = options or Options()
+    prepared = prepare(Path(mapping), options, roots)
+    return finish_plan(prepared.plan, output_path(prepared, out, str(mapping)), options)
 
 
 def clean(out: str | Path) -> tuple[Path, ...]:

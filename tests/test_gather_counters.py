@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,8 +29,10 @@ from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
+from shardmerge.tensors import Box, Extent, Piece, Strided, TensorEntry, dense
+from shardmerge.tensors.boxes import boxed
 from shardmerge.tensors.ranks import Partition, RankChunks, chunk_numel
+from shardmerge.tensors.strides import row_major
 from tests.made import built
 
 F32, BF16 = DTYPES["F32"], DTYPES["BF16"]
@@ -68,6 +70,20 @@ class Files:
         span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
         held = Strided(self.place(dtype, span), shape, strides)
         return TensorEntry("view", dtype, shape, (Piece(0, prod(shape), held),))
+
+    def boxes(
+        self, dtype: DType, shape: tuple[int, ...], parts: tuple[int, ...], order: Sequence[int] = ()
+    ) -> TensorEntry:
+        """A tensor cut into so many parts along each axis, each in a file of its own, its axes in the given order."""
+        found = []
+        for index in np.ndindex(*parts):
+            low = tuple(i * n // k for i, n, k in zip(index, shape, parts, strict=True))
+            sizes = tuple((i + 1) * n // k - at for i, n, k, at in zip(index, shape, parts, low, strict=True))
+            held = self.place(dtype, prod(sizes))
+            strides = row_major(tuple(sizes[axis] for axis in order))
+            view = Strided(held, sizes, tuple(strides[list(order).index(axis)] for axis in range(len(order))))
+            found.append(Box(low, sizes, view if order else held))
+        return TensorEntry("boxes", dtype, shape, boxed(dtype, shape, found))
 
     def op(self, name: str, *inputs: TensorEntry, **params: object) -> TensorEntry:
         return compose(built(name, **params), list(inputs))  # type: ignore[arg-type]
@@ -110,6 +126,28 @@ CASES = {
                        groups=8, sizes=(128, 128, 128)), 12 * MIB, 3 * 4
     ),
     "ZeRO-3, transposed": Case(lambda f: f.op("transpose", f.zero3(F32, (2048, 2048), 8)), 16 * MIB, 16),
+    # Boxes. Whole rows are flat pieces; of narrower ones each is read once a tile, or band.
+    "rows in 8 boxes": Case(lambda f: f.boxes(BF16, (4096, 4096), (8, 1)), 32 * MIB, 16),
+    "columns in 8 boxes": Case(lambda f: f.boxes(BF16, (4096, 4096), (1, 8)), 32 * MIB, 16 * 8),
+    "columns in 8 boxes, cast": Case(lambda f: cast_to(f.boxes(F32, (2048, 4096), (1, 8)), BF16), 32 * MIB, 16 * 8),
+    "columns in 1,024 boxes": Case(lambda f: f.boxes(BF16, (4096, 4096), (1, 1024)), 32 * MIB, 2 * 1024),
+    "columns in 1,024 boxes, wide": Case(lambda f: f.boxes(BF16, (1024, 16384), (1, 1024)), 32 * MIB, 2 * 1024),
+    "columns in 3 boxes, uneven": Case(lambda f: f.boxes(F32, (1001, 4999), (1, 3)), 1001 * 4999 * 4, 10 * 3),
+    "boxes of 32 by 32": Case(lambda f: f.boxes(BF16, (4096, 4096), (32, 32)), 32 * MIB, 1024),
+    "experts in boxes": Case(lambda f: f.boxes(BF16, (8, 1024, 2048), (2, 1, 4)), 32 * MIB, 16 * 4),
+    "experts in boxes of the middle axis": Case(lambda f: f.boxes(BF16, (8, 1024, 2048), (1, 8, 1)), 32 * MIB, 64),
+    "one of a stack in boxes": Case(
+        lambda f: f.op("slice", f.boxes(BF16, (8, 2048, 2048), (1, 1, 8)), dim=0, start=3, stop=4), 8 * MIB, 4 * 8
+    ),
+    "boxes side by side": Case(
+        lambda f: f.op("concat", *(f.boxes(BF16, (4096, 2048), (1, 4)) for _ in range(2)), dim=1), 32 * MIB, 16 * 8
+    ),
+    "columns of boxes": Case(
+        lambda f: f.op("chunk", f.boxes(BF16, (1024, 12288), (1, 4)), dim=1, chunks=3, take=1), 8 * MIB, 2 * 1024
+    ),
+    "transposed boxes": Case(lambda f: f.op("transpose", f.boxes(BF16, (4096, 4096), (1, 8))), 32 * MIB, 32 * 8),
+    "boxes of transposed rows": Case(lambda f: f.boxes(BF16, (4096, 4096), (8, 1), (1, 0)), 32 * MIB, 8 * 4),
+    "boxes of transposed columns": Case(lambda f: f.boxes(BF16, (2048, 4096), (1, 8), (1, 0)), 16 * MIB, 8 * 2),
     # A head is 1 MiB.
     "rotary queries": Case(lambda f: f.op("rotary_permute", f.flat(BF16, 4096, 4096), heads=32), 32 * MIB, 32),
     "rotary keys": Case(lambda f: f.op("rotary_permute", f.flat(BF16, 1024, 4096), heads=8), 8 * MIB, 8),

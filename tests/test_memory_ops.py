@@ -143,3 +143,61 @@ def test_transposed_matrices_fit_a_cgroup_of_128_mib(tall: Path, group: str, tmp
     shutil.rmtree(tmp_path / "out")
     print(f"transposed in 128 MiB: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned, {done.wall:.1f} s")
     assert done.peak <= planned <= CGROUP_LIMIT
+
+
+# Copies and casts matrices cut into so many columns, as a reader of torch's DCP would plan it; prints the planned peak.
+BOXES = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import shardmerge as sm
+from shardmerge.compose import cast_to
+from shardmerge.dtypes import DTYPES
+from shardmerge.execute.engine import execute
+from shardmerge.plan.memory import plan_memory
+from shardmerge.storage.reading import FilePool
+from shardmerge.tensors import Box, Extent, TensorEntry
+from shardmerge.tensors.boxes import boxed
+
+mapping, parts, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+source = str(mapping.with_name("full.safetensors"))  # holes, as long as any box
+
+def cut(entry):
+    rows, columns = entry.shape
+    width = columns // parts
+    boxes = [Box((0, width * n), (rows, width), Extent(source, 4096, 4 * rows * width)) for n in range(parts)]
+    held = TensorEntry("w", DTYPES["F32"], entry.shape, boxed(DTYPES["F32"], entry.shape, boxes))
+    return cast_to(held, entry.dtype)
+
+plan = sm.plan(mapping)
+shards = tuple(
+    replace(shard, tensors=tuple(replace(tensor, entry=cut(tensor.entry)) for tensor in shard.tensors))
+    for shard in plan.shards
+)
+plan = replace(plan, shards=shards, memory=plan_memory(
+    [tensor for shard in shards for tensor in shard.tensors], budget=256 << 20, workers=workers))
+out = mapping.parent / f"out{parts}"
+out.mkdir()
+execute(plan, out, FilePool(), sync=False)
+print(json.dumps({"planned_peak": plan.memory.peak, "workers": plan.memory.workers}))
+"""
+
+
+@pytest.mark.parametrize(("parts", "workers"), [(8, 4), (1024, 1), (1024, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_boxes_keep_the_law(parts: int, workers: int, dtype: str, tmp_path: Path) -> None:
+    """Matrices of 4,096 columns, 64 MiB each, copied and cast: a worker each, and bands where the boxes are narrow."""
+    synthetic.write_safetensors(tmp_path / "full.safetensors", dict.fromkeys("abcd", (4096, 4096)), "F32")
+    (tmp_path / "m.yaml").write_text(
+        "shardmerge: 1\nsources: {full: full.safetensors}\n"
+        f'output: {{path: out, dtype: {dtype}}}\ntensors: {{"{{n}}": "full:{{n}}"}}\n',
+        "utf-8",
+    )
+    done = measure([sys.executable, "-c", BOXES, tmp_path / "m.yaml", str(parts), str(workers)])
+    assert done.code == 0, done.stderr
+    found = answer(done)
+    planned = found["planned_peak"]
+    assert isinstance(planned, int)
+    print(f"{parts} boxes, {dtype}, {workers} workers: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned")
+    assert found["workers"] == workers
+    assert done.peak <= planned <= BUDGET

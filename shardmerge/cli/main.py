@@ -16,6 +16,7 @@ import click
 
 import shardmerge
 from shardmerge.cli.bench import bench
+from shardmerge.cli.cluster import add_cluster_commands, show_part
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import (
     check_option,
@@ -35,8 +36,7 @@ from shardmerge.cli.progress import progress_bar
 from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
-    from shardmerge.api import Options, Prepared
-    from shardmerge.publish.running import Result
+    from shardmerge.api import Options, Prepared, Result
 
 _INTERNAL_ERROR = 70
 
@@ -76,12 +76,14 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @check_option
 @device_option
 @run_options
+@click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
 @_quiet
 @json_option
 def run(  # one parameter an option
     mapping: str,
     out: str | None,
     roots: tuple[str, ...],
+    part: str | None,
     quiet: bool,
     as_json: bool,
     **given: Any,  # noqa: ANN401
@@ -94,7 +96,11 @@ def run(  # one parameter an option
 
     options = parsed(given)
     refuse_idle_for_plan(mapping, given)
-    prepared = api.prepare(Path(mapping), options, [pair(text, "--root", "/old=/new") for text in roots])
+    moved = [pair(text, "--root", "/old=/new") for text in roots]
+    if part is not None:
+        show_part(api.run_part(mapping, part, out, options, roots=moved), as_json=as_json)
+        return
+    prepared = api.prepare(Path(mapping), options, moved)
     _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
 
 
@@ -126,17 +132,6 @@ def plan(  # one parameter an option
     _show_plan(prepared, prepared.out, tensors=tensors, as_json=as_json)
     if out is not None:
         click.echo(f"written: {out}; to carry it out: shardmerge run {out}", err=True)
-
-
-@cli.command()
-@click.argument("out", type=click.Path())
-def clean(out: str) -> None:
-    """Remove what unfinished runs left beside the output path OUT."""
-    found = shardmerge.clean(out)
-    for path in found:
-        click.echo(f"removed: {path}")
-    if not found:
-        click.echo("nothing is left over")
 
 
 @cli.command()
@@ -285,6 +280,7 @@ def presets_show(name: str) -> None:
 
 
 add_commands(cli)
+add_cluster_commands(cli)
 cli.add_command(bench)
 
 

@@ -1,7 +1,8 @@
 """Assembles a range of a tensor, in row-major order, from whatever holds it: extents, views, columns, arithmetic.
 
 Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: views and columns are the business
-of ``regions``, arithmetic that of ``making``, and each is imported with the first tensor that needs it.
+of ``regions``, arithmetic that of ``making``, and each is imported with the first tensor that needs it. Both read
+through the assembler, as ``ranges`` describes it.
 
 The planner counts what these modules allocate (``shardmerge.plan.memory``); where one changes, so does the other.
 """
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.plan.memory import KEPT_TILES, LARGEST_TILE
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Columns, Extent, Made, Piece, TensorEntry
+from shardmerge.tensors import Extent, Made, Piece, TensorEntry
 from shardmerge.tensors.pieces import pieces_in, single_extent
 
 if TYPE_CHECKING:
@@ -102,10 +103,8 @@ class Assembler:
             self.pool.read_into(part.file, part.offset, out)
         elif isinstance(held, Made):
             self._making().fill(entry, held, start, out)
-        elif isinstance(held, Columns):
-            self._arranging().fill_columns(held, start, out)
         else:
-            self._arranging().fill_view(entry.dtype, held, start, out)
+            self._arranging().fill(entry.dtype, held, start, out)
 
     def _arranging(self) -> Regions:
         if self._regions is None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shardmerge.execute.ranges import Ranges
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.ops.casts import Cast
 from shardmerge.ops.contract import Arithmetic, Meta, State
 from shardmerge.plan.memory import chunk_elements, tile_elements
 from shardmerge.tensors import Made, TensorEntry
-
-if TYPE_CHECKING:
-    from shardmerge.execute.gather import Assembler
 
 # Most computed tensors that an assembler remembers; one is made of a few at most.
 _MOST_MAKINGS = 64
@@ -35,7 +32,7 @@ class _Making:
 class Maker:
     """Fills ranges of computed tensors for an assembler, which reads what they are made of."""
 
-    def __init__(self, assembler: Assembler) -> None:
+    def __init__(self, assembler: Ranges) -> None:
         self._assembler = assembler
         self._states: dict[int, tuple[Made, State]] = {}
         self._makings: dict[int, _Making] = {}
@@ -103,7 +100,7 @@ class Maker:
 class _Stream:
     """An input that an op reads ahead of its tiles."""
 
-    def __init__(self, assembler: Assembler, entry: TensorEntry) -> None:
+    def __init__(self, assembler: Ranges, entry: TensorEntry) -> None:
         self._assembler = assembler
         self._entry = entry
 

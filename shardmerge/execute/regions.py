@@ -1,23 +1,21 @@
-"""Views and columns: reads what a range of elements lies in and puts it in order, run by run or in blocks."""
+"""Views, boxes and columns: reads what a range of elements lies in and puts it in order, run by run or in blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardmerge.dtypes import DType
+from shardmerge.execute.ranges import Ranges
 from shardmerge.execute.rearrange import rearrange
+from shardmerge.execute.tiling import Tiling
 from shardmerge.ops.arrays import Array
-from shardmerge.plan.memory import WORKSPACE, column_elements
-from shardmerge.tensors import Columns, Shape, Strided, TensorEntry, View, dense
+from shardmerge.plan.memory import KEPT_TILINGS, WORKSPACE, column_elements
+from shardmerge.tensors import Boxes, Columns, Extent, Shape, Strided, TensorEntry, View, dense
 from shardmerge.tensors.pieces import is_plain, single_extent
-from shardmerge.tensors.strides import direct, in_order, run, span
-
-if TYPE_CHECKING:
-    from shardmerge.execute.gather import Assembler
+from shardmerge.tensors.strides import blocks, direct, in_order, place, run, span
 
 # Runs of a view are read one by one, and not with what lies between them, where that saves a quarter of the bytes and
 # either they are this long, half a page, or what lies between them is: a read of its own costs as much time as copying
@@ -34,46 +32,37 @@ _MOST_RUNS = 1024
 
 
 class Regions:
-    """Fills ranges of views and columns for an assembler, which reads what they lie in."""
+    """Fills ranges of views, boxes and columns for an assembler, which reads what they lie in."""
 
-    def __init__(self, assembler: Assembler) -> None:
+    def __init__(self, assembler: Ranges) -> None:
         self._assembler = assembler
+        self._tilings: dict[int, Tiling] = {}
 
-    def fill_view(self, dtype: DType, held: Strided | View, start: int, out: memoryview) -> None:
-        """Fills ``out`` with the bytes of a view from its element ``start`` on."""
-        if isinstance(held, Strided):
-            reach = held.extent.nbytes // dtype.itemsize
-            base = TensorEntry("", dtype, (reach,), dense(held.extent, reach))
-            self._strided(base, 0, held.shape, held.strides, start, _elements(out, dtype.itemsize))
-            return
-        held = direct(held)
-        self._strided(held.base, held.offset, held.shape, held.strides, start, _elements(out, dtype.itemsize))
+    def fill(self, dtype: DType, held: Strided | Boxes | View | Columns, start: int, out: memoryview) -> None:
+        """Fills ``out`` with the bytes of a tensor so held from its element ``start`` on."""
+        target = _elements(out, dtype.itemsize)
+        if isinstance(held, Columns):
+            self._columns(held, start, target)
+        elif isinstance(held, Boxes):
+            self._boxes(dtype, held, start, target)
+        elif isinstance(held, Strided):
+            self._strided(_whole(dtype, held.extent), 0, held.shape, held.strides, start, target)
+        else:
+            held = direct(held)
+            self._strided(held.base, held.offset, held.shape, held.strides, start, target)
 
     # --- views ---
 
     def _strided(
         self, base: TensorEntry, offset: int, shape: Shape, strides: Sequence[int], start: int, target: Array
     ) -> None:
-        """Whole outer rows as one box, partial rows by going one axis in."""
-        if not len(target):
-            return
-        if not shape:
-            self._box(base, offset, (1,), (1,), target)
-            return
-        inner = prod(shape[1:])
-        row, within = divmod(start, inner)
-        if within or len(target) < inner:  # a partial row first
-            taken = min(inner - within, len(target))
-            self._strided(base, offset + row * strides[0], shape[1:], strides[1:], within, target[:taken])
-            self._strided(base, offset, shape, strides, start + taken, target[taken:])
-            return
-        rows = len(target) // inner
-        box = target[: rows * inner].reshape(rows, *shape[1:])
-        self._box(base, offset + row * strides[0], box.shape, strides, box)
-        self._strided(base, offset, shape, strides, start + rows * inner, target[rows * inner :])
+        """Block by block: partial rows, and whole ones together."""
+        for index, sizes in blocks(shape, start, len(target)):
+            part, target = target[: prod(sizes)], target[prod(sizes) :]
+            self._block(base, offset + place(index, strides), sizes, strides, part.reshape(sizes))
 
-    def _box(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
-        """Reads what a box lies in and rearranges it: run by run, or all of it, in halves where that is too much."""
+    def _block(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
+        """Reads what a block lies in and rearranges it: run by run, or all of it, in halves where that is too much."""
         size = base.dtype.itemsize
         reach = span(shape, strides)
         if reach == target.size and in_order(shape, strides) and target.flags.c_contiguous:
@@ -87,7 +76,7 @@ class Regions:
             half = shape[axis] // 2
             for low, high in ((0, half), (half, shape[axis])):
                 part = target[(slice(None),) * axis + (slice(low, high),)]
-                self._box(base, first + low * strides[axis], part.shape, strides, part)
+                self._block(base, first + low * strides[axis], part.shape, strides, part)
             return
         if apart:
             self._runs(base, first, shape, strides, target)
@@ -97,7 +86,7 @@ class Regions:
         self._assembler.release(data)
 
     def _runs(self, base: TensorEntry, first: int, shape: Shape, strides: Sequence[int], target: Array) -> None:
-        """Reads the runs of a box one by one, side by side, and puts them where they belong."""
+        """Reads the runs of a block one by one, side by side, and puts them where they belong."""
         size, length = base.dtype.itemsize, run(shape, strides)
         starts, packed = np.full(1, first, np.int64), list(strides)
         for axis in sorted(range(len(shape)), key=lambda axis: -strides[axis]):
@@ -118,11 +107,46 @@ class Regions:
         rearrange(target, _strided(_elements(data, size), shape, packed))
         self._assembler.release(data)
 
+    # --- boxes ---
+
+    def _boxes(self, dtype: DType, held: Boxes, start: int, target: Array) -> None:
+        """Block by block, from every box that a block meets: what both have lies in a row in a box that is dense."""
+        tiling = self._tiling(held)
+        for index, sizes in blocks(held.shape, start, len(target)):
+            whole, target = target[: prod(sizes)].reshape(sizes), target[prod(sizes) :]
+            for met in tiling.meet(index, sizes):
+                part, held_by = whole[met.part], met.box.held
+                if isinstance(held_by, Strided):
+                    self._block(_whole(dtype, held_by.extent), met.start, part.shape, held_by.strides, part)
+                else:
+                    self._dense(held_by, met.start, part)
+
+    def _dense(self, extent: Extent, start: int, target: Array) -> None:
+        """Elements of an extent one behind the other: read in place where they belong so, else copied, in halves."""
+        if target.flags.c_contiguous:
+            self._assembler.pool.read_into(extent.file, extent.offset + start * target.itemsize, _bytes(target))
+        elif target.nbytes > WORKSPACE:
+            axis = next(axis for axis, n in enumerate(target.shape) if n > 1)
+            for part in np.array_split(target, 2, axis):
+                self._dense(extent, start, part)
+                start += part.size
+        else:
+            data = self._assembler.take(target.nbytes)
+            self._assembler.pool.read_into(extent.file, extent.offset + start * target.itemsize, data)
+            target[...] = _elements(data, target.itemsize).reshape(target.shape)
+            self._assembler.release(data)
+
+    def _tiling(self, held: Boxes) -> Tiling:
+        found = self._tilings.pop(id(held), None) or Tiling(held)
+        self._tilings[id(held)] = found  # the last one that was asked for
+        if len(self._tilings) > KEPT_TILINGS:
+            del self._tilings[next(iter(self._tilings))]
+        return found
+
     # --- columns ---
 
-    def fill_columns(self, held: Columns, start: int, out: memoryview) -> None:
-        """Fills ``out`` with the bytes of tensors side by side: whole rows in blocks, partial rows base by base."""
-        target = _elements(out, held.bases[0].dtype.itemsize)
+    def _columns(self, held: Columns, start: int, target: Array) -> None:
+        """Tensors side by side: whole rows in blocks, partial rows base by base."""
         widths = [base.numel // held.rows for base in held.bases]
         total = sum(widths)
         row, within = divmod(start, total)
@@ -135,7 +159,7 @@ class Regions:
             else:
                 rows = (len(target) - done) // total
                 taken = rows * total
-                self._block(held, widths, row, target[done : done + taken].reshape(rows, total))
+                self._rows(held, widths, row, target[done : done + taken].reshape(rows, total))
                 row += rows
             done += taken
 
@@ -147,7 +171,7 @@ class Regions:
                 self._assembler.fill(base, row * width + low - column, _bytes(target[low - within : high - within]))
             column += width
 
-    def _block(self, held: Columns, widths: Sequence[int], row: int, target: Array) -> None:
+    def _rows(self, held: Columns, widths: Sequence[int], row: int, target: Array) -> None:
         column = 0
         for base, width in zip(held.bases, widths, strict=True):
             step = max(column_elements(base, self._assembler.tile) // max(width, 1), 1)
@@ -166,6 +190,11 @@ class Regions:
         self._assembler.release(data)
 
 
+def _whole(dtype: DType, extent: Extent) -> TensorEntry:
+    numel = extent.nbytes // dtype.itemsize
+    return TensorEntry("", dtype, (numel,), dense(extent, numel))
+
+
 def _elements(data: memoryview, size: int) -> Array:
     """Returns bytes as elements that can be copied and not computed with."""
     return np.frombuffer(data, f"u{size}")
@@ -176,9 +205,11 @@ def _bytes(target: Array) -> memoryview:
 
 
 def _read_apart(base: TensorEntry, shape: Shape, strides: Sequence[int]) -> bool:
-    """Tells whether the runs of a box are read for themselves, without what lies between them."""
+    """Tells whether the runs of a block are read for themselves, without what lies between them."""
     seen, reach = prod(shape), span(shape, strides)
-    if 4 * seen >= 3 * reach or 0 in strides or not is_plain(base):
+    if 4 * seen >= 3 * reach or not is_plain(base):
+        return False
+    if any(step == 0 and n > 1 for n, step in zip(shape, strides, strict=True)):
         return False
     length = run(shape, strides)
     if prod(n for n, step in zip(shape, strides, strict=True) if step < length) != length:  # runs that overlap

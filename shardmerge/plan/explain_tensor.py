@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from shardmerge.errors import UsageError
@@ -12,7 +12,7 @@ from shardmerge.plan.explain import human_bytes
 from shardmerge.plan.memory import LARGEST_TILE, making_peak
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, is_copy
 from shardmerge.plan.value import Plan
-from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, composed
+from shardmerge.tensors import Box, Boxes, Extent, Piece, Strided, TensorEntry, composed
 
 # A tensor of a ZeRO checkpoint has a piece for each of a thousand ranks.
 _PIECES_SHOWN = 4
@@ -90,35 +90,40 @@ def _node_json(entry: TensorEntry) -> dict[str, object]:
     meta: dict[str, object] = {"dtype": entry.dtype.name, "shape": list(entry.shape)}
     if held is not None:
         return {"op": held.recipe.label, **meta, "of": [_node_json(base) for base in held.bases]}
-    first = list(islice(entry.pieces, _PIECES_SHOWN))
+    parts = _parts(entry)
     return {
         "source": entry.source,
         "tensor": entry.name,
         **meta,
         "origin": entry.origin,
         "nbytes": entry.nbytes,
-        "pieces": len(entry.pieces),
-        "first_pieces": [_piece_json(piece) for piece in first],
+        "pieces": len(parts),
+        "first_pieces": [_part_json(part) for part in islice(parts, _PIECES_SHOWN)],
     }
 
 
-def _extent(piece: Piece) -> Extent:
-    held = piece.held.extent if isinstance(piece.held, Strided) else piece.held
-    assert isinstance(held, Extent)  # composed entries have gone another way
+def _parts(entry: TensorEntry) -> Sequence[Piece | Box]:
+    """Returns the pieces of a tensor of a checkpoint, or the boxes of the one that is held by some."""
+    held = entry.pieces[0].held if len(entry.pieces) == 1 else None
+    return held.boxes if isinstance(held, Boxes) else entry.pieces
+
+
+def _extent(part: Piece | Box) -> Extent:
+    held = part.held.extent if isinstance(part.held, Strided) else part.held
+    assert isinstance(held, Extent)  # composed entries have gone another way, and boxes are parts
     return held
 
 
-def _piece_json(piece: Piece) -> dict[str, object]:
-    extent = _extent(piece)
-    found: dict[str, object] = {
-        "start": piece.start,
-        "count": piece.count,
-        "file": extent.file,
-        "offset": extent.offset,
-        "nbytes": extent.nbytes,
-    }
-    if isinstance(piece.held, Strided):
-        found["view"] = {"shape": list(piece.held.shape), "strides": list(piece.held.strides)}
+def _part_json(part: Piece | Box) -> dict[str, object]:
+    extent = _extent(part)
+    found: dict[str, object] = (
+        {"start": part.start, "count": part.count}
+        if isinstance(part, Piece)
+        else {"offsets": list(part.offsets), "shape": list(part.shape)}
+    )
+    found |= {"file": extent.file, "offset": extent.offset, "nbytes": extent.nbytes}
+    if isinstance(part.held, Strided):
+        found["view"] = {"shape": list(part.held.shape), "strides": list(part.held.strides)}
     return found
 
 
@@ -133,15 +138,19 @@ def _node_lines(entry: TensorEntry) -> Iterator[str]:
         return
     origin = f"  ({entry.origin})" if entry.origin else ""
     yield f"{entry.source}:{shown(entry.name)}  {meta}{origin}" if entry.name else f"nothing  {meta}"
-    for piece in islice(entry.pieces, _PIECES_SHOWN):
-        yield f"  {_piece_line(piece)}"
-    more = len(entry.pieces) - _PIECES_SHOWN
+    parts = _parts(entry)
+    for part in islice(parts, _PIECES_SHOWN):
+        yield f"  {_part_line(part)}"
+    more = len(parts) - _PIECES_SHOWN
     if more > 0:
-        yield f"  and {more:,} more pieces"
+        yield f"  and {more:,} more {'boxes' if isinstance(parts[0], Box) else 'pieces'}"
 
 
-def _piece_line(piece: Piece) -> str:
-    extent = _extent(piece)
-    view = f", seen with strides {list(piece.held.strides)}" if isinstance(piece.held, Strided) else ""
-    elements = f"elements {piece.start} to {piece.start + piece.count}"
+def _part_line(part: Piece | Box) -> str:
+    extent = _extent(part)
+    view = f", seen with strides {list(part.held.strides)}" if isinstance(part.held, Strided) else ""
+    if isinstance(part, Piece):
+        elements = f"elements {part.start} to {part.start + part.count}"
+    else:
+        elements = f"a box {list(part.shape)} at {list(part.offsets)}"
     return f"{extent.file}, bytes {extent.offset} to {extent.offset + extent.nbytes}: {elements}{view}"

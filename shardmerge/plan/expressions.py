@@ -5,12 +5,26 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.ops.contract import Op
 from shardmerge.ops.written import op_of, op_row
 from shardmerge.plan.json_values import Row, fields, listed, numbers, text, whole
-from shardmerge.tensors import Columns, Extent, Held, Made, Piece, Strided, TensorEntry, View, composed, leaves
+from shardmerge.tensors import (
+    Box,
+    Boxes,
+    Columns,
+    Extent,
+    Held,
+    Made,
+    Piece,
+    Strided,
+    TensorEntry,
+    View,
+    composed,
+    leaves,
+)
 from shardmerge.tensors.ranks import Fragments, Partition, Partitions, RankChunks
 
 
@@ -112,6 +126,9 @@ def entry_row(entry: TensorEntry, tables: Tables) -> Row:
         return row | _composed_row(held, tables)
     if isinstance(entry.pieces, RankChunks):
         return row | chunks_row(entry.pieces, tables)
+    boxes = entry.pieces[0].held if entry.pieces else None
+    if isinstance(boxes, Boxes):
+        return row | {"boxes": [_box_row(box, tables) for box in boxes.boxes]}
     return row | {"pieces": [_piece_row(piece, tables) for piece in entry.pieces]}
 
 
@@ -131,12 +148,20 @@ def _composed_row(held: View | Columns | Made, tables: Tables) -> Row:
 
 
 def _piece_row(piece: Piece, tables: Tables) -> list[object]:
-    held = piece.held
+    assert isinstance(piece.held, (Extent, Strided))
+    return [piece.start, piece.count, *_place(piece.held, tables)]
+
+
+def _box_row(box: Box, tables: Tables) -> list[object]:
+    return [list(box.offsets), list(box.shape), *_place(box.held, tables)]
+
+
+def _place(held: Extent | Strided, tables: Tables) -> list[object]:
+    """Where dense elements begin; of a view also how much of the file it spans, and how."""
     if isinstance(held, Extent):
-        return [piece.start, piece.count, tables.file(held.file), held.offset]
-    assert isinstance(held, Strided)
-    at = [tables.file(held.extent.file), held.extent.offset, held.extent.nbytes]
-    return [piece.start, piece.count, *at, list(held.shape), list(held.strides)]
+        return [tables.file(held.file), held.offset]
+    extent = held.extent
+    return [tables.file(extent.file), extent.offset, extent.nbytes, list(held.shape), list(held.strides)]
 
 
 def entry_of(row: Row, lookup: Lookup) -> TensorEntry:
@@ -150,11 +175,12 @@ def entry_of(row: Row, lookup: Lookup) -> TensorEntry:
     dtype, shape = DTYPES[text(row["dtype"])], numbers(row["shape"])
     pieces: Sequence[Piece]
     if "by" in row:
-        held = _composed_of(row, lookup)
-        entry = TensorEntry("", dtype, shape, ())
-        pieces = (Piece(0, entry.numel, held),)
+        pieces = (Piece(0, prod(shape), _composed_of(row, lookup)),)
     elif "ranks" in row:
         pieces = lookup.chunks(row, dtype)
+    elif "boxes" in row:
+        boxes = Boxes(shape, tuple(_box_of(listed(one), dtype, lookup) for one in listed(row["boxes"])))
+        pieces = (Piece(0, prod(shape), boxes),)
     else:
         pieces = tuple(_piece_of(listed(one), dtype, lookup) for one in listed(row["pieces"]))
     name, source, origin = (text(row.get(key, "")) for key in ("name", "source", "origin"))
@@ -171,10 +197,18 @@ def _composed_of(row: Row, lookup: Lookup) -> Held:
 
 
 def _piece_of(row: list[object], dtype: DType, lookup: Lookup) -> Piece:
-    start, count, file, offset, *view = row
-    count = whole(count)
+    start, count, *place = row
+    return Piece(whole(start), whole(count), _held(place, whole(count) * dtype.itemsize, lookup))
+
+
+def _box_of(row: list[object], dtype: DType, lookup: Lookup) -> Box:
+    offsets, shape, *place = row
+    return Box(numbers(offsets), numbers(shape), _held(place, prod(numbers(shape)) * dtype.itemsize, lookup))
+
+
+def _held(place: list[object], nbytes: int, lookup: Lookup) -> Extent | Strided:
+    file, offset, *view = place
     if not view:
-        return Piece(whole(start), count, lookup.extent(file, offset, count * dtype.itemsize))
-    nbytes, shape, strides = view
-    held = Strided(lookup.extent(file, offset, whole(nbytes)), numbers(shape), numbers(strides))
-    return Piece(whole(start), count, held)
+        return lookup.extent(file, offset, nbytes)
+    span, shape, strides = view
+    return Strided(lookup.extent(file, offset, whole(span)), numbers(shape), numbers(strides))

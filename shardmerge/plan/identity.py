@@ -21,7 +21,7 @@ from shardmerge.ops.contract import Op
 from shardmerge.ops.written import op_row
 from shardmerge.plan.expressions import Tables, chunks_row
 from shardmerge.plan.shard import PlannedShard
-from shardmerge.tensors import Columns, Extent, FileStamp, Made, Shape, SideFile, Strided, TensorEntry, View
+from shardmerge.tensors import Box, Boxes, Columns, Extent, FileStamp, Made, Shape, SideFile, Strided, TensorEntry, View
 from shardmerge.tensors.pieces import single_extent
 from shardmerge.tensors.ranks import RankChunks
 from shardmerge.tensors.strides import direct, in_order
@@ -129,6 +129,8 @@ def _each(entry: TensorEntry, tables: Tables) -> Iterator[object]:
             yield _range(held, tables)
         elif isinstance(held, Strided):
             yield _seen(0, held.shape, held.strides, size, [_range(held.extent, tables)])
+        elif isinstance(held, Boxes):
+            yield {"boxes": [_box(box, size, tables) for box in held.boxes], "shape": list(held.shape), "size": size}
         elif isinstance(held, Columns):
             yield from _columns(held, tables)
         elif isinstance(held, Made):
@@ -139,6 +141,13 @@ def _each(entry: TensorEntry, tables: Tables) -> Iterator[object]:
 
 def _range(extent: Extent, tables: Tables) -> list[object]:
     return [tables.file(extent.file), extent.offset, extent.nbytes]
+
+
+def _box(box: Box, size: int, tables: Tables) -> list[object]:
+    held = box.held
+    if isinstance(held, Extent):
+        return [list(box.offsets), list(box.shape), _range(held, tables)]
+    return [list(box.offsets), list(box.shape), _seen(0, held.shape, held.strides, size, [_range(held.extent, tables)])]
 
 
 def _view(entry: TensorEntry, held: View, tables: Tables) -> Iterator[object]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shardmerge.ops.contract import Arithmetic, Meta
-from shardmerge.tensors import Columns, Made, Strided, TensorEntry, View
-from shardmerge.tensors.strides import block, direct, in_order
+from shardmerge.tensors import Boxes, Columns, Made, Strided, TensorEntry, View
+from shardmerge.tensors.strides import block, direct, in_order, row_major
 
 # The largest tile, for up to four workers. fp32 to bf16 by two, 2 GiB in, whole process: 0.434 s with tiles of 2 MiB,
 # 0.429 with 4. But a tile of 4 wants 6 MiB more of buffers for two workers, and its half is written in folios of 2 MiB:
@@ -21,6 +21,14 @@ REARRANGING = 512 << 10
 # A transposed matrix is made in bands of at most so many tiles, 32 MiB at the largest: a tile of it is so narrow a band
 # of its source that every page would be read up to 100 times. See decision 18.
 BAND_TILES = 16
+
+# What a read of a box should bring, in bytes: it costs 20 us, mostly of Python. A matrix cut into narrow columns is
+# made in bands for it, as a transposed one is. 1,024 boxes side by side, 16,384 columns of bf16, with 2, 4, 8, 16 and
+# 32 KiB: 0.15, 0.29, 0.43, 0.68 and 0.50 GB/s of CPU time.
+_BOX_READ = 16 << 10
+
+# How many tensors in boxes a worker remembers the places of; one is made of a few at most.
+KEPT_TILINGS = 8
 
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
@@ -65,12 +73,27 @@ def _block(entry: TensorEntry) -> tuple[int, int] | None:
         if found is None and isinstance(held, View) and held.offset == 0 and in_order(held.shape, held.strides):
             return _block(held.base) if held.base.numel == entry.numel else None
         return found
+    if isinstance(held, Boxes):
+        return _block_of_boxes(entry.dtype.itemsize, held)
     if isinstance(held, Columns):
         return _block_of_columns(entry, held)
     if isinstance(held, Made):
         blocks = (_block(base) for base in held.bases if base.numel == entry.numel)
         return max((found for found in blocks if found is not None), default=None)
     return None
+
+
+def _block_of_boxes(itemsize: int, held: Boxes) -> tuple[int, int] | None:
+    """Returns so many rows that a read of a box brings enough, or those of the block that a view among them has."""
+    if held.view is not None:
+        found = block(held.view.shape, held.view.strides, itemsize)
+        if found is None:
+            return None
+        axis = row_major(held.view.shape).index(found[1])
+        row = row_major(held.shape)[axis]
+        return found[0] // found[1] * row, row
+    rows = -(-_BOX_READ // (held.run * itemsize))
+    return (rows * held.row, held.row) if rows > 1 else None
 
 
 def _block_of_columns(entry: TensorEntry, held: Columns) -> tuple[int, int] | None:
@@ -136,8 +159,16 @@ def _need(entry: TensorEntry, count: int, tile: int) -> int:
     if isinstance(held, View):
         base = direct(held).base
         return WORKSPACE + REARRANGING + _need(base, max(count, WORKSPACE // base.dtype.itemsize), tile)
+    if isinstance(held, Boxes):
+        return WORKSPACE + REARRANGING + tiling_bytes(held)
     # A plain tensor may have views among its pieces only if it is one (torch saves a view as one piece).
     return WORKSPACE + REARRANGING if isinstance(held, Strided) else 0
+
+
+def tiling_bytes(held: Boxes) -> int:
+    """Returns the bytes of what finds boxes by their place: three arrays a tensor, and lists of what a block meets."""
+    axes = len(held.shape)
+    return len(held.boxes) * (KEPT_TILINGS * (24 * axes + 40) + 60 * axes + 330)
 
 
 def _arithmetic_need(entry: TensorEntry, held: Made, count: int, tile: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from shardmerge.plan.shard import PlannedTensor
-from shardmerge.tensors import Extent, Strided, TensorEntry
+from shardmerge.tensors import Boxes, Extent, Strided, TensorEntry
 
 
 def ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
@@ -24,10 +24,12 @@ def first_byte(entry: TensorEntry) -> tuple[str, int]:
     """Returns file and offset of the first bytes that a tensor is made of; ``("", 0)`` where it reads none."""
     while entry.pieces:
         held = entry.pieces[0].held
+        if isinstance(held, Boxes):
+            held = held.boxes[0].held
+        if isinstance(held, Strided):
+            held = held.extent
         if isinstance(held, Extent):
             return held.file, held.offset
-        if isinstance(held, Strided):
-            return held.extent.file, held.extent.offset
         if not held.bases:
             break
         entry = held.bases[0]

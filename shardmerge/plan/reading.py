@@ -37,8 +37,8 @@ class PlanText:
         Of the plan; the output path is empty where the plan has none.
     files
         Its file table, at the paths where the files are now.
-    count
-        How many parts it has.
+    sizes
+        Of its parts, in bytes, by number.
 
     Raises
     ------
@@ -54,14 +54,14 @@ class PlanText:
             head = fields(json.loads(self._line().rstrip(",\n") + "}"))
             self._check_version(head)
             self.id, self.target, self.out = text(head["plan"]), text(head["target"]), text(head["out"])
-            self.count = whole(head["parts"])
+            self.sizes = numbers(head["parts"])
             self.files = tuple(_stamp(listed(row), moved) for row in self._section("files"))
             self._lookup = Lookup([stamp.path for stamp in self.files], self._section("ranks"))
             self._rules = [text(rule) for rule in self._section("rules")]
 
     def plan(self) -> Plan:
         """Returns the whole plan, once its digest is that of its text."""
-        shards = tuple(shard for _, shard in self._shards(range(self.count)))
+        shards = tuple(shard for _, shard in self._shards(range(len(self.sizes))))
         with self._checked():
             copies: dict[Extent, str] = {}
             sides = tuple(self._side(fields(row), copies) for row in self._section("side_files"))
@@ -91,7 +91,7 @@ class PlanText:
     def _shards(self, wanted: Sequence[int]) -> Iterator[tuple[int, PlannedShard]]:
         with self._checked():
             self._expect('"shards": [\n')
-        for number in range(self.count):
+        for number in range(len(self.sizes)):
             with self._checked():
                 head = fields(json.loads(f"{self._line().rstrip()}]}}"))
                 rows = self._until("]}\n", "]},\n")

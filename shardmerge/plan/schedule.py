@@ -132,20 +132,27 @@ def _too_small(tensors: Iterable[PlannedTensor], fixed: int, budget: int) -> Res
     )
 
 
-def largest_first(shards: Sequence[PlannedShard]) -> list[int]:
+def largest_first(sizes: Sequence[int]) -> list[int]:
     """Returns the numbers of parts in the order in which they are made: a large one begun last is waited for."""
-    return sorted(range(len(shards)), key=lambda number: (-shards[number].nbytes, number))
+    return sorted(range(len(sizes)), key=lambda number: (-sizes[number], number))
 
 
-def share(shards: Sequence[PlannedShard], index: int, count: int) -> list[int]:
+def share(sizes: Sequence[int], index: int, count: int) -> list[int]:
     """Returns the parts that task ``index`` of ``count`` makes: each part goes to the task that has least so far.
 
     The same for everybody who asks, so that tasks need not speak with each other.
+
+    Parameters
+    ----------
+    sizes
+        Of all parts, in bytes, by number.
+    index, count
+        Which task, from 0, of how many.
     """
     loads = [(0, task) for task in range(count)]
     found = []
-    for number in largest_first(shards):
+    for number in largest_first(sizes):
         load, task = heapq.heappop(loads)
-        heapq.heappush(loads, (load + shards[number].nbytes, task))
+        heapq.heappush(loads, (load + sizes[number], task))
         found += [number] if task == index else []
     return found

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
-from shardmerge.plan.value import Plan
 from shardmerge.storage.writing import free_bytes
+from shardmerge.tensors import FileStamp
 from shardmerge.tensors.file_roles import RECEIPT
 
 # Beyond the sum of the files: directories, receipts, and block rounding (4 KiB a file at most).
 _SPARE_BYTES = 16 << 20
 
 
-def check_output(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> None:
+def check_output(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite: bool) -> None:
     """Says why ``out`` cannot be the output; all reasons at once.
 
     Parameters
     ----------
-    plan, out
-        What is to be written, and where.
+    files
+        What is read.
+    out
+        Where the result is to be.
     needed
         Bytes that will be written and need space.
     overwrite
@@ -36,11 +38,11 @@ def check_output(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> None
     ResourceError
         ``disk-too-small``: fewer bytes free than the plan writes and does not clone.
     """
-    raise_all(_objections(plan, out, needed, overwrite=overwrite))
+    raise_all(_objections(files, out, needed, overwrite=overwrite))
 
 
-def _objections(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> Iterator[ShardmergeError]:
-    taken = _taken(plan, out, overwrite=overwrite)
+def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite: bool) -> Iterator[ShardmergeError]:
+    taken = _taken(files, out, overwrite=overwrite)
     if taken is not None:
         yield taken
     parent = _nearest_parent(out)
@@ -58,10 +60,11 @@ def _objections(plan: Plan, out: Path, needed: int, *, overwrite: bool) -> Itera
         )
 
 
-def _taken(plan: Plan, out: Path, *, overwrite: bool) -> OutputError | None:
+def _taken(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> OutputError | None:
     """Returns why what is there cannot make room."""
     resolved = out.resolve()
-    clash = next((path for path in _source_paths(plan) if resolved in path.parents or path == resolved), None)
+    sources = (Path(stamp.path).resolve() for stamp in files)
+    clash = next((path for path in sources if resolved in path.parents or path == resolved), None)
     if clash is not None:
         return OutputError(
             "output-is-source",
@@ -103,10 +106,6 @@ def _not_ours(out: Path) -> OutputError:
         found=f"no {RECEIPT} in it",
         hint="choose another path, or remove it first",
     )
-
-
-def _source_paths(plan: Plan) -> Iterator[Path]:
-    return (Path(stamp.path).resolve() for source in plan.sources for stamp in source.files)
 
 
 def _nearest_parent(path: Path) -> Path:

@@ -39,11 +39,6 @@ _LOOK, _LOOKS = 0.1, 20
 _OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 
-def missing_parts(plan: Plan, staging: Staging) -> list[int]:
-    """Returns the numbers of the parts that have no receipt."""
-    return [part.number for part in plan.parts() if read_receipt(staging, part) is None]
-
-
 def is_published(plan: Plan, out: Path) -> bool:
     """Tells whether the output path holds the result of a plan: a receipt that says so, and all files of weights."""
     try:

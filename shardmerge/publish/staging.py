@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from shardmerge.errors import OutputError, raise_all
 from shardmerge.plan.identity import SCHEMA
-from shardmerge.plan.value import Plan
 from shardmerge.storage.writing import explained, sync_directory, write_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
@@ -76,7 +75,7 @@ class Staging:
         """Returns a path to write to before it gets its name."""
         return self.parts / f"{name}.{self.who}.{os.getpid()}.tmp"
 
-    def begin(self, plan: Plan, out: Path) -> None:
+    def begin(self, files: Sequence[FileStamp], out: Path) -> None:
         """Makes the directories, or takes up those that are there.
 
         Raises
@@ -84,7 +83,7 @@ class Staging:
         OutputError
             ``other-plan-staged``: parts of another plan gather for this output path. ``unwritable-output``.
         """
-        raise_all(_others(self, plan, out))
+        raise_all(_others(self, files, out))
         with explained(self.root):
             for folder in (self.root, self.parts):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ class Staging:
             if not any(self.root.glob("ready-*")):
                 self.model.mkdir(exist_ok=True)
         if not (self.root / _BEGUN).exists():
-            self.place(self.root / _BEGUN, json.dumps(_about(plan)).encode())
+            self.place(self.root / _BEGUN, json.dumps(_about(self.plan, files)).encode())
             self.settle(self.root / _BEGUN)
             if self.sync:
                 sync_directory(self.root.parent)
@@ -152,20 +151,20 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _about(plan: Plan) -> dict[str, object]:
-    files = [[stamp.path, *_seen(stamp)] for stamp in plan.files()]
-    return {"schema": SCHEMA, "shardmerge": __version__, "plan": plan.id, "target": plan.target, "files": files}
+def _about(plan: str, files: Sequence[FileStamp]) -> dict[str, object]:
+    rows = [[stamp.path, *_seen(stamp)] for stamp in files]
+    return {"schema": SCHEMA, "shardmerge": __version__, "plan": plan, "files": rows}
 
 
 def _seen(stamp: FileStamp) -> list[object]:
     return [stamp.size, stamp.mtime_ns, stamp.header]
 
 
-def _others(staging: Staging, plan: Plan, out: Path) -> Iterator[OutputError]:
+def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator[OutputError]:
     """Yields an error for every staging directory of the output path that is not of this plan and this version."""
     for root in stagings(out):
         begun = _begun(root)
-        found = _difference(begun, plan) if begun is not None else "nobody knows which: it was left unfinished"
+        found = _difference(begun, files) if begun is not None else "nobody knows which: it was left unfinished"
         if begun is None and not any(root.glob("parts/*.json")):
             continue  # killed before it began: nothing in it counts
         if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
@@ -186,13 +185,13 @@ def _begun(root: Path) -> Mapping[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _difference(begun: Mapping[str, object], plan: Plan) -> str:
+def _difference(begun: Mapping[str, object], stamps: Sequence[FileStamp]) -> str:
     """Says what is not as it was when the parts were begun."""
     if begun.get("shardmerge") != __version__:
         return f"made by shardmerge {begun.get('shardmerge')}, this is {__version__}"
     files = begun.get("files")
     before = {row[0]: row[1:] for row in files} if isinstance(files, list) else {}
-    now = {stamp.path: _seen(stamp) for stamp in plan.files()}
+    now = {stamp.path: _seen(stamp) for stamp in stamps}
     changed = [path for path, seen in now.items() if path in before and before[path] != seen]
     if changed:
         return f"a source changed since: {changed[0]}"

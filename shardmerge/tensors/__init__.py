@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from shardmerge.tensors.catalog import PEFT_ADAPTER, Catalog, Fact, FileStamp, Record
 from shardmerge.tensors.entries import (
+    Box,
+    Boxes,
     Columns,
     Composed,
     Extent,
@@ -23,7 +25,7 @@ from shardmerge.tensors.entries import (
 from shardmerge.tensors.side_file import ReadSideFile, SideFile
 
 __all__ = [
-    "PEFT_ADAPTER", "Catalog", "Columns", "Composed", "Extent", "Fact", "FileStamp", "Held", "Made", "Piece",
-    "ReadSideFile", "Recipe", "Record", "Shape", "SideFile", "Strided", "TensorEntry", "View", "composed", "dense",
-    "leaves", "of_source",
+    "PEFT_ADAPTER", "Box", "Boxes", "Catalog", "Columns", "Composed", "Extent", "Fact", "FileStamp", "Held", "Made",
+    "Piece", "ReadSideFile", "Recipe", "Record", "Shape", "SideFile", "Strided", "TensorEntry", "View", "composed",
+    "dense", "leaves", "of_source",
 ]  # fmt: skip

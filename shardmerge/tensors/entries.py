@@ -1,15 +1,16 @@
 """A tensor and where its bytes lie.
 
 A checkpoint of any format becomes a ``Catalog`` of ``TensorEntry``; an entry is a dtype, a shape and ``Piece`` s that
-tile the tensor's row-major order exactly once, each held by an ``Extent`` of a file, or by a ``Strided`` view of one.
-A tensor made of other tensors is an entry too: its one piece is a ``View`` of another entry, ``Columns`` of several, or
-``Made`` by arithmetic. So a whole expression is one entry, and whoever can read an entry can read the result.
+tile the tensor's row-major order exactly once, each held by an ``Extent`` of a file, by a ``Strided`` view of one, or
+by ``Boxes``, which lie in an extent or a view each. A tensor made of other tensors is an entry too: its one piece is a
+``View`` of another entry, ``Columns`` of several, or ``Made`` by arithmetic. So a whole expression is one entry, and
+whoever can read an entry can read the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol, TypeAlias
 
@@ -56,6 +57,60 @@ class Strided:
     extent: Extent
     shape: Shape
     strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor, cut along any axes, and what holds it: a chunk of torch's DCP, a shard of tensor parallelism.
+
+    Attributes
+    ----------
+    offsets
+        Its first element, an index an axis.
+    shape
+        In elements, an axis each.
+    held
+        Its elements in row-major order; a view of the same shape where they lie in another.
+    """
+
+    offsets: tuple[int, ...]
+    shape: Shape
+    held: Extent | Strided
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes that tile a tensor exactly once; ``boxes.boxed`` makes them and sees to that.
+
+    Attributes
+    ----------
+    shape
+        What they tile.
+    boxes
+        In ascending order of their offsets.
+    row
+        Elements of the tensor from one step to the next of the axis before the innermost one that is cut: what several
+        boxes share.
+    run
+        How many elements of a row one box holds, on the average.
+    view
+        One of them that is a view, if any is.
+    """
+
+    shape: Shape
+    boxes: tuple[Box, ...]
+    row: int = field(init=False, repr=False, compare=False)
+    run: int = field(init=False, repr=False, compare=False)
+    view: Strided | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        axes = range(len(self.shape))
+        cut = max((i for box in self.boxes for i in axes if box.shape[i] != self.shape[i]), default=0)
+        runs = sum(prod(box.shape[:cut]) for box in self.boxes)
+        views = (box.held for box in self.boxes if isinstance(box.held, Strided))
+        object.__setattr__(self, "row", prod(self.shape[cut:]))
+        object.__setattr__(self, "run", prod(self.shape) // max(runs, 1))
+        object.__setattr__(self, "view", next(views, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +176,7 @@ class Made:
 
 
 Composed: TypeAlias = View | Columns | Made
-Held: TypeAlias = Extent | Strided | Composed
+Held: TypeAlias = Extent | Strided | Boxes | Composed
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from shardmerge.tensors import Columns, Extent, Piece, TensorEntry, View
+from shardmerge.tensors import Boxes, Columns, Extent, Piece, TensorEntry, View
 from shardmerge.tensors.strides import in_order
 
 
@@ -50,4 +50,4 @@ def is_plain(entry: TensorEntry) -> bool:
         return in_order(held.shape, held.strides) and is_plain(held.base)
     if isinstance(held, Columns):
         return held.rows == 1 and all(is_plain(base) for base in held.bases if base.numel)
-    return isinstance(held, Extent)
+    return isinstance(held, Extent) or (isinstance(held, Boxes) and held.view is None)

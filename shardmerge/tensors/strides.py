@@ -5,13 +5,45 @@ Shapes and strides are in elements; strides are never negative, and 0 where an a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 from shardmerge.tensors import Shape, View, composed
 
 # A page of memory and of the page cache, in bytes: what a shorter read costs anyway.
 PAGE = 4096
+
+
+def row_major(shape: Shape) -> tuple[int, ...]:
+    """Returns the strides of elements that lie densely in their own order."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def place(index: Sequence[int], strides: Sequence[int]) -> int:
+    """Returns how far behind the first element of a view another lies."""
+    return sum(at * step for at, step in zip(index, strides, strict=True))
+
+
+def blocks(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape]]:
+    """Yields elements ``[start, start + count)`` of a row-major order as blocks, in that order, as few as there can be.
+
+    Returns
+    -------
+    index, sizes
+        The first element of a block, an index an axis, and its shape: ones, then any number, then whole axes.
+    """
+    strides = row_major(shape)
+    while count:
+        axis = len(shape) - 1
+        while axis > 0 and not start % strides[axis - 1] and count >= strides[axis - 1]:
+            axis -= 1
+        index = tuple(start // step % n for n, step in zip(shape, strides, strict=True))
+        if axis < 0:  # a scalar
+            yield index, shape
+            return
+        most = min(shape[axis] - index[axis], count // strides[axis])
+        yield index, (*(1,) * axis, most, *shape[axis + 1 :])
+        start, count = start + most * strides[axis], count - most * strides[axis]
 
 
 def span(shape: Shape, strides: Sequence[int]) -> int:
@@ -91,7 +123,7 @@ def _through(view: View, base: View) -> tuple[int, tuple[int, ...]] | None:
     A stride is a number of steps along one axis of the base, the outermost that it is a whole step of; all axes that
     step along it must together stay within its size.
     """
-    steps = [prod(base.shape[axis + 1 :]) for axis in range(len(base.shape))]
+    steps = row_major(base.shape)
     at = [view.offset // step % n for step, n in zip(steps, base.shape, strict=True)]
     room = [n - 1 - first for first, n in zip(at, base.shape, strict=True)]
     strides = []
