@@ -17,7 +17,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.prepare.conversion import ADAPTER_PRESET, Options, Prepared, is_adapter, prepare_plain
 from shardmerge.prepare.inspection import inspect
 from shardmerge.publish.running import Result, carry_out
-from shardmerge.sources.deepspeed_files import View
+from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
 
@@ -41,7 +41,9 @@ _YAML = (".yaml", ".yml")
 _COMMAND_LINE = Mark("command line", 1, 1)
 
 
-def open_checkpoint(path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> LazyCheckpoint:
+def open_checkpoint(
+    path: str | Path, *, view: DeepSpeedView = "fp32", root: str = "", download: bool = False
+) -> LazyCheckpoint:
     """Opens a checkpoint as a mapping of names to lazy tensors; a ``mapping.yaml`` gives the target's tensors.
 
     Parameters
@@ -138,7 +140,7 @@ def convert(
     use: str = "",
     bases: Mapping[str, str] | None = None,
     let: Mapping[str, str] | None = None,
-    view: View = "fp32",
+    view: DeepSpeedView = "fp32",
     root: str = "",
     options: Options | None = None,
     progress: Progress | None = None,
@@ -178,7 +180,7 @@ def prepare_conversion(
     use: str = "",
     bases: Mapping[str, str] | None = None,
     let: Mapping[str, str] | None = None,
-    view: View = "fp32",
+    view: DeepSpeedView = "fp32",
     root: str = "",
     options: Options | None = None,
 ) -> Prepared:

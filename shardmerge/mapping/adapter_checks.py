@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from shardmerge.errors import MappingError
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parts import Parts
+from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.near import count, listed
 from shardmerge.targets.adapter_config import NAME, AdapterConfig, last_names, layer_of
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def incomplete(config: AdapterConfig, parts: Parts, base: Base, places: Places, path: str) -> Iterator[MappingError]:
+def incomplete(
+    config: AdapterConfig, parts: AdapterTensors, base: Base, places: Places, path: str
+) -> Iterator[MappingError]:
     """Yields what the config promises and the tensors do not hold, and the reverse."""
     low_rank = [module for module, held in parts.modules.items() if set(held) != {"tokens"}]
     if config.targets and not low_rank:
@@ -57,7 +59,7 @@ def _left_unadapted(config: AdapterConfig, adapted: list[str], base: Base, place
         yield module
 
 
-def _left_unsaved(config: AdapterConfig, parts: Parts, base: Base, places: Places) -> Iterator[str]:
+def _left_unsaved(config: AdapterConfig, parts: AdapterTensors, base: Base, places: Places) -> Iterator[str]:
     """Names that the base does not have are peft's own additions (``classifier`` and ``score`` for every head)."""
     held = {one.rpartition(".")[0] for one in parts.whole}
     for name in base.catalog.entries:
@@ -69,7 +71,7 @@ def _left_unsaved(config: AdapterConfig, parts: Parts, base: Base, places: Place
             yield module
 
 
-def _magnitudes(config: AdapterConfig, parts: Parts, low_rank: list[str], path: str) -> Iterator[MappingError]:
+def _magnitudes(config: AdapterConfig, parts: AdapterTensors, low_rank: list[str], path: str) -> Iterator[MappingError]:
     if config.dora and (gone := [module for module in low_rank if "magnitude" not in parts.modules[module]]):
         yield _missing(f"{NAME} says use_dora, and {count(len(gone), 'module')} have no magnitude", gone, path)
     if config.dora is False and (odd := [module for module in low_rank if "magnitude" in parts.modules[module]]):

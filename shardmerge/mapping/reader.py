@@ -39,8 +39,9 @@ from shardmerge.mapping.spec import (
 from shardmerge.mapping.yaml_nodes import LARGEST_TEXT, QUOTE_BRACES, Items, Mark, Node, Scalar, Table, json_value
 from shardmerge.mapping.yaml_text import read_yaml
 from shardmerge.ops.contract import OpKind, Param
+from shardmerge.ops.row_init import ROW_INITS, row_init
 from shardmerge.targets.config_edits import ConfigEdits
-from shardmerge.targets.expectation import FILE_MODES, FileChoice, Format, How, Vocabulary
+from shardmerge.targets.expectation import FILE_MODES, FileChoice, Format, Vocabulary
 
 _SOURCE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _Value = TypeVar("_Value")
@@ -511,14 +512,14 @@ class Reader:
         fields = self.fields(self.table(node, "`vocabulary`"), VOCABULARY_KEYS)
         numbers = {key: self._count(fields[key], key) for key in ("rows", "multiple", "row", "seed") if key in fields}
         new = self.text(fields["new"], "new") if "new" in fields else "mean"
-        hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
-        if new not in hows:
-            self.add("op-value", f"`new` cannot be {new!r}", fields["new"].mark, f"one of {', '.join(hows)}")
+        how = row_init(new)
+        if how is None:
+            self.add("op-value", f"`new` cannot be {new!r}", fields["new"].mark, f"one of {', '.join(ROW_INITS)}")
         self._idle_numbers(fields, new, node.mark)
         return Vocabulary(
             numbers.get("rows"),
             max(numbers.get("multiple", 1), 1),
-            hows.get(new, "mean"),
+            how or "mean",
             numbers.get("row", 0),
             numbers.get("seed", 0),
             self.flag(fields["trim"], "trim") if "trim" in fields else False,

@@ -13,13 +13,13 @@ from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import OutputSpec, Reference, Rule, SourceSpec
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan.planner import OutputOptions, make_plan
+from shardmerge.plan.planner import OutputSettings, make_plan
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.dequantizing import Needs, dequantized
-from shardmerge.prepare.publishable import Terms, publishable, read_config
+from shardmerge.prepare.publishable import Conditions, publishable, read_config
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.sources.deepspeed_files import View
+from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import OpenOptions, open_catalog
 from shardmerge.storage.limits import default_budget, default_workers
@@ -106,7 +106,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
 
         raise placeholder_error(source.name, sorted(opened.absent), opened)
     sides = SideFiles()
-    output = output_options(None, options)
+    output = output_settings(None, options)
     opened, outside = _unwrapped(opened, sides)
     settled = dequantized({source.name: opened}, _needs(source.name, opened, output.dtype), sides.read)
     catalog = settled.catalogs[source.name]
@@ -131,11 +131,11 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
         expectation,
         output,
     )
-    terms = Terms(partial=options.partial, source=catalog)
+    terms = Conditions(partial=options.partial, source=catalog)
     return Prepared(sides.pinned(agreed(plan, sides, terms, options)), None)
 
 
-def agreed(plan: Plan, sides: SideFiles, terms: Terms, options: Options) -> Plan:
+def agreed(plan: Plan, sides: SideFiles, terms: Conditions, options: Options) -> Plan:
     """Returns a plan whose config.json and tensors agree; where that is asked for, also as transformers sees it."""
     plan = publishable(plan, sides.read, terms)
     if options.check is None:
@@ -228,9 +228,9 @@ def _dtype(options: Options) -> DType | None:
     return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
 
 
-def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
+def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings:
     """Returns what the mapping's ``output:`` and the caller say together."""
-    return OutputOptions(
+    return OutputSettings(
         _dtype(options) or (spec.dtype if spec else None),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
@@ -248,7 +248,7 @@ def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     """Returns the catalog of a source whose relative path is relative to ``folder``."""
-    view: View = "module" if source.view == "module" else "fp32"
+    view: DeepSpeedView = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
     return _marked(_stripped(open_catalog(_located(source.path, folder), opening), source), source.name)
 

@@ -8,7 +8,7 @@ are copied as they are, scales and config with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.compose import compose
@@ -17,7 +17,7 @@ from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.mapping.suggest import drop_lines
 from shardmerge.targets.quantization_config import QUANTIZATION_FILES, Stated, read_stated
-from shardmerge.tensors import Catalog, Extent, TensorEntry, leaves, of_source
+from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry, leaves, of_source
 from shardmerge.tensors.packed import (
     ACTIVATION_SCALES,
     FLOAT8,
@@ -29,8 +29,6 @@ from shardmerge.tensors.packed import (
     titles,
     unscaled,
 )
-
-ReadFile = Callable[[Extent], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class Needs:
     dropped: frozenset[tuple[str, str]] = frozenset()
 
 
-def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -> Dequantized:
+def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadSideFile) -> Dequantized:
     """Returns the catalogs with numbers where they are needed.
 
     Raises
@@ -105,7 +103,7 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
     stated = {name: read_stated(catalog, read) for name, catalog in catalogs.items()}
     for name, catalog in catalogs.items():
         try:
-            work = _Source(name, catalog, stated[name], needs)
+            work = _QuantizedSource(name, catalog, stated[name], needs)
             found[name] = work.settled()
         except ShardmergeError as error:
             problems += error.each()
@@ -119,7 +117,7 @@ def dequantized(catalogs: Mapping[str, Catalog], needs: Needs, read: ReadFile) -
 
 
 @dataclass(slots=True)
-class _Source:
+class _QuantizedSource:
     """One source."""
 
     name: str

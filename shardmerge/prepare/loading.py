@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import TargetError, UsageError, raise_all
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.publishable import PARTIAL, Terms, described
+from shardmerge.prepare.publishable import PARTIAL, Conditions, described
 from shardmerge.shown import shown
 from shardmerge.targets.agreement import INCOMPLETE, Described, LoadedKeys, loading_errors
 from shardmerge.tensors import ReadSideFile
@@ -106,7 +106,7 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
 
 
-def load_checked(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
+def load_checked(plan: Plan, read: ReadSideFile, terms: Conditions) -> Plan:
     """Returns the plan with what transformers says of every directory that it will write with a config.json.
 
     Raises

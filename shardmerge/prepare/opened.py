@@ -12,8 +12,8 @@ from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.spec import SourceSpec, Spec, TargetSpec, references
 from shardmerge.mapping.variables import ROOMS, formula_names, unused_variables
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.plan.planner import OutputOptions
-from shardmerge.prepare.conversion import Options, file_choice, open_source, output_options
+from shardmerge.plan.planner import OutputSettings
+from shardmerge.prepare.conversion import Options, file_choice, open_source, output_settings
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
@@ -30,7 +30,7 @@ class Opened:
 
     spec: Spec
     catalogs: dict[str, Catalog]
-    output: OutputOptions
+    output: OutputSettings
     files: FileChoice | None
     sides: SideFiles
 
@@ -54,7 +54,7 @@ def open_mapping(spec: Spec, folder: Path, options: Options) -> Opened:
         spec, catalogs = _filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs, sides)
     raise_all([*unused_variables(spec, own), *_idle_sources(spec, preset, catalogs), *_idle_files(spec, options)])
-    return Opened(spec, catalogs, output_options(spec.output, options), file_choice(spec.output, options), sides)
+    return Opened(spec, catalogs, output_settings(spec.output, options), file_choice(spec.output, options), sides)
 
 
 def _preset(name: str) -> Preset:

@@ -16,7 +16,7 @@ from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import OutputSpec, Spec
 from shardmerge.mapping.variables import Variables
-from shardmerge.plan.planner import OutputOptions, make_plan
+from shardmerge.plan.planner import OutputSettings, make_plan
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.conversion import (
     COMMAND_LINE,
@@ -24,11 +24,11 @@ from shardmerge.prepare.conversion import (
     Options,
     Prepared,
     agreed,
-    output_options,
+    output_settings,
 )
 from shardmerge.prepare.dequantizing import Dequantized, Needs, as_plain, dequantized, needs_of
 from shardmerge.prepare.opened import Opened, open_mapping, target_of
-from shardmerge.prepare.publishable import Terms
+from shardmerge.prepare.publishable import Conditions
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.beside import with_side_files
@@ -95,7 +95,7 @@ def plan_of(found: Resolved, options: Options) -> Plan:
         {name: source.path for name, source in spec.sources.items()},
         found.resolution,
         found.expectation,
-        output_options(spec.output, options),
+        output_settings(spec.output, options),
     )
     terms = _terms(spec, found.opened, options)
     return found.sides.pinned(agreed(plan, found.sides, terms, options))
@@ -183,11 +183,11 @@ def _codes_agree(ready: _Ready, resolution: Resolution, expectation: Expectation
     return expectation
 
 
-def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Terms:
+def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Conditions:
     """Returns what the mapping says of the directory beside its tensors."""
     free = spec.target is not None and spec.target.name == _ANY_MODEL
     name = spec.target.roles.get("text", "text") if spec.target is not None else ""
-    return Terms(
+    return Conditions(
         partial=options.partial or (spec.output is not None and spec.output.partial),
         edits=spec.config,
         counts=free or bool(spec.config.take),
@@ -196,7 +196,7 @@ def _terms(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Ter
     )
 
 
-def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputOptions) -> Needs:
+def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputSettings) -> Needs:
     """Quantized sources are copied as they are into a target that takes codes, or where there is none."""
     cast = output.dtype or next((dtype for _, dtype in output.dtypes if dtype is not None), None)
     target = target_of(spec.target) if spec.target else None

@@ -16,7 +16,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
-from shardmerge.targets.stated_sizes import contradictions, parts
+from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
 from shardmerge.tensors.packed import packed_weights
 
@@ -29,7 +29,7 @@ _SAMPLE, _PLACES = 4096, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Conditions:
     """What is asked of the directory beside its tensors.
 
     Attributes
@@ -53,7 +53,7 @@ class Terms:
     editable: bool = False
 
 
-def publishable(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
+def publishable(plan: Plan, read: ReadSideFile, terms: Conditions) -> Plan:
     """Returns the plan with the config.json that its terms ask for, once all of it agrees.
 
     Raises
@@ -80,9 +80,9 @@ def publishable(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-def described(plan: Plan, read: ReadSideFile, terms: Terms | None = None) -> Iterator[Described]:
+def described(plan: Plan, read: ReadSideFile, terms: Conditions | None = None) -> Iterator[Described]:
     """Yields every directory of the output that has a config.json and weights, with what its files will hold."""
-    terms = terms or Terms()
+    terms = terms or Conditions()
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
         config = _load(side, read) if name == CONFIG else None
@@ -132,7 +132,7 @@ def _origin(side: SideFile, source: Catalog | None) -> str:
 # ---- what the mapping says of it
 
 
-def _with_edits(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
+def _with_edits(plan: Plan, read: ReadSideFile, terms: Conditions) -> Plan:
     side = next((side for side in plan.side_files if side.name == CONFIG), None)
     config = _load(side, read) if side is not None else None
     asked = terms.edits != ConfigEdits()
@@ -156,7 +156,7 @@ def _with_edits(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     return replace(plan, side_files=sides, warnings=(*plan.warnings, *lines))
 
 
-def _own_contradictions(terms: Terms, read: ReadSideFile) -> frozenset[tuple[str, ...]]:
+def _own_contradictions(terms: Conditions, read: ReadSideFile) -> frozenset[tuple[str, ...]]:
     """Returns the keys that the source's own tensors contradict already: an incomplete source is no smaller model."""
     source = terms.source
     config = read_config(source, read) if source is not None else None
@@ -184,7 +184,11 @@ def _no_config(edits: ConfigEdits) -> MappingError:
 
 def _two_heads(plan: Plan, one: Described, read: ReadSideFile) -> Iterator[TargetError]:
     """A head beside the embedding that it is said to be: transformers 4 puts the embedding in its place, 5 does not."""
-    said = [part.path for part in parts(one.config) if part.is_text and part.values.get("tie_word_embeddings") is True]
+    said = [
+        level.path
+        for level in config_levels(one.config)
+        if level.is_text and level.values.get("tie_word_embeddings") is True
+    ]
     if not said:
         return
     entries = {tensor.stored: tensor.entry for tensor in plan.tensors() if tensor.stored in one.tensors}

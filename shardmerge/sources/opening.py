@@ -22,12 +22,12 @@ from shardmerge.sources.choosing import (
     usual_models,
     weight_files,
 )
-from shardmerge.sources.deepspeed_files import View, is_tag_file, is_tag_folder
+from shardmerge.sources.deepspeed_files import DeepSpeedView, is_tag_file, is_tag_folder
 from shardmerge.sources.hf_folder import read_indexed, side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.links import odd_links
 from shardmerge.sources.model_files import read_model, read_set_of, read_single, read_usual
-from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown
+from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.peft_folder import is_adapter_file, read_adapter
 from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.sources.rank_files import (
@@ -57,12 +57,12 @@ class OpenOptions:
         Whether a hub id that is not in the cache may be downloaded.
     """
 
-    view: View = "fp32"
+    view: DeepSpeedView = "fp32"
     root: str = ""
     download: bool = False
 
 
-Reader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
+FormatReader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
 
 
 def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalog:
@@ -84,7 +84,7 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
             if not options.root and is_optimizer(catalog.names()):
                 raise not_a_model("an optimizer's state", str(path), ", ".join([*catalog.names()][:5]))
             return _completed(catalog, path)
-    raise unknown(path)
+    raise unknown_format(path)
 
 
 def _completed(catalog: Catalog, path: Path) -> Catalog:
@@ -267,7 +267,7 @@ def _shard(path: Path, options: OpenOptions) -> Catalog:
         return read_safetensors(path)
     catalog = _torch(path, options)
     if catalog is None:
-        raise unknown(path)
+        raise unknown_format(path)
     return catalog
 
 
@@ -347,9 +347,9 @@ _LONGEST_NAME = 255
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
 # and the fp32 master weights are the better source.
-_FOLDER_READERS: tuple[Reader, ...] = (
+_FOLDER_READERS: tuple[FormatReader, ...] = (
     _tag, _work_dir, _tag_parent, _megatron, _adapter, _usual, _meta, _single, _inside, _config_only,
 )  # fmt: skip
-_FILE_READERS: tuple[Reader, ...] = (
+_FILE_READERS: tuple[FormatReader, ...] = (
     _index_file, _tag_member, _rank_member, _shard_member, _adapter_file, _safetensors, _torch,
 )  # fmt: skip

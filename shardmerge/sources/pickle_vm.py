@@ -50,9 +50,9 @@ class Opaque:
     """
 
     type: Global
-    args: tuple[Value, ...]
-    state: Value = None
-    items: list[Value] = field(default_factory=list)
+    args: tuple[PickleValue, ...]
+    state: PickleValue = None
+    items: list[PickleValue] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class TensorRef:
     strides: tuple[int, ...]
 
 
-Value: TypeAlias = (
-    "bool | int | float | str | bytes | list[Value] | tuple[Value, ...] | dict[object, Value] | set[object]"
-    " | Global | Opaque | StorageRef | TensorRef | None"
+PickleValue: TypeAlias = (
+    "bool | int | float | str | bytes | list[PickleValue] | tuple[PickleValue, ...] | dict[object, PickleValue]"
+    " | set[object] | Global | Opaque | StorageRef | TensorRef | None"
 )
 
 
@@ -99,7 +99,7 @@ class Parsed:
         Every storage that was named, by key, in order of appearance.
     """
 
-    value: Value
+    value: PickleValue
     end: int
     storages: dict[str, StorageRef]
 
@@ -141,7 +141,7 @@ _STORAGE_MODULES = frozenset({"torch", "torch.storage", "torch.cuda"})
 
 def interpret(
     data: bytes | memoryview, *, where: str, legacy: bool = False, allow_trailing: bool = False, base: int = 0
-) -> Value:
+) -> PickleValue:
     """Returns the value of a pickle.
 
     Parameters
@@ -210,7 +210,7 @@ def _damaged(what: str, found: str = "", expected: str = "") -> CheckpointError:
     return CheckpointError("damaged-pickle", what, found=found, expected=expected, hint=_AGAIN)
 
 
-def _kind(value: Value) -> str:
+def _kind(value: PickleValue) -> str:
     return value.path if isinstance(value, Global) else type(value).__name__
 
 
@@ -229,9 +229,9 @@ class _Machine:
         self._legacy = legacy
         self._limit = min(len(data), start + MOST_PICKLE_BYTES)
         self._framed = False
-        self._stack: list[Value] = []
-        self._marks: list[list[Value]] = []
-        self._memo: dict[int, Value] = {}
+        self._stack: list[PickleValue] = []
+        self._marks: list[list[PickleValue]] = []
+        self._memo: dict[int, PickleValue] = {}
         self._budget = min(_MOST_NODES, _FREE_NODES + (len(data) - start) // _BYTES_A_NODE)
         self._tuple_keys = 0
 
@@ -251,7 +251,7 @@ class _Machine:
             _OPCODES[opcode](self)
         raise _hostile("the pickle has more opcodes than any checkpoint", expected=f"at most {_MOST_OPCODES}")
 
-    def result(self) -> Value:
+    def result(self) -> PickleValue:
         """Returns what STOP found, if that was all there was."""
         value = self._stack.pop()
         if self._stack or self._marks:
@@ -400,7 +400,7 @@ class _Machine:
         self._marks.append(self._stack)
         self._stack = []
 
-    def _pop_mark(self) -> list[Value]:
+    def _pop_mark(self) -> list[PickleValue]:
         items = self._stack
         self._stack = self._marks.pop()
         return items
@@ -448,7 +448,7 @@ class _Machine:
     def append_all(self) -> None:
         self._extend(self._pop_mark())
 
-    def _extend(self, items: list[Value]) -> None:
+    def _extend(self, items: list[PickleValue]) -> None:
         target = self._stack[-1]
         if isinstance(target, list):
             target.extend(items)
@@ -464,7 +464,7 @@ class _Machine:
     def set_items(self) -> None:
         self._set_pairs(self._pop_mark())
 
-    def _set_pairs(self, items: list[Value]) -> None:
+    def _set_pairs(self, items: list[PickleValue]) -> None:
         target = self._stack[-1]
         if len(items) % 2:
             raise _damaged("a dict entry has no value")
@@ -487,7 +487,7 @@ class _Machine:
         else:
             raise _hostile("items are added to something that is not a set", _kind(target))
 
-    def _key(self, value: Value) -> object:
+    def _key(self, value: PickleValue) -> object:
         """Returns a value that is safe to hash. Of nested tuples that recurses in C, in exponential time."""
         if isinstance(value, tuple):
             self._tuple_keys += 1
@@ -538,7 +538,9 @@ class _Machine:
             raise _damaged("arguments are not a tuple", _kind(args))
         self._stack.append(self._construct(cls, (*args, keywords), {}))
 
-    def _construct(self, function: Value, args: Value, known: dict[tuple[str, str], _Constructor]) -> Value:
+    def _construct(
+        self, function: PickleValue, args: PickleValue, known: dict[tuple[str, str], _Constructor]
+    ) -> PickleValue:
         if not isinstance(args, tuple):
             raise _damaged("arguments are not a tuple", _kind(args))
         self._charge()
@@ -568,7 +570,7 @@ class _Machine:
         else:
             raise _hostile("a persistent id is not that of a storage", _kind(pid))
 
-    def _storage(self, pid: tuple[Value, ...]) -> Value:
+    def _storage(self, pid: tuple[PickleValue, ...]) -> PickleValue:
         cls, key, numel = pid[1], pid[2], pid[4]  # pid[3] is the device it was saved from
         if not isinstance(cls, Global) or not isinstance(key, str) or not _is_size(numel):
             raise _damaged("a storage is described by something else than class, key and length")
@@ -589,7 +591,7 @@ class _Machine:
 
     # What the known constructors build
 
-    def mapping(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def mapping(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``OrderedDict([[key, value], ...])``, ``defaultdict(factory)``, ``Counter({...})``; or no args."""
         source = args[0] if args else []
         if function.name == "defaultdict":
@@ -601,29 +603,29 @@ class _Machine:
             raise _damaged("a dict is made of something else than pairs", _kind(source))
         return self._paired(source)
 
-    def _paired(self, pairs: list[Value]) -> Value:
+    def _paired(self, pairs: list[PickleValue]) -> PickleValue:
         self._charge(len(pairs))
-        made: dict[object, Value] = {}
+        made: dict[object, PickleValue] = {}
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise _damaged("a dict is made of something else than pairs", _kind(pair))
             made[self._key(pair[0])] = pair[1]
         return made
 
-    def set_of(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def set_of(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         items = args[0] if args else []
         if not isinstance(items, list | tuple):
             return Opaque(function, args)
         self._charge(len(items))
         return {self._key(item) for item in items}
 
-    def size(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def size(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         sizes = args[0] if args else ()
         if len(args) > 1 or not _are_sizes(sizes):
             raise _damaged("torch.Size is made of something else than sizes", function.path)
         return tuple(sizes)
 
-    def encoded(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def encoded(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``_codecs.encode``: bytes in protocol 2. Other codecs may import, and some are quadratic."""
         if len(args) != 2 or not isinstance(args[0], str) or not isinstance(args[1], str):
             return Opaque(function, args)
@@ -633,24 +635,24 @@ class _Machine:
         self._charge(len(args[0]) // 100)
         return args[0].encode(codec)
 
-    def bytes_of(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def bytes_of(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``bytes()``, the empty bytes of protocol 2."""
         return Opaque(function, args) if args else b""
 
-    def tensor_v1(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def tensor_v1(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         return self._tensor(function, args, 4, None)
 
-    def tensor_v2(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def tensor_v2(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         return self._tensor(function, args, 6, None)
 
-    def tensor_v3(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def tensor_v3(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         dtype = args[6] if len(args) > 6 else None
         if not isinstance(dtype, Global):
             raise _damaged("a tensor's element type is not named")
         known = BY_TORCH_NAME.get(dtype.name) if dtype.module == "torch" else None
         return self._tensor(function, args, 7, known) if known else Opaque(function, args)
 
-    def _tensor(self, function: Global, args: tuple[Value, ...], needed: int, dtype: DType | None) -> Value:
+    def _tensor(self, function: Global, args: tuple[PickleValue, ...], needed: int, dtype: DType | None) -> PickleValue:
         if len(args) != needed and (needed == 4 or len(args) != needed + 1):
             raise _damaged("a tensor with the wrong number of arguments", f"{len(args)}", f"{needed}")
         storage, offset, shape, strides = args[:4]
@@ -662,18 +664,18 @@ class _Machine:
             return Opaque(function, args)
         return TensorRef(storage, dtype or storage.dtype, offset, tuple(shape), tuple(strides))
 
-    def parameter(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def parameter(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``_rebuild_parameter[_with_state](tensor, requires_grad, hooks[, state])`` is its tensor."""
         return args[0] if args and isinstance(args[0], TensorRef) else Opaque(function, args)
 
-    def device_tensor(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def device_tensor(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``_rebuild_device_tensor_from_cpu_tensor(tensor, dtype, device, ...)``, where it casts nothing."""
         tensor = args[0] if len(args) == 4 else None
         if isinstance(tensor, TensorRef) and args[1] == Global("torch", tensor.dtype.torch):
             return tensor
         return Opaque(function, args)
 
-    def from_type(self, function: Global, args: tuple[Value, ...]) -> Value:
+    def from_type(self, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
         """``_rebuild_from_type_v2(function, type, args, state)``: with attributes, or of a subclass."""
         if len(args) == 4 and isinstance(args[0], Global) and isinstance(args[2], tuple):
             constructor = _TENSORS.get((args[0].module, args[0].name))
@@ -683,18 +685,18 @@ class _Machine:
         return Opaque(function, args)
 
 
-def _is_plain(metadata: Value) -> bool:
+def _is_plain(metadata: PickleValue) -> bool:
     """Tells whether metadata changes nothing: dropping ``{'conj': True}`` would give wrong values."""
     if metadata is None:
         return True
     return isinstance(metadata, dict) and set(metadata) <= {"conj", "neg"} and not any(metadata.values())
 
 
-def _is_size(value: Value) -> TypeGuard[int]:
+def _is_size(value: PickleValue) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= _LARGEST_SIZE
 
 
-def _are_sizes(values: Value) -> TypeGuard[Sequence[int]]:
+def _are_sizes(values: PickleValue) -> TypeGuard[Sequence[int]]:
     if not isinstance(values, tuple | list) or len(values) > _MOST_DIMS:
         return False
     for value in values:  # noqa: SIM110  # a generator costs more, and this runs twice for every tensor
@@ -711,12 +713,12 @@ def _python2_text(raw: bytes) -> str | bytes:
         return raw
 
 
-def _check_depth(root: Value) -> None:
+def _check_depth(root: PickleValue) -> None:
     """Refuses values that nest deeper than anyone should walk; each is visited once, so cycles end."""
     seen: set[int] = set()
-    level: list[Value] = [root]
+    level: list[PickleValue] = [root]
     for _ in range(_MOST_DEPTH + 1):
-        below: list[Value] = []
+        below: list[PickleValue] = []
         for value in level:
             if isinstance(value, _CHECKED) and id(value) not in seen:
                 seen.add(id(value))
@@ -730,7 +732,7 @@ def _check_depth(root: Value) -> None:
 _CHECKED = (list, tuple, dict, Opaque)
 
 
-def _children(value: Value) -> Sequence[Value]:
+def _children(value: PickleValue) -> Sequence[PickleValue]:
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, Opaque):
@@ -738,7 +740,7 @@ def _children(value: Value) -> Sequence[Value]:
     return value if isinstance(value, list | tuple) else ()
 
 
-_Constructor: TypeAlias = Callable[[_Machine, Global, tuple[Value, ...]], Value]
+_Constructor: TypeAlias = Callable[[_Machine, Global, tuple[PickleValue, ...]], PickleValue]
 
 _U16 = struct.Struct("<H")
 _I32 = struct.Struct("<i")

@@ -119,7 +119,7 @@ class AdapterConfig:
     task: str = ""
 
 
-def read_config(config: JsonObject, where: str) -> AdapterConfig:
+def read_adapter_config(config: JsonObject, where: str) -> AdapterConfig:
     """Returns what a config says, if a merge can do all of it.
 
     Raises
@@ -133,7 +133,7 @@ def read_config(config: JsonObject, where: str) -> AdapterConfig:
         raise MappingError(
             "not-lora", "only LoRA adapters are merged", where=where, found=f"peft_type {shown(kind)}", hint=_BY_PEFT
         )
-    reader = _Reader(config, where)
+    reader = _ConfigValues(config, where)
     found = reader.config()
     raise_all([*_refusals(config, where), *reader.problems])
     return found
@@ -195,7 +195,7 @@ def _odd(key: str, value: object, expected: str, where: str) -> MappingError:
 
 
 @dataclass(slots=True)
-class _Reader:
+class _ConfigValues:
     """Values of the right kind, and what is wrong with the others."""
 
     values: JsonObject

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
-from shardmerge.targets.adapter_config import read_config
+from shardmerge.targets.adapter_config import read_adapter_config
 from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import number, switch
@@ -292,7 +292,7 @@ def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
 
 def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[TargetError]:
     """Yields an error where a config beside the checkpoint is that of another run."""
-    said = read_config(own, where)
+    said = read_adapter_config(own, where)
     if said.rank is not None and not said.rank_pattern and set(ranks.values()) != {said.rank}:
         yield TargetError(
             "adapter-rank",
