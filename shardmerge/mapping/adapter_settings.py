@@ -13,10 +13,11 @@ from math import isfinite, sqrt
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.adapter_config import NAME, AdapterConfig, read_adapter_config
+from shardmerge.targets.adapter_config import AdapterConfig, read_adapter_config
 from shardmerge.targets.architectures import load_object
 from shardmerge.targets.training_config import LoraFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,9 @@ def read_adapter_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFil
         Those of ``read_adapter_config``. ``odd-setting``: a value of the mapping that is no number.
     """
     found = AdapterSettings()
-    if NAME in catalog.side_files:
-        extent = catalog.side_files[NAME]
-        found = AdapterSettings(read_adapter_config(load_object(extent, read), extent.file), NAME)
+    if ADAPTER_CONFIG in catalog.side_files:
+        extent = catalog.side_files[ADAPTER_CONFIG]
+        found = AdapterSettings(read_adapter_config(load_object(extent, read), extent.file), ADAPTER_CONFIG)
     elif catalog.training_config:
         found = _from_training(spec, catalog)
     return _overridden(found, spec)
@@ -147,7 +148,7 @@ def _pattern(patterns: Mapping[str, float], module: str) -> float | None:
                 "a rank or alpha pattern is more than a module's name",
                 found=key[:80],
                 expected="names such as `self_attn.q_proj`",
-                hint=f'write a line for each module into {NAME}, such as "{module}": {value}',
+                hint=f'write a line for each module into {ADAPTER_CONFIG}, such as "{module}": {value}',
             )
         if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
             return value

@@ -20,9 +20,9 @@ from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.shown import inspecting
-from shardmerge.targets.adapter_config import NAME as CONFIG
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 from shardmerge.tensors.packed import packed_places, packed_weights, titles
 
 
@@ -87,7 +87,7 @@ class _AdapterMerge:
 
     def merged(self) -> Base:
         """Returns the base with the adapter in it, as it is where there is nothing to merge and that is allowed."""
-        if CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
+        if ADAPTER_CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
             self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         self.parts = sort_adapter(self.spec, self.adapter)
         if not self.parts.modules and not self.parts.whole:

@@ -18,12 +18,13 @@ from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
 from shardmerge.mapping.yaml_nodes import Scalar, Table
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, CONFIG
 
 # How a formula calls a JSON file beside the weights.
 _FILES = {
-    "config": "config.json",
+    "config": CONFIG,
     "params": "params.json",
-    "adapter": "adapter_config.json",
+    "adapter": ADAPTER_CONFIG,
     "model_config": "model_config.yaml",
 }
 ROOMS = (*_FILES, "facts", "cfg")

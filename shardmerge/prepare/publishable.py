@@ -18,9 +18,9 @@ from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
 from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
+from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.packed import packed_weights
 
-CONFIG = "config.json"
 # How the warning of a directory that is not a whole model begins; `verify` knows it by this.
 PARTIAL = "only a part of the model that config.json describes"
 _HEAD, _EMBEDDING = re.compile(r"(?:^|\.)lm_head\.weight$"), re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$")

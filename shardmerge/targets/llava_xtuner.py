@@ -31,6 +31,7 @@ from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 LLM_ADAPTER, ENCODER, ENCODER_ADAPTER, PROJECTOR = (
     "llm_adapter",
@@ -184,7 +185,7 @@ def _adapter(request: Request, players: Players, trained: Catalog, folder: str) 
         fan_in_fan_out=lora.fan_in_fan_out if lora else False,
     )
     config = peft_adapter.adapter_config(tensors, facts, trained.path)
-    return _Branch(folder, tensors, (SideFile(peft_adapter.CONFIG, (dump(config),)),), peft_adapter.STEM)
+    return _Branch(folder, tensors, (SideFile(ADAPTER_CONFIG, (dump(config),)),), peft_adapter.STEM)
 
 
 def _projector(request: Request, players: Players, trained: Catalog) -> _Branch:
