@@ -50,7 +50,8 @@ ROOMS = {
 READING = {"shardmerge.sources.opening"}
 # What reads formats, and is imported where its format was recognised.
 READERS = {
-    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_vm",
+    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_machine",
+    "shardmerge.sources.pickle_values", "shardmerge.sources.pickle_vm",
     "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
 }  # fmt: skip
 OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}

@@ -26,7 +26,7 @@ from shardmerge.sources.deepspeed_ranks import (
     named_tensors,
     shape_table,
 )
-from shardmerge.sources.pickle_vm import PickleValue, TensorRef
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, state_dict
 from shardmerge.sources.zero import FlatGroup, Fragments, RankChunks, chunk_numel, flat_offsets

@@ -12,7 +12,7 @@ from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
 from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
 from shardmerge.sources.deepspeed_values import compare_masters
-from shardmerge.sources.pickle_vm import TensorRef
+from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import TensorEntry
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardmerge.sources.pickle_vm import Opaque, PickleValue
+from shardmerge.sources.pickle_values import Opaque, PickleValue
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.value_digest import value_digest
 

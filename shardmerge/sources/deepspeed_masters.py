@@ -17,7 +17,7 @@ from math import prod
 from shardmerge.dtypes import DType
 from shardmerge.sources.deepspeed_ranks import tensors
 from shardmerge.sources.deepspeed_values import Samples, is_dense, is_float, rounded, spread
-from shardmerge.sources.pickle_vm import PickleValue, TensorRef
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import Shape
 

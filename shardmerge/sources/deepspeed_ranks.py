@@ -18,7 +18,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, largest, read_claims, text_of
 from shardmerge.sources.deepspeed_files import DeepSpeedRankFile
-from shardmerge.sources.pickle_vm import Opaque, PickleValue, TensorRef
+from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.sources.value_digest import value_digest

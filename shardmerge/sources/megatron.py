@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import Opaque, PickleValue
+from shardmerge.sources.pickle_values import Opaque, PickleValue
 from shardmerge.sources.rank_files import FILES, MegatronRankFile, is_distributed, list_ranks
 from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from shardmerge.dtypes import DTYPES
-from shardmerge.sources.pickle_vm import PickleValue, TensorRef
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 
 _BYTES = DTYPES["U8"]
 _OF_GENERATORS = re.compile(r"cpu|cuda|gpu|npu|xpu|mps|hpu|mlu|musa|sdaa|xla|.*(?:rng|random|seed).*", re.IGNORECASE)

@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError
-from shardmerge.sources.pickle_vm import Opaque, PickleValue, TensorRef, interpret
+from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
+from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
 from shardmerge.sources.torch_zip import ZIP_MAGIC, read_directory, read_torch_zip
 from shardmerge.storage.reading import SourceFile

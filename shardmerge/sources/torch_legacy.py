@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES, Parsed, PickleValue, StorageRef, interpret_at
+from shardmerge.sources.pickle_frames import MOST_PICKLE_BYTES
+from shardmerge.sources.pickle_values import Parsed, PickleValue, StorageRef
+from shardmerge.sources.pickle_vm import interpret_at
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent
 

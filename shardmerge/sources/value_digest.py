@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from shardmerge.sources.pickle_vm import Global, Opaque, PickleValue, StorageRef, TensorRef
+from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, StorageRef, TensorRef
 
 # 128 bits: equal digests of unequal values are not to be feared, even from somebody who looks for them for years.
 _SIZE = 16
