@@ -42,7 +42,8 @@ OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help al
 ROOMS = {
     "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
     "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
-    "shardmerge.mapping.preset_files", "shardmerge.mapping.reader", "shardmerge.mapping.resolve",
+    "shardmerge.mapping.node_reader", "shardmerge.mapping.preset_files", "shardmerge.mapping.reader",
+    "shardmerge.mapping.resolve",
     "shardmerge.ops.registry", "shardmerge.plan.planner", "shardmerge.sources.opening",
     "shardmerge.targets.bases", "shardmerge.targets.llava",
     "shardmerge.targets.training_config", "shardmerge.publish.verify",
@@ -117,7 +118,7 @@ def test_inspect(folder: Path, source: str, readers: set[str]) -> None:
 
 
 def test_plan(folder: Path) -> None:
-    rooms = PLANNING | {"shardmerge.mapping.reader", "shardmerge.mapping.resolve"}
+    rooms = PLANNING | {f"shardmerge.mapping.{room}" for room in ("node_reader", "reader", "resolve")}
     found = imported("plan", folder / "mapping.yaml")
     check(found, libraries={"click", "yaml"}, heavy=set(), rooms=rooms)
 
