@@ -250,8 +250,20 @@ def _of_call(call: ast.Call, scope: _Scope) -> list[str]:
     own = list(scope.called(name))
     if not own and (other := scope.imported(name)) is not None:
         own = list(replace(other, depth=scope.depth).called(name))
+    if not own and isinstance(call.func, ast.Attribute):
+        own = list(_methods(name, scope))
     texts = [text for one in own if one.depth < 4 for text in _returned(one)]
     return texts or ["{}"]
+
+
+def _methods(name: str, scope: _Scope) -> Iterator[_Scope]:
+    """The methods of a name that classes have which the module imports."""
+    for node in ast.walk(scope.tree):
+        for found in _classes_of(node, scope.trees) if isinstance(node, ast.ImportFrom) else ():
+            module = (node.module or "").removeprefix("shardmerge.")
+            for one in found.body:
+                if isinstance(one, _Function) and one.name == name:
+                    yield _Scope(scope.trees, module, one, scope.depth + 1)
 
 
 def _of_text_call(call: ast.Call, scope: _Scope) -> list[str]:

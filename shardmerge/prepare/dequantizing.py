@@ -15,7 +15,7 @@ from shardmerge.compose import compose
 from shardmerge.errors import CheckpointError, MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
-from shardmerge.mapping.suggest import drop_lines
+from shardmerge.mapping.suggest import drop_lines, ticked
 from shardmerge.targets.quantization_config import QUANTIZATION_FILES, Stated, read_stated
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry, leaves, of_source
 from shardmerge.tensors.packed import (
@@ -163,7 +163,7 @@ class _QuantizedSource:
 
     def _lines(self, names: list[str]) -> str:
         kept = set(self.catalog.names()) - set(names)
-        return " and ".join(f"`{line}`" for line in drop_lines(self.name, names, kept))
+        return ticked(drop_lines(self.name, names, kept))
 
     def _names(self) -> Iterator[str]:
         return (name for name in self.catalog.names() if (self.name, name) not in self.needs.dropped)
