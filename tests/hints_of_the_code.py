@@ -251,19 +251,21 @@ def _of_call(call: ast.Call, scope: _Scope) -> list[str]:
     if not own and (other := scope.imported(name)) is not None:
         own = list(replace(other, depth=scope.depth).called(name))
     if not own and isinstance(call.func, ast.Attribute):
-        own = list(_methods(name, scope))
+        own = list(_methods(call.func, scope))
     texts = [text for one in own if one.depth < 4 for text in _returned(one)]
     return texts or ["{}"]
 
 
-def _methods(name: str, scope: _Scope) -> Iterator[_Scope]:
-    """The methods of a name that classes have which the module imports."""
-    for node in ast.walk(scope.tree):
-        for found in _classes_of(node, scope.trees) if isinstance(node, ast.ImportFrom) else ():
-            module = (node.module or "").removeprefix("shardmerge.")
-            for one in found.body:
-                if isinstance(one, _Function) and one.name == name:
-                    yield _Scope(scope.trees, module, one, scope.depth + 1)
+def _methods(method: ast.Attribute, scope: _Scope) -> Iterator[_Scope]:
+    """The method of a parameter, where its class is one of the package."""
+    arguments = scope.function.args.args if scope.function is not None else []
+    kinds = {one.arg: one.annotation.id for one in arguments if isinstance(one.annotation, ast.Name)}
+    kind = kinds.get(method.value.id, "") if isinstance(method.value, ast.Name) else ""
+    other = scope.imported(kind)
+    for node in other.tree.body if other is not None else ():
+        if isinstance(node, ast.ClassDef) and node.name == kind:
+            found = (one for one in node.body if isinstance(one, _Function) and one.name == method.attr)
+            yield from (replace(other, function=one, depth=scope.depth + 1) for one in found if other is not None)
 
 
 def _of_text_call(call: ast.Call, scope: _Scope) -> list[str]:
