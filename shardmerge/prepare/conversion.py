@@ -21,7 +21,8 @@ from shardmerge.prepare.publishable import Conditions, publishable, read_config
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.hub import is_hub_id
-from shardmerge.sources.opening import OpenOptions, open_catalog
+from shardmerge.sources.open_options import OpenOptions
+from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.limits import default_budget, default_workers
 from shardmerge.storage.reading import IoMode
 from shardmerge.targets.beside import with_side_files

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardmerge.sources.deepspeed_files import DeepSpeedView
-from shardmerge.sources.opening import OpenOptions, open_catalog
+from shardmerge.sources.open_options import OpenOptions
+from shardmerge.sources.opening import open_catalog
 from shardmerge.tensors import Catalog
 
 

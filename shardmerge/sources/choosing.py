@@ -54,6 +54,12 @@ class Remarks:
         )  # fmt: skip
 
 
+def whole_set(catalog: Catalog, member: Path) -> Catalog:
+    """Returns the catalog of a set with the note that one member of it was named."""
+    whole = Path(catalog.path).name
+    return Remarks((f"{member.name} is one part of a checkpoint: the whole of {whole}/ is read",)).on(catalog)
+
+
 def usual_models(folder: Path) -> list[Path]:
     """Returns the files under the usual names of a model, the one that transformers loads first."""
     return [folder / name for name in USUAL if (folder / name).is_file()]
