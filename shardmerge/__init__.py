@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     )
     from shardmerge.lazy import LazyCheckpoint, LazyTensor
     from shardmerge.plan.value import Plan
-    from shardmerge.prepare.conversion import Options
     from shardmerge.prepare.inspection import inspect
+    from shardmerge.prepare.options import Options
     from shardmerge.publish.running import Result
     from shardmerge.publish.verify import Difference, Verdict
     from shardmerge.tensors import Catalog, TensorEntry
@@ -78,7 +78,7 @@ __all__ = [
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
     "shardmerge.api": ("convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
-    "shardmerge.prepare.conversion": ("Options",),
+    "shardmerge.prepare.options": ("Options",),
     "shardmerge.publish.running": ("Result",),
     "shardmerge.errors": (
         "CheckpointError",

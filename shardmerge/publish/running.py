@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.plan.value import Plan, bytes_read
-from shardmerge.prepare.conversion import Options, Prepared
+from shardmerge.prepare.options import Options, Prepared
 from shardmerge.prepare.side_files import content
 from shardmerge.storage.limits import bounds_cache
 from shardmerge.storage.reading import FilePool, SourceFile
