@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageError, VerificationError
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import SourceSpec, Spec, Variable
-from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.conversion import ADAPTER_PRESET, is_adapter, prepare_plain
+from shardmerge.prepare.conversion import prepare_plain
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.options import Options, Prepared
+from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
 from shardmerge.publish.results import Result, Unfinished
-from shardmerge.sources.deepspeed_files import View
+from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
 
@@ -40,10 +40,11 @@ __all__ = [
 ]  # fmt: skip
 
 _YAML, _PLAN = (".yaml", ".yml"), ".json"
-_COMMAND_LINE = Mark("command line", 1, 1)
 
 
-def open_checkpoint(path: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> LazyCheckpoint:
+def open_checkpoint(
+    path: str | Path, *, view: DeepSpeedView = "fp32", root: str = "", download: bool = False
+) -> LazyCheckpoint:
     """Opens a checkpoint as a mapping of names to lazy tensors; a ``mapping.yaml`` gives the target's tensors.
 
     Parameters
@@ -276,7 +277,7 @@ def convert(
     use: str = "",
     bases: Mapping[str, str] | None = None,
     let: Mapping[str, str] | None = None,
-    view: View = "fp32",
+    view: DeepSpeedView = "fp32",
     root: str = "",
     options: Options | None = None,
     progress: Progress | None = None,
@@ -316,7 +317,7 @@ def prepare_conversion(
     use: str = "",
     bases: Mapping[str, str] | None = None,
     let: Mapping[str, str] | None = None,
-    view: View = "fp32",
+    view: DeepSpeedView = "fp32",
     root: str = "",
     options: Options | None = None,
 ) -> Prepared:
@@ -328,21 +329,21 @@ def prepare_conversion(
         if bases or let:
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
-        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=_COMMAND_LINE), options)
+        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE), options)
     from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset
     from shardmerge.prepare.preparation import prepare
 
     preset = load_preset(use)
     first = next(name for name, role in preset.roles.items() if role.required)
-    sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=_COMMAND_LINE)}
+    sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=COMMAND_LINE)}
     for name, path in (bases or {}).items():
         if name not in preset.roles:
             others = [role for role in preset.roles if role != first]
             what, hint = f"the preset {use} has no source {name!r}", did_you_mean(name, others)
             raise UsageError("unknown-source", what, expected=", ".join(others), hint=hint)
-        sources[name] = SourceSpec(name, path, mark=_COMMAND_LINE)
-    spec = Spec("command line", sources, None, use, None, (), (), _variables(let or {}, preset))
+        sources[name] = SourceSpec(name, path, mark=COMMAND_LINE)
+    spec = Spec(COMMAND_LINE.file, sources, None, use, None, (), (), _variables(let or {}, preset))
     return prepare(spec, Path(), options)
 
 
@@ -355,7 +356,7 @@ def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
         if name not in preset.variables:
             hint = did_you_mean(name, preset.variables) or f"leave --let {name}={text} out"
             raise UsageError("unknown-value", f"the preset {preset.name} has no number {name!r}", hint=hint)
-        found[name] = Variable(Formula.parse(text, f"--let {name}"), _COMMAND_LINE)
+        found[name] = Variable(Formula.parse(text, f"--let {name}"), COMMAND_LINE)
     return found
 
 
@@ -499,7 +500,8 @@ def invert(mapping: str | Path, source: str = "") -> str:
 def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
     """Resolves a mapping and says what it makes, for a way back that is exact."""
     from shardmerge.mapping.way_back import Forward
-    from shardmerge.prepare.preparation import plan_of, resolved
+    from shardmerge.prepare.preparation import plan_of
+    from shardmerge.prepare.resolved import resolved
 
     options = Options()
     found = resolved(spec, folder, options)

@@ -11,7 +11,7 @@ from math import prod
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError
 from shardmerge.ops.casts import CASTABLE, Cast, Widen, exact
-from shardmerge.ops.contract import Arithmetic, Joined, Meta, Move, Op
+from shardmerge.ops.contract import Arithmetic, ColumnsLayout, Meta, Move, Op
 from shardmerge.tensors import Columns, Composed, Made, Piece, TensorEntry, View, composed
 
 
@@ -32,7 +32,7 @@ def compose(op: Op, inputs: Sequence[TensorEntry]) -> TensorEntry:
     if not isinstance(op, Move):
         return _entry(result.dtype, result.shape, Made(tuple(inputs), op))
     layout = op.layout(metas)
-    if isinstance(layout, Joined):
+    if isinstance(layout, ColumnsLayout):
         return _entry(result.dtype, result.shape, Columns(tuple(inputs), layout.rows, op))
     return _entry(result.dtype, result.shape, View(inputs[0], layout.offset, layout.shape, layout.strides, op))
 

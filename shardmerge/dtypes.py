@@ -11,7 +11,7 @@ from typing import Literal
 
 from shardmerge.errors import UsageError
 
-Kind = Literal["float", "int", "bool", "complex"]
+DTypeKind = Literal["float", "int", "bool", "complex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class DType:
 
     name: str
     itemsize: int
-    kind: Kind
+    kind: DTypeKind
     numpy: str
     torch: str
 

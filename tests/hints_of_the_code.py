@@ -125,10 +125,11 @@ def all_hints() -> tuple[Hint, ...]:
 
 
 def _of_module(scope: _Scope) -> Iterator[Hint]:
-    makers = {
-        node.name: [argument.arg for argument in node.args.args if argument.arg != "self"].index("hint")
+    makers = _makers(scope.tree) | {
+        name: place
         for node in ast.walk(scope.tree)
-        if isinstance(node, _Function) and "hint" in [argument.arg for argument in node.args.args]
+        if isinstance(node, ast.ImportFrom)
+        for name, place in _makers(*_classes_of(node, scope.trees)).items()
     }
     for function in ast.walk(scope.tree):
         if not isinstance(function, _Function):
@@ -137,6 +138,20 @@ def _of_module(scope: _Scope) -> Iterator[Hint]:
         for code, value in _given(function, makers):
             for text in _texts(value, inside):
                 yield Hint(f"{scope.module.replace('.', '/')}.py:{value.lineno}", _code(code, inside), text)
+
+
+def _makers(*trees: ast.AST) -> dict[str, int]:
+    """Functions and methods that are given a hint, with its place among their arguments."""
+    functions = (node for tree in trees for node in ast.walk(tree) if isinstance(node, _Function))
+    arguments = {node.name: [one.arg for one in node.args.args if one.arg != "self"] for node in functions}
+    return {name: names.index("hint") for name, names in arguments.items() if "hint" in names}
+
+
+def _classes_of(node: ast.ImportFrom, trees: Mapping[str, ast.Module]) -> Iterator[ast.ClassDef]:
+    """The classes of the package that an import names: their methods are called where they are used."""
+    tree = trees.get((node.module or "").removeprefix("shardmerge."))
+    names = {one.name for one in node.names}
+    return (one for one in (tree.body if tree else ()) if isinstance(one, ast.ClassDef) and one.name in names)
 
 
 def _given(function: _Function, makers: Mapping[str, int]) -> Iterator[tuple[ast.expr | None, ast.expr]]:
@@ -235,8 +250,22 @@ def _of_call(call: ast.Call, scope: _Scope) -> list[str]:
     own = list(scope.called(name))
     if not own and (other := scope.imported(name)) is not None:
         own = list(replace(other, depth=scope.depth).called(name))
+    if not own and isinstance(call.func, ast.Attribute):
+        own = list(_methods(call.func, scope))
     texts = [text for one in own if one.depth < 4 for text in _returned(one)]
     return texts or ["{}"]
+
+
+def _methods(method: ast.Attribute, scope: _Scope) -> Iterator[_Scope]:
+    """The method of a parameter, where its class is one of the package."""
+    arguments = scope.function.args.args if scope.function is not None else []
+    kinds = {one.arg: one.annotation.id for one in arguments if isinstance(one.annotation, ast.Name)}
+    kind = kinds.get(method.value.id, "") if isinstance(method.value, ast.Name) else ""
+    other = scope.imported(kind)
+    for node in other.tree.body if other is not None else ():
+        if isinstance(node, ast.ClassDef) and node.name == kind:
+            found = (one for one in node.body if isinstance(one, _Function) and one.name == method.attr)
+            yield from (replace(other, function=one, depth=scope.depth + 1) for one in found if other is not None)
 
 
 def _of_text_call(call: ast.Call, scope: _Scope) -> list[str]:

@@ -12,7 +12,7 @@ from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
-from shardmerge.ops.contract import Op, Value
+from shardmerge.ops.contract import Op, ParamValue
 from shardmerge.ops.registry import OPS
 from shardmerge.plan.memory import _need, tile_elements
 from shardmerge.storage.reading import FilePool
@@ -34,7 +34,7 @@ def stored(folder: Path, values: Array) -> TensorEntry:
     return TensorEntry(path.name, dtype_of(values), values.shape, dense(Extent(str(path), 3, len(data)), values.size))
 
 
-def built(name: str, **values: Value) -> Op:
+def built(name: str, **values: ParamValue) -> Op:
     """Returns the op that a rule would make, defaults included."""
     kind = OPS[name]
     known = {param.name: param.default for param in kind.params if param.default is not None}

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import shardmerge as sm
 from shardmerge.targets import adapter_config
-from shardmerge.targets.adapter_config import read_config
+from shardmerge.targets.adapter_config import read_adapter_config
 from tests.adapter_runs import (
     assert_same,
     change_config,
@@ -53,7 +53,7 @@ def test_every_field_of_the_installed_peft_is_listed() -> None:
 
 def test_what_peft_writes_by_default_is_taken(made: Path) -> None:
     config = json.loads((made / "lora" / "adapter_config.json").read_text())
-    assert (read_config(config, "x").alpha, read_config(config, "x").rank) == (8, 4)
+    assert (read_adapter_config(config, "x").alpha, read_adapter_config(config, "x").rank) == (8, 4)
 
 
 REFUSED = {

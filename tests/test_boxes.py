@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from shardmerge.execute.order import first_byte
 
 import shardmerge as sm
 from shardmerge.compose import compose
@@ -29,7 +30,6 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.engine import execute
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.order import first_byte
 from shardmerge.execute.tiling import Tiling
 from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import shardmerge as sm
 from benchmarks.synthetic import write_zero
-from shardmerge.sources.deepspeed_files import View
+from shardmerge.sources.deepspeed_files import DeepSpeedView
 from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 
 Files = dict[str, bytes]
@@ -114,7 +114,7 @@ def damages(saved: Saved, most_relatives: int = 100) -> Iterator[Damage]:
             yield Damage(f"{kind} files of {other.name}", kind, mixed, (saved, other))
 
 
-def outcome(damage: Damage, folder: Path, view: View = "fp32") -> str:
+def outcome(damage: Damage, folder: Path, view: DeepSpeedView = "fp32") -> str:
     """``right``, ``WRONG``, or the code of the refusal, which names the place."""
     folder.mkdir()
     for name, data in damage.files.items():

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from shardmerge.compose import cast_to, compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
-from shardmerge.plan.order import first_byte, ordered
 from shardmerge.execute.rearrange import rearrange
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
+from shardmerge.plan.order import first_byte, ordered
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool

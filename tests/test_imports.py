@@ -42,7 +42,8 @@ OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help al
 ROOMS = {
     "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
     "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
-    "shardmerge.mapping.preset_files", "shardmerge.mapping.reader", "shardmerge.mapping.resolve",
+    "shardmerge.mapping.node_reader", "shardmerge.mapping.preset_files", "shardmerge.mapping.reader",
+    "shardmerge.mapping.resolve",
     "shardmerge.ops.registry", "shardmerge.plan.planner", "shardmerge.sources.opening",
     "shardmerge.targets.bases", "shardmerge.targets.llava",
     "shardmerge.targets.training_config", "shardmerge.publish.verify",
@@ -50,7 +51,8 @@ ROOMS = {
 READING = {"shardmerge.sources.opening"}
 # What reads formats, and is imported where its format was recognised.
 READERS = {
-    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_vm",
+    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_machine",
+    "shardmerge.sources.pickle_values", "shardmerge.sources.pickle_vm",
     "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
 }  # fmt: skip
 OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}
@@ -116,7 +118,7 @@ def test_inspect(folder: Path, source: str, readers: set[str]) -> None:
 
 
 def test_plan(folder: Path) -> None:
-    rooms = PLANNING | {"shardmerge.mapping.reader", "shardmerge.mapping.resolve"}
+    rooms = PLANNING | {f"shardmerge.mapping.{room}" for room in ("node_reader", "reader", "resolve")}
     found = imported("plan", folder / "mapping.yaml")
     check(found, libraries={"click", "yaml"}, heavy=set(), rooms=rooms)
 

@@ -107,7 +107,7 @@ def test_shapes_count_too(tmp_path: Path) -> None:
 def test_the_table_is_sound() -> None:
     known = list_presets()
     for layout in LAYOUTS:
-        for text in [name for mark in layout.marks for name in mark.names] + list(layout.without):
+        for text in [name for tensor in layout.tensors for name in tensor.names] + list(layout.without):
             assert Template.parse(text)
         for road in layout.roads:
             assert road.preset in known, road.preset

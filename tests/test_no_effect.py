@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 import shardmerge as sm
@@ -264,4 +265,19 @@ def test_yaml_beside_weights_that_refers_to_itself_is_refused(tmp_path: Path) ->
     )
     with pytest.raises(sm.ShardmergeError) as caught:
         sm.plan(tmp_path / "m.yaml")
-    assert caught.value.code in ("bad-yaml", "yaml-anchor")
+    assert caught.value.code == "bad-yaml"
+
+
+def test_formulas_read_a_model_config_as_yaml_does(tmp_path: Path) -> None:
+    """The target and the formulas go by one reader, which takes an alias of a scalar as every YAML library does."""
+    text = "n_head: &heads 4\nn_query_groups: *heads\nrope: {base: 1.0e+1}\n"
+    (tmp_path / "model_config.yaml").write_text(text)
+    torch.save({"weight": torch.zeros(16, 2)}, tmp_path / "lit_model.pth")
+    rules = "".join(
+        f"  {name}: {{op: slice, of: lit:weight, stop: lit.model_config.{name}}}\n"
+        for name in ("n_query_groups", "rope.base")
+    )
+    (tmp_path / "m.yaml").write_text(f"shardmerge: 1\nsources: {{lit: {tmp_path}}}\noutput: o\ntensors:\n{rules}")
+    config = yaml.safe_load(text)
+    found = {tensor.name: tensor.shape[0] for tensor in sm.plan(tmp_path / "m.yaml").tensors()}
+    assert found == {"n_query_groups": config["n_query_groups"], "rope.base": config["rope"]["base"]}

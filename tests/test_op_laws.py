@@ -26,7 +26,7 @@ from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
-from shardmerge.ops.contract import Gathered, Meta, Mirror, Move, Op, OpKind, Scattered, Value
+from shardmerge.ops.contract import Gathered, Meta, Mirror, Move, Op, OpKind, ParamValue, Scattered
 from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
 from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
@@ -44,7 +44,7 @@ Shape = tuple[int, ...]
 class Case:
     """Parameters of an op and the shapes of its inputs, and their types where the op takes no others."""
 
-    params: dict[str, Value]
+    params: dict[str, ParamValue]
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...] = ()
 
@@ -109,7 +109,7 @@ MOVES = [
 ]
 
 
-def build(kind: OpKind, params: dict[str, Value]) -> Op:
+def build(kind: OpKind, params: dict[str, ParamValue]) -> Op:
     """Makes an op as a mapping does, defaults filled in."""
     defaults = {param.name: param.default for param in kind.params if param.default is not None}
     return kind.build({"salt": "", **defaults, **params})
@@ -374,11 +374,11 @@ def _undone(kind: OpKind, case: Case, inputs: Sequence[TensorEntry]) -> list[Ten
             raise AssertionError(kind.name)
 
 
-def _text(value: Value) -> str:
+def _text(value: ParamValue) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _value(text: str) -> Value:
+def _value(text: str) -> ParamValue:
     return tuple(int(word) for word in text[1:-1].split(",")) if text.startswith("[") else int(text)
 
 

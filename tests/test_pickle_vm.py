@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 import shardmerge.errors
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import Global, Opaque, StorageRef, TensorRef, interpret, interpret_at
+from shardmerge.sources.pickle_values import Global, Opaque, StorageRef, TensorRef
+from shardmerge.sources.pickle_vm import interpret, interpret_at
 
 PROTOCOLS = (2, 3, 4, 5)
 

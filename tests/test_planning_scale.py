@@ -17,7 +17,7 @@ import pytest
 import shardmerge as sm
 from benchmarks.harness import answer, measure, succeed
 from shardmerge.plan.value import Plan
-from shardmerge.sources import pickle_vm
+from shardmerge.sources.pickle_machine import Machine
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, Piece
 
@@ -82,9 +82,9 @@ def test_pieces_are_made_when_asked_for(many: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts pickles that are interpreted, files that are opened, reads and bytes."""
     counts: Counter[str] = Counter()
-    run, opened, read = pickle_vm._Machine.run, SourceFile.__init__, SourceFile.read_into
+    run, opened, read = Machine.run, SourceFile.__init__, SourceFile.read_into
 
-    def counting_run(self: pickle_vm._Machine) -> None:
+    def counting_run(self: Machine) -> None:
         counts["pickles"] += 1
         run(self)
 
@@ -97,7 +97,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["bytes"] += len(out)
         read(self, offset, out)
 
-    monkeypatch.setattr(pickle_vm._Machine, "run", counting_run)
+    monkeypatch.setattr(Machine, "run", counting_run)
     monkeypatch.setattr(SourceFile, "__init__", counting_open)
     monkeypatch.setattr(SourceFile, "read_into", counting_read)
     return counts

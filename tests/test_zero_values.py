@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
 from shardmerge.sources.deepspeed_values import number, place, rounded, spread
-from shardmerge.sources.pickle_vm import Global, Opaque
+from shardmerge.sources.pickle_values import Global, Opaque
 from shardmerge.sources.value_digest import value_digest
 from tests.conftest import GOLDEN, read_all, same_values
 
@@ -154,7 +154,7 @@ def test_rounding_has_the_bits_of_torch(name: str) -> None:
 
 
 def test_places_of_sampled_elements() -> None:
-    from shardmerge.sources.pickle_vm import StorageRef, TensorRef
+    from shardmerge.sources.pickle_values import StorageRef, TensorRef
 
     base = torch.arange(120).reshape(6, 20)
     for view in (base, base.t(), base[1:, ::3], base[2], base[:, 4:5]):

@@ -14,8 +14,8 @@ from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
+from shardmerge.tensors.file_roles import CONFIG
 
-_CONFIG = "config.json"
 # Input embeddings and heads over the vocabulary, as transformers calls them, by the end of their names.
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight",
@@ -63,7 +63,7 @@ class Base:
     @classmethod
     def of(cls, name: str, catalog: Catalog, read: ReadSideFile) -> Base:
         """Returns an untouched base."""
-        config = load_object(catalog.side_files[_CONFIG], read) if _CONFIG in catalog.side_files else {}
+        config = load_object(catalog.side_files[CONFIG], read) if CONFIG in catalog.side_files else {}
         return cls(name, catalog, catalog, config)
 
     @property

@@ -8,23 +8,29 @@ from collections.abc import Iterator
 from shardmerge.errors import MappingError
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parts import Parts
+from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.near import count, listed
-from shardmerge.targets.adapter_config import NAME, AdapterConfig, last_names, layer_of
+from shardmerge.targets.adapter_config import AdapterConfig, last_names, layer_of
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def incomplete(config: AdapterConfig, parts: Parts, base: Base, places: Places, path: str) -> Iterator[MappingError]:
+def incomplete(
+    config: AdapterConfig, parts: AdapterTensors, base: Base, places: Places, path: str
+) -> Iterator[MappingError]:
     """Yields what the config promises and the tensors do not hold, and the reverse."""
     low_rank = [module for module, held in parts.modules.items() if set(held) != {"tokens"}]
     if config.targets and not low_rank:
-        yield _missing(f"{NAME} names target_modules, and no tensor is one of LoRA", list(config.targets), path)
+        yield _missing(
+            f"{ADAPTER_CONFIG} names target_modules, and no tensor is one of LoRA", list(config.targets), path
+        )
     if config.targets and (gone := sorted(_left_unadapted(config, low_rank, base, places))):
-        what = f"{count(len(gone), 'module')} that {NAME} names have no tensors, though their like in other layers do"
+        named = f"{count(len(gone), 'module')} that {ADAPTER_CONFIG} names"
+        what = f"{named} have no tensors, though their like in other layers do"
         yield _missing(what, gone, path)
     if gone := sorted(_left_unsaved(config, parts, base, places)):
-        yield _missing(f"{NAME} says modules_to_save, and their weights are not there", gone, path)
+        yield _missing(f"{ADAPTER_CONFIG} says modules_to_save, and their weights are not there", gone, path)
     yield from _magnitudes(config, parts, low_rank, path)
 
 
@@ -34,7 +40,7 @@ def _missing(what: str, names: list[str], path: str) -> MappingError:
         f"{what}: {listed(names, 3)}",
         where=path,
         hint="fetch or save the adapter again, whole; if these were never trained, write the names that were into "
-        f"{NAME} (target_modules, modules_to_save)",
+        f"{ADAPTER_CONFIG} (target_modules, modules_to_save)",
     )
 
 
@@ -57,7 +63,7 @@ def _left_unadapted(config: AdapterConfig, adapted: list[str], base: Base, place
         yield module
 
 
-def _left_unsaved(config: AdapterConfig, parts: Parts, base: Base, places: Places) -> Iterator[str]:
+def _left_unsaved(config: AdapterConfig, parts: AdapterTensors, base: Base, places: Places) -> Iterator[str]:
     """Names that the base does not have are peft's own additions (``classifier`` and ``score`` for every head)."""
     held = {one.rpartition(".")[0] for one in parts.whole}
     for name in base.catalog.entries:
@@ -69,13 +75,15 @@ def _left_unsaved(config: AdapterConfig, parts: Parts, base: Base, places: Place
             yield module
 
 
-def _magnitudes(config: AdapterConfig, parts: Parts, low_rank: list[str], path: str) -> Iterator[MappingError]:
+def _magnitudes(config: AdapterConfig, parts: AdapterTensors, low_rank: list[str], path: str) -> Iterator[MappingError]:
     if config.dora and (gone := [module for module in low_rank if "magnitude" not in parts.modules[module]]):
-        yield _missing(f"{NAME} says use_dora, and {count(len(gone), 'module')} have no magnitude", gone, path)
+        yield _missing(
+            f"{ADAPTER_CONFIG} says use_dora, and {count(len(gone), 'module')} have no magnitude", gone, path
+        )
     if config.dora is False and (odd := [module for module in low_rank if "magnitude" in parts.modules[module]]):
         yield MappingError(
             "adapter-setting",
-            f"{NAME} says use_dora: false, and there are magnitudes of DoRA: {listed(odd, 3)}",
+            f"{ADAPTER_CONFIG} says use_dora: false, and there are magnitudes of DoRA: {listed(odd, 3)}",
             where=path,
-            hint=f"set use_dora to true in {NAME}, if the run was one of DoRA",
+            hint=f"set use_dora to true in {ADAPTER_CONFIG}, if the run was one of DoRA",
         )

@@ -8,8 +8,8 @@ from shardmerge.mapping.near import listed
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, ReadSideFile
+from shardmerge.tensors.file_roles import CONFIG
 
-_CONFIG = "config.json"
 # A tokenizer is a set of files: all are the adapter's, or all the base's. Its chat template is that of the run.
 _TOKENIZER = (
     "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
@@ -48,8 +48,8 @@ def files_beside(
     if processor := _chosen(adapter.side_files, _PROCESSORS):
         files |= processor
         warnings.append(f"{source}: {listed(list(processor))} beside the adapter taken, not that of {onto}")
-    if config and _CONFIG in adapter.side_files:
-        own = load_object(adapter.side_files[_CONFIG], read)
+    if config and CONFIG in adapter.side_files:
+        own = load_object(adapter.side_files[CONFIG], read)
         odd = sorted(key for key in own.keys() & config.keys() - _OF_NO_WEIGHT if own[key] != config[key])
         if odd and "model_type" not in odd:  # the config of a model around the base is its target's matter
             warnings.append(

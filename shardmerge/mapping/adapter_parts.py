@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.near import count, did_you_mean, listed, shown
+from shardmerge.mapping.near import count, did_you_mean, listed, printable
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
 from shardmerge.tensors.packed import packed_weights
@@ -48,7 +48,7 @@ _FOREIGN = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class AdapterTensors:
     """An adapter's tensors.
 
     Attributes
@@ -80,7 +80,7 @@ def foreign_names(names: Collection[str]) -> list[str]:
     return [name for name in names if _FOREIGN.search(name)]
 
 
-def sort_adapter(spec: AdapterSpec, catalog: Catalog) -> Parts:
+def sort_adapter(spec: AdapterSpec, catalog: Catalog) -> AdapterTensors:
     """Returns the parts of the adapter that a spec means.
 
     Raises
@@ -100,7 +100,7 @@ class _Sort:
     spec: AdapterSpec
     catalog: Catalog
     saved: bool
-    parts: Parts = field(default_factory=Parts)
+    parts: AdapterTensors = field(default_factory=AdapterTensors)
     adapters: dict[str, str] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
@@ -184,8 +184,8 @@ class _Sort:
                 "several-adapters",
                 f"{source} holds {len(self.adapters)} adapters: {listed(sorted(self.adapters))}",
                 where=where,
-                found=" and ".join(shown(name) for name in list(self.adapters.values())[:2]),
-                hint=f"say which one under `adapters:`, such as `name: {shown(min(self.adapters))}`",
+                found=" and ".join(printable(name) for name in list(self.adapters.values())[:2]),
+                hint=f"say which one under `adapters:`, such as `name: {printable(min(self.adapters))}`",
             )
         if wanted and wanted not in self.adapters and self.parts.used:
             self._unknown(wanted, where)
@@ -198,10 +198,10 @@ class _Sort:
         held = sorted(self.adapters)
         raise MappingError(
             "unknown-adapter",
-            f"{self.spec.source.source} holds no adapter called {shown(wanted)}",
+            f"{self.spec.source.source} holds no adapter called {printable(wanted)}",
             where=where,
             found=listed(held) if held else "names without an adapter's name, as save_pretrained writes them",
-            hint=(did_you_mean(wanted, held) or f"say `name: {shown(held[0])}`") if held else "remove `name:`",
+            hint=(did_you_mean(wanted, held) or f"say `name: {printable(held[0])}`") if held else "remove `name:`",
         )
 
 

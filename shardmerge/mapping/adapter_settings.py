@@ -13,14 +13,15 @@ from math import isfinite, sqrt
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.adapter_config import NAME, AdapterConfig, read_config
+from shardmerge.targets.adapter_config import AdapterConfig, read_adapter_config
 from shardmerge.targets.architectures import load_object
 from shardmerge.targets.training_config import LoraFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AdapterSettings:
     """What is known of an adapter: its config, the training config's or none, with the mapping's words over it.
 
     Attributes
@@ -74,36 +75,36 @@ class Settings:
         return alpha / sqrt(rank) if config.rslora else alpha / rank
 
 
-def read_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFile) -> Settings:
+def read_adapter_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFile) -> AdapterSettings:
     """Returns what the adapter's own config says, and the mapping over it.
 
     Raises
     ------
     MappingError
-        Those of ``read_config``. ``odd-setting``: a value of the mapping that is no number.
+        Those of ``read_adapter_config``. ``odd-setting``: a value of the mapping that is no number.
     """
-    found = Settings()
-    if NAME in catalog.side_files:
-        extent = catalog.side_files[NAME]
-        found = Settings(read_config(load_object(extent, read), extent.file), NAME)
+    found = AdapterSettings()
+    if ADAPTER_CONFIG in catalog.side_files:
+        extent = catalog.side_files[ADAPTER_CONFIG]
+        found = AdapterSettings(read_adapter_config(load_object(extent, read), extent.file), ADAPTER_CONFIG)
     elif catalog.training_config:
         found = _from_training(spec, catalog)
     return _overridden(found, spec)
 
 
-def _from_training(spec: AdapterSpec, catalog: Catalog) -> Settings:
+def _from_training(spec: AdapterSpec, catalog: Catalog) -> AdapterSettings:
     facts = read_training_config(catalog.training_config)
     vision = spec.source.template.text.startswith("visual_encoder.")
     lora: LoraFacts | None = facts.visual_encoder_lora if vision else facts.llm_lora
     if lora is None:
-        return Settings()
+        return AdapterSettings()
     config = AdapterConfig(
         lora.alpha, lora.r, lora.use_rslora, lora.fan_in_fan_out, lora.rank_pattern, lora.alpha_pattern
     )
-    return Settings(config, "the training config")
+    return AdapterSettings(config, "the training config")
 
 
-def _overridden(found: Settings, spec: AdapterSpec) -> Settings:
+def _overridden(found: AdapterSettings, spec: AdapterSpec) -> AdapterSettings:
     said = spec.settings
     numbers = {key: _said_number(said[key], key, spec) for key in ("r", "alpha") if key in said}
     flags = {key: _said_flag(said[key], key, spec) for key in ("rslora", "fan_in_fan_out") if key in said}
@@ -113,7 +114,7 @@ def _overridden(found: Settings, spec: AdapterSpec) -> Settings:
     if "r" in numbers:
         config = replace(config, rank=int(numbers["r"]), rank_pattern={})
     config = replace(config, rslora=flags.get("rslora", config.rslora))
-    return Settings(config, "the mapping" if numbers else found.said_by, flags.get("fan_in_fan_out"))
+    return AdapterSettings(config, "the mapping" if numbers else found.said_by, flags.get("fan_in_fan_out"))
 
 
 def _said_number(text: str, key: str, spec: AdapterSpec) -> float:
@@ -147,7 +148,7 @@ def _pattern(patterns: Mapping[str, float], module: str) -> float | None:
                 "a rank or alpha pattern is more than a module's name",
                 found=key[:80],
                 expected="names such as `self_attn.q_proj`",
-                hint=f'write a line for each module into {NAME}, such as "{module}": {value}',
+                hint=f'write a line for each module into {ADAPTER_CONFIG}, such as "{module}": {value}',
             )
         if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
             return value

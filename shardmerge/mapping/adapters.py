@@ -13,16 +13,16 @@ from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
 from shardmerge.mapping.adapter_names import Places, without_base
-from shardmerge.mapping.adapter_parts import PREFIX, Parts, foreign_error, foreign_names, sort_adapter
-from shardmerge.mapping.adapter_settings import Settings, read_settings
+from shardmerge.mapping.adapter_parts import PREFIX, AdapterTensors, foreign_error, foreign_names, sort_adapter
+from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
 from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.shown import inspecting
-from shardmerge.targets.adapter_config import NAME as CONFIG
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 from shardmerge.tensors.packed import packed_places, packed_weights, titles
 
 
@@ -53,7 +53,7 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
     MappingError
         All problems at once: ``not-an-adapter``, ``adapter-without-base``, ``adapter-incomplete``, ``unknown-alpha``,
         ``adapter-rank``, ``adapter-shape``, ``adapters-clash``, ``packed-weights``, ``op-shape``, ``tied-embeddings``,
-        ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_settings`` and ``sort_adapter``.
+        ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_adapter_settings`` and ``sort_adapter``.
     """
     bases: dict[str, Base] = {}
     used = set[tuple[str, str]]()
@@ -64,7 +64,7 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
             continue  # declared `required: false`, and not there
         try:
             before = bases[name] if name in bases else Base.of(name, catalogs[name], read)
-            work = _Merge(spec, catalogs[spec.source.source], before, read)
+            work = _AdapterMerge(spec, catalogs[spec.source.source], before, read)
             bases[name] = work.merged()
             used |= {(spec.source.source, one) for one in work.parts.used}
         except ShardmergeError as error:
@@ -75,24 +75,24 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
 
 
 @dataclass(slots=True)
-class _Merge:
+class _AdapterMerge:
     """One adapter on its way into its base."""
 
     spec: AdapterSpec
     adapter: Catalog
     base: Base
     read: ReadSideFile
-    parts: Parts = field(default_factory=Parts)
-    settings: Settings = field(default_factory=Settings)
+    parts: AdapterTensors = field(default_factory=AdapterTensors)
+    settings: AdapterSettings = field(default_factory=AdapterSettings)
 
     def merged(self) -> Base:
         """Returns the base with the adapter in it, as it is where there is nothing to merge and that is allowed."""
-        if CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
-            self.settings = read_settings(self.spec, self.adapter, self.read)
+        if ADAPTER_CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
+            self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         self.parts = sort_adapter(self.spec, self.adapter)
         if not self.parts.modules and not self.parts.whole:
             return self._nothing()
-        self.settings = read_settings(self.spec, self.adapter, self.read)
+        self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
         places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)

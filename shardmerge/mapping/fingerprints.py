@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class KnownTensor:
     """A tensor that a layout has.
 
     Attributes
@@ -70,7 +70,7 @@ class Layout:
     ----------
     name
         For people.
-    marks
+    tensors
         All of them must be there.
     without
         Templates that no name may match.
@@ -81,14 +81,14 @@ class Layout:
     """
 
     name: str
-    marks: tuple[Mark, ...]
+    tensors: tuple[KnownTensor, ...]
     roads: tuple[Road, ...]
     without: tuple[str, ...] = ()
     wants: tuple[Want, ...] = ()
 
 
-def _mark(*names: str, rank: int | None = None) -> Mark:
-    return Mark(names, rank)
+def _tensor(*names: str, rank: int | None = None) -> KnownTensor:
+    return KnownTensor(names, rank)
 
 
 _LLM = Want("llm", "the LLM's config.json and tokenizer come from it, and every weight that was not trained")
@@ -100,32 +100,32 @@ _TO_HF = "model.layers.{i:int}.self_attn.q_proj.weight"
 LAYOUTS = (
     Layout(
         "XTuner LLaVA",
-        (_mark("projector.model.{i:int}.weight", rank=2),),
+        (_tensor("projector.model.{i:int}.weight", rank=2),),
         (Road("xtuner/llava-to-hf"), Road("xtuner/llava-to-official"), Road("xtuner/llava-to-xtuner")),
         wants=(_LLM, _VISION),
     ),
     Layout(
         "LLM or adapter of XTuner's LLaVA, LoRA",
-        (_mark("{part:llm|visual_encoder}.base_model.model.{rest...}.lora_A.default.weight", rank=2),),
+        (_tensor("{part:llm|visual_encoder}.base_model.model.{rest...}.lora_A.default.weight", rank=2),),
         (Road("peft/export"),),
     ),
     Layout(
         "official LLaVA (LlavaLlamaForCausalLM)",
-        (_mark(_TO_HF, rank=2), _mark("model.mm_projector.{rest...}")),
+        (_tensor(_TO_HF, rank=2), _tensor("model.mm_projector.{rest...}")),
         _LLAVA[:1],
         without=("model.image_newline",),
         wants=(_TOWER,),
     ),
     Layout(
         "official LLaVA with an image_newline (LLaVA-NeXT, or 1.5 of later code)",
-        (_mark(_TO_HF, rank=2), _mark("model.mm_projector.{rest...}"), _mark("model.image_newline", rank=1)),
+        (_tensor(_TO_HF, rank=2), _tensor("model.mm_projector.{rest...}"), _tensor("model.image_newline", rank=1)),
         _LLAVA,
         wants=(_TOWER,),
     ),
     Layout(
         "projector of an official LLaVA (mm_projector.bin, non_lora_trainables.bin)",
         (
-            _mark(
+            _tensor(
                 "model.mm_projector.{rest...}",
                 "base_model.model.model.mm_projector.{rest...}",
                 "model.model.mm_projector.{rest...}",
@@ -138,9 +138,9 @@ LAYOUTS = (
     Layout(
         "Hugging Face LLaVA, legacy names (transformers 4.36 to 4.51, and what 4.52 to 4.57 save)",
         (
-            _mark("language_model.model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
-            _mark("multi_modal_projector.linear_1.weight", rank=2),
-            _mark(
+            _tensor("language_model.model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _tensor("multi_modal_projector.linear_1.weight", rank=2),
+            _tensor(
                 "vision_tower.vision_model.encoder.layers.{i:int}.{rest...}",
                 "vision_tower.encoder.layers.{i:int}.{rest...}",
             ),
@@ -150,24 +150,24 @@ LAYOUTS = (
     Layout(
         "Hugging Face LLaVA, names of transformers 4.52 to 5.5",
         (
-            _mark("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
-            _mark("model.multi_modal_projector.linear_1.weight", rank=2),
-            _mark("model.vision_tower.vision_model.{rest...}"),
+            _tensor("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _tensor("model.multi_modal_projector.linear_1.weight", rank=2),
+            _tensor("model.vision_tower.vision_model.{rest...}"),
         ),
         (Road("llava/hf-to-legacy"), Road("llava/hf-to-5.6"), Road("llava/hf-to-official")),
     ),
     Layout(
         "Hugging Face LLaVA, names of transformers 5.6 and later",
         (
-            _mark("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
-            _mark("model.multi_modal_projector.linear_1.weight", rank=2),
-            _mark("model.vision_tower.encoder.layers.{i:int}.{rest...}"),
+            _tensor("model.language_model.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _tensor("model.multi_modal_projector.linear_1.weight", rank=2),
+            _tensor("model.vision_tower.encoder.layers.{i:int}.{rest...}"),
         ),
         (Road("llava/hf-to-legacy"), Road("llava/hf-to-4.52"), Road("llava/hf-to-official")),
     ),
     Layout(
         "Hugging Face LLaMA (Mistral, Qwen2)",
-        (_mark(_TO_HF, rank=2), _mark("model.embed_tokens.weight", rank=2)),
+        (_tensor(_TO_HF, rank=2), _tensor("model.embed_tokens.weight", rank=2)),
         (
             Road("llama/hf-to-meta"),
             Road("llama/hf-to-torchtune", to="torchtune"),
@@ -179,49 +179,49 @@ LAYOUTS = (
     Layout(
         "Hugging Face Phi-3, fused",
         (
-            _mark("model.layers.{i:int}.self_attn.qkv_proj.weight", rank=2),
-            _mark("model.layers.{i:int}.mlp.gate_up_proj.weight", rank=2),
+            _tensor("model.layers.{i:int}.self_attn.qkv_proj.weight", rank=2),
+            _tensor("model.layers.{i:int}.mlp.gate_up_proj.weight", rank=2),
         ),
         (Road("llama/phi3-to-llama"), Road("llama/hf-to-torchtune-phi3", to="torchtune")),
     ),
     Layout(
         "Meta's LLaMA (consolidated.NN.pth)",
-        (_mark("{r:02}.layers.{i:int}.attention.wq.weight", rank=2), _mark("{r:02}.tok_embeddings.weight", rank=2)),
+        (_tensor("{r:02}.layers.{i:int}.attention.wq.weight", rank=2), _tensor("{r:02}.tok_embeddings.weight", rank=2)),
         (Road("llama/meta-to-hf"),),
     ),
     Layout(
         "torchtune",
-        (_mark("layers.{i:int}.attn.q_proj.weight", rank=2), _mark("tok_embeddings.weight", rank=2)),
+        (_tensor("layers.{i:int}.attn.q_proj.weight", rank=2), _tensor("tok_embeddings.weight", rank=2)),
         (Road("llama/torchtune-to-hf"), Road("llama/torchtune-phi3-to-hf")),
     ),
     Layout(
         "LoRA adapter of torchtune",
-        (_mark("layers.{i:int}.{part:attn|mlp}.{name}.lora_a.weight", rank=2),),
+        (_tensor("layers.{i:int}.{part:attn|mlp}.{name}.lora_a.weight", rank=2),),
         (Road("llama/torchtune-lora-to-hf", role="adapter"),),
     ),
     Layout(
         "litgpt",
         (
-            _mark("transformer.h.{i:int}.attn.{kind:qkv|attn}.weight", rank=2),
-            _mark("transformer.wte.weight", rank=2),
+            _tensor("transformer.h.{i:int}.attn.{kind:qkv|attn}.weight", rank=2),
+            _tensor("transformer.wte.weight", rank=2),
         ),
         (Road("llama/litgpt-to-hf"),),
     ),
     Layout(
         "Megatron-Core",
-        (_mark("{t:int}.{p:int}.decoder.layers.{i:int}.self_attention.linear_qkv.weight", rank=2),),
+        (_tensor("{t:int}.{p:int}.decoder.layers.{i:int}.self_attention.linear_qkv.weight", rank=2),),
         (Road("llama/megatron-to-hf"),),
         wants=(Want("base", "Megatron keeps no config.json and no tokenizer"),),
     ),
     Layout(
         "OpenAI's CLIP, open_clip",
         (
-            _mark(
+            _tensor(
                 "visual.transformer.resblocks.{i:int}.attn.in_proj_weight",
                 "module.visual.transformer.resblocks.{i:int}.attn.in_proj_weight",
                 rank=2,
             ),
-            _mark("visual.conv1.weight", "module.visual.conv1.weight", rank=4),
+            _tensor("visual.conv1.weight", "module.visual.conv1.weight", rank=4),
         ),
         (Road("clip/open-clip-to-hf"),),
         wants=(Want("config", "there is no open_clip_config.json", unless_file="open_clip_config.json"),),
@@ -229,15 +229,15 @@ LAYOUTS = (
     Layout(
         "Hugging Face CLIP",
         (
-            _mark("vision_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
-            _mark("text_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _tensor("vision_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
+            _tensor("text_model.encoder.layers.{i:int}.self_attn.q_proj.weight", rank=2),
         ),
         (Road("clip/hf-to-open-clip", to="open_clip"), Road("clip/hf-to-vision")),
     ),
     Layout(
         "Hugging Face CLIP vision tower",
         (
-            _mark(
+            _tensor(
                 "vision_model.encoder.layers.{i:int}.self_attn.q_proj.weight",
                 "encoder.layers.{i:int}.self_attn.q_proj.weight",
                 rank=2,
@@ -249,16 +249,16 @@ LAYOUTS = (
     Layout(
         "InternVL (InternVLChatModel)",
         (
-            _mark("vision_model.encoder.layers.{i:int}.attn.qkv.weight", rank=2),
-            _mark("mlp1.{i:int}.weight"),
-            _mark("language_model.{rest...}"),
+            _tensor("vision_model.encoder.layers.{i:int}.attn.qkv.weight", rank=2),
+            _tensor("mlp1.{i:int}.weight"),
+            _tensor("language_model.{rest...}"),
         ),
         (Road("internvl/original-to-hf"),),
     ),
     Layout(
         "PEFT adapter",
         (
-            _mark(
+            _tensor(
                 "base_model.model.{rest...}.lora_A.weight",
                 "base_model.model.{rest...}.lora_A.default.weight",
                 rank=2,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
-from shardmerge.mapping.fingerprints import LAYOUTS, Layout, Mark, Road, Want
+from shardmerge.mapping.fingerprints import LAYOUTS, KnownTensor, Layout, Road, Want
 from shardmerge.mapping.near import count, did_you_mean, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
@@ -25,7 +25,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "wo
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class FittingRoad:
     """A layout that fits, a preset from there, and what that makes."""
 
     layout: Layout
@@ -67,14 +67,14 @@ def recognise(catalog: Catalog) -> tuple[Layout, ...]:
 def _fits(layout: Layout, names: list[str], catalog: Catalog) -> bool:
     if any(next(_matching(text, names), "") for text in layout.without):
         return False
-    return all(_has(mark, names, catalog) for mark in layout.marks)
+    return all(_has(tensor, names, catalog) for tensor in layout.tensors)
 
 
-def _has(mark: Mark, names: list[str], catalog: Catalog) -> bool:
-    for text in mark.names:
+def _has(known: KnownTensor, names: list[str], catalog: Catalog) -> bool:
+    for text in known.names:
         for name in _matching(text, names):
             entry = catalog[name]
-            if mark.rank is None or (len(entry.shape) == mark.rank and entry.dtype.kind == "float"):
+            if known.rank is None or (len(entry.shape) == known.rank and entry.dtype.kind == "float"):
                 return True
     return False
 
@@ -84,7 +84,7 @@ def _matching(text: str, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if template.match(name) is not None)
 
 
-def candidates(catalog: Catalog) -> tuple[Candidate, ...]:
+def candidates(catalog: Catalog) -> tuple[FittingRoad, ...]:
     """Returns every way from here; a preset that does not come with this version is none."""
     known = list_presets()
     found = []
@@ -93,11 +93,11 @@ def candidates(catalog: Catalog) -> tuple[Candidate, ...]:
             if road.preset in known:
                 preset = load_preset(road.preset)
                 to = road.to or (preset.target.name if preset.target else preset.name)
-                found.append(Candidate(layout, road, preset, to))
+                found.append(FittingRoad(layout, road, preset, to))
     return tuple(found)
 
 
-def choose(catalog: Catalog, to: str) -> Candidate:
+def choose(catalog: Catalog, to: str) -> FittingRoad:
     """Returns the one way that leads to ``to``.
 
     Parameters
@@ -142,7 +142,7 @@ def choose(catalog: Catalog, to: str) -> Candidate:
     return left[0]
 
 
-def _layouts(found: Iterable[Candidate]) -> str:
+def _layouts(found: Iterable[FittingRoad]) -> str:
     return "; ".join(dict.fromkeys(one.layout.name for one in found))
 
 
@@ -186,13 +186,13 @@ def propose(checkpoint: Found, bases: Mapping[str, Found], to: str = "", out: st
             what = f"the preset {preset.name} has no use for a base {name!r}"
             hint = did_you_mean(name, others)
             raise UsageError("unknown-source", what, expected=", ".join(others), hint=hint)
-    writer = _Writer(chosen, own, {own: checkpoint, **bases})
+    writer = _MappingWriter(chosen, own, {own: checkpoint, **bases})
     return Proposal("\n".join(writer.lines(out)) + "\n", tuple(writer.notes()))
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
-    chosen: Candidate
+class _MappingWriter:
+    chosen: FittingRoad
     own: str
     found: Mapping[str, Found]
 

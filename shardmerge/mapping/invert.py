@@ -53,7 +53,7 @@ _Way: TypeAlias = _Name | _Undone
 
 
 @dataclass(slots=True)
-class _Parts:
+class _Siblings:
     """Siblings that are undone together."""
 
     rule: Rule
@@ -87,7 +87,7 @@ class _Back:
     source: str
     rules: dict[str, _Way] = field(default_factory=dict)
     drops: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, _Parts] = field(default_factory=dict)
+    parts: dict[str, _Siblings] = field(default_factory=dict)
     problems: list[ShardmergeError] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class _Back:
             self._gather_counted(rule, term, take, number)
             return
         key = json.dumps([term.kind.name, texts, _shown(term.inputs[0])])
-        parts = self.parts.setdefault(key, _Parts(rule, term, number))
+        parts = self.parts.setdefault(key, _Siblings(rule, term, number))
         if not take.isdigit():
             self.refuse(rule, f"which part it takes is only known as `{take}`")
         parts.found[int(take) if take.isdigit() else -1] = way

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.mapping.arithmetic import Formula
-from shardmerge.mapping.pattern import Capture, Part, Template, segment_takes
+from shardmerge.mapping.pattern import Capture, Template, TemplatePart, segment_takes
 
-_Segment: TypeAlias = tuple[Part, ...]
+_SegmentParts: TypeAlias = tuple[TemplatePart, ...]
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
@@ -33,7 +33,7 @@ def effective(target: Template, sources: Sequence[Template]) -> Template:
     return target if parts == target.parts else replace(target, parts=parts, text=repr(parts))
 
 
-def _narrowed(part: Part, sources: Sequence[Template]) -> Part:
+def _narrowed(part: TemplatePart, sources: Sequence[Template]) -> TemplatePart:
     if not isinstance(part, Capture) or part.kind != "text":
         return part
     every = [one for each in sources for one in each.parts if isinstance(one, Capture) and one.name == part.name]
@@ -83,8 +83,8 @@ def _ends_fit(general: Template, narrow: Template) -> bool:
     return narrow.head.startswith(general.head) or general.head.startswith(narrow.head)
 
 
-def _segments(template: Template) -> list[_Segment]:
-    segments: list[list[Part]] = [[]]
+def _segments(template: Template) -> list[_SegmentParts]:
+    segments: list[list[TemplatePart]] = [[]]
     for part in template.parts:
         if not isinstance(part, str):
             segments[-1].append(part)
@@ -97,7 +97,7 @@ def _segments(template: Template) -> list[_Segment]:
     return [tuple(segment) for segment in segments]
 
 
-def _cut(segments: list[_Segment]) -> tuple[list[_Segment], bool, list[_Segment]]:
+def _cut(segments: list[_SegmentParts]) -> tuple[list[_SegmentParts], bool, list[_SegmentParts]]:
     """Returns what stands before a ``...`` capture, whether there is one, and what stands behind it."""
     for index, segment in enumerate(segments):
         if len(segment) == 1 and _kind(segment[0]) == "rest":
@@ -105,11 +105,11 @@ def _cut(segments: list[_Segment]) -> tuple[list[_Segment], bool, list[_Segment]
     return segments, False, []
 
 
-def _kind(part: Part) -> str:
+def _kind(part: TemplatePart) -> str:
     return part.kind if isinstance(part, Capture) else "int" if isinstance(part, Formula) else ""
 
 
-def _takes(general: _Segment, narrow: _Segment) -> bool:
+def _takes(general: _SegmentParts, narrow: _SegmentParts) -> bool:
     """Tells whether a segment takes every text that another one takes."""
     if len(general) == 1 and _kind(general[0]) in ("text", "each"):
         return bool(narrow)
@@ -118,7 +118,7 @@ def _takes(general: _Segment, narrow: _Segment) -> bool:
     return len(general) == len(narrow) and all(map(_part_takes, general, narrow))
 
 
-def _part_takes(general: Part, narrow: Part) -> bool:
+def _part_takes(general: TemplatePart, narrow: TemplatePart) -> bool:
     if isinstance(general, str):
         return general == narrow or (isinstance(narrow, Capture) and narrow.choices == (general,))
     if isinstance(general, Formula) or general.kind == "int":
@@ -135,12 +135,12 @@ def _part_takes(general: Part, narrow: Part) -> bool:
     return True
 
 
-def _words(part: Part) -> tuple[str, ...]:
+def _words(part: TemplatePart) -> tuple[str, ...]:
     """The texts that a part can be, where they are known."""
     return (part,) if isinstance(part, str) else part.choices if isinstance(part, Capture) else ()
 
 
-def _least(part: Part) -> int:
+def _least(part: TemplatePart) -> int:
     """The smallest number that a part can be; -1 where it need not be a number."""
     if _words(part):
         return 1 << 62

@@ -76,12 +76,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def listed(names: Collection[str], most: int = 5) -> str:
     """Returns ``a, b, c and 12 more``; a name with control characters is escaped, a very long one cut."""
-    first = [shown(name) for name, _ in zip(names, range(most), strict=False)]
+    first = [printable(name) for name, _ in zip(names, range(most), strict=False)]
     more = len(names) - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """Returns a name from a file as it can go to a terminal."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

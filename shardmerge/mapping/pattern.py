@@ -21,7 +21,7 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.yaml_nodes import Mark
 
-Kind: TypeAlias = Literal["text", "int", "choice", "rest", "each", "digits"]
+CaptureKind: TypeAlias = Literal["text", "int", "choice", "rest", "each", "digits"]
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{(?P<body>[^{}]*)\}|[^{}]+|[{}]")
 _BODY = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<rest>\.\.\.)?(?P<each>\*)?(?::(?P<kind>.*))?", re.ASCII | re.DOTALL)
@@ -54,7 +54,7 @@ class Capture:
     """
 
     name: str
-    kind: Kind
+    kind: CaptureKind
     choices: tuple[str, ...] = ()
     shift: int = 0
     width: int = 0
@@ -85,7 +85,7 @@ class Capture:
         return str(int(value) + self.shift) if self.shift else value
 
 
-Part: TypeAlias = str | Capture | Formula
+TemplatePart: TypeAlias = str | Capture | Formula
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Template:
     """
 
     text: str
-    parts: tuple[Part, ...]
+    parts: tuple[TemplatePart, ...]
     captures: tuple[str, ...]
     head: str
     tail: str
@@ -130,7 +130,7 @@ class Template:
             ``empty-template``, ``unpaired-brace``, ``bad-capture``, ``adjacent-captures``, ``two-rests``,
             ``rest-not-whole``, ``ambiguous-segment``.
         """
-        source = _Source(text, mark)
+        source = _TemplateText(text, mark)
         if not text:
             raise source.error("empty-template", "a template cannot be empty", 0)
         placed = tuple(_parts(source))
@@ -196,7 +196,7 @@ class Template:
         return "".join([_written(part, bindings, variables or {}) for part in self.parts])
 
 
-def _written(part: Part, bindings: Mapping[str, str], variables: Mapping[str, int]) -> str:
+def _written(part: TemplatePart, bindings: Mapping[str, str], variables: Mapping[str, int]) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Capture):
@@ -207,7 +207,7 @@ def _written(part: Part, bindings: Mapping[str, str], variables: Mapping[str, in
     return str(value)
 
 
-def segment_takes(parts: tuple[Part, ...], text: str) -> bool:
+def segment_takes(parts: tuple[TemplatePart, ...], text: str) -> bool:
     """Tells whether a dot-free piece of a template, without a ``...`` capture, matches a dot-free piece of a name."""
     segment = _segment(parts)
     return isinstance(segment, _Segment) and _read((segment,), [text], {})
@@ -260,7 +260,7 @@ def _read_shifted(captures: tuple[Capture, ...], texts: tuple[str, ...], found: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _TemplateText:
     text: str
     mark: Mark | None
 
@@ -269,10 +269,10 @@ class _Source:
         return MappingError(code, what, where=where, found=self.text[:200], hint=hint)
 
 
-_Placed: TypeAlias = tuple[int, Part]
+_Placed: TypeAlias = tuple[int, TemplatePart]
 
 
-def _parts(source: _Source) -> Iterator[_Placed]:
+def _parts(source: _TemplateText) -> Iterator[_Placed]:
     """Yields the parts with their offsets; neighbouring literals are joined."""
     start, literal = 0, ""
     for token in _TOKEN.finditer(source.text):
@@ -288,14 +288,14 @@ def _parts(source: _Source) -> Iterator[_Placed]:
         yield start, literal
 
 
-def _literal(token: re.Match[str], source: _Source) -> str:
+def _literal(token: re.Match[str], source: _TemplateText) -> str:
     text = token[0]
     if text in {"{", "}"}:
         raise source.error("unpaired-brace", f"a `{text}` without its partner", token.start())
     return text[0] if text in {"{{", "}}"} else text
 
 
-def _capture(body: str, offset: int, source: _Source) -> Capture | Formula:
+def _capture(body: str, offset: int, source: _TemplateText) -> Capture | Formula:
     shift = _SHIFT.fullmatch(body)
     if shift is not None:
         by = int(shift["by"])
@@ -334,7 +334,7 @@ def _segments(placed: tuple[_Placed, ...]) -> list[list[_Placed]]:
     return segments
 
 
-def _check(segments: list[list[_Placed]], source: _Source) -> None:
+def _check(segments: list[list[_Placed]], source: _TemplateText) -> None:
     for segment in segments:
         _check_segment(segment, source)
     rests = [offset for segment in segments for offset, part in segment if _is_rest(part)]
@@ -342,7 +342,7 @@ def _check(segments: list[list[_Placed]], source: _Source) -> None:
         raise source.error("two-rests", "a template can have one `...` capture", rests[1])
 
 
-def _check_segment(segment: list[_Placed], source: _Source) -> None:
+def _check_segment(segment: list[_Placed], source: _TemplateText) -> None:
     for (_, left), (offset, right) in pairwise(segment):
         if not isinstance(left, str) and not isinstance(right, str):
             raise source.error("adjacent-captures", "two captures need text between them", offset)
@@ -358,11 +358,11 @@ def _check_segment(segment: list[_Placed], source: _Source) -> None:
         raise source.error("ambiguous-segment", what, opened[1], "use {i:int} or {x:a|b} for one of the two")
 
 
-def _is_rest(part: Part) -> bool:
+def _is_rest(part: TemplatePart) -> bool:
     return isinstance(part, Capture) and part.kind == "rest"
 
 
-def _is_open(part: Part, after: Part | None) -> bool:
+def _is_open(part: TemplatePart, after: TemplatePart | None) -> bool:
     """Tells whether the text behind a capture leaves a choice of where the capture ends."""
     if isinstance(part, str):
         return False
@@ -376,7 +376,7 @@ def _is_open(part: Part, after: Part | None) -> bool:
     return True
 
 
-def _segment(parts: tuple[Part, ...]) -> _Segment | Capture:
+def _segment(parts: tuple[TemplatePart, ...]) -> _Segment | Capture:
     """Returns the matcher of one segment, or the ``...`` capture that is no single segment."""
     if parts and isinstance(parts[0], Capture) and parts[0].kind == "rest":
         return parts[0]
@@ -387,7 +387,7 @@ def _segment(parts: tuple[Part, ...]) -> _Segment | Capture:
     return _Segment("", re.compile("".join(map(_regex, parts)), re.DOTALL), captures, shifted)
 
 
-def _regex(part: Part) -> str:
+def _regex(part: TemplatePart) -> str:
     if isinstance(part, str):
         return re.escape(part)
     if isinstance(part, Formula):

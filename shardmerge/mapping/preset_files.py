@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError, raise_all
+from shardmerge.mapping.input_reader import read_adapters, read_variables
 from shardmerge.mapping.narrower import alike
 from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.reader import Reader
+from shardmerge.mapping.node_reader import NodeReader
+from shardmerge.mapping.output_reader import read_target
+from shardmerge.mapping.rule_reader import read_drops, read_rest, read_rules
 from shardmerge.mapping.spec import (
     AdapterSpec,
     Drop,
@@ -101,7 +104,7 @@ def load_preset(name: str) -> Preset:
         ``unknown-preset``.
     """
     text = read_preset(name)
-    reader = Reader(f"{name}{_SUFFIX}")
+    reader = NodeReader(f"{name}{_SUFFIX}")
     root = reader.table(read_yaml(text, reader.file), "a preset")
     fields = reader.fields(root, KEYS)
     reader.version(fields.get("preset"), "preset", root.mark)
@@ -111,18 +114,18 @@ def load_preset(name: str) -> Preset:
         reader.text(fields["title"], "title"),
         reader.text(fields["description"], "description"),
         roles,
-        reader.target(fields["target"]) if "target" in fields else None,
+        read_target(reader, fields["target"]) if "target" in fields else None,
         tuple(replace(rule, optional=True) for rule in _rules(reader, fields, frozenset(roles))),
-        reader.drops(fields["drop"], frozenset(roles), optional=True) if "drop" in fields else (),
-        reader.variables(fields["let"]) if "let" in fields else {},
-        reader.adapters(fields["adapters"], frozenset(roles), optional=True) if "adapters" in fields else (),
+        read_drops(reader, fields["drop"], frozenset(roles), optional=True) if "drop" in fields else (),
+        read_variables(reader, fields["let"]) if "let" in fields else {},
+        read_adapters(reader, fields["adapters"], frozenset(roles), optional=True) if "adapters" in fields else (),
     )
     raise_all(reader.problems)
     return preset
 
 
-def _rules(reader: Reader, fields: Mapping[str, Node], roles: frozenset[str]) -> tuple[Rule, ...]:
-    return (*reader.rules(fields.get("tensors"), roles), *reader.rest(fields.get("rest"), roles))
+def _rules(reader: NodeReader, fields: Mapping[str, Node], roles: frozenset[str]) -> tuple[Rule, ...]:
+    return (*read_rules(reader, fields.get("tensors"), roles), *read_rest(reader, fields.get("rest"), roles))
 
 
 def combine(spec: Spec, preset: Preset) -> Spec:
@@ -200,7 +203,7 @@ def _present(term: Term, spec: Spec) -> bool:
     return all(reference.source in spec.sources for reference in references(term))
 
 
-def _roles(reader: Reader, node: Node) -> Iterator[tuple[str, PresetRole]]:
+def _roles(reader: NodeReader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
         fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
-from shardmerge.mapping.suggest import drop_lines
+from shardmerge.mapping.suggest import drop_lines, ticked
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.targets.expectation import Expectation
 from shardmerge.tensors import Catalog, Shape
@@ -69,7 +69,7 @@ def packed_error(
     purpose
         What for.
     """
-    lines = " and ".join(f"`{line}`" for line in drop_lines(source, names, used - set(names)))
+    lines = ticked(drop_lines(source, names, used - set(names)))
     return MappingError(
         "packed-weights",
         f"{count(len(names), 'tensor')} of {source} packed by quantization ({titles(packed, names)}), codes that "
@@ -90,7 +90,7 @@ def placeholder_error(source: str, names: Sequence[str], catalog: Catalog, *, dr
     droppable
         Whether the mapping alone decides what is written, so that a line under `drop:` leads on.
     """
-    lines = " and ".join(f"`{line}`" for line in drop_lines(source, names, set(catalog.names())))
+    lines = ticked(drop_lines(source, names, set(catalog.names())))
     without = f"; to go without them, add under `drop:` {lines}" if droppable else ""
     return MappingError(
         "placeholder",

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
+from shardmerge.ops.row_init import ROW_INITS
 from shardmerge.targets.expectation import FILE_MODES, Target
 from shardmerge.targets.registry import TARGETS
 
@@ -247,7 +248,7 @@ _VOCABULARY = _object(
     {
         "rows": _about(_COUNT, "Rows of embedding and head."),
         "multiple": _about(_COUNT, "Round up to a multiple of this."),
-        "new": {"enum": ["mean", "zeros", "copy", "normal"], "description": "How new rows are made."},
+        "new": {"enum": [*ROW_INITS], "description": "How new rows are made."},
         "row": _about(_COUNT, "Which row is copied."),
         "seed": _about(_COUNT, "Of the normal distribution."),
         "trim": _about(_FLAG, "Whether rows may be cut off."),

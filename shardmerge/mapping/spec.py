@@ -15,6 +15,8 @@ from shardmerge.targets.config_edits import ConfigEdits
 from shardmerge.targets.expectation import FileChoice, Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
+# Stands for the place in a file where options say what is done.
+COMMAND_LINE = Mark("command line", 1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,11 @@ def drop_lines(source: str, names: Collection[str], kept: Collection[str], most:
     return lines[:most]
 
 
+def ticked(lines: Sequence[str]) -> str:
+    """Returns lines for a hint, each in backticks."""
+    return " and ".join(f"`{line}`" for line in lines)
+
+
 def _covering(names: Sequence[str], kept: Collection[str]) -> list[str]:
     if len(names) > 1:
         for text in (_under_common_start(names), _of_one_form(names), _with_common_end(names)):

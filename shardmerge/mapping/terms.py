@@ -14,7 +14,7 @@ from shardmerge.mapping.arithmetic import Formula
 from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.variables import Variables
-from shardmerge.ops.contract import Param, Value
+from shardmerge.ops.contract import Param, ParamValue
 from shardmerge.tensors import Catalog, TensorEntry, of_source
 from shardmerge.tensors.natural_order import natural_key
 
@@ -169,9 +169,9 @@ class Finder:
         found = reference.template.match(pair[1]) if pair[0] == reference.source else None
         return found is not None and all(found[name] == bindings[name] for name in found if name in bindings)
 
-    def _values(self, term: OpTerm, bindings: Bindings, target: str) -> dict[str, Value]:
+    def _values(self, term: OpTerm, bindings: Bindings, target: str) -> dict[str, ParamValue]:
         """Returns the op's parameters as numbers and texts; the salt makes random draws of two targets differ."""
-        values: dict[str, Value] = {"salt": hashlib.sha256(target.encode()).hexdigest()[:16]}
+        values: dict[str, ParamValue] = {"salt": hashlib.sha256(target.encode()).hexdigest()[:16]}
         for param in term.kind.params:
             argument = term.arguments.get(param.name)
             if argument is not None:
@@ -180,7 +180,7 @@ class Finder:
                 values[param.name] = param.default
         return values
 
-    def _value(self, param: Param, argument: Argument, bindings: Bindings) -> Value:
+    def _value(self, param: Param, argument: Argument, bindings: Bindings) -> ParamValue:
         if param.kind in ("text", "dtype"):
             return argument.text
         if param.kind == "flag":

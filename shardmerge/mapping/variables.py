@@ -15,15 +15,15 @@ from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.arithmetic import Formula, Number
 from shardmerge.mapping.near import NameIndex, did_you_mean
 from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
-from shardmerge.mapping.yaml_nodes import Scalar, Table
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, CONFIG
 
 # How a formula calls a JSON file beside the weights.
 _FILES = {
-    "config": "config.json",
+    "config": CONFIG,
     "params": "params.json",
-    "adapter": "adapter_config.json",
+    "adapter": ADAPTER_CONFIG,
     "model_config": "model_config.yaml",
 }
 ROOMS = (*_FILES, "facts", "cfg")
@@ -117,8 +117,7 @@ class Variables:
         if (source, file) not in self._objects:
             extent = self.catalogs[source].side_files.get(file)
             try:
-                load = load_yaml if file.endswith(".yaml") else load_object
-                self._objects[source, file] = load(extent, self.read) if extent is not None else {}
+                self._objects[source, file] = _load(extent, self.read) if extent is not None else {}
             except ShardmergeError:
                 self._objects[source, file] = {}  # the target says what is wrong with it
         return self._objects[source, file]
@@ -184,34 +183,12 @@ def _term_names(term: Term) -> Iterator[str]:
         yield from _term_names(one)
 
 
-def load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
-    """Returns the plain values at the top of a YAML file; null ones are left out.
+def _load(extent: Extent, read: ReadSideFile) -> JsonObject:
+    if not extent.file.endswith(".yaml"):
+        return load_object(extent, read)
+    from shardmerge.targets.yaml_files import load_yaml
 
-    Raises
-    ------
-    MappingError
-        As ``read_yaml``.
-    """
-    from shardmerge.mapping.yaml_text import read_yaml
-
-    root = read_yaml(read(extent).decode("utf-8", "replace"), extent.file)
-    pairs = root.entries if isinstance(root, Table) else ()
-    values = ((key.text, _plain(node)) for key, node in pairs if isinstance(node, Scalar))
-    return {key: value for key, value in values if value is not None}
-
-
-def _plain(node: Scalar) -> _Plain | None:
-    """YAML's plain scalars: numbers, true and false, null; anything else is text."""
-    if node.quoted or node.empty:
-        return node.text if node.quoted else None
-    if node.text in ("true", "false"):
-        return node.text == "true"
-    for kind in (int, float):
-        try:
-            return kind(node.text)
-        except ValueError:
-            continue
-    return node.text
+    return load_yaml(extent, read)
 
 
 def _entry(found: object, path: str) -> _Plain | None:

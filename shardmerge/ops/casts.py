@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.ops.cast_blocks import PEAK
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Value
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State
 
 if TYPE_CHECKING:
     from shardmerge.ops.arrays import Array
@@ -81,7 +81,7 @@ def holds(wide: DType, narrow: DType) -> bool:
 CASTABLE = frozenset(row.name for row in DTYPES.values() if row.kind == "float" and row.name != "F8_E8M0")
 
 
-def _build(values: Mapping[str, Value]) -> Cast:
+def _build(values: Mapping[str, ParamValue]) -> Cast:
     """The source type is not known yet: ``compose`` takes it from the input."""
     return Cast(DTYPES["F32"], float_dtype(str(values["dtype"])))
 

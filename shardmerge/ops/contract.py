@@ -69,7 +69,7 @@ class Op(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Strides:
+class ViewLayout:
     """The result is ``torch.as_strided`` of the one input's row-major elements.
 
     Attributes
@@ -86,13 +86,13 @@ class Strides:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class ColumnsLayout:
     """The inputs side by side: each is ``[rows, numel / rows]``, and row i of the result is row i of all, in order."""
 
     rows: int
 
 
-Layout: TypeAlias = Strides | Joined
+MoveLayout: TypeAlias = ViewLayout | ColumnsLayout
 
 
 class Move(Op):
@@ -101,7 +101,7 @@ class Move(Op):
     __slots__ = ()
 
     @abstractmethod
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """Returns where the elements of the result lie."""
 
     @abstractmethod
@@ -195,7 +195,7 @@ def result_dtype(inputs: Sequence[Meta]) -> DType:
 
 # --- how an op is called in mapping.yaml ---
 
-Value: TypeAlias = int | float | bool | str | tuple[int, ...] | tuple[float, ...]
+ParamValue: TypeAlias = int | float | bool | str | tuple[int, ...] | tuple[float, ...]
 ParamKind: TypeAlias = Literal["int", "number", "flag", "text", "ints", "numbers", "dtype"]
 
 
@@ -220,7 +220,7 @@ class Param:
     name: str
     kind: ParamKind
     about: str
-    default: Value | None = None
+    default: ParamValue | None = None
     optional: bool = False
     choices: tuple[str, ...] = ()
     only_with: tuple[str, str] | None = None
@@ -288,7 +288,7 @@ class OpKind:
     about: str
     example: str
     params: tuple[Param, ...]
-    build: Callable[[Mapping[str, Value]], Op]
+    build: Callable[[Mapping[str, ParamValue]], Op]
     terms: tuple[str, ...] = ()
     many: bool = False
     inverse: Inverse | None = None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.cast_blocks import PEAK as CONVERSION
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, Shape, State, Stream, Value
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream
 from shardmerge.ops.moves import odd_shape
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _misfit(weight: Shape, scales: Shape, block: tuple[int, ...]) -> MappingErro
     )
 
 
-def _build(values: Mapping[str, Value]) -> Dequantize:
+def _build(values: Mapping[str, ParamValue]) -> Dequantize:
     block = values.get("block", ())
     assert isinstance(block, tuple)
     if block and (len(block) != 2 or min(block) < 1):

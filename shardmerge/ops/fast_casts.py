@@ -28,7 +28,7 @@ from shardmerge.ops.cast_blocks import BETWEEN, EXACT, INDEX, TABLE, TILE
 from shardmerge.ops.rounding import any_from, cast_exactly, count_overflows
 
 # Fills the second array from the first, a value at a time.
-Fill: TypeAlias = Callable[[Array, Array], None]
+CastInto: TypeAlias = Callable[[Array, Array], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def _parts(size: int, step: int) -> Iterator[slice]:
 # ---- tables
 
 
-def exact_road(source: DType, target: DType) -> tuple[Fill, int]:
+def exact_road(source: DType, target: DType) -> tuple[CastInto, int]:
     """Returns what makes the exact bits, a look-up where a table is small enough, and how many elements at a time."""
     if (source.name, target.name) == ("BF16", "F32"):
         return partial(cast_exactly, source=source, target=target), TILE  # a copy by ml_dtypes, without temporaries
@@ -219,7 +219,7 @@ def _table(source: DType, target: DType) -> Array:
     return _TABLES[key]
 
 
-def _look_up(table: Array) -> Fill:
+def _look_up(table: Array) -> CastInto:
     def look_up(tile: Array, out: Array) -> None:
         index = tile.view(f"u{tile.itemsize}").astype(np.intp)
         np.take(table, index, out=out.view(table.dtype), mode="clip")  # any mode but "raise" writes without a copy
@@ -227,7 +227,7 @@ def _look_up(table: Array) -> Fill:
     return look_up
 
 
-def _look_up_odd(table: Array) -> Fill:
+def _look_up_odd(table: Array) -> CastInto:
     """The upper half of a float32, made odd where the lower is not zero, rounds to 8 bits as the whole does."""
 
     def look_up(tile: Array, out: Array) -> None:
@@ -299,7 +299,7 @@ def every_tie(source: DType) -> Iterator[Array]:
             yield (usual | np.uint32(low | sign)).view(np.float32)
 
 
-def _same(kernel: Kernel, values: Array, step: int, target: DType, fill: Fill) -> bool:
+def _same(kernel: Kernel, values: Array, step: int, target: DType, fill: CastInto) -> bool:
     made, expected = np.empty((2, values.size), f"u{target.itemsize}")
     fill(values, expected.view(numpy_dtype(target)))
     for part in _parts(values.size, step):

@@ -10,7 +10,7 @@ import numpy as np
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, Shape, State, Value
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State
 from shardmerge.ops.moves import integers
 from shardmerge.ops.pointwise import number
 
@@ -87,14 +87,14 @@ def rounded(value: float, dtype: DType) -> Array:
         return np.asarray(value, np.float64).astype(numpy_dtype(dtype))
 
 
-def _shape(values: Mapping[str, Value]) -> Shape:
+def _shape(values: Mapping[str, ParamValue]) -> Shape:
     shape = integers(values, "shape")
     if min(shape, default=0) < 0:
         raise MappingError("op-value", f"`shape` is {list(shape)}", expected="a list of sizes, none negative")
     return shape
 
 
-def _fill(values: Mapping[str, Value]) -> Fill:
+def _fill(values: Mapping[str, ParamValue]) -> Fill:
     made = Fill(_shape(values), float_dtype(str(values["dtype"])), number(values, "value"))
     if not np.isfinite(rounded(made.value, made.dtype)):
         raise MappingError("op-value", f"`value: {made.value}` is too large for {made.dtype}")

@@ -17,17 +17,17 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import (
+    ColumnsLayout,
     Gathered,
-    Joined,
-    Layout,
     Meta,
     Mirror,
     Move,
+    MoveLayout,
     OpKind,
     Param,
+    ParamValue,
     Scattered,
-    Strides,
-    Value,
+    ViewLayout,
 )
 from shardmerge.ops.moves import integers, odd_shape, positive, row_major, same, take
 
@@ -57,13 +57,13 @@ class GroupedSplit(Move):
             raise odd_shape(what, list(one.shape), f"{rows} rows = {self.groups} x {sum(self.sizes)}")
         return Meta(one.dtype, (self.groups * self.sizes[self.take], *one.shape[1:]))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """Groups ``sum(sizes)`` rows apart, from the part's first row on."""
         (one,) = inputs
         width = prod(one.shape[1:])
         starts = [0, *accumulate(self.sizes)]
         shape = (self.groups, self.sizes[self.take] * width)
-        return Strides(starts[self.take] * width, shape, (sum(self.sizes) * width, 1))
+        return ViewLayout(starts[self.take] * width, shape, (sum(self.sizes) * width, 1))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -96,10 +96,10 @@ class GroupedMerge(Move):
                             f"rows {[self.groups * size for size in self.sizes]} of one type and width")  # fmt: skip
         return Meta(first.dtype, (sum(found), *first.shape[1:]))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """Side by side, once a group."""
         del inputs
-        return Joined(self.groups)
+        return ColumnsLayout(self.groups)
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -137,10 +137,10 @@ class Rotary(Move):
             raise odd_shape(what, list(one.shape), f"a multiple of {2 * self.heads} rows")
         return one
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """One box, two of its axes swapped."""
         (one,) = inputs
-        return Strides(0, *self._box(one.shape[0], prod(one.shape[1:])))
+        return ViewLayout(0, *self._box(one.shape[0], prod(one.shape[1:])))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As transformers' ``permute`` does."""
@@ -150,18 +150,18 @@ class Rotary(Move):
         return one.reshape(self.heads, *inner, *one.shape[1:]).swapaxes(1, 2).reshape(one.shape)
 
 
-def _grouped_split(values: Mapping[str, Value]) -> GroupedSplit:
+def _grouped_split(values: Mapping[str, ParamValue]) -> GroupedSplit:
     (groups,) = positive(values, "groups")
     sizes = _sizes(values)
     return GroupedSplit(groups, sizes, take(values, len(sizes)))
 
 
-def _grouped_merge(values: Mapping[str, Value]) -> GroupedMerge:
+def _grouped_merge(values: Mapping[str, ParamValue]) -> GroupedMerge:
     (groups,) = positive(values, "groups")
     return GroupedMerge(groups, _sizes(values))
 
 
-def _sizes(values: Mapping[str, Value]) -> tuple[int, ...]:
+def _sizes(values: Mapping[str, ParamValue]) -> tuple[int, ...]:
     sizes = integers(values, "sizes")
     if min(sizes, default=0) < 1:
         raise MappingError("op-value", f"`sizes` is {list(sizes)}", expected="a list of positive sizes")

@@ -25,7 +25,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import PRODUCT_BYTES, multiply
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
 
 # One product is [BLOCK_ROWS, r] @ [r, BLOCK_COLUMNS]: part of the result, so it depends on no budget. 32 rows of a
 # 14,336 wide layer are 1.8 MB and still fit a tile; a panel of A at r = 512 is 2 MB in float64, a second-level cache.
@@ -306,7 +306,7 @@ def _matrix(state: State) -> Array:
     return state
 
 
-def _scale(values: Mapping[str, Value]) -> float:
+def _scale(values: Mapping[str, ParamValue]) -> float:
     value = values["scale"]
     assert isinstance(value, (int, float))
     return float(value)

@@ -20,7 +20,7 @@ import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
 from shardmerge.ops.moves import integer
 from shardmerge.ops.pointwise import (
     CALL_BYTES,
@@ -276,14 +276,14 @@ def _all_keys(inputs: Sequence[Stream], wanted: Collection[int]) -> Iterator[tup
 # --- parameters ---
 
 
-def _density(values: Mapping[str, Value], *, zero: bool) -> float:
+def _density(values: Mapping[str, ParamValue], *, zero: bool) -> float:
     density = number(values, "density")
     if not 0 <= density <= 1 or (density == 0 and not zero):
         raise MappingError("op-value", f"`density` is {density}", expected=f"{'' if zero else 'above 0, '}from 0 to 1")
     return density
 
 
-def _dare(values: Mapping[str, Value]) -> Dare:
+def _dare(values: Mapping[str, ParamValue]) -> Dare:
     return Dare(
         _density(values, zero=False),
         numbers(values, "weights"),

@@ -19,22 +19,22 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import (
+    ColumnsLayout,
     Gathered,
-    Joined,
-    Layout,
     Meta,
     Mirror,
     Move,
+    MoveLayout,
     OpKind,
     Param,
+    ParamValue,
     Scattered,
     Shape,
-    Strides,
     Texts,
-    Value,
+    ViewLayout,
 )
 
-_Values: TypeAlias = Mapping[str, Value]
+_Values: TypeAlias = Mapping[str, ParamValue]
 
 
 def row_major(shape: Shape) -> tuple[int, ...]:
@@ -77,11 +77,11 @@ class Permute(Move):
         (one,) = inputs
         return Meta(one.dtype, tuple(one.shape[axis] for axis in self._order(len(one.shape))))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """The strides, permuted alike."""
         (one,) = inputs
         strides, order = row_major(one.shape), self._order(len(one.shape))
-        return Strides(0, tuple(one.shape[axis] for axis in order), tuple(strides[axis] for axis in order))
+        return ViewLayout(0, tuple(one.shape[axis] for axis in order), tuple(strides[axis] for axis in order))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -110,7 +110,7 @@ class Transpose(Move):
         """Returns the shape with the two axes swapped."""
         return self._permute(len(inputs[0].shape)).infer(inputs)
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """The strides, swapped alike."""
         return self._permute(len(inputs[0].shape)).layout(inputs)
 
@@ -124,9 +124,9 @@ class _InOrder(Move):
 
     __slots__ = ()
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """All elements in their order."""
-        return Strides(0, inputs[0].shape, row_major(inputs[0].shape))
+        return ViewLayout(0, inputs[0].shape, row_major(inputs[0].shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +245,12 @@ class Slice(Move):
         axis, start, stop = self._bounds(one.shape)
         return Meta(one.dtype, (*one.shape[:axis], stop - start, *one.shape[axis + 1 :]))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """The same strides from a later element on."""
         (one,) = inputs
         axis, start, _ = self._bounds(one.shape)
         strides = row_major(one.shape)
-        return Strides(start * strides[axis], self.infer(inputs).shape, strides)
+        return ViewLayout(start * strides[axis], self.infer(inputs).shape, strides)
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -271,7 +271,7 @@ class _Part(Move):
         """Returns the shape of the part."""
         return self._slice(inputs[0].shape).infer(inputs)
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """That of the slice."""
         return self._slice(inputs[0].shape).layout(inputs)
 
@@ -368,10 +368,10 @@ class Concat(Move):
             raise odd_shape(f"{self.label}: the tensors are not those chunks", list(found), wanted)
         return Meta(first.dtype, (*first.shape[:axis], sum(found), *first.shape[axis + 1 :]))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """Side by side, once for every index of the axes in front."""
         shape = inputs[0].shape
-        return Joined(prod(shape[: axis_of(self.dim, len(shape), self.label)]))
+        return ColumnsLayout(prod(shape[: axis_of(self.dim, len(shape), self.label)]))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""
@@ -399,10 +399,10 @@ class Stack(Move):
             raise odd_shape(f"{self.label}: the tensors are not alike", found, "one type and shape")
         return Meta(first.dtype, (*first.shape[:axis], len(inputs), *first.shape[axis:]))
 
-    def layout(self, inputs: Sequence[Meta]) -> Layout:
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """Side by side, once for every index of the axes in front."""
         shape = inputs[0].shape
-        return Joined(prod(shape[: axis_of(self.dim, len(shape) + 1, self.label)]))
+        return ColumnsLayout(prod(shape[: axis_of(self.dim, len(shape) + 1, self.label)]))
 
     def apply(self, inputs: Sequence[Array]) -> Array:
         """As numpy does."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, Shape, State, Stream, Value, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream, result_dtype
 from shardmerge.ops.moves import odd_shape
 
 # Masks that `count_overflows` makes, bytes an element.
@@ -254,7 +254,7 @@ def _matrix(shape: Shape) -> tuple[int, int]:
 # --- parameters ---
 
 
-def number(values: Mapping[str, Value], key: str) -> float:
+def number(values: Mapping[str, ParamValue], key: str) -> float:
     """Returns a parameter that is a finite number.
 
     Raises
@@ -269,14 +269,14 @@ def number(values: Mapping[str, Value], key: str) -> float:
     return float(value)
 
 
-def numbers(values: Mapping[str, Value], key: str) -> tuple[float, ...]:
+def numbers(values: Mapping[str, ParamValue], key: str) -> tuple[float, ...]:
     """Returns a parameter that is a list of finite numbers, empty where it is absent."""
     value = values.get(key, ())
     assert isinstance(value, tuple)
     return tuple(number({key: item}, key) for item in value)
 
 
-def _linear(word: str) -> Callable[[Mapping[str, Value]], Linear]:
+def _linear(word: str) -> Callable[[Mapping[str, ParamValue]], Linear]:
     return lambda values: Linear(numbers(values, "weights"), word)
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, Value
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream
 from shardmerge.ops.normals import NORMAL_BYTES, normals
-
-How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
+from shardmerge.ops.row_init import ROW_INITS, RowInit, row_init
 
 # Rows summed at a time. Part of the result (float64 addition is not associative), so it never depends on the budget.
 BLOCK_ROWS = 256
@@ -47,7 +45,7 @@ class NewRows(Arithmetic):
     """
 
     rows: int
-    how: How = "mean"
+    how: RowInit = "mean"
     row: int = 0
     seed: int = 0
 
@@ -158,15 +156,16 @@ def _deviation(stream: Stream, width: int, mean: Array) -> Array:
     return np.sqrt(total / stream.meta.shape[0])
 
 
-def _build(values: Mapping[str, Value]) -> NewRows:
+def _build(values: Mapping[str, ParamValue]) -> NewRows:
     rows, row, seed = (values[key] for key in ("rows", "row", "seed"))
     assert isinstance(rows, int)
     assert isinstance(row, int)
     assert isinstance(seed, int)
     if rows < 1 or seed < 0:
         raise MappingError("op-value", f"`rows` is {rows} and `seed` {seed}", expected="at least 1 row, and no sign")
-    hows: dict[str, How] = {"mean": "mean", "zeros": "zeros", "copy": "copy", "normal": "normal"}
-    return NewRows(rows, hows[str(values["new"])], row, seed)
+    how = row_init(str(values["new"]))
+    assert how is not None  # the reader of the mapping made sure
+    return NewRows(rows, how, row, seed)
 
 
 KINDS = (
@@ -177,7 +176,7 @@ KINDS = (
         example='embed.weight: {op: concat, of: ["src:embed.weight", {op: new_rows, of: "src:embed.weight", rows: 2}]}',
         params=(
             Param("rows", "int", "How many."),
-            Param("new", "text", "How they are made.", "mean", choices=("mean", "zeros", "copy", "normal")),
+            Param("new", "text", "How they are made.", "mean", choices=ROW_INITS),
             Param("row", "int", "The row that `copy` copies.", 0, only_with=("new", "copy")),
             Param("seed", "int", "Of `normal`.", 0, only_with=("new", "normal")),
         ),

@@ -7,7 +7,7 @@ from itertools import islice
 
 from shardmerge.errors import UsageError
 from shardmerge.json_rows import JSON_SCHEMA
-from shardmerge.mapping.near import NameIndex, shown
+from shardmerge.mapping.near import NameIndex, printable
 from shardmerge.plan.explain import human_bytes
 from shardmerge.plan.memory import LARGEST_TILE, making_peak
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, is_copy
@@ -32,7 +32,7 @@ def find_tensor(plan: Plan, name: str) -> tuple[PlannedShard, PlannedTensor]:
                 return shard, tensor
     near = NameIndex(tensor.name for tensor in plan.tensors()).near(name)
     hint = f"near names: {', '.join(near)}" if near else "`shardmerge plan MAPPING --tensors` lists the names"
-    raise UsageError("unknown-tensor", f"the plan has no tensor {shown(name)!r}", hint=hint)
+    raise UsageError("unknown-tensor", f"the plan has no tensor {printable(name)!r}", hint=hint)
 
 
 def tensor_story_json(plan: Plan, name: str, rule_lines: tuple[str, ...] = ()) -> dict[str, object]:
@@ -137,7 +137,7 @@ def _node_lines(entry: TensorEntry) -> Iterator[str]:
             yield from (f"  {line}" for line in _node_lines(base))
         return
     origin = f"  ({entry.origin})" if entry.origin else ""
-    yield f"{entry.source}:{shown(entry.name)}  {meta}{origin}" if entry.name else f"nothing  {meta}"
+    yield f"{entry.source}:{printable(entry.name)}  {meta}{origin}" if entry.name else f"nothing  {meta}"
     parts = _parts(entry)
     for part in islice(parts, _PIECES_SHOWN):
         yield f"  {_part_line(part)}"

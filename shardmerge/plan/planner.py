@@ -25,7 +25,7 @@ _FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
-class OutputOptions:
+class OutputSettings:
     """What the user decides about the output.
 
     Attributes
@@ -55,7 +55,7 @@ def make_plan(
     paths: Mapping[str, str],
     resolution: Resolution,
     expectation: Expectation,
-    options: OutputOptions,
+    options: OutputSettings,
 ) -> Plan:
     """Returns the plan of a resolved mapping.
 
@@ -105,7 +105,7 @@ def make_plan(
     )
 
 
-def _planned(assignment: Assignment, expectation: Expectation, options: OutputOptions, rule: str) -> PlannedTensor:
+def _planned(assignment: Assignment, expectation: Expectation, options: OutputSettings, rule: str) -> PlannedTensor:
     entry = assignment.entry
     final = _final_dtype(assignment, expectation, options)
     shape = expectation.tensors.get(assignment.target, entry.shape)
@@ -118,7 +118,7 @@ def _planned(assignment: Assignment, expectation: Expectation, options: OutputOp
     return PlannedTensor(assignment.target, entry, rule, assignment.target)
 
 
-def _final_dtype(assignment: Assignment, expectation: Expectation, options: OutputOptions) -> DType:
+def _final_dtype(assignment: Assignment, expectation: Expectation, options: OutputSettings) -> DType:
     entry = assignment.entry
     if assignment.pinned or entry.dtype.kind != "float":
         return entry.dtype
@@ -148,7 +148,7 @@ def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:
     return MappingError(error.code, what, where=str(assignment.rule.mark), found=error.found, hint=hint)
 
 
-def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[ShardmergeError]:
+def _unused_dtypes(options: OutputSettings, resolution: Resolution) -> Iterator[ShardmergeError]:
     """A name under ``keep`` or ``dtypes`` that no tensor has is a mistake that would go unseen; so is an idle one."""
     index = NameIndex(resolution.assignments)
     deciding = _deciding(options, resolution)
@@ -175,7 +175,7 @@ def _unused_dtypes(options: OutputOptions, resolution: Resolution) -> Iterator[S
             yield MappingError("no-effect", what, where=options.where, hint=hint)
 
 
-def _deciding(options: OutputOptions, resolution: Resolution) -> set[int]:
+def _deciding(options: OutputSettings, resolution: Resolution) -> set[int]:
     """Returns which of ``dtypes`` are the first that match a float tensor whose type is open."""
     if not options.dtypes:
         return set()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardmerge.sources.deepspeed_files import View
-from shardmerge.sources.opening import OpenOptions, open_catalog
+from shardmerge.sources.deepspeed_files import DeepSpeedView
+from shardmerge.sources.open_options import OpenOptions
+from shardmerge.sources.opening import open_catalog
 from shardmerge.tensors import Catalog
 
 
-def inspect(source: str | Path, *, view: View = "fp32", root: str = "", download: bool = False) -> Catalog:
+def inspect(source: str | Path, *, view: DeepSpeedView = "fp32", root: str = "", download: bool = False) -> Catalog:
     """Returns what a checkpoint holds, from its headers alone.
 
     Parameters

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import TargetError, UsageError, raise_all
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.publishable import PARTIAL, Terms, described
+from shardmerge.prepare.publishable import PARTIAL, Conditions, described
 from shardmerge.shown import shown
 from shardmerge.targets.agreement import INCOMPLETE, Described, LoadedKeys, loading_errors
 from shardmerge.tensors import ReadSideFile
@@ -106,7 +106,7 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
 
 
-def load_checked(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
+def load_checked(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
     """Returns the plan with what transformers says of every directory that it will write with a config.json.
 
     Raises
@@ -116,12 +116,12 @@ def load_checked(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     UsageError
         ``no-effect``: no config.json is written. As ``ask``.
     """
-    directories = list(described(plan, read, terms))
+    directories = list(described(plan, read, conditions))
     if not directories:
         what = "there is nothing that transformers could load: no config.json is written beside the weights"
         raise UsageError("no-effect", what, hint="leave --check out")
     types = {tensor.stored: tensor.dtype.name for tensor in plan.tensors()}
-    said = [_said(one, types, partial=terms.partial) for one in directories]
+    said = [_said(one, types, partial=conditions.partial) for one in directories]
     raise_all(error for one in said for error in one.problems)
     checks = tuple(one.check for one in said if one.check)
     return replace(plan, checks=checks, warnings=(*plan.warnings, *(text for one in said for text in one.warnings)))

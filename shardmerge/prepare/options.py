@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.execute.executors.here import may_fork
 from shardmerge.mapping.spec import OutputSpec
-from shardmerge.plan.planner import OutputOptions
+from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
@@ -113,9 +113,9 @@ def wanted_dtype(options: Options) -> DType | None:
     return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
 
 
-def output_options(spec: OutputSpec | None, options: Options) -> OutputOptions:
+def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings:
     """Returns what the mapping's ``output:`` and the caller say together."""
-    return OutputOptions(
+    return OutputSettings(
         wanted_dtype(options) or (spec.dtype if spec else None),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,

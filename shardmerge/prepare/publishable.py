@@ -16,11 +16,11 @@ from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
-from shardmerge.targets.stated_sizes import contradictions, parts
+from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
+from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.packed import packed_weights
 
-CONFIG = "config.json"
 # How the warning of a directory that is not a whole model begins; `verify` knows it by this.
 PARTIAL = "only a part of the model that config.json describes"
 _HEAD, _EMBEDDING = re.compile(r"(?:^|\.)lm_head\.weight$"), re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.weight$")
@@ -29,7 +29,7 @@ _SAMPLE, _PLACES = 4096, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Conditions:
     """What is asked of the directory beside its tensors.
 
     Attributes
@@ -53,8 +53,8 @@ class Terms:
     editable: bool = False
 
 
-def publishable(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
-    """Returns the plan with the config.json that its terms ask for, once all of it agrees.
+def publishable(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
+    """Returns the plan with the config.json that its conditions ask for, once all of it agrees.
 
     Raises
     ------
@@ -63,12 +63,12 @@ def publishable(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     MappingError
         ``no-config``: the mapping edits a config.json that is not written.
     """
-    plan = _with_edits(plan, read, terms)
+    plan = _with_edits(plan, read, conditions)
     problems: list[TargetError] = []
     warnings: list[str] = []
-    for one in described(plan, read, terms):
+    for one in described(plan, read, conditions):
         for error in (*disagreements(one), *_two_heads(plan, one, read)):
-            if terms.partial and error.code == INCOMPLETE:
+            if conditions.partial and error.code == INCOMPLETE:
                 warnings.append(f"{PARTIAL}: {error.what}")
             else:
                 problems.append(error)
@@ -80,9 +80,9 @@ def publishable(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     return replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-def described(plan: Plan, read: ReadSideFile, terms: Terms | None = None) -> Iterator[Described]:
+def described(plan: Plan, read: ReadSideFile, conditions: Conditions | None = None) -> Iterator[Described]:
     """Yields every directory of the output that has a config.json and weights, with what its files will hold."""
-    terms = terms or Terms()
+    conditions = conditions or Conditions()
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
         config = _load(side, read) if name == CONFIG else None
@@ -93,7 +93,7 @@ def described(plan: Plan, read: ReadSideFile, terms: Terms | None = None) -> Ite
             for tensor in shard.tensors
         }
         if config is not None and entries:
-            yield describe(config, _origin(side, terms.source), entries, editable=terms.editable)
+            yield describe(config, _origin(side, conditions.source), entries, editable=conditions.editable)
 
 
 def describe(
@@ -132,23 +132,23 @@ def _origin(side: SideFile, source: Catalog | None) -> str:
 # ---- what the mapping says of it
 
 
-def _with_edits(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
+def _with_edits(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
     side = next((side for side in plan.side_files if side.name == CONFIG), None)
     config = _load(side, read) if side is not None else None
-    asked = terms.edits != ConfigEdits()
+    asked = conditions.edits != ConfigEdits()
     if config is None or side is None:
         if asked:
-            raise _no_config(terms.edits)
+            raise _no_config(conditions.edits)
         return plan
     tensors = {
         tensor.stored: tensor.shape for shard in plan.shards if "/" not in shard.name for tensor in shard.tensors
     }
-    written = edited(config, terms.edits, tensors) if asked else config
+    written = edited(config, conditions.edits, tensors) if asked else config
     lines: tuple[str, ...] = ()
-    if terms.counts:
-        own = _own_contradictions(terms, read)
-        told = [one for one in contradictions(written, tensors) if (*_outer(terms.edits), *one.path) not in own]
-        written, lines = counted(written, told, terms.edits.set)
+    if conditions.counts:
+        own = _own_contradictions(conditions, read)
+        told = [one for one in contradictions(written, tensors) if (*_outer(conditions.edits), *one.path) not in own]
+        written, lines = counted(written, told, conditions.edits.set)
     if written == config:
         return plan
     made = SideFile(CONFIG, (dump(written, sort=False),))
@@ -156,9 +156,9 @@ def _with_edits(plan: Plan, read: ReadSideFile, terms: Terms) -> Plan:
     return replace(plan, side_files=sides, warnings=(*plan.warnings, *lines))
 
 
-def _own_contradictions(terms: Terms, read: ReadSideFile) -> frozenset[tuple[str, ...]]:
+def _own_contradictions(conditions: Conditions, read: ReadSideFile) -> frozenset[tuple[str, ...]]:
     """Returns the keys that the source's own tensors contradict already: an incomplete source is no smaller model."""
-    source = terms.source
+    source = conditions.source
     config = read_config(source, read) if source is not None else None
     if source is None or config is None:
         return frozenset()
@@ -184,7 +184,11 @@ def _no_config(edits: ConfigEdits) -> MappingError:
 
 def _two_heads(plan: Plan, one: Described, read: ReadSideFile) -> Iterator[TargetError]:
     """A head beside the embedding that it is said to be: transformers 4 puts the embedding in its place, 5 does not."""
-    said = [part.path for part in parts(one.config) if part.is_text and part.values.get("tie_word_embeddings") is True]
+    said = [
+        level.path
+        for level in config_levels(one.config)
+        if level.is_text and level.values.get("tie_word_embeddings") is True
+    ]
     if not said:
         return
     entries = {tensor.stored: tensor.entry for tensor in plan.tensors() if tensor.stored in one.tensors}

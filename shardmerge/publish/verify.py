@@ -22,14 +22,14 @@ from shardmerge.ops.arrays import as_array
 from shardmerge.plan.tasks import tasks
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
-from shardmerge.prepare.publishable import CONFIG, PARTIAL, describe
+from shardmerge.prepare.publishable import PARTIAL, describe
 from shardmerge.publish.receipt import FORMAT
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors import Catalog, TensorEntry
-from shardmerge.tensors.file_roles import RECEIPT
+from shardmerge.tensors.file_roles import CONFIG, RECEIPT
 
 # Bytes of a tensor compared or summed at a time.
 _BLOCK = 4 << 20

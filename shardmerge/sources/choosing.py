@@ -15,12 +15,18 @@ from shardmerge.errors import CheckpointError
 from shardmerge.sources.deepspeed_files import is_tag_folder
 from shardmerge.sources.rank_files import is_megatron_folder
 from shardmerge.tensors import Catalog
-from shardmerge.tensors.file_roles import READ_SUFFIXES, UNFINISHED, foreign_weights, shard_place, training_state
+from shardmerge.tensors.file_roles import (
+    ADAPTER_CONFIG,
+    READ_SUFFIXES,
+    UNFINISHED,
+    foreign_weights,
+    shard_place,
+    training_state,
+)
 
 # In the order in which ``from_pretrained`` of transformers looks for them (``modeling_utils.py``,
 # ``_get_resolved_checkpoint_files``).
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-ADAPTER = "adapter_config.json"
 
 # ``1_Pooling``: folders that modules.json of sentence-transformers names.
 SENTENCE_MODULE = re.compile(r"\d+_[A-Za-z]+")
@@ -46,6 +52,12 @@ class Remarks:
         return replace(
             catalog, notes=(*self.notes, *catalog.notes), warnings=(*self.warnings, *catalog.warnings)
         )  # fmt: skip
+
+
+def whole_set(catalog: Catalog, member: Path) -> Catalog:
+    """Returns the catalog of a set with the note that one member of it was named."""
+    whole = Path(catalog.path).name
+    return Remarks((f"{member.name} is one part of a checkpoint: the whole of {whole}/ is read",)).on(catalog)
 
 
 def usual_models(folder: Path) -> list[Path]:
@@ -79,7 +91,7 @@ def _holds_checkpoint(folder: Path) -> bool:
 
 
 def _looks_like_one(folder: Path) -> bool:
-    if usual_models(folder) or (folder / ADAPTER).is_file() or (folder / "latest").is_file():
+    if usual_models(folder) or (folder / ADAPTER_CONFIG).is_file() or (folder / "latest").is_file():
         return True
     return is_tag_folder(folder) or is_megatron_folder(folder) or bool(weight_files(folder))
 
@@ -95,7 +107,7 @@ def tags_near(folder: Path) -> tuple[str, ...]:
     Beside it only what a run numbers: any other directory there may be of another model.
     """
     inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
-    if not inside and (folder / ADAPTER).is_file() | bool(usual_models(folder)):
+    if not inside and (folder / ADAPTER_CONFIG).is_file() | bool(usual_models(folder)):
         beside = (path for path in checkpoints_inside(folder.parent) if path != folder)
         inside = [path for path in beside if _NUMBERED.fullmatch(path.name) and _is_zero(path)]
     return tuple(str(path) for path in reversed(inside))

@@ -16,7 +16,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, check_weights
 from shardmerge.sources.deepspeed_claims import read_claims
-from shardmerge.sources.deepspeed_files import View, list_tag
+from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
 from shardmerge.sources.deepspeed_ranks import (
     MISFIT,
@@ -26,7 +26,7 @@ from shardmerge.sources.deepspeed_ranks import (
     named_tensors,
     shape_table,
 )
-from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile, state_dict
 from shardmerge.sources.zero import FlatGroup, flat_offsets
@@ -34,7 +34,7 @@ from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
 from shardmerge.tensors.ranks import Fragments, RankChunks, chunk_numel
 
 
-def read_deepspeed(folder: Path, *, view: View = "fp32") -> Catalog:
+def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     """Returns the catalog of a DeepSpeed tag directory.
 
     Parameters
@@ -78,7 +78,7 @@ class _Builder:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def root(self) -> Mapping[object, Value]:
+    def root(self) -> Mapping[object, PickleValue]:
         """What rank 0's model file holds."""
         return as_dict(self.first.root)
 
@@ -153,7 +153,7 @@ class _Builder:
                 owners.setdefault(key, name)
                 self.entries[name] = self.first.entry(name, ref, "module, as saved")
 
-    def _catalog(self, view: View) -> Catalog:
+    def _catalog(self, view: DeepSpeedView) -> Catalog:
         files = (*(state.stamp for state in self.tag.states), *(optim.stamp for optim in self.optims))
         return Catalog(
             str(self.tag.folder),
@@ -331,5 +331,5 @@ class _Builder:
         )
 
 
-def _strings(value: Value) -> list[str]:
+def _strings(value: PickleValue) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, (list, tuple)) else []

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_claims import Claims, version_of
+from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
 from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
 from shardmerge.sources.deepspeed_values import compare_masters
-from shardmerge.sources.pickle_vm import TensorRef
+from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import TensorEntry
 
@@ -45,7 +45,7 @@ class Tag:
     optims: Sequence[OptimState]
 
     @property
-    def claims(self) -> Claims:
+    def claims(self) -> DeepSpeedClaims:
         """What rank 0's model file states."""
         return self.states[0].claims
 
@@ -63,7 +63,7 @@ class Tag:
         return CheckpointError(code, what, where=str(self.folder), found=found, expected=expected, hint=hint)
 
 
-def check_kind(folder: Path, claims: Claims) -> None:
+def check_kind(folder: Path, claims: DeepSpeedClaims) -> None:
     """Raises ``kind-not-yet`` for a run with experts or model parallelism, also where only a part of it is there."""
     if claims.experts > 0:
         raise kind_not_yet(folder, "mixture-of-experts (MoE)")
@@ -222,7 +222,7 @@ def _mixed_kinds(tag: Tag) -> Iterator[ShardmergeError]:
             yield _differ(tag, what, (state.rank.path, mine), (optim.rank.path, theirs))
 
 
-def _same_world(claims: Claims, world: int) -> int:
+def _same_world(claims: DeepSpeedClaims, world: int) -> int:
     multiple = claims.world > 0 and world % claims.world == 0
     return claims.world if multiple and version_of(claims.version) < _SEQUENCE_WORLD else world
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardmerge.sources.pickle_vm import Opaque, Value
+from shardmerge.sources.pickle_values import Opaque, PickleValue
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.value_digest import value_digest
 
@@ -20,7 +20,7 @@ _MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class DeepSpeedClaims:
     """What a model file states.
 
     Attributes
@@ -64,14 +64,14 @@ class Claims:
         return step == made or (step == made + 1 and version_of(self.version) < _NO_FIRST_STEP)
 
 
-def read_claims(root: Mapping[object, Value]) -> Claims:
+def read_claims(root: Mapping[object, PickleValue]) -> DeepSpeedClaims:
     """Returns what a model file states; ``root`` is what it holds."""
     config = settings_of(root.get("ds_config"))
     degrees = as_dict(root.get("checkpoint_parallel_dimensions"))
     stages = _count(degrees.get("pp_degree"))
-    shapes: Value = [root.get("param_shapes"), root.get("frozen_param_shapes")]
+    shapes: PickleValue = [root.get("param_shapes"), root.get("frozen_param_shapes")]
     steps = root.get("global_steps")
-    return Claims(
+    return DeepSpeedClaims(
         stage=_stage(config),
         world=_count(root.get("dp_world_size")),
         tensor_parallel=_count(degrees.get("tp_degree")) or _count(root.get("mp_world_size")) // max(stages, 1),
@@ -87,7 +87,7 @@ def read_claims(root: Mapping[object, Value]) -> Claims:
     )
 
 
-def settings_of(value: Value) -> Mapping[object, Value] | None:
+def settings_of(value: PickleValue) -> Mapping[object, PickleValue] | None:
     """Returns a config as a dict, or ``None``; mmengine pickles its ``ConfigDict`` as a call with one."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
@@ -104,13 +104,13 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def largest(value: Value) -> int:
+def largest(value: PickleValue) -> int:
     """Returns a count, or the largest of a list of them (one a parameter group, or one a MoE layer); 0 for neither."""
     counts = value if isinstance(value, list) else [value]
     return max((count for count in counts if isinstance(count, int)), default=0)
 
 
-def _stage(config: Mapping[object, Value] | None) -> int | None:
+def _stage(config: Mapping[object, PickleValue] | None) -> int | None:
     if config is None:  # a path instead of a config, or none at all: DeepSpeed saves what it was given
         return None
     zero = config.get("zero_optimization")
@@ -120,10 +120,10 @@ def _stage(config: Mapping[object, Value] | None) -> int | None:
     return stage if isinstance(stage, int) else None
 
 
-def _count(value: Value) -> int:
+def _count(value: PickleValue) -> int:
     return min(value, _MOST) if isinstance(value, int) and value > 0 else 0
 
 
-def text_of(value: Value) -> str:
+def text_of(value: PickleValue) -> str:
     """Returns a text, ``""`` for anything else."""
     return value if isinstance(value, str) else ""

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from shardmerge.errors import CheckpointError, raise_all
 
 # Which weights: those that the optimizer keeps, or the 16-bit ones that the model computed with.
-View: TypeAlias = Literal["fp32", "module"]
+DeepSpeedView: TypeAlias = Literal["fp32", "module"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
@@ -24,7 +24,7 @@ _LAYER = re.compile(r"layer_\d+-(?:model_\d+-)?model_states\.pt")
 
 
 @dataclass(frozen=True, slots=True)
-class RankFile:
+class DeepSpeedRankFile:
     """A file of one rank.
 
     Attributes
@@ -56,8 +56,8 @@ class RankFile:
 class TagFiles:
     """Model and optimizer files, each in numeric rank order (rank 10 after rank 9)."""
 
-    models: tuple[RankFile, ...]
-    optims: tuple[RankFile, ...]
+    models: tuple[DeepSpeedRankFile, ...]
+    optims: tuple[DeepSpeedRankFile, ...]
 
 
 def is_tag_folder(folder: Path) -> bool:
@@ -124,19 +124,19 @@ def _kind(name: str) -> str:
     return next((kind for kind, pattern in patterns if pattern.fullmatch(name)), "")
 
 
-def _ranks(paths: list[Path], pattern: re.Pattern[str]) -> tuple[RankFile, ...]:
+def _ranks(paths: list[Path], pattern: re.Pattern[str]) -> tuple[DeepSpeedRankFile, ...]:
     found = []
     for path in paths:
         match = pattern.fullmatch(path.name)
         if match:
-            found.append(RankFile(path, int(match["dp"] or 0), int(match["mp"])))
+            found.append(DeepSpeedRankFile(path, int(match["dp"] or 0), int(match["mp"])))
     return tuple(sorted(found, key=lambda rank: (rank.model_parallel, rank.data_parallel)))
 
 
-def _twice(folder: Path, *sets: tuple[RankFile, ...]) -> Iterator[CheckpointError]:
+def _twice(folder: Path, *sets: tuple[DeepSpeedRankFile, ...]) -> Iterator[CheckpointError]:
     """Two files for one rank: those of another stage, or with and without ``bf16_``, in one directory."""
     for files in sets:
-        known: dict[int, RankFile] = {}
+        known: dict[int, DeepSpeedRankFile] = {}
         for file in files:
             other = known.setdefault(file.data_parallel, file)
             if other is not file:
@@ -149,7 +149,7 @@ def _twice(folder: Path, *sets: tuple[RankFile, ...]) -> Iterator[CheckpointErro
                 )
 
 
-def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], files: tuple[RankFile, ...]) -> None:
+def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], files: tuple[DeepSpeedRankFile, ...]) -> None:
     if (folder / "zero").is_dir():
         kind = "universal"
     elif "expert" in kinds:

@@ -17,7 +17,7 @@ from math import prod
 from shardmerge.dtypes import DType
 from shardmerge.sources.deepspeed_ranks import tensors
 from shardmerge.sources.deepspeed_values import Samples, is_dense, is_float, rounded, spread
-from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import Shape
 
@@ -30,13 +30,13 @@ _SMALL = 1024
 _MOST_SEARCHED = 100_000
 
 
-def has_masters(optimizer: Mapping[object, Value]) -> bool:
+def has_masters(optimizer: Mapping[object, PickleValue]) -> bool:
     """Tells whether stage 0 saved fp32 masters."""
     return isinstance(optimizer.get("fp32_groups"), list) or isinstance(optimizer.get("fp32_groups_flat"), list)
 
 
 def name_masters(
-    file: TorchFile, optimizer: Mapping[object, Value], module: Mapping[str, TensorRef]
+    file: TorchFile, optimizer: Mapping[object, PickleValue], module: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef] | None:
     """Returns the masters by name, or ``None`` where values do not give every one of them exactly one name.
 
@@ -52,12 +52,12 @@ def name_masters(
     names = _without_aliases(file, module)
     if isinstance(optimizer.get("fp32_groups"), list):
         groups = _tensor_lists(optimizer["fp32_groups"])
-        return _Naming(file, names).of_groups(groups) if groups else None
+        return _NameSearch(file, names).of_groups(groups) if groups else None
     flats = _tensor_lists([optimizer.get("fp32_groups_flat")])
-    return _Naming(file, names).of_flats(flats[0]) if flats else None
+    return _NameSearch(file, names).of_flats(flats[0]) if flats else None
 
 
-def _tensor_lists(groups: Value) -> list[tuple[TensorRef, ...]]:
+def _tensor_lists(groups: PickleValue) -> list[tuple[TensorRef, ...]]:
     """Returns the groups, or nothing if one of them holds anything but fp32 tensors."""
     found = [tensors(group) for group in groups] if isinstance(groups, list) else []
     whole = [group for group in found if group is not None and all(ref.dtype.name == "F32" for ref in group)]
@@ -94,7 +94,7 @@ class _Alike:
         return not self.masters or len(self.names) == len(self.masters) == 1
 
 
-class _Naming:
+class _NameSearch:
     """The search for names in one file."""
 
     def __init__(self, file: TorchFile, module: Mapping[str, TensorRef]) -> None:

@@ -16,9 +16,9 @@ from math import prod
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_claims import Claims, largest, read_claims, text_of
-from shardmerge.sources.deepspeed_files import RankFile
-from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value
+from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, largest, read_claims, text_of
+from shardmerge.sources.deepspeed_files import DeepSpeedRankFile
+from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.sources.value_digest import value_digest
@@ -45,9 +45,9 @@ class RankState:
         ``frozen_param_shapes``, or ``MISFIT``.
     """
 
-    rank: RankFile
+    rank: DeepSpeedRankFile
     stamp: FileStamp
-    claims: Claims
+    claims: DeepSpeedClaims
     saved_as: str
     fragments: array[int]
 
@@ -57,7 +57,7 @@ def _fragment(file: TorchFile, ref: TensorRef | None, share: int) -> int:
     return part.extent.offset if part is not None and part.numel == share else MISFIT
 
 
-def frozen_shares(root: Mapping[object, Value], world: int) -> dict[str, int]:
+def frozen_shares(root: Mapping[object, PickleValue], world: int) -> dict[str, int]:
     """Returns how many elements of each frozen parameter a rank holds."""
     shapes = shape_table(root.get("frozen_param_shapes"))
     return {name: chunk_numel(prod(shape), world) for name, shape in shapes.items()}
@@ -86,7 +86,7 @@ class OptimState:
         The name that the file was saved under, where that is another's; else ``""``.
     """
 
-    rank: RankFile
+    rank: DeepSpeedRankFile
     stamp: FileStamp
     stage: int | None
     dtypes: tuple[DType, ...]
@@ -105,13 +105,13 @@ class RankReader:
 
     def __init__(self) -> None:
         self._pickles = KnownPickles()
-        self._claims: dict[str, Claims] = {}
+        self._claims: dict[str, DeepSpeedClaims] = {}
 
-    def file(self, rank: RankFile) -> TorchFile:
+    def file(self, rank: DeepSpeedRankFile) -> TorchFile:
         """Returns a whole file."""
         return read_torch_file(rank.path, self._pickles)
 
-    def model(self, rank: RankFile, frozen: Mapping[str, int]) -> RankState:
+    def model(self, rank: DeepSpeedRankFile, frozen: Mapping[str, int]) -> RankState:
         """Returns what is kept of a model file; ``frozen`` has a rank's share of each frozen parameter, in elements."""
         file = self.file(rank)
         root = as_dict(file.root)
@@ -119,7 +119,7 @@ class RankReader:
         fragments = array("q", (_fragment(file, table.get(name), share) for name, share in frozen.items()))
         return RankState(rank, file.stamp, self._stated(file), rank.saved_as(file.archive), fragments)
 
-    def optim(self, rank: RankFile) -> OptimState:
+    def optim(self, rank: DeepSpeedRankFile) -> OptimState:
         """Returns what is kept of an optimizer file."""
         file = self.file(rank)
         root = as_dict(file.root)
@@ -151,7 +151,7 @@ class RankReader:
             rank.saved_as(file.archive),
         )
 
-    def _stated(self, file: TorchFile) -> Claims:
+    def _stated(self, file: TorchFile) -> DeepSpeedClaims:
         """Returns what a model file states, read once for all files of one pickle."""
         claims = self._claims.get(file.stamp.header)
         if claims is None:
@@ -159,7 +159,7 @@ class RankReader:
         return claims
 
 
-def shape_table(value: Value) -> dict[str, Shape]:
+def shape_table(value: PickleValue) -> dict[str, Shape]:
     """Returns the shapes of a dict, by name."""
     table: dict[str, Shape] = {}
     for name, shape in as_dict(value).items():
@@ -168,7 +168,7 @@ def shape_table(value: Value) -> dict[str, Shape]:
     return table
 
 
-def tensors(value: Value) -> tuple[TensorRef, ...] | None:
+def tensors(value: PickleValue) -> tuple[TensorRef, ...] | None:
     """Returns the tensors of a list, or None if it is no list of nothing else."""
     if not isinstance(value, (list, tuple)):
         return None
@@ -176,7 +176,7 @@ def tensors(value: Value) -> tuple[TensorRef, ...] | None:
     return found if len(found) == len(value) else None
 
 
-def named_tensors(value: Value) -> dict[str, TensorRef]:
+def named_tensors(value: PickleValue) -> dict[str, TensorRef]:
     """Returns the tensors of a dict, by name."""
     pairs = as_dict(value).items()
     return {name: ref for name, ref in pairs if isinstance(name, str) and isinstance(ref, TensorRef)}
@@ -193,24 +193,24 @@ def partition(file: TorchFile, ref: TensorRef) -> Partition:
     return Partition(held, prod(ref.shape))
 
 
-def _stage_number(value: Value) -> int | None:
+def _stage_number(value: PickleValue) -> int | None:
     """ZeroStageEnum is pickled as a call with one int (``runtime/zero/config.py``); older files hold the int."""
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
     return value if isinstance(value, int) else None
 
 
-def _paddings(value: Value) -> tuple[tuple[int, ...], ...]:
+def _paddings(value: PickleValue) -> tuple[tuple[int, ...], ...]:
     groups = value if isinstance(value, list) else []
     return tuple(tuple(n for n in group if isinstance(n, int)) for group in groups if isinstance(group, list))
 
 
-def _base_state(state: Mapping[object, Value]) -> Mapping[object, Value]:
+def _base_state(state: Mapping[object, PickleValue]) -> Mapping[object, PickleValue]:
     """What the optimizer inside ZeRO's saved; nothing for ``elastic_checkpoint``, which saves a list of lean dicts."""
     return as_dict(state.get("base_optimizer_state") or state.get("optimizer_state_dict"))
 
 
-def _first_step(file: TorchFile, base: Mapping[object, Value], numel: int) -> float | None:
+def _first_step(file: TorchFile, base: Mapping[object, PickleValue], numel: int) -> float | None:
     """Returns the optimizer's step counter: four bytes that tell two runs, or two moments of one run, apart."""
     moments = as_dict(base.get("state"))
     if not moments:  # Adam makes its moments in the first step; a rank may have nothing to train, SGD has no moments
@@ -223,14 +223,14 @@ def _first_step(file: TorchFile, base: Mapping[object, Value], numel: int) -> fl
     return None
 
 
-def _param_groups(base: Mapping[object, Value]) -> list[Mapping[object, Value]]:
+def _param_groups(base: Mapping[object, PickleValue]) -> list[Mapping[object, PickleValue]]:
     groups = base.get("param_groups")
     return [as_dict(group) for group in groups] if isinstance(groups, list) else []
 
 
-def _plain(base: Mapping[object, Value]) -> str:
+def _plain(base: Mapping[object, PickleValue]) -> str:
     plain = (bool, int, float, str, tuple)
-    found: list[Value] = [
+    found: list[PickleValue] = [
         {key: value for key, value in group.items() if isinstance(value, plain)} for group in _param_groups(base)
     ]
     return value_digest(found)

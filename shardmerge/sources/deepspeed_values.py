@@ -18,7 +18,7 @@ from pathlib import PurePath
 
 from shardmerge.dtypes import DType
 from shardmerge.shown import shown
-from shardmerge.sources.pickle_vm import TensorRef
+from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Extent, Piece, TensorEntry

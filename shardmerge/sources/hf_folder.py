@@ -29,7 +29,7 @@ _LARGEST_SIDE_FILE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class ShardIndex:
     """An index file: which shard holds which tensor, as it claims."""
 
     path: Path
@@ -81,7 +81,7 @@ def read_unindexed(paths: Sequence[Path], read_shard: ReadShard) -> Catalog:
                     hint="the shards are of different models: keep those of one, and its index",
                 )
             seen[name] = shard
-    merged = _merged(Index(paths[0], {}, None), shards)
+    merged = _merged(ShardIndex(paths[0], {}, None), shards)
     if len(paths) == 1:  # torchtune calls a whole model ft-model-00001-of-00001
         return merged
     text = f"no index names the {len(paths)} shards: all that their names count are read"
@@ -136,7 +136,7 @@ def _is_small(path: Path) -> bool:
     return path.stat().st_size <= _LARGEST_SIDE_FILE
 
 
-def _read_index(path: Path) -> Index:
+def _read_index(path: Path) -> ShardIndex:
     with SourceFile(path) as file:
         if file.size > _LARGEST_INDEX:
             raise _damaged(path, f"{file.size} bytes is too large for an index")
@@ -151,7 +151,7 @@ def _read_index(path: Path) -> Index:
     raise_all(_unsafe_names(path, weight_map))
     metadata = value.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(path, weight_map, total if isinstance(total, int) else None)
+    return ShardIndex(path, weight_map, total if isinstance(total, int) else None)
 
 
 def _unsafe_names(path: Path, weight_map: dict[str, str]) -> Iterator[ShardmergeError]:
@@ -174,7 +174,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _lies(index: Index, shards: dict[str, Catalog]) -> Iterator[ShardmergeError]:
+def _lies(index: ShardIndex, shards: dict[str, Catalog]) -> Iterator[ShardmergeError]:
     claimed: dict[str, set[str]] = {name: set() for name in shards}
     for tensor, shard in index.weight_map.items():
         claimed[shard].add(tensor)
@@ -193,7 +193,7 @@ def _lies(index: Index, shards: dict[str, Catalog]) -> Iterator[ShardmergeError]
                 )
 
 
-def _merged(index: Index, shards: dict[str, Catalog]) -> Catalog:
+def _merged(index: ShardIndex, shards: dict[str, Catalog]) -> Catalog:
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     files: list[FileStamp] = []

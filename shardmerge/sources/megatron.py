@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import Opaque, Value
-from shardmerge.sources.rank_files import FILES, RankFile, is_distributed, list_ranks
+from shardmerge.sources.pickle_values import Opaque, PickleValue
+from shardmerge.sources.rank_files import FILES, MegatronRankFile, is_distributed, list_ranks
 from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
@@ -49,7 +49,7 @@ def read_megatron(folder: Path) -> Catalog:
     ranks = list_ranks(folder)
     _check_experts(folder, ranks)
     _check_grid(folder, ranks, {})
-    catalogs: dict[RankFile, Catalog] = {}
+    catalogs: dict[MegatronRankFile, Catalog] = {}
     facts: dict[str, Fact] = {}
     skipped: list[str] = []
     for rank in ranks:
@@ -94,7 +94,7 @@ def _model(file: TorchFile) -> StateDict:
     return state_dict(file.root, key="model")
 
 
-def _scalars(arguments: Value) -> dict[str, Fact]:
+def _scalars(arguments: PickleValue) -> dict[str, Fact]:
     """The plain values of an ``argparse.Namespace``, which pickles as its dict."""
     values = arguments.state if isinstance(arguments, Opaque) else arguments
     return {
@@ -104,7 +104,7 @@ def _scalars(arguments: Value) -> dict[str, Fact]:
     }
 
 
-def _check_experts(folder: Path, ranks: list[RankFile]) -> None:
+def _check_experts(folder: Path, ranks: list[MegatronRankFile]) -> None:
     if any(rank.experts for rank in ranks):
         raise _experts_not_yet(folder)
 
@@ -118,14 +118,14 @@ def _experts_not_yet(folder: Path) -> CheckpointError:
     )
 
 
-def _check_arguments(folder: Path, ranks: list[RankFile], facts: Mapping[str, Fact]) -> None:
+def _check_arguments(folder: Path, ranks: list[MegatronRankFile], facts: Mapping[str, Fact]) -> None:
     experts = facts.get("expert_model_parallel_size")
     if isinstance(experts, int) and experts > 1:
         raise _experts_not_yet(folder)
     _check_grid(folder, ranks, facts)
 
 
-def _check_grid(folder: Path, ranks: list[RankFile], facts: Mapping[str, Fact]) -> None:
+def _check_grid(folder: Path, ranks: list[MegatronRankFile], facts: Mapping[str, Fact]) -> None:
     """Checks that every tensor rank of every stage has one file, as many as ``args`` says where it is known."""
     found = {rank.key: rank for rank in ranks}
     tensor = _size(facts, "tensor_model_parallel_size", max(rank.tensor for rank in ranks) + 1)
@@ -156,11 +156,11 @@ def _file_name(rank: int, stage: int, stages: int) -> str:
     return f"{folder}/{FILES[0]}"
 
 
-def _prefix(rank: RankFile) -> str:
+def _prefix(rank: MegatronRankFile) -> str:
     return f"{rank.tensor:02d}.{rank.stage:03d}"
 
 
-def _kind(ranks: list[RankFile]) -> str:
+def _kind(ranks: list[MegatronRankFile]) -> str:
     stages = len({rank.stage for rank in ranks})
     kind = f"Megatron, {counted(len(ranks) // stages)}"
     return f"{kind} x {stages} pipeline stages" if stages > 1 else kind

@@ -39,7 +39,7 @@ def not_a_model(state: str, where: str, found: str) -> CheckpointError:
     )
 
 
-def unknown(path: Path) -> CheckpointError:
+def unknown_format(path: Path) -> CheckpointError:
     """Returns the error for a file or directory that no reader knows."""
     if path.is_dir():
         return _no_weights(path)

@@ -12,8 +12,8 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.hf_folder import ReadShard
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
-CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FULL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LLAVA = "non_lora_trainables.bin"
@@ -21,7 +21,7 @@ _LLAVA = "non_lora_trainables.bin"
 
 def is_adapter_file(path: Path) -> bool:
     """Tells whether a file is the weights of an adapter whose config lies beside it."""
-    return path.name in _WEIGHTS and (path.parent / CONFIG).is_file()
+    return path.name in _WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file()
 
 
 def read_adapter(folder: Path, read_shard: ReadShard) -> Catalog | None:
@@ -34,14 +34,14 @@ def read_adapter(folder: Path, read_shard: ReadShard) -> Catalog | None:
     CheckpointError
         ``missing-adapter``: the config is there, and no weights.
     """
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return None
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     full = [name for name in _FULL if (folder / name).is_file()]
     if weights is None and not full:
         raise CheckpointError(
             "missing-adapter",
-            f"the directory has {CONFIG}, and the weights of the adapter are not there",
+            f"the directory has {ADAPTER_CONFIG}, and the weights of the adapter are not there",
             where=str(folder),
             expected=" or ".join(_WEIGHTS),
             hint="copy or download the rest, or save the adapter again with save_pretrained",
@@ -68,4 +68,8 @@ def read_adapter(folder: Path, read_shard: ReadShard) -> Catalog | None:
 
 def stray_config(folder: Path) -> tuple[str, ...]:
     """Returns the note for a full model that has an adapter's config beside it and no adapter."""
-    return (f"{CONFIG} lies here without an adapter: the full model is read",) if (folder / CONFIG).is_file() else ()
+    return (
+        (f"{ADAPTER_CONFIG} lies here without an adapter: the full model is read",)
+        if (folder / ADAPTER_CONFIG).is_file()
+        else ()
+    )

@@ -23,7 +23,7 @@ META = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
 @dataclass(frozen=True, slots=True)
-class RankFile:
+class MegatronRankFile:
     """The file of one tensor rank in one pipeline stage; ``experts`` where its folder names an expert rank too."""
 
     path: Path
@@ -84,19 +84,19 @@ def newest_iteration(folder: Path) -> Path | None:
     )
 
 
-def list_ranks(folder: Path) -> list[RankFile]:
+def list_ranks(folder: Path) -> list[MegatronRankFile]:
     """Returns the ranks of one iteration, stage by stage."""
     found = [rank for path in folder.glob("mp_rank_*") if (rank := _rank_file(path))]
     return sorted(found, key=lambda rank: (rank.stage, rank.tensor))
 
 
-def _rank_file(folder: Path) -> RankFile | None:
+def _rank_file(folder: Path) -> MegatronRankFile | None:
     match = _RANK.fullmatch(folder.name)
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if match is None or path is None:
         return None
     numbers = [int(number) for number in match[2].split("_")[1:]]
-    return RankFile(path, int(match[1]), numbers[0] if numbers else 0, len(numbers) > 1)
+    return MegatronRankFile(path, int(match[1]), numbers[0] if numbers else 0, len(numbers) > 1)
 
 
 def is_meta_file(path: Path) -> bool:

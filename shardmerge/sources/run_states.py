@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from shardmerge.dtypes import DTYPES
-from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 
 _BYTES = DTYPES["U8"]
 _OF_GENERATORS = re.compile(r"cpu|cuda|gpu|npu|xpu|mps|hpu|mlu|musa|sdaa|xla|.*(?:rng|random|seed).*", re.IGNORECASE)
@@ -24,7 +24,7 @@ _KEYS = (
 )
 
 
-def run_state(root: Value) -> str:
+def run_state(root: PickleValue) -> str:
     """Returns what state of a run a file holds, in words, or ``""`` where it may hold a model."""
     if not isinstance(root, dict):
         return ""

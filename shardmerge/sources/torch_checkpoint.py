@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardmerge.sources.not_read import not_a_model
-from shardmerge.sources.pickle_vm import TensorRef, Value
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.run_states import run_state
 from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
 from shardmerge.tensors import Catalog, TensorEntry
@@ -70,6 +70,6 @@ def training_config(file: TorchFile) -> str:
     return config if isinstance(config, str) else ""
 
 
-def as_dict(value: Value) -> Mapping[object, Value]:
+def as_dict(value: PickleValue) -> Mapping[object, PickleValue]:
     """Returns the value if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}

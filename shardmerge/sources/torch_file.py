@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError
-from shardmerge.sources.pickle_vm import Opaque, TensorRef, Value, interpret
+from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
+from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
 from shardmerge.sources.torch_zip import ZIP_MAGIC, read_directory, read_torch_zip
 from shardmerge.storage.reading import SourceFile
@@ -55,7 +56,7 @@ class TorchFile:
 
     path: str
     kind: str
-    root: Value
+    root: PickleValue
     storages: Mapping[str, Extent]
     stamp: FileStamp
     archive: str = ""
@@ -172,15 +173,15 @@ class KnownPickles:
     """
 
     def __init__(self) -> None:
-        self._values: OrderedDict[str, tuple[Value, int]] = OrderedDict()
+        self._values: OrderedDict[str, tuple[PickleValue, int]] = OrderedDict()
         self._held = 0
 
-    def get(self, digest: str) -> Value | None:
+    def get(self, digest: str) -> PickleValue | None:
         """Returns the value of a pickle, or None if it is not known."""
         found = self._values.get(digest)
         return found[0] if found else None
 
-    def put(self, digest: str, value: Value, nbytes: int) -> None:
+    def put(self, digest: str, value: PickleValue, nbytes: int) -> None:
         """Remembers the value of a pickle of so many bytes; forgets the oldest where there are too many."""
         self._values[digest] = value, nbytes
         self._held += nbytes
@@ -263,7 +264,7 @@ class StateDict:
     skipped: tuple[str, ...]
 
 
-def state_dict(root: Value, *, key: str = "") -> StateDict:
+def state_dict(root: PickleValue, *, key: str = "") -> StateDict:
     """Finds the named tensors in what a file holds.
 
     Parameters
@@ -293,11 +294,11 @@ def state_dict(root: Value, *, key: str = "") -> StateDict:
     raise _no_tensors(root, "")
 
 
-def _without_optimizer(root: dict[object, Value]) -> dict[object, Value]:
+def _without_optimizer(root: dict[object, PickleValue]) -> dict[object, PickleValue]:
     return {name: value for name, value in root.items() if not str(name).startswith("optimizer")}
 
 
-def _descend(root: Value, key: str) -> Value:
+def _descend(root: PickleValue, key: str) -> PickleValue:
     """Keys may hold dots themselves, so the longest one that fits wins."""
     value, parts = root, key.split(".")
     while parts:
@@ -309,7 +310,7 @@ def _descend(root: Value, key: str) -> Value:
     return value
 
 
-def _collect(holder: Value, root_key: str) -> StateDict:
+def _collect(holder: PickleValue, root_key: str) -> StateDict:
     tensors: dict[str, TensorRef] = {}
     skipped = []
     for name, leaf in _leaves(holder):
@@ -327,8 +328,8 @@ def _collect(holder: Value, root_key: str) -> StateDict:
 
 
 def _leaves(
-    value: Value, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
-) -> Iterator[tuple[str, Value]]:
+    value: PickleValue, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
+) -> Iterator[tuple[str, PickleValue]]:
     """Yields the leaves of nested dicts, with dotted names. Other containers are leaves."""
     budget = budget or [_MOST_LEAVES]
     if not isinstance(value, dict):
@@ -352,7 +353,7 @@ def _endless(name: str) -> CheckpointError:
     )
 
 
-def _is_tensor(value: Value) -> bool:
+def _is_tensor(value: PickleValue) -> bool:
     """Tells whether a value is a tensor, of a kind that is read or not."""
     if isinstance(value, TensorRef):
         return True
@@ -362,7 +363,7 @@ def _is_tensor(value: Value) -> bool:
     )
 
 
-def _unsupported(name: str, value: Value) -> CheckpointError:
+def _unsupported(name: str, value: PickleValue) -> CheckpointError:
     return CheckpointError(
         "unsupported-tensor",
         "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
@@ -372,7 +373,7 @@ def _unsupported(name: str, value: Value) -> CheckpointError:
     )
 
 
-def _no_tensors(root: Value, key: str) -> CheckpointError:
+def _no_tensors(root: PickleValue, key: str) -> CheckpointError:
     return CheckpointError(
         "no-tensors",
         f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
@@ -381,14 +382,14 @@ def _no_tensors(root: Value, key: str) -> CheckpointError:
     )
 
 
-def _root_hint(root: Value, key: str) -> str:
+def _root_hint(root: PickleValue, key: str) -> str:
     """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
     roots = list(islice(_roots(root), _MOST_ROOTS))
     best = max(roots, key=lambda root: len(os.path.commonprefix((root, key))), default="")  # reading imports nothing
     return f"say --root {best}, in a mapping `root: {best}`" if best else ""
 
 
-def _roots(value: Value, prefix: str = "", depth: int = 3) -> Iterator[str]:
+def _roots(value: PickleValue, prefix: str = "", depth: int = 3) -> Iterator[str]:
     """Yields the dotted names of the dicts inside that hold tensors."""
     for name, item in islice(value.items(), _MOST_ROOTS) if isinstance(value, dict) and depth else ():
         if isinstance(item, dict):
@@ -397,7 +398,7 @@ def _roots(value: Value, prefix: str = "", depth: int = 3) -> Iterator[str]:
             yield from _roots(item, f"{prefix}{str(name)[:80]}.", depth - 1)
 
 
-def _keys(value: Value) -> str:
+def _keys(value: PickleValue) -> str:
     if isinstance(value, dict):
         return ", ".join(str(name)[:80] for name in list(value)[:20]) or "an empty dict"
     return value.type.path if isinstance(value, Opaque) else type(value).__name__

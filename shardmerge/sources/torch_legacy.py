@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES, Parsed, StorageRef, Value, interpret_at
+from shardmerge.sources.pickle_frames import MOST_PICKLE_BYTES
+from shardmerge.sources.pickle_values import Parsed, PickleValue, StorageRef
+from shardmerge.sources.pickle_vm import interpret_at
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent
 
@@ -31,7 +33,7 @@ _WINDOW_GROWTH = 16
 class TorchLegacy:
     """The parts of a legacy file: the object, all storages by key, and the bytes before the first of them."""
 
-    root: Value
+    root: PickleValue
     storages: Mapping[str, Extent]
     header: bytes
 
@@ -76,7 +78,7 @@ def _pickles(data: bytes, file: SourceFile) -> tuple[Parsed, list[str], int]:
     return parsed, names, keys.end
 
 
-def _short(value: Value) -> str:
+def _short(value: PickleValue) -> str:
     return str(value) if isinstance(value, int) else type(value).__name__
 
 

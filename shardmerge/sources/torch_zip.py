@@ -18,7 +18,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.pickle_vm import MOST_PICKLE_BYTES
+from shardmerge.sources.pickle_frames import MOST_PICKLE_BYTES
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, Record
 

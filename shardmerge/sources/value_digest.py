@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from shardmerge.sources.pickle_vm import Global, Opaque, StorageRef, TensorRef, Value
+from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, StorageRef, TensorRef
 
 # 128 bits: equal digests of unequal values are not to be feared, even from somebody who looks for them for years.
 _SIZE = 16
 
 
-def value_digest(value: Value) -> str:
+def value_digest(value: PickleValue) -> str:
     """Returns a digest (hex) that two values share where they are equal, dicts also in the order of their keys.
 
     Tensors count by dtype, shape and storage key, not by their bytes. A value that holds itself is digested too.

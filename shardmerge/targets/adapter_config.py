@@ -14,8 +14,7 @@ from math import isfinite
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject
-
-NAME = "adapter_config.json"
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 # Read below.
 _HONOURED = frozenset({
@@ -119,7 +118,7 @@ class AdapterConfig:
     task: str = ""
 
 
-def read_config(config: JsonObject, where: str) -> AdapterConfig:
+def read_adapter_config(config: JsonObject, where: str) -> AdapterConfig:
     """Returns what a config says, if a merge can do all of it.
 
     Raises
@@ -133,7 +132,7 @@ def read_config(config: JsonObject, where: str) -> AdapterConfig:
         raise MappingError(
             "not-lora", "only LoRA adapters are merged", where=where, found=f"peft_type {shown(kind)}", hint=_BY_PEFT
         )
-    reader = _Reader(config, where)
+    reader = _ConfigValues(config, where)
     found = reader.config()
     raise_all([*_refusals(config, where), *reader.problems])
     return found
@@ -173,29 +172,30 @@ def _changed_base(init: object, where: str) -> Iterator[ShardmergeError]:
         found=f"init_lora_weights: {shown(init)}",
         expected="true, gaussian, eva or orthogonal, which leave the base as it is",
         hint="let peft write it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...); or "
-        f"name the residual model that it was trained on as the base, and set init_lora_weights to true in {NAME}",
+        "name the residual model that it was trained on as the base, and set init_lora_weights to true in "
+        f"{ADAPTER_CONFIG}",
     )
 
 
 def _way_on(key: str) -> str:
     if key in _REFUSED:
         return _BY_PEFT if key in _MERGED_BY_PEFT else _BESIDE
-    return f"{_BY_PEFT}; if it changes no weight, remove the line from {NAME}"
+    return f"{_BY_PEFT}; if it changes no weight, remove the line from {ADAPTER_CONFIG}"
 
 
 def _odd(key: str, value: object, expected: str, where: str) -> MappingError:
     return MappingError(
         "odd-setting",
-        f"`{key}` in {NAME} cannot be used",
+        f"`{key}` in {ADAPTER_CONFIG} cannot be used",
         where=where,
         found=shown(value),
         expected=expected,
-        hint=f"write the value that the run had into {NAME}",
+        hint=f"write the value that the run had into {ADAPTER_CONFIG}",
     )
 
 
 @dataclass(slots=True)
-class _Reader:
+class _ConfigValues:
     """Values of the right kind, and what is wrong with the others."""
 
     values: JsonObject

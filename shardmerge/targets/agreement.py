@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.known_models import Known, known_model
-from shardmerge.targets.stated_sizes import Contradiction, Path, contradictions
+from shardmerge.targets.stated_sizes import Contradiction, KeyPath, contradictions
 from shardmerge.targets.uneven_layers import lost
 from shardmerge.tensors import Shape
 
@@ -176,7 +176,7 @@ def _as_error(one: Contradiction, described: Described) -> TargetError:
     return TargetError(code, what, where=described.where, found=one.detail, expected=_says(one), hint=hint)
 
 
-def differing_head(head: str, embedding: str, described: Described, said: Sequence[Path]) -> TargetError:
+def differing_head(head: str, embedding: str, described: Described, said: Sequence[KeyPath]) -> TargetError:
     """Returns the error of a model that these parts of its config call tied, and that has two different matrices."""
     keys = [".".join((*path, "tie_word_embeddings")) for path in said]
     return TargetError(

@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PretrainedPart:
     """A pretrained part of the model, and what the training config says of it.
 
     Attributes
@@ -96,7 +96,7 @@ class VisionBase:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Players:
     """Which source plays which part, and what the training config says.
 
     Attributes
@@ -115,11 +115,11 @@ class Cast:
     trained_name: str
     facts: TrainingFacts
     model: ModelFacts
-    text: Part
-    vision: Part
+    text: PretrainedPart
+    vision: PretrainedPart
 
 
-def cast(request: Request, text_prefix: str, vision_prefix: str) -> Cast:
+def find_players(request: Request, text_prefix: str, vision_prefix: str) -> Players:
     """Returns who plays what; the sources are `llm`, `vision` and `trained` where the mapping does not say.
 
     Parameters
@@ -138,13 +138,13 @@ def cast(request: Request, text_prefix: str, vision_prefix: str) -> Cast:
     facts, model = read_training_config(config), read_model_facts(config)
     _check_training(model, trained)
     tower = facts.vision_path or _named_tower(request.catalogs.get(names["text"]), request.read)
-    return Cast(
+    return Players(
         trained=trained,
         trained_name=names["trained"],
         facts=facts,
         model=model,
-        text=Part("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
-        vision=Part("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
+        text=PretrainedPart("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
+        vision=PretrainedPart("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
     )
 
 
@@ -207,12 +207,12 @@ def _yaml_scalar(text: str) -> str:
 # ---- sources that are not there
 
 
-def missing_sources(parts: Iterable[Part], catalogs: Mapping[str, Catalog]) -> list[ShardmergeError]:
+def missing_sources(parts: Iterable[PretrainedPart], catalogs: Mapping[str, Catalog]) -> list[ShardmergeError]:
     """Returns a ``missing-source`` error for each part that no source with a config.json plays."""
     return [problem for part in parts if (problem := _missing_source(part, catalogs.get(part.source))) is not None]
 
 
-def _missing_source(part: Part, catalog: Catalog | None) -> ShardmergeError | None:
+def _missing_source(part: PretrainedPart, catalog: Catalog | None) -> ShardmergeError | None:
     if catalog is not None and "config.json" in catalog.side_files:
         return None
     if catalog is None:
@@ -231,7 +231,7 @@ def _missing_source(part: Part, catalog: Catalog | None) -> ShardmergeError | No
     )
 
 
-def _because(part: Part) -> str:
+def _because(part: PretrainedPart) -> str:
     if part.frozen:
         return f": {part.reason}" + (f", from {part.path!r}" if part.path else "")
     return f": the training started from {part.path!r}" if part.path else ""
@@ -240,7 +240,7 @@ def _because(part: Part) -> str:
 # ---- reading
 
 
-def read_both(players: Cast, request: Request) -> tuple[TextBase, VisionBase]:
+def read_both(players: Players, request: Request) -> tuple[TextBase, VisionBase]:
     """Reads both configs; what is wrong with one does not hide what is wrong with the other.
 
     Raises
@@ -285,7 +285,7 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     return TextBase(catalog, whole, config, architecture, extent.file)
 
 
-def read_vision(part: Part, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> VisionBase:
+def read_vision(part: PretrainedPart, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> VisionBase:
     """Reads the config of the part ``vision``: a CLIP's or its vision part's, or a Hugging Face LLaVA's.
 
     Raises

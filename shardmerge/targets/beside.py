@@ -16,9 +16,8 @@ from fnmatch import fnmatchcase
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.targets.expectation import Expectation, FileChoice
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
-from shardmerge.tensors.file_roles import comes_along, left_behind
+from shardmerge.tensors.file_roles import CONFIG, comes_along, left_behind
 
-CONFIG = "config.json"
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 # JSON files that name classes of the model's own code, as ``module.Class`` (transformers, ``dynamic_module_utils.py``).
 _WITH_CODE = (

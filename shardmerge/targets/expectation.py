@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from shardmerge.dtypes import DType
+from shardmerge.ops.row_init import RowInit
 from shardmerge.tensors import Catalog, Extent, ReadSideFile, Shape, SideFile
 
 
@@ -35,7 +36,6 @@ def described_by(prefix: str, where: str) -> Component:
     return Component(prefix, "", remedy)
 
 
-How: TypeAlias = Literal["mean", "zeros", "copy", "normal"]
 FileMode: TypeAlias = Literal["model", "all", "none"]
 FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)
 Format: TypeAlias = Literal["safetensors", "bin"]
@@ -62,7 +62,7 @@ class Vocabulary:
 
     rows: int | None = None
     multiple: int = 1
-    new: How = "mean"
+    new: RowInit = "mean"
     row: int = 0
     seed: int = 0
     trim: bool = False
@@ -139,7 +139,7 @@ class Resize:
         Whether the source may have more rows; the last ones are cut off.
     """
 
-    how: How = "mean"
+    how: RowInit = "mean"
     row: int = 0
     seed: int = 0
     trim: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
-from shardmerge.targets.settings import unknown
+from shardmerge.targets.settings import not_understood
 from shardmerge.tensors import Catalog
 
 _LLAMA_3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -78,7 +78,7 @@ def from_params(params: Mapping[str, object], vocab_size: int, *, tied: bool, wh
     """
     inner = params.get("model", params)  # Llama Stack nests them
     params = inner if isinstance(inner, dict) else params
-    if odd := unknown(params, _PARAMS):
+    if odd := not_understood(params, _PARAMS):
         raise not_llama("params.json", where, shown(odd), "the fields of Meta's LLaMA 1 to 3, and no others")
     dim, heads = dimension(params, "dim", 4096, where), dimension(params, "n_heads", 32, where)
     theta, scaled = real(params, "rope_theta", 10000.0), params.get("use_scaled_rope") is True
@@ -208,7 +208,7 @@ def _check_litgpt(config: Mapping[str, object], where: str) -> None:
     odd = {key: config[key] for key, usual in _LITGPT.items() if key in config and config[key] != usual}
     if odd.get("attention_scores_scalar") == config.get("head_size"):
         odd.pop("attention_scores_scalar", None)
-    odd |= unknown(config, (*_LITGPT, *_LITGPT_READ))
+    odd |= not_understood(config, (*_LITGPT, *_LITGPT_READ))
     if "gemma" in str(config.get("name", "")).lower():  # whose RMSNorm adds one to its weight (`norm_class`)
         odd["name"] = config["name"]
     if odd or missing:

@@ -17,7 +17,7 @@ from shardmerge.targets.architectures import JsonObject, dimension, flag, layers
 from shardmerge.tensors import Shape
 
 Canonical: TypeAlias = Callable[[str], str]
-_Reader: TypeAlias = "Callable[[Mapping[str, object], frozenset[str], str], Known | None]"
+_WeightsReader: TypeAlias = "Callable[[Mapping[str, object], frozenset[str], str], Known | None]"
 
 # Buffers that earlier versions saved and that every version ignores.
 _BUFFERS = (".inv_freq", ".position_ids", ".masked_bias")
@@ -117,7 +117,7 @@ def _text_part(config: Mapping[str, object], prefix: str, where: str, *, tied: b
     )
 
 
-def _language_model(model_type: str, head: str) -> _Reader:
+def _language_model(model_type: str, head: str) -> _WeightsReader:
     """Returns the reader of a class: ``lm_head`` of a causal model, ``score`` of a classifier, or no head at all."""
 
     def read(config: Mapping[str, object], names: frozenset[str], where: str) -> Known | None:
@@ -355,7 +355,7 @@ def shown_type(config: Mapping[str, object]) -> str:
 
 
 _TEXT_FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2"}
-_CLASSES: dict[str, _Reader] = {
+_CLASSES: dict[str, _WeightsReader] = {
     "CLIPModel": _clip,
     "CLIPVisionModel": _clip_vision,
     "CLIPVisionModelWithProjection": _projected(

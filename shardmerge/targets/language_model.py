@@ -10,7 +10,7 @@ from shardmerge.targets.architectures import JsonObject, dump, load_object, stor
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
-from shardmerge.targets.vocabulary import Rows, id_warnings, rows, tokenizer_files
+from shardmerge.targets.vocabulary import VocabularyRows, id_warnings, rows, tokenizer_files
 from shardmerge.tensors import SideFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,7 +63,7 @@ def _tied_or_not(request: Request, text: TextSource) -> TextSource:
     return replace(text, architecture=replace(text.architecture, tied=tied))
 
 
-def _config(request: Request, text: TextSource, counted: Rows) -> JsonObject:
+def _config(request: Request, text: TextSource, counted: VocabularyRows) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config) or _stored(text)
     config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
     context = count(request, "context", 0, most=_MAX_CONTEXT)

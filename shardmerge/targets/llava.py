@@ -14,22 +14,22 @@ from shardmerge.targets import clip, llama, official_config, training_run
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
-    Cast,
+    Players,
     TextBase,
     VisionBase,
-    cast,
     check_context,
+    find_players,
     missing_sources,
     read_both,
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
-from shardmerge.targets.llava_kinds import LLAVA, Kind, kind_of, pinpoints
-from shardmerge.targets.llava_names import LAYOUTS, Names
+from shardmerge.targets.llava_kinds import LLAVA, LlavaKind, kind_of, pinpoints
+from shardmerge.targets.llava_names import NAMES, LlavaNames
 from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.training_run import Settings, processor_source, read_settings, tokenizer_source
-from shardmerge.targets.vocabulary import Rows, check_ids, rows
+from shardmerge.targets.training_run import RunSettings, processor_source, read_run_settings, tokenizer_source
+from shardmerge.targets.vocabulary import VocabularyRows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape, SideFile
 
@@ -45,19 +45,19 @@ OPTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class LlavaModel:
     """All that was read and decided: what the directory will describe."""
 
-    kind: Kind
-    names: Names
-    players: Cast
+    kind: LlavaKind
+    names: LlavaNames
+    players: Players
     text: TextBase
     vision: VisionBase
     wiring: Wiring
     tokens: TokenizerFiles
     pad_id: int | None
-    rows: Rows
-    settings: Settings
+    rows: VocabularyRows
+    settings: RunSettings
 
 
 def expect(request: Request) -> Expectation:
@@ -72,7 +72,7 @@ def expect(request: Request) -> Expectation:
     return expect_kind(request, LLAVA)
 
 
-def expect_kind(request: Request, kind: Kind) -> Expectation:
+def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
     """Returns what the directory of a LLaVA of this kind must hold.
 
     Where the vocabulary is kept the text source is a LLaVA that is only renamed, and its own kind counts.
@@ -82,14 +82,14 @@ def expect_kind(request: Request, kind: Kind) -> Expectation:
     TargetError
         As ``expect``.
     """
-    model = read_model(request, kind)
+    model = read_llava(request, kind)
     return assemble(model, request, config_json(model, request), *processor_files(model, request))
 
 
 # ---- reading
 
 
-def read_model(request: Request, kind: Kind) -> Model:
+def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
     """Reads the bases and decides on names, wiring, tokens and rows.
 
     Raises
@@ -97,25 +97,25 @@ def read_model(request: Request, kind: Kind) -> Model:
     TargetError
         As ``expect``.
     """
-    names = LAYOUTS[choice(request, "names", tuple(LAYOUTS))]
-    players = cast(request, names.language.removesuffix("model."), names.vision.removesuffix("vision_model."))
+    names = NAMES[choice(request, "names", tuple(NAMES))]
+    players = find_players(request, names.language.removesuffix("model."), names.vision.removesuffix("vision_model."))
     missing = missing_sources((players.text, players.vision), request.catalogs)
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
     text, vision = read_both(players, request)
     check_context(players.model, text)
     kind = _kind(request, kind, text)
-    settings = read_settings(request, text)
+    settings = read_run_settings(request, text)
     official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
     wiring = wire(players.facts, players.trained, settings.config, settings.where)
     raise_all(_two_layers(wiring, players))
     tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
     check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
-    return Model(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
+    return LlavaModel(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
 
 
-def _kind(request: Request, kind: Kind, text: TextBase) -> Kind:
+def _kind(request: Request, kind: LlavaKind, text: TextBase) -> LlavaKind:
     """Returns the kind of the result: a base that is a LLaVA-NeXT makes no LLaVA 1.5, and the other way round."""
     if not isinstance(text.whole.get("text_config"), dict):
         return kind
@@ -131,7 +131,7 @@ def _kind(request: Request, kind: Kind, text: TextBase) -> Kind:
     )
 
 
-def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
+def _two_layers(wiring: Wiring, players: Players) -> list[ShardmergeError]:
     if wiring.depth == 2:
         return []
     problem = TargetError(
@@ -149,7 +149,7 @@ def _two_layers(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
 
 
 def assemble(
-    model: Model, request: Request, config: JsonObject, files: tuple[SideFile, ...], warnings: tuple[str, ...]
+    model: LlavaModel, request: Request, config: JsonObject, files: tuple[SideFile, ...], warnings: tuple[str, ...]
 ) -> Expectation:
     """Returns the expectation of a Hugging Face LLaVA, given its config.json and its processor's files."""
     names, tied = model.names, model.text.architecture.tied
@@ -174,7 +174,7 @@ def assemble(
     )
 
 
-def _tensors(model: Model) -> dict[str, Shape]:
+def _tensors(model: LlavaModel) -> dict[str, Shape]:
     names, text, vision = model.names, model.text.architecture, model.vision.architecture
     tensors = {names.text(name): shape for name, shape in llama.expected(text, model.rows.count)}
     tensors |= {names.tower(name): shape for name, shape in clip.expected(vision)}
@@ -186,7 +186,7 @@ def _tensors(model: Model) -> dict[str, Shape]:
     return tensors | ({names.newline: (hidden,)} if model.kind.newline else {})
 
 
-def _components(model: Model) -> tuple[Component, ...]:
+def _components(model: LlavaModel) -> tuple[Component, ...]:
     players = model.players
     remedy = (
         f"name the checkpoint of the training as `{players.trained_name}`: XTuner always saves the projector with it"
@@ -200,7 +200,7 @@ def _components(model: Model) -> tuple[Component, ...]:
 # ---- config.json and generation_config.json
 
 
-def config_json(model: Model, request: Request) -> JsonObject:
+def config_json(model: LlavaModel, request: Request) -> JsonObject:
     """Returns config.json. Every value is stated, since defaults changed between versions of transformers.
 
     The tie flag stands in both places: 4.x reads it in ``text_config``, 5.x at the top.
@@ -226,11 +226,11 @@ def config_json(model: Model, request: Request) -> JsonObject:
     return config | _pad(model) | ({"torch_dtype": text_dtype} if text_dtype else {})
 
 
-def _pinpoints(model: Model) -> list[list[int]]:
+def _pinpoints(model: LlavaModel) -> list[list[int]]:
     return pinpoints(model.settings.config, model.vision.architecture.image_size, model.settings.where)
 
 
-def _pad(model: Model) -> JsonObject:
+def _pad(model: LlavaModel) -> JsonObject:
     return {} if model.pad_id is None else {"pad_token_id": model.pad_id}
 
 
@@ -249,7 +249,7 @@ def generation_config(text: TextBase, request: Request, changes: Mapping[str, ob
 # ---- tokenizer and processor
 
 
-def _tokenizer_warnings(model: Model) -> tuple[str, ...]:
+def _tokenizer_warnings(model: LlavaModel) -> tuple[str, ...]:
     catalog, tokens = model.text.catalog, model.tokens
     if "tokenizer.json" in tokenizer_source(model.settings, model.text):
         return ()
@@ -270,7 +270,7 @@ def _tokenizer_warnings(model: Model) -> tuple[str, ...]:
     return (warning,)
 
 
-def _tower_warnings(model: Model) -> tuple[str, ...]:
+def _tower_warnings(model: LlavaModel) -> tuple[str, ...]:
     """Two encoders of one width fit the same projector, and only one of them is the one that it was trained with."""
     started, vision = model.players.vision.path, model.vision
     if not clip.is_another(started, vision.architecture):
@@ -281,7 +281,7 @@ def _tower_warnings(model: Model) -> tuple[str, ...]:
     )
 
 
-def processor_files(model: Model, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+def processor_files(model: LlavaModel, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Returns preprocessor_config.json and processor_config.json, and warnings."""
     files = processor_source(model.settings, model.vision.catalog)
     images, warnings = clip.image_processor(files, request.read, model.vision.architecture)

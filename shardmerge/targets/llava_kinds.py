@@ -16,7 +16,7 @@ from shardmerge.targets.settings import refuse_unknown_around
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class LlavaKind:
     """What sets one Hugging Face LLaVA apart from another.
 
     Attributes
@@ -33,8 +33,8 @@ class Kind:
     newline: bool
 
 
-LLAVA = Kind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
-NEXT = Kind("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcessor", newline=True)
+LLAVA = LlavaKind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
+NEXT = LlavaKind("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcessor", newline=True)
 
 _KINDS = {kind.model_type: kind for kind in (LLAVA, NEXT)}
 
@@ -50,7 +50,7 @@ _LLAVA = (
 _TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
-def kind_of(whole: Mapping[str, object], where: str) -> Kind:
+def kind_of(whole: Mapping[str, object], where: str) -> LlavaKind:
     """Returns the kind of a Hugging Face config that holds a language model as ``text_config``.
 
     Raises

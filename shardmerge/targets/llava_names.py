@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class LlavaNames:
     """Where the parts of the model stand among the target names."""
 
     language: str
@@ -31,22 +31,22 @@ class Names:
 
 # Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
 # took `vision_model.` out of CLIPVisionModel.
-LAYOUTS = {
-    "legacy": Names(
+NAMES = {
+    "legacy": LlavaNames(
         "language_model.model.",
         "language_model.lm_head.weight",
         "vision_tower.vision_model.",
         "multi_modal_projector.",
         "image_newline",
     ),
-    "4.52": Names(
+    "4.52": LlavaNames(
         "model.language_model.",
         "lm_head.weight",
         "model.vision_tower.vision_model.",
         "model.multi_modal_projector.",
         "model.image_newline",
     ),
-    "5.6": Names(
+    "5.6": LlavaNames(
         "model.language_model.",
         "lm_head.weight",
         "model.vision_tower.",

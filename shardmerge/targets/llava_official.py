@@ -14,11 +14,11 @@ from shardmerge.targets import clip, llama, official_config
 from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
-    Cast,
+    Players,
     TextBase,
     VisionBase,
-    cast,
     check_context,
+    find_players,
     missing_sources,
     read_text,
     read_vision,
@@ -27,7 +27,7 @@ from shardmerge.targets.expectation import Component, Expectation, Request, Targ
 from shardmerge.targets.llava import generation_config
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.vocabulary import Rows, rows, tokenizer_files
+from shardmerge.targets.vocabulary import VocabularyRows, rows, tokenizer_files
 from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape, SideFile
 
@@ -52,7 +52,7 @@ _NEXT: JsonObject = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spa
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    players: Cast
+    players: Players
     text: TextBase
     vision: VisionBase | None
     wiring: Wiring
@@ -61,7 +61,7 @@ class _Model:
     tower: bool
     tower_name: str
     tokens: TokenizerFiles
-    rows: Rows
+    rows: VocabularyRows
 
 
 def expect(request: Request) -> Expectation:
@@ -97,7 +97,7 @@ def expect(request: Request) -> Expectation:
 
 
 def _read_model(request: Request) -> _Model:
-    players = cast(request, "model.", TOWER)
+    players = find_players(request, "model.", TOWER)
     tower = _with_tower(request, players)
     described = players.vision.source in request.catalogs
     parts = (players.text, players.vision) if tower or described else (players.text,)
@@ -123,7 +123,7 @@ def _read_model(request: Request) -> _Model:
     )
 
 
-def _with_tower(request: Request, players: Cast) -> bool:
+def _with_tower(request: Request, players: Players) -> bool:
     """Whether the encoder is part of the directory: XTuner's ``need_visual_encoder``."""
     asked = choice(request, "tower", ("auto", "true", "false"))
     if asked != "auto":
@@ -135,7 +135,7 @@ def _with_tower(request: Request, players: Cast) -> bool:
     return any(name.startswith(("visual_encoder.", TOWER, "vision_tower.")) for name in names)
 
 
-def _odd_projector(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
+def _odd_projector(wiring: Wiring, players: Players) -> list[ShardmergeError]:
     plain = wiring.activation == "gelu" and wiring.bias
     if wiring.depth is not None and wiring.layers == 1 and plain:
         return []
@@ -152,7 +152,7 @@ def _odd_projector(wiring: Wiring, players: Cast) -> list[ShardmergeError]:
     return [problem]
 
 
-def _columns(players: Cast, text: TextBase, vision: VisionBase | None) -> int:
+def _columns(players: Players, text: TextBase, vision: VisionBase | None) -> int:
     """Returns the width of the encoder: as its config says, else as the trained projector takes it in."""
     if vision is not None:
         return vision.architecture.hidden_size
@@ -170,7 +170,7 @@ def _columns(players: Cast, text: TextBase, vision: VisionBase | None) -> int:
     )
 
 
-def _tower_name(request: Request, players: Cast, vision: VisionBase | None) -> str:
+def _tower_name(request: Request, players: Players, vision: VisionBase | None) -> str:
     stated = request.options.get("vision_tower", players.vision.path)
     return stated or (vision.catalog.path if vision else "")
 

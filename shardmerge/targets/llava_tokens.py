@@ -8,7 +8,7 @@ from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
 from shardmerge.targets.bases import TextBase
 from shardmerge.targets.expectation import Request
-from shardmerge.targets.llava_kinds import Kind
+from shardmerge.targets.llava_kinds import LlavaKind
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import check_ids
@@ -19,7 +19,7 @@ PAD_TOKEN = "<pad>"
 
 
 def llava_tokens(
-    request: Request, text: TextBase, side_files: Mapping[str, Extent], kind: Kind
+    request: Request, text: TextBase, side_files: Mapping[str, Extent], kind: LlavaKind
 ) -> tuple[TokenizerFiles, int | None]:
     """Returns the tokenizer with the tokens a LLaVA needs, after those that the mapping asks for; and the pad's id.
 

@@ -17,9 +17,9 @@ from shardmerge.targets import clip, llama, peft_adapter, projector_code
 from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
 from shardmerge.targets.bases import (
     ROLES,
-    Cast,
-    cast,
+    Players,
     check_context,
+    find_players,
     missing_sources,
     read_text,
     read_vision,
@@ -31,6 +31,7 @@ from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 LLM_ADAPTER, ENCODER, ENCODER_ADAPTER, PROJECTOR = (
     "llm_adapter",
@@ -72,7 +73,7 @@ def expect(request: Request) -> Expectation:
         ``missing-source``, ``no-projector``, ``adapter-alpha``, ``unsupported-architecture``, ``odd-config``,
         ``bad-option``, ``vocabulary-rows``; all of one stage together.
     """
-    players = cast(request, "", f"{ENCODER}/")
+    players = find_players(request, "", f"{ENCODER}/")
     trained = players.trained
     if trained is None:
         raise TargetError(
@@ -105,12 +106,12 @@ def _form(trained: Catalog, prefix: str) -> _Form:
     return "adapter" if is_adapter(names) else "whole"
 
 
-def _missing(players: Cast, request: Request, forms: tuple[_Form, _Form]) -> list[ShardmergeError]:
+def _missing(players: Players, request: Request, forms: tuple[_Form, _Form]) -> list[ShardmergeError]:
     parts = zip((players.text, players.vision), forms, strict=True)
     return missing_sources([part for part, form in parts if form == "whole"], request.catalogs)
 
 
-def _joined(branches: list[_Branch], players: Cast) -> Expectation:
+def _joined(branches: list[_Branch], players: Players) -> Expectation:
     prefixed = [(f"{branch.folder}/" if branch.folder else "", branch) for branch in branches]
     remedy = f"name the checkpoint of the training as `{players.trained_name}`, and leave `parts: all` out"
     return Expectation(
@@ -129,7 +130,7 @@ def _joined(branches: list[_Branch], players: Cast) -> Expectation:
 # ---- whole parts
 
 
-def _language_model(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
+def _language_model(request: Request, players: Players, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
         yield _adapter(request, players, trained, LLM_ADAPTER)
     if form != "whole":
@@ -151,7 +152,7 @@ def _language_model(request: Request, players: Cast, trained: Catalog, form: _Fo
     )
 
 
-def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> Iterator[_Branch]:
+def _encoder(request: Request, players: Players, trained: Catalog, form: _Form) -> Iterator[_Branch]:
     if form == "adapter":
         yield _adapter(request, players, trained, ENCODER_ADAPTER)
     if form != "whole":
@@ -167,7 +168,7 @@ def _encoder(request: Request, players: Cast, trained: Catalog, form: _Form) -> 
 # ---- adapters and the projector
 
 
-def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> _Branch:
+def _adapter(request: Request, players: Players, trained: Catalog, folder: str) -> _Branch:
     part, lora, option, task, prefix = (
         (players.text, players.facts.llm_lora, "llm_alpha", "CAUSAL_LM", "llm.")
         if folder == LLM_ADAPTER
@@ -184,10 +185,10 @@ def _adapter(request: Request, players: Cast, trained: Catalog, folder: str) -> 
         fan_in_fan_out=lora.fan_in_fan_out if lora else False,
     )
     config = peft_adapter.adapter_config(tensors, facts, trained.path)
-    return _Branch(folder, tensors, (SideFile(peft_adapter.CONFIG, (dump(config),)),), peft_adapter.STEM)
+    return _Branch(folder, tensors, (SideFile(ADAPTER_CONFIG, (dump(config),)),), peft_adapter.STEM)
 
 
-def _projector(request: Request, players: Cast, trained: Catalog) -> _Branch:
+def _projector(request: Request, players: Players, trained: Catalog) -> _Branch:
     wiring = wire(players.facts, trained, {})
     hidden, columns = _widths(request, trained)
     depth = wiring.depth or 2

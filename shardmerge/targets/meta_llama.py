@@ -17,7 +17,7 @@ from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scali
 from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import choice, count
 from shardmerge.targets.text_sources import TextSource, read_text_source
-from shardmerge.targets.vocabulary import Rows, rows
+from shardmerge.targets.vocabulary import VocabularyRows, rows
 from shardmerge.tensors import Shape, SideFile
 
 _MAX_RANKS = 64
@@ -66,7 +66,7 @@ def _window(text: TextSource) -> tuple[str, ...]:
     return (f"this Mistral looks back {window} tokens at most, Meta's LLaMA at all: the two differ for longer texts",)
 
 
-def _check(text: TextSource, ranks: int, counted: Rows, *, by_columns: bool) -> None:
+def _check(text: TextSource, ranks: int, counted: VocabularyRows, *, by_columns: bool) -> None:
     model = text.architecture
     if model.qkv_bias or model.mlp_bias or model.head_dim * model.heads != model.hidden_size:
         raise TargetError(

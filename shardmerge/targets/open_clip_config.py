@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
-from shardmerge.targets.settings import unknown
+from shardmerge.targets.settings import not_understood
 
 PREPROCESSING = "_preprocessing"
 
@@ -82,7 +82,7 @@ def _odd(part: Mapping[str, object], known: Collection[str]) -> dict[str, object
     kwargs = part.get("norm_kwargs")
     if isinstance(kwargs, dict) and set(kwargs) - {"eps"}:
         words["norm_kwargs"] = kwargs
-    return words | unknown(part, (*known, *_USUAL))
+    return words | not_understood(part, (*known, *_USUAL))
 
 
 def _refuse_others(

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
-from shardmerge.targets.adapter_config import read_config
+from shardmerge.targets.adapter_config import read_adapter_config
 from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import number, switch
 from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 ROOT = "base_model.model."
-CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 
 # ...q_proj.lora_A.default.weight and its kin: the module, the kind, the adapter's name where the key has one.
@@ -245,7 +245,7 @@ def expect(request: Request) -> Expectation:
     return Expectation(
         tensors=tensors,
         ignored={source: frozenset(frozen)},
-        side_files=(SideFile(CONFIG, (dump(config),)),),
+        side_files=(SideFile(ADAPTER_CONFIG, (dump(config),)),),
         groups=(FileGroup(stem=STEM, sharded=False),),
     )
 
@@ -292,7 +292,7 @@ def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
 
 def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[TargetError]:
     """Yields an error where a config beside the checkpoint is that of another run."""
-    said = read_config(own, where)
+    said = read_adapter_config(own, where)
     if said.rank is not None and not said.rank_pattern and set(ranks.values()) != {said.rank}:
         yield TargetError(
             "adapter-rank",
@@ -306,9 +306,9 @@ def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[T
 
 def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
-    own = load_object(catalog.side_files[CONFIG], request.read) if CONFIG in catalog.side_files else {}
+    own = load_object(catalog.side_files[ADAPTER_CONFIG], request.read) if ADAPTER_CONFIG in catalog.side_files else {}
     stated = number(request, "alpha")
-    where = catalog.side_files[CONFIG].file if own else catalog.path
+    where = catalog.side_files[ADAPTER_CONFIG].file if own else catalog.path
     if own and _ranks(tensors):
         raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))
     alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated

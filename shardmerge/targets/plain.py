@@ -9,6 +9,9 @@ from shardmerge.targets.expectation import Expectation
 from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.tensors import Catalog, ReadSideFile, SideFile
 
+# How a plan calls its target where there is none.
+PLAIN = "state-dict"
+
 
 def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
     """Returns the expectation that every name, aliases included, arrives with its shape.

@@ -10,14 +10,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from shardmerge.dtypes import BY_TORCH_NAME, DTYPES, DType
-from shardmerge.tensors import Catalog, Extent
-
-JsonObject: TypeAlias = dict[str, object]
+from shardmerge.targets.architectures import JsonObject
+from shardmerge.tensors import Catalog, ReadSideFile
 
 # Files of their own, and what a file without a word about its method is.
 QUANTIZATION_FILES = {
@@ -57,7 +55,7 @@ class Stated:
     skipped: tuple[str, ...] = ()
 
 
-def read_stated(catalog: Catalog, read: Callable[[Extent], bytes]) -> Stated:
+def read_stated(catalog: Catalog, read: ReadSideFile) -> Stated:
     """Returns what the files beside the weights say. A file that is no JSON says nothing here."""
     config = _object(catalog, "config.json", read)
     found = next(_quantizations(config), None)
@@ -88,7 +86,7 @@ def _is_narrow(value: object) -> bool:
     return row is not None and row.kind == "float" and row.itemsize == 1
 
 
-def _object(catalog: Catalog, name: str, read: Callable[[Extent], bytes]) -> JsonObject:
+def _object(catalog: Catalog, name: str, read: ReadSideFile) -> JsonObject:
     extent = catalog.side_files.get(name)
     if extent is None or extent.nbytes > _LARGEST:
         return {}

@@ -66,7 +66,7 @@ def refuse_unknown(config: Mapping[str, object], model_type: str, also: Collecti
     TargetError
         ``unsupported-architecture``.
     """
-    odd = unknown(config, (*_ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
+    odd = not_understood(config, (*_ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
     if odd:
         raise unknown_settings(odd, f"a plain {model_type}", where)
 
@@ -90,12 +90,12 @@ def refuse_unknown_around(whole: Mapping[str, object], own: Collection[str], exp
     TargetError
         ``unsupported-architecture``.
     """
-    odd = unknown(whole, (*_ANY_MODEL, *own))
+    odd = not_understood(whole, (*_ANY_MODEL, *own))
     if odd:
         raise unknown_settings(odd, expected, where)
 
 
-def unknown(config: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+def not_understood(config: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
     """Returns the settings that are not known and may change the arithmetic."""
     return {key: value for key, value in config.items() if key not in known and _counts(value)}
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from shardmerge.tensors import Shape
 
-Path: TypeAlias = tuple[str, ...]
+KeyPath: TypeAlias = tuple[str, ...]
 
 # Keys that count layers. Those of encoder and decoder count what stands under that name.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
@@ -76,7 +76,7 @@ class Contradiction:
         Whether tensors that it implies are not there, which more tensors would mend.
     """
 
-    path: Path
+    path: KeyPath
     stated: object
     found: int | None
     detail: str
@@ -84,10 +84,10 @@ class Contradiction:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ConfigLevel:
     """A level of a config: the whole, or one that is nested in it."""
 
-    path: Path
+    path: KeyPath
     values: Mapping[str, object]
 
     @property
@@ -101,16 +101,16 @@ class Part:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def parts(config: Mapping[str, object]) -> tuple[Part, ...]:
+def config_levels(config: Mapping[str, object]) -> tuple[ConfigLevel, ...]:
     """Returns every level of a config, the whole first."""
-    return tuple(_parts((), config))
+    return tuple(_levels((), config))
 
 
-def _parts(path: Path, values: Mapping[str, object]) -> Iterator[Part]:
-    yield Part(path, values)
+def _levels(path: KeyPath, values: Mapping[str, object]) -> Iterator[ConfigLevel]:
+    yield ConfigLevel(path, values)
     for key, value in values.items() if len(path) < _DEEPEST else ():
         if isinstance(value, dict) and (key.endswith("config") or key in ("encoder", "decoder", "generator")):
-            yield from _parts((*path, key), value)
+            yield from _levels((*path, key), value)
 
 
 Stacks: TypeAlias = Mapping[str, frozenset[int]]
@@ -140,12 +140,12 @@ def contradictions(
     packed
         Whether some are quantized codes: their shapes are other ones.
     """
-    levels, numbered = parts(config), stacks(tensors)
-    for part in levels:
-        inside = any(one.path[: len(part.path)] == part.path != one.path and _counts_layers(one) for one in levels)
+    levels, numbered = config_levels(config), stacks(tensors)
+    for level in levels:
+        inside = any(one.path[: len(level.path)] == level.path != one.path and _counts_layers(one) for one in levels)
         if not inside:  # one count for several towers (CLAP, BridgeTower) is none of them
-            yield from _layer_counts(part, numbered)
-        yield from _listed_layers(part)
+            yield from _layer_counts(level, numbered)
+        yield from _listed_layers(level)
     yield from _expert_counts(levels, numbered, tensors)
     if packed or "quantization_config" in config:
         return
@@ -159,24 +159,24 @@ def contradictions(
 # ---- layers and experts
 
 
-def _counts_layers(part: Part) -> bool:
-    return any(part.integer(key) is not None for key in (*_LAYERS, *_HALVES))
+def _counts_layers(level: ConfigLevel) -> bool:
+    return any(level.integer(key) is not None for key in (*_LAYERS, *_HALVES))
 
 
-def _layer_counts(part: Part, numbered: Stacks) -> Iterator[Contradiction]:
-    if any(_REPEATED.search(key) for key in part.values):
+def _layer_counts(level: ConfigLevel, numbered: Stacks) -> Iterator[Contradiction]:
+    if any(_REPEATED.search(key) for key in level.values):
         return
     for key in (*_LAYERS, *_HALVES):
-        stated = part.integer(key)
-        found = _own_stacks(part, key, numbered) if stated else {}
-        more = part.integer(_MORE_LAYERS) or 0
+        stated = level.integer(key)
+        found = _own_stacks(level, key, numbered) if stated else {}
+        more = level.integer(_MORE_LAYERS) or 0
         if stated is None or not found or any(len(found[one]) in (stated, stated + more) for one in found):
-            yield from _holes(part, key, stated or 0, found)
+            yield from _holes(level, key, stated or 0, found)
             continue
         prefix, numbers = max(found.items(), key=lambda item: (len(item[1]), item[0]))
         count, whole = len(numbers), numbers == frozenset(range(len(numbers)))
         yield Contradiction(
-            (*part.path, key),
+            (*level.path, key),
             stated,
             count if whole else None,
             f"{prefix}.0 to {prefix}.{count - 1}" if whole else f"{count} layers {prefix}.N, with gaps",
@@ -184,22 +184,22 @@ def _layer_counts(part: Part, numbered: Stacks) -> Iterator[Contradiction]:
         )
 
 
-def _holes(part: Part, key: str, stated: int, found: Stacks) -> Iterator[Contradiction]:
+def _holes(level: ConfigLevel, key: str, stated: int, found: Stacks) -> Iterator[Contradiction]:
     """The right number of layers, and one of them is numbered as another."""
     for prefix, numbers in found.items():
         lacking = sorted(frozenset(range(stated)) - numbers)
         if len(numbers) == stated and lacking:
             where = f"{prefix}.{max(numbers)} is there, {prefix}.{lacking[0]} is not"
-            yield Contradiction((*part.path, key), stated, None, where, missing=True)
+            yield Contradiction((*level.path, key), stated, None, where, missing=True)
 
 
-def _own_stacks(part: Part, key: str, numbered: Stacks) -> Stacks:
+def _own_stacks(level: ConfigLevel, key: str, numbered: Stacks) -> Stacks:
     """Returns the layers that a key may count: those of its part of the model, not what is nested in layers."""
     # EfficientNet's blocks are another number than its num_hidden_layers; MPT and OLMo say n_layers.
     odd: tuple[str, ...] = (".blocks", ".block") if key == "num_hidden_layers" else ()
     if key == "depth":  # Qwen2-VL and its kin count an encoder's blocks so; elsewhere it is a projector's layers
         odd = tuple(f".{name}" for name in STACKS - {"blocks"})
-        if part.is_text:
+        if level.is_text:
             return {}
     plain = {
         prefix: numbers
@@ -209,23 +209,25 @@ def _own_stacks(part: Part, key: str, numbered: Stacks) -> Stacks:
     if key in _HALVES:
         half = re.compile(rf"(?:^|^model\.){_HALVES[key]}\.(?:layers|block)$")
         return {prefix: numbers for prefix, numbers in plain.items() if half.search(prefix)}
-    if not part.is_text:
+    if not level.is_text:
         words = re.compile("vis|image", re.IGNORECASE)
-        mine = any(words.search(word) for word in part.path)
+        mine = any(words.search(word) for word in level.path)
         return {prefix: numbers for prefix, numbers in plain.items() if mine and words.search(prefix)}
     return {prefix: numbers for prefix, numbers in plain.items() if not _OTHER_PARTS.search(prefix)}
 
 
-def _listed_layers(part: Part) -> Iterator[Contradiction]:
+def _listed_layers(level: ConfigLevel) -> Iterator[Contradiction]:
     """``layer_types`` has an item a layer, or transformers 5 refuses the config."""
-    count, listed = part.integer("num_hidden_layers"), part.values.get("layer_types")
+    count, listed = level.integer("num_hidden_layers"), level.values.get("layer_types")
     if count is not None and isinstance(listed, list) and len(listed) != count:
         text = f"num_hidden_layers is {count}"
-        yield Contradiction((*part.path, "layer_types"), f"{len(listed)} items", None, text)
+        yield Contradiction((*level.path, "layer_types"), f"{len(listed)} items", None, text)
 
 
-def _expert_counts(levels: Sequence[Part], numbered: Stacks, tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
-    claims = {(*part.path, key): count for part in levels for key in _EXPERTS if (count := part.integer(key))}
+def _expert_counts(
+    levels: Sequence[ConfigLevel], numbered: Stacks, tensors: Mapping[str, Shape]
+) -> Iterator[Contradiction]:
+    claims = {(*level.path, key): count for level in levels for key in _EXPERTS if (count := level.integer(key))}
     if not claims:
         return
     counts = {len(numbers): prefix for prefix, numbers in numbered.items() if prefix.endswith(".experts")}
@@ -235,7 +237,7 @@ def _expert_counts(levels: Sequence[Part], numbered: Stacks, tensors: Mapping[st
         if len(shape) == 3 and name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
     }
     counts = {count: name for count, name in counts.items() if not _OTHER_PARTS.search(name)}
-    behind = sum(part.integer("zero_expert_num") or 0 for part in levels)  # LongCat: experts that do nothing
+    behind = sum(level.integer("zero_expert_num") or 0 for level in levels)  # LongCat: experts that do nothing
     allowed = {count + more for count in claims.values() for more in (0, behind)}
     for count, name in counts.items():
         if count not in allowed:
@@ -246,13 +248,13 @@ def _expert_counts(levels: Sequence[Part], numbered: Stacks, tensors: Mapping[st
 # ---- vocabulary
 
 
-def _vocabulary(levels: Sequence[Part], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
+def _vocabulary(levels: Sequence[ConfigLevel], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
     """Rows of embeddings and heads: transformers takes no more and no fewer than some ``*vocab_size`` says."""
     claims = {
-        (*part.path, key): count
-        for part in levels
-        for key in part.values
-        if "vocab_size" in key and (count := part.integer(key)) is not None
+        (*level.path, key): count
+        for level in levels
+        for key in level.values
+        if "vocab_size" in key and (count := level.integer(key)) is not None
     }
     if not any(path[-1] == "vocab_size" for path in claims):
         return
@@ -267,10 +269,10 @@ def _vocabulary(levels: Sequence[Part], tensors: Mapping[str, Shape]) -> Iterato
 
 
 def _untied_head(
-    config: Mapping[str, object], levels: Sequence[Part], tensors: Mapping[str, Shape]
+    config: Mapping[str, object], levels: Sequence[ConfigLevel], tensors: Mapping[str, Shape]
 ) -> Iterator[Contradiction]:
     """A causal model that says that its head is not its embedding, and has none."""
-    said = [part.values.get("tie_word_embeddings") for part in levels if part.is_text]
+    said = [level.values.get("tie_word_embeddings") for level in levels if level.is_text]
     embedding = [name for name, shape in tensors.items() if len(shape) == 2 and _VOCABULARY.search(name)]
     if not _class(config).endswith("ForCausalLM") or True in said or False not in said or len(embedding) != 1:
         return
@@ -284,9 +286,9 @@ def _untied_head(
 # ---- sizes
 
 
-def _widths(levels: Sequence[Part], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
+def _widths(levels: Sequence[ConfigLevel], tensors: Mapping[str, Shape]) -> Iterator[Contradiction]:
     """Hidden size, inner size and heads of the text model, each told once."""
-    text = [part for part in levels if part.is_text]
+    text = [level for level in levels if level.is_text]
     told: set[str] = set()
     for name, shape in tensors.items():
         if _OTHER_PARTS.search(name):
@@ -297,44 +299,48 @@ def _widths(levels: Sequence[Part], tensors: Mapping[str, Shape]) -> Iterator[Co
                 yield found
 
 
-def _hidden(levels: Sequence[Part], name: str, shape: Shape) -> Iterator[Contradiction]:
-    claims = {(*part.path, key): size for part in levels for key in _WIDTHS if (size := part.integer(key)) is not None}
+def _hidden(levels: Sequence[ConfigLevel], name: str, shape: Shape) -> Iterator[Contradiction]:
+    claims = {
+        (*level.path, key): size for level in levels for key in _WIDTHS if (size := level.integer(key)) is not None
+    }
     embedding = len(shape) == 2 and _VOCABULARY.search(name) and not _HEAD.search(name)
     # RemBERT and NeoMME look tokens up in narrow rows, and widen them.
-    narrow = "embed_tokens.word_embeddings" in name or any("input_embedding_size" in part.values for part in levels)
+    narrow = "embed_tokens.word_embeddings" in name or any("input_embedding_size" in level.values for level in levels)
     if embedding and claims and not narrow and shape[-1] not in claims.values():
         path, size = next(iter(claims.items()))
         yield Contradiction(path, size, None, f"{name} has a width of {shape[-1]}")
 
 
-def _inner(text: Sequence[Part], levels: Sequence[Part], name: str, shape: Shape) -> Iterator[Contradiction]:
-    own = [part for part in text if part.integer("intermediate_size") is not None]
+def _inner(
+    text: Sequence[ConfigLevel], levels: Sequence[ConfigLevel], name: str, shape: Shape
+) -> Iterator[Contradiction]:
+    own = [level for level in text if level.integer("intermediate_size") is not None]
     if len(shape) != 2 or not own or not _UP.search(name):
         return
-    sizes = {part.integer(key) for part in levels for key in part.values if _INNER.search(key)}
+    sizes = {level.integer(key) for level in levels for key in level.values if _INNER.search(key)}
     if shape[0] not in sizes:
         stated = own[0].integer("intermediate_size")
         yield Contradiction((*own[0].path, "intermediate_size"), stated, None, f"{name} has {shape[0]} rows")
 
 
-def _heads(text: Sequence[Part], name: str, shape: Shape) -> Iterator[Contradiction]:
+def _heads(text: Sequence[ConfigLevel], name: str, shape: Shape) -> Iterator[Contradiction]:
     """Rows of q_proj and k_proj: a multiple of the heads, and of plain attention heads times their size."""
     match = _ATTENTION.search(name)
     if match is None or len(shape) != 2 or "encoder" in name:  # an encoder beside a decoder has heads of its own
         return
     key = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
-    claims = {(*part.path, key): (part, count) for part in text if (count := part.integer(key))}
-    if claims and not any(_fits(part, count, shape[0]) for part, count in claims.values()):
+    claims = {(*level.path, key): (level, count) for level in text if (count := level.integer(key))}
+    if claims and not any(_fits(level, count, shape[0]) for level, count in claims.values()):
         path, (_, count) = next(iter(claims.items()))
         yield Contradiction(path, count, None, f"{name} has {shape[0]} rows")
 
 
-def _fits(part: Part, count: int, rows: int) -> bool:
-    heads, hidden = part.integer("num_attention_heads"), part.integer("hidden_size")
-    size = part.integer("head_dim") or (hidden // heads if hidden and heads else None)
-    kinds = part.values.get("layer_types")
+def _fits(level: ConfigLevel, count: int, rows: int) -> bool:
+    heads, hidden = level.integer("num_attention_heads"), level.integer("hidden_size")
+    size = level.integer("head_dim") or (hidden // heads if hidden and heads else None)
+    kinds = level.values.get("layer_types")
     mixed = isinstance(kinds, list) and any(kind != kinds[0] for kind in kinds)
-    plain = not mixed and not any(_NOT_PLAIN.search(key) for key in part.values.keys() - _PLAIN_HEADS)
+    plain = not mixed and not any(_NOT_PLAIN.search(key) for key in level.values.keys() - _PLAIN_HEADS)
     return rows == count * size if plain and size else rows % count == 0
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
-
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets import foreign_configs, llama, official_config, rewritten_configs
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import Request
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.tensors import Catalog, Extent, ReadSideFile
+from shardmerge.targets.yaml_files import load_yaml
+from shardmerge.tensors import Catalog, ReadSideFile
 
 _PARAMS, _LITGPT = "params.json", "model_config.yaml"
-_MAX_YAML_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
         config = foreign_configs.from_params(load_object(files[_PARAMS], read), rows, tied=tied, where=where)
     elif _LITGPT in files:
         kind, where = "litgpt", files[_LITGPT].file
-        config = foreign_configs.from_litgpt(_load_yaml(files[_LITGPT], read), where)
+        config = foreign_configs.from_litgpt(load_yaml(files[_LITGPT], read), where)
     else:
         kind, where = "megatron", catalog.path
         config = foreign_configs.from_megatron(catalog.facts, where)
@@ -132,31 +130,3 @@ def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
     if config.get("model_type") == "internlm2":
         return rewritten_configs.from_internlm2(config, where), ()
     return config, ()
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads no alias of a list or a table: a few hundred bytes of them say 10^9 values, and a walk never ends."""
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]  # the stub leaves it bare
-        if isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
-            raise yaml.YAMLError(f"the alias `*{event.anchor}` of a list or a table is not read")
-        return super().compose_node(parent, index)  # type: ignore[arg-type]  # stub: int
-
-
-def _load_yaml(extent: Extent, read: ReadSideFile) -> JsonObject:
-    problem = "it is too large" if extent.nbytes > _MAX_YAML_BYTES else ""
-    value: object = None
-    if not problem:
-        try:
-            value = yaml.load(read(extent), _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            problem = str(error)[:200]
-    if not isinstance(value, dict):
-        raise TargetError(
-            "bad-yaml",
-            "a file beside the weights is not a YAML table",
-            where=extent.file,
-            found=problem or type(value).__name__,
-        )
-    return {str(key): item for key, item in value.items()}

@@ -87,7 +87,7 @@ class _Names:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Insertion:
     """Where new entries go: the end of the array ``added_tokens``, or the start of a file that has none."""
 
     position: int
@@ -192,7 +192,7 @@ def _edit_tokenizer_json(extent: Extent, read: ReadSideFile, tokens: Sequence[st
     return SideFile("tokenizer.json", (head, new, tail)), added
 
 
-def _scan_file(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[_Place, list[str], _Vocabulary]:
+def _scan_file(extent: Extent, read: ReadSideFile, tokens: Sequence[str]) -> tuple[_Insertion, list[str], _Vocabulary]:
     data = _read_capped(extent, read)
     try:
         return _scan(data, tokens)
@@ -237,7 +237,7 @@ class _ScanError(ValueError):
         self.expected = expected
 
 
-def _scan(data: bytes, tokens: Sequence[str]) -> tuple[_Place, list[str], _Vocabulary]:
+def _scan(data: bytes, tokens: Sequence[str]) -> tuple[_Insertion, list[str], _Vocabulary]:
     """Returns where to insert, the added tokens in order, and what the model's vocabulary knows of all."""
     start = _after_space(data, 0)
     found = _find_members(data, start, ("added_tokens", "model"))
@@ -250,9 +250,9 @@ def _scan(data: bytes, tokens: Sequence[str]) -> tuple[_Place, list[str], _Vocab
     return place, present, _scan_vocabulary(data, inner["vocab"], {*present, *tokens})
 
 
-def _added_array(data: bytes, start: int, array: int | None) -> tuple[_Place, list[str]]:
+def _added_array(data: bytes, start: int, array: int | None) -> tuple[_Insertion, list[str]]:
     if array is None:
-        return _Place(start + 1, b'\n  "added_tokens": [\n', b"\n  ],"), []
+        return _Insertion(start + 1, b'\n  "added_tokens": [\n', b"\n  ],"), []
     end = _value_end(data, array)
     try:
         entries = json.loads(data[array:end])
@@ -262,9 +262,9 @@ def _added_array(data: bytes, start: int, array: int | None) -> tuple[_Place, li
     if not isinstance(entries, list) or not all(isinstance(content, str) for content in contents):
         raise _ScanError(array, "a list of added tokens, each with its `content`")
     if not entries:
-        return _Place(array + 1, b"\n", b"\n  "), []
+        return _Insertion(array + 1, b"\n", b"\n  "), []
     last = len(data[array : end - 1].rstrip()) + array  # behind the last entry, before the space of the bracket
-    return _Place(last, b",\n", b""), contents
+    return _Insertion(last, b",\n", b""), contents
 
 
 def _find_members(data: bytes, start: int, wanted: Sequence[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shardmerge.targets.training_config import Value, integer, lookup, part_of, plain_text
+from shardmerge.targets.training_config import ConfigValue, integer, lookup, part_of, plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ def read_model_facts(text: str) -> ModelFacts:
     return ModelFacts(_class(model), _class(vision), integer(model, "max_position_embeddings"), tuple(_odd(model)))
 
 
-def _class(section: Mapping[str, Value]) -> str:
+def _class(section: Mapping[str, ConfigValue]) -> str:
     """Returns the class of ``type``: ``CLIPVisionModel`` for ``transformers.CLIPVisionModel.from_pretrained``."""
     return plain_text(section, "type").removesuffix(".from_pretrained").rsplit(".", 1)[-1]
 
 
-def _odd(model: Mapping[str, Value]) -> Iterator[str]:
+def _odd(model: Mapping[str, ConfigValue]) -> Iterator[str]:
     for key, value in model.items():
         unread = key in _NUMBERS and value is not None and integer(model, key) is None
         if unread or (key not in _SETTINGS and value is not None and value is not False):

@@ -37,7 +37,9 @@ class _Unknown(enum.Enum):
 
 
 _UNKNOWN = _Unknown.UNKNOWN
-Value: TypeAlias = "str | int | float | tuple[Value, ...] | Mapping[str, Value] | Literal[_Unknown.UNKNOWN] | None"
+ConfigValue: TypeAlias = (
+    "str | int | float | tuple[ConfigValue, ...] | Mapping[str, ConfigValue] | Literal[_Unknown.UNKNOWN] | None"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def read_config_value(text: str, dotted: str) -> str | int | float | bool | None
     return value if isinstance(value, str | int | float) else None
 
 
-def lookup(text: str, name: str) -> Value:
+def lookup(text: str, name: str) -> ConfigValue:
     """Returns what a top-level name is bound to; unknown where it is changed in place later."""
     if len(text) > MAX_CHARS:
         return _UNKNOWN
@@ -161,7 +163,7 @@ def lookup(text: str, name: str) -> Value:
         return _UNKNOWN
 
 
-def _item(value: Value, key: str) -> Value:
+def _item(value: ConfigValue, key: str) -> ConfigValue:
     if isinstance(value, Mapping):
         return value.get(key)
     if isinstance(value, tuple) and key.isascii() and key.isdigit() and len(key) < _LONGEST_INDEX:
@@ -169,7 +171,7 @@ def _item(value: Value, key: str) -> Value:
     return None
 
 
-def _lora(model: Mapping[str, Value], key: str) -> LoraFacts | None:
+def _lora(model: Mapping[str, ConfigValue], key: str) -> LoraFacts | None:
     """Returns what is known of an adapter; the config may be anything that is not ``None``."""
     if model.get(key) is None:
         return None
@@ -191,7 +193,7 @@ def _lora(model: Mapping[str, Value], key: str) -> LoraFacts | None:
     )
 
 
-def _numbers(section: Mapping[str, Value], key: str) -> dict[str, float] | None:
+def _numbers(section: Mapping[str, ConfigValue], key: str) -> dict[str, float] | None:
     """Returns a mapping of numbers, empty where it is not given; ``None`` where it cannot be read."""
     value = section.get(key)
     if value is None:
@@ -201,31 +203,31 @@ def _numbers(section: Mapping[str, Value], key: str) -> dict[str, float] | None:
     return numbers if len(numbers) == len(found) else None
 
 
-def part_of(model: Mapping[str, Value], key: str) -> Mapping[str, Value]:
+def part_of(model: Mapping[str, ConfigValue], key: str) -> Mapping[str, ConfigValue]:
     """Returns a part of a config, empty where it is none."""
     value = model.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def _flag(section: Mapping[str, Value], key: str) -> bool | None:
+def _flag(section: Mapping[str, ConfigValue], key: str) -> bool | None:
     value = section.get(key)
     return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
-def integer(part: Mapping[str, Value], key: str) -> int | None:
+def integer(part: Mapping[str, ConfigValue], key: str) -> int | None:
     """Returns a number of a config, ``None`` where there is none."""
     value = part.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _number(section: Mapping[str, Value], key: str) -> float | None:
+def _number(section: Mapping[str, ConfigValue], key: str) -> float | None:
     value = section.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if is_finite(value) else None
 
 
-def plain_text(part: Mapping[str, Value], key: str) -> str:
+def plain_text(part: Mapping[str, ConfigValue], key: str) -> str:
     """Returns a text of a config, ``""`` where there is none."""
     value = part.get(key)
     return value if isinstance(value, str) else ""
@@ -250,13 +252,13 @@ class _Config:
 
     statements: list[tuple[str, str]]
     changed: frozenset[str]
-    known: dict[int, Value] = field(default_factory=dict)
+    known: dict[int, ConfigValue] = field(default_factory=dict)
 
-    def value(self, name: str) -> Value:
+    def value(self, name: str) -> ConfigValue:
         """Returns what a name is bound to at the end of the text."""
         return self._bound(name, len(self.statements), 0)
 
-    def _bound(self, name: str, before: int, depth: int) -> Value:
+    def _bound(self, name: str, before: int, depth: int) -> ConfigValue:
         """Returns what a name is bound to before the statement ``before``."""
         index = next((i for i in range(before - 1, -1, -1) if self.statements[i][0] == name), None)
         if index is None or depth > _MAX_NAMES or name in self.changed:
@@ -266,7 +268,7 @@ class _Config:
             self.known[index] = self._evaluate(node, index, depth) if node is not None else _UNKNOWN
         return self.known[index]
 
-    def _evaluate(self, node: ast.expr, index: int, depth: int) -> Value:
+    def _evaluate(self, node: ast.expr, index: int, depth: int) -> ConfigValue:
         match node:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return value
@@ -277,7 +279,7 @@ class _Config:
             case _:
                 return self._container(node, index, depth)
 
-    def _container(self, node: ast.expr, index: int, depth: int) -> Value:
+    def _container(self, node: ast.expr, index: int, depth: int) -> ConfigValue:
         match node:
             case ast.Dict(keys=keys, values=values):
                 names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
@@ -291,13 +293,13 @@ class _Config:
             case _:
                 return _UNKNOWN
 
-    def _sequence(self, items: Sequence[ast.expr], index: int, depth: int) -> Value:
+    def _sequence(self, items: Sequence[ast.expr], index: int, depth: int) -> ConfigValue:
         """Returns the items of a list or tuple. A starred one may stand for any number of items."""
         if any(isinstance(item, ast.Starred) for item in items):
             return _UNKNOWN
         return tuple(self._evaluate(item, index, depth) for item in items)
 
-    def _mapping(self, names: Sequence[object], values: list[ast.expr], index: int, depth: int) -> Value:
+    def _mapping(self, names: Sequence[object], values: list[ast.expr], index: int, depth: int) -> ConfigValue:
         """Returns the items of a display or call. A name that is no string (``**``) may hide anything."""
         if not all(isinstance(name, str) for name in names):
             return _UNKNOWN

@@ -33,7 +33,7 @@ _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RunSettings:
     """Whose word on the wiring counts.
 
     Attributes
@@ -51,7 +51,7 @@ class Settings:
     side_files: Mapping[str, Extent]
 
 
-def read_settings(request: Request, text: TextBase) -> Settings:
+def read_run_settings(request: Request, text: TextBase) -> RunSettings:
     """Returns the settings of the run that an adapter or a projector comes from, else those of the text base.
 
     Raises
@@ -64,10 +64,10 @@ def read_settings(request: Request, text: TextBase) -> Settings:
     for one in runs:
         _check_language_model(one, text)
         _check_same(runs[0], one)
-    return runs[0] if runs else Settings(text.whole, text.where, text.catalog.side_files)
+    return runs[0] if runs else RunSettings(text.whole, text.where, text.catalog.side_files)
 
 
-def _runs(request: Request) -> Iterator[Settings]:
+def _runs(request: Request) -> Iterator[RunSettings]:
     for role in ROLES:
         catalog = request.catalogs.get(request.roles.get(role, role))
         extent = catalog.side_files.get("config.json") if catalog is not None else None
@@ -75,16 +75,16 @@ def _runs(request: Request) -> Iterator[Settings]:
             continue
         config = load_object(extent, request.read)
         if official_config.is_official(config):
-            yield Settings(config, extent.file, catalog.side_files)
+            yield RunSettings(config, extent.file, catalog.side_files)
 
 
-def _check_same(first: Settings, other: Settings) -> None:
+def _check_same(first: RunSettings, other: RunSettings) -> None:
     odd = [key for key in _WIRING if first.config.get(key) != other.config.get(key)]
     if odd:
         raise _contradiction("the adapter and the projector come from runs of different settings", odd, first, other)
 
 
-def _check_language_model(run: Settings, text: TextBase) -> None:
+def _check_language_model(run: RunSettings, text: TextBase) -> None:
     config = official_config.language_part(run.config, run.where)
     found = llama.read_architecture(config, run.where)
     ours, theirs = llama.with_v4_rope(config, run.where), llama.with_v4_rope(text.config, text.where)
@@ -96,7 +96,7 @@ def _check_language_model(run: Settings, text: TextBase) -> None:
         odd = [key for key in _SIZES if ours.get(key) != theirs.get(key)] or ["num_key_value_heads", "head_dim"]
     if odd:
         what = "the run had another language model than the source has"
-        raise _contradiction(what, odd, replace(run, config=ours), Settings(theirs, text.where, {}))
+        raise _contradiction(what, odd, replace(run, config=ours), RunSettings(theirs, text.where, {}))
 
 
 def _scaling(config: JsonObject) -> JsonObject:
@@ -107,7 +107,7 @@ def _scaling(config: JsonObject) -> JsonObject:
     return {"rope_type": kind} | found if kind is not None else found
 
 
-def _contradiction(what: str, keys: list[str], first: Settings, other: Settings) -> TargetError:
+def _contradiction(what: str, keys: list[str], first: RunSettings, other: RunSettings) -> TargetError:
     return TargetError(
         "contradiction",
         what,
@@ -118,11 +118,11 @@ def _contradiction(what: str, keys: list[str], first: Settings, other: Settings)
     )
 
 
-def tokenizer_source(settings: Settings, text: TextBase) -> Mapping[str, Extent]:
+def tokenizer_source(settings: RunSettings, text: TextBase) -> Mapping[str, Extent]:
     """Returns the files among which the tokenizer's are: those beside the run, else those of the text base."""
     return settings.side_files if has_tokenizer(settings.side_files) else text.catalog.side_files
 
 
-def processor_source(settings: Settings, vision: Catalog) -> Mapping[str, Extent]:
+def processor_source(settings: RunSettings, vision: Catalog) -> Mapping[str, Extent]:
     """Returns the files among which the image processor's is: those beside the run, else those of the encoder."""
     return settings.side_files if "preprocessor_config.json" in settings.side_files else vision.side_files

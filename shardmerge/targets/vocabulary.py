@@ -18,7 +18,7 @@ from shardmerge.tensors import Extent
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class VocabularyRows:
     """The rows of embedding and head.
 
     Attributes
@@ -37,7 +37,7 @@ class Rows:
         return dict.fromkeys(names, self.resize) if self.resize else {}
 
 
-def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple: int = 1) -> Rows:
+def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple: int = 1) -> VocabularyRows:
     """Returns the rows for a vocabulary of ``vocab_size`` rows and the ids that must fit.
 
     Parameters
@@ -58,7 +58,7 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
     needed = max(ids, default=-1) + 1
     if wanted is None:
         count = vocab_size if needed <= vocab_size else _round_up(needed, multiple)
-        return Rows(count, Resize() if count != vocab_size else None)
+        return VocabularyRows(count, Resize() if count != vocab_size else None)
     if wanted.rows is not None:
         count = _round_up(wanted.rows, wanted.multiple)
     elif needed > vocab_size and wanted.multiple == 1:
@@ -66,7 +66,7 @@ def rows(request: Request, vocab_size: int, ids: Iterable[int] = (), *, multiple
     else:
         count = _round_up(max(needed, vocab_size), wanted.multiple)
     _check(request, count, needed, vocab_size)
-    return Rows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
+    return VocabularyRows(count, Resize(wanted.new, wanted.row, wanted.seed, wanted.trim))
 
 
 def check_ids(ids: Mapping[str, int | None], count: int, where: str, hint: str = "") -> None:

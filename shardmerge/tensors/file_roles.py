@@ -14,6 +14,9 @@ from fnmatch import fnmatchcase
 
 # The file that shardmerge writes beside its results.
 RECEIPT = "shardmerge.json"
+# What a model of transformers says of itself, and what an adapter of peft does.
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 # Kinds of weights that are read, and those that are known and not read. A small file of these is weights, too.
 READ_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")

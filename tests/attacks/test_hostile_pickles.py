@@ -6,7 +6,8 @@ import struct
 
 import pytest
 
-from shardmerge.sources.pickle_vm import Global, Opaque, interpret
+from shardmerge.sources.pickle_values import Global, Opaque
+from shardmerge.sources.pickle_vm import interpret
 from tests.counting import refusal
 
 STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\6tQ"
