@@ -79,7 +79,7 @@ def test_new_rows_of_any_width(how: str, rows: int, width: int) -> None:
 @pytest.mark.parametrize("tile", [None, 1, 40 * 64])
 def test_dora_onto_rows_that_others_changed(tile: int | None) -> None:
     """The norm is that of the untouched rows; every byte is promised, as for each op of a mapping."""
-    from shardmerge.ops.lora import DoraOnto
+    from shardmerge.ops.dora import DoraOnto
 
     rng = np.random.default_rng(0)
     shapes = ((4, 64), (80, 4), (80,), (80, 64), (80, 64))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardmerge.compose import cast_to, compose
-from shardmerge.ops.lora import Dora, DoraOnto, Lora
+from shardmerge.ops.dora import Dora, DoraOnto
+from shardmerge.ops.lora import Lora
 from shardmerge.ops.moves import Concat, Permute, Reshape, Slice
 from shardmerge.tensors import TensorEntry
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.ops.cast_blocks import PEAK
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State
+from shardmerge.ops.holding import holds
 
 if TYPE_CHECKING:
     from shardmerge.ops.arrays import Array
@@ -56,26 +57,9 @@ class Widen(Cast):
     """An exact cast that nobody asked for: it lets tensors of different types lie side by side."""
 
 
-# Types whose every value float32 holds exactly: a cast from them may pass through float32 and still rounds once.
-EXACT_IN_F32 = frozenset({"F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-
-# Whose every value the other holds exactly: sign, exponent range (subnormals included) and mantissa.
-_EXACT_IN = {
-    "F64": frozenset({"F32", *EXACT_IN_F32}),
-    "F32": EXACT_IN_F32,
-    "F16": frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}),
-    "BF16": frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}),
-}
-
-
 def exact(cast: Cast) -> bool:
     """Tells whether a cast changes no value, so that a later one may skip it."""
     return holds(cast.target, cast.source)
-
-
-def holds(wide: DType, narrow: DType) -> bool:
-    """Tells whether one type holds every value of the other."""
-    return narrow.name in _EXACT_IN.get(wide.name, ())
 
 
 CASTABLE = frozenset(row.name for row in DTYPES.values() if row.kind == "float" and row.name != "F8_E8M0")

@@ -10,7 +10,7 @@ import numpy as np
 
 from shardmerge.dtypes import DType
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.casts import EXACT_IN_F32, holds
+from shardmerge.ops.holding import EXACT_IN_F32, holds
 
 
 def cast_exactly(tile: Array, out: Array, source: DType, target: DType) -> None:
