@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,8 +15,10 @@ from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.plan.value import Plan
+from shardmerge.storage.mapping import FileMaps
 from shardmerge.storage.reading import FilePool
-from shardmerge.tensors import Catalog, FileStamp, Shape, TensorEntry, leaves
+from shardmerge.tensors import Catalog, Extent, FileStamp, Shape, TensorEntry, leaves
+from shardmerge.tensors.pieces import single_extent
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +27,16 @@ Index: TypeAlias = "int | slice | ellipsis | tuple[int | slice | ellipsis, ...]"
 
 
 class _Reader(Protocol):
-    """Something that gives ranges of a tensor's elements, row-major: each from its start on."""
+    """Something that gives the elements of a tensor, row-major."""
 
-    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None: ...
+    def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None:
+        """Fills each buffer with the elements from its start on."""
+
+    def extent(self) -> Extent | None:
+        """Returns the one extent that holds the tensor, or None if it lies otherwise or has no elements."""
+
+    def view(self, *, alignment: int = 1, writable: bool = False) -> memoryview | None:
+        """Returns that extent mapped, or None where it has no such alignment in bytes or the system maps nothing."""
 
 
 class LazyTensor:
@@ -45,8 +55,8 @@ class LazyTensor:
 
     Examples
     --------
-    ``tensor.numpy()`` reads all of it, ``tensor[10:20]`` the bytes of ten rows, ``tensor.torch()`` needs torch.
-    bfloat16 and the float8 types are the numpy types of ml_dtypes.
+    ``tensor.numpy()`` is a view of the file where it can be, ``tensor[10:20]`` reads the bytes of ten rows,
+    ``tensor.torch()`` needs torch. bfloat16 and the float8 types are the numpy types of ml_dtypes.
     """
 
     __slots__ = ("_reader", "dtype", "name", "origin", "shape")
@@ -66,28 +76,83 @@ class LazyTensor:
         """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def numpy(self) -> Array:
-        """Reads the whole tensor.
+    @property
+    def mapped(self) -> bool:
+        """Whether ``numpy()`` and ``torch()`` give views of the file, and read no byte of it.
+
+        So it is where the tensor lies in one piece, in order: in a safetensors or torch file, in the partition of one
+        rank. Rank files that hold parts of it are read, and so are strided views, and what an op computes.
+        """
+        return self._reader.extent() is not None
+
+    def numpy(self, *, copy: bool = False) -> Array:
+        """Returns the whole tensor: a read-only view of the mapped file, or read where it is not ``mapped``.
+
+        A view reads bytes when they are used. It shows what is written into the file meanwhile, and the system kills
+        the process (``SIGBUS``) that uses a view of a file cut off meanwhile, or of a disk that fails; a copy is safe
+        from both. The elements of a view are not aligned if the file's are not (``array.flags.aligned``).
+
+        Parameters
+        ----------
+        copy
+            Whether to read all of it now, into memory of its own that may be written in.
 
         Raises
         ------
         CheckpointError
-            ``truncated-file``, ``unreadable-file``.
+            ``source-changed``: the file is not the one whose header was read. ``truncated-file``, ``unreadable-file``.
         """
-        data = memoryview(bytearray(self.nbytes))
-        self._reader.read([(0, data)])
-        return as_array(data, self.dtype).reshape(self.shape)
+        view = None if copy else self._view()
+        return self._copied() if view is None else view
 
     def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> Array:
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype)
+        """Does as numpy 2 asks: ``copy=False`` is a view or a ``ValueError``, None a copy where there is no view."""
+        wanted = numpy_dtype(self.dtype) if dtype is None else np.dtype(dtype)
+        view = None if copy else self._view()
+        if copy is False and (view is None or view.dtype != wanted):
+            raise ValueError(f"{self.name!r} cannot be had as {wanted} without a copy; leave out copy=False")
+        array = self._copied() if view is None else view
+        return array.astype(wanted, copy=False)
 
-    def torch(self) -> torch.Tensor:
-        """Reads the whole tensor as a torch tensor on the CPU; torch must be installed."""
+    def torch(self, *, copy: bool = False) -> torch.Tensor:
+        """Returns the whole tensor on the CPU: a view of the mapped file as of ``numpy()``, or read. Needs torch.
+
+        A torch tensor cannot be read-only. So what is written into a view stays in memory, page by page, and never
+        reaches the file or what another call returned. Elements that are not aligned in the file are read: torch has
+        no such tensors.
+
+        Parameters
+        ----------
+        copy
+            Whether to read all of it now.
+
+        Raises
+        ------
+        CheckpointError
+            As ``numpy()``.
+        """
         import torch  # noqa: PLC0415  # 200 MiB that no conversion needs
 
-        plain = self.numpy().reshape(-1).view(np.uint8)
-        return torch.from_numpy(plain).view(getattr(torch, self.dtype.torch)).reshape(self.shape)
+        dtype = getattr(torch, self.dtype.torch)
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=dtype)
+        data = None if copy else self._reader.view(alignment=self.dtype.itemsize, writable=True)
+        return torch.frombuffer(self._read() if data is None else data, dtype=dtype).reshape(self.shape)
+
+    def _view(self) -> Array | None:
+        """Returns a read-only view, or None where there can be none; what has no elements needs no file."""
+        if not self.nbytes:
+            return self._copied()
+        data = self._reader.view()
+        return None if data is None else as_array(data, self.dtype).reshape(self.shape)
+
+    def _copied(self) -> Array:
+        return as_array(self._read(), self.dtype).reshape(self.shape)
+
+    def _read(self) -> memoryview:
+        data = memoryview(bytearray(self.nbytes))
+        self._reader.read([(0, data)])
+        return data
 
     def __getitem__(self, index: Index) -> Array:
         """Reads a basic slice: integers, slices, an ellipsis. Only the runs of elements it takes are read."""
@@ -168,13 +233,23 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
 
 
 class _EntryReader:
-    """Ranges of a source tensor."""
+    """The elements of an entry."""
 
-    __slots__ = ("_entry", "_pool")
+    __slots__ = ("_entry", "_maps", "_pool")
 
-    def __init__(self, pool: FilePool, entry: TensorEntry) -> None:
+    def __init__(self, pool: FilePool, maps: FileMaps, entry: TensorEntry) -> None:
         self._pool = pool
+        self._maps = maps
         self._entry = entry
+
+    def extent(self) -> Extent | None:
+        return single_extent(self._entry, 0, self._entry.numel)
+
+    def view(self, *, alignment: int = 1, writable: bool = False) -> memoryview | None:
+        extent = self.extent()
+        if extent is None or extent.offset % alignment:
+            return None
+        return self._maps.view(extent.file, extent.offset, extent.nbytes, writable=writable)
 
     def read(self, ranges: Iterable[tuple[int, memoryview]]) -> None:
         """Fills each buffer; what an op reads ahead of its tiles (all of a TIES tensor) is read once for all."""
@@ -183,28 +258,28 @@ class _EntryReader:
             assembler.fill(self._entry, start, out)
 
 
-def _pool(stamps: Iterable[FileStamp]) -> FilePool:
+def _readers(stamps: Iterable[FileStamp]) -> Callable[[TensorEntry], _EntryReader]:
+    """Returns what makes the readers of entries, all with the same open files."""
     pool = FilePool()
     pool.opened = Pins(stamps).opened
-    return pool
+    return partial(_EntryReader, pool, FileMaps(pool))
 
 
 def lazy_catalog(catalog: Catalog) -> LazyCheckpoint:
     """Returns the tensors of a catalog; tied names give the same bytes."""
-    pool = _pool(catalog.files)
+    reader = _readers(catalog.files)
     tensors = {}
     for name in catalog.names():
         entry = catalog[name]
-        tensors[name] = LazyTensor(name, entry.dtype, entry.shape, entry.origin, _EntryReader(pool, entry))
+        tensors[name] = LazyTensor(name, entry.dtype, entry.shape, entry.origin, reader(entry))
     return LazyCheckpoint(catalog.kind, (*catalog.warnings, *catalog.notes), tensors)
 
 
 def lazy_plan(plan: Plan) -> LazyCheckpoint:
     """Returns the tensors that a plan would write, made as a run makes them."""
-    pool = _pool(plan.files())
+    reader = _readers(plan.files())
     tensors = {}
     for tensor in plan.tensors():
         origin = ", ".join(dict.fromkeys(f"{leaf.source}:{leaf.name}" for leaf in leaves(tensor.entry)))
-        reader = _EntryReader(pool, tensor.entry)
-        tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader)
+        tensors[tensor.name] = LazyTensor(tensor.name, tensor.dtype, tensor.shape, origin, reader(tensor.entry))
     return LazyCheckpoint(plan.target, plan.warnings, tensors)
