@@ -48,9 +48,13 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
             remove(root, out)
     todo = [part for part in _largest_first(parts) if not is_made(staging, part, recheck=options.recheck)]
     sides = sum(side.nbytes for side in plan.side_files)
-    _begin(staging, todo, plan.files(), out, options, more=sides)
-    _have_made(todo, staging, options, progress)
-    return finish_plan(plan, out, options, made=len(todo))
+    try:
+        _begin(staging, todo, plan.files(), out, options, more=sides)
+        _have_made(todo, staging, options, progress)
+        return finish_plan(plan, out, options, made=len(todo))
+    except BaseException:
+        staging.give_up()
+        raise
 
 
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:

@@ -121,6 +121,18 @@ class Staging:
             with suppress(OSError):
                 path.unlink()
 
+    def give_up(self) -> None:
+        """Removes the directories if no part was made: there is nothing to go on with.
+
+        What somebody else writes to, or has made, is in one of them, which then stays.
+        """
+        with suppress(OSError):
+            if not any(self.model.iterdir()):
+                self.parts.rmdir()
+                self.model.rmdir()
+                (self.root / _BEGUN).unlink(missing_ok=True)
+                self.root.rmdir()
+
 
 def take_back(staging: Staging) -> None:
     """Makes what somebody was about to publish, and did not, the model again."""
