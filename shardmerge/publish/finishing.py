@@ -120,6 +120,7 @@ def _unmake(plan: Plan, staging: Staging) -> None:
             for path in (receipt_path(staging, part.number), staging.model / part.shard.name):
                 with explained(path):
                     path.unlink(missing_ok=True)
+    staging.give_up()
 
 
 def _finished(plan: Plan, staging: Staging, out: Path, outcome: Outcome, *, overwrite: bool) -> bool:
@@ -127,8 +128,9 @@ def _finished(plan: Plan, staging: Staging, out: Path, outcome: Outcome, *, over
     ready = staging.root / f"ready-{staging.who}"
     try:
         _write_rest(plan, staging, outcome)
-        staging.model.rename(ready)
-    except (OSError, ShardmergeError):
+        with explained(staging.model):
+            staging.model.rename(ready)
+    except ShardmergeError:
         if staging.model.exists():
             raise
         if is_published(plan, out):

@@ -51,10 +51,10 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
     try:
         _begin(staging, todo, plan.files(), out, options, more=sides)
         _have_made(todo, staging, options, progress)
-        return finish_plan(plan, out, options, made=len(todo))
     except BaseException:
         staging.give_up()
         raise
+    return finish_plan(plan, out, options, made=len(todo))
 
 
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:

@@ -127,9 +127,10 @@ class Staging:
         What somebody else writes to, or has made, is in one of them, which then stays.
         """
         with suppress(OSError):
-            if not any(self.model.iterdir()):
-                self.parts.rmdir()
-                self.model.rmdir()
+            if not any(self.root.glob("model/*")):
+                for folder in (self.parts, self.model):
+                    with suppress(FileNotFoundError):
+                        folder.rmdir()
                 (self.root / _BEGUN).unlink(missing_ok=True)
                 self.root.rmdir()
 
