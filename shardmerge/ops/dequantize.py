@@ -23,7 +23,7 @@ from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.cast_blocks import PEAK as CONVERSION
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream
-from shardmerge.ops.moves import odd_shape
+from shardmerge.ops.shapes import odd_shape
 
 if TYPE_CHECKING:
     from shardmerge.ops.arrays import Array

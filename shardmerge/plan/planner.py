@@ -139,7 +139,8 @@ def _final_dtype(assignment: Assignment, expectation: Expectation, options: Outp
 
 def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
     """Returns the entry with as many rows (dim 0) as ``shape`` says: cut off at the end, or with new ones behind."""
-    from shardmerge.ops.moves import Concat, Slice
+    from shardmerge.ops.cutting import Slice
+    from shardmerge.ops.joining import Concat
     from shardmerge.ops.vocabulary import NewRows
 
     rows = shape[0] - entry.shape[0]

@@ -25,7 +25,7 @@ from shardmerge.targets.bases import (
     read_vision,
 )
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
-from shardmerge.targets.llava import generation_config
+from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, number
 from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
 from shardmerge.targets.vocabulary import rows, tokenizer_files
