@@ -197,15 +197,18 @@ def test_a_lossy_first_candidate_is_not_passed_over() -> None:
     assert raised.value.code == "no-inverse"
 
 
-def test_numbers_of_a_config_stay_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", ["base.config", "config", "model_config"])
+def test_numbers_of_a_config_stay_with_it(tmp_path: Path, room: str) -> None:
+    """Whoever has it: a room without a source is that of the first that answers."""
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"hidden": 4}', "utf-8")
+    for name in ("config.json", "model_config.yaml"):
+        (tmp_path / "base" / name).write_text('{"hidden": 4}', "utf-8")
     save_file({"x": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
     before = {"two": torch.randn(6, 2)}
     save_file(before, tmp_path / "model.safetensors")
     mapping = (
         "shardmerge: 1\nsources: {src: model.safetensors, base: base}\noutput: {path: there}\n"
-        "let: {h: base.config.hidden, rest: h - 2}\ntensors:\n"
+        f"let: {{h: {room}.hidden, rest: h - 2}}\ntensors:\n"
         '  a: {op: split, of: "src:two", sizes: [h, rest], take: 0}\n'
         '  b: {op: split, of: "src:two", sizes: [h, rest], take: 1}\n  spare: base:x\n'
     )
