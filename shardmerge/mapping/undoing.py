@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.arithmetic import Formula
-from shardmerge.mapping.pattern import Capture, Template, escape
+from shardmerge.mapping.captures import Capture
+from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.way_back import Forward
 from shardmerge.ops.contract import Gathered, Mirror, OpKind, Scattered

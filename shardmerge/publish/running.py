@@ -71,7 +71,8 @@ def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progres
 
 def _records(file: SourceFile) -> Iterable[Record]:
     """A torch zip has checksums of its storages; no other format does."""
-    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+    from shardmerge.sources.torch_zip import storage_records
+    from shardmerge.sources.zip_members import ZIP_MAGIC
 
     return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
 

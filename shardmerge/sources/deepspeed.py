@@ -27,8 +27,9 @@ from shardmerge.sources.deepspeed_ranks import (
     shape_table,
 )
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
+from shardmerge.sources.state_dict import state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
-from shardmerge.sources.torch_file import TorchFile, state_dict
+from shardmerge.sources.torch_file import TorchFile
 from shardmerge.sources.zero import FlatGroup, Fragments, RankChunks, chunk_numel, flat_offsets
 from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
 

@@ -17,8 +17,9 @@ from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_values import Opaque, PickleValue
 from shardmerge.sources.rank_files import FILES, MegatronRankFile, is_distributed, list_ranks
 from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
+from shardmerge.sources.state_dict import StateDict, state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
-from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
+from shardmerge.sources.torch_file import TorchFile, read_torch_file
 from shardmerge.tensors import Catalog, Fact
 
 _MOST_NAMED = 5
