@@ -16,7 +16,7 @@ import shardmerge as sm
 from shardmerge import api
 from shardmerge.mapping.dropping import find_dropped
 from shardmerge.mapping.invert import invert_spec
-from shardmerge.mapping.preset_files import combine, list_presets, load_preset
+from shardmerge.mapping.preset_files import list_presets, load_preset, with_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.variables import Variables
@@ -266,7 +266,7 @@ def test_the_other_side_of_one_source_used_twice() -> None:
 def test_presets_have_an_inverse_that_reads_or_say_why_not(name: str) -> None:
     preset = load_preset(name)
     sources = "".join(f"  {role}: {role}.pth\n" for role in preset.roles)
-    spec = combine(parse_spec(f"shardmerge: 1\nsources:\n{sources}use: {name}\n", "m.yaml"), preset)
+    spec = with_preset(parse_spec(f"shardmerge: 1\nsources:\n{sources}use: {name}\n", "m.yaml"), preset)
     with contextlib.suppress(sm.ShardmergeError):
         assert parse_spec(invert_spec(spec), "back.yaml").rules
         return

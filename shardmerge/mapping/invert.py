@@ -10,7 +10,7 @@ from shardmerge.mapping.narrower import is_narrower
 from shardmerge.mapping.near import did_you_mean, listed
 from shardmerge.mapping.spec import Spec, references
 from shardmerge.mapping.undoing import AT_HAND, Undoing
-from shardmerge.mapping.way_back import Forward, check
+from shardmerge.mapping.way_back import Forward, check_way_back
 
 
 def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) -> str:
@@ -56,7 +56,7 @@ def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) ->
         raise MappingError("no-inverse", what, where=spec.file, hint=hint)
     text = "\n".join(mapping_lines(spec, back, forward)) + "\n"
     if forward is not None:
-        check(text, forward, source, made_name(spec, back))
+        check_way_back(text, forward, source, made_name(spec, back))
     return text
 
 
