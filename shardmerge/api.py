@@ -484,7 +484,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
         ``unknown-source``.
     """
     from shardmerge.mapping.invert import invert_spec
-    from shardmerge.mapping.preset_files import combine, load_preset
+    from shardmerge.mapping.preset_files import load_preset, with_preset
     from shardmerge.mapping.reader import load_spec
 
     spec = load_spec(Path(mapping))
@@ -493,7 +493,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     except ShardmergeError as error:
         if not all(one.code in ("missing-path", "not-in-cache") for one in error.each()):
             raise
-        return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+        return invert_spec(with_preset(spec, load_preset(spec.use)) if spec.use else spec, source)
     return invert_spec(found, source, forward)
 
 

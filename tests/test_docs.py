@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import shardmerge
 from shardmerge.cli.main import cli
-from shardmerge.mapping.preset_files import combine, load_preset
+from shardmerge.mapping.preset_files import load_preset, with_preset
 from shardmerge.mapping.reader import load_spec
 from shardmerge.tensors import leaves
 
@@ -70,7 +70,7 @@ def test_there_are_examples() -> None:
 def test_mappings_are_mappings(path: Path) -> None:
     spec = load_spec(path)
     if spec.use:
-        spec = combine(spec, load_preset(spec.use))
+        spec = with_preset(spec, load_preset(spec.use))
     assert spec.rules
     assert spec.output is not None
 

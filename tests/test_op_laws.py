@@ -27,8 +27,10 @@ from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.ops.contract import Gathered, Meta, Mirror, Move, Op, OpKind, ParamValue, Scattered
+from shardmerge.ops.cutting import Chunk, Slice, Split
 from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
-from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
+from shardmerge.ops.joining import Concat, Stack
+from shardmerge.ops.rearranging import Permute, Reshape, Squeeze, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.plan.shard import is_copy

@@ -21,7 +21,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
-from shardmerge.ops.moves import integer
+from shardmerge.ops.params import integer
 from shardmerge.ops.pointwise import (
     CALL_BYTES,
     OVERFLOW_BYTES,

@@ -15,7 +15,7 @@ import numpy as np
 from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream, result_dtype
-from shardmerge.ops.moves import odd_shape
+from shardmerge.ops.shapes import odd_shape
 
 # Masks that `count_overflows` makes, bytes an element.
 OVERFLOW_BYTES = 3

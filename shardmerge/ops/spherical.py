@@ -10,9 +10,9 @@ import numpy as np
 
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, result_dtype
-from shardmerge.ops.moves import odd_shape
 from shardmerge.ops.pointwise import CALL_BYTES, OVERFLOW_BYTES, count_overflows, infer_floats, number
 from shardmerge.ops.selection import BLOCK, blocks
+from shardmerge.ops.shapes import odd_shape
 
 
 @dataclass(frozen=True, slots=True)
