@@ -1,6 +1,6 @@
-"""Assembles a range of a tensor, in row-major order, from whatever holds it: extents, views, columns, arithmetic.
+"""Assembles a range of a tensor, in row-major order, from whatever holds it: extents, views, boxes, columns, ops.
 
-Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: views and columns are the business
+Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: what is rearranged is the business
 of ``regions``, arithmetic that of ``making``, and each is imported with the first tensor that needs it. Both read
 through the assembler, as ``ranges`` describes it.
 
