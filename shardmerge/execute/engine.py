@@ -16,6 +16,7 @@ from shardmerge.execute.cloning import clone_shard, ranges_left
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.order import ordered
 from shardmerge.execute.pins import Pins
+from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import ReadRecords, RecordChecks, RecordCounts, no_records
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.memory import has_state, tile_elements
@@ -159,6 +160,17 @@ def execute(
     return_freed_memory()
     run = _Run(plan, folder, pool, sync, progress, device)
     threads = [threading.Thread(target=run.work, name=f"worker-{n}") for n in range(plan.memory.workers)]
+    with one_thread_for(tensor.entry for tensor in plan.tensors()):
+        _carry_out(run, threads)
+    if run.failure is not None:
+        raise run.failure
+    counts = checks.finish(pool)
+    pins.check()
+    return replace(run.outcome(), records=counts)
+
+
+def _carry_out(run: _Run, threads: Sequence[threading.Thread]) -> None:
+    """Starts the workers and waits for them."""
     for thread in threads:
         thread.start()
     try:
@@ -172,11 +184,6 @@ def execute(
         raise run.failure or error from error
     finally:
         run.close()
-    if run.failure is not None:
-        raise run.failure
-    counts = checks.finish(pool)
-    pins.check()
-    return replace(run.outcome(), records=counts)
 
 
 def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:

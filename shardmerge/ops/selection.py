@@ -14,9 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-
-# Elements that are read at once to learn something of a whole tensor.
-BLOCK = 1 << 16
+from shardmerge.ops.parts import PART
 
 _BINS = 1 << 16
 
@@ -48,12 +46,6 @@ class Kept:
         return mask
 
 
-def blocks(numel: int) -> Iterator[tuple[int, int]]:
-    """Yields (start, count) of blocks of fixed size."""
-    for start in range(0, numel, BLOCK):
-        yield start, min(BLOCK, numel - start)
-
-
 def keys(values: Array, out: Array | None = None) -> Array:
     """Returns the bits of the magnitudes in float32, uint32, in memory of ``out``, float32, where it is given.
 
@@ -67,7 +59,7 @@ def keys(values: Array, out: Array | None = None) -> Array:
 
 def select_peak(tensors: int) -> int:
     """Returns the bytes that ``select`` allocates for so many tensors, those of ``stream`` not included."""
-    return 8 * _BINS * (tensors + 4) + BLOCK * (8 + 8 + 8 + 8)
+    return 8 * _BINS * (tensors + 4) + PART * (8 + 8 + 8 + 8)
 
 
 def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kept, ...]:
@@ -76,13 +68,13 @@ def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kep
     Parameters
     ----------
     stream
-        Yields the keys of the tensors asked for, in blocks of at most ``BLOCK``, indices ascending; called up to three
+        Yields the keys of the tensors asked for, in blocks of at most ``PART``, indices ascending; called up to three
         times. Done with before the next is asked for.
     count
         From 1 to ``numel``. Among equal magnitudes those with the lowest index are kept.
     """
     everything = range(tensors)
-    halves = np.empty(min(numel, BLOCK), np.intp)
+    halves = np.empty(min(numel, PART), np.intp)
     upper = np.zeros((tensors, _BINS), np.int64)
     for _, index, block in stream(everything):
         np.add.at(upper[index], _upper_halves(block, halves), 1)  # without the new histogram that `bincount` makes

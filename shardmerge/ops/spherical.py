@@ -13,7 +13,9 @@ from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stre
 from shardmerge.ops.moves import odd_shape
 from shardmerge.ops.parts import CALL_BYTES, weighted_sum, weighted_sum_bytes
 from shardmerge.ops.pointwise import infer_floats, number
-from shardmerge.ops.selection import BLOCK, blocks
+
+# Elements that are summed at once. Part of the result: float64 addition is not associative.
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +46,17 @@ class Slerp(Arithmetic):
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
         """Returns the bytes of one block of both, widened, and of their products."""
-        return BLOCK * (sum(meta.dtype.itemsize for meta in inputs) + 3 * 8) + CALL_BYTES
+        return _BLOCK * (sum(meta.dtype.itemsize for meta in inputs) + 3 * 8) + CALL_BYTES
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
         """Returns the factors of the two tensors; reads both once."""
         first, second = inputs
         squares = [0.0, 0.0, 0.0]
         numel = prod(first.meta.shape)
-        wide = np.empty((3, min(numel, BLOCK)))
+        wide = np.empty((3, min(numel, _BLOCK)))
         with np.errstate(all="ignore"):
-            for start, count in blocks(numel):
+            for start in range(0, numel, _BLOCK):
+                count = min(_BLOCK, numel - start)
                 block = _products(first.read(start, count), second.read(start, count), wide[:, :count])
                 squares = [total + part for total, part in zip(squares, block, strict=True)]
         return _factors(self.t, *squares)
