@@ -503,7 +503,7 @@ def test_groups_are_read_once(tmp_path: Path) -> None:
 
 
 def test_what_is_computed_is_not_computed_run_by_run(tmp_path: Path) -> None:
-    """LoRA makes blocks of 32 rows: rows asked for one by one would multiply each block 32 times."""
+    """LoRA makes blocks of 128 rows: rows asked for one by one would multiply each block 128 times."""
     base, a, b = hole(tmp_path, (512, 4096), F32), hole(tmp_path, (4, 4096), F32), hole(tmp_path, (512, 4), F32)
     merged = compose(build(OPS["lora"], {"scale": 2}), [a, b, base])
     amount, _ = cost(compose(Rotary(2, inverse=False), [merged]))

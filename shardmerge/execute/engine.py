@@ -19,6 +19,7 @@ from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
+from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
@@ -161,7 +162,8 @@ class Workshop:
         for worker in self._workers:
             worker.begin(self._tables)
         try:
-            outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
+            with one_thread_for(tensor.entry for tensor in part.shard.tensors):
+                outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
         finally:
             file.abandon()
         self._pins.check_opened()

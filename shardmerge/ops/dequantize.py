@@ -35,7 +35,7 @@ _SCALES = frozenset({"F64", "F32", "F16", "BF16", "F8_E8M0", "U8"})
 # DeepSeek's block, which is that of every kernel that needs no other said.
 _BLOCK = 128
 
-# As in ``pointwise``, which needs numpy: masks of ``count_overflows``, and what numpy takes for one call.
+# As in ``parts``, which needs numpy: masks of ``count_overflows``, and what numpy takes for one call.
 OVERFLOW_BYTES = 3
 _CALL_BYTES = 256 << 10
 
@@ -145,7 +145,7 @@ class Dequantize(Arithmetic):
         import numpy as np
 
         from shardmerge.ops.fast_casts import convert
-        from shardmerge.ops.pointwise import count_overflows
+        from shardmerge.ops.parts import count_overflows
 
         assert isinstance(state, Blocks)
         codes, scales = tiles
