@@ -15,6 +15,7 @@ import argparse
 import json
 import mmap
 import os
+import resource
 import shutil
 import tempfile
 import threading
@@ -76,7 +77,7 @@ class Way:
 
     def title(self) -> str:
         """How the page calls it, its number of workers apart."""
-        files = f"a file a {self.kind.removesuffix('es').removesuffix('s')}" if self.own else "one file"
+        files = f"a file a {'thread' if self.kind == 'threads' else 'process'}" if self.own else "one file"
         return f"{self.kind}, {files}, {'mapped' if self.mapped else 'read'}"
 
 
@@ -100,17 +101,31 @@ class _Share:
     first: int
 
 
-def once(way: Way, source: Path, folder: Path) -> float:
-    """Casts a file of float32 to bfloat16, into files of a folder that is there, and returns the seconds."""
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds: by the clock on the wall, and of the CPU (user and system, children included)."""
+
+    wall: float
+    cpu: float
+
+
+def once(way: Way, source: Path, folder: Path) -> Took:
+    """Casts a file of float32 to bfloat16, into files of a folder that is there."""
     tiles = source.stat().st_size // way.tile
-    started = time.monotonic()
+    started, used = time.monotonic(), _cpu()
     shares = _shares(way, tiles, folder)
     for share in shares if way.own else shares[:1]:
         fd = os.open(share.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.ftruncate(fd, (len(share.tiles) if way.own else tiles) * way.tile // 2)
         os.close(fd)
     (_by_threads if way.kind == "threads" else _by_processes)(way, source, shares)
-    return time.monotonic() - started
+    return Took(time.monotonic() - started, _cpu() - used)
+
+
+def _cpu() -> float:
+    """Of this process and the children it has waited for."""
+    found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in found)
 
 
 def _shares(way: Way, tiles: int, folder: Path) -> list[_Share]:
@@ -135,8 +150,12 @@ def _by_processes(way: Way, source: Path, shares: list[_Share]) -> None:
     for share in shares:
         child = os.fork()
         if not child:
-            _work(way, source, share)
-            os._exit(0)
+            code = 1
+            try:
+                _work(way, source, share)
+                code = 0
+            finally:  # a child never goes on where its parent does
+                os._exit(code)
         children.append(child)
     if any(os.waitpid(child, 0)[1] for child in children):
         raise RuntimeError("a process failed")
@@ -164,7 +183,7 @@ def _window(fd: int, offset: int, nbytes: int) -> memoryview:
     return memoryview(mapping)
 
 
-Seconds = dict[Way, list[float]]
+Seconds = dict[Way, list[Took]]
 
 
 def measured(folder: Path, gib: int, rounds: int, contenders: Sequence[Way]) -> Seconds:
@@ -180,46 +199,59 @@ def measured(folder: Path, gib: int, rounds: int, contenders: Sequence[Way]) -> 
             took = once(way, source, out)
             shutil.rmtree(out)
             if number >= 0:
-                seconds[way].append(round(took, 4))
+                seconds[way].append(took)
         print(f"round {number + 1} of {rounds}", flush=True)
     return seconds
 
 
 def result(seconds: Seconds, counts: Sequence[int], gib: int, card: dict[str, object]) -> dict[str, object]:
     """Returns the result file."""
-    rounds = len(seconds[LENGTHS[0]])
+    wall, cpu = ({way: [getattr(took, name) for took in found] for way, found in seconds.items()} for name in _CLOCKS)
     return {
         **provenance(),
         "machine": card,
         "title": f"The bare loop: {gib} GiB of float32 to bfloat16",
-        "about": f"Read, cast, checksum, write, without a plan or names. {rounds} rounds, warm, unsynced; ratios are "
-        "taken in each round.",
-        "seconds": {way.key: took for way, took in seconds.items()},
-        "tables": [_by_workers(seconds, counts), _windows(seconds, counts), _lengths(seconds)],
+        "about": f"Read, cast, checksum, write, without a plan or names. {len(wall[LENGTHS[0]])} rounds, warm, "
+        "unsynced; ratios are taken in each round. Columns are numbers of workers.",
+        "seconds": {way.key: {"wall": _rounded(wall[way]), "cpu": _rounded(cpu[way])} for way in seconds},
+        "tables": [
+            _by_workers("Wall seconds", wall, counts),
+            _by_workers("CPU seconds", cpu, counts),
+            _windows("Mapped windows over reading, wall", wall, counts),
+            _windows("Mapped windows over reading, CPU", cpu, counts),
+            _lengths(wall),
+        ],
     }
 
 
-def _by_workers(seconds: Seconds, counts: Sequence[int]) -> dict[str, object]:
+_CLOCKS = ("wall", "cpu")
+_Figures = dict[Way, list[float]]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _by_workers(title: str, seconds: _Figures, counts: Sequence[int]) -> dict[str, object]:
     """The seconds of so many workers, a row a way."""
     rows = []
     for kind, own, mapped in product(_KINDS, (False, True), (False, True)):
         line = [Way(n, kind, own, mapped) for n in counts]
         rows.append([line[0].title(), *(_shown(spread(seconds[way])) for way in line)])
-    return {"title": "Wall seconds by workers", "columns": ["", *map(str, counts)], "rows": rows}
+    return {"title": title, "columns": ["", *map(str, counts)], "rows": rows}
 
 
-def _windows(seconds: Seconds, counts: Sequence[int]) -> dict[str, object]:
-    """Mapped windows over reading, all else equal."""
+def _windows(title: str, seconds: _Figures, counts: Sequence[int]) -> dict[str, object]:
+    """Windows over reading, all else equal: above 1, reading is faster."""
     rows = []
     for kind, own in product(_KINDS, (False, True)):
         pairs = [(Way(n, kind, own, mapped=True), Way(n, kind, own)) for n in counts]
-        title = pairs[0][1].title().removesuffix(", read")
-        rows.append([title, *(_shown(ratios(seconds[one], seconds[other])) for one, other in pairs)])
-    about = "Above 1, reading is faster."
-    return {"title": "Mapped windows over reading", "about": about, "columns": ["", *map(str, counts)], "rows": rows}
+        name = pairs[0][1].title().removesuffix(", read")
+        rows.append([name, *(_shown(ratios(seconds[one], seconds[other])) for one, other in pairs)])
+    return {"title": title, "about": "Above 1, reading is faster.", "columns": ["", *map(str, counts)], "rows": rows}
 
 
-def _lengths(seconds: Seconds) -> dict[str, object]:
+def _lengths(seconds: _Figures) -> dict[str, object]:
     """Other lengths of tiles and writes, over the usual ones."""
     rows = []
     for way in LENGTHS:
