@@ -167,6 +167,7 @@ def test_the_code_that_the_docs_show_for_a_typing_error(tree: Path) -> None:
 PYTHON = {
     "look_inside.py": (["checkpoints/last.pth"], "torch zip 7 tensors"),
     "read_rows.py": (["checkpoints/last.pth"], "module.embed.weight float32 (2, 4)"),
+    "views.py": (["models/base"], "encoder.weight is mapped (4, 4) writeable: False\nas in the file: True\n"),
     "walk.py": (["models/base"], "encoder.weight largest "),
     "convert_and_verify.py": (
         ["checkpoints/last.pth", "out/converted"],
