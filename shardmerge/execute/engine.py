@@ -31,7 +31,7 @@ from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
-    from shardmerge.execute.gpu import CudaCasts
+    from shardmerge.execute.gpu import DeviceCasts
 
 # Where casts are made; everything else is done by the CPU.
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -170,12 +170,12 @@ class Workshop:
         return outcome
 
 
-def _casts_on(device: Device) -> CudaCasts | None:
+def _casts_on(device: Device) -> DeviceCasts | None:
     if device == "cpu":
         return None
-    from shardmerge.execute.gpu import CudaCasts
+    from shardmerge.execute.gpu import cuda_casts
 
-    return CudaCasts()
+    return cuda_casts()
 
 
 class _Worker:
