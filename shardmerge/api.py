@@ -14,10 +14,8 @@ from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageE
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.conversion import prepare_plain
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.options import Options, Prepared
-from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.storage.limits import resident_bytes
@@ -323,12 +321,16 @@ def prepare_conversion(
 ) -> Prepared:
     """Plans what ``convert`` would do."""
     options = options or Options()
-    if not use and bases and is_adapter(source, options):
-        use = ADAPTER_PRESET
+    if not use and bases:
+        from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
+
+        use = ADAPTER_PRESET if is_adapter(source, options) else ""
     if not use:
         if bases or let:
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
+        from shardmerge.prepare.conversion import prepare_plain
+
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE), options)
     from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset

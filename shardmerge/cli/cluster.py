@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +69,14 @@ def slurm(mapping: str, nodes: int, cpus: int, mem: str, limit: str, out: str | 
         from shardmerge.errors import UsageError
 
         raise UsageError("missing-path", "there is no such mapping or plan", where=mapping)
-    place = f" --out {shlex.quote(str(Path(out).absolute()))}" if out else ""
+    place = f" --out {_quoted(out)}" if out else ""
     click.echo(_SCRIPT.format(last=nodes - 1, cpus=cpus, mem=mem, limit=limit, mapping=_quoted(mapping), out=place))
 
 
-def _quoted(mapping: str) -> str:
-    return shlex.quote(str(Path(mapping).absolute()))
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(str(Path(path).absolute()))
 
 
 # A task takes whatever nobody has made, so that one that is preempted, or slow, is made up for; requeued, it goes on.

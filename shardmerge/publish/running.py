@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Means, Outcome, check_device
@@ -18,11 +19,13 @@ from shardmerge.publish.checks import check_output
 from shardmerge.publish.finishing import finish, is_published
 from shardmerge.publish.making import Maker, is_made, read_receipt
 from shardmerge.publish.results import Result, Unfinished
-from shardmerge.publish.shares import Which
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import FileStamp, Record
+
+if TYPE_CHECKING:
+    from shardmerge.publish.shares import Which
 
 
 def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
@@ -45,8 +48,12 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
             remove(root, out)
     todo = [part for part in _largest_first(parts) if not is_made(staging, part, recheck=options.recheck)]
     sides = sum(side.nbytes for side in plan.side_files)
-    _begin(staging, todo, plan.files(), out, options, more=sides)
-    _have_made(todo, staging, options, progress)
+    try:
+        _begin(staging, todo, plan.files(), out, options, more=sides)
+        _have_made(todo, staging, options, progress)
+    except BaseException:
+        staging.give_up()
+        raise
     return finish_plan(plan, out, options, made=len(todo))
 
 
