@@ -59,6 +59,9 @@ def _places(entry: TensorEntry, walk: Walk, casts: str) -> Iterator[Places]:
     if isinstance(entry.pieces, RankChunks) and walk.index == (0,) and walk.loops == whole(entry.numel).loops:
         yield Shares(entry.pieces, casts, walk.at)
         return
+    if len(entry.pieces) == 1:
+        yield from _held(entry, entry.pieces[0].held, walk, casts)
+        return
     first = walk.index[0]
     for piece in pieces_in(entry.pieces, first, last(walk, 0) + 1 - first):
         for part in cut(walk, 0, piece.start, piece.start + piece.count):
