@@ -102,7 +102,7 @@ def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -
 
     if not path.is_file():
         raise UsageError("missing-path", "there is no such plan", where=str(path))
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", newline="\n") as lines:  # a line ends as it was written
         read = PlanText(lines, str(path), moved_by(roots))
         made = read.plan()
     return Prepared.of(made, Path(read.out) if read.out else None, options)
