@@ -1,6 +1,6 @@
 """A way back held against what the mapping really made: which rules apply, what they must not touch, what comes out.
 
-``mapping.invert`` turns rules around by their templates. Which candidate made a tensor, and which names a template
+``mapping.undoing`` turns rules around by their templates. Which candidate made a tensor, and which names a template
 matches besides, only the resolved mapping knows. Pure: names, shapes and types are enough.
 """
 
