@@ -102,7 +102,7 @@ def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -
 
     if not path.is_file():
         raise UsageError("missing-path", "there is no such plan", where=str(path))
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", newline="\n") as lines:  # a line ends as it was written
         read = PlanText(lines, str(path), moved_by(roots))
         made = read.plan()
     return Prepared.of(made, Path(read.out) if read.out else None, options)
@@ -486,7 +486,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
         ``unknown-source``.
     """
     from shardmerge.mapping.invert import invert_spec
-    from shardmerge.mapping.preset_files import combine, load_preset
+    from shardmerge.mapping.preset_files import load_preset, with_preset
     from shardmerge.mapping.reader import load_spec
 
     spec = load_spec(Path(mapping))
@@ -495,7 +495,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     except ShardmergeError as error:
         if not all(one.code in ("missing-path", "not-in-cache") for one in error.each()):
             raise
-        return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+        return invert_spec(with_preset(spec, load_preset(spec.use)) if spec.use else spec, source)
     return invert_spec(found, source, forward)
 
 

@@ -1,6 +1,6 @@
 """A way back held against what the mapping really made: which rules apply, what they must not touch, what comes out.
 
-``mapping.invert`` turns rules around by their templates. Which candidate made a tensor, and which names a template
+``mapping.undoing`` turns rules around by their templates. Which candidate made a tensor, and which names a template
 matches besides, only the resolved mapping knows. Pure: names, shapes and types are enough.
 """
 
@@ -150,7 +150,7 @@ def _matched(text: str, names: Mapping[str, TensorEntry]) -> set[str]:
     return {name for name in names if template.match(name) is not None}
 
 
-def check(text: str, forward: Forward, source: str, made: str) -> None:
+def check_way_back(text: str, forward: Forward, source: str, made: str) -> None:
     """Resolves a way back against the result, and compares what comes out with what went in.
 
     Raises

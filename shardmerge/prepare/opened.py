@@ -66,11 +66,11 @@ def _preset(name: str) -> Preset:
 def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
     from shardmerge.mapping.families import odd_families
     from shardmerge.mapping.layouts import odd_layouts
-    from shardmerge.mapping.preset_files import combine
+    from shardmerge.mapping.preset_files import with_preset
 
     raise_all(odd_layouts(spec, preset, catalogs))
     raise_all(odd_families(preset, catalogs, sides.read))
-    return combine(spec, preset)
+    return with_preset(spec, preset)
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:

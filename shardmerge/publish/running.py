@@ -131,6 +131,7 @@ def _have_made(todo: Sequence[Part], staging: Staging, options: Options, progres
 
 def read_records(file: SourceFile) -> Iterable[Record]:
     """A torch zip has checksums of its storages; no other format does."""
-    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+    from shardmerge.sources.torch_zip import storage_records
+    from shardmerge.sources.zip_members import ZIP_MAGIC
 
     return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
