@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,21 @@ from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge import api
-from shardmerge.errors import CheckpointError
+from shardmerge.errors import CheckpointError, OutputError
 from shardmerge.execute import pins
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
+from shardmerge.publish.staging import Staging
+from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
+from tests.staged import assert_nothing_done, assert_well_left, files, stagings
 
 MIB = 1 << 20
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Two shards of 8 and 4 MiB, a config and a tokenizer."""
+    """Two shards of 8 and 4 MiB, that are read one after the other, a config and a tokenizer."""
     folder = tmp_path / "model"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -85,34 +89,81 @@ def test_a_change_after_the_plan_is_refused(model: Path, name: str, change: Call
     with pytest.raises(CheckpointError) as caught:
         api.carry_out(prepared, model.parent / "out", options)
     assert (caught.value.code, caught.value.where) == ("source-changed", str(model / name))
-    assert [path.name for path in model.parent.iterdir()] == ["model"]
+    assert_nothing_done(model.parent / "out")
 
 
 COMMANDS = {
     "grown": "printf x >> {0}",
-    "overwritten": "touch -r {0} {0}.t; printf '!!!!' | dd of={0} conv=notrunc bs=1 seek=50 2>&-; touch -r {0}.t {0}",
+    "overwritten": "touch -r {0} $0; printf '!!!!' | dd of={0} conv=notrunc bs=1 seek=50 2>&-; touch -r $0 {0}",
     "replaced": "cp -p {0} {0}.t; mv {0}.t {0}",
     "truncated": "truncate -s 40 {0}",
     "gone": "rm {0}",
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_a_change_in_the_middle_of_a_run_is_refused(model: Path, name: str, command: str) -> None:
-    """By a process of its own, when the first tile is written: the weights that change are not read yet, or partly."""
-    written: list[int] = []
+@contextmanager
+def at_write(number: int, do: Callable[[], object]) -> Iterator[None]:
+    """Does something before that write of a run, from 0: the header of its first file, then a tile each."""
+    write, numbers = OutputFile.write, count()
 
-    def progress(nbytes: int) -> None:
-        if not written:
-            subprocess.run(["sh", "-c", command.format(model / name)], check=True)
-        written.append(nbytes)
+    def written(self: OutputFile, offset: int, data: memoryview) -> None:
+        if next(numbers) == number:
+            do()
+        write(self, offset, data)
 
-    with pytest.raises(CheckpointError) as caught:
-        shardmerge.convert(model, model.parent / "out", options=api.Options(workers=1), progress=progress)
-    assert caught.value.code in ("source-changed", "truncated-file")
-    assert str(model / name) in caught.value.where
-    assert [path.name for path in model.parent.iterdir()] == ["model"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputFile, "write", written)
+        yield
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", *FILES])
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_change_in_the_middle_of_a_run_is_refused(model: Path, name: str, kind: str) -> None:
+    """By a process of its own, when the first tile is written: of the weights some were read, others not yet."""
+    command = ["sh", "-c", COMMANDS[kind].format(model / name), str(model.parent / "times")]
+    with at_write(1, lambda: subprocess.run(command, check=True)), pytest.raises(CheckpointError) as caught:
+        shardmerge.convert(model, model.parent / "out", options=api.Options(workers=1))
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(model / name))
+    if name != "tokenizer.json":
+        assert_nothing_done(model.parent / "out")
+        return
+    assert_well_left(model.parent / "out")
+    if kind == "replaced":  # by the same bytes
+        assert shardmerge.convert(model, model.parent / "out").made == 0
+        return
+    with pytest.raises(OutputError) as refused:  # it is another plan now, and what was made is not mixed with it
+        shardmerge.convert(model, model.parent / "out")
+    assert (refused.value.code, refused.value.found.split(":")[0]) == ("other-plan-staged", SAID[kind])
+    shardmerge.convert(model, model.parent / "out", options=api.Options(fresh=True))
+    found = files(model.parent / "out")
+    assert found.get("tokenizer.json") == files(model).get("tokenizer.json")
+    assert stagings(model.parent / "out") == []
+
+
+SAID = {
+    "grown": "a source changed since",
+    "overwritten": "the mapping, its options or a small file beside the weights are not the same",
+    "truncated": "a source changed since",
+    "gone": "other source files",
+}
+
+
+@pytest.mark.parametrize("kind", ["grown", "overwritten", "replaced"])
+def test_what_was_read_for_the_last_part_may_change(model: Path, kind: str, tmp_path: Path) -> None:
+    """A part was compared with its sources when it was made. The result is what they were then."""
+    shardmerge.convert(model, tmp_path / "before")
+    command = ["sh", "-c", COMMANDS[kind].format(model / FILES[0]), str(tmp_path / "times")]
+    place = Staging.place
+
+    def changed_then_placed(self: Staging, path: Path, data: bytes | list[bytes]) -> None:
+        if path.name == "00000.json":  # the receipt of the only part
+            subprocess.run(command, check=True)
+        place(self, path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "place", changed_then_placed)
+        shardmerge.convert(model, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "before")
 
 
 def test_a_link_that_leads_elsewhere_for_a_while_is_refused(model: Path) -> None:
@@ -124,14 +175,10 @@ def test_a_link_that_leads_elsewhere_for_a_while_is_refused(model: Path) -> None
             change(model / name)
     shard.unlink()
     shard.symlink_to("real")
-    calls = iter([lambda: _lead(shard, "other"), *[lambda: None] * 3, lambda: _lead(shard, "real")])
-    with pytest.raises(CheckpointError) as caught:
-        shardmerge.convert(
-            model,
-            model.parent / "out",
-            options=api.Options(workers=1, shard_size=9 * MIB),  # the second file is opened with the second shard
-            progress=lambda nbytes: next(calls, lambda: None)(),
-        )
+    options = api.Options(workers=1, shard_size=9 * MIB)  # the second file is opened with the second shard
+    there, back = at_write(2, lambda: _lead(shard, "other")), at_write(6, lambda: _lead(shard, "real"))
+    with there, back, pytest.raises(CheckpointError) as caught:
+        shardmerge.convert(model, model.parent / "out", options=options)
     assert (caught.value.code, caught.value.where) == ("source-changed", str(shard))
 
 
@@ -205,10 +252,30 @@ def test_the_number_of_an_inode_counts_where_it_is_kept(
 
 
 def test_a_copy_elsewhere_gives_the_same_plan(model: Path, tmp_path: Path) -> None:
-    """Other inodes, other times, another path."""
-    copy = tmp_path / "copy"
-    shutil.copytree(model, copy, copy_function=shutil.copyfile)
+    """Other inodes, another path: what was modified at the same time is the same file."""
+    copy = shutil.copytree(model, tmp_path / "copy")
     assert api.prepare_conversion(copy).plan.id == api.prepare_conversion(model).plan.id
+
+
+@pytest.mark.parametrize(("name", "other"), [(FILES[0], True), ("tokenizer.json", False)])
+def test_weights_of_another_time_are_another_plan(model: Path, name: str, other: bool) -> None:
+    """Nobody read their data. Small files are known by their bytes, whenever they were written."""
+    before = api.prepare_conversion(model).plan.id
+    os.utime(model / name, ns=(0, 0))
+    assert (api.prepare_conversion(model).plan.id != before) == other
+
+
+def test_two_files_that_look_alike_are_told_apart(model: Path) -> None:
+    """The same size, header and time of modification, and other values: which tensor is of which counts."""
+    first = model / FILES[0]
+    for name in ("one", "two"):
+        shutil.copy2(first, model.parent / f"{name}.safetensors")
+    ids = set()
+    for left, right in (("one", "two"), ("two", "one")):
+        text = f"shardmerge: 1\nsources: {{a: {left}.safetensors, b: {right}.safetensors}}\ntensors:\n"
+        (model.parent / "mapping.yaml").write_text(text + "  x: a:b\n  y: b:b\n")
+        ids.add(shardmerge.plan(model.parent / "mapping.yaml").id)
+    assert len(ids) == 2
 
 
 def test_another_tokenizer_of_the_same_size_is_another_plan(model: Path) -> None:

@@ -20,6 +20,7 @@ import shardmerge as sm
 from benchmarks.synthetic import write_zero
 from shardmerge.storage import writing
 from tests.conftest import shardmerge
+from tests.staged import assert_nothing_done
 
 SHAPES = {"a.weight": (7, 5), "b.weight": (3,), "c.weight": (11, 2)}
 
@@ -126,7 +127,7 @@ def test_all_problems_of_the_file_at_once(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_too_small(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardmerge.publish.staging.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("shardmerge.publish.checks.free_bytes", lambda path: 1000)
     before = tree(tmp_path)
     with pytest.raises(sm.ResourceError) as caught:
         sm.convert(zero, tmp_path / "out")
@@ -141,7 +142,7 @@ _FULL_DISK = """
 import sys
 from pathlib import Path
 import shardmerge
-from shardmerge.publish import staging as publish
+from shardmerge.publish import checks as publish
 source, disk = Path(sys.argv[1]), Path(sys.argv[2])
 check = publish.free_bytes
 def check_then_fill(path):
@@ -149,28 +150,36 @@ def check_then_fill(path):
     (disk / "taken").write_bytes(bytes(free - 1_000_000))
     return free
 publish.free_bytes = check_then_fill
+options = shardmerge.Options(shard_size=1_000_000)
 try:
-    shardmerge.convert(source, disk / "out")
+    shardmerge.convert(source, disk / "out", options=options)
 except shardmerge.ResourceError as error:
-    print(error.code, sorted(path.name for path in disk.iterdir()))
+    (staging,) = disk.glob("out.partial-*")
+    parts = [path.suffix for path in (staging / "parts").iterdir()]
+    print(error.code, (disk / "out").exists(), parts, [path.name for path in (staging / "model").iterdir()])
+publish.free_bytes = check
+(disk / "taken").unlink()
+print(shardmerge.convert(source, disk / "out", options=options).made, sorted(path.name for path in disk.iterdir()))
 """
 
 
 def test_the_disk_fills_up_all_the_same(tmp_path: Path) -> None:
-    """A real full disk: another process takes the space between the check and the write."""
+    """A real full disk: another process takes the space between the check and the write. One part of two is made."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=24m tmpfs {disk}"
     if subprocess.run(["unshare", "--mount", "sh", "-c", mount], check=False, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root and a mount namespace")
-    zero = write_zero(tmp_path / "run", {"w": (1000, 700)}, stage=2, world=2, fill=True)
+    zero = write_zero(tmp_path / "run", {"a": (700, 300), "b": (600, 300)}, stage=2, world=2, fill=True)
     (tmp_path / "full.py").write_text(_FULL_DISK)
     run = f"{mount} && exec {sys.executable} {tmp_path / 'full.py'} {zero} {disk}"
     environment = {**os.environ, "PYTHONPATH": str(Path(sm.__file__).parent.parent)}
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", run], check=False, capture_output=True, text=True, env=environment
     )
-    assert done.stdout == "disk-full ['taken']\n", done.stderr
+    failed, again = done.stdout.splitlines()
+    assert failed == "disk-full False ['.json'] ['model-00001-of-00002.safetensors']", done.stderr
+    assert again == "1 ['out']"
 
 
 def test_the_output_exists(zero: Path, tmp_path: Path) -> None:
@@ -269,13 +278,19 @@ def test_something_that_is_no_checkpoint(tmp_path: Path) -> None:
     assert "[unknown-format]" in shardmerge("inspect", tmp_path, code=1).stderr
 
 
-def test_a_source_that_changes_while_it_is_read(zero: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = zero / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    write = writing.OutputFile.write
+
+    def touched(self: writing.OutputFile, offset: int, data: memoryview) -> None:
+        os.utime(rank, ns=(1, 1))
+        write(self, offset, data)
+
+    monkeypatch.setattr(writing.OutputFile, "write", touched)
     with pytest.raises(sm.CheckpointError) as caught:
-        sm.convert(zero, tmp_path / "out", progress=lambda _: os.utime(rank, ns=(1, 1)))
+        sm.convert(zero, tmp_path / "out")
     assert caught.value.code == "source-changed"
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert_nothing_done(tmp_path / "out")
 
 
 @pytest.mark.parametrize("option", [("--dtype", "int8"), ("--shard-size", "5GiB"), ("--base", "x")])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardmerge.errors import InterruptedRunError
+from shardmerge.errors import CheckpointError, InterruptedRunError, UsageError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
@@ -164,6 +164,9 @@ class Workshop:
         try:
             with one_thread_for(tensor.entry for tensor in part.shard.tensors):
                 outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
+        except (CheckpointError, UsageError):
+            self._pins.check()  # that a file was changed says more than what is wrong with it now
+            raise
         finally:
             file.abandon()
         self._pins.check_opened()

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from functools import partial
 
+from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.execute.pins import Pins, source_changed
 from shardmerge.plan.value import Plan
 from shardmerge.storage.reading import SourceFile
@@ -67,12 +68,17 @@ def content(plan: Plan, side: SideFile) -> bytes:
     CheckpointError
         ``source-changed``.
     """
-    return side.content(partial(_as_planned, plan))
+    pins = Pins(plan.side_sources)
+    try:
+        return side.content(partial(_as_planned, plan, pins))
+    except (CheckpointError, UsageError):
+        pins.check()  # as for weights: it may be gone
+        raise
 
 
-def _as_planned(plan: Plan, part: Extent) -> bytes:
+def _as_planned(plan: Plan, pins: Pins, part: Extent) -> bytes:
     with SourceFile(part.file) as file:
-        Pins(plan.side_sources).opened(file)
+        pins.opened(file)
         data = file.read(part.offset, part.nbytes)
     if hashlib.sha256(data).hexdigest() != plan.copies[part]:
         stamp = next(stamp for stamp in plan.side_sources if stamp.path == part.file)

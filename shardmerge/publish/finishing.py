@@ -15,7 +15,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, OutputError, PublishedError, ShardmergeError, VerificationError, raise_all
+from shardmerge.errors import (
+    CheckpointError,
+    OutputError,
+    PublishedError,
+    ShardmergeError,
+    VerificationError,
+    raise_all,
+)
 from shardmerge.execute.engine import Outcome
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import DAMAGED, ReadRecords, RecordCounts, compare_records

@@ -223,4 +223,4 @@ def _difference(begun: Mapping[str, object], stamps: Sequence[FileStamp]) -> str
         return f"a source changed since: {changed[0]}"
     if set(before) != set(now):
         return f"other source files: {min(set(before) ^ set(now))}"
-    return "the mapping or its options are not the same"
+    return "the mapping, its options or a small file beside the weights are not the same"
