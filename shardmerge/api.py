@@ -198,7 +198,7 @@ def run_part(  # one parameter an option
         if not is_published(prepared.plan, place):
             raise
         return finish_plan(prepared.plan, place, options)  # others made what it was slow to make
-    if state.missing or (state.elsewhere and not is_published(prepared.plan, place)):
+    if (state.missing or state.elsewhere) and not is_published(prepared.plan, place):
         return state
     return finish_plan(prepared.plan, place, options, made=state.made)
 
