@@ -11,15 +11,15 @@ import numpy as np
 from docs.markdown import link, table
 from docs.tiny import Ran, run_example
 from shardmerge.mapping.reader import parse_spec
-from shardmerge.mapping.spec import (
-    OpTerm,
-)
+from shardmerge.mapping.spec import OpTerm
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Gathered, Inverse, Mirror, Move, OpKind, Param, Scattered
 from shardmerge.ops.registry import OPS
 
 _FAMILIES = {
-    "moves": "Shapes and parts",
+    "rearranging": "Shapes and parts",
+    "cutting": "Shapes and parts",
+    "joining": "Shapes and parts",
     "heads": "Attention heads",
     "casts": "Types",
     "pointwise": "Sums and comparisons",

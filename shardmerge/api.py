@@ -14,10 +14,8 @@ from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageE
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.conversion import prepare_plain
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.options import Options, Prepared
-from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.storage.limits import resident_bytes
@@ -104,7 +102,7 @@ def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -
 
     if not path.is_file():
         raise UsageError("missing-path", "there is no such plan", where=str(path))
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", newline="\n") as lines:  # a line ends as it was written
         read = PlanText(lines, str(path), moved_by(roots))
         made = read.plan()
     return Prepared.of(made, Path(read.out) if read.out else None, options)
@@ -334,12 +332,16 @@ def prepare_conversion(
 ) -> Prepared:
     """Plans what ``convert`` would do."""
     options = options or Options()
-    if not use and bases and is_adapter(source, options):
-        use = ADAPTER_PRESET
+    if not use and bases:
+        from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
+
+        use = ADAPTER_PRESET if is_adapter(source, options) else ""
     if not use:
         if bases or let:
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
+        from shardmerge.prepare.conversion import prepare_plain
+
         return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE), options)
     from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset
@@ -495,7 +497,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
         ``unknown-source``.
     """
     from shardmerge.mapping.invert import invert_spec
-    from shardmerge.mapping.preset_files import combine, load_preset
+    from shardmerge.mapping.preset_files import load_preset, with_preset
     from shardmerge.mapping.reader import load_spec
 
     spec = load_spec(Path(mapping))
@@ -504,7 +506,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     except ShardmergeError as error:
         if not all(one.code in ("missing-path", "not-in-cache") for one in error.each()):
             raise
-        return invert_spec(combine(spec, load_preset(spec.use)) if spec.use else spec, source)
+        return invert_spec(with_preset(spec, load_preset(spec.use)) if spec.use else spec, source)
     return invert_spec(found, source, forward)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -368,19 +370,50 @@ def test_forgotten_files_are_read_from_the_disk(tmp_path: Path) -> None:
 # ---- the bare loop
 
 
-@pytest.mark.parametrize("way", loops.WAYS, ids=lambda way: way.key)
+@pytest.mark.parametrize("way", loops.ways((1, 2, 3)), ids=lambda way: way.key)
 def test_every_way_of_the_bare_loop_casts_as_torch_does(way: loops.Way, tmp_path: Path) -> None:
+    """Ten MiB: no number of workers shares its tiles evenly. What a file each holds is in the order of the workers."""
     import torch
 
-    values = np.random.default_rng(0).standard_normal(2 << 20, np.float32)
+    values = np.random.default_rng(0).standard_normal(10 << 18, np.float32)
     values.tofile(tmp_path / "source")
-    assert loops.once(way, tmp_path / "source", tmp_path / "out") > 0
-    made = np.fromfile(tmp_path / "out", np.int16)
-    assert np.array_equal(made, torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy())
+    out = tmp_path / "out"
+    out.mkdir()
+    took = loops.once(way, tmp_path / "source", out)
+    assert took.wall > 0
+    assert took.cpu > 0
+    assert len(list(out.iterdir())) == (way.workers if way.own else 1)
+    made = np.concatenate([np.fromfile(path, np.int16) for path in sorted(out.iterdir())])
+    # Of tiles of 4 MiB two are whole.
+    expected = torch.from_numpy(values[: len(values) * 4 // way.tile * way.tile // 4]).to(torch.bfloat16)
+    assert np.array_equal(made, expected.view(torch.int16).numpy())
+
+
+def test_a_process_of_the_bare_loop_that_fails_is_an_error(tmp_path: Path) -> None:
+    """Each opens two files where there is one descriptor left; its parent makes the output with that one."""
+    (tmp_path / "source").write_bytes(bytes(4 * MIB))
+    (tmp_path / "out").mkdir()
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+    try:
+        with pytest.raises(RuntimeError, match="a process failed"):
+            loops.once(loops.Way(2, "processes"), tmp_path / "source", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_page_of_the_bare_loop_compares_within_rounds() -> None:
-    seconds = {way.key: [1.0, 2.0] for way in loops.WAYS} | {"one": [3.0, 6.0]}
-    rows = loops.result(seconds, 2, {})["tables"][0]["rows"]
-    assert rows[0][1:] == ["1.50 (1.00 to 2.00)", "1.00 (1.00 to 1.00)"]
-    assert rows[1] == ["1 thread, tiles of 2 MiB read", "4.50 (3.00 to 6.00)", "3.00 (3.00 to 3.00)"]
+    """Windows take twice as long as reading in each round, and a second round twice as long as the first."""
+    wall = {way: [2.0, 4.0] if way.mapped else [1.0, 2.0] for way in loops.ways((1, 2))}
+    wall[loops.LENGTHS[-1]] = [3.0, 6.0]
+    seconds = {way: [loops.Took(value, 10 * value) for value in values] for way, values in wall.items()}
+    by_wall, by_cpu, windows, windows_cpu, lengths = loops.result(seconds, (1, 2), 2, {})["tables"]
+    assert by_wall["columns"] == ["", "1", "2"]
+    assert ["processes, a file a process, mapped", *["3.00 (2.00 to 4.00)"] * 2] in by_wall["rows"]
+    assert ["processes, a file a process, mapped", *["30.00 (20.00 to 40.00)"] * 2] in by_cpu["rows"]
+    assert len(by_wall["rows"]) == 8
+    assert windows["rows"] == windows_cpu["rows"]
+    assert windows["rows"][0] == ["threads, one file", *["2.00 (2.00 to 2.00)"] * 2]
+    assert lengths["rows"][-1] == ["tiles of 2 MiB, written by 128 KiB", "4.50 (3.00 to 6.00)", "3.00 (3.00 to 3.00)"]

@@ -16,7 +16,7 @@ from shardmerge.dtypes import BY_TORCH_NAME
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import numpy_dtype
 from shardmerge.ops.contract import Meta
-from shardmerge.ops.dequantize import Dequantize, blocks
+from shardmerge.ops.dequantize import Dequantize, scale_blocks
 from tests.op_harness import execute
 
 Tensor = torch.Tensor
@@ -130,7 +130,7 @@ def test_what_becomes_infinite_is_counted() -> None:
 )
 def test_scales_that_do_not_fit(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, ...]) -> None:
     with pytest.raises(MappingError, match="do not fit") as caught:
-        blocks(weight, scale, block)
+        scale_blocks(weight, scale, block)
     assert caught.value.code == "op-shape"
 
 

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
+from shardmerge.compose import cast_to
 from shardmerge.dtypes import DTYPES
-from shardmerge.execute.gpu import CudaCasts, cast_plain
+from shardmerge.execute.gather import Assembler
+from shardmerge.execute.gpu import DeviceCasts, cast_plain, cuda_casts
 from shardmerge.ops.arrays import numpy_dtype
 from shardmerge.ops.casts import CASTABLE, Cast
+from shardmerge.storage.reading import FilePool
 from tests.conftest import shardmerge
 from tests.test_casts import every_value
 
@@ -83,6 +86,43 @@ def test_what_the_device_is_trusted_with_has_the_bits_of_the_cpu(source: str, ta
         assert not cast_plain(torch, one, op)[1]
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_the_steps_of_a_device_make_the_bits_of_the_cpu(source: str, target: str) -> None:
+    """On torch's CPU, by tiles: plain ones, and ones that hold what only the op itself makes right."""
+    op, casts = Cast(DTYPES[source], DTYPES[target]), DeviceCasts(torch, "cpu")
+    values = np.resize(every_value(op.source), 300_007)
+    plain = values[np.abs(values.astype(np.float64)) <= torch.finfo(getattr(torch, op.target.torch)).max]
+    for given in (values, plain, plain[:1], values[-3:].copy()):
+        found, expected = (np.empty(given.size, numpy_dtype(op.target)) for _ in range(2))
+        assert casts.apply(op, given, found) == op.apply(None, (given,), 0, expected)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_what_a_device_reads_and_writes_lies_in_its_memory(source: Path) -> None:
+    """On torch's CPU: every buffer of an assembler is one that the device gave."""
+    catalog = sm.inspect(source)
+    given: list[int] = []
+
+    class Counted(DeviceCasts):
+        def buffer(self, nbytes: int) -> np.ndarray:
+            found = super().buffer(nbytes)
+            given.append(found.ctypes.data)
+            return found
+
+        def apply(self, op: Cast, tile: np.ndarray, out: np.ndarray) -> int:
+            assert tile.ctypes.data in given
+            assert out.ctypes.data in given
+            return super().apply(op, tile, out)
+
+    entry = cast_to(catalog["w"], DTYPES["F16"])
+    assembler = Assembler(FilePool(), 1 << 20, Counted(torch, "cpu"))
+    made = b"".join(
+        bytes(assembler.view(entry, start, min(100_000, entry.numel - start)))
+        for start in range(0, entry.numel, 100_000)
+    )
+    assert made == load_file(source)["w"].to(torch.float16).numpy().tobytes()
+
+
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -90,7 +130,7 @@ def test_the_device_makes_the_bits_of_the_cpu(source: str, target: str) -> None:
     op = Cast(DTYPES[source], DTYPES[target])
     values = np.resize(every_value(op.source), 1_000_003)
     found, expected = (np.empty(values.size, numpy_dtype(op.target)) for _ in range(2))
-    assert CudaCasts().apply(op, values, found) == op.apply(None, (values,), 0, expected)
+    assert cuda_casts().apply(op, values, found) == op.apply(None, (values,), 0, expected)
     assert found.tobytes() == expected.tobytes()
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import shardmerge
 from shardmerge.cli.main import cli
-from shardmerge.mapping.preset_files import combine, load_preset
+from shardmerge.mapping.preset_files import load_preset, with_preset
 from shardmerge.mapping.reader import load_spec
 from shardmerge.tensors import leaves
 
@@ -70,7 +70,7 @@ def test_there_are_examples() -> None:
 def test_mappings_are_mappings(path: Path) -> None:
     spec = load_spec(path)
     if spec.use:
-        spec = combine(spec, load_preset(spec.use))
+        spec = with_preset(spec, load_preset(spec.use))
     assert spec.rules
     assert spec.output is not None
 
@@ -167,6 +167,7 @@ def test_the_code_that_the_docs_show_for_a_typing_error(tree: Path) -> None:
 PYTHON = {
     "look_inside.py": (["checkpoints/last.pth"], "torch zip 7 tensors"),
     "read_rows.py": (["checkpoints/last.pth"], "module.embed.weight float32 (2, 4)"),
+    "views.py": (["models/base"], "encoder.weight is mapped (4, 4) writeable: False\nas in the file: True\n"),
     "walk.py": (["models/base"], "encoder.weight largest "),
     "convert_and_verify.py": (
         ["checkpoints/last.pth", "out/converted"],

@@ -24,9 +24,10 @@ from shardmerge.compose import cast_to, compose
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.rearrange import rearrange
-from shardmerge.plan.memory import LARGEST_TILE, making_peak, plan_memory, tile_elements
+from shardmerge.plan.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.plan.order import first_byte, ordered
-from shardmerge.plan.shard import PlannedTensor
+from shardmerge.plan.schedule import schedule
+from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.storage import reading
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Box, Extent, Piece, Strided, TensorEntry, dense
@@ -235,8 +236,9 @@ def test_a_transposed_matrix_of_an_8b_model_fits_the_default_budget(workers: int
     files = Files(tmp_path)
     entries = [files.op("transpose", files.flat(dtype, 14336, 4096)) for dtype in (BF16, F32)]
     entries += [cast_to(entries[1], BF16)]
-    planned = plan_memory([PlannedTensor("t", entry, "", "t") for entry in entries], budget=256 * MIB, workers=workers)
-    assert planned.workers == workers
+    tensors = tuple(PlannedTensor("t", entry, "", "t") for entry in entries)
+    shard = PlannedShard("model.safetensors", sum(tensor.nbytes for tensor in tensors), (), tensors)
+    assert schedule([shard], budget=256 * MIB, workers=workers).workers == workers
 
 
 # ---- values

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.harness import measure, succeed
 
+merges = pytest.importorskip("benchmarks.merges", reason="torch writes the checkpoints")
 synthetic = pytest.importorskip("benchmarks.synthetic", reason="torch writes the checkpoints")
 
 # Runs the command line as `python -m shardmerge` does; the last line of stdout are the modules that it imported.
@@ -28,7 +29,10 @@ except SystemExit as done:
 """
 
 # Everything that is not the standard library's, by top-level name.
-LIBRARIES = {"click", "numpy", "ml_dtypes", "yaml", "tqdm", "safetensors", "torch", "transformers", "huggingface_hub"}
+LIBRARIES = {
+    "click", "numpy", "ml_dtypes", "yaml", "tqdm", "safetensors", "threadpoolctl", "torch", "transformers",
+    "huggingface_hub",
+}  # fmt: skip
 # Of the standard library what is slow to import and easily avoided. `inspect` and `ast` come with dataclasses and
 # click, `pickle` and `ctypes` with numpy.
 HEAVY = {
@@ -132,6 +136,15 @@ def test_a_cast_needs_numpy(folder: Path) -> None:
 def test_bytes_that_stay_need_no_numpy(folder: Path) -> None:
     found = imported("convert", folder / "zero", folder / "same")
     check(found, libraries={"click"}, heavy={"ctypes"}, rooms=EXECUTING)  # mallopt, sync_file_range
+
+
+def test_the_blas_is_looked_for_where_a_product_is_made(tmp_path: Path) -> None:
+    shape = synthetic.LlamaShape(64, 1, 4, 2, 128, 256)
+    mapping = merges.write_lora(tmp_path / "in", shape, 4, fill=True)
+    libraries = {"click", "numpy", "ml_dtypes", "yaml"}
+    assert not imported("plan", mapping) & {"threadpoolctl", "shardmerge.execute.products"}
+    found = imported("run", mapping, "--out", tmp_path / "out")
+    assert {name.partition(".")[0] for name in found} & LIBRARIES == libraries | {"threadpoolctl"}
 
 
 def test_a_target_is_imported_when_it_is_asked_for() -> None:

@@ -16,7 +16,7 @@ import shardmerge as sm
 from shardmerge import api
 from shardmerge.mapping.dropping import find_dropped
 from shardmerge.mapping.invert import invert_spec
-from shardmerge.mapping.preset_files import combine, list_presets, load_preset
+from shardmerge.mapping.preset_files import list_presets, load_preset, with_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.variables import Variables
@@ -197,15 +197,18 @@ def test_a_lossy_first_candidate_is_not_passed_over() -> None:
     assert raised.value.code == "no-inverse"
 
 
-def test_numbers_of_a_config_stay_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", ["base.config", "config", "model_config"])
+def test_numbers_of_a_config_stay_with_it(tmp_path: Path, room: str) -> None:
+    """Whoever has it: a room without a source is that of the first that answers."""
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"hidden": 4}', "utf-8")
+    for name in ("config.json", "model_config.yaml"):
+        (tmp_path / "base" / name).write_text('{"hidden": 4}', "utf-8")
     save_file({"x": torch.zeros(1)}, tmp_path / "base" / "model.safetensors")
     before = {"two": torch.randn(6, 2)}
     save_file(before, tmp_path / "model.safetensors")
     mapping = (
         "shardmerge: 1\nsources: {src: model.safetensors, base: base}\noutput: {path: there}\n"
-        "let: {h: base.config.hidden, rest: h - 2}\ntensors:\n"
+        f"let: {{h: {room}.hidden, rest: h - 2}}\ntensors:\n"
         '  a: {op: split, of: "src:two", sizes: [h, rest], take: 0}\n'
         '  b: {op: split, of: "src:two", sizes: [h, rest], take: 1}\n  spare: base:x\n'
     )
@@ -263,7 +266,7 @@ def test_the_other_side_of_one_source_used_twice() -> None:
 def test_presets_have_an_inverse_that_reads_or_say_why_not(name: str) -> None:
     preset = load_preset(name)
     sources = "".join(f"  {role}: {role}.pth\n" for role in preset.roles)
-    spec = combine(parse_spec(f"shardmerge: 1\nsources:\n{sources}use: {name}\n", "m.yaml"), preset)
+    spec = with_preset(parse_spec(f"shardmerge: 1\nsources:\n{sources}use: {name}\n", "m.yaml"), preset)
     with contextlib.suppress(sm.ShardmergeError):
         assert parse_spec(invert_spec(spec), "back.yaml").rules
         return

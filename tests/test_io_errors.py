@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from shardmerge.errors import OutputError, ResourceError
 from shardmerge.publish import running
 from shardmerge.storage import cache, writing
 from tests.faults import thin_volume, tool
+from tests.staged import assert_well_left, files, stagings
 
 MIB = 1 << 20
 
@@ -38,19 +40,22 @@ def test_an_error_of_writing_that_passes_ends_the_run(
 ) -> None:
     """Waiting for a range takes the error from the descriptor: the sync at the end would know nothing of it."""
     monkeypatch.setattr(running, "bounds_cache", lambda moved: bounded)
-    with thin_volume(30 * MIB) as volume:
-        written = 0
+    real, written = writing.OutputFile.write, 0
 
-        def progress(nbytes: int) -> None:
+    with thin_volume(30 * MIB) as volume:
+
+        def write(self: writing.OutputFile, offset: int, data: memoryview) -> None:
             nonlocal written
             if not written:
                 os.sync()  # names and tables are on the disk: what fails is data
-            written += nbytes
+            real(self, offset, data)
+            written += data.nbytes
             if written >= 80 * MIB:
-                volume.give_room(next(volume.root.glob("*/model.safetensors")))
+                volume.give_room(self.path)
 
+        monkeypatch.setattr(writing.OutputFile, "write", write)
         with pytest.raises((ResourceError, OutputError)) as caught:
-            shardmerge.convert(large, volume.root / "out", progress=progress)
+            shardmerge.convert(large, volume.root / "out", options=shardmerge.Options(workers=1))
         assert caught.value.code in ("disk-full", "unwritable-output")
         assert [path.name for path in volume.root.iterdir()] == ["lost+found"]
 
@@ -132,55 +137,116 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _inject(folder: Path, out: Path, fault: str, path: Path | None = None) -> tuple[int, str, bool]:
-    """Runs a conversion with a fault; returns the exit code, what it said, and whether the fault came to pass."""
-    log = out.with_suffix(".log")
-    only = ["-P", str(path)] if path else []
-    calls = fault.split(":", 1)[0]
-    command = [tool("strace"), "-f", "-o", str(log), *only, "-e", f"trace={calls}", "-e", f"inject={fault}"]
+@pytest.fixture(scope="module")
+def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    shardmerge.convert(small, out)
+    return files(out)
+
+
+def _inject(folder: Path, out: Path, fault: str, *more: str) -> tuple[int, str]:
+    """Runs a conversion with a fault that comes to pass; returns the exit code and what it said."""
+    code, said, log = _traced(folder, out, *more, *_fault(fault))
+    assert "INJECTED" in log
+    return code, said
+
+
+def _fault(fault: str) -> list[str]:
+    return ["-e", f"trace={fault.split(':', 1)[0]}", "-e", f"inject={fault}"]
+
+
+def _traced(folder: Path, out: Path, *options: str) -> tuple[int, str, str]:
+    """Runs a conversion under strace; returns the exit code, what it said, and the log. Calls are counted by thread."""
+    log = out.with_name("trace")
+    command = [tool("strace"), "-f", "-o", str(log), *options]
     command += [sys.executable, "-m", "shardmerge", "convert", str(folder), str(out), "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # else it makes directories, and renames files, as we do
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if "ptrace" in done.stderr:
         pytest.skip(f"tracing is not allowed here: {done.stderr.strip()}")
-    return done.returncode, done.stderr, "INJECTED" in log.read_text()
+    return done.returncode, done.stderr, log.read_text()
 
 
+# What a run of one part calls in its main thread, and in what order.
+_CALLS = {
+    "mkdir": 3,  # the staging directory, parts, model
+    "ftruncate": 1,
+    # begun.json, the header, its first bytes, the part's receipt, a side file, five times the receipt.
+    "pwrite64": 10,
+    "sync_file_range": 1,
+    # begun.json, its name, the staging directory's; the part twice, its name; its receipt, its name; the side file, the
+    # receipt, their names; the result's name.
+    "fsync": 12,
+    "rename": 7,  # the five files, and the result twice
+    # What was needed to make it, when it is there.
+    "unlink": 2,
+    "rmdir": 2,
+}
+_AFTER = {"unlink": 0, "rmdir": 0, "fsync": 11}  # so many are before the result is published
 _FAULTS = [
-    *[("fsync", "EIO", n) for n in range(1, 7)],  # counted for each thread: 1 and 2 are of the shard
-    *[("pwrite64", "ENOSPC", n) for n in (1, 2, 3, 4, 6)],
-    ("pwrite64", "EIO", 2),
-    ("sync_file_range", "EIO", 1),
-    ("sync_file_range", "ENOSPC", 3),
+    *[(call, "EIO", n) for call in _CALLS if call != "pwrite64" for n in range(1, _CALLS[call] + 1)],
+    *[("pwrite64", "ENOSPC" if n % 2 else "EIO", n) for n in range(1, _CALLS["pwrite64"] + 1)],
     ("ftruncate", "EFBIG", 1),
-    ("ftruncate", "EIO", 2),
-    ("rename", "EIO", 1),
-    ("mkdir", "ENOSPC", 2),  # 1: the folder above, which is there
+    ("sync_file_range", "ENOSPC", 1),
+    ("mkdir", "ENOSPC", 2),
 ]
 
 
+def test_every_call_is_counted(tmp_path: Path, small: Path) -> None:
+    log = _traced(small, tmp_path / "out", "-e", f"trace={','.join(_CALLS)}")[2]
+    main = log.split(maxsplit=1)[0]
+    calls = [line.split(maxsplit=1)[1].split("(")[0] for line in log.splitlines() if line.split()[0] == main]
+    assert Counter(one for one in calls if one in _CALLS) == _CALLS
+
+
 @pytest.mark.parametrize(("call", "error", "when"), _FAULTS, ids=[f"{c}-{e}-{n}" for c, e, n in _FAULTS])
-def test_a_call_that_fails_ends_the_run(tmp_path: Path, small: Path, call: str, error: str, when: int) -> None:
-    code, said, happened = _inject(small, tmp_path / "out", f"{call}:error={error}:when={when}")
-    assert happened
-    assert code == (4 if error in ("ENOSPC", "EFBIG") else 1), said
+def test_a_call_that_fails_ends_the_run(
+    tmp_path: Path, small: Path, undisturbed: dict[str, bytes], call: str, error: str, when: int
+) -> None:
+    """The output path is as it was, and what is left beside is good to go on with; or the result is there whole."""
+    out = tmp_path / "out"
+    code, said = _inject(small, out, f"{call}:error={error}:when={when}")
     assert said.startswith("error: ")
     assert "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["out.log"]  # neither the result nor what led to it
+    if when > _AFTER.get(call, _CALLS[call]):
+        assert code == 6, said
+        assert files(out) == undisturbed
+    else:
+        assert code == (4 if error in ("ENOSPC", "EFBIG") else 1), said
+        assert_well_left(out)
+    shardmerge.convert(small, out)
+    assert files(out) == undisturbed
+    assert stagings(out) == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "shardmerge.json"])
-def test_an_error_of_closing_ends_the_run(tmp_path: Path, small: Path, name: str) -> None:
-    """NFS says "disk full" there."""
+# As NFS does, which says "disk full" there.
+_CLOSING = """
+import errno, os, sys
+from pathlib import Path
+from shardmerge.cli.main import main
+real, wanted = os.close, sys.argv.pop(1)
+def close(fd):
+    name = Path(f"/proc/self/fd/{fd}").resolve().name
+    real(fd)
+    if name.startswith(wanted) and name.endswith(".tmp"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+os.close = close
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["begun.json", "00000.", "00000.json", "generation_config.json", "shardmerge.json"])
+def test_an_error_of_closing_ends_the_run(
+    tmp_path: Path, small: Path, undisturbed: dict[str, bytes], name: str
+) -> None:
     out = tmp_path / "out"
-    staging = tmp_path / f"out.partial-{_plan_id(small)}"
-    code, said, happened = _inject(small, out, "close:error=EDQUOT:when=1", staging / name)
-    assert happened
-    assert code == 4, said
-    assert [path.name for path in tmp_path.iterdir()] == ["out.log"]
-
-
-def _plan_id(folder: Path) -> str:
-    return shardmerge.api.prepare_conversion(folder).plan.id[:16]
+    command = [sys.executable, "-c", _CLOSING, name, "convert", str(small), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "[disk-full]" in done.stderr
+    assert_well_left(out)
+    shardmerge.convert(small, out)
+    assert files(out) == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -189,8 +255,8 @@ def _plan_id(folder: Path) -> str:
     + [f"{call}:error=ENOSYS" for call in ("sync_file_range", "fadvise64", "ioctl")],
 )
 def test_short_counts_and_missing_calls_change_no_byte(tmp_path: Path, small: Path, fault: str) -> None:
-    code, said, happened = _inject(small, tmp_path / "out", fault)
-    assert happened or fault.startswith("fadvise64")
+    code, said, log = _traced(small, tmp_path / "out", *_fault(fault))
+    assert "INJECTED" in log or fault.startswith("fadvise64")
     assert code == 0, said
     found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", small))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
@@ -199,8 +265,7 @@ def test_short_counts_and_missing_calls_change_no_byte(tmp_path: Path, small: Pa
 
 def test_an_error_of_reading_names_the_file(tmp_path: Path, small: Path) -> None:
     source = small / "model.safetensors"
-    code, said, happened = _inject(small, tmp_path / "out", "preadv2:error=EIO:when=2", source)
-    assert happened
+    code, said = _inject(small, tmp_path / "out", "preadv2:error=EIO:when=2", "-P", str(source))
     assert code == 1
     assert f"{source}, byte" in said
     assert not (tmp_path / "out").exists()

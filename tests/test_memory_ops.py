@@ -24,9 +24,12 @@ synthetic = pytest.importorskip("benchmarks.synthetic", reason="torch is needed 
 BUDGET = 256 * MIB
 
 
-def merged(mapping: Path, out: Path, *options: str, group: str = "", threads: str = "") -> tuple[Measured, int]:
+def merged(
+    mapping: Path, out: Path, *options: str, group: str = "", threads: str = "", kernel: str = ""
+) -> tuple[Measured, int]:
     """Runs a mapping in a process of its own and returns it with its planned peak; the output stays."""
-    env = {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+    wanted = {"OPENBLAS_NUM_THREADS": threads, "OPENBLAS_CORETYPE": kernel}
+    env = {name: value for name, value in wanted.items() if value}
     command = [sys.executable, "-c", DRIVER, "run", mapping, "--out", out, "--json", "--no-sync", *options]
     done = measure(command, group=group, env=env)
     planned = answer(done)["planned_peak"]
@@ -95,14 +98,15 @@ def digest(out: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("workers", "budget", "threads"), [(1, 72, "1"), (1, 256, "2"), (2, 96, "2"), (4, 256, "1"), (4, 120, "8")]
+    ("workers", "budget", "threads", "kernel"),
+    [(1, 72, "1", "Nehalem"), (1, 256, "2", ""), (2, 96, "2", "Prescott"), (4, 256, "1", ""), (4, 120, "8", "")],
 )
 def test_the_law_and_the_bytes(
-    workers: int, budget: int, threads: str, small_lora: Path, expected: str, tmp_path: Path
+    workers: int, budget: int, threads: str, kernel: str, small_lora: Path, expected: str, tmp_path: Path
 ) -> None:
-    """Neither workers, nor budget, nor the threads of the BLAS change a bit."""
+    """Neither workers, nor budget, nor the threads of the BLAS, nor its kernels for other processors change a bit."""
     options = ("--workers", str(workers), "--max-memory", f"{budget}MiB")
-    done, planned = merged(small_lora, tmp_path / "out", *options, threads=threads)
+    done, planned = merged(small_lora, tmp_path / "out", *options, threads=threads, kernel=kernel)
     print(f"{workers} workers: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned")
     assert done.peak <= planned <= budget * MIB
     assert digest(tmp_path / "out") == expected

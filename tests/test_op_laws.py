@@ -27,8 +27,10 @@ from shardmerge.dtypes import DTYPES, DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.ops.contract import Gathered, Meta, Mirror, Move, Op, OpKind, ParamValue, Scattered
+from shardmerge.ops.cutting import Chunk, Slice, Split
 from shardmerge.ops.heads import GroupedMerge, GroupedSplit, Rotary
-from shardmerge.ops.moves import Chunk, Concat, Permute, Reshape, Slice, Split, Squeeze, Stack, Transpose, Unsqueeze
+from shardmerge.ops.joining import Concat, Stack
+from shardmerge.ops.rearranging import Permute, Reshape, Squeeze, Transpose, Unsqueeze
 from shardmerge.ops.registry import OPS
 from shardmerge.plan.memory import LARGEST_TILE, making_peak, tile_elements
 from shardmerge.plan.shard import is_copy
@@ -501,7 +503,7 @@ def test_groups_are_read_once(tmp_path: Path) -> None:
 
 
 def test_what_is_computed_is_not_computed_run_by_run(tmp_path: Path) -> None:
-    """LoRA makes blocks of 32 rows: rows asked for one by one would multiply each block 32 times."""
+    """LoRA makes blocks of 128 rows: rows asked for one by one would multiply each block 128 times."""
     base, a, b = hole(tmp_path, (512, 4096), F32), hole(tmp_path, (4, 4096), F32), hole(tmp_path, (512, 4), F32)
     merged = compose(build(OPS["lora"], {"scale": 2}), [a, b, base])
     amount, _ = cost(compose(Rotary(2, inverse=False), [merged]))

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
 from shardmerge.execute.gather import Assembler
-from shardmerge.ops.selection import BLOCK, blocks, keys, select
+from shardmerge.ops.parts import PART, parts
+from shardmerge.ops.selection import keys, select
 from shardmerge.plan.memory import has_state
 from shardmerge.storage.reading import FilePool
 from tests.conftest import GOLDEN
@@ -111,20 +112,20 @@ def test_ties_keeps_exactly_the_largest(dtype: str, density: float, tmp_path: Pa
 def test_selection_is_that_of_a_stable_sort(data: st.DataObject) -> None:
     """Few different values over more than one block, so that the threshold has equals on both sides of a border."""
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    numel = data.draw(st.sampled_from([1, 2, 100, BLOCK, BLOCK + 1, 2 * BLOCK + 7]))
+    numel = data.draw(st.sampled_from([1, 2, 100, PART, PART + 1, 2 * PART + 7]))
     levels = data.draw(st.sampled_from([1, 3, 1000, 10**6]))
     scale = data.draw(st.sampled_from([1e-42, 1e-3, 1.0]))
     values = (random.integers(-levels, levels + 1, numel) * scale).astype(np.float32)
     if data.draw(st.booleans()):
         values[random.integers(0, numel, 3)] = [np.inf, -np.inf, 3e38]
     count = data.draw(st.integers(1, numel))
-    (kept,) = select(lambda _: ((s, 0, keys(values[s : s + n])) for s, n in blocks(numel)), 1, count, numel)
+    (kept,) = select(lambda _: ((part.start, 0, keys(values[part])) for part in parts(numel)), 1, count, numel)
     expected = np.zeros(numel, bool)
     expected[np.argsort(-np.abs(values), kind="stable")[:count]] = True
     assert np.array_equal(kept.mask(keys(values), 0), expected)
     cut = data.draw(st.integers(0, numel))
-    parts = [kept.mask(keys(values[:cut]), 0), kept.mask(keys(values[cut:]), cut)]
-    assert np.array_equal(np.concatenate(parts), expected)
+    halves = [kept.mask(keys(values[:cut]), 0), kept.mask(keys(values[cut:]), cut)]
+    assert np.array_equal(np.concatenate(halves), expected)
 
 
 def test_dare_draws_by_place_seed_salt_and_model(tmp_path: Path) -> None:

@@ -273,7 +273,8 @@ package.__path__ = [sys.argv.pop(1)]
 sys.modules["shardmerge"] = package
 from pathlib import Path
 from shardmerge.errors import ShardmergeError
-from shardmerge.sources.torch_file import is_torch_file, read_torch_file, state_dict
+from shardmerge.sources.state_dict import state_dict
+from shardmerge.sources.torch_file import is_torch_file, read_torch_file
 
 events = []
 sys.addaudithook(lambda event, args: events.append((event, repr(args)[:200], args[0] if args else "")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import zipfile
@@ -16,9 +17,10 @@ import shardmerge
 from shardmerge import api
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import crc32
-from shardmerge.execute.records import RecordChecks, RecordCounts
+from shardmerge.execute.records import RecordCounts, RecordNotes, RecordTables, compare_records
 from shardmerge.storage.reading import FilePool, IoMode
 from shardmerge.tensors import Record
+from tests.staged import assert_nothing_done, stagings
 
 torch = pytest.importorskip("torch", reason="torch writes the checkpoints")
 
@@ -74,15 +76,31 @@ def test_a_flipped_bit_of_any_storage_ends_the_run(
         shardmerge.convert(model, model.parent / "out", options=api.Options(dtype=dtype, io=io))
     assert caught.value.code == "damaged-record"
     assert caught.value.where == f"{model}, bytes {offset} to {offset + nbytes} ({name})"
-    assert [path.name for path in model.parent.iterdir()] == [model.name]
+    assert_nothing_done(model.parent / "out")
+
+
+@pytest.mark.parametrize("record", range(4))
+def test_a_sound_copy_with_the_same_times_is_converted(model: Path, record: int, tmp_path: Path) -> None:
+    """`rsync -t` from where the file is sound. No part that was made of the damaged bytes is gone on with."""
+    options = api.Options(shard_size=1 << 20)
+    shardmerge.convert(model, tmp_path / "right", options=options)
+    before = model.stat()
+    _, offset, nbytes = _records(model)[record]
+    for damaged in (True, False):
+        _flip(model, offset + nbytes // 2)
+        os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(CheckpointError, match="checksum") if damaged else nullcontext():
+            shardmerge.convert(model, tmp_path / "out", options=options)
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "right")
+    assert stagings(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_all_that_is_whole_is_checked(model: Path, workers: int) -> None:
-    outcome = shardmerge.convert(model, model.parent / "out", options=api.Options(workers=workers)).outcome
+    counts = shardmerge.convert(model, model.parent / "out", options=api.Options(workers=workers)).records
     records = _records(model)
-    assert outcome.records == RecordCounts(len(records), sum(nbytes for *_, nbytes in records))
-    assert list(outcome.records.unchecked()) == []
+    assert counts == RecordCounts(len(records), sum(nbytes for *_, nbytes in records))
+    assert list(counts.unchecked()) == []
 
 
 # Stages 1 to 3, with and without parts that hold little but padding.
@@ -112,15 +130,19 @@ def _converted(folder: Path, out: Path) -> dict[str, bytes] | str:
         shardmerge.convert(folder, out)
     except CheckpointError as error:
         return error.code
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+    return _weights(out)
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 def test_a_storage_of_which_little_is_used_is_not_read_whole(tmp_path: Path) -> None:
     torch.save({"row": torch.randn(100, 4096)[3]}, tmp_path / "a.pth")
-    outcome = shardmerge.convert(tmp_path / "a.pth", tmp_path / "out").outcome
-    assert outcome.records == RecordCounts(partly=1)
-    assert outcome.bytes_read == 4096 * 4
-    assert [text[:18] for text in outcome.records.unchecked()] == ["1 source record(s)"]
+    result = shardmerge.convert(tmp_path / "a.pth", tmp_path / "out")
+    assert result.records == RecordCounts(partly=1)
+    assert result.outcome.bytes_read == 4096 * 4
+    assert [text[:18] for text in result.records.unchecked()] == ["1 source record(s)"]
 
 
 @pytest.mark.parametrize(("columns", "whole"), [(3072, True), (512, False)])
@@ -138,9 +160,9 @@ def test_what_is_read_in_runs_is_read_again_where_most_of_it_is_used(
     monkeypatch.setattr(FilePool, "read_runs", read_runs)
     path = tmp_path / "a.pth"
     torch.save({"columns": torch.randn(500, 5000)[:, :columns]}, path)
-    outcome = shardmerge.convert(path, tmp_path / "out").outcome
+    counts = shardmerge.convert(path, tmp_path / "out").records
     assert sum(runs) > 400
-    assert outcome.records == (RecordCounts(1, 500 * 5000 * 4) if whole else RecordCounts(partly=1))
+    assert counts == (RecordCounts(1, 500 * 5000 * 4) if whole else RecordCounts(partly=1))
     ((_, offset, nbytes),) = _records(path)
     _flip(path, offset + nbytes - 1)
     with pytest.raises(CheckpointError) if whole else nullcontext():
@@ -156,7 +178,7 @@ def test_a_file_without_checksums_converts_and_says_so(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
     assert not any(info.CRC for info in zipfile.ZipFile(tmp_path / "a.pth").infolist() if "/data/" in info.filename)
-    counts = shardmerge.convert(tmp_path / "a.pth", tmp_path / "out").outcome.records
+    counts = shardmerge.convert(tmp_path / "a.pth", tmp_path / "out").records
     assert counts == RecordCounts(without=1)
     assert "without a CRC-32" in next(counts.unchecked())
 
@@ -171,18 +193,22 @@ def test_pieces_in_any_order_make_the_checksum(tmp_path: Path, seed: int, damage
     data = random.randbytes(5000)
     path = tmp_path / "file"
     path.write_bytes(b"head" + data + b"tail")
-    checks = RecordChecks(lambda file: [Record("r", 4, 5000, crc32(data))])
+    records = [Record("r", 4, 5000, crc32(data))]
     if damaged:
         _flip(path, 4 + random.randrange(5000))
     with pytest.raises(CheckpointError) if damaged else nullcontext():
-        assert _read_pieces(path, checks, random) == RecordCounts(1, 5000)
+        assert _read_pieces(path, records, random) == RecordCounts(1, 5000)
 
 
-def _read_pieces(path: Path, checks: RecordChecks, random: Random) -> RecordCounts:
-    pool = FilePool()
-    pool.opened, pool.seen = checks.opened, checks.seen
+def _read_pieces(path: Path, records: list[Record], random: Random) -> RecordCounts:
+    """By one thread, or several that each know what they read themselves."""
+    tables = RecordTables(lambda file: records)
+    threads = [(FilePool(), RecordNotes(tables)) for _ in range(random.randrange(1, 4))]
+    for pool, notes in threads:
+        pool.opened, pool.seen = tables.opened, notes.seen
     for _ in range(random.randrange(1, 60)):
         low = random.randrange(5000)
         high = random.randrange(low, 5000) + 1
-        pool.read_into(str(path), 4 + low, memoryview(bytearray(high - low)))
-    return checks.finish(pool)
+        random.choice(threads)[0].read_into(str(path), 4 + low, memoryview(bytearray(high - low)))
+    found = [one for _, notes in threads for one in notes.sums()]
+    return compare_records(found, FilePool(), lambda file: records)

@@ -11,7 +11,7 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
 from shardmerge.mapping.dropping import find_dropped
 from shardmerge.mapping.pattern import Template
-from shardmerge.mapping.preset_files import combine, load_preset
+from shardmerge.mapping.preset_files import load_preset, with_preset
 from shardmerge.mapping.reader import parse_spec
 from shardmerge.mapping.resolution import Shadowed
 from shardmerge.mapping.resolve import Resolution, resolve
@@ -355,7 +355,7 @@ EXPECTED = Expectation(
 def convert(**catalogs: Catalog) -> Resolution:
     sources = ", ".join(f"{name}: x" for name in catalogs)
     spec = parse_spec(f"shardmerge: 1\nsources: {{{sources}}}\nuse: xtuner/llava-to-hf\n", "m.yaml")
-    spec = combine(spec, load_preset(spec.use))
+    spec = with_preset(spec, load_preset(spec.use))
     return resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, EXPECTED, user_file="m.yaml")
 
 

@@ -7,7 +7,7 @@ import pytest
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError, Problems, ShardmergeError, UsageError
 from shardmerge.mapping.near import NameIndex, did_you_mean, listed
-from shardmerge.mapping.preset_files import combine, list_presets, load_preset
+from shardmerge.mapping.preset_files import list_presets, load_preset, with_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.targets.registry import TARGETS
@@ -279,7 +279,7 @@ USE = "shardmerge: 1\nsources: {trained: t, llm: l, vision: v}\nuse: xtuner/llav
 
 def use(text: str):
     spec = parse_spec(text, "m.yaml")
-    return combine(spec, load_preset(spec.use))
+    return with_preset(spec, load_preset(spec.use))
 
 
 @pytest.mark.parametrize("name", list_presets())

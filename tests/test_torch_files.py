@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shardmerge.dtypes import BY_TORCH_NAME
 from shardmerge.errors import CheckpointError, UsageError
-from shardmerge.sources.torch_file import is_torch_file, read_torch_file, state_dict
+from shardmerge.sources.state_dict import state_dict
+from shardmerge.sources.torch_file import is_torch_file, read_torch_file
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Strided
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
-from shardmerge.sources.deepspeed_values import number, place, rounded, spread
+from shardmerge.sources.deepspeed_values import number_of, place, rounded_bytes, spread_places
 from shardmerge.sources.pickle_values import Global, Opaque
 from shardmerge.sources.value_digest import value_digest
 from tests.conftest import GOLDEN, read_all, same_values
@@ -147,10 +147,12 @@ def test_rounding_has_the_bits_of_torch(name: str) -> None:
     values = patterns.view(torch.float32)
     want = values.to(dtype)
     for value, pattern, other in zip(values, patterns, want, strict=True):
-        mine = rounded(number(struct.pack("<i", pattern.item()), DTYPES["F32"]), DTYPES[name])
+        mine = rounded_bytes(number_of(struct.pack("<i", pattern.item()), DTYPES["F32"]), DTYPES[name])
         raw = bytes(other.reshape(1).view(torch.uint8).tolist())
         assert mine == (b"NaN" if value.isnan() else raw), hex(pattern.item() & 0xFFFFFFFF)
-        assert rounded(number(raw, DTYPES[name]), DTYPES[name]) == mine  # and what was read is what was written
+        assert (
+            rounded_bytes(number_of(raw, DTYPES[name]), DTYPES[name]) == mine
+        )  # and what was read is what was written
 
 
 def test_places_of_sampled_elements() -> None:
@@ -160,9 +162,9 @@ def test_places_of_sampled_elements() -> None:
     for view in (base, base.t(), base[1:, ::3], base[2], base[:, 4:5]):
         ref = TensorRef(StorageRef("0", DTYPES["F32"], 120), DTYPES["F32"], view.storage_offset(), *_geometry(view))
         assert [place(ref, i) for i in range(view.numel())] == view.flatten().tolist()
-    assert spread(3, 8) == [0, 1, 2]
-    assert spread(100, 4) == [0, 33, 66, 99]
-    assert spread(10**12, 1) == [0]
+    assert spread_places(3, 8) == [0, 1, 2]
+    assert spread_places(100, 4) == [0, 33, 66, 99]
+    assert spread_places(10**12, 1) == [0]
 
 
 def _geometry(view: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,6 +19,7 @@ from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
+from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
@@ -30,7 +31,7 @@ from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
-    from shardmerge.execute.gpu import CudaCasts
+    from shardmerge.execute.gpu import DeviceCasts
 
 # Where casts are made; everything else is done by the CPU.
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -161,19 +162,20 @@ class Workshop:
         for worker in self._workers:
             worker.begin(self._tables)
         try:
-            outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
+            with one_thread_for(tensor.entry for tensor in part.shard.tensors):
+                outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
         finally:
             file.abandon()
         self._pins.check_opened()
         return outcome
 
 
-def _casts_on(device: Device) -> CudaCasts | None:
+def _casts_on(device: Device) -> DeviceCasts | None:
     if device == "cpu":
         return None
-    from shardmerge.execute.gpu import CudaCasts
+    from shardmerge.execute.gpu import cuda_casts
 
-    return CudaCasts()
+    return cuda_casts()
 
 
 class _Worker:

@@ -1,6 +1,6 @@
-"""Assembles a range of a tensor, in row-major order, from whatever holds it: extents, views, columns, arithmetic.
+"""Assembles a range of a tensor, in row-major order, from whatever holds it: extents, views, boxes, columns, ops.
 
-Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: views and columns are the business
+Bytes that are only read need no numpy, whose import takes as long as copying 200 MB: what is rearranged is the business
 of ``regions``, arithmetic that of ``making``, and each is imported with the first tensor that needs it. Both read
 through the assembler, as ``ranges`` describes it.
 
@@ -9,7 +9,8 @@ The planner counts what these modules allocate (``shardmerge.plan.memory``); whe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from shardmerge.plan.memory import KEPT_TILES, LARGEST_TILE
 from shardmerge.storage.reading import FilePool
@@ -17,9 +18,14 @@ from shardmerge.tensors import Extent, Made, Piece, TensorEntry
 from shardmerge.tensors.pieces import pieces_in, single_extent
 
 if TYPE_CHECKING:
-    from shardmerge.execute.gpu import CudaCasts
+    from shardmerge.execute.gpu import DeviceCasts
     from shardmerge.execute.making import Maker
     from shardmerge.execute.regions import Regions
+    from shardmerge.ops.arrays import Array
+
+
+# Memory of one thread that is read into and written from.
+Buffer: TypeAlias = "bytearray | Array"
 
 
 def gather(pool: FilePool, entry: TensorEntry, start: int, out: memoryview) -> None:
@@ -47,12 +53,14 @@ class Assembler:
         Finite values that became infinite so far.
     """
 
-    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE, device: CudaCasts | None = None) -> None:
+    def __init__(self, pool: FilePool, tile: int = LARGEST_TILE, device: DeviceCasts | None = None) -> None:
         self.pool = pool
         self.tile = tile
         self.device = device
         self.overflowed = 0
-        self._free: list[bytearray] = []
+        self._new: Callable[[int], Buffer] = bytearray if device is None else device.buffer
+        self._kind = type(self._new(0))
+        self._free: list[Buffer] = []
         self._regions: Regions | None = None
         self._maker: Maker | None = None
 
@@ -84,14 +92,15 @@ class Assembler:
             self._piece(entry, piece, low - piece.start, out[(low - start) * size : (high - start) * size])
 
     def take(self, nbytes: int) -> memoryview:
-        """Returns a buffer of so many bytes, a used one where one fits."""
+        """Returns a buffer of so many bytes, a used one where one fits; pinned memory where a device makes casts."""
         fitting = [(len(buffer), i) for i, buffer in enumerate(self._free) if nbytes <= len(buffer) <= 2 * nbytes]
-        return memoryview(self._free.pop(min(fitting)[1]) if fitting else bytearray(nbytes))[:nbytes]
+        buffer = self._free.pop(min(fitting)[1]) if fitting else self._new(nbytes)
+        return (memoryview(buffer) if isinstance(buffer, bytearray) else buffer.data)[:nbytes]
 
     def release(self, data: memoryview) -> None:
         """Takes a buffer back, to be used again; a mapped window goes with its last view."""
         owner = data.obj
-        if isinstance(owner, bytearray) and len(owner) <= self.tile:
+        if isinstance(owner, self._kind) and len(owner) <= self.tile:
             self._free.append(owner)
             while sum(map(len, self._free)) > KEPT_TILES * self.tile:
                 self._free.pop(0)

@@ -1,12 +1,17 @@
 """Casts on a CUDA device, for those who ask for it: `--device cuda`.
 
-The one module of the streaming process that imports torch, inside `require_cuda` and nowhere else. Bits and overflow
-counts are those of the CPU: a chunk with NaN, an infinity, or a value beyond the largest of the target is made again by
-the op itself. The device casts the rest, and those casts have one right answer.
+The one module of the streaming process that imports torch, inside `require_cuda` and nowhere else. A device can win
+nothing but the cast itself: what is read lands in pinned memory at once (`preadv` into it), and what is written is
+written from pinned memory; so a tile crosses the bus twice and is copied by nobody. Each worker has a stream of its own
+and waits once a tile.
+
+Bits and overflow counts are those of the CPU: the device looks for NaN, an infinity, or a value beyond the largest of
+the target, and a tile with one is made again by the op itself. It casts the rest, which has one right answer.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +20,6 @@ import numpy as np
 from shardmerge.errors import UsageError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.casts import Cast
-
-# Elements of a chunk: 1 MiB of float32. A worker has two pinned buffers of 8 bytes an element each way at most, so that
-# one chunk is copied by the host while the device has the other.
-_CHUNK = 256 << 10
 
 # float64 is rounded once here and twice by torch.
 _ON_THE_CPU = frozenset({"F64"})
@@ -52,60 +53,53 @@ def require_cuda() -> ModuleType:
     return found
 
 
-class CudaCasts:
-    """Casts of one worker: a stream of its own and two slots."""
+class DeviceCasts:
+    """Casts of one worker, on a device of torch's.
 
-    def __init__(self) -> None:
-        self._torch = require_cuda()
-        self._stream = self._torch.cuda.Stream()
-        self._slots = (_Slot(self._torch), _Slot(self._torch))
+    Parameters
+    ----------
+    torch
+        The module.
+    device
+        ``cuda``; ``cpu`` makes the same steps without a stream and without pinned memory.
+    """
+
+    def __init__(self, torch: ModuleType, device: str = "cuda") -> None:
+        self._torch = torch
+        self._device = device
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
+
+    def buffer(self, nbytes: int) -> Array:
+        """Returns memory that is read into and written from, pinned: the device copies from there by itself."""
+        found: Array = self._torch.empty(nbytes, dtype=self._torch.uint8, pin_memory=self._stream is not None).numpy()
+        return found
 
     def apply(self, op: Cast, tile: Array, out: Array) -> int:
         """Does what ``op.apply`` does."""
         names = {op.source.name, op.target.name}
-        if names & _ON_THE_CPU or not all(hasattr(self._torch, dtype.torch) for dtype in (op.source, op.target)):
+        known = all(hasattr(self._torch, dtype.torch) for dtype in (op.source, op.target))
+        if names & _ON_THE_CPU or not known or not tile.flags.writeable:  # a mapped window is no memory of torch's
             return op.apply(None, (tile,), 0, out)
-        total = 0
-        with self._torch.cuda.stream(self._stream):
-            for number, low in enumerate(range(0, out.size, _CHUNK)):
-                slot = self._slots[number % 2]
-                total += slot.finish()
-                slot.start(op, tile[low : low + _CHUNK], out[low : low + _CHUNK])
-            return total + sum(slot.finish() for slot in self._slots)
+        with self._streaming():
+            there = self._tensor(tile).to(self._device, non_blocking=True).view(getattr(self._torch, op.source.torch))
+            made, plain = cast_plain(self._torch, there, op)
+            self._tensor(out).copy_(made.view(self._torch.uint8), non_blocking=True)
+            sure = bool(plain)  # waits for all that the stream was given, the copy included
+        return 0 if sure else op.apply(None, (tile,), 0, out)
+
+    def _tensor(self, array: Array) -> Any:  # noqa: ANN401  # torch is not typed here
+        return self._torch.from_numpy(array.view(np.uint8))
+
+    def _streaming(self) -> AbstractContextManager[object]:
+        if self._stream is None:
+            return nullcontext()
+        found: AbstractContextManager[object] = self._torch.cuda.stream(self._stream)
+        return found
 
 
-class _Slot:
-    """Pinned memory for a chunk each way, and what is under way in it."""
-
-    def __init__(self, torch: ModuleType) -> None:
-        self._torch = torch
-        self._given, self._made = (torch.empty(4 * _CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-        self._plain = torch.empty(1, dtype=torch.bool, pin_memory=True)
-        self._event = torch.cuda.Event()
-        self._pending: tuple[Cast, Array, Array] | None = None
-
-    def start(self, op: Cast, tile: Array, out: Array) -> None:
-        """Sends a chunk; nothing here waits for the device."""
-        given = self._given[: tile.nbytes]
-        np.copyto(given.numpy(), tile.view(np.uint8))
-        there = given.to("cuda", non_blocking=True).view(getattr(self._torch, op.source.torch))
-        made, plain = cast_plain(self._torch, there, op)
-        self._made[: out.nbytes].copy_(made.view(self._torch.uint8), non_blocking=True)
-        self._plain.copy_(plain.reshape(1), non_blocking=True)
-        self._event.record()
-        self._pending = (op, tile, out)
-
-    def finish(self) -> int:
-        """Waits for the chunk under way, if there is one, and hands it over; returns how many values overflowed."""
-        if self._pending is None:
-            return 0
-        op, tile, out = self._pending
-        self._pending = None
-        self._event.synchronize()
-        if not self._plain.item():
-            return op.apply(None, (tile,), 0, out)
-        np.copyto(out.view(np.uint8), self._made[: out.nbytes].numpy())
-        return 0
+def cuda_casts() -> DeviceCasts:
+    """Returns the casts of one worker on the CUDA device; raises as ``require_cuda``."""
+    return DeviceCasts(require_cuda())
 
 
 def cast_plain(torch: ModuleType, values: Any, op: Cast) -> tuple[Any, Any]:  # noqa: ANN401  # torch is not typed here

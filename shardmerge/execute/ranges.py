@@ -11,7 +11,7 @@ from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import TensorEntry
 
 if TYPE_CHECKING:
-    from shardmerge.execute.gpu import CudaCasts  # numpy, which bytes that are only read do without
+    from shardmerge.execute.gpu import DeviceCasts  # numpy, which bytes that are only read do without
 
 
 class Ranges(Protocol):
@@ -31,7 +31,7 @@ class Ranges(Protocol):
 
     pool: FilePool
     tile: int
-    device: CudaCasts | None
+    device: DeviceCasts | None
     overflowed: int
 
     def view(self, entry: TensorEntry, start: int, count: int) -> memoryview:

@@ -23,6 +23,9 @@ from shardmerge.tensors import Record
 # Read at a time at the end of a run.
 _BLOCK = 1 << 20
 
+# Code of the error of a record whose bytes have another checksum.
+DAMAGED = "damaged-record"
+
 
 def no_records(file: SourceFile) -> Iterable[Record]:
     """Says that a file has no records with checksums."""
@@ -270,7 +273,7 @@ def _damaged(  # the record, and both sides
     with SourceFile(file) as source:
         name = next((record.name for record in read(source) if record.offset == offset), "")
     return CheckpointError(
-        "damaged-record",
+        DAMAGED,
         "the bytes of a record are not those that its checksum in the file was made of",
         where=f"{file}, bytes {offset} to {offset + nbytes} ({name})",
         found=f"CRC-32 {found:08x}",

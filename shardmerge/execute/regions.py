@@ -137,10 +137,11 @@ class Regions:
             self._assembler.release(data)
 
     def _tiling(self, held: Boxes) -> Tiling:
-        found = self._tilings.pop(id(held), None) or Tiling(held)
-        self._tilings[id(held)] = found  # the last one that was asked for
-        if len(self._tilings) > KEPT_TILINGS:
-            del self._tilings[next(iter(self._tilings))]
+        found = self._tilings.get(id(held))
+        if found is None:
+            if len(self._tilings) == KEPT_TILINGS:
+                self._tilings.clear()
+            found = self._tilings[id(held)] = Tiling(held)
         return found
 
     # --- columns ---

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from shardmerge.mapping.near import listed
 from shardmerge.shown import shown
 from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.tokenizer import has_tokenizer, is_tokenizer_file
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, ReadSideFile
 from shardmerge.tensors.file_roles import CONFIG
 
-# A tokenizer is a set of files: all are the adapter's, or all the base's. Its chat template is that of the run.
-_TOKENIZER = (
-    "tokenizer", "special_tokens_map.json", "added_tokens.json", "vocab", "merges.txt", "chat_template", "spiece.model",
-)  # fmt: skip
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 # Says nothing of what a model computes: who wrote the file, and how it was run.
@@ -41,11 +35,12 @@ def files_beside(
         return files, ()
     source, onto = names
     warnings = []
-    tokenizer = _chosen(adapter.side_files, _TOKENIZER)
-    if "tokenizer_config.json" in tokenizer and any(name in tokenizer for name in _VOCABULARIES):
-        files = {name: one for name, one in files.items() if not name.startswith(_TOKENIZER)} | tokenizer
+    # A tokenizer is a set of files: all are the adapter's, or all the base's. Its chat template is that of the run.
+    tokenizer = {name: extent for name, extent in adapter.side_files.items() if is_tokenizer_file(name)}
+    if "tokenizer_config.json" in tokenizer and has_tokenizer(tokenizer):
+        files = {name: one for name, one in files.items() if not is_tokenizer_file(name)} | tokenizer
         warnings.append(f"{source}: the tokenizer beside the adapter is taken, not that of {onto}")
-    if processor := _chosen(adapter.side_files, _PROCESSORS):
+    if processor := {name: extent for name, extent in adapter.side_files.items() if name in _PROCESSORS}:
         files |= processor
         warnings.append(f"{source}: {listed(list(processor))} beside the adapter taken, not that of {onto}")
     if config and CONFIG in adapter.side_files:
@@ -57,7 +52,3 @@ def files_beside(
                 + listed([f"{key} {shown(own[key], 60)}" for key in odd])
             )
     return files, tuple(warnings)
-
-
-def _chosen(files: Mapping[str, Extent], starts: tuple[str, ...]) -> dict[str, Extent]:
-    return {name: extent for name, extent in files.items() if name.startswith(starts)}

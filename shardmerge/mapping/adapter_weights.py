@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardmerge.compose import cast_to, compose
+from shardmerge.ops.cutting import Slice
 from shardmerge.ops.dora import Dora, DoraOnto
+from shardmerge.ops.joining import Concat
 from shardmerge.ops.lora import Lora
-from shardmerge.ops.moves import Concat, Permute, Reshape, Slice
+from shardmerge.ops.rearranging import Permute, Reshape
 from shardmerge.tensors import TensorEntry
 
 

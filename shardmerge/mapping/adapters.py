@@ -8,22 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardmerge.compose import compose
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
+from shardmerge.mapping.adapter_modules import ModuleMerge
 from shardmerge.mapping.adapter_names import Places, without_base
-from shardmerge.mapping.adapter_parts import PREFIX, AdapterTensors, foreign_error, foreign_names, sort_adapter
+from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
+from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_no_adapter
 from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
-from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.ops.pointwise import Linear
-from shardmerge.shown import inspecting
 from shardmerge.targets.architectures import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
-from shardmerge.tensors.packed import packed_places, packed_weights, titles
+from shardmerge.tensors.packed import packed_places, packed_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,8 @@ class _AdapterMerge:
             self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         self.parts = sort_adapter(self.spec, self.adapter)
         if not self.parts.modules and not self.parts.whole:
-            return self._nothing()
+            refuse_no_adapter(self.spec, self.adapter, self.parts)
+            return self.base  # a checkpoint that may hold an adapter or not
         self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
         places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
@@ -108,28 +107,6 @@ class _AdapterMerge:
         whole = frozenset(entries) & {place for name in (*self.parts.whole, *rows) if (place := places.find(name))}
         base = base.changed(entries, whole, source=self.spec.source.source)
         return base.with_words(self._notes(), self._warnings(places))
-
-    def _nothing(self) -> Base:
-        source, template = self.spec.source.source, self.spec.source.template
-        names = [name for name in self.adapter.names() if template.match(name) is not None]
-        inside = [name.partition(f".{PREFIX}")[0] for name in names if f".{PREFIX}" in name and ".lora_" in name]
-        if not self.parts.used and not inside and (kin := foreign_names(names)):
-            raise foreign_error(kin, self.spec.source.source, self.adapter.path)
-        if (
-            self.spec.optional
-            and not (inside and template.text == "{rest...}")
-            and (template.text != "{rest...}" or self.spec.source.source == self.spec.onto.source)
-        ):
-            return self.base  # a checkpoint that may hold an adapter or not
-        raise MappingError(
-            "not-an-adapter",
-            f"{source} holds no adapter tensors under `{template}`",
-            where=str(self.spec.mark),
-            found=listed(list(self.adapter.names()), 3),
-            expected="names with `lora_A` and `lora_B`, or `modules_to_save`",
-            hint=" or ".join(f'`from: "{source}:{one}.{{rest...}}"`' for one in dict.fromkeys(inside))
-            or f"{inspecting(self.adapter.path)} lists the names",
-        )
 
     def _weights(self) -> Iterator[str]:
         """Yields the names of the weights that get a product or new rows, as the adapter has them."""
@@ -165,7 +142,7 @@ class _AdapterMerge:
         packed = packed_places(packed_weights(base.catalog))
         codes = next((one for name in weights if (one := places.find(name) or places.name(name)) in packed), None)
         if codes is not None:
-            problems.append(self._packed(codes))
+            problems.append(packed_base(self.spec, self.base.catalog, codes))
             return
         for name, entry in self.parts.whole.items():
             place = places.find(name)
@@ -176,79 +153,19 @@ class _AdapterMerge:
                 homeless.append(name)
             elif not self._is_tied(entry):
                 self.parts.used.discard(entry.name)  # a dump holds more than its adapter: rules may want a projector
+        module_merge = ModuleMerge(self.spec, self.settings, self.parts.bases).made
         for module, parts in self.parts.modules.items():
             place = places.find(f"{module}.weight")
             if place is None:
                 homeless.append(f"{module}.weight")
                 continue
             try:
-                yield from self._module(base, places, module, place, parts)
+                yield from module_merge(base, places, module, place, parts)
             except MappingError as error:
-                problems.append(self._explained(error, module))
+                problems.append(explained(error, module, self.spec))
                 if error.code in ("unknown-alpha", "odd-pattern"):
                     return  # the same for every module
 
     def _is_tied(self, entry: TensorEntry) -> bool:
         """Tells whether a tensor has a second name: a full dump has ``lm_head``, a base that ties it has not."""
         return entry.name in self.adapter.aliases or entry.name in self.adapter.aliases.values()
-
-    def _module(
-        self, base: Base, places: Places, module: str, place: str, parts: Mapping[str, TensorEntry]
-    ) -> Iterator[tuple[str, TensorEntry]]:
-        base.refuse_clash(place, self.spec)
-        now, untouched = base.weights(place, self.parts.bases.get(f"{module}.weight"))
-        origin = f"merged with {self.spec.source.source}"
-        if "tokens" in parts:
-            base.refuse_clash(place, self.spec, replacing=True)
-            rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens, origin=origin)
-            if len(parts) > 1:
-                raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
-            yield place, replace(rows, name=place, origin=origin)
-            return
-        embedding = "embedding_a" in parts or "embedding_b" in parts
-        a, b = (parts.get(f"embedding_{part}" if embedding else part) for part in "ab")
-        if a is None or b is None:
-            missing = "lora_A" if a is None else "lora_B"
-            raise MappingError("adapter-incomplete", f"{module} has no {missing}", found=", ".join(parts))
-        scale = self.settings.scale(module, a.shape[0] if a.shape else 0)
-        turned = embedding or self._is_turned(base, module, place, a, b)
-        weight = merged_weight(now, untouched, a, b, parts.get("magnitude"), scale, turned=turned)
-        yield place, replace(weight, name=place, origin=origin)
-        if "b_bias" in parts:
-            bias = places.find(f"{module}.bias")
-            if bias is None:
-                raise MappingError(
-                    "adapter-without-base",
-                    f"{module} has a LoRA bias, and its base has no bias",
-                    hint="peft cannot merge it either: run the adapter beside its base",
-                )
-            made = compose(Linear((1.0, scale)), [base.weights(bias)[0], parts["b_bias"]])
-            yield bias, replace(made, name=bias, origin=origin)
-
-    def _is_turned(self, base: Base, module: str, place: str, a: TensorEntry, b: TensorEntry) -> bool:
-        if len(base.catalog[place].shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
-            return False  # a convolution, or what the op explains
-        filed = self.settings.config.fan_in_fan_out
-        return base.layers.turned(module, place, (b.shape[0], a.shape[1]), said=self.settings.turned, filed=filed)
-
-    def _packed(self, name: str) -> MappingError:
-        packed = packed_weights(self.base.catalog)
-        return MappingError(
-            "packed-weights",
-            f"{self.spec.onto.source} is quantized ({titles(packed, packed)}): an adapter cannot be added to packed "
-            f"weights such as {name}",
-            where=self.base.catalog.path,
-            hint="name the 16-bit model that it was quantized from; the adapter fits that one too",
-        )
-
-    def _explained(self, error: MappingError, module: str) -> MappingError:
-        source, onto = self.spec.source, self.spec.onto
-        hint = error.hint
-        if error.code == "unknown-alpha":
-            said = "" if source.template.text == "{rest...}" else f":{source.template}"
-            goal = "" if onto.template.text == "{rest...}" else f":{onto.template}"
-            hint = f'`adapters: [{{from: "{source.source}{said}", onto: "{onto.source}{goal}", alpha: NUMBER}}]`'
-        what = error.what if module in error.what or error.code == "unknown-alpha" else f"{module}: {error.what}"
-        return MappingError(
-            error.code, what, where=str(self.spec.mark), found=error.found, expected=error.expected, hint=hint
-        )

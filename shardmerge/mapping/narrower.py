@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.mapping.arithmetic import Formula
-from shardmerge.mapping.pattern import Capture, Template, TemplatePart, segment_takes
+from shardmerge.mapping.captures import Capture, TemplatePart
+from shardmerge.mapping.pattern import Template, segment_takes
 
 _SegmentParts: TypeAlias = tuple[TemplatePart, ...]
 _NUMBER = re.compile("[0-9]{1,9}")

@@ -128,7 +128,7 @@ def _rules(reader: NodeReader, fields: Mapping[str, Node], roles: frozenset[str]
     return (*read_rules(reader, fields.get("tensors"), roles), *read_rest(reader, fields.get("rest"), roles))
 
 
-def combine(spec: Spec, preset: Preset) -> Spec:
+def with_preset(spec: Spec, preset: Preset) -> Spec:
     """Returns the spec with the preset's rules, drops, adapters and target; a user's own replaces the preset's.
 
     A rule replaces the one whose target is the same names, an adapter the one that is taken from the same place.

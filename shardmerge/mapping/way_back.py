@@ -150,7 +150,7 @@ def _matched(text: str, names: Mapping[str, TensorEntry]) -> set[str]:
     return {name for name in names if template.match(name) is not None}
 
 
-def check(text: str, forward: Forward, source: str, made: str) -> None:
+def check_way_back(text: str, forward: Forward, source: str, made: str) -> None:
     """Resolves a way back against the result, and compares what comes out with what went in.
 
     Raises

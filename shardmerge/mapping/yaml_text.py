@@ -46,7 +46,7 @@ class _YamlMark(Protocol):
     column: int
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """Composes nodes, and refuses what mapping files never need at the event where it first shows."""
 
     def __init__(self, text: str, file: str) -> None:
@@ -81,7 +81,7 @@ def _not_taken(code: str, thing: str, mark: Mark) -> MappingError:
 def _compose(text: str, file: str) -> yaml.Node | None:
     loader = None
     try:
-        loader = _Loader(text, file)
+        loader = _StrictLoader(text, file)
         return loader.get_single_node()
     except yaml.composer.ComposerError as error:
         # Aliases and anchors are refused before the composer looks at them: this is its only complaint left.

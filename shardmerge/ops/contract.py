@@ -131,11 +131,14 @@ class Arithmetic(Op):
     ----------
     like
         Which input's type the result keeps where nobody asks for another: that of a base, not of its adapter.
+    multiplies
+        Whether products of matrices are made, for which numpy's BLAS is given one thread.
     """
 
     __slots__ = ()
 
     like: ClassVar[int] = 0
+    multiplies: ClassVar[bool] = False
 
     @property
     def own(self) -> DType | None:

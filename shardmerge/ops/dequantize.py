@@ -23,7 +23,7 @@ from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.cast_blocks import PEAK as CONVERSION
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream
-from shardmerge.ops.moves import odd_shape
+from shardmerge.ops.shapes import odd_shape
 
 if TYPE_CHECKING:
     from shardmerge.ops.arrays import Array
@@ -35,7 +35,7 @@ _SCALES = frozenset({"F64", "F32", "F16", "BF16", "F8_E8M0", "U8"})
 # DeepSeek's block, which is that of every kernel that needs no other said.
 _BLOCK = 128
 
-# As in ``pointwise``, which needs numpy: masks of ``count_overflows``, and what numpy takes for one call.
+# As in ``parts``, which needs numpy: masks of ``count_overflows``, and what numpy takes for one call.
 OVERFLOW_BYTES = 3
 _CALL_BYTES = 256 << 10
 
@@ -113,7 +113,7 @@ class Dequantize(Arithmetic):
         return Meta(DTYPES["F32"], codes.shape)
 
     def _blocks(self, inputs: Sequence[Meta]) -> Blocks:
-        return blocks(inputs[0].shape, inputs[1].shape, self.block)
+        return scale_blocks(inputs[0].shape, inputs[1].shape, self.block)
 
     def unit(self, inputs: Sequence[Meta]) -> int:
         """Returns a row."""
@@ -145,7 +145,7 @@ class Dequantize(Arithmetic):
         import numpy as np
 
         from shardmerge.ops.fast_casts import convert
-        from shardmerge.ops.pointwise import count_overflows
+        from shardmerge.ops.parts import count_overflows
 
         assert isinstance(state, Blocks)
         codes, scales = tiles
@@ -184,7 +184,7 @@ def _as_float(scales: Array) -> Array:
         return scales.astype(np.float32)
 
 
-def blocks(weight: Shape, scales: Shape, block: tuple[int, ...] = ()) -> Blocks:
+def scale_blocks(weight: Shape, scales: Shape, block: tuple[int, ...] = ()) -> Blocks:
     """Returns which elements of a weight each scale is for.
 
     Parameters

@@ -13,6 +13,7 @@ import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
+from shardmerge.ops.blas import one_thread
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, State, Stream, result_dtype
 from shardmerge.ops.lora import SCALE, scale_of
 from shardmerge.ops.low_rank import Factor, block_elements, check_factors, factor_bytes, narrow, row_ranges, sum_bytes
@@ -27,6 +28,7 @@ class Dora(Arithmetic):
     """
 
     like: ClassVar[int] = -1
+    multiplies: ClassVar[bool] = True
 
     scale: float
 
@@ -68,7 +70,7 @@ class Dora(Arithmetic):
         """Fills whole rows: first with ``W``, then each row times its factor."""
         factor = Factor.of(state)
         base, result = factor.rows_of(tiles[-1], out)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), one_thread():
             norms = self.fill(factor, tiles[1], base, result)
             return _scale_rows(factor, tiles[2].astype(np.float64) / norms, result, base)
 
@@ -92,6 +94,7 @@ class DoraOnto(Arithmetic):
     """
 
     like: ClassVar[int] = -1
+    multiplies: ClassVar[bool] = True
 
     scale: float
 
@@ -135,7 +138,7 @@ class DoraOnto(Arithmetic):
         """Fills whole rows: the norms over the untouched weight, then the sum, then each row times its factor."""
         factor = Factor.of(state)
         untouched, base, result = factor.rows_of(*tiles[-2:], out)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), one_thread():
             norms = self._dora.fill(factor, tiles[1], untouched, result)
             self._dora.fill(factor, tiles[1], base, result)
             return _scale_rows(factor, tiles[2].astype(np.float64) / norms, result, base)

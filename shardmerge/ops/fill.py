@@ -11,7 +11,7 @@ from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State
-from shardmerge.ops.moves import integers
+from shardmerge.ops.params import integers
 from shardmerge.ops.pointwise import number
 
 

@@ -29,7 +29,8 @@ from shardmerge.ops.contract import (
     Scattered,
     ViewLayout,
 )
-from shardmerge.ops.moves import integers, odd_shape, positive, row_major, same, take
+from shardmerge.ops.params import integers, positive, same, take
+from shardmerge.ops.shapes import odd_shape, row_major
 
 
 @dataclass(frozen=True, slots=True)

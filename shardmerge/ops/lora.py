@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from shardmerge.ops.arrays import Array
+from shardmerge.ops.blas import one_thread
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
 from shardmerge.ops.low_rank import Factor, block_elements, check_factors, factor_bytes, narrow, row_ranges, sum_bytes
 
@@ -31,6 +32,7 @@ class Lora(Arithmetic):
     """
 
     like: ClassVar[int] = -1
+    multiplies: ClassVar[bool] = True
 
     scale: float
 
@@ -70,7 +72,7 @@ class Lora(Arithmetic):
         factor = Factor.of(state)
         base, result = factor.rows_of(tiles[-1], out)
         overflows = 0
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), one_thread():
             for rows, columns, product, total in factor.sums(tiles[1], self.scale, base):
                 overflows += narrow(total, result[rows, columns], product, base[rows, columns])
         return overflows

@@ -2,7 +2,7 @@
 
 The product is summed in float64, and the sum with the base rounded to float32 once. The bits of a float32 product
 change with the number of BLAS threads, with the processor and with the height of the block. Those of a float64 product
-rounded to float32 were the same in all of 26 million numbers (OpenBLAS 0.3.31; 11 ranks from 8 to 512; blocks of 10
+rounded to float32 were the same in all of 30 million numbers (OpenBLAS 0.3.31; 11 ranks from 8 to 512; blocks of 9
 shapes, 7 by 53 among them; 1 and 2 threads; the kernels for Haswell, Zen, Sandybridge, Nehalem and Prescott). That is
 luck where A and B have 32 bits: there the last bit in float64 depends on the kernel, and decides about one float32 in
 2 ** 29. So the shape of a block follows from the shapes of the matrices and from nothing else: on one processor all

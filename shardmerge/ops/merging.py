@@ -11,8 +11,7 @@ belong to the absolute position of an element, and the rest is one IEEE operatio
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,62 +19,16 @@ import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
-from shardmerge.ops.moves import integer
-from shardmerge.ops.pointwise import (
-    CALL_BYTES,
-    OVERFLOW_BYTES,
-    check_weights,
-    count_overflows,
-    infer_floats,
-    number,
-    numbers,
-)
-from shardmerge.ops.selection import BLOCK, Kept, blocks, keys, select, select_peak
-
-
-class _Merge(Arithmetic):
-    """A base and models, of one shape. Tiles are made block by block, so that temporaries stay small."""
-
-    __slots__ = ()
-
-    def infer(self, inputs: Sequence[Meta]) -> Meta:
-        """Returns float32 or float64, and the one shape."""
-        check_weights(self.label, self.given, len(inputs) - 1)
-        return infer_floats(self.label, inputs, least=2)
-
-    def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of six arrays of one block, of random numbers, and of masks."""
-        each = 6 * result_dtype(inputs).itemsize + 8 + 2 * OVERFLOW_BYTES
-        return min(count, BLOCK) * each + CALL_BYTES
-
-    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
-        """Fills ``out`` from tiles as long as it, base first."""
-        lost = 0
-        with np.errstate(all="ignore"):
-            for low in range(0, len(out), BLOCK):
-                part = slice(low, low + BLOCK)
-                inside = [tile[part] for tile in tiles]
-                self._block(state, inside, start + low, out[part])
-                lost += count_overflows(out[part], inside)
-        return lost
-
-    @property
-    @abstractmethod
-    def given(self) -> tuple[float, ...]:
-        """The weights as written: none, or one a model."""
-
-    @abstractmethod
-    def _block(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> None:
-        """Fills at most ``BLOCK`` elements."""
-
-
-def _weights(given: tuple[float, ...], models: int) -> tuple[float, ...]:
-    return given or (1.0,) * models
+from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
+from shardmerge.ops.deltas import Merge, Room, add_agreeing, room_bytes, weights_of
+from shardmerge.ops.params import integer
+from shardmerge.ops.parts import CALL_BYTES, PART, parts
+from shardmerge.ops.pointwise import number, numbers
+from shardmerge.ops.selection import Kept, keys, select, select_peak
 
 
 @dataclass(frozen=True, slots=True)
-class TaskArithmetic(_Merge):
+class TaskArithmetic(Merge):
     """``base + sum(w_i * (model_i - base))`` (Ilharco et al., "Editing models with task arithmetic", 2023).
 
     Attributes
@@ -91,18 +44,16 @@ class TaskArithmetic(_Merge):
         """``task arithmetic [0.5, 0.5]``."""
         return f"task arithmetic {list(self.given) or 1}"
 
-    def _block(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> None:
+    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
         del state, start
-        base, *models = tiles
-        wide = base.astype(out.dtype)
         out[...] = 0
-        for model, weight in zip(models, _weights(self.given, len(models)), strict=True):
-            np.add(out, _delta(wide, model, weight), out=out)
-        np.add(wide, out, out=out)
+        for model, weight in zip(models, weights_of(self.given, len(models)), strict=True):
+            np.add(out, room.less_base(model, weight), out=out)
+        np.add(room.base, out, out=out)
 
 
 @dataclass(frozen=True, slots=True)
-class Ties(_Merge):
+class Ties(Merge):
     """Trim, elect sign, merge (Yadav et al., "TIES-Merging", 2023), as mergekit's ``ties``.
 
     Of each delta the ``max(1, floor(density * numel))`` largest by float32 magnitude are kept, the others are 0; among
@@ -130,10 +81,9 @@ class Ties(_Merge):
         return f"ties density {self.density} {list(self.given) or 1} scale {self.scale}"
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """Returns the bytes of one block of all inputs, of its deltas, and of a histogram a model."""
-        wide = result_dtype(inputs).itemsize
-        block = sum(meta.dtype.itemsize for meta in inputs) + 3 * wide
-        return BLOCK * block + select_peak(len(inputs) - 1) + CALL_BYTES
+        """Returns the bytes of one part of all inputs, of its buffers, and of a histogram a model."""
+        part = sum(meta.dtype.itemsize for meta in inputs) + room_bytes(inputs)
+        return PART * part + select_peak(len(inputs) - 1) + CALL_BYTES
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
         """Returns what is kept of each delta: a threshold, and how far its equals are. Reads all inputs three times."""
@@ -143,25 +93,27 @@ class Ties(_Merge):
         kept = max(1, int(self.density * numel))
         return select(lambda wanted: _all_keys(inputs, wanted), len(inputs) - 1, kept, numel)
 
-    def _block(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> None:
-        base, *models = tiles
+    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
         if self.density <= 0:
-            np.copyto(out, base, casting="unsafe")
+            np.copyto(out, room.base)
             return
-        wide = base.astype(out.dtype)
-        weights = _weights(self.given, len(models))
-        kept = state if isinstance(state, tuple) else (None,) * len(models)
+        weights = weights_of(self.given, len(models))
+        every: tuple[Kept | None, ...] = state if isinstance(state, tuple) else (None,) * len(models)
 
         def delta(index: int) -> Array:
-            return _trimmed(_delta(wide, models[index]), kept[index], start, weights[index])
+            found, kept = room.less_base(models[index]), every[index]
+            if kept is not None:
+                np.multiply(found, kept.mask(keys(found, room.key), start), out=found)  # NaN stays NaN
+            np.multiply(found, found.dtype.type(weights[index]), out=found)
+            return found
 
-        _agreed(delta, weights, out, normalize=True)
+        add_agreeing(delta, weights, out, room, normalize=True)
         np.multiply(out, out.dtype.type(self.scale), out=out)
-        np.add(wide, out, out=out)
+        np.add(room.base, out, out=out)
 
 
 @dataclass(frozen=True, slots=True)
-class Dare(_Merge):
+class Dare(Merge):
     """Drop and rescale (Yu et al., "Language models are super Mario", 2024): mergekit's ``dare_linear``, ``dare_ties``.
 
     Every element of a delta is kept with probability ``density``, and then divided by it, which keeps the expectation
@@ -193,83 +145,58 @@ class Dare(_Merge):
         word = "dare ties" if self.sign_consensus else "dare"
         return f"{word} density {self.density} {list(self.given) or 1} seed {self.seed} salt {self.salt}"
 
-    def _block(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> None:
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """Returns the bytes of a part's buffers, of its masks, one a model, and of random words, twice."""
+        return Merge.peak(self, inputs, count) + min(count, PART) * len(inputs) + 16 * _WORDS
+
+    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
         del state
-        base, *models = tiles
-        wide = base.astype(out.dtype)
-        weights = _weights(self.given, len(models))
+        weights = weights_of(self.given, len(models))
+        masks = [self.mask(model, start, len(out)) for model in range(len(models))]  # a delta may be asked for twice
 
         def delta(index: int) -> Array:
-            found = _delta(wide, models[index])
-            np.multiply(found, self.mask(index, start, len(found)), out=found)
+            found = room.less_base(models[index])
+            np.multiply(found, masks[index], out=found)
             np.divide(found, found.dtype.type(self.density), out=found)
             np.multiply(found, found.dtype.type(weights[index]), out=found)
             return found
 
         if self.sign_consensus:
-            _agreed(delta, weights, out, normalize=False)
+            add_agreeing(delta, weights, out, room, normalize=False)
         else:
             out[...] = 0
             for index in range(len(models)):
                 np.add(out, delta(index), out=out)
-        np.add(wide, out, out=out)
+        np.add(room.base, out, out=out)
 
     def mask(self, model: int, start: int, count: int) -> Array:
         """Returns which elements of a model's delta are kept, as booleans."""
         key = int.from_bytes(hashlib.sha256(f"{self.seed}:{self.salt}:{model}".encode()).digest()[:16], "little")
-        skipped = start % 4
-        words = np.random.Philox(key=key, counter=start // 4).random_raw(skipped + count)
-        np.right_shift(words, np.uint64(11), out=words)
-        mask: Array = words[skipped:] < np.uint64(self.density * (1 << 53))
+        generator, skipped = np.random.Philox(key=key, counter=start // 4), start % 4
+        mask, done = np.empty(count, np.bool_), 0
+        while done < count:
+            words = generator.random_raw(skipped + min(_WORDS, count - done))[skipped:]
+            np.right_shift(words, np.uint64(11), out=words)
+            np.less(words, np.uint64(self.density * (1 << 53)), out=mask[done : done + len(words)])
+            done, skipped = done + len(words), 0
         return mask
 
 
-# --- deltas ---
-
-
-def _delta(wide: Array, model: Array, weight: float = 1.0) -> Array:
-    """Returns ``weight * (model - base)`` in the type of the widened base, in memory of its own."""
-    found = model.astype(wide.dtype)
-    np.subtract(found, wide, out=found)
-    return found if weight == 1 else np.multiply(found, found.dtype.type(weight), out=found)
-
-
-def _trimmed(delta: Array, kept: Kept | None, start: int, weight: float) -> Array:
-    """Sets what is not kept to 0 and weighs the rest, in place. NaN stays NaN."""
-    if kept is not None:
-        np.multiply(delta, kept.mask(keys(delta), start), out=delta)
-    np.multiply(delta, delta.dtype.type(weight), out=delta)
-    return delta
-
-
-def _agreed(delta: Callable[[int], Array], weights: Sequence[float], out: Array, *, normalize: bool) -> None:
-    """Fills ``out`` with the sum of the weighted deltas of the elected sign; each is made twice rather than kept."""
-    out[...] = 0
-    for index in range(len(weights)):
-        np.add(out, delta(index), out=out)
-    positive = out >= 0
-    out[...] = 0
-    divisor = np.zeros_like(out)
-    for index, weight in enumerate(weights):
-        found = delta(index)
-        agrees = np.where(positive, found > 0, found < 0)
-        np.multiply(found, agrees, out=found)
-        np.add(out, found, out=out)
-        np.add(divisor, out.dtype.type(weight), out=divisor, where=agrees)
-    if normalize:
-        divisor[divisor == 0] = 1
-        np.divide(out, divisor, out=out)
+# Random words drawn at a time, 64 KiB: numpy draws into new memory only.
+_WORDS = 8 << 10
 
 
 def _all_keys(inputs: Sequence[Stream], wanted: Collection[int]) -> Iterator[tuple[int, int, Array]]:
-    """Yields the first index, the model's number and the keys of its delta, for every block and model wanted."""
+    """Yields the first index, the model's number and the keys of its delta, for every part and model wanted."""
     base, *models = inputs
-    dtype = numpy_dtype(result_dtype([one.meta for one in inputs]))
-    for start, count in blocks(prod(base.meta.shape)):
-        wide = base.read(start, count).astype(dtype, copy=False)
+    numel = prod(base.meta.shape)
+    whole = Room.of(numel, numpy_dtype(result_dtype([one.meta for one in inputs])))
+    for part in parts(numel):
+        start, count = part.start, part.stop - part.start
+        room = whole.cut(base.read(start, count))
         for index in sorted(wanted):
             with np.errstate(all="ignore"):
-                found = keys(_delta(wide, models[index].read(start, count)))
+                found = keys(room.less_base(models[index].read(start, count)), room.key)
             yield start, index, found
 
 

@@ -15,13 +15,16 @@ import numpy as np
 from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream, result_dtype
-from shardmerge.ops.moves import odd_shape
-
-# Masks that `count_overflows` makes, bytes an element.
-OVERFLOW_BYTES = 3
-
-# What numpy itself takes for one call: buffers of 8,192 elements for operands of another type or alignment.
-CALL_BYTES = 256 << 10
+from shardmerge.ops.parts import (
+    CALL_BYTES,
+    OVERFLOW_BYTES,
+    PART,
+    count_overflows,
+    parts,
+    weighted_sum,
+    weighted_sum_bytes,
+)
+from shardmerge.ops.shapes import odd_shape
 
 
 def infer_floats(label: str, inputs: Sequence[Meta], least: int = 1) -> Meta:
@@ -62,20 +65,6 @@ def check_weights(label: str, weights: Sequence[float], count: int) -> None:
         )
 
 
-def count_overflows(out: Array, tiles: Sequence[Array]) -> int:
-    """Returns how many elements are infinite or NaN although those of all inputs are finite.
-
-    ``tiles`` are as long as ``out``. Allocates ``OVERFLOW_BYTES`` an element.
-    """
-    lost = np.isfinite(out)
-    np.logical_not(lost, out=lost)
-    if not lost.any():
-        return 0
-    for tile in tiles:
-        lost &= np.isfinite(tile)
-    return int(np.count_nonzero(lost))
-
-
 @dataclass(frozen=True, slots=True)
 class Linear(Arithmetic):
     """``sum(w_i * x_i)``, summed from the first input to the last.
@@ -102,24 +91,13 @@ class Linear(Arithmetic):
         return infer_floats(self.label, inputs)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of one widened product and the masks of ``count_overflows``."""
-        return count * max(result_dtype(inputs).itemsize, OVERFLOW_BYTES) + CALL_BYTES
+        """Returns the bytes of a part and its masks."""
+        return weighted_sum_bytes(inputs, count)
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills ``out`` from tiles as long as it."""
-        del state, start
         each = 1.0 if self.word == "add" else 1.0 / len(tiles)
-        with np.errstate(all="ignore"):
-            for index, (tile, weight) in enumerate(zip(tiles, self.weights or (each,) * len(tiles), strict=True)):
-                if index == 0:
-                    np.copyto(out, tile, casting="unsafe")
-                    np.multiply(out, out.dtype.type(weight), out=out)
-                    continue
-                product = tile.astype(out.dtype)
-                np.multiply(product, out.dtype.type(weight), out=product)
-                np.add(out, product, out=out)
-                del product
-            return count_overflows(out, tiles)
+        return weighted_sum(self.weights or (each,) * len(tiles), tiles, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +117,9 @@ class AssertEqual(Arithmetic):
         return inputs[0]
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of two widened copies and three masks."""
+        """Returns the bytes of two widened parts and three masks."""
         wide = 2 * max(result_dtype(inputs).itemsize, 4) if len({meta.dtype for meta in inputs}) > 1 else 0
-        return count * (wide + 3) + CALL_BYTES
+        return min(count, PART) * (wide + 3) + CALL_BYTES
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Copies the first tile.
@@ -169,6 +147,11 @@ class AssertEqual(Arithmetic):
 
 def _differs(left: Array, right: Array) -> int:
     """Returns the index of the first element that differs, or -1."""
+    places = ((part.start, _place(left[part], right[part])) for part in parts(len(left)))
+    return next((start + place for start, place in places if place >= 0), -1)
+
+
+def _place(left: Array, right: Array) -> int:
     if left.dtype != right.dtype:
         wide = np.float64 if 8 in (left.itemsize, right.itemsize) else np.float32
         left, right = left.astype(wide, copy=False), right.astype(wide, copy=False)
@@ -219,8 +202,8 @@ class AddTopLeft(Arithmetic):
         return ((low if high > low else 0, high - low), (start, count))
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of the widened base and the masks of ``count_overflows``, twice."""
-        return count * (result_dtype(inputs).itemsize + 2 * OVERFLOW_BYTES) + CALL_BYTES
+        """Returns the bytes of the masks of ``count_overflows``, twice."""
+        return count * 2 * OVERFLOW_BYTES + CALL_BYTES
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
         """Returns how long the rows of base and delta are: tiles do not say. Reads nothing."""
@@ -240,8 +223,7 @@ class AddTopLeft(Arithmetic):
                 return 0
             step = 1 if width == wide else wide
             block = out[: rows[0] * step].reshape(rows[0], step)[:, : rows[1]]
-            added = base.astype(out.dtype, copy=False).reshape(rows)
-            np.add(block, added, out=block)
+            np.add(block, base.reshape(rows), out=block, dtype=out.dtype, casting="unsafe")  # widened in numpy's buffer
             near = delta[: rows[0] * step].reshape(rows[0], step)[:, : rows[1]]
             return count_overflows(block, [near, base.reshape(rows)])
 

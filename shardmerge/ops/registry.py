@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from shardmerge.ops import casts, dequantize, dora, fill, heads, lora, merging, moves, pointwise, spherical, vocabulary
+from shardmerge.ops import (
+    casts,
+    cutting,
+    dequantize,
+    dora,
+    fill,
+    heads,
+    joining,
+    lora,
+    merging,
+    pointwise,
+    rearranging,
+    spherical,
+    vocabulary,
+)
 from shardmerge.ops.contract import OpKind
 
-_FAMILIES = (moves, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, merging, spherical)
+_FAMILIES = (
+    rearranging, cutting, joining, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, merging,
+    spherical,
+)  # fmt: skip
 
 OPS: dict[str, OpKind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}

@@ -14,9 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-
-# Elements that are read at once to learn something of a whole tensor.
-BLOCK = 1 << 16
+from shardmerge.ops.parts import PART
 
 _BINS = 1 << 16
 
@@ -41,28 +39,27 @@ class Kept:
 
     def mask(self, block: Array, start: int) -> Array:
         """Returns which elements are kept, for the keys of elements ``[start, start + len(block))``."""
-        mask: Array = block > self.threshold
+        mask = np.empty(len(block), np.bool_)
         equal = max(min(self.stop - start, len(block)), 0)
-        mask[:equal] |= block[:equal] == self.threshold
+        np.greater_equal(block[:equal], self.threshold, out=mask[:equal])
+        np.greater(block[equal:], self.threshold, out=mask[equal:])
         return mask
 
 
-def blocks(numel: int) -> Iterator[tuple[int, int]]:
-    """Yields (start, count) of blocks of fixed size."""
-    for start in range(0, numel, BLOCK):
-        yield start, min(BLOCK, numel - start)
+def keys(values: Array, out: Array | None = None) -> Array:
+    """Returns the bits of the magnitudes in float32, uint32, in memory of ``out``, float32, where it is given.
 
-
-def keys(values: Array) -> Array:
-    """Returns the bits of the magnitudes in float32, uint32; what float32 cannot hold is infinite."""
+    What float32 cannot hold is infinite.
+    """
+    narrow = np.empty(values.shape, np.float32) if out is None else out
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        narrow = values.astype(np.float32)
-    return np.abs(narrow, out=narrow).view(np.uint32)
+        np.abs(values, out=narrow, casting="unsafe")
+    return narrow.view(np.uint32)
 
 
 def select_peak(tensors: int) -> int:
     """Returns the bytes that ``select`` allocates for so many tensors, those of ``stream`` not included."""
-    return 8 * _BINS * (tensors + 4) + BLOCK * (4 + 4 + 8 + 8)
+    return 8 * _BINS * (tensors + 4) + PART * (8 + 8 + 8 + 8)
 
 
 def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kept, ...]:
@@ -71,19 +68,22 @@ def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kep
     Parameters
     ----------
     stream
-        Yields the keys of the tensors asked for, in blocks, indices ascending; called up to three times.
+        Yields the keys of the tensors asked for, in blocks of at most ``PART``, indices ascending; called up to three
+        times. Done with before the next is asked for.
     count
         From 1 to ``numel``. Among equal magnitudes those with the lowest index are kept.
     """
     everything = range(tensors)
+    halves = np.empty(min(numel, PART), np.intp)
     upper = np.zeros((tensors, _BINS), np.int64)
     for _, index, block in stream(everything):
-        upper[index] += np.bincount(block >> 16, minlength=_BINS)
+        np.add.at(upper[index], _upper_halves(block, halves), 1)  # without the new histogram that `bincount` makes
     tops = [_bin(upper[index], count) for index in everything]
     del upper
     lower = np.zeros((tensors, _BINS), np.int64)
     for _, index, block in stream(everything):
-        lower[index] += np.bincount(block[block >> 16 == tops[index][0]] & (_BINS - 1), minlength=_BINS)
+        near = block[_upper_halves(block, halves) == tops[index][0]]
+        np.add.at(lower[index], (near & (_BINS - 1)).astype(np.intp), 1)
     thresholds, pending = [], {}
     for index, (top, wanted) in enumerate(tops):
         low, missing = _bin(lower[index], wanted)
@@ -92,6 +92,10 @@ def select(stream: KeyBlocks, tensors: int, count: int, numel: int) -> tuple[Kep
             pending[index] = missing
     stops = _stops(stream, thresholds, pending)
     return tuple(Kept(threshold, stops.get(index, numel)) for index, threshold in enumerate(thresholds))
+
+
+def _upper_halves(block: Array, out: Array) -> Array:
+    return np.right_shift(block, 16, out=out[: len(block)], casting="unsafe")
 
 
 def _bin(histogram: Array, count: int) -> tuple[int, int]:

@@ -9,10 +9,13 @@ from math import acos, prod, sin, sqrt
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream, result_dtype
-from shardmerge.ops.moves import odd_shape
-from shardmerge.ops.pointwise import CALL_BYTES, OVERFLOW_BYTES, count_overflows, infer_floats, number
-from shardmerge.ops.selection import BLOCK, blocks
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream
+from shardmerge.ops.parts import CALL_BYTES, weighted_sum, weighted_sum_bytes
+from shardmerge.ops.pointwise import infer_floats, number
+from shardmerge.ops.shapes import odd_shape
+
+# Elements that are summed at once. Part of the result: float64 addition is not associative.
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +46,39 @@ class Slerp(Arithmetic):
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
         """Returns the bytes of one block of both, widened, and of their products."""
-        return BLOCK * (sum(meta.dtype.itemsize for meta in inputs) + 3 * 8) + CALL_BYTES
+        return _BLOCK * (sum(meta.dtype.itemsize for meta in inputs) + 3 * 8) + CALL_BYTES
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
         """Returns the factors of the two tensors; reads both once."""
         first, second = inputs
         squares = [0.0, 0.0, 0.0]
         numel = prod(first.meta.shape)
+        wide = np.empty((3, min(numel, _BLOCK)))
         with np.errstate(all="ignore"):
-            for start, count in blocks(numel):
-                block = _products(first.read(start, count), second.read(start, count))
+            for start in range(0, numel, _BLOCK):
+                count = min(_BLOCK, numel - start)
+                block = _products(first.read(start, count), second.read(start, count), wide[:, :count])
                 squares = [total + part for total, part in zip(squares, block, strict=True)]
         return _factors(self.t, *squares)
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of one widened product and the masks of ``count_overflows``."""
-        return count * max(result_dtype(inputs).itemsize, OVERFLOW_BYTES) + CALL_BYTES
+        """Returns the bytes of a part and its masks."""
+        return weighted_sum_bytes(inputs, count)
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills ``out`` from tiles as long as it."""
-        del start
         assert isinstance(state, tuple)
-        with np.errstate(all="ignore"):
-            np.copyto(out, tiles[0], casting="unsafe")
-            np.multiply(out, out.dtype.type(state[0]), out=out)
-            product = tiles[1].astype(out.dtype)
-            np.multiply(product, out.dtype.type(state[1]), out=product)
-            np.add(out, product, out=out)
-            del product
-            return count_overflows(out, tiles)
+        return weighted_sum(state, tiles, out)
 
 
-def _products(left: Array, right: Array) -> tuple[float, float, float]:
-    """Returns the squared norms of two blocks and their scalar product; nothing of the block outlives the call."""
-    x, y = left.astype(np.float64, copy=False), right.astype(np.float64, copy=False)
-    return float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
+def _products(left: Array, right: Array, wide: Array) -> tuple[float, float, float]:
+    """Returns the squared norms of two blocks and their scalar product, made in three float64 rows as long as they."""
+    x, y, product = wide
+    np.copyto(x, left, casting="unsafe")
+    np.copyto(y, right, casting="unsafe")
+    left_square = float(np.multiply(x, x, out=product).sum())
+    right_square = float(np.multiply(y, y, out=product).sum())
+    return left_square, right_square, float(np.multiply(x, y, out=product).sum())
 
 
 # The cosine above which two tensors count as parallel, and the norm below which one has no direction: mergekit's.

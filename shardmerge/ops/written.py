@@ -19,14 +19,16 @@ from shardmerge.ops.contract import Op
 # Where the class of an op is, by its name; a plan imports the families that it needs.
 _FAMILIES: Mapping[str, tuple[str, ...]] = {
     "casts": ("Cast", "Widen"),
+    "cutting": ("Chunk", "Slice", "Split"),
     "dequantize": ("Dequantize",),
     "fill": ("Arange", "Fill"),
     "heads": ("GroupedMerge", "GroupedSplit", "Rotary"),
     "dora": ("Dora", "DoraOnto"),
+    "joining": ("Concat", "Stack"),
     "lora": ("Lora",),
     "merging": ("Dare", "TaskArithmetic", "Ties"),
-    "moves": ("Chunk", "Concat", "Permute", "Reshape", "Slice", "Split", "Squeeze", "Stack", "Transpose", "Unsqueeze"),
     "pointwise": ("AddTopLeft", "AssertEqual", "Linear"),
+    "rearranging": ("Permute", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
     "spherical": ("Slerp",),
     "vocabulary": ("NewRows",),
 }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
-from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, tensor_json
 from shardmerge.plan.value import Plan
 from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
+
+if TYPE_CHECKING:
+    from shardmerge.plan.schedule import Schedule
 
 
 def human_bytes(count: int) -> str:

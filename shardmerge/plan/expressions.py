@@ -10,7 +10,8 @@ from math import prod
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.ops.contract import Op
 from shardmerge.ops.written import op_of, op_row
-from shardmerge.plan.json_values import Row, fields, listed, numbers, text, whole
+from shardmerge.plan.json_values import Row, fields, listed, natural, naturals, text
+from shardmerge.plan.soundness import check_entry
 from shardmerge.tensors import (
     Box,
     Boxes,
@@ -25,6 +26,7 @@ from shardmerge.tensors import (
     composed,
     leaves,
 )
+from shardmerge.tensors.boxes import boxed
 from shardmerge.tensors.ranks import Fragments, Partition, Partitions, RankChunks
 
 
@@ -42,7 +44,9 @@ class Tables:
     def __init__(self, files: Iterable[str] = ()) -> None:
         self.files = {path: number for number, path in enumerate(dict.fromkeys(files))}
         self.ranks: list[Row] = []
-        self._known: dict[int, tuple[int, object]] = {}  # by the identity of a table, which is kept alive with it
+        self._known: dict[
+            tuple[int, int], tuple[int, object]
+        ] = {}  # by identity of what is shared: so it is kept alive
         self._equal: dict[str, int] = {}
 
     def file(self, path: str) -> int:
@@ -51,13 +55,16 @@ class Tables:
 
     def table(self, partitions: Partitions) -> int:
         """Returns the number of a table; equal tables have one."""
-        shared = partitions.offsets if isinstance(partitions, Fragments) else partitions
-        if id(shared) not in self._known:
+        if isinstance(partitions, Fragments):
+            key = id(partitions.files), id(partitions.offsets)
+        else:
+            key = id(partitions), 0
+        if key not in self._known:
             row = self._row(partitions)
             number = self._equal.setdefault(repr(row), len(self.ranks))
             self.ranks += [row] if number == len(self.ranks) else []
-            self._known[id(shared)] = number, shared
-        return self._known[id(shared)][0]
+            self._known[key] = number, partitions
+        return self._known[key][0]
 
     def collect(self, entries: Iterable[TensorEntry]) -> None:
         """Numbers every table that some tensors name."""
@@ -96,25 +103,25 @@ class Lookup:
 
     def extent(self, file: object, offset: object, nbytes: int) -> Extent:
         """Returns an extent of a numbered file."""
-        return Extent(self._files[whole(file)], whole(offset), nbytes)
+        return Extent(self._files[natural(file)], natural(offset), nbytes)
 
     def chunks(self, row: Row, dtype: DType) -> RankChunks:
         """Returns the pieces that a rank rule says."""
-        found = self._ranks[whole(row["ranks"])]
+        found = self._ranks[natural(row["ranks"])]
         if isinstance(found, _Frozen):
-            index, numel = numbers(row["fragment"])
+            index, numel = naturals(row["fragment"])
             table: Partitions = Fragments(found.files, found.offsets, index, numel, dtype.itemsize)
         else:
             table = found
-        return RankChunks(table, dtype.itemsize, whole(row["start"]), whole(row["numel"]))
+        return RankChunks(table, dtype.itemsize, natural(row["start"]), natural(row["numel"]))
 
     def _table(self, row: Row) -> tuple[Partition, ...] | _Frozen:
         if "partitions" in row:
-            parts = (numbers(one) for one in listed(row["partitions"]))
+            parts = (naturals(one) for one in listed(row["partitions"]))
             return tuple(Partition(self.extent(file, at, nbytes), numel) for file, at, nbytes, numel in parts)
-        layouts = [array("q", numbers(one)) for one in listed(row["layouts"])]
-        files = tuple(self._files[number] for number in numbers(row["files"]))
-        return _Frozen(files, tuple(layouts[number] for number in numbers(row["layout"])))
+        layouts = [array("q", naturals(one)) for one in listed(row["layouts"])]
+        files = tuple(self._files[number] for number in naturals(row["files"]))
+        return _Frozen(files, tuple(layouts[number] for number in naturals(row["layout"])))
 
 
 def entry_row(entry: TensorEntry, tables: Tables) -> Row:
@@ -169,22 +176,23 @@ def entry_of(row: Row, lookup: Lookup) -> TensorEntry:
 
     Raises
     ------
-    ValueError, KeyError, IndexError
-        The values are not those of a tensor.
+    ValueError, KeyError, IndexError, CheckpointError
+        The values are not those of a tensor, or not of one that ``soundness`` lets pass.
     """
-    dtype, shape = DTYPES[text(row["dtype"])], numbers(row["shape"])
+    dtype, shape = DTYPES[text(row["dtype"])], naturals(row["shape"])
     pieces: Sequence[Piece]
     if "by" in row:
         pieces = (Piece(0, prod(shape), _composed_of(row, lookup)),)
     elif "ranks" in row:
         pieces = lookup.chunks(row, dtype)
     elif "boxes" in row:
-        boxes = Boxes(shape, tuple(_box_of(listed(one), dtype, lookup) for one in listed(row["boxes"])))
-        pieces = (Piece(0, prod(shape), boxes),)
+        pieces = boxed(dtype, shape, [_box_of(listed(one), dtype, lookup) for one in listed(row["boxes"])])
     else:
         pieces = tuple(_piece_of(listed(one), dtype, lookup) for one in listed(row["pieces"]))
     name, source, origin = (text(row.get(key, "")) for key in ("name", "source", "origin"))
-    return TensorEntry(name, dtype, shape, pieces, origin, source)
+    entry = TensorEntry(name, dtype, shape, pieces, origin, source)
+    check_entry(entry)
+    return entry
 
 
 def _composed_of(row: Row, lookup: Lookup) -> Held:
@@ -192,18 +200,18 @@ def _composed_of(row: Row, lookup: Lookup) -> Held:
     if "view" in row:
         offset, shape, strides = listed(row["view"])
         (base,) = bases
-        return View(base, whole(offset), numbers(shape), numbers(strides), op)
-    return Columns(bases, whole(row["columns"]), op) if "columns" in row else Made(bases, op)
+        return View(base, natural(offset), naturals(shape), naturals(strides), op)
+    return Columns(bases, natural(row["columns"]), op) if "columns" in row else Made(bases, op)
 
 
 def _piece_of(row: list[object], dtype: DType, lookup: Lookup) -> Piece:
     start, count, *place = row
-    return Piece(whole(start), whole(count), _held(place, whole(count) * dtype.itemsize, lookup))
+    return Piece(natural(start), natural(count), _held(place, natural(count) * dtype.itemsize, lookup))
 
 
 def _box_of(row: list[object], dtype: DType, lookup: Lookup) -> Box:
     offsets, shape, *place = row
-    return Box(numbers(offsets), numbers(shape), _held(place, prod(numbers(shape)) * dtype.itemsize, lookup))
+    return Box(naturals(offsets), naturals(shape), _held(place, prod(naturals(shape)) * dtype.itemsize, lookup))
 
 
 def _held(place: list[object], nbytes: int, lookup: Lookup) -> Extent | Strided:
@@ -211,4 +219,4 @@ def _held(place: list[object], nbytes: int, lookup: Lookup) -> Extent | Strided:
     if not view:
         return lookup.extent(file, offset, nbytes)
     span, shape, strides = view
-    return Strided(lookup.extent(file, offset, whole(span)), numbers(shape), numbers(strides))
+    return Strided(lookup.extent(file, offset, natural(span)), naturals(shape), naturals(strides))

@@ -14,6 +14,19 @@ def whole(value: object) -> int:
     raise ValueError(f"{value!r} is no integer")
 
 
+def natural(value: object) -> int:
+    """Returns an integer that is not negative, or raises ValueError."""
+    found = whole(value)
+    if found < 0:
+        raise ValueError(f"{found} is negative")
+    return found
+
+
+def naturals(value: object) -> tuple[int, ...]:
+    """Returns integers that are not negative, or raises ValueError."""
+    return tuple(natural(item) for item in listed(value))
+
+
 def text(value: object) -> str:
     """Returns a string, or raises ValueError."""
     if isinstance(value, str):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from shardmerge.compose import cast_to, compose, own_dtype
+from shardmerge.compose import cast_to, own_dtype
 from shardmerge.dtypes import DType
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.codes import odd_codes
@@ -17,8 +17,8 @@ from shardmerge.mapping.spec import Rule
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.plan.value import Plan, PlannedSource, Unused
-from shardmerge.targets.expectation import Expectation, Format, Resize
-from shardmerge.tensors import Catalog, Shape, TensorEntry
+from shardmerge.targets.expectation import Expectation, Format
+from shardmerge.tensors import Catalog
 
 # More lines of one kind than this help nobody.
 _FEW = 5
@@ -113,6 +113,8 @@ def _planned(assignment: Assignment, expectation: Expectation, options: OutputSe
         if entry.dtype.kind != "float":
             what = f"{entry.dtype} {list(entry.shape)} holds codes, and rows of codes can be neither made nor cut off"
             raise MappingError("packed-weights", what, hint="leave `vocabulary:` out, or name the 16-bit model")
+        from shardmerge.plan.resizing import resized
+
         entry = resized(entry, shape, expectation.resized[assignment.target])
     entry = cast_to(entry, final) if final.kind == "float" else entry
     return PlannedTensor(assignment.target, entry, rule, assignment.target)
@@ -128,18 +130,6 @@ def _final_dtype(assignment: Assignment, expectation: Expectation, options: Outp
     if options.dtype is None or assignment.target in expectation.keep:
         return own_dtype(entry)
     return options.dtype
-
-
-def resized(entry: TensorEntry, shape: Shape, resize: Resize) -> TensorEntry:
-    """Returns the entry with as many rows (dim 0) as ``shape`` says: cut off at the end, or with new ones behind."""
-    from shardmerge.ops.moves import Concat, Slice
-    from shardmerge.ops.vocabulary import NewRows
-
-    rows = shape[0] - entry.shape[0]
-    if rows < 0:
-        return compose(Slice(0, 0, shape[0]), [entry])
-    new = compose(NewRows(rows, resize.how, resize.row, resize.seed), [entry])
-    return compose(Concat(0), [entry, new])
 
 
 def _with_rule(error: MappingError, assignment: Assignment) -> MappingError:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import chain
 
 from shardmerge.errors import CheckpointError
 from shardmerge.plan.expressions import Lookup, entry_of
 from shardmerge.plan.identity import SCHEMA
-from shardmerge.plan.json_values import Row, fields, listed, numbers, text, texts, whole
+from shardmerge.plan.json_values import Row, fields, listed, natural, naturals, text, texts, whole
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
+from shardmerge.plan.soundness import check_copies, check_id, check_names, check_shard
 from shardmerge.plan.value import Part, Plan, PlannedSource, Unused
 from shardmerge.plan.writing import END, FORMAT
 from shardmerge.tensors import Extent, FileStamp, SideFile
@@ -53,8 +55,9 @@ class PlanText:
         with self._checked():
             head = fields(json.loads(self._line().rstrip(",\n") + "}"))
             self._check_version(head)
+            check_id(text(head["plan"]))
             self.id, self.target, self.out = text(head["plan"]), text(head["target"]), text(head["out"])
-            self.sizes = numbers(head["parts"])
+            self.sizes = naturals(head["parts"])
             self.files = tuple(_stamp(listed(row), moved) for row in self._section("files"))
             self._lookup = Lookup([stamp.path for stamp in self.files], self._section("ranks"))
             self._rules = [text(rule) for rule in self._section("rules")]
@@ -66,15 +69,17 @@ class PlanText:
             copies: dict[Extent, str] = {}
             sides = tuple(self._side(fields(row), copies) for row in self._section("side_files"))
             sources = tuple(self._source(fields(row)) for row in self._section("sources"))
-            side_sources = tuple(self.files[whole(number)] for number in self._section("side_sources"))
+            side_sources = tuple(self.files[natural(number)] for number in self._section("side_sources"))
             unused = tuple(Unused(*texts(row)) for row in self._section("unused"))
             warnings, checks = (tuple(text(one) for one in self._section(name)) for name in ("warnings", "checks"))
             left = tuple((text(name), text(why)) for name, why in map(listed, self._section("left_behind")))
+            check_names([*(shard.name for shard in shards), *(side.name for side in sides)])
+            check_copies(copies, side_sources)
         self._finish()
         made = Plan(self.target, sources, shards, sides, unused, warnings, copies, side_sources, left, checks)
         return made.known_as(self.id)
 
-    def parts(self, wanted: Sequence[int]) -> Iterator[Part]:
+    def parts(self, wanted: Iterable[int]) -> Iterator[Part]:
         """Yields some parts, each as soon as it is read, and raises at the end if the text is not whole.
 
         Raises
@@ -82,13 +87,15 @@ class PlanText:
         CheckpointError
             As the class says.
         """
-        for number, shard in self._shards(wanted):
+        for number, shard in self._shards(frozenset(wanted)):
+            with self._checked():
+                check_names([shard.name])
             yield Part(self.id, number, shard, self.files)
-        for _ in self._each_line():
-            pass
+        with self._checked():
+            deque(self._each_line(), maxlen=0)
         self._finish()
 
-    def _shards(self, wanted: Sequence[int]) -> Iterator[tuple[int, PlannedShard]]:
+    def _shards(self, wanted: Container[int]) -> Iterator[tuple[int, PlannedShard]]:
         with self._checked():
             self._expect('"shards": [\n')
         for number in range(len(self.sizes)):
@@ -96,31 +103,31 @@ class PlanText:
                 head = fields(json.loads(f"{self._line().rstrip()}]}}"))
                 rows = self._until("]}\n", "]},\n")
                 if number not in wanted:
-                    for _ in rows:
-                        pass
+                    deque(rows, maxlen=0)
                     continue
                 shard = self._shard(head, rows)
+                check_shard(shard, self.sizes[number])
             yield number, shard
         with self._checked():
             self._expect("],\n")
 
     def _shard(self, head: Row, rows: Iterable[str]) -> PlannedShard:
-        blobs = tuple((whole(at), b64decode(text(data))) for at, data in map(listed, listed(head["blobs"])))
-        checksums = {name: numbers(places) for name, places in fields(head["checksums"]).items()}
+        blobs = tuple((natural(at), b64decode(text(data))) for at, data in map(listed, listed(head["blobs"])))
+        checksums = {name: naturals(places) for name, places in fields(head["checksums"]).items()}
         tensors = tuple(self._tensor(fields(json.loads(row.rstrip(",\n")))) for row in rows)
-        return PlannedShard(text(head["name"]), whole(head["nbytes"]), blobs, tensors, checksums)
+        return PlannedShard(text(head["name"]), natural(head["nbytes"]), blobs, tensors, checksums)
 
     def _tensor(self, row: Row) -> PlannedTensor:
-        name, rule = text(row["name"]), self._rules[whole(row["rule"])]
+        name, rule = text(row["name"]), self._rules[natural(row["rule"])]
         entry = entry_of(fields(row["made"]), self._lookup)
-        return PlannedTensor(name, entry, rule, text(row.get("stored", name)), whole(row["offset"]))
+        return PlannedTensor(name, entry, rule, text(row.get("stored", name)), natural(row["offset"]))
 
     def _side(self, row: Row, copies: dict[Extent, str]) -> SideFile:
         parts: list[bytes | Extent] = []
         for part in map(fields, listed(row["parts"])):
             if "copy" in part:
                 file, offset, nbytes = listed(part["copy"])
-                extent = self._lookup.extent(file, offset, whole(nbytes))
+                extent = self._lookup.extent(file, offset, natural(nbytes))
                 copies[extent] = text(part["sha256"])
                 parts.append(extent)
             else:
@@ -129,7 +136,7 @@ class PlanText:
 
     def _source(self, row: Row) -> PlannedSource:
         name, path, kind, fingerprint = (text(row[key]) for key in ("name", "path", "kind", "fingerprint"))
-        files = tuple(self.files[number] for number in numbers(row["files"]))
+        files = tuple(self.files[number] for number in naturals(row["files"]))
         return PlannedSource(name, path, kind, fingerprint, files, texts(row["notes"]))
 
     def _check_version(self, head: Row) -> None:
@@ -186,6 +193,10 @@ class PlanText:
         return _Checked(self._where)
 
 
+# What JSON, and values that are not what they should be, may raise; too deep and too large ones among them.
+_ODD = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, CheckpointError)
+
+
 class _Checked:
     """Whatever does not read as a plan is a damaged plan."""
 
@@ -196,19 +207,24 @@ class _Checked:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, KeyError, IndexError, TypeError)):
+        if isinstance(error, CheckpointError) and error.where == self._where:  # said already
+            return
+        if isinstance(error, OSError):
+            what = f"the system could not read: {error.strerror}"
+            raise CheckpointError("unreadable-file", what, where=self._where) from error
+        if isinstance(error, _ODD):
             raise CheckpointError(
                 "damaged-plan",
                 "the file is no plan as shardmerge writes it: it is cut off, or was changed",
                 where=self._where,
-                found=str(error),
+                found=error.what if isinstance(error, CheckpointError) else str(error),
                 hint="a plan is not edited; make it again: shardmerge plan MAPPING --out PLAN",
             ) from error
 
 
 def _stamp(row: list[object], moved: Callable[[str], str]) -> FileStamp:
     path, size, mtime_ns, header = row
-    return FileStamp(moved(text(path)), whole(size), whole(mtime_ns), text(header))
+    return FileStamp(moved(text(path)), natural(size), whole(mtime_ns), text(header))
 
 
 def moved_by(roots: Sequence[tuple[str, str]]) -> Callable[[str], str]:

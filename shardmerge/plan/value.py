@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from shardmerge.plan.identity import identity
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.tensors import Extent, FileStamp, SideFile
 
@@ -138,6 +137,8 @@ class Plan:
     def id(self) -> str:
         """SHA-256 (hex) of what decides the bytes of the result: see ``plan.identity``. Made once."""
         if not self._id:
+            from shardmerge.plan.identity import identity  # `inspect` makes no plan
+
             self._id.append(identity(self.shards, self.side_files, self.copies, self.files()))
         return self._id[0]
 

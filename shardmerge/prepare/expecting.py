@@ -23,7 +23,7 @@ from shardmerge.tensors import Catalog
 _SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
 
 
-def expected(ready: Ready, catalogs: Mapping[str, Catalog]) -> Expectation | None:
+def expectation_of(ready: Ready, catalogs: Mapping[str, Catalog]) -> Expectation | None:
     """Returns what the target expects of these sources, side files and all; None without a target."""
     opened, read = ready.opened, ready.variables.read
     if opened.spec.target is None:
@@ -53,7 +53,7 @@ def codes_agree(ready: Ready, resolution: Resolution, expectation: Expectation |
         raise_all(odd_company(made, ready.beside, name, ready.settled.skipped[name]))
         catalog = ready.beside[name]
         if expectation and leaves_all_codes(made.values(), name, catalog):
-            plain = expected(ready, {**ready.beside, name: as_plain(catalog)})
+            plain = expectation_of(ready, {**ready.beside, name: as_plain(catalog)})
             expectation = replace(plain or expectation, warnings=(*expectation.warnings, _left_out(name, catalog)))
     return expectation
 

@@ -15,7 +15,6 @@ from shardmerge.prepare.mapping_checks import idle_files, idle_sources, odd_role
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options, file_choice, output_settings
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.prepare.trained_bases import filled_in
 from shardmerge.targets.expectation import FileChoice
 from shardmerge.tensors import Catalog
 
@@ -50,6 +49,8 @@ def open_mapping(spec: Spec, folder: Path, options: Options) -> Opened:
     if spec.target is not None:
         raise_all(odd_roles(spec.target, catalogs))
     if preset is not None:
+        from shardmerge.prepare.trained_bases import filled_in
+
         spec, catalogs = filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs, sides)
     raise_all([*unused_variables(spec, own), *idle_sources(spec, preset, catalogs), *idle_files(spec, options)])
@@ -65,11 +66,11 @@ def _preset(name: str) -> Preset:
 def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
     from shardmerge.mapping.families import odd_families
     from shardmerge.mapping.layouts import odd_layouts
-    from shardmerge.mapping.preset_files import combine
+    from shardmerge.mapping.preset_files import with_preset
 
     raise_all(odd_layouts(spec, preset, catalogs))
     raise_all(odd_families(preset, catalogs, sides.read))
-    return combine(spec, preset)
+    return with_preset(spec, preset)
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.dtypes import DType, float_dtype
-from shardmerge.execute.executors.here import may_fork
 from shardmerge.mapping.spec import OutputSpec
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
 from shardmerge.plan.value import Plan
-from shardmerge.storage.limits import default_budget, default_workers
+from shardmerge.storage.limits import default_budget, default_workers, may_fork
 from shardmerge.storage.reading import IoMode
 from shardmerge.targets.expectation import FileChoice, FileMode, Format
 

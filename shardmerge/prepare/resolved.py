@@ -10,7 +10,7 @@ from shardmerge.errors import raise_all
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.resolve import resolve
 from shardmerge.mapping.spec import Spec
-from shardmerge.prepare.expecting import codes_agree, expected, idle_words, with_format_warning
+from shardmerge.prepare.expecting import codes_agree, expectation_of, idle_words, with_format_warning
 from shardmerge.prepare.opened import open_mapping
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.ready import make_ready
@@ -45,7 +45,7 @@ def resolved(spec: Spec, folder: Path, options: Options) -> Resolved:
     """Opens the sources of a mapping and says what every target is made of; raises as ``preparation.prepare``."""
     opened = open_mapping(spec, folder, options)
     ready = make_ready(opened)
-    expectation = expected(ready, ready.beside)
+    expectation = expectation_of(ready, ready.beside)
     raise_all(idle_words(opened.spec, expectation))
     expectation = with_format_warning(opened.spec, options, expectation)
     resolution = resolve(

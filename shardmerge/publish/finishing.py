@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from shardmerge.errors import OutputError, PublishedError, ShardmergeError, VerificationError, raise_all
+from shardmerge.errors import CheckpointError, OutputError, PublishedError, ShardmergeError, VerificationError, raise_all
 from shardmerge.execute.engine import Outcome
 from shardmerge.execute.pins import Pins
-from shardmerge.execute.records import ReadRecords, RecordCounts, compare_records
+from shardmerge.execute.records import DAMAGED, ReadRecords, RecordCounts, compare_records
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import content
 from shardmerge.publish.checks import is_free
-from shardmerge.publish.making import make_folders, read_receipt
+from shardmerge.publish.making import make_folders, read_receipt, receipt_path
 from shardmerge.publish.part_receipts import together, unfit
 from shardmerge.publish.receipt import receipt_json
 from shardmerge.publish.staging import Staging, remove, take_back
@@ -72,9 +72,7 @@ def finish(
         ``durability-unconfirmed``, ``not-tidied``: the result is there and whole; what came after failed.
     """
     outcome = _outcome(plan, staging)
-    pool = FilePool()
-    pool.opened = Pins(plan.files()).opened
-    counts = compare_records(outcome.records, pool, records)
+    counts = _compared(plan, staging, outcome, records)
     for _ in range(_LOOKS):
         if _finished(plan, staging, out, outcome, overwrite=overwrite):
             return outcome, counts
@@ -102,13 +100,37 @@ def _outcome(plan: Plan, staging: Staging) -> Outcome:
     return together([receipt.outcome for _, receipt in receipts if receipt is not None])
 
 
+def _compared(plan: Plan, staging: Staging, outcome: Outcome, records: ReadRecords) -> RecordCounts:
+    """Compares records; a part that is made of a damaged one is none, since a sound copy may have the same times."""
+    pool = FilePool()
+    pool.opened = Pins(plan.files()).opened
+    try:
+        return compare_records(outcome.records, pool, records)
+    except CheckpointError as error:
+        if error.code == DAMAGED:
+            _unmake(plan, staging)
+        raise
+
+
+def _unmake(plan: Plan, staging: Staging) -> None:
+    """Takes back all parts that were made of records; which of them has the damaged bytes nobody can tell."""
+    for part in plan.parts():
+        receipt = read_receipt(staging, part)
+        if receipt is not None and receipt.outcome.records:
+            for path in (receipt_path(staging, part.number), staging.model / part.shard.name):
+                with explained(path):
+                    path.unlink(missing_ok=True)
+    staging.give_up()
+
+
 def _finished(plan: Plan, staging: Staging, out: Path, outcome: Outcome, *, overwrite: bool) -> bool:
     """Publishes, or finds it published; False where somebody else is about to."""
     ready = staging.root / f"ready-{staging.who}"
     try:
         _write_rest(plan, staging, outcome)
-        staging.model.rename(ready)
-    except (OSError, ShardmergeError):
+        with explained(staging.model):
+            staging.model.rename(ready)
+    except ShardmergeError:
         if staging.model.exists():
             raise
         if is_published(plan, out):

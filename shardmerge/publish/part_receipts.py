@@ -70,7 +70,7 @@ def receipt_of(part: Part, path: Path, outcome: Outcome, *, synced: bool, began:
 def machine() -> str:
     """Returns the name of this host, and which of its boots this is."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     except OSError:
         boot = ""
     return f"{os.uname().nodename} {boot}"

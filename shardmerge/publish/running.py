@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Counters, Means, Outcome, check_device
@@ -20,11 +21,13 @@ from shardmerge.publish.checks import check_output
 from shardmerge.publish.finishing import finish, is_published
 from shardmerge.publish.making import Maker, is_made, read_receipt
 from shardmerge.publish.results import Result, Unfinished
-from shardmerge.publish.shares import Which
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import FileStamp, Record
+
+if TYPE_CHECKING:
+    from shardmerge.publish.shares import Which
 
 
 def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
@@ -47,8 +50,12 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
             remove(root, out)
     todo = [part for part in _largest_first(parts) if not is_made(staging, part, recheck=options.recheck)]
     sides = sum(side.nbytes for side in plan.side_files)
-    _begin(staging, todo, plan.files(), out, options, more=sides)
-    _have_made(todo, staging, options, progress)
+    try:
+        _begin(staging, todo, plan.files(), out, options, more=sides)
+        _have_made(todo, staging, options, progress)
+    except BaseException:
+        staging.give_up()
+        raise
     return finish_plan(plan, out, options, made=len(todo))
 
 
@@ -155,6 +162,7 @@ def _executor(options: Options) -> Executor:
 
 def read_records(file: SourceFile) -> Iterable[Record]:
     """A torch zip has checksums of its storages; no other format does."""
-    from shardmerge.sources.torch_zip import ZIP_MAGIC, storage_records
+    from shardmerge.sources.torch_zip import storage_records
+    from shardmerge.sources.zip_members import ZIP_MAGIC
 
     return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()

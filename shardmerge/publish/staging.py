@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +136,19 @@ class Staging:
                 found += [path] if path.read_text("ascii", "replace") == self.who else []
         return found
 
+    def give_up(self) -> None:
+        """Removes the directories if no part was made: there is nothing to go on with.
+
+        What somebody else writes to, or has made, is in one of them, which then stays.
+        """
+        with suppress(OSError):
+            if not any(self.root.glob("model/*")):
+                for folder in (self.parts, self.model):
+                    with suppress(FileNotFoundError):
+                        folder.rmdir()
+                (self.root / _BEGUN).unlink(missing_ok=True)
+                self.root.rmdir()
+
 
 def take_back(staging: Staging) -> None:
     """Makes what somebody was about to publish, and did not, the model again."""
@@ -153,13 +166,26 @@ def stagings(out: Path) -> list[Path]:
 
 def remove(root: Path, out: Path, *, ignore_errors: bool = False) -> None:
     """Removes a staging directory. What the output path held before, if that is in it, goes back to its place first."""
-    import shutil
-
     with explained(root):
         for old in root.glob("old-*"):
             if not out.exists():
                 old.rename(out)
-        shutil.rmtree(root, ignore_errors=ignore_errors)
+        for path in _inside_out(root):
+            with suppress(OSError) if ignore_errors else nullcontext():
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink()
+
+
+def _inside_out(root: Path) -> Iterator[Path]:
+    """Yields all that is in a directory, and last itself; ``begun.json``, which says what it is, after all directories.
+
+    ``shutil`` does the same with three libraries of compression in 5 ms, of every run.
+    """
+    for folder, folders, files in os.walk(root, topdown=False):
+        yield from (Path(folder, name) for name in (*folders, *files))
+    yield root
 
 
 def _escaped(name: str) -> str:

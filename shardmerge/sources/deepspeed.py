@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_module, check_tag, check_weights
+from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_masters, check_module, check_tag
 from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
@@ -27,8 +27,9 @@ from shardmerge.sources.deepspeed_ranks import (
     shape_table,
 )
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
+from shardmerge.sources.state_dict import state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
-from shardmerge.sources.torch_file import TorchFile, state_dict
+from shardmerge.sources.torch_file import TorchFile
 from shardmerge.sources.zero import FlatGroup, flat_offsets
 from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
 from shardmerge.tensors.ranks import Fragments, RankChunks, chunk_numel
@@ -95,12 +96,12 @@ class _Builder:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
         if self.tag.stage == 3:
             self._add_stage3()
-            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
+            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_stage3()
         elif self.optims:
             self._check_module_shapes()
             self._add_stage12()
-            self.warnings += check_weights(self.tag, self.first, self.module(), self.entries)
+            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
             self._add_frozen_whole()
         else:
             self._add_unpartitioned()

@@ -238,7 +238,7 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
     )
 
 
-def check_weights(
+def check_masters(
     tag: Tag, model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry]
 ) -> list[str]:
     """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.

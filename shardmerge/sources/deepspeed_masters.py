@@ -16,7 +16,7 @@ from math import prod
 
 from shardmerge.dtypes import DType
 from shardmerge.sources.deepspeed_ranks import tensors
-from shardmerge.sources.deepspeed_values import Samples, is_dense, is_float, rounded, spread
+from shardmerge.sources.deepspeed_values import Samples, is_dense, is_float, rounded_bytes, spread_places
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_file import TorchFile
 from shardmerge.tensors import Shape
@@ -137,10 +137,10 @@ class _NameSearch:
 
     def _look(self, ref: TensorRef, dtype: DType, most: int) -> tuple[object, ...]:
         numel = prod(ref.shape)
-        indices = spread(numel, most if numel > _SMALL else _SMALL)
+        indices = spread_places(numel, most if numel > _SMALL else _SMALL)
         self._file.entry("masters", ref)  # raises where the bytes are not there
         values = self._samples.elements(self._file, ref, indices)
-        return ref.shape, dtype.name, b"".join(rounded(value, dtype) for value in values)
+        return ref.shape, dtype.name, b"".join(rounded_bytes(value, dtype) for value in values)
 
     def _checked(self, named: Mapping[str, _Master], alike: Sequence[_Alike]) -> dict[str, TensorRef] | None:
         """Returns the names if they are sure.
@@ -204,7 +204,7 @@ class _NameSearch:
 
     def _begins_alike(self, part: TensorRef, ref: TensorRef) -> bool:
         mine, theirs = (self._samples.elements(self._file, tensor, [0])[0] for tensor in (part, ref))
-        return rounded(mine, ref.dtype) == rounded(theirs, ref.dtype)
+        return rounded_bytes(mine, ref.dtype) == rounded_bytes(theirs, ref.dtype)
 
     def _part(self, flat: TensorRef, start: int, name: str) -> TensorRef:
         shape = self._module[name].shape

@@ -40,7 +40,7 @@ class Samples:
 
     def value(self, file: str, offset: int, dtype: DType) -> float:
         """Returns the number at a byte of a file."""
-        return number(self._pool.get(file).read(offset, dtype.itemsize), dtype)
+        return number_of(self._pool.get(file).read(offset, dtype.itemsize), dtype)
 
     def elements(self, file: TorchFile, ref: TensorRef, indices: Sequence[int]) -> list[float]:
         """Returns elements of a tensor, by their row-major numbers; all of them at once where that is one read."""
@@ -48,7 +48,7 @@ class Samples:
         size = ref.dtype.itemsize
         if len(indices) == prod(ref.shape) and is_dense(ref):
             raw = self._pool.get(file.path).read(start + ref.offset * size, len(indices) * size)
-            return [number(raw[at : at + size], ref.dtype) for at in range(0, len(raw), size)]
+            return [number_of(raw[at : at + size], ref.dtype) for at in range(0, len(raw), size)]
         return [self.value(file.path, start + place(ref, index) * size, ref.dtype) for index in indices]
 
 
@@ -57,13 +57,13 @@ def is_float(dtype: DType) -> bool:
     return dtype.name in _READ
 
 
-def number(raw: bytes, dtype: DType) -> float:
+def number_of(raw: bytes, dtype: DType) -> float:
     """Returns the number that little-endian bytes of F32, F16 or BF16 say."""
     found: float = struct.unpack(_FORMATS.get(dtype.name, "<f"), b"\0\0" + raw if dtype.name == "BF16" else raw)[0]
     return found
 
 
-def rounded(value: float, dtype: DType) -> bytes:
+def rounded_bytes(value: float, dtype: DType) -> bytes:
     """Returns the bytes of a number (an F32 or narrower one) rounded to the nearest of a type, ties to even."""
     if value != value:  # noqa: PLR0124  # NaN
         return _NAN
@@ -76,7 +76,7 @@ def rounded(value: float, dtype: DType) -> bytes:
         return struct.pack(_FORMATS[dtype.name], float("inf") if value > 0 else float("-inf"))
 
 
-def spread(numel: int, most: int) -> list[int]:
+def spread_places(numel: int, most: int) -> list[int]:
     """Returns at most so many row-major numbers of elements, first and last among them, evenly apart."""
     if numel <= most:
         return list(range(numel))
@@ -154,12 +154,12 @@ def compare_masters(
     starts = list(accumulate((len(entries[name].pieces) for name in names), initial=0))
     each = max(most // max(starts[-1], 1), 1)
     samples, tally = Samples(), Tally()
-    for index in spread(starts[-1], most):
+    for index in spread_places(starts[-1], most):
         at = bisect_right(starts, index) - 1
         entry = entries[names[at]]
         piece = entry.pieces[index - starts[at]]
         assert isinstance(piece.held, Extent)  # partitions are dense
-        indices = spread(piece.count, each)
+        indices = spread_places(piece.count, each)
         differing = _differing(samples, (model, module[names[at]]), piece, entry.dtype, indices)
         tally.add(piece.held.file, names[at], len(indices), differing)
     return tally
@@ -179,4 +179,4 @@ def _differing(
     narrow = dtype if dtype.itemsize < ref.dtype.itemsize else ref.dtype
     theirs = samples.elements(model, ref, [piece.start + index for index in indices])
     mine = [samples.value(held.file, held.offset + index * dtype.itemsize, dtype) for index in indices]
-    return sum(rounded(a, narrow) != rounded(b, narrow) for a, b in zip(mine, theirs, strict=True))
+    return sum(rounded_bytes(a, narrow) != rounded_bytes(b, narrow) for a, b in zip(mine, theirs, strict=True))

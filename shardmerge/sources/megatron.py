@@ -16,9 +16,10 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_values import Opaque, PickleValue
 from shardmerge.sources.rank_files import FILES, MegatronRankFile, is_distributed, list_ranks
-from shardmerge.sources.rank_sets import check_same_names, counted, missing_ranks, stack_ranks
+from shardmerge.sources.rank_sets import check_same_names, missing_ranks, ranks_in_words, stack_ranks
+from shardmerge.sources.state_dict import StateDict, state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
-from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
+from shardmerge.sources.torch_file import TorchFile, read_torch_file
 from shardmerge.tensors import Catalog, Fact
 
 _MOST_NAMED = 5
@@ -162,7 +163,7 @@ def _prefix(rank: MegatronRankFile) -> str:
 
 def _kind(ranks: list[MegatronRankFile]) -> str:
     stages = len({rank.stage for rank in ranks})
-    kind = f"Megatron, {counted(len(ranks) // stages)}"
+    kind = f"Megatron, {ranks_in_words(len(ranks) // stages)}"
     return f"{kind} x {stages} pipeline stages" if stages > 1 else kind
 
 

@@ -37,7 +37,7 @@ def read_meta(folder: Path) -> Catalog | None:
     check_same_names(folder, ranks)
     _check_numbers(folder, found, _stated_ranks(folder, ranks["00"]))
     facts: dict[str, Fact] = {"ranks": len(ranks), "embedding_dim": _embedding_dim(ranks["00"])}
-    return stack_ranks(folder, f"Meta consolidated, {counted(len(ranks))}", ranks, facts)
+    return stack_ranks(folder, f"Meta consolidated, {ranks_in_words(len(ranks))}", ranks, facts)
 
 
 def _embedding_dim(first: Catalog) -> int:
@@ -100,7 +100,7 @@ def missing_ranks(folder: Path, names: Sequence[str], total: int) -> CheckpointE
     )
 
 
-def counted(ranks: int) -> str:
+def ranks_in_words(ranks: int) -> str:
     """Returns ``1 rank``, ``8 ranks``."""
     return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from shardmerge.sources.not_read import not_a_model
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.run_states import run_state
-from shardmerge.sources.torch_file import StateDict, TorchFile, read_torch_file, state_dict
+from shardmerge.sources.state_dict import StateDict, state_dict
+from shardmerge.sources.torch_file import TorchFile, read_torch_file
 from shardmerge.tensors import Catalog, TensorEntry
 
 

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, ShardmergeError, UsageError
-from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
+from shardmerge.errors import CheckpointError, ShardmergeError
+from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
-from shardmerge.sources.torch_zip import ZIP_MAGIC, read_directory, read_torch_zip
+from shardmerge.sources.torch_zip import read_torch_zip
+from shardmerge.sources.zip_directory import read_directory
+from shardmerge.sources.zip_members import ZIP_MAGIC
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, FileStamp, Piece, Strided, TensorEntry, dense
-
-# Where training frameworks put the state dict, most telling first. Optimizer states are never searched.
-_ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
-
-# A small file can hold a value that is endless once written out (a dict that holds itself, or one twice, and so on).
-_MOST_LEAVES = 2_000_000
-_LONGEST_NAME = 4096
-_MOST_DEPTH = 100
 
 # Bytes of pickles whose values are kept: the values take about eight times as much. Ranks that share a node's GPUs
 # write a few hundred KB in as many variants as there are GPUs.
 _MOST_KNOWN = 4 << 20
-# Keys looked at on each level for a hint.
-_MOST_ROOTS = 20
-
 # Records of the tar that torch <= 0.1.9 wrote (``torch/serialization.py``, ``legacy_load``).
 _TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"tensors\0", b"storages\0")
 
@@ -240,165 +230,3 @@ def _from_legacy(file: SourceFile) -> TorchFile:
 
 def _stamp(file: SourceFile, header: bytes) -> FileStamp:
     return FileStamp.of(file.path, file.status, header)
-
-
-# State dicts
-
-
-@dataclass(frozen=True, slots=True)
-class StateDict:
-    """The named tensors of a file.
-
-    Attributes
-    ----------
-    root_key
-        Dotted path of the dict they were found in; empty for the top level.
-    tensors
-        By name; names of nested dicts are joined with dots.
-    skipped
-        Names of what is not a tensor.
-    """
-
-    root_key: str
-    tensors: dict[str, TensorRef]
-    skipped: tuple[str, ...]
-
-
-def state_dict(root: PickleValue, *, key: str = "") -> StateDict:
-    """Finds the named tensors in what a file holds.
-
-    Parameters
-    ----------
-    root
-        ``TorchFile.root``.
-    key
-        Dotted path of the dict that is meant, e.g. ``model.ema``. Empty: the first of the usual places that
-        has tensors, else the top level.
-
-    Raises
-    ------
-    UsageError
-        ``unknown-root``: no such key.
-    CheckpointError
-        ``no-tensors``; ``unsupported-tensor``: a quantized, sparse, meta, nested or conjugate tensor;
-        ``duplicate-name``; ``hostile-pickle``: a value that is endless when written out.
-    """
-    if key:
-        return _collect(_descend(root, key), key)
-    if isinstance(root, dict):
-        for name in _ROOTS:
-            if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
-                return _collect(root[name], name)
-        if any(_is_tensor(value) for value in root.values()):
-            return _collect(_without_optimizer(root), "")
-    raise _no_tensors(root, "")
-
-
-def _without_optimizer(root: dict[object, PickleValue]) -> dict[object, PickleValue]:
-    return {name: value for name, value in root.items() if not str(name).startswith("optimizer")}
-
-
-def _descend(root: PickleValue, key: str) -> PickleValue:
-    """Keys may hold dots themselves, so the longest one that fits wins."""
-    value, parts = root, key.split(".")
-    while parts:
-        names = value if isinstance(value, dict) else {}
-        end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names), 0)
-        if not end:
-            raise UsageError("unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key))
-        value, parts = names[".".join(parts[:end])], parts[end:]
-    return value
-
-
-def _collect(holder: PickleValue, root_key: str) -> StateDict:
-    tensors: dict[str, TensorRef] = {}
-    skipped = []
-    for name, leaf in _leaves(holder):
-        if name in tensors:
-            raise CheckpointError("duplicate-name", "two tensors have one name", where=name)
-        if isinstance(leaf, TensorRef):
-            tensors[name] = leaf
-        elif _is_tensor(leaf):
-            raise _unsupported(name, leaf)
-        else:
-            skipped.append(name)
-    if not tensors:
-        raise _no_tensors(holder, root_key)
-    return StateDict(root_key, tensors, tuple(skipped))
-
-
-def _leaves(
-    value: PickleValue, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
-) -> Iterator[tuple[str, PickleValue]]:
-    """Yields the leaves of nested dicts, with dotted names. Other containers are leaves."""
-    budget = budget or [_MOST_LEAVES]
-    if not isinstance(value, dict):
-        return
-    if id(value) in above or len(above) > _MOST_DEPTH:
-        raise _endless(prefix)
-    for name, item in value.items():
-        budget[0] -= 1
-        path = f"{prefix}{name}" if isinstance(name, str | int) else f"{prefix}<{type(name).__name__}>"
-        if budget[0] < 1 or len(path) > _LONGEST_NAME:
-            raise _endless(path[:80])
-        if isinstance(item, dict):
-            yield from _leaves(item, f"{path}.", (*above, id(value)), budget)
-        else:
-            yield path, item
-
-
-def _endless(name: str) -> CheckpointError:
-    return CheckpointError(
-        "hostile-pickle", "nested dicts hold more names, or longer ones, than any checkpoint", where=name
-    )
-
-
-def _is_tensor(value: PickleValue) -> bool:
-    """Tells whether a value is a tensor, of a kind that is read or not."""
-    if isinstance(value, TensorRef):
-        return True
-    return isinstance(value, Opaque) and (
-        (value.type.module in ("torch._utils", "torch._tensor") and value.type.name.startswith("_rebuild"))
-        or value.type.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
-    )
-
-
-def _unsupported(name: str, value: PickleValue) -> CheckpointError:
-    return CheckpointError(
-        "unsupported-tensor",
-        "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
-        where=name,
-        found=value.type.path if isinstance(value, Opaque) else "",
-        hint="where it is trusted, load it with torch and save what to_dense() or dequantize() gives",
-    )
-
-
-def _no_tensors(root: PickleValue, key: str) -> CheckpointError:
-    return CheckpointError(
-        "no-tensors",
-        f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
-        found=_keys(root),
-        hint=_root_hint(root, key),
-    )
-
-
-def _root_hint(root: PickleValue, key: str) -> str:
-    """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
-    roots = list(islice(_roots(root), _MOST_ROOTS))
-    best = max(roots, key=lambda root: len(os.path.commonprefix((root, key))), default="")  # reading imports nothing
-    return f"say --root {best}, in a mapping `root: {best}`" if best else ""
-
-
-def _roots(value: PickleValue, prefix: str = "", depth: int = 3) -> Iterator[str]:
-    """Yields the dotted names of the dicts inside that hold tensors."""
-    for name, item in islice(value.items(), _MOST_ROOTS) if isinstance(value, dict) and depth else ():
-        if isinstance(item, dict):
-            if any(_is_tensor(leaf) for leaf in islice(item.values(), _MOST_ROOTS)):
-                yield f"{prefix}{str(name)[:80]}"
-            yield from _roots(item, f"{prefix}{str(name)[:80]}.", depth - 1)
-
-
-def _keys(value: PickleValue) -> str:
-    if isinstance(value, dict):
-        return ", ".join(str(name)[:80] for name in list(value)[:20]) or "an empty dict"
-    return value.type.path if isinstance(value, Opaque) else type(value).__name__

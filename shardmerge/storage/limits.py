@@ -37,6 +37,17 @@ def usable_cpus() -> int:
     return max(1, min(counts))
 
 
+def may_fork() -> bool:
+    """Tells whether this process has one thread and no more: another could hold a lock that a copy would wait for.
+
+    Where /proc does not tell, it has several.
+    """
+    try:
+        return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208  # names are all that is wanted
+    except OSError:
+        return False
+
+
 def bounds_cache(moved: int) -> bool:
     """Tells whether files must not gather in the page cache: all that is read and written exceeds the memory.
 

@@ -15,7 +15,7 @@ from shardmerge.targets.architectures import JsonObject, dimension, dump, load_o
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.targets.options import bad_option, count
+from shardmerge.targets.options import bad_option, whole_number
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, Shape, SideFile
 
@@ -99,7 +99,11 @@ def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
 def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where: str) -> tuple[int, tuple[str, ...]]:
     """Returns the id of ``<IMG_CONTEXT>``: the tokenizer's; where there is none the option's, or the published one."""
     known = tokenizer.token_id(catalog.side_files, request.read, _IMAGE_TOKEN)
-    stated = count(request, "image_token_id", known or 1, most=_MAX_ID) if "image_token_id" in request.options else None
+    stated = (
+        whole_number(request, "image_token_id", known or 1, most=_MAX_ID)
+        if "image_token_id" in request.options
+        else None
+    )
     if known is not None and stated not in (None, known):
         raise bad_option(request, "image_token_id", str(stated), f"{known}, which is what the tokenizer has")
     found = known if known is not None else stated

@@ -8,7 +8,7 @@ from shardmerge.compose import own_dtype
 from shardmerge.targets import llama
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
-from shardmerge.targets.options import choice, count
+from shardmerge.targets.options import choice, whole_number
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, id_warnings, rows, tokenizer_files
 from shardmerge.tensors import SideFile
@@ -66,7 +66,7 @@ def _tied_or_not(request: Request, text: TextSource) -> TextSource:
 def _config(request: Request, text: TextSource, counted: VocabularyRows) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config) or _stored(text)
     config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
-    context = count(request, "context", 0, most=_MAX_CONTEXT)
+    context = whole_number(request, "context", 0, most=_MAX_CONTEXT)
     if context:
         config["max_position_embeddings"] = context
     return config | {"architectures": [CLASSES[text.architecture.model_type]]}

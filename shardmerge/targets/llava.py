@@ -6,58 +6,16 @@ legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config, training_run
-from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
-from shardmerge.targets.bases import (
-    ROLES,
-    Players,
-    TextBase,
-    VisionBase,
-    check_context,
-    find_players,
-    missing_sources,
-    read_both,
-)
+from shardmerge.targets import clip, llama, training_run
+from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
+from shardmerge.targets.bases import ROLES
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
-from shardmerge.targets.llava_kinds import LLAVA, LlavaKind, kind_of, pinpoints
-from shardmerge.targets.llava_names import NAMES, LlavaNames
-from shardmerge.targets.llava_tokens import IMAGE_TOKEN, llava_tokens
-from shardmerge.targets.options import choice
-from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.training_run import RunSettings, processor_source, read_run_settings, tokenizer_source
-from shardmerge.targets.vocabulary import VocabularyRows, check_ids, rows
-from shardmerge.targets.wiring import Wiring, wire
+from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.llava_kinds import LLAVA, LlavaKind, pinpoints
+from shardmerge.targets.llava_model import OPTIONS, LlavaModel, read_llava
+from shardmerge.targets.llava_tokens import IMAGE_TOKEN
+from shardmerge.targets.training_run import processor_source, tokenizer_source
 from shardmerge.tensors import Shape, SideFile
-
-# XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
-_ROW_MULTIPLE = 64
-
-OPTIONS = {
-    "names": "`legacy` (what every transformers from 4.36 on loads), `4.52` or `5.6`: the names that a model has "
-    "in memory from that version on, which earlier ones do not load",
-    "vocabulary": "`extend`: `<image>` and `<pad>` are added where the tokenizer lacks them; `keep`: the text source "
-    "is a Hugging Face LLaVA, whose tokens and rows stay as they are",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LlavaModel:
-    """All that was read and decided: what the directory will describe."""
-
-    kind: LlavaKind
-    names: LlavaNames
-    players: Players
-    text: TextBase
-    vision: VisionBase
-    wiring: Wiring
-    tokens: TokenizerFiles
-    pad_id: int | None
-    rows: VocabularyRows
-    settings: RunSettings
 
 
 def expect(request: Request) -> Expectation:
@@ -84,65 +42,6 @@ def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
     """
     model = read_llava(request, kind)
     return assemble(model, request, config_json(model, request), *processor_files(model, request))
-
-
-# ---- reading
-
-
-def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
-    """Reads the bases and decides on names, wiring, tokens and rows.
-
-    Raises
-    ------
-    TargetError
-        As ``expect``.
-    """
-    names = NAMES[choice(request, "names", tuple(NAMES))]
-    players = find_players(request, names.language.removesuffix("model."), names.vision.removesuffix("vision_model."))
-    missing = missing_sources((players.text, players.vision), request.catalogs)
-    if missing:
-        raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
-    text, vision = read_both(players, request)
-    check_context(players.model, text)
-    kind = _kind(request, kind, text)
-    settings = read_run_settings(request, text)
-    official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
-    wiring = wire(players.facts, players.trained, settings.config, settings.where)
-    raise_all(_two_layers(wiring, players))
-    tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
-    counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
-    check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
-    return LlavaModel(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
-
-
-def _kind(request: Request, kind: LlavaKind, text: TextBase) -> LlavaKind:
-    """Returns the kind of the result: a base that is a LLaVA-NeXT makes no LLaVA 1.5, and the other way round."""
-    if not isinstance(text.whole.get("text_config"), dict):
-        return kind
-    own = kind_of(text.whole, text.where)
-    if own is kind or choice(request, "vocabulary", ("extend", "keep")) == "keep":
-        return own
-    raise TargetError(
-        "unsupported-architecture",
-        f"the text source is a {own.model_type}, which is no base for a {kind.model_type}",
-        where=text.where,
-        found=f"model_type {own.model_type!r}",
-        expected=f"a language model, or a LLaVA of model_type {kind.model_type!r}",
-    )
-
-
-def _two_layers(wiring: Wiring, players: Players) -> list[ShardmergeError]:
-    if wiring.depth == 2:
-        return []
-    problem = TargetError(
-        "projector-depth",
-        "the projector does not fit: a Hugging Face LLaVA has exactly two linear layers",
-        where=players.trained.path if players.trained else "",
-        found=wiring.told,
-        expected="projector_depth 2",
-        hint="name a target that holds a projector of any depth: `official/llava` or `xtuner/llava`",
-    )
-    return [problem]
 
 
 # ---- names and shapes
@@ -197,7 +96,7 @@ def _components(model: LlavaModel) -> tuple[Component, ...]:
     return (*parts, newline) if model.kind.newline else parts
 
 
-# ---- config.json and generation_config.json
+# ---- config.json
 
 
 def config_json(model: LlavaModel, request: Request) -> JsonObject:
@@ -232,18 +131,6 @@ def _pinpoints(model: LlavaModel) -> list[list[int]]:
 
 def _pad(model: LlavaModel) -> JsonObject:
     return {} if model.pad_id is None else {"pad_token_id": model.pad_id}
-
-
-def generation_config(text: TextBase, request: Request, changes: Mapping[str, object]) -> SideFile:
-    """Returns generation_config.json: the text base's, or its special tokens, with ``changes``."""
-    extent = text.catalog.side_files.get("generation_config.json")
-    if extent is not None:
-        config = load_object(extent, request.read)
-        config.pop("_from_model_config", None)  # lets transformers replace the file by what config.json says
-    else:
-        config = {key: text.config.get(key) for key in ("bos_token_id", "eos_token_id")}
-        config = {key: value for key, value in config.items() if value is not None}
-    return SideFile("generation_config.json", (dump({**config, **changes}),))
 
 
 # ---- tokenizer and processor

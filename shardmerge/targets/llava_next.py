@@ -5,8 +5,9 @@ from __future__ import annotations
 from shardmerge.targets import training_run
 from shardmerge.targets.bases import ROLES
 from shardmerge.targets.expectation import Expectation, Request, Target
-from shardmerge.targets.llava import OPTIONS, expect_kind
+from shardmerge.targets.llava import expect_kind
 from shardmerge.targets.llava_kinds import NEXT
+from shardmerge.targets.llava_model import OPTIONS
 
 
 def expect(request: Request) -> Expectation:

@@ -24,7 +24,7 @@ from shardmerge.targets.bases import (
     read_vision,
 )
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
-from shardmerge.targets.llava import generation_config
+from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import VocabularyRows, rows, tokenizer_files

@@ -25,9 +25,9 @@ from shardmerge.targets.bases import (
     read_vision,
 )
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
-from shardmerge.targets.llava import generation_config
-from shardmerge.targets.options import choice, number
-from shardmerge.targets.peft_adapter import AdapterFacts, is_adapter
+from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.options import choice, positive_number
+from shardmerge.targets.peft_adapter import AdapterFacts, holds_adapter
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
@@ -103,7 +103,7 @@ def _form(trained: Catalog, prefix: str) -> _Form:
     names = [name for name in trained.names() if name.startswith(prefix)]
     if not names:
         return "absent"
-    return "adapter" if is_adapter(names) else "whole"
+    return "adapter" if holds_adapter(names) else "whole"
 
 
 def _missing(players: Players, request: Request, forms: tuple[_Form, _Form]) -> list[ShardmergeError]:
@@ -175,7 +175,7 @@ def _adapter(request: Request, players: Players, trained: Catalog, folder: str) 
         else (players.vision, players.facts.visual_encoder_lora, "vision_alpha", "", "visual_encoder.")
     )
     tensors = peft_adapter.adapter_tensors(trained, prefix, request.gone("trained"))
-    stated = number(request, option)
+    stated = positive_number(request, option)
     facts = AdapterFacts(
         alpha=lora.alpha if stated is None and lora else stated,
         use_rslora=lora.use_rslora if lora else False,

@@ -15,7 +15,7 @@ from shardmerge.targets.architectures import JsonObject, dump
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target, described_by
 from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
 from shardmerge.targets.llama import TextArchitecture
-from shardmerge.targets.options import choice, count
+from shardmerge.targets.options import choice, whole_number
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, rows
 from shardmerge.tensors import Shape, SideFile
@@ -36,7 +36,7 @@ def expect(request: Request) -> Expectation:
         ``vocabulary-rows``.
     """
     text = read_text_source(request)
-    ranks = count(request, "ranks", 1, most=_MAX_RANKS)
+    ranks = whole_number(request, "ranks", 1, most=_MAX_RANKS)
     by_columns = choice(request, "embedding_dim", ("0", "1")) == "1"
     counted = rows(request, text.architecture.vocab_size)
     _check(text, ranks, counted, by_columns=by_columns)

@@ -40,7 +40,7 @@ def switch(request: Request, key: str, *, default: bool) -> bool:
     return value.lower() in _YES
 
 
-def count(request: Request, key: str, default: int, *, most: int) -> int:
+def whole_number(request: Request, key: str, default: int, *, most: int) -> int:
     """Returns an option that counts something: 1 to ``most``.
 
     Raises
@@ -56,7 +56,7 @@ def count(request: Request, key: str, default: int, *, most: int) -> int:
     return int(value)
 
 
-def number(request: Request, key: str) -> float | None:
+def positive_number(request: Request, key: str) -> float | None:
     """Returns an option that is a positive number, or ``None`` where it is not given.
 
     Raises

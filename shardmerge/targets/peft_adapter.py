@@ -15,7 +15,7 @@ from shardmerge.shown import shown
 from shardmerge.targets.adapter_config import read_adapter_config
 from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
-from shardmerge.targets.options import number, switch
+from shardmerge.targets.options import positive_number, switch
 from shardmerge.tensors import Catalog, Shape, SideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -63,7 +63,7 @@ class AdapterFacts:
     fan_in_fan_out: bool = False
 
 
-def is_adapter(names: Iterable[str]) -> bool:
+def holds_adapter(names: Iterable[str]) -> bool:
     """Whether any of these names is one of a LoRA adapter."""
     return any(".lora_" in name for name in names)
 
@@ -307,7 +307,7 @@ def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[T
 def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
     own = load_object(catalog.side_files[ADAPTER_CONFIG], request.read) if ADAPTER_CONFIG in catalog.side_files else {}
-    stated = number(request, "alpha")
+    stated = positive_number(request, "alpha")
     where = catalog.side_files[ADAPTER_CONFIG].file if own else catalog.path
     if own and _ranks(tensors):
         raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from shardmerge.targets.training_config import ConfigValue, integer, lookup, part_of, plain_text
+from shardmerge.targets.training_config import ConfigValue, config_integer, lookup, part_of, plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,9 @@ def read_model_facts(text: str) -> ModelFacts:
     if not isinstance(model, Mapping):
         return ModelFacts()
     vision = part_of(model, "visual_encoder")
-    return ModelFacts(_class(model), _class(vision), integer(model, "max_position_embeddings"), tuple(_odd(model)))
+    return ModelFacts(
+        _class(model), _class(vision), config_integer(model, "max_position_embeddings"), tuple(_odd(model))
+    )
 
 
 def _class(section: Mapping[str, ConfigValue]) -> str:
@@ -55,6 +57,6 @@ def _class(section: Mapping[str, ConfigValue]) -> str:
 
 def _odd(model: Mapping[str, ConfigValue]) -> Iterator[str]:
     for key, value in model.items():
-        unread = key in _NUMBERS and value is not None and integer(model, key) is None
+        unread = key in _NUMBERS and value is not None and config_integer(model, key) is None
         if unread or (key not in _SETTINGS and value is not None and value is not False):
             yield key

@@ -122,8 +122,8 @@ def read_training_config(text: str) -> TrainingFacts:
         freeze_visual_encoder=_flag(model, "freeze_visual_encoder"),
         llm_path=plain_text(llm, "pretrained_model_name_or_path"),
         vision_path=plain_text(vision, "pretrained_model_name_or_path"),
-        visual_select_layer=integer(model, "visual_select_layer"),
-        projector_depth=integer(model, "projector_depth"),
+        visual_select_layer=config_integer(model, "visual_select_layer"),
+        projector_depth=config_integer(model, "projector_depth"),
         llm_lora=_lora(model, "llm_lora"),
         visual_encoder_lora=_lora(model, "visual_encoder_lora"),
         quantized=llm.get("quantization_config") is not None,
@@ -181,7 +181,7 @@ def _lora(model: Mapping[str, ConfigValue], key: str) -> LoraFacts | None:
     saved = section.get("modules_to_save")
     alpha = _number(section, "lora_alpha") if rslora is not None else None
     return LoraFacts(
-        r=integer(section, "r"),
+        r=config_integer(section, "r"),
         alpha=alpha if ranks is not None and alphas is not None else None,
         use_rslora=rslora is True,
         use_dora=_flag(section, "use_dora") or False,
@@ -214,7 +214,7 @@ def _flag(section: Mapping[str, ConfigValue], key: str) -> bool | None:
     return bool(value) if isinstance(value, int) and value in (0, 1) else None
 
 
-def integer(part: Mapping[str, ConfigValue], key: str) -> int | None:
+def config_integer(part: Mapping[str, ConfigValue], key: str) -> int | None:
     """Returns a number of a config, ``None`` where there is none."""
     value = part.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -45,6 +45,7 @@ def boxed(dtype: DType, shape: Shape, boxes: Iterable[Box], where: str = "") -> 
         return ()
     if len(kept) == 1:
         return (Piece(0, prod(shape), kept[0].held),)
+    # Views stay boxes: the memory law takes the first piece of a tensor for what all of them are.
     if all(isinstance(box.held, Extent) and _is_flat(shape, box.shape) for box in kept):
         return tuple(Piece(place(box.offsets, row_major(shape)), prod(box.shape), box.held) for box in kept)
     return (Piece(0, prod(shape), Boxes(shape, tuple(kept))),)

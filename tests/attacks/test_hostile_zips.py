@@ -8,7 +8,8 @@ import pytest
 from hostile_zips import PICKLE, STORAGE, Entry, build, changed, sound
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.torch_file import is_torch_file, read_torch_file, state_dict
+from shardmerge.sources.state_dict import state_dict
+from shardmerge.sources.torch_file import is_torch_file, read_torch_file
 from tests.counting import refusal
 
 

@@ -44,14 +44,6 @@ def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progre
         told()
 
 
-def may_fork() -> bool:
-    """Tells whether this process has one thread and no more; where /proc does not tell, it has."""
-    try:
-        return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208  # names are all that is wanted
-    except OSError:
-        return False
-
-
 class _Told:
     """Passes on what counters say; asked as ``stopped``, it never says yes."""
 
