@@ -181,24 +181,12 @@ def run_part(  # one parameter an option
     ShardmergeError
         As ``run``.
     """
-    from shardmerge.publish.finishing import is_published
-    from shardmerge.publish.running import finish_plan, make_some
+    from shardmerge.publish.running import carry_out_share
     from shardmerge.publish.shares import which
 
     options, path, chosen = options or Options(), Path(mapping), which(part, waiting)
     prepared = prepare(path, options, roots)
-    place = output_path(prepared, out, str(mapping))
-    if is_published(prepared.plan, place) and not options.fresh:
-        return finish_plan(prepared.plan, place, options)
-    try:
-        state = make_some(prepared.plan.parts(), chosen, place, options, progress)
-    except OutputError:
-        if not is_published(prepared.plan, place):
-            raise
-        return finish_plan(prepared.plan, place, options)  # others made what it was slow to make
-    if (state.missing or state.elsewhere) and not is_published(prepared.plan, place):
-        return state
-    return finish_plan(prepared.plan, place, options, made=state.made)
+    return carry_out_share(prepared.plan, chosen, output_path(prepared, out, str(mapping)), options, progress)
 
 
 def finish(

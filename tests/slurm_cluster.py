@@ -102,12 +102,14 @@ class SlurmCluster:
         own = {"socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
         options = [f"--{name}={self.folder / file}" for name, file in own.items()]
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *options)
-        until(lambda: (self.folder / "munge.socket").exists(), 20)
+        until((self.folder / "munge.socket").exists, 20)
 
     def _start(self, name: str, *command: str) -> None:
-        """Starts a daemon in a session of its own: what a terminal or a time limit sends to a test does not reach it."""
+        """Starts a daemon in a session of its own: what a terminal sends to a test does not reach it."""
         with (self.folder / f"{name}.log").open("ab") as log:
-            self._daemons[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+            self._daemons[name] = subprocess.Popen(
+                command, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
 
     def said(self, *command: str, given: str | None = None, cwd: Path | None = None) -> str:
         """Returns what a command of Slurm prints."""

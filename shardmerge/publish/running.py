@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.errors import OutputError
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Counters, Means, Outcome, check_device
 from shardmerge.execute.executors.contract import Executor, Make, Progress, Stopped
@@ -57,6 +58,29 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         staging.give_up()
         raise
     return finish_plan(plan, out, options, made=len(todo))
+
+
+def carry_out_share(
+    plan: Plan, which: Which, out: Path, options: Options, progress: Progress | None = None
+) -> Result | Unfinished:
+    """Makes some of the parts of a plan, as one of several that do; publishes where all are made then.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    if is_published(plan, out):
+        return _there_already(plan, out)
+    try:
+        state = make_some(plan.parts(), which, out, options, progress)
+    except OutputError:
+        if not is_published(plan, out):
+            raise
+        return _there_already(plan, out)  # others made what this one was slow to make
+    if (state.missing or state.elsewhere) and not is_published(plan, out):
+        return state
+    return finish_plan(plan, out, options, made=state.made)
 
 
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
