@@ -12,17 +12,19 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 from shardmerge.errors import UsageError
 from shardmerge.execute.engine import Counters
 from shardmerge.execute.executors.contract import Make, Stopped
-from shardmerge.plan.schedule import largest_first, share
+from shardmerge.plan.schedule import largest_first, late_part, share
 from shardmerge.plan.value import Part
 from shardmerge.prepare.options import Options
-from shardmerge.publish.making import is_made
+from shardmerge.publish.making import is_made, read_receipt
+from shardmerge.publish.part_receipts import machine
 from shardmerge.publish.staging import Staging
 from shardmerge.storage.writing import explained
 
@@ -87,17 +89,20 @@ class Anything:
         Told when there is nothing to do but to wait for others.
     look
         Between which two numbers of seconds it then looks again.
+    again
+        Parts that are made again, since whoever has them is slow.
     """
 
     gone: float = _GONE
     waiting: Waiting | None = None
     look: tuple[float, float] = _LOOK
+    again: set[int] = field(default_factory=set)
 
     def rounds(self, parts: Sequence[Part], staging: Staging, options: Options) -> Iterator[list[Part]]:
         """Yields what nobody is at work on, and ends when all is made, and it is for this process to publish it.
 
-        It waits for what others are at work on, and yields that too if they are gone. Where another one publishes, it
-        ends once he has.
+        It waits for what others are at work on, and yields that too if they are gone, or slow. Where another one
+        publishes, it ends once he has.
         """
         claims = Claims(staging, self.gone)
         left = [parts[number] for number in largest_first([part.shard.nbytes for part in parts])]
@@ -107,6 +112,9 @@ class Anything:
             todo = [part for part in left if part.number not in busy]
             if todo and not claims.is_held(_LAST):  # whoever publishes has taken the files elsewhere
                 yield todo
+            elif (late := self._late(parts, left, claims)) is not None:
+                self.again.add(late.number)
+                yield [late]
             else:
                 self._wait(len(left))
             if not staging.is_begun():
@@ -117,7 +125,20 @@ class Anything:
 
     def maker(self, make: Make, staging: Staging) -> Make:
         """Returns what makes a part if nobody else has begun to."""
-        return _Claimed(make, Claims(staging, self.gone))
+        return _Claimed(make, Claims(staging, self.gone), self.again)
+
+    def _late(self, parts: Sequence[Part], left: Sequence[Part], claims: Claims) -> Part | None:
+        """Returns a part that somebody is slow at, once half of all parts say what is usual."""
+        receipts = [(part, found) for part in parts if (found := read_receipt(claims.staging, part)) is not None]
+        if 2 * len(receipts) < len(parts):
+            return None
+        paces = [(found.seconds / part.shard.nbytes, found.machine) for part, found in receipts if part.shard.nbytes]
+        own = [pace for pace, where in paces if where == machine()]
+        usual = median([pace for pace, _ in paces]) if paces else 0.0
+        begun = {part.number: seconds for part in left if (seconds := claims.age(part.number)) is not None}
+        sizes = [part.shard.nbytes for part in parts]
+        late = late_part(begun, sizes, usual, median(own) if own else usual)
+        return parts[late] if late is not None and late not in self.again else None
 
     def _wait(self, missing: int) -> None:
         if self.waiting is not None:
@@ -172,6 +193,14 @@ class Claims:
         """Tells whether somebody claimed a part, or another thing, a moment ago."""
         return any(map(self._is_fresh, self.staging.parts.glob(f"{name}.*.claim")))
 
+    def age(self, number: int) -> float | None:
+        """Returns for how many seconds a part has been under way, since the last claim of it."""
+        times = []
+        for path in self.staging.parts.glob(f"{number:05d}.*.claim"):
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return time.time() - max(times) if times else None
+
     def at_work(self) -> set[int]:
         """Returns the numbers of the parts that somebody claimed, or wrote to, a moment ago."""
         found = set()
@@ -194,10 +223,13 @@ class _Claimed:
 
     make: Make
     claims: Claims
+    again: set[int]
 
     def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:
-        staging = self.claims.staging
-        if not is_made(staging, part) and self.claims.take(f"{part.number:05d}") and not is_made(staging, part):
+        staging, name = self.claims.staging, f"{part.number:05d}"
+        if part.number in self.again:
+            name = f"again-{name}"  # one more, and not two
+        if not is_made(staging, part) and self.claims.take(name) and not is_made(staging, part):
             self.make(part, counters, stopped)
 
 
