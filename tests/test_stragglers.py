@@ -29,7 +29,7 @@ def test_a_part_is_late_for_its_size(under_way: dict[int, float], own: float, fo
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_slow_worker_in_ten_costs_less_than_a_seventh(seed: int) -> None:
-    """1,000 parts, 64 workers, one in ten four times slower: within 1.15 of the ideal, a handful of parts made twice."""
+    """1,000 parts, 64 workers, one in ten four times slower: within 1.15 of the ideal, a handful made twice."""
     draw = random.Random(seed)
     slowness = [4.0] * 6 + [1.0] * 58
     sizes = [draw.randint(900, 1035) for _ in range(1000)]
