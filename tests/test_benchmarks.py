@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes
+from benchmarks import case_pages, floor, full_8b, goals, loops, lora, page_cache, report, sizes
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
@@ -417,3 +417,35 @@ def test_the_page_of_the_bare_loop_compares_within_rounds() -> None:
     assert windows["rows"] == windows_cpu["rows"]
     assert windows["rows"][0] == ["threads, one file", *["2.00 (2.00 to 2.00)"] * 2]
     assert lengths["rows"][-1] == ["tiles of 2 MiB, written by 128 KiB", "4.50 (3.00 to 6.00)", "3.00 (3.00 to 3.00)"]
+
+
+# ---- LoRA beside its product
+
+
+def test_a_lora_and_what_it_cannot_do_without(tmp_path: Path) -> None:
+    """The passes change no value, and every contender takes time; a layer is a file."""
+    job = lora.Job.write(tmp_path, LlamaShape(64, 2, 4, 2, 128, 64), 4)
+    assert len(job.shapes) == 14
+    assert job.parameters == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert lora.passes(job, tmp_path / "copy")[0] > 0
+    assert (tmp_path / "copy").read_bytes() == job.base.read_bytes()
+    seconds = lora.measured(job, [1, 2], 1)
+    assert {key: len(took) for key, took in seconds.items()} == {"product": 1, "passes": 1, "1": 1, "2": 1}
+    assert min(min(one) for took in seconds.values() for one in took) > 0
+
+
+def test_the_page_of_a_lora_compares_within_rounds(tmp_path: Path) -> None:
+    job = lora.Job(tmp_path / "mapping.yaml", ((1000, 1000),), 8)
+    seconds = {"product": [(1.0, 1.0), (2.0, 2.0)], "1": [(1.5, 1.4), (3.0, 2.9)], "16": [(0.2, 3.0), (0.4, 3.0)]}
+    found = lora.result(job, seconds, {})
+    assert found["tables"][0]["rows"][1] == [
+        "shardmerge, 1 worker",
+        "2.25 (1.50 to 3.00)",
+        "2.15 (1.40 to 2.90)",
+        "1.50 (1.50 to 1.50)",
+    ]
+    shown = {row[1]: row[2:] for row in goals.rows({"lora": found})}
+    assert shown == {
+        "LoRA by one worker, at most 2 x its product in float64": ["1.50 x", "reached"],
+        "by 16 workers at least 6 x faster": ["7.5 x", "reached"],
+    }
