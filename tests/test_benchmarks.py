@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes, windows
+from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes, views, windows
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
@@ -458,3 +459,12 @@ def test_the_page_of_the_windows_compares_within_rounds() -> None:
     assert len(rows) == 8
     figures = ["2.00 (1.00 to 3.00)", "1.50 (1.50 to 1.50)", "4.00 (2.00 to 6.00)", "0.50 (0.50 to 0.50)"]
     assert rows[-1] == ["copy, two processes of two threads", *figures]
+
+
+def test_views_are_measured_and_what_is_refused_is_shown(tmp_path: Path) -> None:
+    """10 TiB: what the reference maps could be written, so Linux wants that much memory to be there."""
+    found = views.measured(tmp_path, 2, {"1 MiB": MIB, "10 TiB": 10 << 40})
+    small, large = views.result(found, {})["tables"][0]["rows"]
+    assert all(re.fullmatch(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", cell) for cell in (*small[1:], *large[1:3]))
+    assert large[3:] == ["refused", ""]
+    assert list(tmp_path.iterdir()) == []
