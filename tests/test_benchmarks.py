@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, goals, loops, lora, page_cache, report, sizes
+from benchmarks import case_pages, floor, full_8b, goals, loops, lora, page_cache, report, sizes, views, windows
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
@@ -449,3 +450,53 @@ def test_the_page_of_a_lora_compares_within_rounds(tmp_path: Path) -> None:
         "LoRA by one worker, at most 2 x its product in float64": ["1.50 x", "reached"],
         "by 16 workers at least 6 x faster": ["7.5 x", "reached"],
     }
+
+
+@pytest.mark.parametrize("case", windows.CASES)
+def test_processes_and_threads_of_the_windows_do_the_same_job(case: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    windows.write_source(tmp_path / "source", 1)
+    (tmp_path / "out").mkdir()
+    run = windows.Run("cast", case, "mmap")
+    assert measure(run.command(tmp_path / "source", tmp_path / "out")).code == 0
+    before, after = (
+        {name: value for path in (tmp_path / folder).rglob("*.safetensors") for name, value in load_file(path).items()}
+        for folder in ("source", "out")
+    )
+    assert len(before) == 2
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in before)
+    assert len(list((tmp_path / "out").iterdir())) == windows.CASES[case][0]
+
+
+def test_a_process_of_the_windows_that_fails_fails_the_run(tmp_path: Path) -> None:
+    windows.write_source(tmp_path / "source", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00002").write_text("in the way")
+    run = windows.Run("copy", "two processes of one thread", "pread")
+    assert measure(run.command(tmp_path / "source", tmp_path / "out")).code == 1
+
+
+def test_the_page_of_the_windows_compares_within_rounds() -> None:
+    found = {
+        run: [
+            {"wall": n * (1.0 if run.io == "pread" else 1.5), "cpu": n * (2.0 if run.io == "pread" else 1.0)}
+            for n in (1, 3)
+        ]
+        for run in windows.RUNS
+    }
+    rows = windows.result(found, 1, {})["tables"][0]["rows"]
+    assert len(rows) == 8
+    figures = ["2.00 (1.00 to 3.00)", "1.50 (1.50 to 1.50)", "4.00 (2.00 to 6.00)", "0.50 (0.50 to 0.50)"]
+    assert rows[-1] == ["copy, two processes of two threads", *figures]
+
+
+def test_views_are_measured_and_what_is_refused_is_shown(tmp_path: Path) -> None:
+    """10 TiB: what the reference maps could be written, so Linux wants that much memory to be there."""
+    found = views.measured(tmp_path, 2, {"1 MiB": MIB, "10 TiB": 10 << 40})
+    small, large = views.result(found, {})["tables"][0]["rows"]
+    assert all(re.fullmatch(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", cell) for cell in (*small[1:], *large[1:3]))
+    assert large[3:] == ["refused", ""]
+    assert list(tmp_path.iterdir()) == []
