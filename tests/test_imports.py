@@ -48,7 +48,9 @@ ROOMS = {
     "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
     "shardmerge.mapping.node_reader", "shardmerge.mapping.preset_files", "shardmerge.mapping.reader",
     "shardmerge.mapping.resolve",
-    "shardmerge.ops.registry", "shardmerge.plan.planner", "shardmerge.sources.opening",
+    "shardmerge.ops.registry", "shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.reading",
+    "shardmerge.plan.schedule", "shardmerge.plan.writing", "shardmerge.publish.running", "shardmerge.publish.shares",
+    "shardmerge.sources.opening",
     "shardmerge.targets.bases", "shardmerge.targets.llava",
     "shardmerge.targets.training_config", "shardmerge.publish.verify",
 }  # fmt: skip
@@ -60,8 +62,8 @@ READERS = {
     "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
 }  # fmt: skip
 OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}
-PLANNING = READING | {"shardmerge.plan.planner"}
-EXECUTING = PLANNING | {"shardmerge.execute.engine"}
+PLANNING = READING | {"shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.schedule"}
+EXECUTING = PLANNING | {"shardmerge.execute.engine", "shardmerge.publish.running"}
 
 MAPPING = """\
 shardmerge: 1
@@ -101,7 +103,7 @@ def test_help(folder: Path) -> None:
     found = imported("--help")
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
-    commands = {"bench", "main", "mappings", "options", "progress"}
+    commands = {"bench", "cluster", "main", "mappings", "options", "progress"}
     assert ours == {
         "shardmerge.cli",
         "shardmerge.errors",
@@ -145,6 +147,13 @@ def test_the_blas_is_looked_for_where_a_product_is_made(tmp_path: Path) -> None:
     assert not imported("plan", mapping) & {"threadpoolctl", "shardmerge.execute.products"}
     found = imported("run", mapping, "--out", tmp_path / "out")
     assert {name.partition(".")[0] for name in found} & LIBRARIES == libraries | {"threadpoolctl"}
+
+
+def test_a_plan_is_carried_out_without_what_made_it(folder: Path) -> None:
+    imported("plan", folder / "mapping.yaml", "--out", folder / "plan.json")
+    rooms = EXECUTING | {"shardmerge.execute.making", "shardmerge.plan.reading", "shardmerge.plan.writing"}
+    found = imported("run", folder / "plan.json", "--out", folder / "planned")
+    check(found, libraries={"click", "numpy", "ml_dtypes"}, heavy=OF_NUMPY, rooms=rooms)
 
 
 def test_a_target_is_imported_when_it_is_asked_for() -> None:

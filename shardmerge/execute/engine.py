@@ -209,6 +209,7 @@ class _Worker:
             file.write(tensor.offset + start * size, data)
             checksum = crc32(data, checksum)
             assembler.release(data)
+            del data  # before the next one is made: a band may be 32 MiB
             if not done(count * size):
                 return False
         self.written += task.count * size
