@@ -177,6 +177,14 @@ def _whole(result: Result) -> Iterator[Found]:
     yield "at most 64 MiB resident", f"{peak:.1f} MiB", peak <= 64
 
 
+def _lora(result: Result) -> Iterator[Found]:
+    over = result["over_product"]["1"]["median"]
+    yield "LoRA by one worker, at most 2 x its product in float64", f"{over:.2f} x", over <= 2
+    if "16" in result["speedups"]:
+        faster = result["speedups"]["16"]["median"]
+        yield "by 16 workers at least 6 x faster", f"{faster:.1f} x", faster >= 6
+
+
 _OTHERS: dict[str, Callable[[Result], Iterator[Found]]] = {
     "clone-xfs": _cloned,
     "clone-btrfs": _cloned,
@@ -185,4 +193,5 @@ _OTHERS: dict[str, Callable[[Result], Iterator[Found]]] = {
     "planning": _planned,
     "sizes": _flat,
     "full-8b": _whole,
+    "lora": _lora,
 }

@@ -56,6 +56,7 @@ _RUNNING = """\
 | the same with `--cold`, with `--size 2GiB` | `zero2-1g-cold.json`, `zero2-2g.json` | | |
 | `python -m benchmarks.sizes` | `sizes.json` | 10 min | 35 GB |
 | `python -m benchmarks.full_8b` | `full-8b.json` | 10 min | 51 GB |
+| `python -m benchmarks.lora` | `lora.json` | 4 min | 5 GB |
 | `python -m benchmarks.memory_8b` | `memory-8b.json` | 25 min a kind | 17 GB |
 | `python -m benchmarks.report` | this page and its plots | 1 s | |
 

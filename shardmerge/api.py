@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -156,10 +156,12 @@ def run_part(  # one parameter an option
     *,
     roots: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
+    waiting: Callable[[int], None] | None = None,
 ) -> Result | Unfinished:
     """Makes some parts of a mapping or a plan, as one of several processes that do, on this machine or others.
 
-    Whoever finds all parts made publishes the result.
+    Whoever finds all parts made publishes the result. With ``any`` that is waited for: whoever others are at work on
+    and do not finish is made up for.
 
     Parameters
     ----------
@@ -169,6 +171,8 @@ def run_part(  # one parameter an option
         ``3/8``: the share of the fourth of eight. ``any``: whatever nobody has made or is visibly at work on.
     roots
         As for ``prepare``.
+    waiting
+        Told, now and then, how many parts are missing that others are at work on, while these are waited for.
 
     Raises
     ------
@@ -177,17 +181,12 @@ def run_part(  # one parameter an option
     ShardmergeError
         As ``run``.
     """
-    from shardmerge.publish.finishing import is_published
-    from shardmerge.publish.running import finish_plan, make_some
+    from shardmerge.publish.running import carry_out_share
     from shardmerge.publish.shares import which
 
-    options, path, chosen = options or Options(), Path(mapping), which(part)
+    options, path, chosen = options or Options(), Path(mapping), which(part, waiting)
     prepared = prepare(path, options, roots)
-    place = output_path(prepared, out, str(mapping))
-    if is_published(prepared.plan, place) and not options.fresh:
-        return finish_plan(prepared.plan, place, options)
-    state = make_some(prepared.plan.parts(), chosen, place, options, progress)
-    return state if state.missing else finish_plan(prepared.plan, place, options, made=state.made)
+    return carry_out_share(prepared.plan, chosen, output_path(prepared, out, str(mapping)), options, progress)
 
 
 def finish(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch writes the checkpoints")
 
-from benchmarks import case_pages, floor, full_8b, goals, loops, page_cache, report, sizes
+from benchmarks import case_pages, floor, full_8b, goals, loops, lora, page_cache, report, sizes, views, windows
 from benchmarks.cases import DEFAULT, case, resized, write_shards
 from benchmarks.contender import Contender
 from benchmarks.measuring import run_case
@@ -417,3 +418,85 @@ def test_the_page_of_the_bare_loop_compares_within_rounds() -> None:
     assert windows["rows"] == windows_cpu["rows"]
     assert windows["rows"][0] == ["threads, one file", *["2.00 (2.00 to 2.00)"] * 2]
     assert lengths["rows"][-1] == ["tiles of 2 MiB, written by 128 KiB", "4.50 (3.00 to 6.00)", "3.00 (3.00 to 3.00)"]
+
+
+# ---- LoRA beside its product
+
+
+def test_a_lora_and_what_it_cannot_do_without(tmp_path: Path) -> None:
+    """The passes change no value, and every contender takes time; a layer is a file."""
+    job = lora.Job.write(tmp_path, LlamaShape(64, 2, 4, 2, 128, 64), 4)
+    assert len(job.shapes) == 14
+    assert job.parameters == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert lora.passes(job, tmp_path / "copy")[0] > 0
+    assert (tmp_path / "copy").read_bytes() == job.base.read_bytes()
+    seconds = lora.measured(job, [1, 2], 1)
+    assert {key: len(took) for key, took in seconds.items()} == {"product": 1, "passes": 1, "1": 1, "2": 1}
+    assert min(min(one) for took in seconds.values() for one in took) > 0
+
+
+def test_the_page_of_a_lora_compares_within_rounds(tmp_path: Path) -> None:
+    job = lora.Job(tmp_path / "mapping.yaml", ((1000, 1000),), 8)
+    seconds = {"product": [(1.0, 1.0), (2.0, 2.0)], "1": [(1.5, 1.4), (3.0, 2.9)], "16": [(0.2, 3.0), (0.4, 3.0)]}
+    found = lora.result(job, seconds, {})
+    assert found["tables"][0]["rows"][1] == [
+        "shardmerge, 1 worker",
+        "2.25 (1.50 to 3.00)",
+        "2.15 (1.40 to 2.90)",
+        "1.50 (1.50 to 1.50)",
+    ]
+    shown = {row[1]: row[2:] for row in goals.rows({"lora": found})}
+    assert shown == {
+        "LoRA by one worker, at most 2 x its product in float64": ["1.50 x", "reached"],
+        "by 16 workers at least 6 x faster": ["7.5 x", "reached"],
+    }
+
+
+@pytest.mark.parametrize("case", windows.CASES)
+def test_processes_and_threads_of_the_windows_do_the_same_job(case: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    windows.write_source(tmp_path / "source", 1)
+    (tmp_path / "out").mkdir()
+    run = windows.Run("cast", case, "mmap")
+    assert measure(run.command(tmp_path / "source", tmp_path / "out")).code == 0
+    before, after = (
+        {name: value for path in (tmp_path / folder).rglob("*.safetensors") for name, value in load_file(path).items()}
+        for folder in ("source", "out")
+    )
+    assert len(before) == 2
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in before)
+    assert len(list((tmp_path / "out").iterdir())) == windows.CASES[case][0]
+
+
+def test_a_process_of_the_windows_that_fails_fails_the_run(tmp_path: Path) -> None:
+    windows.write_source(tmp_path / "source", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00002").write_text("in the way")
+    run = windows.Run("copy", "two processes of one thread", "pread")
+    assert measure(run.command(tmp_path / "source", tmp_path / "out")).code == 1
+
+
+def test_the_page_of_the_windows_compares_within_rounds() -> None:
+    found = {
+        run: [
+            {"wall": n * (1.0 if run.io == "pread" else 1.5), "cpu": n * (2.0 if run.io == "pread" else 1.0)}
+            for n in (1, 3)
+        ]
+        for run in windows.RUNS
+    }
+    rows = windows.result(found, 1, {})["tables"][0]["rows"]
+    assert len(rows) == 8
+    figures = ["2.00 (1.00 to 3.00)", "1.50 (1.50 to 1.50)", "4.00 (2.00 to 6.00)", "0.50 (0.50 to 0.50)"]
+    assert rows[-1] == ["copy, two processes of two threads", *figures]
+
+
+def test_views_are_measured_and_what_is_refused_is_shown(tmp_path: Path) -> None:
+    """10 TiB: what the reference maps could be written, so Linux wants that much memory to be there."""
+    found = views.measured(tmp_path, 2, {"1 MiB": MIB, "10 TiB": 10 << 40})
+    small, large = views.result(found, {})["tables"][0]["rows"]
+    assert all(re.fullmatch(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", cell) for cell in (*small[1:], *large[1:3]))
+    assert large[3:] == ["refused", ""]
+    assert list(tmp_path.iterdir()) == []

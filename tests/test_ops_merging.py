@@ -168,6 +168,7 @@ def test_dare_draws_what_it_documents() -> None:
     expected = [word >> 11 < int(0.4 * 2**53) for word in words]
     assert op.mask(1, 0, 32).tolist() == expected
     assert op.mask(1, 13, 10).tolist() == expected[13:23]
+    assert np.array_equal(op.mask(1, 13, 20_000), op.mask(1, 0, 20_013)[13:])  # in more than one draw
 
 
 def test_slerp_of_many_blocks(tmp_path: Path) -> None:
@@ -179,6 +180,16 @@ def test_slerp_of_many_blocks(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         check_cuts(made(built("slerp", t=0.3), tmp_path, [a, b])), expected, rtol=1e-5, atol=1e-7
     )
+
+
+def test_slerp_sees_the_last_element(tmp_path: Path) -> None:
+    """Which decides the angle here, and lies alone in its block."""
+    a, b = np.zeros((2, (1 << 16) + 1), np.float32)
+    a[0] = b[1] = 1
+    a[-1] = b[-1] = 2
+    angle = np.arccos(4 / 5)
+    expected = (np.sin(0.7 * angle) * a + np.sin(0.3 * angle) * b) / np.sin(angle)
+    np.testing.assert_allclose(filled(made(built("slerp", t=0.3), tmp_path, [a, b])), expected, rtol=1e-6)
 
 
 def test_merges_of_merges_and_casts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from shardmerge.compose import compose
 from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.execute.gather import Assembler
+from shardmerge.ops.parts import PART
 from shardmerge.storage.reading import FilePool
 from tests.made import built, check_cuts, check_peak, filled, made
 
@@ -54,6 +55,14 @@ def test_float64_decides_the_type_and_overflow_is_counted(tmp_path: Path) -> Non
     assembler = Assembler(FilePool())
     assembler.fill(entry, 0, memoryview(bytearray(16)))
     assert assembler.overflowed == 2
+
+
+def test_overflows_of_all_parts_of_a_tile_are_counted(tmp_path: Path) -> None:
+    large = np.ones(2 * PART + 1, np.float32)
+    large[[0, PART, 2 * PART]] = 3e38
+    assembler = Assembler(FilePool())
+    assembler.fill(made(built("add"), tmp_path, [large, large]), 0, memoryview(bytearray(large.nbytes)))
+    assert assembler.overflowed == 3
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,22 @@ def test_dora_is_torch_in_float64(rank: int, width: int, height: int) -> None:
     np.testing.assert_allclose(found.array, expected.numpy(), rtol=1.3e-7, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_only_what_was_finite_overflows(kind: str) -> None:
+    """One row: too large a sum; infinite in the base; NaN in B, which LoRA's product shows and DoRA's row cannot."""
+    a, b, base = (np.ones(shape, np.float32) for shape in ((2, 5), (4, 2), (4, 5)))
+    base[0], b[0] = 3e38, 1e38
+    base[1, 2] = np.inf
+    b[2, 0] = np.nan
+    if kind == "lora":
+        found = execute(Lora(1.0), (a, b, base))
+        assert found.overflows == 5
+        assert np.isfinite(found.array).sum() == 5 + 4
+    else:
+        found = execute(Dora(1.0), (a, b, np.full(4, 2.0, np.float32), base))
+        assert found.overflows == 5 + 5
+
+
 def calls_for_a_tile(op: Arithmetic, arrays: tuple[Array, ...], count: int) -> int:
     """Returns the calls, of Python and of numpy, that making so many elements from the first on takes."""
     metas = [meta_of(array) for array in arrays]

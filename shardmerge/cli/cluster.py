@@ -58,42 +58,76 @@ def clean(out: str) -> None:
 
 @click.command()
 @click.argument("mapping", type=click.Path())
+@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS OF RUN]")
 @click.option("--nodes", type=click.IntRange(1, 10_000), required=True, help="How many tasks, a node each.")
 @click.option("--cpus", type=click.IntRange(1, 1024), default=4, help="CPUs of each task. Default: 4.")
 @click.option("--mem", default="2G", help="Memory of each task. Default: 2G.")
 @click.option("--time", "limit", default="01:00:00", help="Time limit of a task. Default: one hour.")
+@click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="Another option of sbatch: partition=long.")
 @click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
-def slurm(mapping: str, nodes: int, cpus: int, mem: str, limit: str, out: str | None) -> None:
+@click.pass_context
+def slurm(  # noqa: PLR0913  # one parameter an option
+    context: click.Context,
+    mapping: str,
+    more: tuple[str, ...],
+    nodes: int,
+    cpus: int,
+    mem: str,
+    limit: str,
+    lines: tuple[str, ...],
+    out: str | None,
+) -> None:
     """Print the sbatch script that makes a mapping, or a plan, by an array of tasks."""
     if not Path(mapping).is_file():
         from shardmerge.errors import UsageError
 
         raise UsageError("missing-path", "there is no such mapping or plan", where=mapping)
-    place = f" --out {_quoted(out)}" if out else ""
-    click.echo(_SCRIPT.format(last=nodes - 1, cpus=cpus, mem=mem, limit=limit, mapping=_quoted(mapping), out=place))
+    arguments = ["run", _absolute(mapping), "--part", "any", *(["--out", _absolute(out)] if out else []), *more]
+    _try(context, arguments)
+    told = {"array": f"0-{nodes - 1}", "cpus-per-task": cpus, "mem": mem, "time": limit}
+    options = [*(f"--{name}={value}" for name, value in told.items()), *_FIXED, *map(_dashed, lines)]
+    click.echo("\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in options), _command(arguments)]))
 
 
-def _quoted(path: str) -> str:
+# What every array of tasks is told. A task that is preempted is queued again, and goes on; its log is added to.
+# SIGUSR1 comes a minute before the time limit, or up to one more earlier (man sbatch): a task that gets it stops
+# cleanly. It goes to the shell of the script alone (B:), in whose place `exec` puts shardmerge.
+_FIXED = (
+    "--job-name=shardmerge",
+    "--nodes=1",
+    "--ntasks=1",
+    "--requeue",
+    "--open-mode=append",
+    "--output=shardmerge-%A_%a.log",
+    "--signal=B:USR1@60",
+)
+
+
+def _absolute(path: str) -> str:
+    """A task may begin in another directory."""
+    return str(Path(path).expanduser().absolute())
+
+
+def _dashed(option: str) -> str:
+    return option if option.startswith("-") else f"--{option}"
+
+
+def _try(context: click.Context, arguments: list[str]) -> None:
+    """Refuses what `run` would refuse, before anybody waits for it in a queue."""
+    group = context.parent.command if context.parent else None
+    if isinstance(group, click.Group):
+        group.commands["run"].make_context("run", arguments[1:], parent=context.parent)
+
+
+def _command(arguments: list[str]) -> str:
+    """Returns the line that calls this shardmerge, whatever PATH holds where the task runs."""
     import shlex
+    import shutil
+    import sys
 
-    return shlex.quote(str(Path(path).absolute()))
-
-
-# A task takes whatever nobody has made, so that one that is preempted, or slow, is made up for; requeued, it goes on.
-# SIGUSR1 comes a minute before the time limit: the task stops cleanly, and says how to go on.
-_SCRIPT = """\
-#!/bin/bash
-#SBATCH --job-name=shardmerge
-#SBATCH --array=0-{last}
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task={cpus}
-#SBATCH --mem={mem}
-#SBATCH --time={limit}
-#SBATCH --requeue
-#SBATCH --signal=B:USR1@60
-exec shardmerge run {mapping} --part any{out}
-"""
+    called = shutil.which(sys.argv[0])
+    itself = [str(Path(called).absolute())] if called else [sys.executable, "-m", "shardmerge"]
+    return f"exec {shlex.join([*itself, *arguments])}"
 
 
 def show_part(state: Result | Unfinished, *, as_json: bool) -> None:
@@ -104,7 +138,15 @@ def show_part(state: Result | Unfinished, *, as_json: bool) -> None:
         fields: dict[str, object] = {"published": False, "made": state.made, "missing": state.missing}
         there = state.count - state.missing
         said = f"made {state.made} files; {there} of {state.count} are there, the others are made by other tasks"
+        if state.elsewhere:
+            said = f"made {state.made} files; all {state.count} are there, and another task publishes them"
     else:
         fields = {"published": True, "made": state.made, "path": str(state.path), "plan": state.plan.id}
         said = f"made {state.made} files; all {len(state.plan.shards)} are there: {state.path} is published"
     click.echo(dumped({"ok": True, **fields}) if as_json else said)
+
+
+def say_waiting(missing: int) -> None:
+    """Says what a task does that has nothing to do."""
+    what = f"waiting for {missing} files that other tasks are at work on" if missing else "waiting for the result"
+    click.echo(what, err=True)

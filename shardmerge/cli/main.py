@@ -16,17 +16,19 @@ import click
 
 import shardmerge
 from shardmerge.cli.bench import bench
-from shardmerge.cli.cluster import add_cluster_commands, show_part
+from shardmerge.cli.cluster import add_cluster_commands, say_waiting, show_part
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import (
     check_option,
     device_option,
     dumped,
+    engine_options,
     json_option,
     pair,
     parsed,
     plan_options,
     refuse_idle,
+    refuse_idle_for_engine,
     refuse_idle_for_plan,
     root_option,
     run_options,
@@ -76,6 +78,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @check_option
 @device_option
 @run_options
+@engine_options
 @click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
 @_quiet
 @json_option
@@ -96,9 +99,12 @@ def run(  # one parameter an option
 
     options = parsed(given)
     refuse_idle_for_plan(mapping, given)
+    refuse_idle_for_engine(given, part)
     moved = [pair(text, "--root", "/old=/new") for text in roots]
     if part is not None:
-        show_part(api.run_part(mapping, part, out, options, roots=moved), as_json=as_json)
+        refuse_idle(given, "fresh", why="would remove what others have made: `shardmerge clean OUT` does, before all")
+        state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
+        show_part(state, as_json=as_json)
         return
     prepared = api.prepare(Path(mapping), options, moved)
     _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)

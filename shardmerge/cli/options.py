@@ -58,6 +58,23 @@ def run_options(function: _Command) -> _Command:
     return function
 
 
+def engine_options(function: _Command) -> _Command:
+    """Who makes the files of a result."""
+    for option in (
+        click.option(
+            "--address", help="Of a cluster of Ray: auto, HOST:6379, ray://HOST:10001. Default: what Ray finds."
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(["here", "ray"]),
+            default="here",
+            help="Who makes the files: processes here, or tasks of Ray.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 root_option = click.option(
     "--root", "roots", multiple=True, metavar="OLD=NEW", help="Where the files of a plan are now."
 )
@@ -92,6 +109,8 @@ def parsed(given: dict[str, Any]) -> Options:
         partial=given["partial"],
         files=given["files"],
         check=given.get("check"),
+        engine=given.get("engine", "here"),
+        address=given.get("address"),
         fresh=given.get("fresh", False),
         recheck=given.get("recheck", False),
         overwrite=given.get("overwrite", False),
@@ -104,6 +123,15 @@ def refuse_idle(given: dict[str, Any], *names: str, why: str) -> None:
     idle = [f"--{spelt.get(name, name).replace('_', '-')}" for name in names if given[name]]
     if idle:
         raise UsageError("no-effect", f"{idle[0]} {why}", hint=f"leave {', '.join(idle)} out")
+
+
+def refuse_idle_for_engine(given: dict[str, Any], part: str | None) -> None:
+    """Refuses what has no effect with the engine that is asked for."""
+    if given["engine"] == "here":
+        refuse_idle(given, "address", why="is for --engine ray")
+        return
+    chosen = {"part": part, "device": given["device"] != "cpu"}
+    refuse_idle(chosen, "part", "device", why="is not for --engine ray, whose tasks take whole files and use CPUs")
 
 
 def refuse_idle_for_plan(path: str, given: dict[str, Any]) -> None:

@@ -275,7 +275,7 @@ class _Making:
         except KeyboardInterrupt as error:
             self._failure = self._failure or error
             deadline = time.monotonic() + _GRACE
-            for thread in threads:
+            for thread in filter(threading.Thread.is_alive, threads):  # the signal may come before all are started
                 thread.join(max(deadline - time.monotonic(), 0))
             raise InterruptedRunError("interrupted", "stopped before the result was published") from error
         if self._failure is not None:

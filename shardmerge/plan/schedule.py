@@ -10,7 +10,7 @@ together. The planned peak is a sum of what is known before a byte is read:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import ResourceError
@@ -156,3 +156,29 @@ def share(sizes: Sequence[int], index: int, count: int) -> list[int]:
         heapq.heappush(loads, (load + sizes[number], task))
         found += [number] if task == index else []
     return found
+
+
+# How many times as long as others take for its size somebody is at work on a part before it is made again elsewhere.
+# 1,000 equal parts, 64 workers, one in ten four times slower: the last part is ready at 1.20 of the ideal time without
+# that, at 1.14 with 2, 1.11 with 1.5, 1.09 with 1.2; 1.0 gives 1.08, and makes 37 parts twice instead of six
+# (``python -m benchmarks.stragglers``).
+_LATE = 1.5
+
+
+def late_part(under_way: Mapping[int, float], sizes: Sequence[int], pace: float, own: float) -> int | None:
+    """Returns a part that is worth making again, since whoever has it is slow; None where there is none.
+
+    Parameters
+    ----------
+    under_way
+        For how many seconds each part that is not made has been under way.
+    sizes
+        Of all parts, in bytes, by number.
+    pace, own
+        Seconds a byte, of most makers and of the one who asks: who is slow himself helps nobody.
+    """
+    if own > _LATE * pace:
+        return None
+    overdue = {number: seconds - _LATE * pace * sizes[number] for number, seconds in under_way.items()}
+    late = max(overdue, key=overdue.__getitem__, default=None)
+    return late if late is not None and overdue[late] > 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardmerge.dtypes import DType, float_dtype
 from shardmerge.mapping.spec import OutputSpec
@@ -21,6 +21,10 @@ from shardmerge.targets.expectation import FileChoice, FileMode, Format
 if TYPE_CHECKING:
     from shardmerge.execute.engine import Device
     from shardmerge.prepare.loading import Check
+
+
+# Who makes the parts of a plan.
+Engine: TypeAlias = Literal["here", "ray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,9 @@ class Options:
         Whether all bytes of what an earlier run made are read again, and not some.
     overwrite
         Whether a result of shardmerge at the output path is replaced.
+    engine, address
+        Who makes the parts: ``here``, processes of this machine; or ``ray``, tasks of the cluster at this address, None
+        for the one that Ray finds. ``memory`` and ``workers`` are then those of each task.
     check
         ``transformers``: what will be written is loaded by its own class on the meta device, in a child process, before
         anything is written.
@@ -73,6 +80,8 @@ class Options:
     fresh: bool = False
     recheck: bool = False
     overwrite: bool = False
+    engine: Engine = "here"
+    address: str | None = None
     check: Check | None = None
 
 
@@ -103,7 +112,8 @@ def granted(shards: Sequence[PlannedShard], options: Options) -> Schedule:
     """
     workers = options.workers or default_workers()
     budget = options.memory or default_budget(workers)
-    forks = options.device == "cpu" and may_fork()  # a CUDA context does not survive a fork
+    # A CUDA context does not survive a fork, and a task of Ray makes one part.
+    forks = options.device == "cpu" and options.engine == "here" and may_fork()
     return schedule(shards, budget=budget, workers=workers, processes=workers if forks else 1)
 
 

@@ -50,8 +50,11 @@ class Unfinished:
         How many have no receipt yet.
     count
         How many there are.
+    elsewhere
+        Whether another one has finished meanwhile, and what it has published is not to be seen here yet.
     """
 
     made: int
     missing: int
     count: int
+    elsewhere: bool = False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.errors import OutputError
 from shardmerge.execute.cloning import clonable_bytes
-from shardmerge.execute.engine import Means, Outcome, check_device
-from shardmerge.execute.executors.contract import Progress
+from shardmerge.execute.engine import Counters, Means, Outcome, check_device
+from shardmerge.execute.executors.contract import Executor, Make, Progress, Stopped
 from shardmerge.execute.executors.here import make_here
 from shardmerge.execute.pins import Pins
 from shardmerge.plan.schedule import largest_first
@@ -57,10 +60,33 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
     return finish_plan(plan, out, options, made=len(todo))
 
 
+def carry_out_share(
+    plan: Plan, which: Which, out: Path, options: Options, progress: Progress | None = None
+) -> Result | Unfinished:
+    """Makes some of the parts of a plan, as one of several that do; publishes where all are made then.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    if is_published(plan, out):
+        return _there_already(plan, out)
+    try:
+        state = make_some(plan.parts(), which, out, options, progress)
+    except OutputError:
+        if not is_published(plan, out):
+            raise
+        return _there_already(plan, out)  # others made what this one was slow to make
+    if (state.missing or state.elsewhere) and not is_published(plan, out):
+        return state
+    return finish_plan(plan, out, options, made=state.made)
+
+
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
     """Publishes a plan whose parts are made, by whomever; raises as ``publish.finishing.finish``."""
     if is_published(plan, out) and not options.fresh:
-        return _there_already(plan, out)
+        return _there_already(plan, out, made)
     staging = Staging.of(out, plan.id, sync=options.sync)
     outcome, records = finish(plan, staging, out, read_records, overwrite=options.overwrite)
     return Result(out, plan, outcome, records, made)
@@ -86,20 +112,34 @@ def make_some(
         As ``carry_out``.
     """
     staging = Staging.of(out, parts[0].plan, sync=options.sync)
-    made = 0
+    made = mmap.mmap(-1, 1 + max(part.number for part in parts))  # a byte a part, shared with forked processes
+    begun = False
     for todo in which.rounds(parts, staging, options):
         _begin(staging, todo, parts[0].files, out, options)
-        _have_made(todo, staging, options, progress)
-        made += len(todo)
+        begun = True
+        _have_made(todo, staging, options, progress, lambda make: which.maker(_Marking(make, made), staging))
     missing = sum(read_receipt(staging, part) is None for part in parts)
-    return Unfinished(made, missing, len(parts))
+    elsewhere = begun and not staging.is_begun()
+    return Unfinished(sum(made[:]), 0 if elsewhere else missing, len(parts), elsewhere)
 
 
-def _there_already(plan: Plan, out: Path) -> Result:
+@dataclass(frozen=True, slots=True)
+class _Marking:
+    """Makes parts, and says which."""
+
+    make: Make
+    made: mmap.mmap
+
+    def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:
+        self.make(part, counters, stopped)
+        self.made[part.number] = 1
+
+
+def _there_already(plan: Plan, out: Path, made: int = 0) -> Result:
     root = Staging.of(out, plan.id).root
     if root.exists():
         remove(root, out)
-    return Result(out, plan, Outcome({}, {}, 0, 0, 0))
+    return Result(out, plan, Outcome({}, {}, 0, 0, 0), made=made)
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
@@ -118,15 +158,30 @@ def _begin(
     staging.begin(files, out)
 
 
-def _have_made(todo: Sequence[Part], staging: Staging, options: Options, progress: Progress | None) -> None:
+def _have_made(
+    todo: Sequence[Part],
+    staging: Staging,
+    options: Options,
+    progress: Progress | None,
+    made_by: Callable[[Make], Make] | None = None,
+) -> None:
     how = granted([part.shard for part in todo], options)
     moved = sum(bytes_read(tensor) + tensor.nbytes for part in todo for tensor in part.shard.tensors)
     means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
     try:
-        make_here(todo, Maker(staging, means), how, progress)
+        maker = Maker(staging, means)
+        _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
     except BaseException:
         staging.tidy()
         raise
+
+
+def _executor(options: Options) -> Executor:
+    if options.engine == "here":
+        return make_here
+    from shardmerge.execute.executors.ray import OnRay
+
+    return OnRay(options.address)
 
 
 def read_records(file: SourceFile) -> Iterable[Record]:

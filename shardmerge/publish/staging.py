@@ -3,6 +3,7 @@
     OUT.partial-<plan id>/
         begun.json             which plan it is, of which files, by which version
         parts/00003.<who>.tmp  a part being written, under a name of its maker's
+        parts/00003.0.claim    somebody of several is at work on it, or was (see ``publish.shares``)
         parts/00003.json       the receipt that commits it
         model/                 finished parts: what will be the output
         ready-<who>/           the same, once somebody is about to publish it
@@ -17,8 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardmerge.errors import OutputError, raise_all
@@ -45,21 +45,24 @@ class Staging:
         Id of the plan.
     sync
         Whether names are made durable.
+    who
+        A name that no other maker has. Forked processes share it, and tell themselves apart by their numbers; whoever
+        gets a copy by pickle, maybe on another machine, has a name of his own.
     """
 
     root: Path
     plan: str
     sync: bool = True
+    who: str = field(default_factory=lambda: os.urandom(6).hex(), init=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[Staging], tuple[Path, str, bool]]:
+        """A copy is another maker."""
+        return Staging, (self.root, self.plan, self.sync)
 
     @classmethod
     def of(cls, out: Path, plan: str, *, sync: bool = True) -> Staging:
         """Returns where the parts of a plan for an output path gather, whether there are any or not."""
         return cls(out.parent / f"{out.name}{_MARK}{plan[:_DIGITS]}", plan, sync)
-
-    @cached_property
-    def who(self) -> str:
-        """A name that no other maker has, in this process or any other."""
-        return os.urandom(6).hex()
 
     @property
     def parts(self) -> Path:
@@ -96,6 +99,10 @@ class Staging:
             if self.sync:
                 sync_directory(self.root.parent)
 
+    def is_begun(self) -> bool:
+        """Tells whether parts gather here: not before ``begin``, and not after somebody published the result."""
+        return _begun(self.root) is not None
+
     def place(self, path: Path, data: bytes | list[bytes]) -> None:
         """Makes a small file appear whole under its name, in the place of one that is there; see ``settle``."""
         temporary = self.temporary(path.name)
@@ -116,10 +123,18 @@ class Staging:
             sync_directory(folder)
 
     def tidy(self) -> None:
-        """Removes what this process left half written; called when it stops."""
-        for path in self.parts.glob(f"*.{self.who}.*.tmp"):
+        """Removes what this process left half written, and its claims; called when it stops."""
+        for path in (*self.parts.glob(f"*.{self.who}.*.tmp"), *self.claims()):
             with suppress(OSError):
                 path.unlink()
+
+    def claims(self) -> list[Path]:
+        """Returns the claims of this process, and of those forked from it."""
+        found = []
+        for path in self.parts.glob("*.claim"):
+            with suppress(OSError):
+                found += [path] if path.read_text("ascii", "replace") == self.who else []
+        return found
 
     def give_up(self) -> None:
         """Removes the directories if no part was made: there is nothing to go on with.

@@ -12,13 +12,13 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardmerge import errors
-from shardmerge.errors import InterruptedRunError, Problems, ResourceError, ShardmergeError
+from shardmerge.errors import InterruptedRunError, ResourceError
 from shardmerge.execute.engine import Counters, preload
 from shardmerge.execute.executors.contract import Make, Progress
+from shardmerge.execute.executors.failures import error_from, rows_of
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 
@@ -116,7 +116,7 @@ def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) ->
         for place in iter(lambda: os.read(places, _PLACE), b""):
             make(parts[int.from_bytes(place, "little")], counters, lambda: os.getppid() != parent)
     except BaseException as error:  # noqa: BLE001  # it must reach the parent
-        os.write(write, json.dumps(_rows(error)).encode()[: mmap.PAGESIZE * 16])
+        os.write(write, json.dumps(rows_of(error)).encode()[: mmap.PAGESIZE * 16])
         os._exit(1)
     os._exit(0)
 
@@ -139,7 +139,7 @@ def _read_last_words(child: _Child, code: int) -> None:
     said = b"".join(iter(lambda: os.read(child.said, 1 << 16), b""))
     os.close(child.said)
     if code:
-        raise _error(said) if said else _died(code)
+        raise error_from(json.loads(said)) if said else _died(code)
 
 
 def _kill(child: _Child) -> None:
@@ -159,32 +159,3 @@ def _died(code: int) -> ResourceError:
         found=name,
         hint="the same command goes on where it was; if memory ran out, with fewer --workers or less --max-memory",
     )
-
-
-# --- errors, from one process to another ---
-
-
-def _rows(error: BaseException) -> list[dict[str, str | int]]:
-    if isinstance(error, ShardmergeError):
-        return [{"kind": type(one).__name__, **one.fields()} for one in error.each()]
-    if isinstance(error, OSError):
-        return [{"errno": error.errno or 0, "what": error.strerror or str(error), "where": str(error.filename or "")}]
-    return [{"bug": f"{type(error).__name__}: {error}"}]
-
-
-def _error(said: bytes) -> BaseException:
-    rows = json.loads(said)
-    found = list(_ours(rows))
-    if found:
-        return found[0] if len(found) == 1 else Problems(found)
-    if "errno" in rows[0]:
-        return OSError(rows[0]["errno"], rows[0]["what"], rows[0]["where"])
-    return RuntimeError(rows[0]["bug"])
-
-
-def _ours(rows: Sequence[dict[str, str]]) -> Iterator[ShardmergeError]:
-    for row in rows:
-        kind = getattr(errors, row.get("kind", ""), None)
-        if kind is not None:
-            texts = {name: row[name] for name in ("where", "found", "expected", "hint")}
-            yield kind(row["code"], row["what"], **texts)
