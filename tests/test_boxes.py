@@ -34,7 +34,7 @@ from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text
 from shardmerge.plan.memory import KEPT_TILINGS, WORKSPACE, tiling_bytes
 from shardmerge.plan.order import first_byte
-from shardmerge.plan.value import Part
+from shardmerge.plan.value import Part, Plan
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Box, Boxes, Catalog, Extent, Piece, Strided, TensorEntry
 from shardmerge.tensors.boxes import boxed, check_tiling
@@ -454,19 +454,19 @@ def test_a_slice_reads_its_elements_alone(columns: tuple[TensorEntry, np.ndarray
         assert tensor._reader._pool.bytes_read == values[index].nbytes
 
 
-def part_with(folder: Path, entry: TensorEntry) -> Part:
-    """The only part of a plan that copies a tensor, with another in its place."""
+def with_entry(folder: Path, entry: TensorEntry) -> Plan:
+    """A plan that copies a tensor, with another in its place."""
     save_file({"t": np.zeros(entry.shape, np.float32)}, folder / "model.safetensors")
     (folder / "m.yaml").write_text("shardmerge: 1\nsources: {m: model.safetensors}\ntensors: {t: 'm:t'}\n", "utf-8")
     plan = sm.plan(folder / "m.yaml")
     (shard,) = plan.shards
     (tensor,) = shard.tensors
-    return replace(plan, shards=(replace(shard, tensors=(replace(tensor, entry=entry),)),)).parts()[0]
+    return replace(plan, shards=(replace(shard, tensors=(replace(tensor, entry=entry),)),))
 
 
 def test_a_run_writes_the_tensor(columns: tuple[TensorEntry, np.ndarray], tmp_path: Path) -> None:
     entry, values = columns
-    part = part_with(tmp_path, entry)
+    part = Part("", 0, with_entry(tmp_path, entry).shards[0], ())
     outcome = Workshop(Means(sync=False), part.files).make(part, tmp_path / "made.safetensors", [0])
     assert np.array_equal(load_file(tmp_path / "made.safetensors")["t"], values)
     assert (outcome.bytes_read, outcome.reads) == (values.nbytes, 6)
