@@ -190,7 +190,7 @@ def _unfit(plan: Plan, staging: Staging, ready: Path) -> Iterator[ShardmergeErro
                 "a finished part is not what its receipt says",
                 where=str(staging.model / part.shard.name),
                 found=found,
-                hint="the same command makes it again",
+                hint="run the same mapping or plan without --part: it makes that part again",
             )
     wanted = {RECEIPT, *(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)}
     found_files = {path.relative_to(ready).as_posix() for path in ready.rglob("*") if not path.is_dir()}
