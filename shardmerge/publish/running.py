@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.errors import OutputError
+from shardmerge.errors import ShardmergeError
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Counters, Means, Outcome, check_device
 from shardmerge.execute.executors.contract import Executor, Make, Progress, Stopped
@@ -74,7 +74,7 @@ def carry_out_share(
         return _there_already(plan, out)
     try:
         state = make_some(plan.parts(), which, out, options, progress)
-    except OutputError:
+    except (OSError, ShardmergeError):
         if not is_published(plan, out):
             raise
         return _there_already(plan, out)  # others made what this one was slow to make
