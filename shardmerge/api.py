@@ -179,17 +179,12 @@ def run_part(  # one parameter an option
     ShardmergeError
         As ``run``.
     """
-    from shardmerge.publish.finishing import is_published
-    from shardmerge.publish.running import finish_plan, make_some
+    from shardmerge.publish.running import carry_out_share
     from shardmerge.publish.shares import which
 
     options, path, chosen = options or Options(), Path(mapping), which(part)
     prepared = prepare(path, options, roots)
-    place = output_path(prepared, out, str(mapping))
-    if is_published(prepared.plan, place) and not options.fresh:
-        return finish_plan(prepared.plan, place, options)
-    state = make_some(prepared.plan.parts(), chosen, place, options, progress)
-    return state if state.missing else finish_plan(prepared.plan, place, options, made=state.made)
+    return carry_out_share(prepared.plan, chosen, output_path(prepared, out, str(mapping)), options, progress)
 
 
 def finish(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+from shardmerge.errors import InterruptedRunError, PublishedError, ShardmergeError
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Means, Outcome, check_device
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.executors.here import make_here
+from shardmerge.execute.patience import patiently
 from shardmerge.execute.pins import Pins
 from shardmerge.plan.schedule import largest_first
 from shardmerge.plan.shard import bytes_read
 from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
-from shardmerge.publish.checks import check_output
-from shardmerge.publish.finishing import finish, is_published
+from shardmerge.publish.checks import check_output, check_place
+from shardmerge.publish.finishing import Goal, finish, unconfirmed
 from shardmerge.publish.making import Maker, is_made, read_receipt
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.shares import Which
@@ -36,27 +39,48 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         See ``publish.checks.check_output``, ``execute.engine.Workshop.make`` and ``publish.finishing.finish``.
         Whatever is raised but a ``PublishedError``, ``out`` is as it was.
     """
-    if is_published(plan, out) and not options.fresh:
-        return _there_already(plan, out)
-    parts = plan.parts()
-    staging = Staging.of(out, plan.id, sync=options.sync)
-    if options.fresh:
-        for root in stagings(out):
-            remove(root, out)
-    todo = [part for part in _largest_first(parts) if not is_made(staging, part, recheck=options.recheck)]
-    sides = sum(side.nbytes for side in plan.side_files)
-    _begin(staging, todo, plan.files(), out, options, more=sides)
-    _have_made(todo, staging, options, progress)
-    return finish_plan(plan, out, options, made=len(todo))
+    goal = Goal.of(plan, out, fresh=options.fresh)
+
+    def made() -> int:
+        if options.fresh:
+            check_place(plan.files(), out, overwrite=options.overwrite)
+            for root in stagings(out):
+                remove(root, out)
+        parts, staging = _largest_first(plan.parts()), Staging.of(out, plan.id, sync=options.sync)
+        todo = [part for part in parts if not is_made(staging, part, recheck=options.recheck)]
+        sides = sum(side.nbytes for side in plan.side_files)
+        _begin(staging, todo, plan.files(), out, options, more=sides)
+        _have_made(todo, staging, options, progress)
+        return len(todo)
+
+    return _published(goal, made, options)
 
 
-def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
+def carry_out_share(
+    plan: Plan, which: Which, out: Path, options: Options, progress: Progress | None = None
+) -> Result | Unfinished:
+    """Makes some of the parts of a plan, as one of several that do; publishes where all are made then.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    goal = Goal.of(plan, out)
+    if goal.reached():
+        return _there_already(goal, options)
+    try:
+        state = make_some(plan.parts(), which, out, options, progress)
+    except (OSError, ShardmergeError) as error:
+        return _there_after_all(goal, options, error)
+    if state.missing and not goal.reached():
+        return state
+    return _published(goal, lambda: state.made, options)
+
+
+def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
     """Publishes a plan whose parts are made, by whomever; raises as ``publish.finishing.finish``."""
-    if is_published(plan, out) and not options.fresh:
-        return _there_already(plan, out)
-    staging = Staging.of(out, plan.id, sync=options.sync)
-    outcome, records = finish(plan, staging, out, read_records, overwrite=options.overwrite)
-    return Result(out, plan, outcome, records, made)
+    return _published(Goal.of(plan, out), int, options, recheck=options.recheck)
 
 
 def make_some(
@@ -88,11 +112,32 @@ def make_some(
     return Unfinished(made, missing, len(parts))
 
 
-def _there_already(plan: Plan, out: Path) -> Result:
-    root = Staging.of(out, plan.id).root
-    if root.exists():
-        remove(root, out)
-    return Result(out, plan, Outcome({}, {}, 0, 0, 0))
+def _published(goal: Goal, make: Callable[[], int], options: Options, *, recheck: bool = False) -> Result:
+    """Has parts made and publishes the result; what fails because somebody else has done so did not fail."""
+    if goal.reached():
+        return _there_already(goal, options)
+    staging = Staging.of(goal.out, goal.plan.id, sync=options.sync)
+    how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
+    try:
+        made = make()
+        outcome, records = patiently(how)
+    except (OSError, ShardmergeError) as error:
+        return _there_after_all(goal, options, error)
+    return Result(goal.out, goal.plan, outcome, records, made)
+
+
+def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeError) -> Result:
+    """Returns the result if somebody else has published it meanwhile, or raises what happened."""
+    if isinstance(error, PublishedError) or not goal.reached():
+        raise error
+    if isinstance(error, InterruptedRunError):
+        raise unconfirmed(goal.out, "interrupted") from error
+    return _there_already(goal, options)
+
+
+def _there_already(goal: Goal, options: Options) -> Result:
+    goal.settle(sync=options.sync)
+    return Result(goal.out, goal.plan, Outcome({}, {}, 0, 0, 0))
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
