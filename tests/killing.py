@@ -150,7 +150,11 @@ class Machine:
         return self.play([argv], trap=trap, **given)[0]
 
     def play(
-        self, runs: Sequence[Sequence[object]], turns: Sequence[tuple[int, int]] = (), trap: Trap | None = None, **given: Any
+        self,
+        runs: Sequence[Sequence[object]],
+        turns: Sequence[tuple[int, int]] = (),
+        trap: Trap | None = None,
+        **given: Any,
     ) -> list[Ran]:
         """Runs several commands at a time.
 
@@ -362,7 +366,7 @@ def _take_turns(trap: mmap.mmap, pids: Sequence[int], turns: Sequence[Sequence[i
             os.kill(pid, -calls)
             continue
         _let_go_on(trap, pid, calls, ended)
-    trap[: _ARMED] = struct.pack("=4q", 0, 0, 0, struct.unpack_from("=4q", trap)[3])
+    trap[:_ARMED] = struct.pack("=4q", 0, 0, 0, struct.unpack_from("=4q", trap)[3])
     for pid in pids:
         if pid not in ended.codes:
             os.kill(pid, signal.SIGCONT)
@@ -373,7 +377,7 @@ def _let_go_on(trap: mmap.mmap, pid: int, calls: int, ended: _Ended) -> None:
     used = struct.unpack_from("=4q", trap)[3]
     setting = Trap(STOP, at=calls)
     trap[: _TRAP.size] = setting.packed(ours=pid)
-    trap[: _ARMED] = struct.pack("=4q", 0, calls, 0, used)
+    trap[:_ARMED] = struct.pack("=4q", 0, calls, 0, used)
     trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
     os.kill(pid, signal.SIGCONT)
     before, since = -1, time.monotonic()

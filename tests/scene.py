@@ -94,10 +94,12 @@ class Scene:
         (scene.inputs / "mapping.yaml").write_text(_MAPPING)
         for form in ("safetensors", "bin"):
             mapping = scene.inputs / "mapping.yaml"
-            command_line("plan", mapping, "--format", form, "--out", scene.plan(form))
             golden = root / f"golden-{form}"
-            command_line("run", scene.plan(form), "--out", golden, "--workers", "1", "-q")
+            assert machine.run("plan", mapping, "--format", form, "--out", scene.plan(form)).code == 0
+            assert machine.run("run", scene.plan(form), "--out", golden, "--workers", "1", "-q").code == 0
             scene.goldens[form] = tree(golden)
+        command_line("run", scene.plan(), "--out", root / "command", "-q")
+        assert tree(root / "command") == scene.goldens["safetensors"]
         assert sum(name.endswith(".safetensors") for name in scene.goldens["safetensors"]) == PARTS
         scene._inputs = tree(scene.inputs)
         scene._stamps = scene._looked_at()
@@ -185,7 +187,7 @@ class Scene:
         seen = self.seen(way)
         staging = self.staging
         if seen == "" and way.before:
-            self._in_the_gap(way)
+            self.in_the_gap(way)
         if seen == "new":
             return PARTS
         if staging is None:
@@ -200,7 +202,7 @@ class Scene:
         """Tells whether a file is one of what the output path held before."""
         return way.before == "old" and path.read_bytes() == self.goldens[other(way.form)].get(path.name)
 
-    def _in_the_gap(self, way: Way) -> None:
+    def in_the_gap(self, way: Way) -> None:
         """Where directories cannot be exchanged there is a moment in which both are in the staging directory, whole."""
         assert way.no_exchange
         assert self.staging is not None

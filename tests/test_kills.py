@@ -41,7 +41,9 @@ def scene(folder: Path, runs: Machine) -> Scene:
     return Scene.set(folder / "scene", runs)
 
 
-def _kill_and_go_on(scene: Scene, runs: Machine, way: str, trap: Trap, made: Path | None = None, **given: object) -> bool:
+def _kill_and_go_on(
+    scene: Scene, runs: Machine, way: str, trap: Trap, made: Path | None = None, **given: object
+) -> bool:
     """Runs under a trap, then the same command again; tells whether the first came to its end."""
     scene.begin(WAYS[way], made)
     first = scene.run(runs, WAYS[way], trap, **given)
