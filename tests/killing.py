@@ -51,7 +51,7 @@ class Trap:
     number
         The signal, or the error.
     slow_ms
-        What every sync takes longer.
+        How long the call takes that raised a signal, as if the disk did not answer.
     no_exchange
         The error of ``renameat2``, as on a system that cannot exchange.
     mount
@@ -201,10 +201,8 @@ def machine(folder: Path, gcc: str) -> Iterator[Machine]:
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "LD_PRELOAD": str(library), "TRAP_FILE": str(file), "OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder),
     }  # fmt: skip
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.killing"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    command, pipe = [sys.executable, "-m", "tests.killing"], subprocess.PIPE
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
     with file.open("r+b") as opened:
         trap = mmap.mmap(opened.fileno(), 0)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -128,8 +128,9 @@ class Scene:
     def plan(self, form: str = "safetensors") -> Path:
         return self.inputs / f"{form}.json"
 
-    def command(self, way: Way, *more: object) -> list[object]:
-        return ["run", self.plan(way.form), "--out", self.out, "--workers", "1", "--json", *way.arguments, *more]
+    def command(self, way: Way, *more: object, workers: int = 1) -> list[object]:
+        place = "--out", self.out, "--workers", workers
+        return ["run", self.plan(way.form), *place, *way.arguments, *more, "--json"]
 
     def begin(self, way: Way, made: Path | None = None) -> None:
         """Puts the place as it is before a run, or with all that a run had made before it published."""
@@ -148,10 +149,8 @@ class Scene:
 
     def run(self, machine: Machine, way: Way, trap: Trap | None = None, *more: object, **given: object) -> Ran:
         """Runs the command, under a trap that says whether directories can be exchanged."""
-        found = trap or Trap()
-        return machine.run(
-            *self.command(way, *more), trap=Trap(**{**vars(found), "no_exchange": way.no_exchange}), **given
-        )
+        command = self.command(way, *more, workers=2 if given.get("processes") else 1)
+        return machine.run(*command, trap=replace(trap or Trap(), no_exchange=way.no_exchange), **given)
 
     def keep_made(self, machine: Machine, way: Way) -> Path:
         """Keeps what a run has made just before it publishes, to begin from it."""

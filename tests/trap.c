@@ -95,6 +95,13 @@ static void cut_power(void)
     kill(0, SIGKILL);
 }
 
+static void slow(void)
+{
+    struct timespec left = {trap->slow_ms / 1000, trap->slow_ms % 1000 * 1000000L};
+    while (nanosleep(&left, &left) && errno == EINTR)
+        ;
+}
+
 /* Returns what is asked for of this call: NOTHING, or what only the call itself can do (HALF, FAIL, SHORT, SKIP). */
 static int reached(const char *call)
 {
@@ -111,17 +118,10 @@ static int reached(const char *call)
     case KILL_ALL: kill(0, SIGKILL); break;
     case KILL_PARENT: kill(getppid(), SIGKILL); return NOTHING;
     case POWER: cut_power(); break;
-    case RAISE: kill(getpid(), trap->number); return NOTHING;
+    case RAISE: kill(0, trap->number); slow(); return NOTHING;
     case STOP: kill(getpid(), SIGSTOP); return NOTHING;
     }
     return trap->action;
-}
-
-static void slow(void)
-{
-    struct timespec left = {trap->slow_ms / 1000, trap->slow_ms % 1000 * 1000000L};
-    while (nanosleep(&left, &left) && errno == EINTR)
-        ;
 }
 
 #define REAL(type, name, ...) \
@@ -244,8 +244,6 @@ ssize_t write(int fd, const void *data, size_t nbytes)
 
 #define SYNC(call, ...) \
     char name[PATH_MAX]; \
-    if (trap && trap->armed && trap->slow_ms) \
-        slow(); \
     COUNTED(call, name_of(fd, name), "", 0, 0, __VA_ARGS__)
 
 int fsync(int fd)

@@ -56,44 +56,47 @@ def interrupted() -> InterruptedRunError:
     return InterruptedRunError("interrupted", "stopped before the result was published")
 
 
-def patiently(work: Callable[[Halt], _Found], look: Callable[[], object] = bool) -> _Found:
+def patiently(work: Callable[[Halt], _Found], look: Callable[[], object] = bool, *, last: bool = False) -> _Found:
     """Does work in a thread of its own, and returns what it returns or raises what it raises.
 
     Parameters
     ----------
     work
-        Is given what tells it to stop. Stopped in time it may have come to its end all the same, and that counts.
+        Is given what tells it to stop.
     look
         Called every tenth of a second in the thread that waits.
+    last
+        Whether nothing is to come after it: stopped too late, when it came to its end all the same, it was not stopped.
 
     Raises
     ------
     InterruptedRunError
-        ``interrupted``: Ctrl-C or a signal, and the work did not end by itself. It goes on until the process ends.
+        ``interrupted``: Ctrl-C or a signal. Work that waits for the disk goes on until the process ends.
     """
     found: list[_Found] = []
     failed: list[BaseException] = []
-    halt = Halt()
+    halt, ended = Halt(), threading.Event()
 
     def do() -> None:
         try:
             found.append(work(halt))
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             failed.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=do, daemon=True)
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_LOOK)  # a join without a timeout would not see Ctrl-C
+        threading.Thread(target=do, daemon=True).start()
+        # Not by Thread.join: a signal in it makes Python 3.11 take a thread for ended that is not (bpo-45274).
+        while not ended.wait(_LOOK):
             look()
     except BaseException as error:
         halt.ask()
-        thread.join(_GRACE)
+        ended.wait(_GRACE)
         if not isinstance(error, KeyboardInterrupt):
             raise
+        if not failed and not (found and last):
+            raise interrupted() from error
     if failed:
         raise failed[0]
-    if not found:
-        raise interrupted()
     return found[0]

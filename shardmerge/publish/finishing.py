@@ -91,14 +91,14 @@ class Goal:
             if sync:
                 sync_directory(self.out.parent)
         except ShardmergeError as error:
-            raise unconfirmed(self.out, str(error).splitlines()[0]) from error
+            raise unconfirmed(self.out, error.what) from error
         root = Staging.of(self.out, self.plan.id).root
         for one in stagings(self.out):
             if one == root or is_gone(one):
                 try:
                     remove(one, self.out)
                 except ShardmergeError as error:
-                    raise _not_tidied(one, str(error).splitlines()[0]) from error
+                    raise _not_tidied(error) from error
 
 
 def finish(  # what, from where to where, and how
@@ -335,11 +335,11 @@ def unconfirmed(out: Path, found: str) -> PublishedError:
     )
 
 
-def _not_tidied(root: Path, found: str) -> PublishedError:
+def _not_tidied(error: ShardmergeError) -> PublishedError:
     return PublishedError(
         "not-tidied",
         "the result is published and whole, but what was needed to make it is not all removed",
-        where=str(root),
-        found=found,
+        where=error.where,
+        found=error.what,
         hint="remove that directory",
     )

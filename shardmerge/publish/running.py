@@ -40,20 +40,7 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         Whatever is raised but a ``PublishedError``, ``out`` is as it was.
     """
     goal = Goal.of(plan, out, fresh=options.fresh)
-
-    def made() -> int:
-        if options.fresh:
-            check_place(plan.files(), out, overwrite=options.overwrite)
-            for root in stagings(out):
-                remove(root, out)
-        parts, staging = _largest_first(plan.parts()), Staging.of(out, plan.id, sync=options.sync)
-        todo = [part for part in parts if not is_made(staging, part, recheck=options.recheck)]
-        sides = sum(side.nbytes for side in plan.side_files)
-        _begin(staging, todo, plan.files(), out, options, more=sides)
-        _have_made(todo, staging, options, progress)
-        return len(todo)
-
-    return _published(goal, made, options)
+    return _published(goal, partial(_make_missing, plan, out, options, progress), options)
 
 
 def carry_out_share(
@@ -105,8 +92,7 @@ def make_some(
     staging = Staging.of(out, parts[0].plan, sync=options.sync)
     made = 0
     for todo in which.rounds(parts, staging, options):
-        _begin(staging, todo, parts[0].files, out, options)
-        _have_made(todo, staging, options, progress)
+        _have_made(todo, staging, parts[0].files, out, options, progress)
         made += len(todo)
     missing = sum(read_receipt(staging, part) is None for part in parts)
     return Unfinished(made, missing, len(parts))
@@ -120,7 +106,7 @@ def _published(goal: Goal, make: Callable[[], int], options: Options, *, recheck
     how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
     try:
         made = make()
-        outcome, records = patiently(how)
+        outcome, records = patiently(how, last=True)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
     return Result(goal.out, goal.plan, outcome, records, made)
@@ -136,31 +122,51 @@ def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeEr
 
 
 def _there_already(goal: Goal, options: Options) -> Result:
-    goal.settle(sync=options.sync)
+    try:
+        patiently(lambda _: goal.settle(sync=options.sync), last=True)
+    except InterruptedRunError as error:
+        raise unconfirmed(goal.out, "interrupted") from error
     return Result(goal.out, goal.plan, Outcome({}, {}, 0, 0, 0))
+
+
+def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | None) -> int:
+    """Makes all parts that are not made yet; returns how many."""
+    staging = Staging.of(out, plan.id, sync=options.sync)
+    sides = sum(side.nbytes for side in plan.side_files)
+
+    if options.fresh:
+        check_place(plan.files(), out, overwrite=options.overwrite)
+        for root in stagings(out):
+            remove(root, out)
+    todo = [part for part in _largest_first(plan.parts()) if not is_made(staging, part, recheck=options.recheck)]
+    _have_made(todo, staging, plan.files(), out, options, progress, more=sides)
+    return len(todo)
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
     return [parts[n] for n in largest_first([part.shard.nbytes for part in parts])]
 
 
-def _begin(
-    staging: Staging, todo: Sequence[Part], files: Sequence[FileStamp], out: Path, options: Options, more: int = 0
+def _have_made(  # what, where, and how
+    todo: Sequence[Part],
+    staging: Staging,
+    files: Sequence[FileStamp],
+    out: Path,
+    options: Options,
+    progress: Progress | None,
+    more: int = 0,
 ) -> None:
-    """Checks all that can be checked before anything is written, and makes the staging directory."""
+    """Checks all that can be checked before anything is written, makes the staging directory, and has parts made."""
     shards = [part.shard for part in todo]
+    how = granted(shards, options)  # before another thread is started: only a process without may fork
     needed = sum(shard.nbytes for shard in shards) + more - clonable_bytes(shards, out)
     check_output(files, out, needed, overwrite=options.overwrite)
     check_device(options.device)
     Pins(files).check()
-    staging.begin(files, out)
-
-
-def _have_made(todo: Sequence[Part], staging: Staging, options: Options, progress: Progress | None) -> None:
-    how = granted([part.shard for part in todo], options)
-    moved = sum(bytes_read(tensor) + tensor.nbytes for part in todo for tensor in part.shard.tensors)
+    moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
     means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
     try:
+        patiently(lambda _: staging.begin(files, out))
         make_here(todo, Maker(staging, means), how, progress)
     except BaseException:
         staging.tidy()

@@ -175,8 +175,8 @@ def remove(root: Path, out: Path) -> None:
     OutputError
         ``unwritable-output``.
     """
+    gone = root if is_gone(root) else root.with_name(f"{out.name}{_MARK}{_GONE}{new_name()}")
     with explained(root):
-        gone = root if is_gone(root) else root.with_name(f"{out.name}{_MARK}{_GONE}{new_name()}")
         try:
             if gone != root:
                 root.rename(gone)
@@ -184,6 +184,7 @@ def remove(root: Path, out: Path) -> None:
                 _put_back(old, out)
         except FileNotFoundError:  # somebody else removes it
             return
+    with explained(gone):
         _delete(gone)
 
 

@@ -55,7 +55,6 @@ def _make_all(parts: Sequence[Part], make: Make, counters: Counters, halt: Halt)
     for part in parts:
         halt.check()
         make(part, counters, halt)
-    halt.check()
 
 
 def may_fork() -> bool:
