@@ -139,7 +139,7 @@ def test_several_at_once_make_each_part_once_and_one_publishes(model: Path, tmp_
     for turn in range(4):
         out = tmp_path / f"out{turn}"
         with ThreadPoolExecutor(4) as pool:
-            states = list(pool.map(lambda _: anything(model, out, Anything(look=(0.02, 0.05))), range(4)))  # noqa: B023
+            states = list(pool.map(lambda _: anything(model, out, Anything(look=(0.3, 0.5))), range(4)))  # noqa: B023
         assert sum(state.made for state in states) == len(SIZES)
         assert all(isinstance(state, Result) for state in states)
         check(model, out)
@@ -163,33 +163,36 @@ def test_a_claim_is_given_once(model: Path, tmp_path: Path) -> None:
                 assert sum(pool.map(take, stagings)) == 1
 
 
-def test_a_part_that_another_is_at_work_on_is_waited_for(model: Path, tmp_path: Path) -> None:
+def test_parts_that_another_is_at_work_on_are_waited_for(model: Path, tmp_path: Path) -> None:
+    """Four of seven: too many to know what is usual, and who is slow."""
     out, waits = tmp_path / "out", list[int]()
     other = staging_of(model, out)
-    assert Claims(other).take("00003")
+    assert all(Claims(other).take(f"{number:05d}") for number in range(4))
     done = _started(lambda: anything(model, out, Anything(waiting=waits.append, look=(0.02, 0.05))))
     _until(lambda: len(waits) > 3)
-    assert set(waits) == {1}
-    assert len(list(other.parts.glob("*.json"))) == len(SIZES) - 1
+    assert set(waits) == {4}
+    assert len(list(other.parts.glob("*.json"))) == 3
     assert not done.is_set()
     other.tidy()  # he stops, and says so
     assert done.wait(30)
     check(model, out)
 
 
-def test_a_part_whose_maker_writes_is_waited_for_however_old_its_claim(model: Path, tmp_path: Path) -> None:
+def test_parts_whose_maker_writes_are_waited_for_however_old_their_claims(model: Path, tmp_path: Path) -> None:
     out, waits = tmp_path / "out", list[int]()
     other = staging_of(model, out)
-    assert Claims(other).take("00003")
-    os.utime(other.parts / "00003.0.claim", (0, 0))
-    writing = other.parts / "00003.another.1.tmp"
-    writing.touch()
-    done = _started(lambda: anything(model, out, Anything(gone=1.0, waiting=waits.append, look=(0.02, 0.05))))
-    _until(lambda: len(waits) > 3)
-    for _ in range(20):
-        os.utime(writing)
+    writing = [other.parts / f"{number:05d}.another.1.tmp" for number in range(4)]
+    for number, path in enumerate(writing):
+        assert Claims(other).take(f"{number:05d}")
+        os.utime(other.parts / f"{number:05d}.0.claim", (0, 0))
+        path.touch()
+    done = _started(lambda: anything(model, out, Anything(gone=2.0, waiting=waits.append, look=(0.02, 0.05))))
+    for _ in range(30):
+        for path in writing:
+            os.utime(path)
         time.sleep(0.1)
         assert not done.is_set()
+    assert set(waits) == {4}
     assert done.wait(30)  # he is gone
     check(model, out)
 
@@ -199,15 +202,13 @@ def test_a_maker_that_is_killed_is_made_up_for(tmp_path: Path) -> None:
     save_file({f"w.{i}": np.ones(16 << 20, np.float32) for i in range(3)}, tmp_path / "model.safetensors")
     (tmp_path / "mapping.yaml").write_text(MAPPING)
     api.run(tmp_path / "mapping.yaml", tmp_path / "whole", QUICK)
-    out, waits = tmp_path / "out", list[int]()
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "shardmerge", "run", str(tmp_path / "mapping.yaml"), "--part", "any"]
     killed = subprocess.Popen([*command, "--workers", "1"])
     left = _caught(killed, tmp_path)
     killed.kill()
     killed.wait()
-    state = anything(tmp_path, out, Anything(gone=1.0, waiting=waits.append, look=(0.1, 0.2)))
-    assert isinstance(state, Result)
-    assert waits.count(1) == len(waits) > 0
+    assert isinstance(anything(tmp_path, out, Anything(gone=1.0, look=(0.1, 0.2))), Result)
     assert not left.exists()
     check(tmp_path, out)
 

@@ -135,7 +135,9 @@ class Anything:
         paces = [(found.seconds / part.shard.nbytes, found.machine) for part, found in receipts if part.shard.nbytes]
         own = [pace for pace, where in paces if where == machine()]
         usual = median([pace for pace, _ in paces]) if paces else 0.0
-        begun = {part.number: seconds for part in left if (seconds := claims.age(part.number)) is not None}
+        ages = ((part.number, claims.age(part.number)) for part in left)
+        # Whoever was looked at once before: parts of a moment are not worth it.
+        begun = {number: seconds for number, seconds in ages if seconds is not None and seconds > self.look[1]}
         sizes = [part.shard.nbytes for part in parts]
         late = late_part(begun, sizes, usual, median(own) if own else usual)
         return parts[late] if late is not None and late not in self.again else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 # How often a part is begun anew after its worker or its node was lost. Nodes that may be taken away at any time are
 # lost more than once; a part that is lost ten times ends its workers itself.
 _RETRIES = 10
+
+# How long a cluster may take to answer, in seconds.
+_KNOCK = 10.0
 
 # How long this process waits for tasks before it looks whether it was interrupted, in seconds.
 _LOOK = 0.5
@@ -83,8 +87,9 @@ def _cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray starts a cluster, it would report that
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        _knock(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
             "no-cluster",
             "there is no cluster of Ray that answers",
@@ -98,6 +103,13 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises ``OSError`` where nobody listens: Ray 2.60 tries for more than three minutes, and ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK).close()
 
 
 def _begun(parts: Sequence[Part], make: Make, how: Schedule) -> dict[ObjectRef[list[Row]], Part]:
