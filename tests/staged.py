@@ -22,7 +22,7 @@ def assert_well_left(out: Path) -> None:
 
 def stagings(out: Path) -> list[Path]:
     """Whatever lies beside an output path, has its name, and more."""
-    return [path for path in out.parent.iterdir() if path.name.startswith(f"{out.name}.")]
+    return list(out.parent.glob(f"{out.name}.*"))
 
 
 def files(folder: Path) -> dict[str, bytes]:

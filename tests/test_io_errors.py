@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from shardmerge.errors import OutputError, ResourceError
 from shardmerge.publish import running
 from shardmerge.storage import cache, writing
 from tests.faults import thin_volume, tool
-from tests.staged import assert_well_left, files, stagings
+from tests.killing import FAIL, Machine, Trap, machine
+from tests.scene import WAYS, Scene
+from tests.staged import assert_well_left, files
 
 MIB = 1 << 20
 
@@ -137,26 +140,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    shardmerge.convert(small, out)
-    return files(out)
-
-
-def _inject(folder: Path, out: Path, fault: str, *more: str) -> tuple[int, str]:
-    """Runs a conversion with a fault that comes to pass; returns the exit code and what it said."""
-    code, said, log = _traced(folder, out, *more, *_fault(fault))
-    assert "INJECTED" in log
-    return code, said
-
-
 def _fault(fault: str) -> list[str]:
     return ["-e", f"trace={fault.split(':', 1)[0]}", "-e", f"inject={fault}"]
 
 
 def _traced(folder: Path, out: Path, *options: str) -> tuple[int, str, str]:
-    """Runs a conversion under strace; returns the exit code, what it said, and the log. Calls are counted by thread."""
+    """Runs a conversion under strace; returns the exit code, what it said, and the log."""
     log = out.with_name("trace")
     command = [tool("strace"), "-f", "-o", str(log), *options]
     command += [sys.executable, "-m", "shardmerge", "convert", str(folder), str(out), "--workers", "1"]
@@ -167,56 +156,50 @@ def _traced(folder: Path, out: Path, *options: str) -> tuple[int, str, str]:
     return done.returncode, done.stderr, log.read_text()
 
 
-# What a run of one part calls in its main thread, and in what order.
-_CALLS = {
-    "mkdir": 3,  # the staging directory, parts, model
-    "ftruncate": 1,
-    # begun.json, the header, its first bytes, the part's receipt, a side file, five times the receipt.
-    "pwrite64": 10,
-    "sync_file_range": 1,
-    # begun.json, its name, the staging directory's; the part twice, its name; its receipt, its name; the side file, the
-    # receipt, their names; the result's name.
-    "fsync": 12,
-    "rename": 7,  # the five files, and the result twice
-    # What was needed to make it, when it is there.
-    "unlink": 2,
-    "rmdir": 2,
-}
-_AFTER = {"unlink": 0, "rmdir": 0, "fsync": 11}  # so many are before the result is published
-_FAULTS = [
-    *[(call, "EIO", n) for call in _CALLS if call != "pwrite64" for n in range(1, _CALLS[call] + 1)],
-    *[("pwrite64", "ENOSPC" if n % 2 else "EIO", n) for n in range(1, _CALLS["pwrite64"] + 1)],
-    ("ftruncate", "EFBIG", 1),
-    ("sync_file_range", "ENOSPC", 1),
-    ("mkdir", "ENOSPC", 2),
-]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    with machine(tmp_path_factory.mktemp("runs"), tool("gcc")) as found:
+        yield found
 
 
-def test_every_call_is_counted(tmp_path: Path, small: Path) -> None:
-    log = _traced(small, tmp_path / "out", "-e", f"trace={','.join(_CALLS)}")[2]
-    main = log.split(maxsplit=1)[0]
-    calls = [line.split(maxsplit=1)[1].split("(")[0] for line in log.splitlines() if line.split()[0] == main]
-    assert Counter(one for one in calls if one in _CALLS) == _CALLS
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, runs: Machine) -> Scene:
+    return Scene.set(tmp_path_factory.mktemp("scenes") / "scene", runs)
 
 
-@pytest.mark.parametrize(("call", "error", "when"), _FAULTS, ids=[f"{c}-{e}-{n}" for c, e, n in _FAULTS])
-def test_a_call_that_fails_ends_the_run(
-    tmp_path: Path, small: Path, undisturbed: dict[str, bytes], call: str, error: str, when: int
-) -> None:
+def test_each_call_that_fails_ends_the_run(scene: Scene, runs: Machine) -> None:
     """The output path is as it was, and what is left beside is good to go on with; or the result is there whole."""
-    out = tmp_path / "out"
-    code, said = _inject(small, out, f"{call}:error={error}:when={when}")
-    assert said.startswith("error: ")
-    assert "Traceback" not in said
-    if when > _AFTER.get(call, _CALLS[call]):
-        assert code == 6, said
-        assert files(out) == undisturbed
-    else:
-        assert code == (4 if error in ("ENOSPC", "EFBIG") else 1), said
-        assert_well_left(out)
+    plain = WAYS["plain"]
+    scene.begin(plain)
+    assert scene.run(runs, plain).code == 0
+    calls = list(runs.calls)
+    assert {call.name for call in calls} == {
+        "open", "pwrite", "sync_file_range", "ftruncate", "fsync", "rename", "mkdir", "utimens", "unlink", "rmdir"
+    }  # fmt: skip
+    commit = next(n for n, call in enumerate(calls) if call.name == "rename" and call.b == str(scene.out))
+    for n, call in enumerate(calls):
+        scene.begin(plain)
+        ran = scene.run(runs, plain, Trap(FAIL, at=n + 1, number=errno.ENOSPC if n % 2 else errno.EIO))
+        assert runs.hit
+        assert "Traceback" not in ran.err
+        if (n > commit and call.name in ("unlink", "rmdir")) or call.result == -errno.EEXIST:
+            assert ran.code == 0, ran.err  # tried again; or it is there
+        elif n > commit:
+            assert ran.code == 6, ran.err
+            assert scene.seen(plain) == "new"
+        else:
+            assert ran.code == (4 if n % 2 else 1), (call, ran.err)
+            assert ran.json()["errors"][0]["code"] == ("disk-full" if n % 2 else "unwritable-output")
+            assert_well_left(scene.out)
+        assert scene.run(runs, plain).code == 0
+        scene.published(plain)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
     shardmerge.convert(small, out)
-    assert files(out) == undisturbed
-    assert stagings(out) == []
+    return files(out)
 
 
 # As NFS does, which says "disk full" there.
@@ -265,7 +248,8 @@ def test_short_counts_and_missing_calls_change_no_byte(tmp_path: Path, small: Pa
 
 def test_an_error_of_reading_names_the_file(tmp_path: Path, small: Path) -> None:
     source = small / "model.safetensors"
-    code, said = _inject(small, tmp_path / "out", "preadv2:error=EIO:when=2", "-P", str(source))
+    code, said, log = _traced(small, tmp_path / "out", "-P", str(source), *_fault("preadv2:error=EIO:when=2"))
+    assert "INJECTED" in log
     assert code == 1
     assert f"{source}, byte" in said
     assert not (tmp_path / "out").exists()

@@ -284,7 +284,8 @@ class _Publishing:
             elif self.staging.sync and receipt is not None and not receipt.synced:
                 sync_file(path)  # made with --no-sync, published without
             self.halt.check()
-            os.utime(self.staging.ready)  # still here: see _wait
+            with explained(path):
+                os.utime(self.staging.ready)  # still here: see _wait
 
     def _commit(self) -> None:
         """Renames. Onto an empty directory that works, onto one with content it fails (POSIX rename)."""

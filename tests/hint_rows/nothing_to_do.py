@@ -26,7 +26,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
     ("no-ray", "pip install", "test_executors.py::test_all_parts_get_receipts"),
     ("no-cluster", "or leave --address out", "test_executors.py::test_all_parts_get_receipts"),
-    ("unwritable-output", "the disk loses", "test_io_errors.py::test_a_call_that_fails_ends_the_run"),
+    ("unwritable-output", "the disk loses", "test_io_errors.py::test_each_call_that_fails_ends_the_run"),
     (
         "bench-failed",
         "run `shardmerge convert`",
