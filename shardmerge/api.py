@@ -123,15 +123,24 @@ def write_plan(prepared: Prepared, path: Path, out: Path | None = None) -> None:
     OutputError
         ``output-exists``: what is there is no plan. ``unwritable-output``.
     """
-    from shardmerge.plan.writing import FORMAT, plan_lines
+    from shardmerge.plan.writing import plan_lines
     from shardmerge.storage.writing import write_lines
 
-    if path.exists() and not (path.is_file() and FORMAT.encode() in path.open("rb").read(64)):
+    if path.exists() and not _is_plan(path):
         what = "there is something at this path, and it is no plan"
         raise OutputError(
             "output-exists", what, where=str(path), hint="write the plan to another file: --out plan.json"
         )
     write_lines(path, plan_lines(prepared.plan, str(out or prepared.out or "")))
+
+
+def _is_plan(path: Path) -> bool:
+    from shardmerge.plan.writing import FORMAT
+
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(64)
 
 
 def clonable_bytes(plan: Plan, out: Path) -> int:

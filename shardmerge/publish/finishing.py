@@ -277,7 +277,7 @@ class _Publishing:
             found = "its receipt is gone" if receipt is None else unfit(receipt, part.shard, path, recheck=self.recheck)
             if found:
                 where = str(self.staging.model / part.shard.name)
-                hint = "the same command makes it again"
+                hint = "run the same mapping or plan without --part: it makes that part again"
                 yield VerificationError(
                     "part-differs", "a finished part is not what its receipt says", where=where, found=found, hint=hint
                 )
