@@ -22,19 +22,19 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from shardmerge.execute.order import first_byte
 
 import shardmerge as sm
 from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
-from shardmerge.execute.engine import execute
+from shardmerge.execute.engine import Means, Workshop
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.tiling import Tiling
 from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text
 from shardmerge.plan.memory import KEPT_TILINGS, WORKSPACE, tiling_bytes
-from shardmerge.plan.value import Plan
+from shardmerge.plan.order import first_byte
+from shardmerge.plan.value import Part, Plan
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Box, Boxes, Catalog, Extent, Piece, Strided, TensorEntry
 from shardmerge.tensors.boxes import boxed, check_tiling
@@ -466,10 +466,9 @@ def with_entry(folder: Path, entry: TensorEntry) -> Plan:
 
 def test_a_run_writes_the_tensor(columns: tuple[TensorEntry, np.ndarray], tmp_path: Path) -> None:
     entry, values = columns
-    plan = with_entry(tmp_path, entry)
-    (tmp_path / "out").mkdir()
-    outcome = execute(plan, tmp_path / "out", FilePool(), sync=False)
-    assert np.array_equal(load_file(tmp_path / "out" / plan.shards[0].name)["t"], values)
+    part = Part("", 0, with_entry(tmp_path, entry).shards[0], ())
+    outcome = Workshop(Means(sync=False), part.files).make(part, tmp_path / "made.safetensors", [0])
+    assert np.array_equal(load_file(tmp_path / "made.safetensors")["t"], values)
     assert (outcome.bytes_read, outcome.reads) == (values.nbytes, 6)
 
 

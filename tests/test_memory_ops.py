@@ -155,11 +155,9 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 import shardmerge as sm
+from shardmerge import api
 from shardmerge.compose import cast_to
 from shardmerge.dtypes import DTYPES
-from shardmerge.execute.engine import execute
-from shardmerge.plan.memory import plan_memory
-from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Box, Extent, TensorEntry
 from shardmerge.tensors.boxes import boxed
 
@@ -178,12 +176,10 @@ shards = tuple(
     replace(shard, tensors=tuple(replace(tensor, entry=cut(tensor.entry)) for tensor in shard.tensors))
     for shard in plan.shards
 )
-plan = replace(plan, shards=shards, memory=plan_memory(
-    [tensor for shard in shards for tensor in shard.tensors], budget=256 << 20, workers=workers))
-out = mapping.parent / f"out{parts}"
-out.mkdir()
-execute(plan, out, FilePool(), sync=False)
-print(json.dumps({"planned_peak": plan.memory.peak, "workers": plan.memory.workers}))
+options = api.Options(memory=256 << 20, workers=workers, sync=False)
+prepared = api.Prepared.of(replace(plan, shards=shards), mapping.with_name("out"), options)
+api.carry_out(prepared, prepared.out, options)
+print(json.dumps({"planned_peak": prepared.how.peak, "workers": prepared.how.workers}))
 """
 
 

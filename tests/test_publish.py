@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import shardmerge as sm
 from benchmarks.synthetic import write_zero
 from shardmerge.dtypes import DTYPES
 from tests.conftest import GOLDEN, shardmerge
+from tests.staged import assert_well_left, stagings
 
 CASE = GOLDEN / "zero" / "bag_z2_w3_bf16" / "ckpt"
 
@@ -128,11 +130,9 @@ def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
 
 
 def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> None:
-    import shutil
-
     ids = set()
     for place in ("here", "there"):
-        shutil.copytree(CASE, tmp_path / place / "ckpt")
+        shutil.copytree(CASE, tmp_path / place / "ckpt")  # with the times of the files
         done = shardmerge("convert", tmp_path / place / "ckpt", tmp_path / "out", "--dry-run", "--json",
                           env={**os.environ, "PYTHONHASHSEED": "7" if place == "here" else "8"})  # fmt: skip
         ids.add(json.loads(done.stdout)["id"])
@@ -140,25 +140,33 @@ def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGKILL, -9)])
-def test_a_run_that_is_stopped_publishes_nothing_and_starts_again(tmp_path: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGHUP, 5), (signal.SIGKILL, -9)]
+)
+def test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with(tmp_path: Path, number: int, code: int) -> None:
     tag = write_zero(tmp_path / "run", {f"w{i}": (1000, 4000) for i in range(40)}, stage=2, world=2, fill=False)
-    command = [sys.executable, "-m", "shardmerge", "convert", str(tag), str(tmp_path / "out"), "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("out.partial-*/model*")):
+    out = tmp_path / "out"
+    command = ["convert", tag, out, "--workers", "1", "--shard-size", "80MB"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardmerge", *map(str, command)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not list(tmp_path.glob("out.partial-*/parts/*.json")):
         time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate()
     if process.returncode == 0:
         pytest.skip("the machine was faster than the signal")
     assert process.returncode == code
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
     assert "Traceback" not in errors
-    if number != signal.SIGKILL:  # nobody can tidy up after a SIGKILL; the next run does
-        assert not list(tmp_path.glob("out.partial-*"))
-    shardmerge("convert", tag, tmp_path / "out", "-q")
-    assert not list(tmp_path.glob("out.partial-*"))
-    sm.verify(tmp_path / "out")
+    if number != signal.SIGKILL:  # nobody can tidy up after a SIGKILL; whoever goes on does
+        assert_well_left(out)
+        assert f"hint: to go on: shardmerge {' '.join(map(str, command))}" in errors
+    made = json.loads(shardmerge(*command, "--json").stdout)["parts_made"]
+    assert 0 < made < 8
+    assert stagings(out) == []
+    sm.verify(out)
 
 
 def test_a_half_written_shard_is_refused_by_the_reference_reader(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from shardmerge.cli.options import (
     pair,
     parsed,
     plan_options,
+    refuse_idle,
     refuse_idle_for_plan,
     root_option,
     run_options,
@@ -41,6 +42,7 @@ def finish(mapping: str, out: str | None, roots: tuple[str, ...], as_json: bool,
     from shardmerge import api
 
     refuse_idle_for_plan(mapping, given)
+    refuse_idle(given, "fresh", why="is for whoever makes the files")
     moved = [pair(text, "--root", "/old=/new") for text in roots]
     show_part(api.finish(mapping, out, parsed(given), moved), as_json=as_json)
 

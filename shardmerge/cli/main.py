@@ -35,7 +35,7 @@ from shardmerge.cli.options import (
     write_lines,
 )
 from shardmerge.cli.progress import progress_bar
-from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
+from shardmerge.errors import InterruptedRunError, PublishedError, ResourceError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, Result
@@ -374,13 +374,15 @@ def _size_of(directory: str) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
-# What ends a run cleanly beside Ctrl-C: Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a
-# terminal that closes SIGHUP.
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# What ends a run cleanly: Ctrl-C; Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a terminal
+# that closes SIGHUP.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """The same clean stop as Ctrl-C."""
+    """The same clean stop for all, and once: Slurm says it twice, and a second one would end the ending."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -394,7 +396,7 @@ def main() -> None:
     # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
     gc.disable()
     code = _guarded()
-    if code == InterruptedRunError.exit_code:
+    if code in (InterruptedRunError.exit_code, PublishedError.exit_code):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a thread may be waiting for the disk, and nothing it does counts any more
@@ -430,7 +432,7 @@ def _as_ours(error: BaseException) -> ShardmergeError:
     if isinstance(error, ShardmergeError):
         return error
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return InterruptedRunError("interrupted", "interrupted; nothing was published", hint=_again())
+        return InterruptedRunError("interrupted", "interrupted", hint=_again())
     if os.environ.get("SHARDMERGE_TRACEBACK"):
         raise error
     if isinstance(error, OSError):

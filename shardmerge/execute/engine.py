@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardmerge.errors import CheckpointError, InterruptedRunError, UsageError
+from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.patience import interrupted
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
@@ -39,10 +40,8 @@ Device: TypeAlias = Literal["cpu", "cuda"]
 # Bytes done so far, one number a thread: each writes its own, and whoever wants to know adds them up.
 Counters: TypeAlias = "memoryview[int] | list[int]"
 
-# How often the thread that waits looks whether it should stop, in seconds.
+# How often whoever waits for threads looks whether they should stop, in seconds.
 _LOOK = 0.1
-# How long threads may take to stop, in seconds: a tile, or a sync that the disk does not finish.
-_GRACE = 1.5
 
 
 def check_device(device: Device) -> None:
@@ -155,7 +154,7 @@ class Workshop:
         ResourceError, OutputError
             From the writing side.
         InterruptedRunError
-            ``interrupted``: Ctrl-C, a signal, or ``stopped``.
+            ``interrupted``: ``stopped`` said so.
         """
         means = self._means
         file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded)
@@ -263,27 +262,21 @@ class _Making:
         return self._outcome(cloned, clone_seconds)
 
     def _run_threads(self) -> None:
-        """Lets threads work until the queue is empty; this one only waits, and sees signals."""
+        """Lets threads work until the queue is empty, or this one is told to stop."""
         threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(self._means.threads)]
         try:
             for thread in threads:
                 thread.start()
             for thread in threads:
                 while thread.is_alive():
-                    thread.join(_LOOK)  # a join without a timeout would not see Ctrl-C
-                    self._look()
-        except KeyboardInterrupt as error:
-            self._failure = self._failure or error
-            deadline = time.monotonic() + _GRACE
-            for thread in filter(threading.Thread.is_alive, threads):  # the signal may come before all are started
-                thread.join(max(deadline - time.monotonic(), 0))
-            raise InterruptedRunError("interrupted", "stopped before the result was published") from error
+                    thread.join(_LOOK)
+                    if self._stopped():
+                        self._failure = self._failure or interrupted()
+        except BaseException as error:  # Ctrl-C, where nobody else waits for signals
+            self._failure = error
+            raise
         if self._failure is not None:
             raise self._failure
-
-    def _look(self) -> None:
-        if self._stopped():
-            raise KeyboardInterrupt
 
     def _work(self, number: int) -> None:
         """Takes tasks until there are none, or another thread failed."""

@@ -41,6 +41,19 @@ def check_output(files: Sequence[FileStamp], out: Path, needed: int, *, overwrit
     raise_all(_objections(files, out, needed, overwrite=overwrite))
 
 
+def check_place(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> None:
+    """Says why ``out`` cannot be the output right now; a result is renamed to it next.
+
+    Raises
+    ------
+    OutputError
+        ``output-exists``, ``output-is-source``, ``output-is-mount``, ``not-ours``: as ``check_output``.
+    """
+    taken = _taken(files, out, overwrite=overwrite)
+    if taken is not None:
+        raise taken
+
+
 def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite: bool) -> Iterator[ShardmergeError]:
     taken = _taken(files, out, overwrite=overwrite)
     if taken is not None:

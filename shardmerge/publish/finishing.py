@@ -1,7 +1,8 @@
 """Makes a result appear whole or not at all: checks every receipt, then one rename.
 
-Whoever finishes first gives the model a name of its own. What is renamed to the output path is what it has looked at
-under that name, and nobody else renames it. Others that finish at the same time find the result published.
+Whoever finishes gives the model a name of its own, so that nobody else puts anything into it, or renames it. What it
+renames to the output path is what it has looked at under that name. A run that starts takes such a name away, since its
+owner may be gone; an owner that is not finds so by its next call that needs the name, and begins anew.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardmerge.errors import (
@@ -24,44 +27,104 @@ from shardmerge.errors import (
     raise_all,
 )
 from shardmerge.execute.engine import Outcome
+from shardmerge.execute.patience import Halt
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import DAMAGED, ReadRecords, RecordCounts, compare_records
-from shardmerge.plan.value import Plan
+from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.side_files import content
-from shardmerge.publish.checks import is_free
+from shardmerge.publish.checks import check_place, is_free
 from shardmerge.publish.making import make_folders, read_receipt, receipt_path
-from shardmerge.publish.part_receipts import together, unfit
+from shardmerge.publish.part_receipts import PartReceipt, together, unfit
 from shardmerge.publish.receipt import receipt_json
-from shardmerge.publish.staging import Staging, remove, take_back
+from shardmerge.publish.staging import Staging, is_gone, remove, stagings
 from shardmerge.storage.exchanging import exchange
 from shardmerge.storage.reading import FilePool
-from shardmerge.storage.writing import explained, sync_directory
+from shardmerge.storage.writing import explained, sync_directory, sync_file
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
 
-# How often somebody who finds another about to publish looks again, in seconds, and how often before he takes over.
-_LOOK, _LOOKS = 0.1, 20
+# How often somebody who finds another about to publish looks again, in seconds, and for how long that other may show no
+# sign of life before he takes over: he touches the directory with every file that he looks at.
+_LOOK, _SILENT = 0.1, 60.0
+
+# How often a model that nobody has is looked for: it has another name for a moment whenever it changes hands.
+_TURNS = 9
 
 # What rename(2) answers where the new name is taken by something that is not an empty directory.
 _OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 
-def is_published(plan: Plan, out: Path) -> bool:
-    """Tells whether the output path holds the result of a plan: a receipt that says so, and all files of weights."""
-    try:
-        receipt = json.loads((out / RECEIPT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    if not isinstance(receipt, dict) or receipt.get("plan") != plan.id:
-        return False
-    files = ((out / shard.name, shard.nbytes) for shard in plan.shards)
-    return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
+@dataclass(frozen=True)
+class Goal:
+    """A plan's result at its output path.
+
+    Attributes
+    ----------
+    plan, out
+        The plan, and the path.
+    other
+        What was there at first, and is not what is wanted, though it may look like it (``--fresh``).
+    """
+
+    plan: Plan
+    out: Path
+    other: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, out: Path, *, fresh: bool = False) -> Goal:
+        """Returns the goal of a run; a fresh one is not content with what is there."""
+        return cls(plan, out, _inode(out) if fresh else None)
+
+    def reached(self) -> bool:
+        """Tells whether the result is there: a receipt that says so, and all files of weights."""
+        try:
+            receipt = json.loads((self.out / RECEIPT).read_bytes())
+        except (OSError, ValueError):
+            return False
+        if not isinstance(receipt, dict) or receipt.get("plan") != self.plan.id or _inode(self.out) == self.other:
+            return False
+        files = ((self.out / shard.name, shard.nbytes) for shard in self.plan.shards)
+        return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
+
+    def settle(self, *, sync: bool = True) -> None:
+        """Makes the name of the result durable, and removes what was needed to make it.
+
+        Raises
+        ------
+        PublishedError
+            ``durability-unconfirmed``, ``not-tidied``.
+        """
+        try:
+            if sync:
+                sync_directory(self.out.parent)
+        except ShardmergeError as error:
+            raise unconfirmed(self.out, error.what) from error
+        root = Staging.of(self.out, self.plan.id).root
+        for one in stagings(self.out):
+            if one == root or is_gone(one):
+                try:
+                    remove(one, self.out)
+                except ShardmergeError as error:
+                    raise _not_tidied(error) from error
 
 
-def finish(
-    plan: Plan, staging: Staging, out: Path, records: ReadRecords, *, overwrite: bool = False
+def finish(  # what, from where to where, and how
+    goal: Goal, staging: Staging, records: ReadRecords, halt: Halt, *, overwrite: bool = False, recheck: bool = False
 ) -> tuple[Outcome, RecordCounts]:
     """Publishes a plan whose parts are all made, and removes the staging directory.
+
+    Parameters
+    ----------
+    goal, staging
+        What is to be where, and from where.
+    records
+        Gives the records of a source file that have checksums there.
+    halt
+        Once it is asked for, nothing is published any more.
+    overwrite
+        Whether a result of shardmerge at the output path is replaced.
+    recheck
+        Whether all bytes of the parts are compared, and not some.
 
     Returns
     -------
@@ -71,40 +134,25 @@ def finish(
     Raises
     ------
     OutputError
-        ``parts-missing``: some part has no receipt. ``output-exists``: the path was taken meanwhile. ``output-busy``:
-        somebody else is about to publish, and does not.
+        ``parts-missing``: some part is not made. ``output-exists``, ...: as ``publish.checks.check_place``.
     VerificationError
         ``part-differs``: a part is not what its receipt says.
+    InterruptedRunError
+        ``interrupted``: it was halted before.
     PublishedError
         ``durability-unconfirmed``, ``not-tidied``: the result is there and whole; what came after failed.
     """
-    outcome = _outcome(plan, staging)
-    counts = _compared(plan, staging, outcome, records)
-    for _ in range(_LOOKS):
-        if _finished(plan, staging, out, outcome, overwrite=overwrite):
-            return outcome, counts
-        time.sleep(_LOOK)
-    raise OutputError(
-        "output-busy",
-        "another process is about to publish the same result, and does not come to an end",
-        where=str(staging.root),
-        hint="run `shardmerge finish` with the same mapping or plan when it is gone",
-    )
-
-
-def _outcome(plan: Plan, staging: Staging) -> Outcome:
-    receipts = [(part, read_receipt(staging, part)) for part in plan.parts()]
-    missing = [part for part, receipt in receipts if receipt is None]
-    if missing:
-        names = ", ".join(part.shard.name for part in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise OutputError(
-            "parts-missing",
-            f"{len(missing)} of {len(receipts)} parts are not made yet",
-            where=str(staging.root),
-            found=names,
-            hint="run the same mapping or plan without --part: it makes what is missing, and publishes",
-        )
-    return together([receipt.outcome for _, receipt in receipts if receipt is not None])
+    outcome = together([receipt.outcome for receipt in _receipts(goal.plan, staging)])
+    counts = _compared(goal.plan, staging, outcome, records)
+    staging.take_back()
+    turn = 0
+    while not (_Publishing(goal, staging, outcome, halt, overwrite, recheck).done() or goal.reached()):
+        _wait(staging, halt, _SILENT * 2**turn)
+        turn += 1
+        if turn > _TURNS and not staging.claimed() and not staging.model.exists():
+            raise _missing(goal.plan.parts(), goal.plan, staging)
+    goal.settle(sync=staging.sync)
+    return outcome, counts
 
 
 def _compared(plan: Plan, staging: Staging, outcome: Outcome, records: ReadRecords) -> RecordCounts:
@@ -130,85 +178,126 @@ def _unmake(plan: Plan, staging: Staging) -> None:
     staging.give_up()
 
 
-def _finished(plan: Plan, staging: Staging, out: Path, outcome: Outcome, *, overwrite: bool) -> bool:
-    """Publishes, or finds it published; False where somebody else is about to."""
-    ready = staging.root / f"ready-{staging.who}"
-    try:
-        _write_rest(plan, staging, outcome)
-        with explained(staging.model):
-            staging.model.rename(ready)
-    except ShardmergeError:
-        if staging.model.exists():
-            raise
-        if is_published(plan, out):
-            remove(staging.root, out, ignore_errors=True)
-            return True
-        take_back(staging)  # whoever it was may be gone
-        return False
-    _publish(plan, staging, ready, out, overwrite=overwrite)
-    return True
+def _receipts(plan: Plan, staging: Staging) -> list[PartReceipt]:
+    found = [(part, read_receipt(staging, part)) for part in plan.parts()]
+    missing = [part for part, receipt in found if receipt is None]
+    if missing:
+        raise _missing(missing, plan, staging)
+    return [receipt for _, receipt in found if receipt is not None]
 
 
-def _write_rest(plan: Plan, staging: Staging, outcome: Outcome) -> None:
-    """Writes side files, the index after all others, and the receipt."""
-    digests = {}
-    for side in sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json")):
-        data = content(plan, side)
-        make_folders(staging.model, side.name)
-        staging.place(staging.model / side.name, data)
-        digests[side.name] = hashlib.sha256(data).hexdigest()
-    staging.place(staging.model / RECEIPT, receipt_json(plan, outcome, digests, __version__))
-    staging.settle(*(staging.model / name for name in (*digests, RECEIPT)))
+def _missing(parts: Sequence[Part], plan: Plan, staging: Staging) -> OutputError:
+    return OutputError(
+        "parts-missing",
+        f"{len(parts)} of {len(plan.shards)} parts are not made yet",
+        where=str(staging.root),
+        found=", ".join(part.shard.name for part in parts[:3]) + (", ..." if len(parts) > 3 else ""),
+        hint="run the same mapping or plan without --part: it makes what is missing, and publishes",
+    )
 
 
-def _publish(plan: Plan, staging: Staging, ready: Path, out: Path, *, overwrite: bool) -> None:
-    """Looks at all of the result, renames it, and tells the truth about what came of that."""
-    itself, durable = _inode(ready), False
-    try:
-        raise_all(_unfit(plan, staging, ready))
-        _rename(ready, out, staging, overwrite=overwrite)
-        if staging.sync:
-            sync_directory(out.parent)
-        durable = True
-        remove(staging.root, out)
-    except BaseException as error:
-        if _inode(out) == itself:
-            raise (_not_tidied(staging, error) if durable else _unconfirmed(out, error)) from error
-        if _inode(ready) == itself:
-            with suppress(OSError):
-                ready.rename(staging.model)
-        raise
+def _wait(staging: Staging, halt: Halt, silent: float) -> None:
+    """Waits while somebody else is visibly about to publish; if he no longer is, takes it from him."""
+    seen, since = _life(staging), time.monotonic()
+    while True:
+        halt.check()
+        time.sleep(_LOOK)
+        now = _life(staging)
+        if not now:
+            return
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > silent:
+            staging.take_back()
+            return
 
 
-def _unfit(plan: Plan, staging: Staging, ready: Path) -> Iterator[ShardmergeError]:
-    for part in plan.parts():
-        receipt = read_receipt(staging, part)
-        found = "its receipt is gone" if receipt is None else unfit(receipt, part.shard, ready / part.shard.name)
-        if found:
-            yield VerificationError(
-                "part-differs",
-                "a finished part is not what its receipt says",
-                where=str(staging.model / part.shard.name),
-                found=found,
-                hint="the same command makes it again",
-            )
-    wanted = {RECEIPT, *(shard.name for shard in plan.shards), *(side.name for side in plan.side_files)}
-    found_files = {path.relative_to(ready).as_posix() for path in ready.rglob("*") if not path.is_dir()}
-    for name in sorted(wanted ^ found_files):
-        what = "a file is missing in the result" if name in wanted else "the result holds a file that is not planned"
-        yield VerificationError("part-differs", what, where=str(staging.model / name), hint="begin anew with --fresh")
+def _life(staging: Staging) -> list[tuple[str, int]]:
+    """Returns who is about to publish, and when he last touched something there."""
+    found = []
+    for ready in staging.claimed():
+        with suppress(OSError):
+            found.append((ready.name, ready.stat().st_mtime_ns))
+    return found
 
 
-def _rename(ready: Path, out: Path, staging: Staging, *, overwrite: bool) -> None:
-    """The commit. Renaming onto an empty directory works, onto one with content fails (POSIX rename)."""
-    with explained(out):
-        if out.is_dir() and is_free(out):
-            _take_after(ready, out)
+@dataclass(frozen=True)
+class _Publishing:
+    """One attempt."""
+
+    goal: Goal
+    staging: Staging
+    outcome: Outcome
+    halt: Halt
+    overwrite: bool
+    recheck: bool
+
+    def done(self) -> bool:
+        """Claims the model and publishes it; False where somebody else has it, or took it away meanwhile."""
+        staging, out = self.staging, self.goal.out
+        with explained(staging.root), suppress(FileNotFoundError):
+            staging.model.rename(staging.ready)
+        itself = _inode(staging.ready)
+        if itself is None:
+            return False
         try:
-            if overwrite and not is_free(out):
-                _replace(ready, out, staging)
-            else:
+            self._complete()
+            with explained(out), self.halt.done_or_not():
+                self._commit()
+        except (OSError, ShardmergeError):
+            if _inode(out) == itself:  # a file server may do it, and say that it did not
+                return True
+            if _inode(staging.ready) != itself:
+                return False  # whatever failed, failed because it was taken away
+            with suppress(OSError):
+                staging.ready.rename(staging.model)
+            raise
+        return True
+
+    def _complete(self) -> None:
+        """Looks at all parts, and writes what goes with them: the index after all other files, then the receipt."""
+        plan, staging, digests = self.goal.plan, self.staging, {}
+        raise_all(self._unfit())
+        for side in sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json")):
+            data = content(plan, side)
+            make_folders(staging.ready, side.name)
+            staging.place(staging.ready / side.name, data)
+            digests[side.name] = hashlib.sha256(data).hexdigest()
+        staging.place(staging.ready / RECEIPT, receipt_json(plan, self.outcome, digests, __version__))
+        wanted = {RECEIPT, *digests, *(shard.name for shard in plan.shards)}
+        raise_all(_strange(staging, wanted))
+        if is_free(self.goal.out) and self.goal.out.is_dir():
+            _take_after(staging.ready, self.goal.out)
+        staging.settle(*(staging.ready / name for name in wanted))
+
+    def _unfit(self) -> Iterator[ShardmergeError]:
+        for part in self.goal.plan.parts():
+            path = self.staging.ready / part.shard.name
+            receipt = read_receipt(self.staging, part)
+            found = "its receipt is gone" if receipt is None else unfit(receipt, part.shard, path, recheck=self.recheck)
+            if found:
+                where = str(self.staging.model / part.shard.name)
+                hint = "the same command makes it again"
+                yield VerificationError(
+                    "part-differs", "a finished part is not what its receipt says", where=where, found=found, hint=hint
+                )
+            elif self.staging.sync and receipt is not None and not receipt.synced:
+                sync_file(path)  # made with --no-sync, published without
+            self.halt.check()
+            os.utime(self.staging.ready)  # still here: see _wait
+
+    def _commit(self) -> None:
+        """Renames. Onto an empty directory that works, onto one with content it fails (POSIX rename)."""
+        ready, out = self.staging.ready, self.goal.out
+        check_place(self.goal.plan.files(), out, overwrite=self.overwrite)
+        try:
+            if is_free(out):
+                mode = out.stat().st_mode if out.exists() else None
                 ready.rename(out)
+                if mode is not None and out.stat().st_mode != mode:
+                    out.chmod(mode)
+            elif not exchange(ready, out):
+                _replace(ready, out, self.staging.old)
         except OSError as error:
             if error.errno not in _OCCUPIED:
                 raise
@@ -220,24 +309,39 @@ def _rename(ready: Path, out: Path, staging: Staging, *, overwrite: bool) -> Non
             ) from error
 
 
-def _replace(ready: Path, out: Path, staging: Staging) -> None:
-    """At every instant the old directory or the new one is at ``out``, where the system can exchange them."""
-    if not exchange(ready, out):
-        out.rename(staging.root / f"old-{staging.who}")
+def _strange(staging: Staging, wanted: set[str]) -> Iterator[ShardmergeError]:
+    """Yields an error for every file that is missing, and for every one that is not planned."""
+    ready = staging.ready
+    found = {path.relative_to(ready).as_posix() for path in ready.rglob("*") if not path.is_dir()}
+    for name in sorted(wanted ^ found):
+        what = "a file is missing in the result" if name in wanted else "the result holds a file that is not planned"
+        yield VerificationError("part-differs", what, where=str(staging.model / name), hint="begin anew with --fresh")
+
+
+def _replace(ready: Path, out: Path, old: Path) -> None:
+    """Puts one directory in the place of another where the system cannot exchange them: there is a gap."""
+    out.rename(old)
+    try:
         ready.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
 
 
 def _take_after(ready: Path, out: Path) -> None:
-    """Gives a directory the owner, the mode and the access list of the empty one whose place it takes."""
-    there, here = out.stat(), ready.stat()
-    if (there.st_mode, there.st_uid, there.st_gid) == (here.st_mode, here.st_uid, here.st_gid) and not os.listxattr(
-        out
-    ):
-        return
-    import shutil
+    """Gives a directory the owner, the mode and the access list of the empty one whose place it takes.
 
-    os.chown(ready, there.st_uid, there.st_gid)
-    shutil.copystat(out, ready)
+    It stays writable for its owner for now: only such a directory can be moved to another (rename(2)).
+    """
+    there, here = out.stat(), ready.stat()
+    with explained(out):
+        if (there.st_uid, there.st_gid) != (here.st_uid, here.st_gid):
+            os.chown(ready, there.st_uid, there.st_gid)
+        with suppress(OSError):  # a file system without them
+            for name in os.listxattr(out):
+                os.setxattr(ready, name, os.getxattr(out, name))
+        if there.st_mode != here.st_mode:
+            ready.chmod(there.st_mode | stat.S_IRWXU)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
@@ -248,25 +352,22 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _unconfirmed(out: Path, error: BaseException) -> PublishedError:
+def unconfirmed(out: Path, found: str) -> PublishedError:
+    """Returns the error of a result that is there, and may not survive a power cut."""
     return PublishedError(
         "durability-unconfirmed",
         "the result is published and whole, but it is not sure that a power cut would leave it so",
         where=str(out),
-        found=_named(error),
+        found=found,
         hint="run `sync`; the same command then says that there is nothing left to do, and tidies up",
     )
 
 
-def _not_tidied(staging: Staging, error: BaseException) -> PublishedError:
+def _not_tidied(error: ShardmergeError) -> PublishedError:
     return PublishedError(
         "not-tidied",
         "the result is published and whole, but what was needed to make it is not all removed",
-        where=str(staging.root),
-        found=_named(error),
+        where=error.where,
+        found=error.what,
         hint="remove that directory",
     )
-
-
-def _named(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error).splitlines()[0] if str(error) else ""

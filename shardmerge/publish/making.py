@@ -90,8 +90,9 @@ def read_receipt(staging: Staging, part: Part) -> PartReceipt | None:
 
 
 def is_made(staging: Staging, part: Part, *, recheck: bool = False) -> bool:
-    """Tells whether a part has a receipt, and is what that says."""
+    """Tells whether a part has a receipt, and is what that says, also where somebody is about to publish it."""
     receipt = read_receipt(staging, part)
     if receipt is None:
         return False
-    return not unfit(receipt, part.shard, staging.model / part.shard.name, recheck=recheck)
+    homes = (staging.model, *staging.claimed())
+    return any(not unfit(receipt, part.shard, home / part.shard.name, recheck=recheck) for home in homes)

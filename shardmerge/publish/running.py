@@ -6,21 +6,23 @@ import mmap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardmerge.errors import ShardmergeError
+from shardmerge.errors import InterruptedRunError, PublishedError, ShardmergeError
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.engine import Counters, Means, Outcome, check_device
 from shardmerge.execute.executors.contract import Executor, Make, Progress, Stopped
 from shardmerge.execute.executors.here import make_here
+from shardmerge.execute.patience import patiently
 from shardmerge.execute.pins import Pins
 from shardmerge.plan.schedule import largest_first
 from shardmerge.plan.shard import bytes_read
 from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
-from shardmerge.publish.checks import check_output
-from shardmerge.publish.finishing import finish, is_published
+from shardmerge.publish.checks import check_output, check_place
+from shardmerge.publish.finishing import Goal, finish, unconfirmed
 from shardmerge.publish.making import Maker, is_made, read_receipt
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.staging import Staging, remove, stagings
@@ -47,22 +49,8 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         See ``publish.checks.check_output``, ``execute.engine.Workshop.make`` and ``publish.finishing.finish``.
         Whatever is raised but a ``PublishedError``, ``out`` is as it was.
     """
-    if is_published(plan, out) and not options.fresh:
-        return _there_already(plan, out)
-    parts = plan.parts()
-    staging = Staging.of(out, plan.id, sync=options.sync)
-    if options.fresh:
-        for root in stagings(out):
-            remove(root, out)
-    todo = [part for part in _largest_first(parts) if not is_made(staging, part, recheck=options.recheck)]
-    sides = sum(side.nbytes for side in plan.side_files)
-    try:
-        _begin(staging, todo, plan.files(), out, options, more=sides)
-        _have_made(todo, staging, options, progress)
-    except BaseException:
-        staging.give_up()
-        raise
-    return finish_plan(plan, out, options, made=len(todo))
+    goal = Goal.of(plan, out, fresh=options.fresh)
+    return _published(goal, partial(_make_missing, plan, out, options, progress), options)
 
 
 def carry_out_share(
@@ -75,26 +63,21 @@ def carry_out_share(
     ShardmergeError
         As ``carry_out``.
     """
-    if is_published(plan, out):
-        return _there_already(plan, out)
+    goal = Goal.of(plan, out)
+    if goal.reached():
+        return _there_already(goal, options)
     try:
         state = make_some(plan.parts(), which, out, options, progress)
-    except (OSError, ShardmergeError):
-        if not is_published(plan, out):
-            raise
-        return _there_already(plan, out)  # others made what this one was slow to make
-    if (state.missing or state.elsewhere) and not is_published(plan, out):
+    except (OSError, ShardmergeError) as error:
+        return _there_after_all(goal, options, error)
+    if (state.missing or state.elsewhere) and not goal.reached():
         return state
-    return finish_plan(plan, out, options, made=state.made)
+    return _published(goal, lambda: state.made, options)
 
 
-def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
+def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
     """Publishes a plan whose parts are made, by whomever; raises as ``publish.finishing.finish``."""
-    if is_published(plan, out) and not options.fresh:
-        return _there_already(plan, out, made)
-    staging = Staging.of(out, plan.id, sync=options.sync)
-    outcome, records = finish(plan, staging, out, read_records, overwrite=options.overwrite)
-    return Result(out, plan, outcome, records, made)
+    return _published(Goal.of(plan, out), int, options, recheck=options.recheck)
 
 
 def make_some(
@@ -120,9 +103,10 @@ def make_some(
     made = mmap.mmap(-1, 1 + max(part.number for part in parts))  # a byte a part, shared with forked processes
     begun = False
     for todo in which.rounds(parts, staging, options):
-        _begin(staging, todo, parts[0].files, out, options)
         begun = True
-        _have_made(todo, staging, options, progress, lambda make: which.maker(_Marking(make, made), staging))
+        _have_made(
+            todo, staging, out, options, progress, made_by=lambda make: which.maker(_Marking(make, made), staging)
+        )
     missing = sum(read_receipt(staging, part) is None for part in parts)
     elsewhere = begun and not staging.is_begun()
     return Unfinished(sum(made[:]), 0 if elsewhere else missing, len(parts), elsewhere)
@@ -140,41 +124,82 @@ class _Marking:
         self.made[part.number] = 1
 
 
-def _there_already(plan: Plan, out: Path, made: int = 0) -> Result:
-    root = Staging.of(out, plan.id).root
-    if root.exists():
-        remove(root, out)
-    return Result(out, plan, Outcome({}, {}, 0, 0, 0), made=made)
+def _published(goal: Goal, make: Callable[[], int], options: Options, *, recheck: bool = False) -> Result:
+    """Has parts made and publishes the result; what fails because somebody else has done so did not fail."""
+    if goal.reached():
+        return _there_already(goal, options)
+    staging = Staging.of(goal.out, goal.plan.id, sync=options.sync)
+    how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
+    try:
+        made = make()
+        outcome, records = patiently(how, last=True)
+    except (OSError, ShardmergeError) as error:
+        return _there_after_all(goal, options, error)
+    return Result(goal.out, goal.plan, outcome, records, made)
+
+
+def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeError) -> Result:
+    """Returns the result if somebody else has published it meanwhile, or raises what happened."""
+    if isinstance(error, PublishedError) or not goal.reached():
+        raise error
+    if isinstance(error, InterruptedRunError):
+        raise unconfirmed(goal.out, "interrupted") from error
+    return _there_already(goal, options)
+
+
+def _there_already(goal: Goal, options: Options) -> Result:
+    try:
+        patiently(lambda _: goal.settle(sync=options.sync), last=True)
+    except InterruptedRunError as error:
+        raise unconfirmed(goal.out, "interrupted") from error
+    return Result(goal.out, goal.plan, Outcome({}, {}, 0, 0, 0))
+
+
+def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | None) -> int:
+    """Makes all parts that are not made yet; returns how many."""
+    staging = Staging.of(out, plan.id, sync=options.sync)
+    sides = sum(side.nbytes for side in plan.side_files)
+
+    if options.fresh:
+        check_place(plan.files(), out, overwrite=options.overwrite)
+        for root in stagings(out):
+            remove(root, out)
+    todo = [part for part in _largest_first(plan.parts()) if not is_made(staging, part, recheck=options.recheck)]
+    try:
+        _have_made(todo, staging, out, options, progress, files=plan.files(), more=sides)
+    except BaseException:
+        staging.give_up()
+        raise
+    return len(todo)
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
     return [parts[n] for n in largest_first([part.shard.nbytes for part in parts])]
 
 
-def _begin(
-    staging: Staging, todo: Sequence[Part], files: Sequence[FileStamp], out: Path, options: Options, more: int = 0
+def _have_made(  # noqa: PLR0913  # what, where, and how
+    todo: Sequence[Part],
+    staging: Staging,
+    out: Path,
+    options: Options,
+    progress: Progress | None,
+    *,
+    files: Sequence[FileStamp] = (),
+    more: int = 0,
+    made_by: Callable[[Make], Make] | None = None,
 ) -> None:
-    """Checks all that can be checked before anything is written, and makes the staging directory."""
-    shards = [part.shard for part in todo]
+    """Checks all that can be checked before anything is written, makes the staging directory, and has parts made."""
+    shards, files = [part.shard for part in todo], files or todo[0].files
+    how = granted(shards, options)  # before another thread is started: only a process without may fork
     needed = sum(shard.nbytes for shard in shards) + more - clonable_bytes(shards, out)
     check_output(files, out, needed, overwrite=options.overwrite)
     check_device(options.device)
     Pins(files).check()
-    staging.begin(files, out)
-
-
-def _have_made(
-    todo: Sequence[Part],
-    staging: Staging,
-    options: Options,
-    progress: Progress | None,
-    made_by: Callable[[Make], Make] | None = None,
-) -> None:
-    how = granted([part.shard for part in todo], options)
-    moved = sum(bytes_read(tensor) + tensor.nbytes for part in todo for tensor in part.shard.tensors)
+    moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
     means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
+    maker = Maker(staging, means)
     try:
-        maker = Maker(staging, means)
+        patiently(lambda _: staging.begin(files, out))
         _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
         if options.engine != "here":
             await_receipts(todo, staging)

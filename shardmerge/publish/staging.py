@@ -6,8 +6,9 @@
         parts/00003.0.claim    somebody of several is at work on it, or was (see ``publish.shares``)
         parts/00003.json       the receipt that commits it
         model/                 finished parts: what will be the output
-        ready-<who>/           the same, once somebody is about to publish it
+        ready-<who>/           the same, while somebody publishes it; what the output path held, once they are exchanged
         old-<who>/             what the output path held before, where the system cannot exchange two directories
+    OUT.partial-gone<who>/     one of these being removed: nobody finds anything in it any more
 
 Nothing else is state: no lock, no owner. Whoever is killed leaves at most a file that nobody asks for.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -30,7 +32,18 @@ from shardmerge.version import __version__
 # Of the plan's id, in the directory's name: 16 hex digits, which no two plans of one output path share by accident.
 _DIGITS = 16
 _MARK = ".partial-"
+# No hex digits, so no plan's; a name of it is as long as that of a plan.
+_GONE = "gone"
 _BEGUN = "begun.json"
+
+# How often removing is tried, and how long apart in seconds: a call that another process was in when the directory got
+# its last name may still put a file into it.
+_TRIES, _APART = 5, 0.1
+
+
+def new_name() -> str:
+    """Returns a name that nobody else has, in this process or any other: 12 hex digits."""
+    return os.urandom(6).hex()
 
 
 @dataclass(frozen=True)
@@ -46,14 +59,14 @@ class Staging:
     sync
         Whether names are made durable.
     who
-        A name that no other maker has. Forked processes share it, and tell themselves apart by their numbers; whoever
-        gets a copy by pickle, maybe on another machine, has a name of his own.
+        A name of its own. Forked processes share it, and tell themselves apart by their numbers; whoever gets a copy by
+        pickle, maybe on another machine, has a name of his own.
     """
 
     root: Path
     plan: str
     sync: bool = True
-    who: str = field(default_factory=lambda: os.urandom(6).hex(), init=False, compare=False)
+    who: str = field(default_factory=new_name, init=False, compare=False)
 
     def __reduce__(self) -> tuple[type[Staging], tuple[Path, str, bool]]:
         """A copy is another maker."""
@@ -74,6 +87,20 @@ class Staging:
         """Finished parts."""
         return self.root / "model"
 
+    @property
+    def ready(self) -> Path:
+        """Finished parts, while this one is about to publish them."""
+        return self.root / f"ready-{self.who}"
+
+    @property
+    def old(self) -> Path:
+        """What the output path held, while this one puts something else there."""
+        return self.root / f"old-{self.who}"
+
+    def claimed(self) -> list[Path]:
+        """Returns where finished parts are, or were, while somebody publishes them."""
+        return sorted(self.root.glob("ready-*"))
+
     def temporary(self, name: str) -> Path:
         """Returns a path to write to before it gets its name."""
         return self.parts / f"{name}.{self.who}.{os.getpid()}.tmp"
@@ -87,21 +114,28 @@ class Staging:
             ``other-plan-staged``: parts of another plan gather for this output path. ``unwritable-output``.
         """
         raise_all(_others(self, files, out))
+        new = [folder for folder in self.root.parents if not folder.exists()]
         with explained(self.root):
             for folder in (self.root, self.parts):
                 folder.mkdir(parents=True, exist_ok=True)
-            take_back(self)
-            if not any(self.root.glob("ready-*")):
+            self.take_back()
+            if not self.claimed():
                 self.model.mkdir(exist_ok=True)
-        if not (self.root / _BEGUN).exists():
+        if _begun(self.root) is None:
             self.place(self.root / _BEGUN, json.dumps(_about(self.plan, files)).encode())
-            self.settle(self.root / _BEGUN)
-            if self.sync:
-                sync_directory(self.root.parent)
+        # Also where all of it was there: whoever made it may have been killed before this.
+        for folder in (self.root, self.root.parent, *(one.parent for one in new)) if self.sync else ():
+            sync_directory(folder)
 
     def is_begun(self) -> bool:
         """Tells whether parts gather here: not before ``begin``, and not after somebody published the result."""
         return _begun(self.root) is not None
+
+    def take_back(self) -> None:
+        """Makes what somebody was about to publish the model again: he may be gone. If he is not, he begins anew."""
+        for ready in self.claimed():
+            with suppress(OSError):  # he was faster
+                ready.rename(self.model)
 
     def place(self, path: Path, data: bytes | list[bytes]) -> None:
         """Makes a small file appear whole under its name, in the place of one that is there; see ``settle``."""
@@ -117,13 +151,12 @@ class Staging:
 
     def settle(self, *paths: Path) -> None:
         """Makes the names of files durable, and those of the directories below the staging directory they are in."""
-        inner = {folder for path in paths for folder in path.parents if self.root in folder.parents}
-        folders = inner | {path.parent for path in paths}
+        folders = {folder for path in paths for folder in path.parents if self.root in folder.parents}
         for folder in sorted(folders, reverse=True) if self.sync else ():
             sync_directory(folder)
 
     def tidy(self) -> None:
-        """Removes what this process left half written, and its claims; called when it stops."""
+        """Removes what this one, and processes forked from it, left half written, and its claims; when it stops."""
         for path in (*self.parts.glob(f"*.{self.who}.*.tmp"), *self.claims()):
             with suppress(OSError):
                 path.unlink()
@@ -150,36 +183,63 @@ class Staging:
                 self.root.rmdir()
 
 
-def take_back(staging: Staging) -> None:
-    """Makes what somebody was about to publish, and did not, the model again."""
-    for ready in staging.root.glob("ready-*"):
-        with suppress(OSError):  # he did, after all
-            ready.rename(staging.model)
-
-
 def stagings(out: Path) -> list[Path]:
-    """Returns all directories in which parts gather for an output path."""
+    """Returns all directories in which parts gather for an output path, and those of which not all is removed yet."""
     if not out.parent.is_dir():
         return []
     return sorted(path for path in out.parent.glob(f"{_escaped(out.name)}{_MARK}*") if path.is_dir())
 
 
-def remove(root: Path, out: Path, *, ignore_errors: bool = False) -> None:
-    """Removes a staging directory. What the output path held before, if that is in it, goes back to its place first."""
+def is_gone(root: Path) -> bool:
+    """Tells whether a directory is one that somebody was removing."""
+    return root.name.rpartition(_MARK)[2].startswith(_GONE)
+
+
+def remove(root: Path, out: Path) -> None:
+    """Removes a staging directory. What the output path held before, if that is in it, goes back to its place.
+
+    First it gets another name: whoever still works on it, or is about to publish it, then finds nothing, at once. (A
+    directory that loses file after file while somebody renames it would be published in part.)
+
+    Raises
+    ------
+    OutputError
+        ``unwritable-output``.
+    """
+    gone = root if is_gone(root) else root.with_name(f"{out.name}{_MARK}{_GONE}{new_name()}")
     with explained(root):
-        for old in root.glob("old-*"):
-            if not out.exists():
-                old.rename(out)
-        for path in _inside_out(root):
-            with suppress(OSError) if ignore_errors else nullcontext():
+        try:
+            if gone != root:
+                root.rename(gone)
+            for old in gone.glob("old-*"):
+                _put_back(old, out)
+        except FileNotFoundError:  # somebody else removes it
+            return
+    with explained(gone):
+        _delete(gone)
+
+
+def _put_back(old: Path, out: Path) -> None:
+    if not os.path.lexists(out):
+        with suppress(FileExistsError, NotADirectoryError):  # taken by now
+            old.rename(out)
+
+
+def _delete(folder: Path) -> None:
+    for last in (*(False,) * _TRIES, True):
+        for path in _inside_out(folder):
+            with nullcontext() if last else suppress(OSError):
                 if path.is_dir() and not path.is_symlink():
                     path.rmdir()
                 else:
                     path.unlink()
+        if not folder.exists():
+            return
+        time.sleep(_APART)
 
 
 def _inside_out(root: Path) -> Iterator[Path]:
-    """Yields all that is in a directory, and last itself; ``begun.json``, which says what it is, after all directories.
+    """Yields all that is in a directory, and last itself.
 
     ``shutil`` does the same with three libraries of compression in 5 ms, of every run.
     """
@@ -204,6 +264,8 @@ def _seen(stamp: FileStamp) -> list[object]:
 def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator[OutputError]:
     """Yields an error for every staging directory of the output path that is not of this plan and this version."""
     for root in stagings(out):
+        if is_gone(root):
+            continue
         begun = _begun(root)
         found = _difference(begun, files) if begun is not None else "nobody knows which: it was left unfinished"
         if begun is None and not any(root.glob("parts/*.json")):

@@ -14,6 +14,9 @@ from shardmerge.storage.cache import Trail, drop_written, start_writing
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
+# Of a small file, written at a time.
+_AT_ONCE = 1 << 20
+
 
 class OutputFile:
     """A new file written at final offsets by several threads, then synced.
@@ -136,13 +139,24 @@ def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             at = 0
-            for part in [data] if isinstance(data, bytes) else data:
+            for part in [data] if isinstance(data, bytes) else _gathered(data):
                 _write_whole(fd, memoryview(part), at)
                 at += len(part)
             if sync:
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields parts of at least a MiB, but for the last: a receipt has one of a few hundred bytes for every tensor."""
+    found = bytearray()
+    for part in parts:
+        found += part
+        if len(found) >= _AT_ONCE:
+            yield bytes(found)
+            found.clear()
+    yield bytes(found)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -158,6 +172,16 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def sync_file(path: Path) -> None:
+    """Makes the data of a file durable that somebody else wrote."""
+    with explained(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def sync_directory(path: Path) -> None:

@@ -12,13 +12,16 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
-from shardmerge.errors import InterruptedRunError, ResourceError
+from shardmerge.errors import ResourceError
 from shardmerge.execute.engine import Counters, preload
-from shardmerge.execute.executors.contract import Make, Progress
+from shardmerge.execute.executors.contract import Make, Progress, Stopped
 from shardmerge.execute.executors.failures import error_from, rows_of
+from shardmerge.execute.patience import Halt, interrupted, patiently
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 
@@ -30,6 +33,11 @@ _USUAL_PIPE, _LARGEST_PIPE = 64 << 10, 1 << 20
 
 # How often this process looks after the others, in seconds.
 _LOOK = 0.05
+# How often it looks whether one that it killed is gone, and how long altogether.
+_SOON, _GRACE = 0.002, 1.0
+
+# What ends a run: a child hears none of it.
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
@@ -39,25 +47,29 @@ def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progre
         return
     counters = [0] * how.threads
     told = _Told(counters, progress)
+    patiently(partial(_make_all, parts, make, counters), told)
+    told()
+
+
+def _make_all(parts: Sequence[Part], make: Make, counters: Counters, halt: Halt) -> None:
     for part in parts:
-        make(part, counters, told)
-        told()
+        halt.check()
+        make(part, counters, halt)
 
 
 class _Told:
-    """Passes on what counters say; asked as ``stopped``, it never says yes."""
+    """Passes on what counters say."""
 
     def __init__(self, counters: Counters, progress: Progress | None) -> None:
         self._counters = counters
         self._progress = progress
         self._before = 0
 
-    def __call__(self) -> bool:
+    def __call__(self) -> None:
         done = sum(self._counters)
         if self._progress is not None and done > self._before:
             self._progress(done - self._before)
         self._before = done
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +87,10 @@ def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress
     places = _filled_pipe(len(parts))
     children: list[_Child] = []
     try:
-        for number in range(min(how.processes, len(parts))):
-            counters = slots[number * how.threads : (number + 1) * how.threads]
-            children.append(_fork(parts, make, counters, places))
+        with _signals_held():
+            for number in range(min(how.processes, len(parts))):
+                counters = slots[number * how.threads : (number + 1) * how.threads]
+                children.append(_fork(parts, make, counters, places))
         while children:
             time.sleep(_LOOK)
             told()
@@ -85,11 +98,10 @@ def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress
                 children.remove(child)
                 _read_last_words(child, status)
     except KeyboardInterrupt as error:
-        raise InterruptedRunError("interrupted", "stopped before the result was published") from error
+        raise interrupted() from error
     finally:
         os.close(places)
-        for child in children:
-            _kill(child)
+        _kill(children)
 
 
 def _filled_pipe(count: int) -> int:
@@ -110,22 +122,40 @@ def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) ->
     if pid:
         os.close(write)
         return _Child(pid, read)
+    code = 1
     try:
         os.close(read)
         _only_parent_hears_signals()
-        for place in iter(lambda: os.read(places, _PLACE), b""):
-            make(parts[int.from_bytes(place, "little")], counters, lambda: os.getppid() != parent)
+        _make_from(places, parts, make, counters, lambda: os.getppid() != parent)
+        code = 0
     except BaseException as error:  # noqa: BLE001  # it must reach the parent
         os.write(write, json.dumps(rows_of(error)).encode()[: mmap.PAGESIZE * 16])
-        os._exit(1)
-    os._exit(0)
+    finally:
+        os._exit(code)  # also where the parent is gone, and nobody reads: what it was doing is not for this one to end
+
+
+def _make_from(places: int, parts: Sequence[Part], make: Make, counters: Counters, stopped: Stopped) -> None:
+    for place in iter(lambda: os.read(places, _PLACE), b""):
+        if stopped():
+            return
+        make(parts[int.from_bytes(place, "little")], counters, stopped)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keeps signals for later: a process forked meanwhile is known, and runs no handler of this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _only_parent_hears_signals() -> None:
     """The parent decides: it kills its children. A terminal and a batch system send to all of them at once."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 def _ended(child: _Child) -> int | None:
@@ -142,13 +172,17 @@ def _read_last_words(child: _Child, code: int) -> None:
         raise error_from(json.loads(said)) if said else _died(code)
 
 
-def _kill(child: _Child) -> None:
-    try:
-        os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
+def _kill(children: Sequence[_Child]) -> None:
+    """Ends processes, and waits a while for them: one that waits for the disk ends when that answers."""
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _GRACE
+    for child in children:
         os.close(child.said)
-    except (ProcessLookupError, ChildProcessError):
-        return
+        with suppress(ChildProcessError):
+            while _ended(child) is None and time.monotonic() < deadline:
+                time.sleep(_SOON)
 
 
 def _died(code: int) -> ResourceError:

@@ -1,0 +1,404 @@
+"""Runs commands that are stopped, killed or cut off at any call that changes a file, and knows every such call.
+
+A server that has imported everything forks a process for each command, so that a run takes hundredths of a second; it
+runs under the traps of ``trap.c``. Several commands can be made to take turns, call by call.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; only, mount.
+_TRAP = struct.Struct("=4q7i4x64s256s")
+_COUNTS, _ARMED, _HIT = 0, 32, 48
+_LOG = 8 << 20
+
+NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP = range(11)
+
+# A run that takes longer hangs.
+_LONGEST = 60.0
+# How long a process that takes its turn may do nothing that changes a file, in seconds: it waits for others.
+_IDLE = 0.4
+
+
+@dataclass(frozen=True)
+class Trap:
+    """What is done, and at which call.
+
+    Attributes
+    ----------
+    action
+        One of the names above.
+    at, until
+        From which call, counted from 1, to which; 0 for none, and for that one only.
+    only
+        Of calls of this name alone.
+    number
+        The signal, or the error.
+    slow_ms
+        How long the call takes that raised a signal, as if the disk did not answer.
+    no_exchange
+        The error of ``renameat2``, as on a system that cannot exchange.
+    mount
+        The ext4 file system that loses its power.
+    """
+
+    action: int = NOTHING
+    at: int = 0
+    until: int = 0
+    only: str = ""
+    number: int = 0
+    slow_ms: int = 0
+    no_exchange: int = 0
+    mount: str = ""
+
+    def packed(self, ours: int = 0) -> bytes:
+        names = self.only.encode(), self.mount.encode()
+        numbers = 0, self.action, self.number, self.slow_ms, 0, self.no_exchange, ours
+        return _TRAP.pack(0, self.at, self.until, 0, *numbers, *names)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that changed a file, or tried to.
+
+    Attributes
+    ----------
+    pid, name
+        Whose, and which.
+    a, b
+        Paths; of ``pwrite`` ``b`` says whether bytes that are not zero begin a file.
+    x, y
+        Numbers of the call.
+    result
+        Negative for an error.
+    """
+
+    pid: int
+    name: str
+    a: str
+    b: str
+    x: int
+    y: int
+    result: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a command.
+
+    Attributes
+    ----------
+    code
+        Exit code; of a signal, negative.
+    out, err
+        What it said.
+    seconds
+        How long it took.
+    lingered
+        How long processes that it had started were there after it, in seconds.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    lingered: float
+
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@dataclass
+class Machine:
+    """Runs commands; see the module."""
+
+    server: subprocess.Popen[str]
+    trap: mmap.mmap
+    count: int = 0
+    hit: int = 0
+    calls: list[Call] = field(default_factory=list)
+
+    def run(self, *argv: object, trap: Trap | None = None, **given: Any) -> Ran:
+        """Runs one command.
+
+        Parameters
+        ----------
+        argv
+            Of ``shardmerge``.
+        trap
+            What is done at which call of it and of the processes that it forks.
+        given
+            ``processes``: whether a result of any size is worth several. ``ignore``: signals that are ignored from the
+            start. ``after``: seconds and a signal that is sent then. ``umask``.
+        """
+        return self.play([argv], trap=trap, **given)[0]
+
+    def play(
+        self,
+        runs: Sequence[Sequence[object]],
+        turns: Sequence[tuple[int, int]] = (),
+        trap: Trap | None = None,
+        **given: Any,
+    ) -> list[Ran]:
+        """Runs several commands at a time.
+
+        Parameters
+        ----------
+        runs
+            A command line each.
+        turns
+            Which of them goes on, up to its n-th call from now; all others stand still. A negative number is a signal
+            to it. When the turns are over, all run to their end. Without turns all begin at once.
+        trap, given
+            As for ``run``.
+        """
+        self.trap[: _TRAP.size] = (trap or Trap()).packed()
+        lines = [[str(one) for one in run] for run in runs]
+        request = {"runs": lines, "turns": list(turns), "only_trap": (trap or Trap()).action != NOTHING, **given}
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        self.count, _, _, used = struct.unpack_from("=4q", self.trap, _COUNTS)
+        (self.hit,) = struct.unpack_from("=i", self.trap, _HIT)
+        assert used <= _LOG, "the log is full"
+        self.calls = list(_calls(self.trap[_TRAP.size : _TRAP.size + used]))
+        return [Ran(**one) for one in answer]
+
+
+def _calls(log: bytes) -> Iterator[Call]:
+    for line in log.decode().splitlines():
+        pid, name, a, b, x, y, result = line.split("\t")
+        yield Call(int(pid), name, a, b, int(x), int(y), int(result))
+
+
+@contextmanager
+def machine(folder: Path, gcc: str) -> Iterator[Machine]:
+    """Starts a server; ``folder`` is for what it needs."""
+    library, file = folder / "trap.so", folder / "trap"
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([gcc, *flags, "-o", str(library), str(HERE / "trap.c"), "-ldl"], check=True)
+    with file.open("wb") as new:
+        new.truncate(_TRAP.size + _LOG)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+        "LD_PRELOAD": str(library), "TRAP_FILE": str(file), "OPENBLAS_NUM_THREADS": "1", "TMPDIR": str(folder),
+    }  # fmt: skip
+    command, pipe = [sys.executable, "-m", "tests.killing"], subprocess.PIPE
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    with file.open("r+b") as opened:
+        trap = mmap.mmap(opened.fileno(), 0)
+    try:
+        yield Machine(server, trap)
+    finally:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.close()
+        server.wait(10)
+        server.stdout.close()
+        trap.close()
+
+
+# --- the server ---
+
+
+def _serve() -> None:
+    import pkgutil
+    from importlib import import_module
+
+    import shardmerge
+
+    for module in pkgutil.walk_packages(shardmerge.__path__, "shardmerge."):
+        if module.name != "shardmerge.__main__":
+            import_module(module.name)
+    _adopt_orphans()
+    with open(os.environ["TRAP_FILE"], "r+b") as file:
+        trap = mmap.mmap(file.fileno(), 0)
+    for line in sys.stdin:
+        print(json.dumps(_play(trap, json.loads(line))), flush=True)
+
+
+def _adopt_orphans() -> None:
+    """Makes processes whose parent is gone children of this one, so that it sees their end (prctl(2))."""
+    import ctypes
+
+    assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+
+
+def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    started = time.monotonic()
+    texts = [[os.memfd_create("text") for _ in range(2)] for _ in request["runs"]]
+    trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
+    pids = [_start(argv, text, request) for argv, text in zip(request["runs"], texts, strict=True)]
+    ended = _Ended(pids)
+    if request["turns"]:
+        _take_turns(trap, pids, request["turns"], ended)
+    else:
+        for pid in pids:
+            _until_stopped(pid, ended)
+            os.kill(pid, signal.SIGCONT)
+    for seconds, number in request.get("after", ()):
+        time.sleep(max(started + seconds - time.monotonic(), 0))
+        if pids[0] not in ended.codes:
+            os.kill(pids[0], number)
+    ended.wait_for_all()
+    trap[_ARMED : _ARMED + 4] = struct.pack("=i", 0)
+    answers = []
+    for pid, text in zip(pids, texts, strict=True):
+        out, err = (_said(fd) for fd in text)
+        code, at = ended.codes[pid]
+        answers.append({"code": code, "out": out, "err": err, "seconds": at - started, "lingered": ended.last - at})
+    return answers
+
+
+def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setpgid(0, 0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(text[0], 1)
+    os.dup2(text[1], 2)
+    for number in request.get("ignore", ()):
+        signal.signal(number, signal.SIG_IGN)
+    os.umask(request.get("umask", 0o022))
+    os.kill(os.getpid(), signal.SIGSTOP)
+    code = 120
+    try:
+        code = _command(argv, request)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
+    from shardmerge.cli.main import main
+    from shardmerge.plan import schedule
+
+    if request.get("processes"):
+        schedule._WORTH_PROCESSES = 0
+    sys.argv = ["shardmerge", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+class _Ended:
+    """Who ended, how, and when."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+        self.codes: dict[int, tuple[int, float]] = {}
+        self.last = time.monotonic()
+        self._latest = time.monotonic() + _LONGEST
+
+    def look(self) -> int:
+        """Takes note of one that ended; returns its id, or 0 if none did, or that of one that stopped, negative."""
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        except ChildProcessError:
+            return 0
+        if pid and os.WIFSTOPPED(status):
+            return -pid
+        if pid:
+            self.last = time.monotonic()
+            if pid in self._pids:
+                self.codes[pid] = os.waitstatus_to_exitcode(status), self.last
+        return pid
+
+    def wait_for_all(self) -> None:
+        """Waits for all processes, and all that they started."""
+        while True:
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if not self.look():
+                time.sleep(0.001)
+            if time.monotonic() > self._latest:
+                self._kill_all()
+
+    def _kill_all(self) -> None:
+        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def _until_stopped(pid: int, ended: _Ended) -> None:
+    while True:
+        seen = ended.look()
+        if seen == -pid or pid in ended.codes:
+            return
+        if not seen:
+            time.sleep(0.0005)
+
+
+def _take_turns(trap: mmap.mmap, pids: Sequence[int], turns: Sequence[Sequence[int]], ended: _Ended) -> None:
+    for pid in pids:
+        _until_stopped(pid, ended)
+    for who, calls in turns:
+        pid = pids[who]
+        if pid in ended.codes:
+            continue
+        if calls < 0:
+            os.kill(pid, -calls)
+            continue
+        _let_go_on(trap, pid, calls, ended)
+    trap[:_ARMED] = struct.pack("=4q", 0, 0, 0, struct.unpack_from("=4q", trap)[3])
+    for pid in pids:
+        if pid not in ended.codes:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _let_go_on(trap: mmap.mmap, pid: int, calls: int, ended: _Ended) -> None:
+    """Lets one go on until it is about to make its n-th call from now, ended, or waits for others."""
+    used = struct.unpack_from("=4q", trap)[3]
+    setting = Trap(STOP, at=calls)
+    trap[: _TRAP.size] = setting.packed(ours=pid)
+    trap[:_ARMED] = struct.pack("=4q", 0, calls, 0, used)
+    trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
+    os.kill(pid, signal.SIGCONT)
+    before, since = -1, time.monotonic()
+    while True:
+        seen = ended.look()
+        if seen == -pid or pid in ended.codes:
+            return
+        count = struct.unpack_from("=4q", trap)[0]
+        if count != before:
+            before, since = count, time.monotonic()
+        if time.monotonic() - since > _IDLE:
+            os.kill(pid, signal.SIGSTOP)
+            since = time.monotonic()
+        if not seen:
+            time.sleep(0.0005)
+
+
+def _said(fd: int) -> str:
+    os.lseek(fd, 0, os.SEEK_SET)
+    text = b"".join(iter(lambda: os.read(fd, 1 << 20), b"")).decode()
+    os.close(fd)
+    return text
+
+
+if __name__ == "__main__":
+    _serve()

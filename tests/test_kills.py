@@ -1,0 +1,137 @@
+"""A run that is killed at any call that changes a file: nothing partial is seen, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import tool
+from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap, machine
+from tests.scene import PARTS, RECEIPT, WAYS, Scene
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a directory of another owner takes root")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """In memory, where there is such a place: what is killed loses nothing that it wrote, so no disk is needed."""
+    memory = Path("/dev/shm")
+    found = Path(tempfile.mkdtemp(prefix="shardmerge-kills-", dir=memory if os.access(memory, os.W_OK) else None))
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Iterator[Machine]:
+    with machine(folder, tool("gcc")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def scene(folder: Path, runs: Machine) -> Scene:
+    return Scene.set(folder / "scene", runs)
+
+
+def _kill_and_go_on(
+    scene: Scene, runs: Machine, way: str, trap: Trap, made: Path | None = None, **given: object
+) -> bool:
+    """Runs under a trap, then the same command again; tells whether the first came to its end."""
+    scene.begin(WAYS[way], made)
+    first = scene.run(runs, WAYS[way], trap, **given)
+    ended = not runs.hit
+    assert first.code == (0 if ended else -9), first.err
+    receipts = scene.stopped(WAYS[way])
+    there = scene.seen(WAYS[way]) == "new"
+    second = scene.run(runs, WAYS[way])
+    assert second.code == 0, second.err
+    assert second.json()["parts_made"] == (0 if there else PARTS - receipts)
+    scene.published(WAYS[way])
+    return ended
+
+
+def test_killed_at_every_call(scene: Scene, runs: Machine) -> None:
+    at = 1
+    while not _kill_and_go_on(scene, runs, "plain", Trap(KILL, at=at)):
+        at += 1
+    assert at > 100
+    scene.untouched()
+
+
+@pytest.mark.parametrize("way", ["overwrite", "no-exchange", "empty"])
+def test_killed_at_every_call_from_the_receipt_on(scene: Scene, runs: Machine, way: str) -> None:
+    """What comes before is the same however it is published; `python -m tests.many_kills` kills there too."""
+    made = scene.keep_made(runs, WAYS[way])
+    scene.begin(WAYS[way], made)
+    assert scene.run(runs, WAYS[way]).code == 0
+    at = next(n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and call.b.endswith(RECEIPT))
+    killed = 0
+    while not _kill_and_go_on(scene, runs, way, Trap(KILL, at=at + killed), made):
+        killed += 1
+    assert killed > 10
+    scene.untouched()
+
+
+def test_killed_in_the_middle_of_a_write(scene: Scene, runs: Machine) -> None:
+    """Half of the bytes are there."""
+    scene.begin(WAYS["bin"])
+    assert scene.run(runs, WAYS["bin"]).code == 0
+    writes = [n for n, call in enumerate(runs.calls, 1) if call.name == "pwrite"]
+    for at in writes[::3]:
+        assert not _kill_and_go_on(scene, runs, "bin", Trap(HALF, at=at))
+
+
+def test_all_processes_killed(scene: Scene, runs: Machine) -> None:
+    """As a node that is lost, or a cgroup that is out of memory."""
+    at = 5
+    while not _kill_and_go_on(scene, runs, "plain", Trap(KILL_ALL, at=at), processes=True):
+        at += 7
+    assert at > 100
+
+
+def test_every_call_is_seen(scene: Scene, runs: Machine, tmp_path: Path) -> None:
+    """What the trap counts is what the kernel is asked for, as strace sees it: no call that changes a file escapes."""
+    for way, name in ((WAYS["overwrite"], "renameat2"), (WAYS["empty"], "chown")):
+        scene.begin(way)
+        log = tmp_path / "log"
+        calls = "openat,open,creat,write,writev,pwrite64,pwritev,fsync,fdatasync,sync_file_range,ftruncate,truncate,"
+        calls += "fallocate,copy_file_range,sendfile,splice,rename,renameat,renameat2,link,linkat,symlink,symlinkat,"
+        calls += "mkdir,mkdirat,unlink,unlinkat,rmdir,chmod,fchmod,fchmodat,chown,fchown,lchown,fchownat,utimensat,"
+        calls += "setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,fremovexattr,ioctl,mknod,mknodat"
+        command = [tool("strace"), "-f", "-y", "-qq", "-o", str(log), "-e", f"trace={calls}", sys.executable]
+        subprocess.run([*command, "-m", "shardmerge", *map(str, scene.command(way))], check=True, capture_output=True)
+        traced = Counter(_traced(log, scene.place))
+        scene.begin(way)
+        assert scene.run(runs, way).code == 0
+        counted = Counter(_COUNTED_AS.get(call.name, call.name) for call in runs.calls)
+        assert traced == counted
+        assert name in log.read_text()
+
+
+# What the trap calls by names of its own.
+_COUNTED_AS = {"exchange": "rename", "tmpfile": "open"}
+_KERNEL = {
+    "openat": "open", "pwrite64": "pwrite", "fdatasync": "fsync", "renameat": "rename", "renameat2": "rename",
+    "mkdirat": "mkdir", "fchmodat": "chmod", "fchownat": "chown", "utimensat": "utimens",
+}  # fmt: skip
+
+
+def _traced(log: Path, place: Path) -> Iterator[str]:
+    for line in log.read_text().splitlines():
+        found = re.match(r"\d+ +(\w+)\((.*)", line)
+        if found is None or str(place) not in found[2] or "TCGETS" in line:  # a question
+            continue
+        call = found[1]
+        if call in ("openat", "open") and not re.search("O_CREAT|O_WRONLY|O_RDWR", line):
+            continue
+        if call == "unlinkat":
+            call = "rmdir" if "AT_REMOVEDIR" in line else "unlink"
+        yield _KERNEL.get(call, call)

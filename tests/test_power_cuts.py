@@ -1,0 +1,178 @@
+"""A power cut at any moment: the output path holds nothing or all, and what was committed is still there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError, safe_open
+
+from tests.crash_model import Disk, Node
+from tests.faults import tool
+from tests.killing import KILL, POWER, Call, Machine, Trap, machine
+from tests.power import PoweredDisk, powered_disk
+from tests.scene import PARTS, WAYS, Scene, Way
+
+NAMES = ("projector/model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    memory = "/dev/shm"
+    found = Path(tempfile.mkdtemp(prefix="shardmerge-cuts-", dir=memory if os.access(memory, os.W_OK) else None))
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Iterator[Machine]:
+    with machine(folder, tool("gcc")) as found:
+        yield found
+
+
+# --- on a disk that keeps no more than it must ---
+
+
+@pytest.fixture(scope="module")
+def scene(folder: Path, runs: Machine) -> Scene:
+    return Scene.set(folder / "scene", runs)
+
+
+def _broken(scene: Scene, calls: list[Call], *, ended: bool = True) -> list[str]:
+    return list(Disk(scene.root, Node.of(scene.root), scene.out, NAMES).broken(calls, ended=ended))
+
+
+@pytest.fixture(scope="module")
+def traces(scene: Scene, runs: Machine) -> dict[str, list[Call]]:
+    """The calls of an undisturbed run."""
+    found = {}
+    for name, way in WAYS.items():
+        if way.form == "safetensors" and not (way.before == "empty" and os.geteuid()):
+            scene.begin(way)
+            assert scene.run(runs, way).code == 0
+            found[name] = runs.calls
+    return found
+
+
+def test_no_promise_is_broken(scene: Scene, traces: dict[str, list[Call]]) -> None:
+    for way, calls in traces.items():
+        scene.begin(WAYS[way])
+        assert _broken(scene, calls) == [], way
+
+
+def test_every_sync_is_needed(scene: Scene, traces: dict[str, list[Call]]) -> None:
+    """Without any one of them a promise would be broken: none is made in vain, and none can go without being missed."""
+    for way, calls in traces.items():
+        scene.begin(WAYS[way])
+        syncs = [n for n, call in enumerate(calls) if call.name == "fsync"]
+        assert len(syncs) > 30
+        for at in syncs:
+            assert _broken(scene, calls[:at] + calls[at + 1 :]), f"{way}: {calls[at].a}"
+
+
+def test_nor_by_who_goes_on_after_a_kill(scene: Scene, runs: Machine, traces: dict[str, list[Call]]) -> None:
+    """What a killed run has not synced any more, nobody may take for synced.
+
+    But for folders above the output path, and for the part that was being committed: it may have to be made again.
+    """
+    for at in (*range(1, 15), *range(15, len(traces["plain"]), 5)):
+        scene.begin(WAYS["plain"])
+        scene.place.mkdir()
+        before = Node.of(scene.root)
+        assert scene.run(runs, WAYS["plain"], Trap(KILL, at=at)).code == -9
+        calls = runs.calls
+        assert scene.run(runs, WAYS["plain"]).code == 0
+        found = list(Disk(scene.root, before, scene.out, NAMES).broken(calls + runs.calls))
+        assert [one for one in found if "committed" not in one or "begun.json" in one] == [], at
+
+
+# --- on ext4 ---
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[PoweredDisk]:
+    with powered_disk() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def powered(disk: PoweredDisk, runs: Machine) -> Scene:
+    return Scene.set(disk.root / "scene", runs)
+
+
+def cut(scene: Scene, disk: PoweredDisk, runs: Machine, way: Way, at: int, made: Path | None = None) -> bool:
+    """Cuts the power before a call, and checks what is there then; tells whether the run came to its end before."""
+    scene.begin(way, made)
+    disk.settle()
+    first = scene.run(runs, way, Trap(POWER, at=at, mount=str(disk.root)))
+    if not runs.hit:
+        assert first.code == 0
+        return True
+    assert runs.hit == 1, os.strerror(-runs.hit)
+    committed = _committed(runs.calls) if made is None else PARTS
+    disk.up_again()
+    seen = scene.seen(way)
+    if not seen and way.before:
+        scene.in_the_gap(way)
+    _nothing_looks_whole(scene)
+    second = scene.run(runs, way)
+    assert second.code == 0, second.err
+    assert second.json()["parts_made"] <= (0 if seen == "new" else PARTS - committed)
+    scene.published(way)
+    return False
+
+
+def _committed(calls: list[Call]) -> int:
+    """Returns how many parts a run had committed: its last step is to sync the directory of the receipts."""
+    found, pending = 0, 0
+    for call in calls:
+        if call.name == "rename" and re.search(r"/parts/\d{5}\.json$", call.b):
+            pending += 1
+        elif call.name == "fsync" and call.a.endswith("/parts"):
+            found, pending = found + pending, 0
+    return found
+
+
+def _nothing_looks_whole(scene: Scene) -> None:
+    """A file that was being written is refused by the reader of safetensors, or is whole."""
+    whole = {data for data in scene.goldens["safetensors"].values() if data}
+    for path in scene.place.glob("out.partial-*/parts/?????.*.tmp"):
+        try:
+            with safe_open(path, "np"):
+                assert path.read_bytes() in whole
+        except SafetensorError:
+            continue
+
+
+def _boundaries(calls: list[Call]) -> list[int]:
+    """Returns the calls, from 1, before which something changed for whoever has only what was written down."""
+    quiet = ("pwrite", "sync_file_range", "ftruncate", "utimens")
+    return [n for n, call in enumerate(calls, 1) if call.name not in quiet or calls[n - 2].name not in quiet]
+
+
+def test_power_cut_at_every_step(powered: Scene, disk: PoweredDisk, runs: Machine) -> None:
+    powered.begin(WAYS["plain"])
+    assert powered.run(runs, WAYS["plain"]).code == 0
+    points = _boundaries(runs.calls)
+    assert len(points) > 60
+    for at in points:
+        assert not cut(powered, disk, runs, WAYS["plain"], at)
+
+
+@pytest.mark.parametrize("way", ["overwrite", "no-exchange", "empty"])
+def test_power_cut_while_it_is_published(powered: Scene, disk: PoweredDisk, runs: Machine, way: str) -> None:
+    made = powered.keep_made(runs, WAYS[way])
+    powered.begin(WAYS[way], made)
+    assert powered.run(runs, WAYS[way]).code == 0
+    last = next(
+        n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and call.b.endswith("shardmerge.json")
+    )
+    cuts = 0
+    while not cut(powered, disk, runs, WAYS[way], last + cuts, made):
+        cuts += 1
+    assert cuts > 10
