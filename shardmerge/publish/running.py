@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +72,7 @@ def carry_out_share(
         return _there_after_all(goal, options, error)
     if (state.missing or state.elsewhere) and not goal.reached():
         return state
-    return _published(goal, lambda: state.made, options)
+    return replace(_published(goal, int, options), made=state.made)
 
 
 def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
