@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,10 @@ from shardmerge.tensors import FileStamp, Record
 
 if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
+
+# For how long a node may not see what another one has made: NFS caches what is in a directory, and what is not, for as
+# long as acdirmax says, 60 seconds unless somebody changed it. How often it is looked for, both in seconds.
+_CACHED, _LOOK = 65.0, 0.5
 
 
 def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
@@ -67,7 +72,7 @@ def carry_out_share(
         return _there_after_all(goal, options, error)
     if (state.missing or state.elsewhere) and not goal.reached():
         return state
-    return _published(goal, lambda: state.made, options)
+    return replace(_published(goal, int, options), made=state.made)
 
 
 def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
@@ -196,9 +201,18 @@ def _have_made(  # noqa: PLR0913  # what, where, and how
     try:
         patiently(lambda _: staging.begin(files, out))
         _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
+        if options.engine != "here":
+            await_receipts(todo, staging)
     except BaseException:
         staging.tidy()
         raise
+
+
+def await_receipts(parts: Sequence[Part], staging: Staging) -> None:
+    """Waits until the receipts of parts that were made are seen here, or it is certain that they never will be."""
+    end = time.monotonic() + _CACHED
+    while any(read_receipt(staging, part) is None for part in parts) and time.monotonic() < end:
+        time.sleep(_LOOK)
 
 
 def _executor(options: Options) -> Executor:
