@@ -41,14 +41,19 @@ _OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 def is_published(plan: Plan, out: Path) -> bool:
     """Tells whether the output path holds the result of a plan: a receipt that says so, and all files of weights."""
-    try:
-        receipt = json.loads((out / RECEIPT).read_bytes())
-    except (OSError, ValueError):
-        return False
-    if not isinstance(receipt, dict) or receipt.get("plan") != plan.id:
+    if published_plan(out) != plan.id:
         return False
     files = ((out / shard.name, shard.nbytes) for shard in plan.shards)
     return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
+
+
+def published_plan(out: Path) -> str:
+    """Returns the id of the plan of which a receipt at the output path says that it is the result, or ``""``."""
+    try:
+        receipt = json.loads((out / RECEIPT).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(receipt.get("plan", "")) if isinstance(receipt, dict) else ""
 
 
 def finish(

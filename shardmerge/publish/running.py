@@ -16,9 +16,9 @@ from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
 from shardmerge.publish.checks import check_output
 from shardmerge.publish.finishing import finish, is_published
-from shardmerge.publish.making import Maker, is_made, read_receipt
+from shardmerge.publish.making import Maker, is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
-from shardmerge.publish.shares import Which
+from shardmerge.publish.shares import All, Which
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
 from shardmerge.storage.reading import SourceFile
@@ -86,6 +86,32 @@ def make_some(
         made += len(todo)
     missing = sum(read_receipt(staging, part) is None for part in parts)
     return Unfinished(made, missing, len(parts))
+
+
+def make_share(
+    parts: Sequence[Part], plan: tuple[str, int], out: Path, options: Options, progress: Progress | None = None
+) -> Unfinished:
+    """Makes parts of a plan of which this one holds no others; publishes nothing.
+
+    Parameters
+    ----------
+    parts
+        Its share.
+    plan
+        The plan's id, and how many parts it has.
+    out, options, progress
+        As for ``carry_out``.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    plan_id, count = plan
+    made = make_some(parts, All(), out, options, progress).made if parts else 0
+    staging = Staging.of(out, plan_id, sync=options.sync)
+    missing = sum(not receipt_path(staging, number).is_file() for number in range(count))
+    return Unfinished(made, missing, count)
 
 
 def _there_already(plan: Plan, out: Path) -> Result:
