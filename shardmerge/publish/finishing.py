@@ -77,11 +77,7 @@ class Goal:
 
     def reached(self) -> bool:
         """Tells whether the result is there: a receipt that says so, and all files of weights."""
-        try:
-            receipt = json.loads((self.out / RECEIPT).read_bytes())
-        except (OSError, ValueError):
-            return False
-        if not isinstance(receipt, dict) or receipt.get("plan") != self.plan.id or _inode(self.out) == self.other:
+        if published_plan(self.out) != self.plan.id or _inode(self.out) == self.other:
             return False
         files = ((self.out / shard.name, shard.nbytes) for shard in self.plan.shards)
         return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
@@ -106,6 +102,15 @@ class Goal:
                     remove(one, self.out)
                 except ShardmergeError as error:
                     raise _not_tidied(error) from error
+
+
+def published_plan(out: Path) -> str:
+    """Returns the id of the plan of which a receipt at the output path says that it is the result, or ``""``."""
+    try:
+        receipt = json.loads((out / RECEIPT).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(receipt.get("plan", "")) if isinstance(receipt, dict) else ""
 
 
 def finish(  # what, from where to where, and how
