@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeAlias
 
 from shardmerge.tensors import Shape
@@ -74,9 +74,10 @@ def cut(walk: Walk, axis: int, low: int, high: int) -> Iterator[Walk]:
     touched = range(max(-(-(low - others - first) // step), 0), min(-(-(high - first) // step), n))
     if inside[0] < inside[1]:
         yield part(walk, which, inside[0], inside[1] - inside[0])
-    for i in touched:
-        if not inside[0] <= i < inside[1]:
-            yield from cut(part(walk, which, i, 1), axis, low, high)
+    else:
+        inside = touched.stop, touched.stop
+    for i in chain(range(touched.start, inside[0]), range(inside[1], touched.stop)):
+        yield from cut(part(walk, which, i, 1), axis, low, high)
 
 
 def part(walk: Walk, which: int, start: int, count: int) -> Walk:
