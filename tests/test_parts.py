@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from shardmerge import api
 from shardmerge.api import Options, Result, Unfinished
 from shardmerge.errors import OutputError, ShardmergeError, UsageError
-from shardmerge.publish.running import carry_out_share
+from shardmerge.publish.making import is_made
+from shardmerge.publish.running import await_receipts, carry_out_share
 from shardmerge.publish.shares import Anything, Claims, Share, which
 from shardmerge.publish.staging import Staging
 from tests.conftest import shardmerge
@@ -244,6 +245,21 @@ def test_a_task_that_waits_while_another_publishes_makes_nothing_again(model: Pa
     check(model, out)
 
 
+def test_a_receipt_that_is_seen_late_is_waited_for(model: Path, tmp_path: Path) -> None:
+    """As from another node, through a directory that is cached."""
+    out = tmp_path / "out"
+    task(model, out, "0/2")
+    staging = staging_of(model, out)
+    parts = [part for part in api.plan(model / "mapping.yaml", QUICK).parts() if is_made(staging, part)]
+    receipt = staging.parts / f"{parts[0].number:05d}.json"
+    receipt.rename(tmp_path / "unseen")
+    done = _started(lambda: await_receipts(parts, staging))
+    time.sleep(1)
+    assert not done.is_set()
+    (tmp_path / "unseen").rename(receipt)
+    assert done.wait(10)
+
+
 def test_a_copy_of_a_staging_directory_is_another_maker(tmp_path: Path) -> None:
     import pickle
 
@@ -269,9 +285,10 @@ def script(model: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
 def test_the_script_is_one_for_bash_with_the_options_that_were_given(script: Callable[..., str]) -> None:
     text = script("--sbatch", "partition=long", "--sbatch", "-A proj", "--cpus", 2, "--", "--workers", 2)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=True, capture_output=True).stderr == ""
-    first, *options, last = text.splitlines()
+    first, *options, remark, last = text.splitlines()
     assert first == "#!/bin/bash"
     assert all(option.startswith("#SBATCH -") for option in options)
+    assert remark.startswith("# Each task plans anew.")
     assert {"#SBATCH --array=0-2", "#SBATCH --cpus-per-task=2", "#SBATCH --partition=long", "#SBATCH -A proj"} < {
         *options
     }
@@ -296,6 +313,16 @@ def test_the_script_makes_the_result_task_by_task(model: Path, tmp_path: Path, s
     assert [one.returncode for one in tasks] == [0, 0, 0]
     assert all("is published" in each for each in said)
     check(model, tmp_path / "out put")
+
+
+def test_a_plan_is_named_and_takes_no_options_that_it_has_decided(model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    shardmerge("plan", model / "mapping.yaml", "--out", plan)
+    lines = shardmerge("slurm", plan, "--nodes", 2).stdout.splitlines()
+    assert lines[-1].endswith(f"run {plan} --part any")
+    assert lines[-2].startswith("#SBATCH")
+    done = shardmerge("slurm", plan, "--nodes", 2, "--", "--dtype", "float16", code=2)
+    assert "[no-effect]" in done.stderr
 
 
 def test_what_run_refuses_is_refused_before_it_waits_in_a_queue(model: Path) -> None:

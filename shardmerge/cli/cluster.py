@@ -85,10 +85,12 @@ def slurm(  # noqa: PLR0913  # one parameter an option
 
         raise UsageError("missing-path", "there is no such mapping or plan", where=mapping)
     arguments = ["run", _absolute(mapping), "--part", "any", *(["--out", _absolute(out)] if out else []), *more]
-    _try(context, arguments)
+    _try(context, mapping, arguments)
     told = {"array": f"0-{nodes - 1}", "cpus-per-task": cpus, "mem": mem, "time": limit}
     options = [*(f"--{name}={value}" for name, value in told.items()), *_FIXED, *map(_dashed, lines)]
-    click.echo("\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in options), _command(arguments)]))
+    remark = [] if mapping.endswith(".json") else [_PLANS_ANEW]
+    head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options)]
+    click.echo("\n".join([*head, *remark, _command(arguments)]))
 
 
 # What every array of tasks is told. A task that is preempted is queued again, and goes on; its log is added to.
@@ -105,6 +107,11 @@ _FIXED = (
 )
 
 
+_PLANS_ANEW = (
+    "# Each task plans anew. For many or large files: shardmerge plan MAPPING --out plan.json, then slurm plan.json"
+)
+
+
 def _absolute(path: str) -> str:
     """A task may begin in another directory."""
     return str(Path(path).expanduser().absolute())
@@ -114,11 +121,12 @@ def _dashed(option: str) -> str:
     return option if option.startswith("-") else f"--{option}"
 
 
-def _try(context: click.Context, arguments: list[str]) -> None:
+def _try(context: click.Context, mapping: str, arguments: list[str]) -> None:
     """Refuses what `run` would refuse, before anybody waits for it in a queue."""
     group = context.parent.command if context.parent else None
     if isinstance(group, click.Group):
-        group.commands["run"].make_context("run", arguments[1:], parent=context.parent)
+        called = group.commands["run"].make_context("run", arguments[1:], parent=context.parent)
+        refuse_idle_for_plan(mapping, called.params)
 
 
 def _command(arguments: list[str]) -> str:

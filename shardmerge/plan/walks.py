@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeAlias
 
 from shardmerge.tensors import Shape
@@ -70,13 +70,15 @@ def cut(walk: Walk, axis: int, low: int, high: int) -> Iterator[Walk]:
     n, _, steps = walk.loops[which]
     step = steps[axis]
     others = end - first - (n - 1) * step
-    inside = max(-(-(low - first) // step), 0), min((high - 1 - others - first) // step + 1, n)
-    touched = range(max(-(-(low - others - first) // step), 0), min(-(-(high - first) // step), n))
-    if inside[0] < inside[1]:
-        yield part(walk, which, inside[0], inside[1] - inside[0])
-    for i in touched:
-        if not inside[0] <= i < inside[1]:
-            yield from cut(part(walk, which, i, 1), axis, low, high)
+    begin, stop = max(-(-(low - first) // step), 0), min((high - 1 - others - first) // step + 1, n)
+    touched, left = max(-(-(low - others - first) // step), 0), min(-(-(high - first) // step), n)
+    if begin < stop:
+        yield part(walk, which, begin, stop - begin)
+        partly = chain(range(touched, begin), range(stop, left))
+    else:
+        partly = chain(range(touched, left))
+    for i in partly:
+        yield from cut(part(walk, which, i, 1), axis, low, high)
 
 
 def part(walk: Walk, which: int, start: int, count: int) -> Walk:

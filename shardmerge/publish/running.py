@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
 from shardmerge.publish.checks import check_output, check_place
 from shardmerge.publish.finishing import Goal, finish, unconfirmed
-from shardmerge.publish.making import Maker, is_made, read_receipt
+from shardmerge.publish.making import Maker, is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
@@ -31,6 +32,10 @@ from shardmerge.tensors import FileStamp, Record
 
 if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
+
+# For how long a node may not see what another one has made: NFS caches what is in a directory, and what is not, for as
+# long as acdirmax says, 60 seconds unless somebody changed it. How often it is looked for, both in seconds.
+_CACHED, _LOOK = 65.0, 0.5
 
 
 def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
@@ -67,12 +72,12 @@ def carry_out_share(
         return _there_after_all(goal, options, error)
     if (state.missing or state.elsewhere) and not goal.reached():
         return state
-    return _published(goal, lambda: state.made, options)
+    return replace(_published(goal, int, options), made=state.made)
 
 
-def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
-    """Publishes a plan whose parts are made, by whomever; raises as ``publish.finishing.finish``."""
-    return _published(Goal.of(plan, out), int, options, recheck=options.recheck)
+def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
+    """Publishes a plan whose parts are made, so many by the caller; raises as ``publish.finishing.finish``."""
+    return _published(Goal.of(plan, out), lambda: made, options, recheck=options.recheck)
 
 
 def make_some(
@@ -168,6 +173,34 @@ def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | 
     return len(todo)
 
 
+def make_share(
+    parts: Sequence[Part], plan: tuple[str, int], out: Path, options: Options, progress: Progress | None = None
+) -> Unfinished:
+    """Makes parts of a plan of which this one holds no others; publishes nothing.
+
+    Parameters
+    ----------
+    parts
+        Its share.
+    plan
+        The plan's id, and how many parts it has.
+    out, options, progress
+        As for ``carry_out``.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    from shardmerge.publish.shares import Everything
+
+    plan_id, count = plan
+    made = make_some(parts, Everything(), out, options, progress).made if parts else 0
+    staging = Staging.of(out, plan_id, sync=options.sync)
+    missing = sum(not receipt_path(staging, number).is_file() for number in range(count))
+    return Unfinished(made, missing, count)
+
+
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
     return [parts[n] for n in largest_first([part.shard.nbytes for part in parts])]
 
@@ -196,9 +229,18 @@ def _have_made(  # noqa: PLR0913  # what, where, and how
     try:
         patiently(lambda _: staging.begin(files, out))
         _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
+        if options.engine != "here":
+            await_receipts(todo, staging)
     except BaseException:
         staging.tidy()
         raise
+
+
+def await_receipts(parts: Sequence[Part], staging: Staging) -> None:
+    """Waits until the receipts of parts that were made are seen here, or it is certain that they never will be."""
+    end = time.monotonic() + _CACHED
+    while any(read_receipt(staging, part) is None for part in parts) and time.monotonic() < end:
+        time.sleep(_LOOK)
 
 
 def _executor(options: Options) -> Executor:

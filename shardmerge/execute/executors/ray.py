@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from shardmerge.errors import InterruptedRunError, ResourceError, UsageError
+from shardmerge.errors import ResourceError, UsageError
 from shardmerge.execute.executors.contract import Make, Progress
 from shardmerge.execute.executors.failures import Row, error_from, rows_of
+from shardmerge.execute.patience import interrupted
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 from shardmerge.tensors import FileStamp
@@ -61,28 +62,28 @@ class OnRay:
         """Returns when all parts have receipts."""
         if not parts:
             return
-        with _cluster(self.address):
+        with _cluster(self.address) as ours:
             tasks = _begun(parts, make, how)
             try:
                 _wait(tasks, progress)
             except BaseException as error:
-                _cancel(tasks)
+                if not ours:
+                    _cancel(tasks)
                 if isinstance(error, KeyboardInterrupt):
-                    what = "stopped before the result was published"
-                    raise InterruptedRunError("interrupted", what) from error
+                    raise interrupted() from error
                 raise
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Connects with a cluster, unless the caller's program has done so."""
+def _cluster(address: str | None) -> Iterator[bool]:
+    """Connects with a cluster, and at the end leaves it, which ends its tasks; False where the caller has connected."""
     try:
         import ray
     except ImportError as error:
         what = "--engine ray needs Ray, which is not installed"
         raise UsageError("no-ray", what, hint="pip install 'shardmerge[ray]', here and on all nodes") from error
     if ray.is_initialized():
-        yield
+        yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray starts a cluster, it would report that
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -100,7 +101,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     for number, handler in handlers.items():  # Ray takes SIGTERM for itself, and exits at once
         signal.signal(number, handler)
     try:
-        yield
+        yield True
     finally:
         ray.shutdown()
 
@@ -159,10 +160,11 @@ def _wait(tasks: dict[ObjectRef[list[Row]], Part], progress: Progress | None) ->
 
 
 def _cancel(tasks: dict[ObjectRef[list[Row]], Part]) -> None:
+    """Interrupts tasks. Not by force: Ray 2.60 aborts this process where one of them was just done."""
     import ray
 
     for task in tasks:
-        ray.cancel(task, force=True)
+        ray.cancel(task)
 
 
 def _lost(part: Part, error: Exception) -> ResourceError:
