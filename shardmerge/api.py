@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.mapping.way_back import Forward
+    from shardmerge.plan.reading import PlanText
+    from shardmerge.publish.shares import Share
     from shardmerge.publish.verify import Difference, Verdict
 
 __all__ = [
@@ -98,14 +101,18 @@ def prepare(path: Path, options: Options, roots: Sequence[tuple[str, str]] = ())
 
 
 def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -> Prepared:
+    with _plan_text(path, roots) as read:
+        return Prepared.of(read.plan(), Path(read.out) if read.out else None, options)
+
+
+@contextmanager
+def _plan_text(path: Path, roots: Sequence[tuple[str, str]]) -> Iterator[PlanText]:
     from shardmerge.plan.reading import PlanText, moved_by
 
     if not path.is_file():
         raise UsageError("missing-path", "there is no such plan", where=str(path))
     with path.open(encoding="utf-8", newline="\n") as lines:  # a line ends as it was written
-        read = PlanText(lines, str(path), moved_by(roots))
-        made = read.plan()
-    return Prepared.of(made, Path(read.out) if read.out else None, options)
+        yield PlanText(lines, str(path), moved_by(roots))
 
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
@@ -123,15 +130,24 @@ def write_plan(prepared: Prepared, path: Path, out: Path | None = None) -> None:
     OutputError
         ``output-exists``: what is there is no plan. ``unwritable-output``.
     """
-    from shardmerge.plan.writing import FORMAT, plan_lines
+    from shardmerge.plan.writing import plan_lines
     from shardmerge.storage.writing import write_lines
 
-    if path.exists() and not (path.is_file() and FORMAT.encode() in path.open("rb").read(64)):
+    if path.exists() and not _is_plan(path):
         what = "there is something at this path, and it is no plan"
         raise OutputError(
             "output-exists", what, where=str(path), hint="write the plan to another file: --out plan.json"
         )
     write_lines(path, plan_lines(prepared.plan, str(out or prepared.out or "")))
+
+
+def _is_plan(path: Path) -> bool:
+    from shardmerge.plan.writing import FORMAT
+
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(64)
 
 
 def clonable_bytes(plan: Plan, out: Path) -> int:
@@ -182,11 +198,37 @@ def run_part(  # one parameter an option
         As ``run``.
     """
     from shardmerge.publish.running import carry_out_share
-    from shardmerge.publish.shares import which
+    from shardmerge.publish.shares import Share, which
 
     options, path, chosen = options or Options(), Path(mapping), which(part, waiting)
+    if path.suffix == _PLAN and isinstance(chosen, Share):
+        return _run_share(path, chosen, out, options, roots, progress)
     prepared = prepare(path, options, roots)
     return carry_out_share(prepared.plan, chosen, output_path(prepared, out, str(mapping)), options, progress)
+
+
+def _run_share(  # what run_part is given
+    path: Path,
+    chosen: Share,
+    out: str | Path | None,
+    options: Options,
+    roots: Sequence[tuple[str, str]],
+    progress: Progress | None,
+) -> Result | Unfinished:
+    """Of a plan that was written down no more is held than the own share, until all parts are made."""
+    from shardmerge.publish.finishing import published_plan
+    from shardmerge.publish.running import finish_plan, make_share
+
+    made = 0
+    with _plan_text(path, roots) as read:
+        place = _place(Path(read.out) if read.out else None, out, str(path))
+        if published_plan(place) != read.id or options.fresh:
+            parts = tuple(read.parts(chosen.of(read.sizes)))
+            state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
+            if state.missing and published_plan(place) != read.id:
+                return state
+            made = state.made
+    return finish_plan(prepare(path, options, roots).plan, place, options, made=made)
 
 
 def finish(
@@ -255,16 +297,20 @@ def run(
 
 def output_path(prepared: Prepared, out: str | Path | None, where: str) -> Path:
     """Returns the output path of a plan, or raises ``no-output``."""
+    return _place(prepared.out, out, where)
+
+
+def _place(planned: Path | None, out: str | Path | None, where: str) -> Path:
     if out is not None:
         return Path(out).expanduser().absolute()
-    if prepared.out is None:
+    if planned is None:
         raise UsageError(
             "no-output",
             "no output path is given",
             where=where,
             hint="add `output: {path: out/model}`, or --out",
         )
-    return prepared.out
+    return planned
 
 
 def convert(

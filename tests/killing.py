@@ -25,7 +25,7 @@ ROOT = HERE.parent
 
 # `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; only, mount.
 _TRAP = struct.Struct("=4q7i4x64s256s")
-_COUNTS, _ARMED, _HIT = 0, 32, 48
+_COUNTS, _ARMED, _ACTION, _HIT, _OURS = 0, 32, 36, 48, 56
 _LOG = 8 << 20
 
 NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP = range(11)
@@ -170,7 +170,7 @@ class Machine:
         """
         self.trap[: _TRAP.size] = (trap or Trap()).packed()
         lines = [[str(one) for one in run] for run in runs]
-        request = {"runs": lines, "turns": list(turns), "only_trap": (trap or Trap()).action != NOTHING, **given}
+        request = {"runs": lines, "turns": list(turns), **given}
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -248,12 +248,13 @@ def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> list[dict[str, Any]]:
     trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
     pids = [_start(argv, text, request) for argv, text in zip(request["runs"], texts, strict=True)]
     ended = _Ended(pids)
+    while not all(ended.stands_still(pid) for pid in pids):
+        ended.look()
     if request["turns"]:
         _take_turns(trap, pids, request["turns"], ended)
     else:
         for pid in pids:
-            _until_stopped(pid, ended)
-            os.kill(pid, signal.SIGCONT)
+            ended.go_on(pid)
     for seconds, number in request.get("after", ()):
         time.sleep(max(started + seconds - time.monotonic(), 0))
         if pids[0] not in ended.codes:
@@ -305,27 +306,29 @@ def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
 
 
 class _Ended:
-    """Who ended, how, and when."""
+    """Who ended, how, and when; and who stands still."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
         self.codes: dict[int, tuple[int, float]] = {}
+        self.still: set[int] = set()
         self.last = time.monotonic()
         self._latest = time.monotonic() + _LONGEST
 
-    def look(self) -> int:
-        """Takes note of one that ended; returns its id, or 0 if none did, or that of one that stopped, negative."""
+    def look(self) -> None:
+        """Takes note of those that ended or stopped; without any it waits a little."""
         try:
             pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
         except ChildProcessError:
-            return 0
-        if pid and os.WIFSTOPPED(status):
-            return -pid
-        if pid:
+            return
+        if not pid:
+            time.sleep(0.0005)
+        elif os.WIFSTOPPED(status):
+            self.still.add(pid)
+        else:
             self.last = time.monotonic()
             if pid in self._pids:
                 self.codes[pid] = os.waitstatus_to_exitcode(status), self.last
-        return pid
 
     def wait_for_all(self) -> None:
         """Waits for all processes, and all that they started."""
@@ -334,63 +337,51 @@ class _Ended:
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if not self.look():
-                time.sleep(0.001)
-            if time.monotonic() > self._latest:
-                self._kill_all()
+            self.look()
+            assert time.monotonic() < self._latest, "a process does not end"
 
-    def _kill_all(self) -> None:
-        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+    def stands_still(self, pid: int) -> bool:
+        return pid in self.still or pid in self.codes
 
-
-def _until_stopped(pid: int, ended: _Ended) -> None:
-    while True:
-        seen = ended.look()
-        if seen == -pid or pid in ended.codes:
-            return
-        if not seen:
-            time.sleep(0.0005)
+    def go_on(self, pid: int) -> None:
+        self.still.discard(pid)
+        if pid not in self.codes:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _take_turns(trap: mmap.mmap, pids: Sequence[int], turns: Sequence[Sequence[int]], ended: _Ended) -> None:
-    for pid in pids:
-        _until_stopped(pid, ended)
     for who, calls in turns:
         pid = pids[who]
         if pid in ended.codes:
             continue
         if calls < 0:
             os.kill(pid, -calls)
-            continue
-        _let_go_on(trap, pid, calls, ended)
-    trap[:_ARMED] = struct.pack("=4q", 0, 0, 0, struct.unpack_from("=4q", trap)[3])
+        else:
+            _let_go_on(trap, pid, calls, ended)
+    _set_counts(trap, at=0)
     for pid in pids:
-        if pid not in ended.codes:
-            os.kill(pid, signal.SIGCONT)
+        ended.go_on(pid)
+
+
+def _set_counts(trap: mmap.mmap, at: int) -> None:
+    trap[:_ARMED] = struct.pack("=4q", 0, at, 0, struct.unpack_from("=4q", trap)[3])
 
 
 def _let_go_on(trap: mmap.mmap, pid: int, calls: int, ended: _Ended) -> None:
     """Lets one go on until it is about to make its n-th call from now, ended, or waits for others."""
-    used = struct.unpack_from("=4q", trap)[3]
-    setting = Trap(STOP, at=calls)
-    trap[: _TRAP.size] = setting.packed(ours=pid)
-    trap[:_ARMED] = struct.pack("=4q", 0, calls, 0, used)
-    trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
-    os.kill(pid, signal.SIGCONT)
+    trap[_ACTION : _ACTION + 4] = struct.pack("=i", STOP)
+    trap[_OURS : _OURS + 4] = struct.pack("=i", pid)
+    _set_counts(trap, at=calls)
+    ended.go_on(pid)
     before, since = -1, time.monotonic()
-    while True:
-        seen = ended.look()
-        if seen == -pid or pid in ended.codes:
-            return
+    while not ended.stands_still(pid):
+        ended.look()
         count = struct.unpack_from("=4q", trap)[0]
         if count != before:
             before, since = count, time.monotonic()
         if time.monotonic() - since > _IDLE:
             os.kill(pid, signal.SIGSTOP)
             since = time.monotonic()
-        if not seen:
-            time.sleep(0.0005)
 
 
 def _said(fd: int) -> str:

@@ -437,13 +437,14 @@ def test_a_lora_and_what_it_cannot_do_without(tmp_path: Path) -> None:
 
 def test_the_page_of_a_lora_compares_within_rounds(tmp_path: Path) -> None:
     job = lora.Job(tmp_path / "mapping.yaml", ((1000, 1000),), 8)
-    seconds = {"product": [(1.0, 1.0), (2.0, 2.0)], "1": [(1.5, 1.4), (3.0, 2.9)], "16": [(0.2, 3.0), (0.4, 3.0)]}
-    found = lora.result(job, seconds, {})
-    assert found["tables"][0]["rows"][1] == [
+    floors = {"product": [(1.0, 1.0), (2.0, 2.0)], "passes": [(0.5, 0.5), (0.5, 0.5)]}
+    found = lora.result(job, {**floors, "1": [(1.5, 1.4), (3.0, 2.9)], "16": [(0.2, 3.0), (0.4, 3.0)]}, {})
+    assert found["tables"][0]["rows"][2] == [
         "shardmerge, 1 worker",
         "2.25 (1.50 to 3.00)",
         "2.15 (1.40 to 2.90)",
         "1.50 (1.50 to 1.50)",
+        "1.10 (1.00 to 1.20)",
     ]
     shown = {row[1]: row[2:] for row in goals.rows({"lora": found})}
     assert shown == {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from functools import lru_cache
 from importlib import import_module
-from math import isfinite
+from math import copysign, isfinite
 from typing import Any
 
 from shardmerge.dtypes import DTYPES, DType
@@ -77,7 +77,7 @@ def _written(value: object, field: Field[Any]) -> object:
     if isinstance(value, tuple):
         return [_written(item, field) for item in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and "float" in str(field.type):
-        return float(value) if isfinite(value) else repr(float(value))
+        return float(value) if isfinite(value) else f"{'-' if copysign(1, value) < 0 else ''}{abs(value)}"
     return value
 
 

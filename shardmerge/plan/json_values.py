@@ -16,10 +16,9 @@ def whole(value: object) -> int:
 
 def natural(value: object) -> int:
     """Returns an integer that is not negative, or raises ValueError."""
-    found = whole(value)
-    if found < 0:
-        raise ValueError(f"{found} is negative")
-    return found
+    if type(value) is int and value >= 0:  # a bool is no int here
+        return value
+    raise ValueError(f"{value!r} is no number of things")
 
 
 def naturals(value: object) -> tuple[int, ...]:

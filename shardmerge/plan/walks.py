@@ -70,13 +70,14 @@ def cut(walk: Walk, axis: int, low: int, high: int) -> Iterator[Walk]:
     n, _, steps = walk.loops[which]
     step = steps[axis]
     others = end - first - (n - 1) * step
-    inside = max(-(-(low - first) // step), 0), min((high - 1 - others - first) // step + 1, n)
-    touched = range(max(-(-(low - others - first) // step), 0), min(-(-(high - first) // step), n))
-    if inside[0] < inside[1]:
-        yield part(walk, which, inside[0], inside[1] - inside[0])
+    begin, stop = max(-(-(low - first) // step), 0), min((high - 1 - others - first) // step + 1, n)
+    touched, left = max(-(-(low - others - first) // step), 0), min(-(-(high - first) // step), n)
+    if begin < stop:
+        yield part(walk, which, begin, stop - begin)
+        partly = chain(range(touched, begin), range(stop, left))
     else:
-        inside = touched.stop, touched.stop
-    for i in chain(range(touched.start, inside[0]), range(inside[1], touched.stop)):
+        partly = chain(range(touched, left))
+    for i in partly:
         yield from cut(part(walk, which, i, 1), axis, low, high)
 
 

@@ -36,7 +36,7 @@ from shardmerge.publish.checks import check_place, is_free
 from shardmerge.publish.making import make_folders, read_receipt, receipt_path
 from shardmerge.publish.part_receipts import PartReceipt, together, unfit
 from shardmerge.publish.receipt import receipt_json
-from shardmerge.publish.staging import Staging, is_gone, remove, stagings
+from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
 from shardmerge.storage.exchanging import exchange
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import explained, sync_directory, sync_file
@@ -73,15 +73,11 @@ class Goal:
     @classmethod
     def of(cls, plan: Plan, out: Path, *, fresh: bool = False) -> Goal:
         """Returns the goal of a run; a fresh one is not content with what is there."""
-        return cls(plan, out, _inode(out) if fresh else None)
+        return cls(plan, out, inode(out) if fresh else None)
 
     def reached(self) -> bool:
         """Tells whether the result is there: a receipt that says so, and all files of weights."""
-        try:
-            receipt = json.loads((self.out / RECEIPT).read_bytes())
-        except (OSError, ValueError):
-            return False
-        if not isinstance(receipt, dict) or receipt.get("plan") != self.plan.id or _inode(self.out) == self.other:
+        if published_plan(self.out) != self.plan.id or inode(self.out) == self.other:
             return False
         files = ((self.out / shard.name, shard.nbytes) for shard in self.plan.shards)
         return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
@@ -106,6 +102,15 @@ class Goal:
                     remove(one, self.out)
                 except ShardmergeError as error:
                     raise _not_tidied(error) from error
+
+
+def published_plan(out: Path) -> str:
+    """Returns the id of the plan of which a receipt at the output path says that it is the result, or ``""``."""
+    try:
+        receipt = json.loads((out / RECEIPT).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(receipt.get("plan", "")) if isinstance(receipt, dict) else ""
 
 
 def finish(  # what, from where to where, and how
@@ -237,7 +242,7 @@ class _Publishing:
         staging, out = self.staging, self.goal.out
         with explained(staging.root), suppress(FileNotFoundError):
             staging.model.rename(staging.ready)
-        itself = _inode(staging.ready)
+        itself = inode(staging.ready)
         if itself is None:
             return False
         try:
@@ -245,9 +250,9 @@ class _Publishing:
             with explained(out), self.halt.done_or_not():
                 self._commit()
         except (OSError, ShardmergeError):
-            if _inode(out) == itself:  # a file server may do it, and say that it did not
+            if inode(out) == itself:  # a file server may do it, and say that it did not
                 return True
-            if _inode(staging.ready) != itself:
+            if inode(staging.ready) != itself:
                 return False  # whatever failed, failed because it was taken away
             with suppress(OSError):
                 staging.ready.rename(staging.model)
@@ -271,20 +276,22 @@ class _Publishing:
         staging.settle(*(staging.ready / name for name in wanted))
 
     def _unfit(self) -> Iterator[ShardmergeError]:
-        for part in self.goal.plan.parts():
-            path = self.staging.ready / part.shard.name
-            receipt = read_receipt(self.staging, part)
-            found = "its receipt is gone" if receipt is None else unfit(receipt, part.shard, path, recheck=self.recheck)
+        parts, staging = self.goal.plan.parts(), self.staging
+        for part, receipt in zip(parts, _receipts(self.goal.plan, staging), strict=True):
+            path = staging.ready / part.shard.name
+            found = unfit(receipt, part.shard, path, recheck=self.recheck)
             if found:
-                where = str(self.staging.model / part.shard.name)
-                hint = "the same command makes it again"
                 yield VerificationError(
-                    "part-differs", "a finished part is not what its receipt says", where=where, found=found, hint=hint
+                    "part-differs",
+                    "a finished part is not what its receipt says",
+                    where=str(staging.model / part.shard.name),
+                    found=found,
+                    hint="run the same mapping or plan without --part: it makes that part again",
                 )
-            elif self.staging.sync and receipt is not None and not receipt.synced:
+            elif staging.sync and not receipt.synced:
                 sync_file(path)  # made with --no-sync, published without
             self.halt.check()
-            os.utime(self.staging.ready)  # still here: see _wait
+            os.utime(staging.ready)  # still here: see _wait
 
     def _commit(self) -> None:
         """Renames. Onto an empty directory that works, onto one with content it fails (POSIX rename)."""
@@ -342,14 +349,6 @@ def _take_after(ready: Path, out: Path) -> None:
                 os.setxattr(ready, name, os.getxattr(out, name))
         if there.st_mode != here.st_mode:
             ready.chmod(there.st_mode | stat.S_IRWXU)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def unconfirmed(out: Path, found: str) -> PublishedError:

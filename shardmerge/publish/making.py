@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from shardmerge.errors import InterruptedRunError, OutputError, ShardmergeError
 from shardmerge.execute.engine import Counters, Means, Workshop
 from shardmerge.execute.executors.contract import Stopped
 from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
-from shardmerge.publish.staging import Staging
+from shardmerge.publish.staging import Staging, inode
 from shardmerge.storage.writing import explained
 
 
@@ -41,7 +42,28 @@ class Maker:
         ------
         ShardmergeError
             As ``execute.engine.Workshop.make``; the part then counts as not made.
+        OutputError
+            ``staging-gone``.
         """
+        home = inode(self.staging.parts)
+        try:
+            self._commit(part, counters, stopped)
+        except InterruptedRunError:
+            raise
+        except ShardmergeError as error:
+            if is_made(self.staging, part):  # by somebody who is about to publish it
+                return
+            if home is not None and inode(self.staging.parts) == home:
+                raise
+            raise OutputError(
+                "staging-gone",
+                "what was being made was removed meanwhile, by another process",
+                where=str(self.staging.root),
+                found=error.what,
+                hint="the same command begins anew; `shardmerge clean` and --fresh are for when nobody else is at work",
+            ) from error
+
+    def _commit(self, part: Part, counters: Counters, stopped: Stopped) -> None:
         began, started = time.time(), time.monotonic()
         temporary = self.staging.temporary(f"{part.number:05d}")
         final = self.staging.model / part.shard.name

@@ -23,7 +23,7 @@ from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
 from shardmerge.publish.checks import check_output, check_place
 from shardmerge.publish.finishing import Goal, finish, unconfirmed
-from shardmerge.publish.making import Maker, is_made, read_receipt
+from shardmerge.publish.making import Maker, is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
@@ -75,9 +75,9 @@ def carry_out_share(
     return replace(_published(goal, int, options), made=state.made)
 
 
-def finish_plan(plan: Plan, out: Path, options: Options) -> Result:
-    """Publishes a plan whose parts are made, by whomever; raises as ``publish.finishing.finish``."""
-    return _published(Goal.of(plan, out), int, options, recheck=options.recheck)
+def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
+    """Publishes a plan whose parts are made, so many by the caller; raises as ``publish.finishing.finish``."""
+    return _published(Goal.of(plan, out), lambda: made, options, recheck=options.recheck)
 
 
 def make_some(
@@ -171,6 +171,34 @@ def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | 
         staging.give_up()
         raise
     return len(todo)
+
+
+def make_share(
+    parts: Sequence[Part], plan: tuple[str, int], out: Path, options: Options, progress: Progress | None = None
+) -> Unfinished:
+    """Makes parts of a plan of which this one holds no others; publishes nothing.
+
+    Parameters
+    ----------
+    parts
+        Its share.
+    plan
+        The plan's id, and how many parts it has.
+    out, options, progress
+        As for ``carry_out``.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``carry_out``.
+    """
+    from shardmerge.publish.shares import Everything
+
+    plan_id, count = plan
+    made = make_some(parts, Everything(), out, options, progress).made if parts else 0
+    staging = Staging.of(out, plan_id, sync=options.sync)
+    missing = sum(not receipt_path(staging, number).is_file() for number in range(count))
+    return Unfinished(made, missing, count)
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:

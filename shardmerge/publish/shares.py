@@ -66,9 +66,22 @@ class Share:
         return share(sizes, self.index, self.count)
 
     def rounds(self, parts: Sequence[Part], staging: Staging, options: Options) -> Iterator[list[Part]]:
-        """Yields once what of its share is not made yet."""
+        """Returns once what of its share is not made yet."""
         own = [parts[number] for number in self.of([part.shard.nbytes for part in parts])]
-        todo = [part for part in own if not is_made(staging, part, recheck=options.recheck)]
+        return Everything().rounds(own, staging, options)
+
+    def maker(self, make: Make, staging: Staging) -> Make:
+        """Returns ``make``: nobody else has these parts."""
+        return make
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """All parts that there are: of somebody who holds his share only."""
+
+    def rounds(self, parts: Sequence[Part], staging: Staging, options: Options) -> Iterator[list[Part]]:
+        """Yields once what is not made yet."""
+        todo = [part for part in parts if not is_made(staging, part, recheck=options.recheck)]
         if todo:
             yield todo
 

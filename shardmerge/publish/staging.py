@@ -46,6 +46,15 @@ def new_name() -> str:
     return os.urandom(6).hex()
 
 
+def inode(path: Path) -> tuple[int, int] | None:
+    """Returns what tells a file or directory from another under the same name; None where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 @dataclass(frozen=True)
 class Staging:
     """Where a plan's parts gather.

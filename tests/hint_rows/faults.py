@@ -53,14 +53,6 @@ def changing(call: Call) -> None:
     api.carry_out = once  # type: ignore[assignment]
 
 
-def staged(call: Call) -> None:
-    """The staging directory of a run elsewhere."""
-    prepared = api.prepare_conversion(call.world["gqa"])
-    folder = call.folder / f"out.partial-{prepared.plan.id[:16]}"
-    folder.mkdir()
-    (folder / ".owner.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-
-
 def huge(call: Call) -> None:
     """A safetensors file with an empty tensor that torch cannot make."""
     header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40, 1 << 40, 0], "data_offsets": [0, 0]}}).encode()
@@ -87,16 +79,8 @@ FAULTS = [
         lambda call: call.args.__setitem__(-1, "out"),
     ),
     Row(
-        "a run that is at work",
-        made(staged, *CONVERT, "$gqa", "out"),
-        "output-busy",
-        by_hand(
-            "remove the directory", lambda call: [shutil.rmtree(path) for path in call.folder.glob("out.partial-*")]
-        ),
-    ),
-    Row(
         "a disk without room",
-        faulty(lambda: mock.patch("shardmerge.publish.staging.free_bytes", return_value=0), *CONVERT, "$gqa", "out"),
+        faulty(lambda: mock.patch("shardmerge.publish.checks.free_bytes", return_value=0), *CONVERT, "$gqa", "out"),
         "disk-too-small",
         by_hand("free some space", mended),
     ),

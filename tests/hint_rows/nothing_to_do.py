@@ -18,12 +18,19 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("cannot-check", "leave --check out", "test_load_check.py::test_a_class_that_cannot_be_loaded_without_values"),
     ("no-transformers", "install it beside", "test_load_check.py::test_each_package_that_is_not_there_is_named"),
     ("no-huggingface-hub", "pip install", "test_hub.py::test_a_snapshot_without_its_weights_is_completed"),
-    ("interrupted", "run it again", "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_starts_again"),
+    (
+        "",
+        "to go on: shardmerge",
+        "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with",
+    ),
+    ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
+    ("no-ray", "pip install", "test_executors.py::test_all_parts_get_receipts"),
+    ("no-cluster", "or leave --address out", "test_executors.py::test_all_parts_get_receipts"),
     ("unwritable-output", "the disk loses", "test_io_errors.py::test_a_call_that_fails_ends_the_run"),
     (
         "bench-failed",
         "run `shardmerge convert`",
-        "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_starts_again",
+        "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with",
     ),
     (
         "",

@@ -1,0 +1,181 @@
+"""Several processes at one result, taking turns call by call: whoever is held up anywhere, it is the result of one run.
+
+A schedule is a list of turns: who goes on, and for how many calls that change a file. All others stand still meanwhile,
+so that a schedule is the same each time it is played.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.faults import tool
+from tests.killing import Machine, Ran, Trap, machine
+from tests.scene import WAYS, Scene, Way
+
+PLAIN, OVERWRITE, GAP = WAYS["plain"], WAYS["overwrite"], WAYS["no-exchange"]
+TO_THE_END, KILLED = 1_000_000, -9
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    memory = "/dev/shm"
+    found = Path(tempfile.mkdtemp(prefix="shardmerge-races-", dir=memory if os.access(memory, os.W_OK) else None))
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Iterator[Machine]:
+    with machine(folder, tool("gcc")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def scene(folder: Path, runs: Machine) -> Scene:
+    return Scene.set(folder / "scene", runs)
+
+
+Command = Sequence[object]
+
+
+def _part(scene: Scene, text: str) -> Command:
+    return scene.command(PLAIN, "--part", text)
+
+
+def _finish(scene: Scene, way: Way) -> Command:
+    return ["finish", scene.plan(way.form), "--out", scene.out, "--workers", "1", "--json", *way.arguments]
+
+
+def _clean(scene: Scene) -> Command:
+    return ["clean", scene.out]
+
+
+def play(
+    scene: Scene, runs: Machine, way: Way, commands: Sequence[Command], turns: Sequence[tuple[int, int]],
+    made: Path | None = None,
+) -> list[Ran]:  # fmt: skip
+    """Plays a schedule; whatever became of it, the same command then ends with the result and nothing else."""
+    scene.begin(way, made)
+    played = runs.play(commands, turns, Trap(no_exchange=way.no_exchange))
+    for ran in played:
+        assert ran.code in (0, 1, KILLED), (turns, ran.err)
+        assert "Traceback" not in ran.err, turns
+    seen = scene.seen(way)
+    if seen == "new":
+        assert scene.run(runs, way).json()["parts_made"] == 0, turns
+    else:
+        last = scene.run(runs, way)
+        assert last.code == 0, (turns, last.err)
+    scene.published(way)
+    return played
+
+
+def all_did_well(played: Sequence[Ran]) -> bool:
+    return all(ran.code == 0 for ran in played)
+
+
+def _length(scene: Scene, runs: Machine, way: Way, command: Command, made: Path | None = None) -> int:
+    scene.begin(way, made)
+    assert runs.run(*command, trap=Trap(no_exchange=way.no_exchange)).code == 0
+    return runs.count
+
+
+# --- two, one of them held up at any call while the other runs from beginning to end ---
+
+
+def test_two_runs(scene: Scene, runs: Machine) -> None:
+    command = scene.command(PLAIN)
+    for at in range(1, _length(scene, runs, PLAIN, command), 3):
+        played = play(scene, runs, PLAIN, [command, command], [(0, at), (1, TO_THE_END)])
+        assert all_did_well(played), (at, played)
+
+
+@pytest.mark.parametrize("way", ["plain", "overwrite", "no-exchange"])
+def test_two_that_finish(scene: Scene, runs: Machine, way: str) -> None:
+    made = scene.keep_made(runs, WAYS[way])
+    finish = _finish(scene, WAYS[way])
+    for at in range(1, _length(scene, runs, WAYS[way], finish, made) + 1, 1 if way == "no-exchange" else 2):
+        played = play(scene, runs, WAYS[way], [finish, finish], [(0, at), (1, TO_THE_END)], made)
+        assert all_did_well(played), (at, played)
+
+
+def test_one_that_finishes_and_one_that_is_late(scene: Scene, runs: Machine) -> None:
+    """The late one makes a part that somebody else has made meanwhile; all others are there."""
+    late = _part(scene, "0/3")
+    for at in range(1, _length(scene, runs, PLAIN, late), 4):
+        others = [_part(scene, "1/3"), _part(scene, "2/3"), scene.command(PLAIN)]
+        turns = [(0, at), (1, TO_THE_END), (2, TO_THE_END), (3, TO_THE_END)]
+        assert all_did_well(play(scene, runs, PLAIN, [late, *others], turns)), at
+
+
+def test_clean_and_a_run(scene: Scene, runs: Machine) -> None:
+    """What a run works on is taken from it: it fails, or had published before; nothing is published in part."""
+    command = scene.command(PLAIN)
+    for at in range(1, _length(scene, runs, PLAIN, command), 3):
+        played = play(scene, runs, PLAIN, [command, _clean(scene)], [(0, at), (1, TO_THE_END)])
+        assert played[1].code == 0
+
+
+def test_a_run_and_clean(scene: Scene, runs: Machine) -> None:
+    """The one that removes is held up: it finds what the other had begun anew, or nothing."""
+    made = scene.keep_made(runs, PLAIN)
+    for at in range(1, _length(scene, runs, PLAIN, _clean(scene), made) + 1):
+        played = play(scene, runs, PLAIN, [_clean(scene), scene.command(PLAIN)], [(0, at), (1, TO_THE_END)], made)
+        assert all_did_well(played), (at, played)
+
+
+def test_a_fresh_run_and_one_that_publishes(scene: Scene, runs: Machine) -> None:
+    made = scene.keep_made(runs, PLAIN)
+    finish, fresh = _finish(scene, PLAIN), scene.command(PLAIN, "--fresh")
+    for at in range(1, _length(scene, runs, PLAIN, finish, made) + 1, 3):
+        play(scene, runs, PLAIN, [finish, fresh], [(0, at), (1, at * 2), (0, TO_THE_END)], made)
+
+
+# --- many ---
+
+
+def _shuffled(rng: random.Random, count: int, longest: int) -> list[tuple[int, int]]:
+    """Turns of random length; now and then somebody is killed."""
+    turns = []
+    for _ in range(rng.randrange(3 * count, 12 * count)):
+        who = rng.randrange(count)
+        turns.append((who, KILLED if rng.random() < 0.02 else rng.randrange(1, longest)))
+    return turns
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+def test_shares_in_any_order(scene: Scene, runs: Machine, count: int) -> None:
+    """Each makes its share, and whoever sees the last part publishes; two may be at the same share."""
+    rng = random.Random(count)
+    for _ in range({16: 3}.get(count, 8)):
+        shares = [*range(count), rng.randrange(count)]
+        rng.shuffle(shares)
+        commands = [_part(scene, f"{share}/{count}") for share in shares]
+        turns = _shuffled(rng, len(commands), 40)
+        played = play(scene, runs, PLAIN, commands, turns)
+        assert all(ran.code == 0 or -ran.code == 9 for ran in played), (turns, played)
+        if all_did_well(played):
+            assert any(ran.json()["published"] for ran in played)
+
+
+def test_anybody_at_anything(scene: Scene, runs: Machine) -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        way = rng.choice([PLAIN, OVERWRITE, GAP])
+        kinds = [
+            scene.command(way),
+            scene.command(way, "--part", "any"),
+            scene.command(way, "--part", "1/2"),
+            _finish(scene, way),
+        ]
+        if way is PLAIN:
+            kinds += [_clean(scene), scene.command(way, "--fresh")]
+        commands = [rng.choice(kinds) for _ in range(rng.randrange(2, 6))]
+        play(scene, runs, way, commands, _shuffled(rng, len(commands), 60))
