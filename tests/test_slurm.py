@@ -6,7 +6,6 @@ Each ends with the bytes of one undisturbed run, and nothing is left over.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import time
@@ -22,7 +21,8 @@ from tests.slurm_cluster import SlurmCluster, needs_slurm, until
 
 pytestmark = [pytest.mark.slurm, needs_slurm]
 
-RUN = f"exec {shlex.quote(sys.executable)} -m shardmerge"
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+BIN = Path(sys.executable).parent
 # Each becomes a file of 16 MB: long enough on its way to be caught there.
 TENSORS, ELEMENTS = 12, 8 << 20
 MAPPING = """\
@@ -70,9 +70,6 @@ class Array:
     def submit(self, script: str, *options: str) -> str:
         return self.cluster.sbatch(*options, script=script, cwd=self.folder)
 
-    def wrapped(self, arguments: str, *options: str) -> str:
-        return self.submit(f"#!/bin/bash\n{RUN} {arguments}\n", "--cpus-per-task=1", "--output=%A_%a.log", *options)
-
     def caught(self, node: str) -> tuple[int, Path]:
         """Stops a process of a node while it writes a part; returns its number, and the file."""
         end = time.monotonic() + 60
@@ -112,12 +109,14 @@ def array(cluster: SlurmCluster, model: Path, tmp_path: Path) -> Array:
     return Array(cluster, model, tmp_path)
 
 
-def test_fixed_shares_and_a_dependent_finish(array: Array) -> None:
-    """The first task has number 1 here: shares are counted from the first."""
-    run = f"run {array.model}/mapping.yaml --out {array.out} --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
-    tasks = array.wrapped(run, "--array=1-3")
-    finish = f"finish {array.model}/mapping.yaml --out {array.out}"
-    last = array.wrapped(finish, f"--dependency=afterok:{tasks}")
+def test_the_scripts_of_the_guide(array: Array) -> None:
+    """Fixed shares and a dependent job, submitted as they are; the first task has number 1 here, and is the first."""
+    mapping = array.folder / "mapping.yaml"  # the result goes beside it
+    mapping.write_text(MAPPING.replace("model.safetensors", str(array.model / "model.safetensors")))
+    shardmerge("plan", mapping, "--out", array.folder / "plan.json")
+    fit = ("--cpus-per-task=1", "--mem=500M", "--output=%A_%a.log", f"--export=ALL,PATH={BIN}:/usr/bin:/bin")
+    tasks = array.submit((EXAMPLES / "parts.sbatch").read_text(), *fit, "--array=1-3")
+    last = array.submit((EXAMPLES / "finish.sbatch").read_text(), *fit, f"--dependency=afterok:{tasks}")
     assert array.cluster.ended(last) == ["COMPLETED"]
     assert array.cluster.ended(tasks) == ["COMPLETED"] * 3
     assert array.said().count("made 4 files") == 3
@@ -191,6 +190,19 @@ def test_a_time_limit_stops_it_and_the_same_script_goes_on(array: Array) -> None
     again = array.submit(array.script(1))
     assert array.cluster.ended(again) == ["COMPLETED"]
     assert {name: (array.out / name).stat().st_ino for name in before} == before
+    array.check()
+
+
+def test_a_task_that_is_cancelled_stops_cleanly(array: Array) -> None:
+    job = array.submit(array.script(1))
+    until(lambda: array.cluster.queued(job) == ["RUNNING"], 60)
+    _, path = array.caught(array.cluster.said("squeue", "-h", "-j", job, "-o", "%N"))
+    array.cluster.said("scancel", job)
+    assert array.cluster.ended(job)[0].startswith("CANCELLED")
+    assert "to go on: shardmerge run" in array.said()
+    assert not path.exists()
+    again = array.submit(array.script(1))
+    assert array.cluster.ended(again) == ["COMPLETED"]
     array.check()
 
 
