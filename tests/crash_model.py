@@ -82,7 +82,7 @@ class Disk:
         begins = _PART.fullmatch(call.a)
         if call.name == "pwrite" and call.b == "begins" and begins and self._at(call.a).dirty:
             yield f"part {begins[1]} looks whole to a reader before it is"
-        if call.name == "open" and begins or call.name == "rename" and _CLAIM.fullmatch(call.b):
+        if (call.name == "open" and begins) or (call.name == "rename" and _CLAIM.fullmatch(call.b)):
             yield from self._lost_parts()
         if call.name == "rename" and "partial-gone" in call.b and not self._survives(self._out):
             yield "what the result was made of is removed before the result is safe"
