@@ -296,7 +296,7 @@ def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
     from shardmerge.plan import schedule
 
     if request.get("processes"):
-        schedule._WORTH_PROCESSES = 0
+        schedule._WORTH_PROCESSES = 1
     sys.argv = ["shardmerge", *argv]
     try:
         main()

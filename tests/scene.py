@@ -1,5 +1,8 @@
-"""One small conversion, to be stopped and cut off everywhere: three files of weights, one of them in a folder, an index,
-side files that are copied and made. What is seen after each accident is compared with what an undisturbed run made."""
+"""One small conversion, to be stopped and cut off everywhere.
+
+It has three files of weights, one of them in a folder, an index, and side files that are copied and made. What is seen
+after each accident is compared with what an undisturbed run made.
+"""
 
 from __future__ import annotations
 
@@ -192,14 +195,17 @@ class Scene:
         if staging is None:
             return 0
         receipts = [path for path in staging.glob("parts/?????.json") if path.read_bytes()]
-        last = [*staging.rglob(INDEX), *staging.rglob(RECEIPT)]
-        if [path for path in last if not self._was(path, way)]:
-            assert len(receipts) == PARTS, "the index is there before the parts"
+        for last in (INDEX, RECEIPT):
+            for path in staging.rglob(last):
+                self._complete(path, way)
         return len(receipts)
 
-    def _was(self, path: Path, way: Way) -> bool:
-        """Tells whether a file is one of what the output path held before."""
-        return way.before == "old" and path.read_bytes() == self.goldens[other(way.form)].get(path.name)
+    def _complete(self, last: Path, way: Way) -> None:
+        """Checks that an index, or a receipt, came after all that it stands for."""
+        if way.before == "old" and last.read_bytes() == self.goldens[other(way.form)].get(last.name):
+            return  # what the output path held before
+        found, later = tree(last.parent), {INDEX, RECEIPT} if last.name == INDEX else {RECEIPT}
+        assert found.keys() | later == self.goldens[way.form].keys() | later, last
 
     def in_the_gap(self, way: Way) -> None:
         """Where directories cannot be exchanged there is a moment in which both are in the staging directory, whole."""

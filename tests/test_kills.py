@@ -41,7 +41,7 @@ def scene(folder: Path, runs: Machine) -> Scene:
     return Scene.set(folder / "scene", runs)
 
 
-def _kill_and_go_on(
+def kill_and_go_on(
     scene: Scene, runs: Machine, way: str, trap: Trap, made: Path | None = None, **given: object
 ) -> bool:
     """Runs under a trap, then the same command again; tells whether the first came to its end."""
@@ -60,7 +60,7 @@ def _kill_and_go_on(
 
 def test_killed_at_every_call(scene: Scene, runs: Machine) -> None:
     at = 1
-    while not _kill_and_go_on(scene, runs, "plain", Trap(KILL, at=at)):
+    while not kill_and_go_on(scene, runs, "plain", Trap(KILL, at=at)):
         at += 1
     assert at > 100
     scene.untouched()
@@ -74,7 +74,7 @@ def test_killed_at_every_call_from_the_receipt_on(scene: Scene, runs: Machine, w
     assert scene.run(runs, WAYS[way]).code == 0
     at = next(n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and call.b.endswith(RECEIPT))
     killed = 0
-    while not _kill_and_go_on(scene, runs, way, Trap(KILL, at=at + killed), made):
+    while not kill_and_go_on(scene, runs, way, Trap(KILL, at=at + killed), made):
         killed += 1
     assert killed > 10
     scene.untouched()
@@ -86,13 +86,13 @@ def test_killed_in_the_middle_of_a_write(scene: Scene, runs: Machine) -> None:
     assert scene.run(runs, WAYS["bin"]).code == 0
     writes = [n for n, call in enumerate(runs.calls, 1) if call.name == "pwrite"]
     for at in writes[::3]:
-        assert not _kill_and_go_on(scene, runs, "bin", Trap(HALF, at=at))
+        assert not kill_and_go_on(scene, runs, "bin", Trap(HALF, at=at))
 
 
 def test_all_processes_killed(scene: Scene, runs: Machine) -> None:
     """As a node that is lost, or a cgroup that is out of memory."""
     at = 5
-    while not _kill_and_go_on(scene, runs, "plain", Trap(KILL_ALL, at=at), processes=True):
+    while not kill_and_go_on(scene, runs, "plain", Trap(KILL_ALL, at=at), processes=True):
         at += 7
     assert at > 100
 

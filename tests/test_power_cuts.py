@@ -65,6 +65,14 @@ def test_no_promise_is_broken(scene: Scene, traces: dict[str, list[Call]]) -> No
         assert _broken(scene, calls) == [], way
 
 
+def test_whoever_writes_a_file_made_it(traces: dict[str, list[Call]]) -> None:
+    """A name that is there already, a link for one, is not written to."""
+    for calls in traces.values():
+        opened = [call for call in calls if call.name == "open"]
+        assert len(opened) > 15
+        assert all(call.y == os.O_EXCL for call in opened)
+
+
 def test_every_sync_is_needed(scene: Scene, traces: dict[str, list[Call]]) -> None:
     """Without any one of them a promise would be broken: none is made in vain, and none can go without being missed."""
     for way, calls in traces.items():

@@ -165,17 +165,17 @@ def test_shares_in_any_order(scene: Scene, runs: Machine, count: int) -> None:
             assert any(ran.json()["published"] for ran in played)
 
 
+def anybody_at_anything(scene: Scene, runs: Machine, seed: int) -> None:
+    """Plays a random schedule of commands that are random too."""
+    rng = random.Random(seed)
+    way = rng.choice([PLAIN, OVERWRITE, GAP])
+    kinds = [scene.command(way), *(scene.command(way, "--part", text) for text in ("any", "1/2")), _finish(scene, way)]
+    if way is PLAIN:
+        kinds += [_clean(scene), scene.command(way, "--fresh")]
+    commands = [rng.choice(kinds) for _ in range(rng.randrange(2, 6))]
+    play(scene, runs, way, commands, _shuffled(rng, len(commands), 60))
+
+
 def test_anybody_at_anything(scene: Scene, runs: Machine) -> None:
     for seed in range(30):
-        rng = random.Random(seed)
-        way = rng.choice([PLAIN, OVERWRITE, GAP])
-        kinds = [
-            scene.command(way),
-            scene.command(way, "--part", "any"),
-            scene.command(way, "--part", "1/2"),
-            _finish(scene, way),
-        ]
-        if way is PLAIN:
-            kinds += [_clean(scene), scene.command(way, "--fresh")]
-        commands = [rng.choice(kinds) for _ in range(rng.randrange(2, 6))]
-        play(scene, runs, way, commands, _shuffled(rng, len(commands), 60))
+        anybody_at_anything(scene, runs, seed)

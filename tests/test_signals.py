@@ -20,7 +20,7 @@ from tests.scene import PARTS, WAYS, Scene
 PLAIN = WAYS["plain"]
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-# A disk that does not answer for so long, in ms, and the least time, in seconds, by which a run would have waited for it.
+# How long a disk does not answer, in ms, and from how many seconds on a run has waited for it.
 FOREVER, TOO_LONG = 60_000, 30
 
 
@@ -92,6 +92,14 @@ def test_a_signal_after_the_commit(scene: Scene, runs: Machine, calls: list[str]
         ran = scene.run(runs, PLAIN, Trap(RAISE, at=at, number=signal.SIGTERM))
         assert ran.code == 0, ran.err
         scene.published(PLAIN)
+
+
+def test_signals_that_come_again(scene: Scene, runs: Machine, calls: list[str]) -> None:
+    """Slurm sends SIGTERM twice; a second one does not end the ending."""
+    for number in STOPS:
+        scene.begin(PLAIN)
+        ran = scene.run(runs, PLAIN, Trap(RAISE, at=40, until=10_000, number=number))
+        _stopped_cleanly(scene, runs, ran)
 
 
 def _slow(calls: list[str], scene: Scene) -> Iterator[int]:
@@ -196,11 +204,21 @@ def test_a_child_that_is_killed(scene: Scene, runs: Machine) -> None:
 
 def test_children_end_with_their_parent(scene: Scene, runs: Machine) -> None:
     for at in _in_a_child(scene, runs):
-        scene.begin(PLAIN)
-        ran = scene.run(runs, PLAIN, Trap(KILL_PARENT, at=at), processes=True)
-        assert ran.code == -9
-        assert ran.lingered < TOO_LONG
-        assert ran.err == ""
-        receipts = scene.stopped(PLAIN)
-        assert scene.run(runs, PLAIN).json()["parts_made"] == PARTS - receipts
-        scene.published(PLAIN)
+        _orphaned(scene, runs, Trap(KILL_PARENT, at=at))
+
+
+def test_orphans_end_while_the_disk_does_not_answer(scene: Scene, runs: Machine) -> None:
+    for at in _in_a_child(scene, runs)[:3]:
+        assert _orphaned(scene, runs, Trap(KILL_PARENT, at=at, slow_ms=FOREVER)) < PARTS
+
+
+def _orphaned(scene: Scene, runs: Machine, trap: Trap) -> int:
+    scene.begin(PLAIN)
+    ran = scene.run(runs, PLAIN, trap, processes=True)
+    assert ran.code == -9
+    assert ran.lingered < TOO_LONG
+    assert ran.err == ""
+    receipts = scene.stopped(PLAIN)
+    assert scene.run(runs, PLAIN).json()["parts_made"] == PARTS - receipts
+    scene.published(PLAIN)
+    return receipts

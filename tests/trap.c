@@ -116,7 +116,7 @@ static int reached(const char *call)
     switch (trap->action) {
     case KILL: die(); break;
     case KILL_ALL: kill(0, SIGKILL); break;
-    case KILL_PARENT: kill(getppid(), SIGKILL); return NOTHING;
+    case KILL_PARENT: kill(getppid(), SIGKILL); slow(); return NOTHING;
     case POWER: cut_power(); break;
     case RAISE: kill(0, trap->number); slow(); return NOTHING;
     case STOP: kill(getpid(), SIGSTOP); return NOTHING;

@@ -6,6 +6,7 @@ counter of its own. So nothing is locked per tile, and the sums are joined once,
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -18,7 +19,7 @@ from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.gather import Assembler
-from shardmerge.execute.patience import interrupted
+from shardmerge.execute.patience import GRACE, interrupted
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
@@ -267,11 +268,12 @@ class _Making:
         try:
             for thread in threads:
                 thread.start()
+            deadline = math.inf
             for thread in threads:
-                while thread.is_alive():
+                while thread.is_alive() and time.monotonic() < deadline:
                     thread.join(_LOOK)
-                    if self._stopped():
-                        self._failure = self._failure or interrupted()
+                    if self._failure is None and self._stopped():
+                        self._failure, deadline = interrupted(), time.monotonic() + GRACE
         except BaseException as error:  # Ctrl-C, where nobody else waits for signals
             self._failure = error
             raise

@@ -17,7 +17,7 @@ _Found = TypeVar("_Found")
 # How often the thread that waits looks after what it was asked to look after, in seconds.
 _LOOK = 0.1
 # How long work may take to stop, in seconds: a tile, or a sync that the disk does not finish.
-_GRACE = 1.5
+GRACE = 1.5
 
 
 class Halt:
@@ -33,7 +33,7 @@ class Halt:
 
     def ask(self) -> None:
         """Asks for a stop, once what must not be stopped in the middle is done."""
-        held = self._lock.acquire(timeout=_GRACE)
+        held = self._lock.acquire(timeout=GRACE)
         self._asked = True
         if held:
             self._lock.release()
@@ -92,7 +92,7 @@ def patiently(work: Callable[[Halt], _Found], look: Callable[[], object] = bool,
             look()
     except BaseException as error:
         halt.ask()
-        ended.wait(_GRACE)
+        ended.wait(GRACE)
         if not isinstance(error, KeyboardInterrupt):
             raise
         if not failed and not (found and last):

@@ -19,7 +19,7 @@ from functools import partial
 
 from shardmerge.errors import ResourceError
 from shardmerge.execute.engine import Counters, preload
-from shardmerge.execute.executors.contract import Make, Progress, Stopped
+from shardmerge.execute.executors.contract import Make, Progress
 from shardmerge.execute.executors.failures import error_from, rows_of
 from shardmerge.execute.patience import Halt, interrupted, patiently
 from shardmerge.plan.schedule import Schedule
@@ -30,6 +30,9 @@ _PLACE = 4
 # linux/fcntl.h; a pipe holds 64 KiB unless it is asked to hold more: 16,384 parts.
 _F_SETPIPE_SZ = 1031
 _USUAL_PIPE, _LARGEST_PIPE = 64 << 10, 1 << 20
+
+# linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 # How often this process looks after the others, in seconds.
 _LOOK = 0.05
@@ -126,19 +129,14 @@ def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) ->
     try:
         os.close(read)
         _only_parent_hears_signals()
-        _make_from(places, parts, make, counters, lambda: os.getppid() != parent)
+        _end_with(parent)
+        for place in iter(lambda: os.read(places, _PLACE), b""):
+            make(parts[int.from_bytes(place, "little")], counters, bool)
         code = 0
     except BaseException as error:  # noqa: BLE001  # it must reach the parent
         os.write(write, json.dumps(rows_of(error)).encode()[: mmap.PAGESIZE * 16])
     finally:
-        os._exit(code)  # also where the parent is gone, and nobody reads: what it was doing is not for this one to end
-
-
-def _make_from(places: int, parts: Sequence[Part], make: Make, counters: Counters, stopped: Stopped) -> None:
-    for place in iter(lambda: os.read(places, _PLACE), b""):
-        if stopped():
-            return
-        make(parts[int.from_bytes(place, "little")], counters, stopped)
+        os._exit(code)  # whatever happens: what the parent was doing is not for this one to end
 
 
 @contextmanager
@@ -156,6 +154,15 @@ def _only_parent_hears_signals() -> None:
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+def _end_with(parent: int) -> None:
+    """Asks the kernel to end this process when its parent ends, however that is and whatever this one is at."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was too late for that
 
 
 def _ended(child: _Child) -> int | None:
