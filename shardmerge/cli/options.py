@@ -101,7 +101,7 @@ def parsed(given: dict[str, Any]) -> Options:
 def refuse_idle(given: dict[str, Any], *names: str, why: str) -> None:
     """Refuses options that have no effect as the command is called."""
     spelt = {"form": "format"}
-    idle = [f"--{spelt.get(name, name).replace('_', '-')}" for name in names if given[name]]
+    idle = [f"--{spelt.get(name, name).replace('_', '-')}" for name in names if given.get(name)]
     if idle:
         raise UsageError("no-effect", f"{idle[0]} {why}", hint=f"leave {', '.join(idle)} out")
 
