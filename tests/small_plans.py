@@ -48,7 +48,7 @@ def planned(
     form: str = "safetensors",
 ) -> Plan:
     """Returns the plan that makes entries, as the planner lays them out."""
-    tensors = [PlannedTensor(name, entry, f"mapping.yaml:1:1 {name}", name) for name, entry in entries.items()]
+    tensors = [PlannedTensor(name, entry, "mapping.yaml:1:1 {rest...}", name) for name, entry in entries.items()]
     shards, indexes = lay_out(tensors, size, form=form)
     source = PlannedSource("src", "model", "safetensors", "f" * 64, files_of(entries.values()), ("a note",))
     return Plan("hf/model", (source,), shards, (*sides, *indexes), (), ())

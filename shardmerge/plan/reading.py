@@ -112,7 +112,9 @@ class PlanText:
             self._expect("],\n")
 
     def _shard(self, head: Row, rows: Iterable[str]) -> PlannedShard:
-        blobs = tuple((natural(at), b64decode(text(data))) for at, data in map(listed, listed(head["blobs"])))
+        blobs = tuple(
+            (natural(at), b64decode(text(data), validate=True)) for at, data in map(listed, listed(head["blobs"]))
+        )
         checksums = {name: naturals(places) for name, places in fields(head["checksums"]).items()}
         tensors = tuple(self._tensor(fields(json.loads(row.rstrip(",\n")))) for row in rows)
         return PlannedShard(text(head["name"]), natural(head["nbytes"]), blobs, tensors, checksums)
@@ -131,7 +133,9 @@ class PlanText:
                 copies[extent] = text(part["sha256"])
                 parts.append(extent)
             else:
-                parts.append(text(part["text"]).encode() if "text" in part else b64decode(text(part["base64"])))
+                parts.append(
+                    text(part["text"]).encode() if "text" in part else b64decode(text(part["base64"]), validate=True)
+                )
         return SideFile(text(row["name"]), tuple(parts))
 
     def _source(self, row: Row) -> PlannedSource:
