@@ -29,9 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", action="store_true", help="a kill at every call, and in every write, in every way")
     parser.add_argument("--doubles", type=int, default=0, help="random kills, each of a run that goes on after one")
-    parser.add_argument(
-        "--cuts", type=int, default=0, help="power cuts at random calls, on ext4 in two modes"
-    )
+    parser.add_argument("--cuts", type=int, default=0, help="power cuts at random calls, on ext4 in two modes")
     parser.add_argument("--races", type=int, default=0, help="random schedules of random commands")
     parser.add_argument("--seed", type=int, default=0, help="of the first; the next follow")
     given = parser.parse_args()

@@ -10,7 +10,6 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
