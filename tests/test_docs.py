@@ -173,6 +173,7 @@ PYTHON = {
         ["checkpoints/last.pth", "out/converted"],
         "ok: a reader that is not ours finds the same",
     ),
+    "plan_elsewhere.py": (["rename.yaml", "models", "moved"], "same plan: True\npublished: out 1 file\n"),
     "merge_in_memory.py": (["two-sources.yaml"], "head.weight torch.bfloat16 (2, 4) <- trained:head.weight"),
     "catch_errors.py": (["checkpoints/last.pth"], "readable: torch zip"),
 }
