@@ -39,7 +39,7 @@ def use_preset(
     }
     spec = parse_spec(json.dumps(mapping), "mapping.yaml")
     options = conversion.Options(sync=False)
-    running.carry_out(preparation.prepare(spec, out.parent, options), out, options)
+    running.carry_out(preparation.prepare(spec, out.parent, options).plan, out, options)
     return out
 
 

@@ -277,7 +277,7 @@ def living() -> int:
 
 def test_a_worker_holds_no_parts_but_its_own(tmp_path: Path) -> None:
     """Counted while it makes one, tensor by tensor; the whole plan is read when all parts are there."""
-    plan = many(tmp_path, 400, 160)
+    plan = many(tmp_path, 80, 160)
     path, out = tmp_path / "plan.json", tmp_path / "out"
     path.write_text(text(plan, str(out)), "utf-8")
     count, each = len(plan.shards), len(plan.shards[0].tensors)
@@ -290,7 +290,7 @@ def test_a_worker_holds_no_parts_but_its_own(tmp_path: Path) -> None:
         assert isinstance(done, api.Unfinished if index < 7 else api.Result)
     assert held
     assert max(held) - before <= -(-count // 8) * each
-    assert len(sm.open_checkpoint(out)) == 400
+    assert len(sm.open_checkpoint(out)) == 80
 
 
 def test_more_tasks_than_parts_and_a_task_twice(tmp_path: Path) -> None:

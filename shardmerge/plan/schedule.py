@@ -103,6 +103,8 @@ def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, proce
             if peak <= budget:
                 return Schedule(count, threads, tile, peak)
             tile //= 2
+    if not tensors:  # nothing to be made: what was made before is looked at, and published
+        return Schedule(1, 1, _SMALLEST_TILE, fixed)
     raise _too_small(tensors, fixed, budget)
 
 
