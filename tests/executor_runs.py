@@ -20,7 +20,7 @@ from shardmerge.execute.executors.here import make_here
 from shardmerge.execute.executors.ray import OnRay
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
-from shardmerge.publish.making import Maker, is_made
+from shardmerge.publish.making import PartMaker, is_made
 from shardmerge.publish.staging import Staging
 
 
@@ -46,7 +46,7 @@ def main(engine: str, processes: str, mapping: str, out: str, seconds: str = "0"
     rows = []
     started = time.monotonic()
     try:
-        maker = Slowly(Maker(staging, Means(sync=False)), float(seconds))
+        maker = Slowly(PartMaker(staging, Means(sync=False)), float(seconds))
         executor(parts, maker, Schedule(int(processes), 1, 1 << 20, 64 << 20), told.append)
     except (ShardmergeError, OSError, RuntimeError) as error:
         rows = rows_of(error)

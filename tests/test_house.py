@@ -12,8 +12,10 @@ from statistics import median
 
 PACKAGE = Path(__file__).parent.parent / "shardmerge"
 # The rooms that are held to it.
-ROOMS = ("mapping", "prepare", "sources", "targets", "tensors")
+ROOMS = ("execute", "mapping", "ops", "plan", "prepare", "publish", "sources", "storage", "targets", "tensors")
 MOST_IMPORTS, USUAL_IMPORTS = 15, 7
+# The doors, which know every verb, and where a part is made and published. None may join them.
+MANY = ("shardmerge.api",)
 # One idea in two rooms that may know nothing of each other.
 TWICE = {"Progress", "Shape"}
 
@@ -49,7 +51,7 @@ def in_rooms(name: str) -> bool:
 def test_a_module_imports_few_others() -> None:
     counts = {name: len(found) for name, found in graph().items()}
     assert median(counts.values()) <= USUAL_IMPORTS
-    assert {name: count for name, count in counts.items() if in_rooms(name) and count > MOST_IMPORTS} == {}
+    assert {name for name, count in counts.items() if count > MOST_IMPORTS} == set(MANY)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -22,7 +22,7 @@ from shardmerge.api import Options, Result, Unfinished
 from shardmerge.errors import OutputError, ShardmergeError, UsageError
 from shardmerge.publish.making import is_made
 from shardmerge.publish.running import await_receipts, carry_out_share
-from shardmerge.publish.shares import Anything, Claims, Share, which
+from shardmerge.publish.shares import Anything, PartClaims, Share, which
 from shardmerge.publish.staging import Staging
 from tests.conftest import shardmerge
 
@@ -158,7 +158,7 @@ def test_a_claim_is_given_once(model: Path, tmp_path: Path) -> None:
 
             def take(staging: Staging, gate: threading.Barrier = gate, name: str = name) -> bool:
                 gate.wait()
-                return Claims(staging, gone=50).take(name)
+                return PartClaims(staging, gone=50).take(name)
 
             with ThreadPoolExecutor(4) as pool:
                 assert sum(pool.map(take, stagings)) == 1
@@ -168,7 +168,7 @@ def test_parts_that_another_is_at_work_on_are_waited_for(model: Path, tmp_path: 
     """Four of seven: too many to know what is usual, and who is slow."""
     out, waits = tmp_path / "out", list[int]()
     other = staging_of(model, out)
-    assert all(Claims(other).take(f"{number:05d}") for number in range(4))
+    assert all(PartClaims(other).take(f"{number:05d}") for number in range(4))
     done = _started(lambda: anything(model, out, Anything(waiting=waits.append, look=(0.02, 0.05))))
     _until(lambda: len(waits) > 3)
     assert set(waits) == {4}
@@ -184,7 +184,7 @@ def test_parts_whose_maker_writes_are_waited_for_however_old_their_claims(model:
     other = staging_of(model, out)
     writing = [other.parts / f"{number:05d}.another.1.tmp" for number in range(4)]
     for number, path in enumerate(writing):
-        assert Claims(other).take(f"{number:05d}")
+        assert PartClaims(other).take(f"{number:05d}")
         os.utime(other.parts / f"{number:05d}.0.claim", (0, 0))
         path.touch()
     done = _started(lambda: anything(model, out, Anything(gone=2.0, waiting=waits.append, look=(0.02, 0.05))))
@@ -235,7 +235,7 @@ def test_a_task_that_waits_while_another_publishes_makes_nothing_again(model: Pa
     other = staging_of(model, out)
     for index in range(2):
         task(model, out, f"{index}/3")
-    assert Claims(other).take("finish")
+    assert PartClaims(other).take("finish")
     done = _started(lambda: anything(model, out, Anything(waiting=waits.append, look=(0.02, 0.05))))
     _until(lambda: len(waits) > 3)
     receipts = len(list(other.parts.glob("*.json")))

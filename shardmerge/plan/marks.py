@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from shardmerge.ops.contract import Op
 from shardmerge.ops.written import op_row
-from shardmerge.plan.places import Places, Shares, places
+from shardmerge.plan.places import PlacedElements, Shares, places
 from shardmerge.plan.walks import Loop
 from shardmerge.tensors import Made, TensorEntry, View
 from shardmerge.tensors.ranks import Fragments, Partitions, chunk_numel
@@ -46,7 +46,7 @@ class Marks:
         """Returns the number of a tensor; 0 for one without elements."""
         return sum(map(self._of, places(entry))) % PRIME if entry.numel else 0
 
-    def _of(self, one: Places) -> int:
+    def _of(self, one: PlacedElements) -> int:
         if isinstance(one, Shares):
             return self._shares(one)
         walk = one.walk

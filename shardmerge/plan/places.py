@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TypeAlias
 
 from shardmerge.ops.casts import Cast
-from shardmerge.plan.walks import MOST, Scattered, Walk, cut, folded, last, moved, unfolded, whole
+from shardmerge.plan.walks import MOST, TooScattered, Walk, cut, folded, last, moved, unfolded, whole
 from shardmerge.tensors import Boxes, Columns, Extent, Held, Made, Strided, TensorEntry, View
 from shardmerge.tensors.pieces import pieces_in
 from shardmerge.tensors.ranks import RankChunks
@@ -47,15 +47,15 @@ class Shares:
     at: int
 
 
-Places: TypeAlias = "Steps | Shares"
+PlacedElements: TypeAlias = "Steps | Shares"
 
 
-def places(entry: TensorEntry) -> Iterator[Places]:
+def places(entry: TensorEntry) -> Iterator[PlacedElements]:
     """Yields where all elements of a tensor come from."""
     return _places(entry, whole(entry.numel), "")
 
 
-def _places(entry: TensorEntry, walk: Walk, casts: str) -> Iterator[Places]:
+def _places(entry: TensorEntry, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     if isinstance(entry.pieces, RankChunks) and walk.index == (0,) and walk.loops == whole(entry.numel).loops:
         yield Shares(entry.pieces, casts, walk.at)
         return
@@ -68,7 +68,7 @@ def _places(entry: TensorEntry, walk: Walk, casts: str) -> Iterator[Places]:
             yield from _held(entry, piece.held, moved(part, (-piece.start,)), casts)
 
 
-def _held(entry: TensorEntry, held: Held, walk: Walk, casts: str) -> Iterator[Places]:
+def _held(entry: TensorEntry, held: Held, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     if isinstance(held, (Extent, Strided)):
         yield from _file(held, entry.dtype.itemsize, walk, casts)
     elif isinstance(held, Boxes):
@@ -85,7 +85,7 @@ def _held(entry: TensorEntry, held: Held, walk: Walk, casts: str) -> Iterator[Pl
         yield Steps(held, casts, walk)
 
 
-def _file(held: Extent | Strided, size: int, walk: Walk, casts: str) -> Iterator[Places]:
+def _file(held: Extent | Strided, size: int, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     """From elements in the order of what is held to bytes of the file."""
     if isinstance(held, Extent):
         yield Steps(held.file, casts, folded(walk, held.offset, (size,)))
@@ -95,7 +95,7 @@ def _file(held: Extent | Strided, size: int, walk: Walk, casts: str) -> Iterator
         yield Steps(held.extent.file, casts, folded(part, held.extent.offset, strides))
 
 
-def _boxes(held: Boxes, size: int, walk: Walk, casts: str) -> Iterator[Places]:
+def _boxes(held: Boxes, size: int, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     for box in held.boxes:
         parts = [walk]
         for axis, (low, n) in enumerate(zip(box.offsets, box.shape, strict=True)):
@@ -105,7 +105,7 @@ def _boxes(held: Boxes, size: int, walk: Walk, casts: str) -> Iterator[Places]:
             yield from _file(box.held, size, folded(inside, 0, row_major(box.shape)), casts)
 
 
-def _columns(held: Columns, walk: Walk, casts: str) -> Iterator[Places]:
+def _columns(held: Columns, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     widths = [base.numel // held.rows for base in held.bases]
     for part in unfolded(walk, (held.rows, sum(widths))):
         column = 0
@@ -115,11 +115,11 @@ def _columns(held: Columns, walk: Walk, casts: str) -> Iterator[Places]:
             column += width
 
 
-def _view(view: View, walk: Walk, casts: str) -> Iterator[Places]:
+def _view(view: View, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     """Through to what is seen; where the view's rows and those of what it sees do not fit together, to the view."""
     try:
         found = list(islice(_through(view, walk, casts), MOST + 1))
-    except Scattered:
+    except TooScattered:
         found = []
     if 0 < len(found) <= MOST:
         yield from found
@@ -127,6 +127,6 @@ def _view(view: View, walk: Walk, casts: str) -> Iterator[Places]:
         yield Steps(view, casts, walk)
 
 
-def _through(view: View, walk: Walk, casts: str) -> Iterator[Places]:
+def _through(view: View, walk: Walk, casts: str) -> Iterator[PlacedElements]:
     for part in unfolded(walk, view.shape):
         yield from _places(view.base, folded(part, view.offset, view.strides), casts)

@@ -22,7 +22,7 @@ Loop: TypeAlias = "tuple[int, int, tuple[int, ...]]"
 MOST = 1 << 14
 
 
-class Scattered(Exception):
+class TooScattered(Exception):
     """A walk is not taken apart: it would be too many."""
 
 
@@ -105,7 +105,7 @@ def unfolded(walk: Walk, shape: Shape) -> Iterator[Walk]:
 
     Raises
     ------
-    Scattered
+    TooScattered
         There are more than ``MOST``.
     """
     if not shape:
@@ -115,7 +115,7 @@ def unfolded(walk: Walk, shape: Shape) -> Iterator[Walk]:
     for step in row_major(shape)[:-1]:
         walks = list(islice((one for each in walks for one in _rows(each, step)), MOST + 1))
         if len(walks) > MOST:
-            raise Scattered
+            raise TooScattered
     yield from walks
 
 

@@ -18,7 +18,7 @@ from shardmerge.storage.writing import explained
 
 
 @dataclass(frozen=True)
-class Maker:
+class PartMaker:
     """Makes parts for a staging directory: see ``execute.executors.contract.Make``.
 
     Two makers of one part lose time and nothing else: each writes a file of its own, and their bytes are equal.

@@ -23,7 +23,7 @@ from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options, granted
 from shardmerge.publish.checks import check_output, check_place
 from shardmerge.publish.finishing import Goal, finish, unconfirmed
-from shardmerge.publish.making import Maker, is_made, read_receipt, receipt_path
+from shardmerge.publish.making import PartMaker, is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.staging import Staging, remove, stagings
 from shardmerge.storage.limits import bounds_cache
@@ -225,7 +225,7 @@ def _have_made(  # noqa: PLR0913  # what, where, and how
     Pins(files).check()
     moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
     means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
-    maker = Maker(staging, means)
+    maker = PartMaker(staging, means)
     try:
         patiently(lambda _: staging.begin(files, out))
         _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)

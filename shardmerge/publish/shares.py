@@ -117,7 +117,7 @@ class Anything:
         It waits for what others are at work on, and yields that too if they are gone, or slow. Where another one
         publishes, it ends once he has.
         """
-        claims = Claims(staging, self.gone)
+        claims = PartClaims(staging, self.gone)
         left = [parts[number] for number in largest_first([part.shard.nbytes for part in parts])]
         left = [part for part in left if not is_made(staging, part, recheck=options.recheck)]
         while left:
@@ -138,9 +138,9 @@ class Anything:
 
     def maker(self, make: Make, staging: Staging) -> Make:
         """Returns what makes a part if nobody else has begun to."""
-        return _Claimed(make, Claims(staging, self.gone), self.again)
+        return _Claimed(make, PartClaims(staging, self.gone), self.again)
 
-    def _late(self, parts: Sequence[Part], left: Sequence[Part], claims: Claims) -> Part | None:
+    def _late(self, parts: Sequence[Part], left: Sequence[Part], claims: PartClaims) -> Part | None:
         """Returns a part that somebody is slow at, once half of all parts say what is usual."""
         receipts = [(part, found) for part in parts if (found := read_receipt(claims.staging, part)) is not None]
         if 2 * len(receipts) < len(parts):
@@ -162,7 +162,7 @@ class Anything:
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class PartClaims:
     """Says who is at work on what, by files that only one process can make.
 
     A claim is as good as new while it is, or while somebody writes to the part. An older one is followed by a claim
@@ -237,7 +237,7 @@ class _Claimed:
     """Makes a part unless it is made, or somebody else is at work on it."""
 
     make: Make
-    claims: Claims
+    claims: PartClaims
     again: set[int]
 
     def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:

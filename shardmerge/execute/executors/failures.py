@@ -9,10 +9,10 @@ from shardmerge import errors
 from shardmerge.errors import Problems, ShardmergeError
 
 # One error. Of ours its class and its texts, of the system its number and its texts, of any other one a text.
-Row: TypeAlias = Mapping[str, "str | int"]
+FailureRow: TypeAlias = Mapping[str, "str | int"]
 
 
-def rows_of(error: BaseException) -> list[Row]:
+def rows_of(error: BaseException) -> list[FailureRow]:
     """Returns an error as values that JSON can hold; a ``Problems`` has a row for each."""
     if isinstance(error, ShardmergeError):
         return [{"kind": type(one).__name__, **one.fields()} for one in error.each()]
@@ -21,7 +21,7 @@ def rows_of(error: BaseException) -> list[Row]:
     return [{"bug": f"{type(error).__name__}: {error}"}]
 
 
-def error_from(rows: Sequence[Row]) -> BaseException:
+def error_from(rows: Sequence[FailureRow]) -> BaseException:
     """Returns the error that the rows were made of; a bug as a ``RuntimeError``."""
     ours = list(_ours(rows))
     if ours:
@@ -31,7 +31,7 @@ def error_from(rows: Sequence[Row]) -> BaseException:
     return RuntimeError(rows[0]["bug"])
 
 
-def _ours(rows: Sequence[Row]) -> Iterator[ShardmergeError]:
+def _ours(rows: Sequence[FailureRow]) -> Iterator[ShardmergeError]:
     for row in rows:
         kind = getattr(errors, str(row.get("kind", "")), None)
         if kind is not None:

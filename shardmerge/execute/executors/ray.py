@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.errors import ResourceError, UsageError
 from shardmerge.execute.executors.contract import Make, Progress
-from shardmerge.execute.executors.failures import Row, error_from, rows_of
+from shardmerge.execute.executors.failures import FailureRow, error_from, rows_of
 from shardmerge.execute.patience import interrupted
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
@@ -113,7 +113,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK).close()
 
 
-def _begun(parts: Sequence[Part], make: Make, how: Schedule) -> dict[ObjectRef[list[Row]], Part]:
+def _begun(parts: Sequence[Part], make: Make, how: Schedule) -> dict[ObjectRef[list[FailureRow]], Part]:
     """Gives a task for each part, in their order; it begins where as many CPUs and as much memory are free."""
     import ray
 
@@ -130,7 +130,7 @@ def _cpus(threads: int) -> int:
     return min([threads, *(cpus for cpus in nodes if cpus)])
 
 
-def _made(make: Make, part: Part, files: tuple[FileStamp, ...], threads: int) -> list[Row]:
+def _made(make: Make, part: Part, files: tuple[FileStamp, ...], threads: int) -> list[FailureRow]:
     """Makes a part, on some node; returns what went wrong, with the name of the node."""
     try:
         make(replace(part, files=files), [0] * threads, bool)
@@ -140,7 +140,7 @@ def _made(make: Make, part: Part, files: tuple[FileStamp, ...], threads: int) ->
     return []
 
 
-def _wait(tasks: dict[ObjectRef[list[Row]], Part], progress: Progress | None) -> None:
+def _wait(tasks: dict[ObjectRef[list[FailureRow]], Part], progress: Progress | None) -> None:
     """Returns when all tasks are done, and raises what one of them met."""
     import ray
     from ray.exceptions import RayError
@@ -159,7 +159,7 @@ def _wait(tasks: dict[ObjectRef[list[Row]], Part], progress: Progress | None) ->
                 progress(sum(tensor.nbytes for tensor in tasks[one].shard.tensors))
 
 
-def _cancel(tasks: dict[ObjectRef[list[Row]], Part]) -> None:
+def _cancel(tasks: dict[ObjectRef[list[FailureRow]], Part]) -> None:
     """Interrupts tasks. Not by force: Ray 2.60 aborts this process where one of them was just done."""
     import ray
 
