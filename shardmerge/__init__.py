@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from shardmerge.plan.value import Plan
     from shardmerge.prepare.inspection import inspect
     from shardmerge.prepare.options import Options
+    from shardmerge.publish.comparing import Difference
     from shardmerge.publish.results import Result
-    from shardmerge.publish.verify import Difference, Verdict
+    from shardmerge.publish.verify import Verdict
     from shardmerge.tensors import Catalog, TensorEntry
 
 __all__ = [
@@ -101,7 +102,8 @@ _MODULES = {
     "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
     "shardmerge.plan.value": ("Plan",),
     "shardmerge.tensors": ("Catalog", "TensorEntry"),
-    "shardmerge.publish.verify": ("Difference", "Verdict"),
+    "shardmerge.publish.comparing": ("Difference",),
+    "shardmerge.publish.verify": ("Verdict",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.mapping.way_back import Forward
     from shardmerge.plan.reading import PlanText
+    from shardmerge.publish.comparing import Difference
     from shardmerge.publish.shares import Share
-    from shardmerge.publish.verify import Difference, Verdict
+    from shardmerge.publish.verify import Verdict
 
 __all__ = [
     "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
@@ -470,7 +471,7 @@ def _equals(folder: Path, reference: str | Path) -> str:
 
 def diff(a: str | Path, b: str | Path, progress: Progress | None = None) -> Iterator[Difference]:
     """Yields the differences between two checkpoints of any format."""
-    from shardmerge.publish.verify import compare
+    from shardmerge.publish.comparing import compare
 
     return compare(inspect(a), inspect(b), progress)
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from shardmerge import api
 from shardmerge.errors import ShardmergeError
-from shardmerge.execute.engine import Counters, Means
+from shardmerge.execute.engine import Counters
 from shardmerge.execute.executors.contract import Executor, Make, Stopped
 from shardmerge.execute.executors.failures import rows_of
 from shardmerge.execute.executors.here import make_here
 from shardmerge.execute.executors.ray import OnRay
+from shardmerge.execute.means import Means
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 from shardmerge.publish.making import PartMaker, is_made

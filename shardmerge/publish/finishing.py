@@ -13,13 +13,12 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardmerge.errors import (
-    CheckpointError,
     OutputError,
     PublishedError,
     ShardmergeError,
@@ -28,17 +27,16 @@ from shardmerge.errors import (
 )
 from shardmerge.execute.engine import Outcome
 from shardmerge.execute.patience import Halt
-from shardmerge.execute.pins import Pins
-from shardmerge.execute.records import DAMAGED, ReadRecords, RecordCounts, compare_records
-from shardmerge.plan.value import Part, Plan
+from shardmerge.execute.records import ReadRecords, RecordCounts
+from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import content
 from shardmerge.publish.checks import check_place, is_free
-from shardmerge.publish.making import make_folders, read_receipt, receipt_path
-from shardmerge.publish.part_receipts import PartReceipt, together, unfit
+from shardmerge.publish.gathered import compared, missing, receipts_of
+from shardmerge.publish.making import make_folders
+from shardmerge.publish.part_receipts import together, unfit
 from shardmerge.publish.receipt import receipt_json
 from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
 from shardmerge.storage.exchanging import exchange
-from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import explained, sync_directory, sync_file
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
@@ -147,58 +145,17 @@ def finish(  # what, from where to where, and how
     PublishedError
         ``durability-unconfirmed``, ``not-tidied``: the result is there and whole; what came after failed.
     """
-    outcome = together([receipt.outcome for receipt in _receipts(goal.plan, staging)])
-    counts = _compared(goal.plan, staging, outcome, records)
+    outcome = together([receipt.outcome for receipt in receipts_of(goal.plan, staging)])
+    counts = compared(goal.plan, staging, outcome, records)
     staging.take_back()
     turn = 0
     while not (_Publishing(goal, staging, outcome, halt, overwrite, recheck).done() or goal.reached()):
         _wait(staging, halt, _SILENT * 2**turn)
         turn += 1
         if turn > _TURNS and not staging.claimed() and not staging.model.exists():
-            raise _missing(goal.plan.parts(), goal.plan, staging)
+            raise missing(goal.plan.parts(), goal.plan, staging)
     goal.settle(sync=staging.sync)
     return outcome, counts
-
-
-def _compared(plan: Plan, staging: Staging, outcome: Outcome, records: ReadRecords) -> RecordCounts:
-    """Compares records; a part that is made of a damaged one is none, since a sound copy may have the same times."""
-    pool = FilePool()
-    pool.opened = Pins(plan.files()).opened
-    try:
-        return compare_records(outcome.records, pool, records)
-    except CheckpointError as error:
-        if error.code == DAMAGED:
-            _unmake(plan, staging)
-        raise
-
-
-def _unmake(plan: Plan, staging: Staging) -> None:
-    """Takes back all parts that were made of records; which of them has the damaged bytes nobody can tell."""
-    for part in plan.parts():
-        receipt = read_receipt(staging, part)
-        if receipt is not None and receipt.outcome.records:
-            for path in (receipt_path(staging, part.number), staging.model / part.shard.name):
-                with explained(path):
-                    path.unlink(missing_ok=True)
-    staging.give_up()
-
-
-def _receipts(plan: Plan, staging: Staging) -> list[PartReceipt]:
-    found = [(part, read_receipt(staging, part)) for part in plan.parts()]
-    missing = [part for part, receipt in found if receipt is None]
-    if missing:
-        raise _missing(missing, plan, staging)
-    return [receipt for _, receipt in found if receipt is not None]
-
-
-def _missing(parts: Sequence[Part], plan: Plan, staging: Staging) -> OutputError:
-    return OutputError(
-        "parts-missing",
-        f"{len(parts)} of {len(plan.shards)} parts are not made yet",
-        where=str(staging.root),
-        found=", ".join(part.shard.name for part in parts[:3]) + (", ..." if len(parts) > 3 else ""),
-        hint="run the same mapping or plan without --part: it makes what is missing, and publishes",
-    )
 
 
 def _wait(staging: Staging, halt: Halt, silent: float) -> None:
@@ -277,7 +234,7 @@ class _Publishing:
 
     def _unfit(self) -> Iterator[ShardmergeError]:
         parts, staging = self.goal.plan.parts(), self.staging
-        for part, receipt in zip(parts, _receipts(self.goal.plan, staging), strict=True):
+        for part, receipt in zip(parts, receipts_of(self.goal.plan, staging), strict=True):
             path = staging.ready / part.shard.name
             found = unfit(receipt, part.shard, path, recheck=self.recheck)
             if found:

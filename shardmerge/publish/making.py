@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from shardmerge.errors import InterruptedRunError, OutputError, ShardmergeError
-from shardmerge.execute.engine import Counters, Means, Workshop
+from shardmerge.execute.engine import Counters, Workshop
 from shardmerge.execute.executors.contract import Stopped
+from shardmerge.execute.means import Means
 from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
 from shardmerge.publish.staging import Staging, inode

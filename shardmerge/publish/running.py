@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import mmap
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import InterruptedRunError, PublishedError, ShardmergeError
-from shardmerge.execute.cloning import clonable_bytes
-from shardmerge.execute.engine import Counters, Means, Outcome, check_device
-from shardmerge.execute.executors.contract import Executor, Make, Progress, Stopped
-from shardmerge.execute.executors.here import make_here
+from shardmerge.execute.engine import Counters, Outcome
+from shardmerge.execute.executors.contract import Make, Progress, Stopped
 from shardmerge.execute.patience import patiently
-from shardmerge.execute.pins import Pins
 from shardmerge.plan.schedule import largest_first
-from shardmerge.plan.shard import bytes_read
 from shardmerge.plan.value import Part, Plan
-from shardmerge.prepare.options import Options, granted
-from shardmerge.publish.checks import check_output, check_place
+from shardmerge.prepare.options import Options
+from shardmerge.publish.checks import check_place
 from shardmerge.publish.finishing import Goal, finish, unconfirmed
-from shardmerge.publish.making import PartMaker, is_made, read_receipt, receipt_path
+from shardmerge.publish.having_made import have_made
+from shardmerge.publish.making import is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.publish.staging import Staging, remove, stagings
-from shardmerge.storage.limits import bounds_cache
-from shardmerge.storage.reading import SourceFile
-from shardmerge.tensors import FileStamp, Record
+from shardmerge.sources.checksums import read_records
 
 if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
-
-# For how long a node may not see what another one has made: NFS caches what is in a directory, and what is not, for as
-# long as acdirmax says, 60 seconds unless somebody changed it. How often it is looked for, both in seconds.
-_CACHED, _LOOK = 65.0, 0.5
 
 
 def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
@@ -104,7 +94,7 @@ def make_some(
     begun = False
     for todo in which.rounds(parts, staging, options):
         begun = True
-        _have_made(
+        have_made(
             todo, staging, out, options, progress, made_by=lambda make: which.maker(_Marking(make, made), staging)
         )
     missing = sum(read_receipt(staging, part) is None for part in parts)
@@ -166,7 +156,7 @@ def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | 
             remove(root, out)
     todo = [part for part in _largest_first(plan.parts()) if not is_made(staging, part, recheck=options.recheck)]
     try:
-        _have_made(todo, staging, out, options, progress, files=plan.files(), more=sides)
+        have_made(todo, staging, out, options, progress, files=plan.files(), more=sides)
     except BaseException:
         staging.give_up()
         raise
@@ -203,57 +193,3 @@ def make_share(
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:
     return [parts[n] for n in largest_first([part.shard.nbytes for part in parts])]
-
-
-def _have_made(  # noqa: PLR0913  # what, where, and how
-    todo: Sequence[Part],
-    staging: Staging,
-    out: Path,
-    options: Options,
-    progress: Progress | None,
-    *,
-    files: Sequence[FileStamp] = (),
-    more: int = 0,
-    made_by: Callable[[Make], Make] | None = None,
-) -> None:
-    """Checks all that can be checked before anything is written, makes the staging directory, and has parts made."""
-    shards, files = [part.shard for part in todo], files or todo[0].files
-    how = granted(shards, options)  # before another thread is started: only a process without may fork
-    needed = sum(shard.nbytes for shard in shards) + more - clonable_bytes(shards, out)
-    check_output(files, out, needed, overwrite=options.overwrite)
-    check_device(options.device)
-    Pins(files).check()
-    moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
-    means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
-    maker = PartMaker(staging, means)
-    try:
-        patiently(lambda _: staging.begin(files, out))
-        _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
-        if options.engine != "here":
-            await_receipts(todo, staging)
-    except BaseException:
-        staging.tidy()
-        raise
-
-
-def await_receipts(parts: Sequence[Part], staging: Staging) -> None:
-    """Waits until the receipts of parts that were made are seen here, or it is certain that they never will be."""
-    end = time.monotonic() + _CACHED
-    while any(read_receipt(staging, part) is None for part in parts) and time.monotonic() < end:
-        time.sleep(_LOOK)
-
-
-def _executor(options: Options) -> Executor:
-    if options.engine == "here":
-        return make_here
-    from shardmerge.execute.executors.ray import OnRay
-
-    return OnRay(options.address)
-
-
-def read_records(file: SourceFile) -> Iterable[Record]:
-    """A torch zip has checksums of its storages; no other format does."""
-    from shardmerge.sources.torch_zip import storage_records
-    from shardmerge.sources.zip_members import ZIP_MAGIC
-
-    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
