@@ -20,7 +20,7 @@ MANY = (
     "shardmerge.publish.verify",
 )  # fmt: skip
 # One idea in two rooms that may know nothing of each other.
-TWICE = {"Progress", "Shape"}
+TWICE = {"Shape"}
 
 
 @cache

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import shardmerge
 from shardmerge.errors import OutputError, ResourceError
-from shardmerge.publish import running
+from shardmerge.publish import having_made
 from shardmerge.storage import cache, writing
 from tests.faults import thin_volume, tool
 from tests.killing import FAIL, Machine, Trap, machine
@@ -42,7 +42,7 @@ def test_an_error_of_writing_that_passes_ends_the_run(
     large: Path, bounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting for a range takes the error from the descriptor: the sync at the end would know nothing of it."""
-    monkeypatch.setattr(running, "bounds_cache", lambda moved: bounded)
+    monkeypatch.setattr(having_made, "bounds_cache", lambda moved: bounded)
     real, written = writing.OutputFile.write, 0
 
     with thin_volume(30 * MIB) as volume:
@@ -65,7 +65,7 @@ def test_an_error_of_writing_that_passes_ends_the_run(
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "plain"])
 def test_a_volume_that_stays_full_ends_the_run(large: Path, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "bounds_cache", lambda moved: bounded)
+    monkeypatch.setattr(having_made, "bounds_cache", lambda moved: bounded)
     with thin_volume(30 * MIB) as volume:
         with pytest.raises((ResourceError, OutputError)):
             shardmerge.convert(large, volume.root / "out")
