@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 from shardmerge import api
 from shardmerge.api import Options, Result, Unfinished
 from shardmerge.errors import OutputError, ShardmergeError, UsageError
-from shardmerge.publish.having_made import await_receipts, carry_out_share
+from shardmerge.publish.having_made import await_receipts
 from shardmerge.publish.making import is_made
+from shardmerge.publish.running import carry_out_share
 from shardmerge.publish.shares import Anything, PartClaims, Share, which
 from shardmerge.publish.staging import Staging
 from tests.conftest import shardmerge

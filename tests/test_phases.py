@@ -206,7 +206,7 @@ def test_a_copy_elsewhere_and_another_path_give_the_same_layout(tmp_path: Path) 
         for source, file in zip(("s0", "s1"), names, strict=True):
             data = {source: ("U8", (b"0" if source == "s0" else b"1") * (SMALLEST + BLOCK))}
             write(tmp_path / place / f"{file}.safetensors", data, 0)
-            os.utime(tmp_path / place / f"{file}.safetensors", ns=(0, 0))
+            os.utime(tmp_path / place / f"{file}.safetensors", ns=(1, 1))
         sources = f"{{s0: {names[0]}.safetensors, s1: {names[1]}.safetensors}}"
         text = f"shardmerge: 1\nsources: {sources}\ntensors: {{b: 's0:s0', a: 's1:s1'}}\n"
         (tmp_path / place / "m.yaml").write_text(text)

@@ -15,6 +15,8 @@ from threadpoolctl import ThreadpoolController
 
 import shardmerge
 from shardmerge.errors import ShardmergeError
+from shardmerge.execute import worker
+from shardmerge.execute.checksum import crc32
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import one_thread
 from shardmerge.ops.contract import Arithmetic
@@ -134,25 +136,30 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_run_has_one_thread_and_the_caller_gets_theirs_back(lora: Path, tmp_path: Path) -> None:
+def test_a_run_has_one_thread_and_the_caller_gets_theirs_back(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[set[int]] = []
-    shardmerge.run(lora, out=tmp_path / "out", progress=lambda _: seen.append(blas_threads()))
+    monkeypatch.setattr(worker, "crc32", lambda data, value: (seen.append(blas_threads()), crc32(data, value))[1])
+    shardmerge.run(lora, out=tmp_path / "out")
     assert seen
     assert set().union(*seen) == {1}
     assert blas_threads() == {2}
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_run_that_fails_gives_them_back_too(lora: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_gives_them_back_too(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = lora.parent / "base" / "model.safetensors"
     whole = base.read_bytes()
 
-    def spoil(_: int) -> None:
+    def spoil(data: memoryview, value: int) -> int:
         base.write_bytes(whole[:-1])
+        return crc32(data, value)
 
+    monkeypatch.setattr(worker, "crc32", spoil)
     try:
         with pytest.raises(ShardmergeError):
-            shardmerge.run(lora, out=tmp_path / "out", progress=spoil)
+            shardmerge.run(lora, out=tmp_path / "out")
     finally:
         base.write_bytes(whole)
     assert blas_threads() == {2}

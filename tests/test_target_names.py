@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 import shardmerge
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import TargetError
+from shardmerge.plan import shards
 from shardmerge.plan.shard import PlannedTensor
-from shardmerge.targets import shards
 from shardmerge.tensors import TensorEntry
 
 ODD = ["__metadata__", "", "a\0b", "a\nb", "\x1f"]

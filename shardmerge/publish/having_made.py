@@ -12,6 +12,7 @@ from shardmerge.execute.executors.here import make_here
 from shardmerge.execute.means import Means, check_device
 from shardmerge.execute.patience import patiently
 from shardmerge.execute.pins import Pins
+from shardmerge.execute.products import one_thread_for
 from shardmerge.plan.shard import bytes_read
 from shardmerge.plan.value import Part
 from shardmerge.prepare.options import Options, granted
@@ -50,7 +51,9 @@ def have_made(  # noqa: PLR0913  # what, where, and how
     maker = PartMaker(staging, means)
     try:
         patiently(lambda _: staging.begin(files, out))
-        _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
+        # By this thread, which the caller's own setting is of: others' are ignored then.
+        with one_thread_for(tensor.entry for shard in shards for tensor in shard.tensors):
+            _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
         if options.engine != "here":
             await_receipts(todo, staging)
     except BaseException:

@@ -52,7 +52,8 @@ class PartMaker:
         except InterruptedRunError:
             raise
         except ShardmergeError as error:
-            if is_made(self.staging, part):  # by somebody who is about to publish it
+            taken = not self.staging.model.exists() or inode(self.staging.parts) != home
+            if taken and is_made(self.staging, part):  # by somebody who is about to publish it
                 return
             if home is not None and inode(self.staging.parts) == home:
                 raise

@@ -24,6 +24,8 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with",
     ),
     ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
+    ("staging-gone", "begins anew", "test_races.py::test_clean_and_a_run"),
+    ("output-exists", "then publishes what is made", "test_races.py::test_clean_and_a_run"),
     ("no-ray", "pip install", "test_executors.py::test_all_parts_get_receipts"),
     ("no-cluster", "or leave --address out", "test_executors.py::test_all_parts_get_receipts"),
     ("unwritable-output", "the disk loses", "test_io_errors.py::test_each_call_that_fails_ends_the_run"),

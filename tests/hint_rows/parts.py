@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from shardmerge.publish import finishing
 from tests.following import RUN, Call, Follow, Row, argument, by_hand
 from tests.hint_rows.given import CONVERT, Given, made, mapped, stored, without
 from tests.test_mistakes import REST
@@ -64,18 +63,6 @@ def rewritten(old: str, new: str) -> Callable[[Call], object]:
         path.write_text(path.read_text().replace(old, new, 1))
 
     return do
-
-
-def taken(call: Call) -> None:
-    """Somebody puts something at the output path when all parts are made, once."""
-    compare = finishing.compare_records
-
-    def once(*args: object) -> object:
-        stored(call.folder / "out/precious.bin", {})
-        finishing.compare_records = compare
-        return compare(*args)  # type: ignore[arg-type]
-
-    finishing.compare_records = once  # type: ignore[assignment]
 
 
 def failing(name: str, where: Callable[[Path], bool]) -> Callable[[Call], object]:
@@ -193,13 +180,6 @@ OUTPUT = [
         argument("out", "out2", "choose another path"),
     ),
     Row("a mount point as output", (*CONVERT, "$gqa", "/dev/shm"), "output-is-mount", inside),
-    Row(
-        "an output that is taken meanwhile",
-        made(taken, *CONVERT, "$gqa", "out"),
-        "output-exists",
-        by_hand("remove it first", lambda call: shutil.rmtree(call.folder / "out")),
-        words="the same command then publishes",
-    ),
     Row(
         "a disk that does not keep the name",
         after(
