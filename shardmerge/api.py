@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.dtypes import float_dtype
-from shardmerge.errors import MappingError, OutputError, ShardmergeError, UsageError, VerificationError
+from shardmerge.errors import (
+    InterruptedRunError,
+    MappingError,
+    OutputError,
+    ShardmergeError,
+    UsageError,
+    VerificationError,
+)
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
@@ -225,7 +232,12 @@ def _run_share(  # what run_part is given
         place = _place(Path(read.out) if read.out else None, out, str(path))
         if published_plan(place) != read.id or options.fresh:
             parts = tuple(read.parts(chosen.of(read.sizes)))
-            state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
+            try:
+                state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
+            except (OSError, ShardmergeError) as error:
+                if isinstance(error, InterruptedRunError) or published_plan(place) != read.id:
+                    raise
+                state = Unfinished(0, 0, len(read.sizes))  # others made, and published, what this one was slow to make
             if state.missing and published_plan(place) != read.id:
                 return state
             made = state.made
