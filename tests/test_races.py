@@ -150,7 +150,7 @@ def _shuffled(rng: random.Random, count: int, longest: int) -> list[tuple[int, i
     return turns
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("count", [1, 3, 16])
 def test_shares_in_any_order(scene: Scene, runs: Machine, count: int) -> None:
     """Each makes its share, and whoever sees the last part publishes; two may be at the same share."""
     rng = random.Random(count)
@@ -174,8 +174,3 @@ def anybody_at_anything(scene: Scene, runs: Machine, seed: int) -> None:
         kinds += [_clean(scene), scene.command(way, "--fresh")]
     commands = [rng.choice(kinds) for _ in range(rng.randrange(2, 6))]
     play(scene, runs, way, commands, _shuffled(rng, len(commands), 60))
-
-
-def test_anybody_at_anything(scene: Scene, runs: Machine) -> None:
-    for seed in range(30):
-        anybody_at_anything(scene, runs, seed)
