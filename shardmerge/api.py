@@ -235,7 +235,7 @@ def _run_share(  # what run_part is given
             try:
                 state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
             except (OSError, ShardmergeError) as error:
-                if isinstance(error, InterruptedRunError) or published_plan(place) != read.id:
+                if options.fresh or isinstance(error, InterruptedRunError) or published_plan(place) != read.id:
                     raise
                 state = Unfinished(0, 0, len(read.sizes))  # others made, and published, what this one was slow to make
             if state.missing and published_plan(place) != read.id:
