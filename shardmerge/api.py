@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from shardmerge.dtypes import float_dtype
 from shardmerge.errors import (
-    InterruptedRunError,
     MappingError,
     OutputError,
     ShardmergeError,
@@ -232,12 +231,7 @@ def _run_share(  # what run_part is given
         place = _place(Path(read.out) if read.out else None, out, str(path))
         if published_plan(place) != read.id or options.fresh:
             parts = tuple(read.parts(chosen.of(read.sizes)))
-            try:
-                state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
-            except (OSError, ShardmergeError) as error:
-                if options.fresh or isinstance(error, InterruptedRunError) or published_plan(place) != read.id:
-                    raise
-                state = Unfinished(0, 0, len(read.sizes))  # others made, and published, what this one was slow to make
+            state = make_share(parts, (read.id, len(read.sizes)), place, options, progress)
             if state.missing and published_plan(place) != read.id:
                 return state
             made = state.made

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ class Machine:
             What is done at which call of it and of the processes that it forks.
         given
             ``processes``: whether a result of any size is worth several. ``ignore``: signals that are ignored from the
-            start. ``after``: seconds and a signal that is sent then. ``umask``.
+            start. ``after``: seconds and a signal that is sent then. ``umask``. ``gone``: seconds after which
+            somebody who shows no sign of life is taken to be gone.
         """
         return self.play([argv], trap=trap, **given)[0]
 
@@ -294,9 +296,13 @@ def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any])
 def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
     from shardmerge.cli.main import main
     from shardmerge.plan import schedule
+    from shardmerge.publish import finishing, shares
 
     if request.get("processes"):
         schedule._WORTH_PROCESSES = 1
+    if gone := request.get("gone"):
+        finishing._SILENT = gone
+        shares.Anything = partial(shares.Anything, gone=gone, look=(gone / 10, gone / 5))
     sys.argv = ["shardmerge", *argv]
     try:
         main()

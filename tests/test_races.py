@@ -6,40 +6,17 @@ so that a schedule is the same each time it is played.
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.faults import tool
-from tests.killing import Machine, Ran, Trap, machine
+from tests.killing import Machine, Ran, Trap
 from tests.scene import WAYS, Scene, Way
 
 PLAIN, OVERWRITE, GAP = WAYS["plain"], WAYS["overwrite"], WAYS["no-exchange"]
 TO_THE_END, KILLED = 1_000_000, -9
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = "/dev/shm"
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-races-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def scene(folder: Path, runs: Machine) -> Scene:
-    return Scene.set(folder / "scene", runs)
 
 
 Command = Sequence[object]
@@ -59,11 +36,11 @@ def _clean(scene: Scene) -> Command:
 
 def play(
     scene: Scene, runs: Machine, way: Way, commands: Sequence[Command], turns: Sequence[tuple[int, int]],
-    made: Path | None = None,
+    made: Path | None = None, **given: object,
 ) -> list[Ran]:  # fmt: skip
     """Plays a schedule; whatever became of it, the same command then ends with the result and nothing else."""
     scene.begin(way, made)
-    played = runs.play(commands, turns, Trap(no_exchange=way.no_exchange))
+    played = runs.play(commands, turns, Trap(no_exchange=way.no_exchange), **given)
     for ran in played:
         assert ran.code in (0, 1, KILLED), (turns, ran.err)
         assert "Traceback" not in ran.err, turns
@@ -173,4 +150,10 @@ def anybody_at_anything(scene: Scene, runs: Machine, seed: int) -> None:
     if way is PLAIN:
         kinds += [_clean(scene), scene.command(way, "--fresh")]
     commands = [rng.choice(kinds) for _ in range(rng.randrange(2, 6))]
-    play(scene, runs, way, commands, _shuffled(rng, len(commands), 60))
+    # Who is killed is waited for, so not for a minute each time.
+    play(scene, runs, way, commands, _shuffled(rng, len(commands), 60), gone=1.0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_anybody_at_anything(scene: Scene, runs: Machine, seed: int) -> None:
+    anybody_at_anything(scene, runs, seed)

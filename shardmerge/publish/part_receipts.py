@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shardmerge.errors import UsageError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.engine import Outcome
 from shardmerge.execute.records import RecordSums
@@ -61,7 +62,8 @@ class PartReceipt:
 
 def receipt_of(part: Part, path: Path, outcome: Outcome, *, synced: bool, began: float, seconds: float) -> PartReceipt:
     """Returns the receipt of a part that was just made; some blocks of it are read back."""
-    sample = sample_digest(path)
+    with SourceFile(path) as file:
+        sample = _sample_digest(file)
     return PartReceipt(
         part.number, sample, _file_crc32(part.shard, outcome), outcome, synced, machine(), began, seconds
     )
@@ -76,14 +78,12 @@ def machine() -> str:
     return f"{os.uname().nodename} {boot}"
 
 
-def sample_digest(path: Path) -> str:
+def _sample_digest(file: SourceFile) -> str:
     """Returns the SHA-256 (hex) of a file's size and of blocks of it."""
-    digest = hashlib.sha256()
-    with SourceFile(path) as file:
-        digest.update(file.size.to_bytes(8, "little"))
-        last = max(file.size - _BLOCK, 0)
-        for at in sorted({last * n // (_SAMPLES - 1) for n in range(_SAMPLES)}):
-            digest.update(file.read(at, min(_BLOCK, file.size - at)))
+    digest = hashlib.sha256(file.size.to_bytes(8, "little"))
+    last = max(file.size - _BLOCK, 0)
+    for at in sorted({last * n // (_SAMPLES - 1) for n in range(_SAMPLES)}):
+        digest.update(file.read(at, min(_BLOCK, file.size - at)))
     return digest.hexdigest()
 
 
@@ -120,26 +120,34 @@ def unfit(receipt: PartReceipt, shard: PlannedShard, path: Path, *, recheck: boo
     recheck
         Whether all of it is read, and not some blocks.
     """
-    if not path.is_file() or path.stat().st_size != shard.nbytes:
-        return "the file is gone, or has another size"
-    if sample_digest(path) != receipt.sample:
+    gone = "the file is gone, or has another size"
+    if not path.is_file():
+        return gone
+    try:
+        with SourceFile(path) as file:
+            return gone if file.size != shard.nbytes else _difference(receipt, file, recheck=recheck)
+    except UsageError:  # another process took it away, to publish it
+        return gone
+
+
+def _difference(receipt: PartReceipt, file: SourceFile, *, recheck: bool) -> str:
+    if _sample_digest(file) != receipt.sample:
         return "its bytes are not those that were written"
     if recheck or not (receipt.synced or receipt.machine == machine()):
         if receipt.crc32 is None:
             return "some of it was cloned, and has no checksum"
-        if _read_crc32(path) != receipt.crc32:
+        if _read_crc32(file) != receipt.crc32:
             return "its checksum is not that of what was written"
     return ""
 
 
-def _read_crc32(path: Path) -> int:
+def _read_crc32(file: SourceFile) -> int:
     total = 0
     buffer = memoryview(bytearray(_READ))
-    with SourceFile(path) as file:
-        for at in range(0, file.size, _READ):
-            data = buffer[: min(_READ, file.size - at)]
-            file.read_into(at, data)
-            total = crc32(data, total)
+    for at in range(0, file.size, _READ):
+        data = buffer[: min(_READ, file.size - at)]
+        file.read_into(at, data)
+        total = crc32(data, total)
     return total
 
 

@@ -17,7 +17,7 @@ from shardmerge.plan.schedule import largest_first
 from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options
 from shardmerge.publish.checks import check_place
-from shardmerge.publish.finishing import Goal, finish, unconfirmed
+from shardmerge.publish.finishing import Goal, finish, published_plan, unconfirmed
 from shardmerge.publish.having_made import have_made
 from shardmerge.publish.making import is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
@@ -57,8 +57,8 @@ def carry_out_share(
     if goal.reached():
         return _there_already(goal, options)
     try:
-        state = make_some(plan.parts(), which, out, options, progress)
-    except (OSError, ShardmergeError) as error:
+        state = make_some(plan.parts(), which, out, options, progress, there=goal.reached)
+    except InterruptedRunError as error:
         return _there_after_all(goal, options, error)
     if (state.missing or state.elsewhere) and not goal.reached():
         return state
@@ -67,11 +67,17 @@ def carry_out_share(
 
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
     """Publishes a plan whose parts are made, so many by the caller; raises as ``publish.finishing.finish``."""
-    return _published(Goal.of(plan, out), lambda: made, options, recheck=options.recheck)
+    return replace(_published(Goal.of(plan, out), int, options, recheck=options.recheck), made=made)
 
 
 def make_some(
-    parts: Sequence[Part], which: Which, out: Path, options: Options, progress: Progress | None = None
+    parts: Sequence[Part],
+    which: Which,
+    out: Path,
+    options: Options,
+    progress: Progress | None = None,
+    *,
+    there: Callable[[], bool] = lambda: False,
 ) -> Unfinished:
     """Makes some of the parts of a plan, as one of several that do; publishes nothing.
 
@@ -83,6 +89,8 @@ def make_some(
         Its share, or whatever nobody has made or is visibly at work on.
     out, options, progress
         As for ``carry_out``.
+    there
+        Tells whether the result is published: what fails because another one did that meanwhile did not fail.
 
     Raises
     ------
@@ -92,11 +100,16 @@ def make_some(
     staging = Staging.of(out, parts[0].plan, sync=options.sync)
     made = mmap.mmap(-1, 1 + max(part.number for part in parts))  # a byte a part, shared with forked processes
     begun = False
-    for todo in which.rounds(parts, staging, options):
-        begun = True
-        have_made(
-            todo, staging, out, options, progress, made_by=lambda make: which.maker(_Marking(make, made), staging)
-        )
+    try:
+        for todo in which.rounds(parts, staging, options):
+            begun = True
+            have_made(
+                todo, staging, out, options, progress, made_by=lambda make: which.maker(_Marking(make, made), staging)
+            )
+    except (OSError, ShardmergeError) as error:
+        if isinstance(error, InterruptedRunError) or not there():
+            raise
+        return Unfinished(sum(made[:]), 0, len(parts), elsewhere=True)
     missing = sum(read_receipt(staging, part) is None for part in parts)
     elsewhere = begun and not staging.is_begun()
     return Unfinished(sum(made[:]), 0 if elsewhere else missing, len(parts), elsewhere)
@@ -185,7 +198,11 @@ def make_share(
     from shardmerge.publish.shares import Everything
 
     plan_id, count = plan
-    made = make_some(parts, Everything(), out, options, progress).made if parts else 0
+
+    def there() -> bool:
+        return not options.fresh and published_plan(out) == plan_id
+
+    made = make_some(parts, Everything(), out, options, progress, there=there).made if parts else 0
     staging = Staging.of(out, plan_id, sync=options.sync)
     missing = sum(not receipt_path(staging, number).is_file() for number in range(count))
     return Unfinished(made, missing, count)

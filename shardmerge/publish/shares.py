@@ -190,8 +190,7 @@ class PartClaims:
         folder, number = self.staging.parts, 0
         with explained(folder):
             while not self._made(folder / f"{name}.{number}.claim"):
-                old = (folder / f"{name}.{number}.claim", *folder.glob(f"{name}.*.tmp"))
-                if any(map(self._is_fresh, old)) or not folder.exists():
+                if self._fresh(f"{name}.{number}.claim", f"{name}.*.tmp") or not folder.exists():
                     return False
                 number += 1
         return True
@@ -206,12 +205,12 @@ class PartClaims:
 
     def is_held(self, name: str) -> bool:
         """Tells whether somebody claimed a part, or another thing, a moment ago."""
-        return any(map(self._is_fresh, self.staging.parts.glob(f"{name}.*.claim")))
+        return bool(self._fresh(f"{name}.*.claim"))
 
     def age(self, number: int) -> float | None:
         """Returns for how many seconds a part has been under way, since the last claim of it."""
         times = []
-        for path in self.staging.parts.glob(f"{number:05d}.*.claim"):
+        for path in self.staging.named(f"{number:05d}.*.claim"):
             with suppress(OSError):
                 times.append(path.stat().st_mtime)
         return time.time() - max(times) if times else None
@@ -219,17 +218,18 @@ class PartClaims:
     def at_work(self) -> set[int]:
         """Returns the numbers of the parts that somebody claimed, or wrote to, a moment ago."""
         found = set()
-        for pattern in ("[0-9]*.tmp", "[0-9]*.claim"):
-            for path in filter(self._is_fresh, self.staging.parts.glob(pattern)):
-                with suppress(ValueError):
-                    found.add(int(path.name.split(".")[0]))
+        for path in self._fresh("[0-9]*.tmp", "[0-9]*.claim"):
+            with suppress(ValueError):
+                found.add(int(path.name.split(".")[0]))
         return found
 
-    def _is_fresh(self, path: Path) -> bool:
-        try:
-            return time.time() - path.stat().st_mtime < self.gone
-        except OSError:
-            return False
+    def _fresh(self, *patterns: str) -> list[Path]:
+        """Returns the files of these names to which somebody wrote a moment ago."""
+        found = []
+        for path in self.staging.named(*patterns):
+            with suppress(OSError):
+                found += [path] if time.time() - path.stat().st_mtime < self.gone else []
+        return found
 
 
 @dataclass(frozen=True, slots=True)

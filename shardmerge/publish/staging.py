@@ -108,7 +108,7 @@ class Staging:
 
     def claimed(self) -> list[Path]:
         """Returns where finished parts are, or were, while somebody publishes them."""
-        return sorted(self.root.glob("ready-*"))
+        return sorted(_listed(self.root, "ready-*"))
 
     def temporary(self, name: str) -> Path:
         """Returns a path to write to before it gets its name."""
@@ -166,17 +166,21 @@ class Staging:
 
     def tidy(self) -> None:
         """Removes what this one, and processes forked from it, left half written, and its claims; when it stops."""
-        for path in (*self.parts.glob(f"*.{self.who}.*.tmp"), *self.claims()):
+        for path in (*self.named(f"*.{self.who}.*.tmp"), *self.claims()):
             with suppress(OSError):
                 path.unlink()
 
     def claims(self) -> list[Path]:
         """Returns the claims of this process, and of those forked from it."""
         found = []
-        for path in self.parts.glob("*.claim"):
+        for path in self.named("*.claim"):
             with suppress(OSError):
                 found += [path] if path.read_text("ascii", "replace") == self.who else []
         return found
+
+    def named(self, *patterns: str) -> list[Path]:
+        """Returns the files beside the parts whose names match any pattern; none where all of it is gone."""
+        return [path for pattern in patterns for path in _listed(self.parts, pattern)]
 
     def give_up(self) -> None:
         """Removes the directories if no part was made: there is nothing to go on with.
@@ -190,6 +194,13 @@ class Staging:
                         folder.rmdir()
                 (self.root / _BEGUN).unlink(missing_ok=True)
                 self.root.rmdir()
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """Returns what matches in a directory that another process may remove meanwhile, which ``glob`` does not bear."""
+    with suppress(FileNotFoundError):
+        return list(folder.glob(pattern))
+    return []
 
 
 def stagings(out: Path) -> list[Path]:
