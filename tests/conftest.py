@@ -23,6 +23,8 @@ from shardmerge.tensors import Catalog, TensorEntry
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ci")
 
+pytest_plugins = ["tests.accidents"]
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # A shell starts what it puts in the background with SIGINT ignored, and a process hands that on to its children: tests

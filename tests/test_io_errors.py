@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from shardmerge.errors import OutputError, ResourceError
 from shardmerge.publish import having_made
 from shardmerge.storage import cache, writing
 from tests.faults import thin_volume, tool
-from tests.killing import FAIL, Machine, Trap, machine
+from tests.killing import FAIL, Machine, Trap
 from tests.scene import WAYS, Scene
 from tests.staged import assert_well_left, files
 
@@ -154,17 +153,6 @@ def _traced(folder: Path, out: Path, *options: str) -> tuple[int, str, str]:
     if "ptrace" in done.stderr:
         pytest.skip(f"tracing is not allowed here: {done.stderr.strip()}")
     return done.returncode, done.stderr, log.read_text()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    with machine(tmp_path_factory.mktemp("runs"), tool("gcc")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, runs: Machine) -> Scene:
-    return Scene.set(tmp_path_factory.mktemp("scenes") / "scene", runs)
 
 
 def test_each_call_that_fails_ends_the_run(scene: Scene, runs: Machine) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,30 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults import tool
-from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap, machine
+from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap
 from tests.scene import PARTS, RECEIPT, WAYS, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a directory of another owner takes root")
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """In memory, where there is such a place: what is killed loses nothing that it wrote, so no disk is needed."""
-    memory = Path("/dev/shm")
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-kills-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def scene(folder: Path, runs: Machine) -> Scene:
-    return Scene.set(folder / "scene", runs)
 
 
 def kill_and_go_on(

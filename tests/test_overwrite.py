@@ -5,37 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.faults import tool
-from tests.killing import FAIL, KILL, Machine, Trap, machine
+from tests.killing import FAIL, KILL, Machine, Trap
 from tests.scene import PARTS, WAYS, Scene, other, tree
 
 OVERWRITE, GAP, PLAIN = WAYS["overwrite"], WAYS["no-exchange"], WAYS["plain"]
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = "/dev/shm"
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-overwrite-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def scene(folder: Path, runs: Machine) -> Scene:
-    return Scene.set(folder / "scene", runs)
 
 
 def _in_the_gap(scene: Scene, runs: Machine) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,34 +11,14 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from tests.crash_model import Disk, Node
-from tests.faults import tool
-from tests.killing import KILL, POWER, Call, Machine, Trap, machine
+from tests.killing import KILL, POWER, Call, Machine, Trap
 from tests.power import PoweredDisk, powered_disk
 from tests.scene import PARTS, WAYS, Scene, Way
 
 NAMES = ("projector/model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = "/dev/shm"
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-cuts-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
-
-
 # --- on a disk that keeps no more than it must ---
-
-
-@pytest.fixture(scope="module")
-def scene(folder: Path, runs: Machine) -> Scene:
-    return Scene.set(folder / "scene", runs)
 
 
 def _broken(scene: Scene, calls: list[Call], *, ended: bool = True) -> list[str]:

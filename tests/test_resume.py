@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.crash_model import Disk, Node
-from tests.faults import tool
-from tests.killing import KILL, Machine, Ran, Trap, machine
+from tests.killing import KILL, Machine, Ran, Trap
 from tests.scene import WAYS, Scene, claim
 
 PARTS = 4
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = "/dev/shm"
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-resume-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
 
 
 @pytest.fixture
@@ -247,8 +230,8 @@ def test_parts_that_were_not_synced(runs: Machine, source: Path) -> None:
     assert "w1" in verdict.out
 
 
-def test_what_was_not_synced_is_synced_before_it_is_published(folder: Path, runs: Machine) -> None:
-    scene, way = Scene.set(folder / "scene", runs), WAYS["plain"]
+def test_what_was_not_synced_is_synced_before_it_is_published(runs: Machine, scene: Scene) -> None:
+    way = WAYS["plain"]
     scene.begin(way)
     scene.place.mkdir()
     before = Node.of(scene.root)

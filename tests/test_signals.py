@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.faults import tool
-from tests.killing import FAIL, KILL, KILL_PARENT, RAISE, Machine, Ran, Trap, machine
+from tests.killing import FAIL, KILL, KILL_PARENT, RAISE, Machine, Ran, Trap
 from tests.scene import PARTS, WAYS, Scene
 
 PLAIN = WAYS["plain"]
@@ -22,25 +18,6 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 # How long a disk does not answer, in ms, and from how many seconds on a run has waited for it.
 FOREVER, TOO_LONG = 60_000, 30
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = "/dev/shm"
-    found = Path(tempfile.mkdtemp(prefix="shardmerge-signals-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield found
-    shutil.rmtree(found)
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path) -> Iterator[Machine]:
-    with machine(folder, tool("gcc")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def scene(folder: Path, runs: Machine) -> Scene:
-    return Scene.set(folder / "scene", runs)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from shardmerge import api
+from shardmerge.cli.main import cli
 from tests.following import Call, Row, argument, by_hand
 from tests.hint_rows.given import CONVERT, Given, copied, done_before, edited, made, stored, without
 from tests.hint_rows.output import LLAMA
@@ -51,6 +52,27 @@ def changing(call: Call) -> None:
         return carry_out(*args, **named)  # type: ignore[arg-type]
 
     api.carry_out = once  # type: ignore[assignment]
+
+
+def planned(call: Call) -> None:
+    """A plan that is written down."""
+    shutil.copytree(call.world["gqa"], call.folder / "ck")
+    call.write('shardmerge: 1\nsources: {m: ck}\noutput: {path: out}\ntensors: {"{rest...}": "m:{rest...}"}\n')
+    _plan(call)
+
+
+def _plan(call: Call) -> None:
+    cli.main(["plan", "mapping.yaml", "--out", "plan.json"], standalone_mode=False)
+
+
+def planned_before(call: Call) -> None:
+    planned(call)
+    os.utime(call.folder / "ck/model.safetensors")
+
+
+def planned_elsewhere(call: Call) -> None:
+    planned(call)
+    (call.folder / "ck").rename(call.folder / "moved")
 
 
 def huge(call: Call) -> None:
@@ -95,6 +117,21 @@ FAULTS = [
         made(changing, *CONVERT, "ck", "out"),
         "source-changed",
         by_hand("run again", lambda call: None),
+    ),
+    Row(
+        "a source that changed after a plan was written",
+        made(planned_before, "run", "plan.json", "--no-sync", "-q"),
+        "source-changed",
+        by_hand("shardmerge plan MAPPING --out PLAN", _plan),
+    ),
+    Row(
+        "a source that was moved after a plan was written",
+        made(planned_elsewhere, "run", "plan.json", "--no-sync", "-q"),
+        "source-changed",
+        by_hand(
+            "--root OLD=NEW",
+            lambda call: call.args.append(f"--root={call.folder / 'ck'}={call.folder / 'moved'}"),
+        ),
     ),
     Row(
         "too little memory",
