@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def _look(stamps: Iterable[FileStamp]) -> None:
 
 def _compare(stamp: FileStamp, status: os.stat_result) -> None:
     if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-        raise source_changed(stamp, f"{status.st_size} bytes, modified meanwhile")
+        when = "meanwhile" if stamp.inode else _moment(status.st_mtime_ns)
+        raise source_changed(stamp, f"{status.st_size} bytes, modified {when}")
     if not stamp.inode:  # of a plan that was written down, maybe elsewhere: no other number travels
         return
     if status.st_ctime_ns != stamp.ctime_ns:  # a program can set the time of modification, and not this one
@@ -75,11 +77,18 @@ def _compare(stamp: FileStamp, status: os.stat_result) -> None:
 
 def source_changed(stamp: FileStamp, found: str) -> CheckpointError:
     """Returns the error of a file that is not the one that was planned with."""
-    return CheckpointError(
-        "source-changed",
-        "a source file changed while it was being read",
-        where=stamp.path,
-        found=found,
-        expected=f"{stamp.size} bytes, as when the plan was made",
-        hint="wait until whoever writes it is done, then run again",
-    )
+    what, hint = "a source file changed while it was being read", "wait until whoever writes it is done, then run again"
+    expected = f"{stamp.size} bytes, as when the plan was made"
+    if not stamp.inode:  # of a plan that was written down
+        what = "a source file is not the one that the plan was made with"
+        expected = f"{stamp.size} bytes, modified {_moment(stamp.mtime_ns)}"
+        hint = (
+            "plan again: shardmerge plan MAPPING --out PLAN; files that were moved are found with --root OLD=NEW, "
+            "copies of them need the same times (cp -p, rsync -t)"
+        )
+    return CheckpointError("source-changed", what, where=stamp.path, found=found, expected=expected, hint=hint)
+
+
+def _moment(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f".{rest:09d}"
