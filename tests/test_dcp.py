@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import tracemalloc
 import warnings
@@ -433,3 +434,24 @@ def test_a_pickle_that_refers_to_itself_in_passing_comes_to_an_end(tmp_path: Pat
                 codes.add(error.code)
     assert "damaged-pickle" in codes
     assert codes <= {"damaged-pickle", "hostile-pickle", "unsupported-tensor"}
+
+
+# --- the guide ---
+
+
+def test_the_guide_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the page, on the golden checkpoints; numbers of time and bytes aside."""
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "fsdp.md").read_text("utf-8")
+    shown = re.findall(r"```console\n\$ shardmerge (.*)\n((?:.*\n)*?)```", page)
+    assert len(shown) == 2
+    shutil.copytree(FSDP2 / "ckpt", tmp_path / "step-2")
+    shutil.copytree(SEVERAL, tmp_path / "step-3")
+    monkeypatch.chdir(tmp_path)
+    for command, expected in shown:
+        printed = shardmerge(*command.split())
+        lines = {_numberless(line) for line in f"{printed.stdout}{printed.stderr}".splitlines()}
+        assert {_numberless(line) for line in expected.splitlines()} <= lines
+
+
+def _numberless(line: str) -> str:
+    return re.sub(r"plan \w+", "plan", re.sub(r"\d[\d.]*", "N", line.replace("...", str(Path.cwd()))))
