@@ -36,21 +36,31 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 MiB: more than `Trail` keeps behind the cursor, and more than is behind the volume."""
-    path = tmp_path_factory.mktemp("large") / "model.safetensors"
+    return _saved(tmp_path_factory.mktemp("large"), 24, 4)
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 MiB: `Trail` keeps all of it until the end."""
+    return _saved(tmp_path_factory.mktemp("brief"), 12, 1)
+
+
+def _saved(folder: Path, count: int, mib: int) -> Path:
     random = np.random.default_rng(0)
-    save_file({f"w{i}": random.integers(0, 255, 4 * MIB, np.uint8) for i in range(24)}, path)
-    return path
+    save_file({f"w{i}": random.integers(0, 255, mib * MIB, np.uint8) for i in range(count)}, folder / "m.safetensors")
+    return folder / "m.safetensors"
 
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "plain"])
-def test_an_error_of_writing_that_passes_ends_the_run(
-    large: Path, bounded: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("source", "behind", "given"), [("large", 30, 80), ("brief", 4, 12)], ids=["large", "brief"])
+def test_an_error_of_writing_that_passes_ends_the_run(  # of what, on what, and when it passes
+    source: str, behind: int, given: int, bounded: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Waiting for a range takes the error from the descriptor: the sync at the end would know nothing of it."""
     monkeypatch.setattr(having_made, "bounds_cache", lambda moved: bounded)
     real, written = writing.OutputFile.write, 0
 
-    with thin_volume(30 * MIB) as volume:
+    with thin_volume(behind * MIB) as volume:
 
         def write(self: writing.OutputFile, offset: int, data: memoryview) -> None:
             nonlocal written
@@ -58,12 +68,13 @@ def test_an_error_of_writing_that_passes_ends_the_run(
                 os.sync()  # names and tables are on the disk: what fails is data
             real(self, offset, data)
             written += data.nbytes
-            if written >= 80 * MIB:
+            if written >= given * MIB:
                 volume.give_room(self.path)
 
         monkeypatch.setattr(writing.OutputFile, "write", write)
+        path, options = request.getfixturevalue(source), shardmerge.Options(workers=1)
         with pytest.raises((ResourceError, OutputError)) as caught:
-            shardmerge.convert(large, volume.root / "out", options=shardmerge.Options(workers=1))
+            shardmerge.convert(path, volume.root / "out", options=options)
         assert caught.value.code in ("disk-full", "unwritable-output")
         assert [path.name for path in volume.root.iterdir()] == ["lost+found"]
 
@@ -333,22 +344,22 @@ def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 # As NFS does, which says "disk full" there.
-_CLOSING = """
-import errno, os, sys
+_CLOSING = r"""
+import errno, os, re, sys
 from pathlib import Path
 from shardmerge.cli.main import main
 real, wanted = os.close, sys.argv.pop(1)
 def close(fd):
     name = Path(f"/proc/self/fd/{fd}").resolve().name
     real(fd)
-    if name.startswith(wanted) and name.endswith(".tmp"):
+    if re.fullmatch(wanted + r"\.\w+\.\d+\.tmp", name):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 os.close = close
 main()
 """
 
 
-@pytest.mark.parametrize("name", ["begun.json", "00000.", "00000.json", "generation_config.json", "shardmerge.json"])
+@pytest.mark.parametrize("name", ["begun.json", "00000", "00000.json", "generation_config.json", "shardmerge.json"])
 def test_an_error_of_closing_ends_the_run(
     tmp_path: Path, small: Path, undisturbed: dict[str, bytes], name: str
 ) -> None:

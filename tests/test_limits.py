@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import shardmerge
+from shardmerge.publish import having_made
 from shardmerge.storage import limits
+from tests.faults import tool
 
 CPUS = "from shardmerge.storage.limits import usable_cpus; print(usable_cpus())"
 JOINING = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
@@ -73,3 +78,15 @@ def test_a_cache_is_bounded_where_the_memory_is_smaller_than_what_moves() -> Non
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert limits.bounds_cache(physical + 1)
     assert not limits.bounds_cache(min(physical, limits.cgroup_limit() or physical))
+
+
+def test_what_is_bounded_leaves_the_page_cache(disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of what was written, but for what is looked at again: 16 blocks, and what is read ahead of them."""
+    monkeypatch.setattr(having_made, "bounds_cache", lambda moved: True)
+    folder = disk("ext4") / "bounded"
+    folder.mkdir()
+    save_file({f"w{i}": np.ones(4 << 20, np.uint8) for i in range(16)}, folder / "model.safetensors")
+    subprocess.run(["sync", "-f", str(folder)], check=True)
+    shardmerge.convert(folder / "model.safetensors", folder / "out")
+    command = [tool("fincore"), "--bytes", "--noheadings", "--output", "RES", str(folder / "out/model.safetensors")]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 8 << 20

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from tests.faults import tool
 from tests.killing import DENY, FAIL, KILL, Machine, Trap
 from tests.scene import PARTS, WAYS, Scene, claim, other, tree
 
@@ -220,6 +223,34 @@ def test_an_empty_directory_lends_its_mode(scene: Scene, runs: Machine, mode: in
     scene.published(PLAIN)
     assert scene.out.stat().st_mode & 0o7777 == mode
     assert os.getxattr(scene.out, "user.project") == b"llava"
+
+
+def _without_privileges(scene: Scene) -> subprocess.CompletedProcess[str]:
+    """Runs the command as an owner whom the modes of his directories bind, which root's do not."""
+    bound = ["--bounding-set=-dac_override,-dac_read_search", sys.executable, "-m", "shardmerge"]
+    command = [tool("setpriv"), *bound, *map(str, scene.command(PLAIN))]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_directory_that_its_owner_may_not_write_to_lends_its_mode(scene: Scene, runs: Machine) -> None:
+    """Whoever may not write to a directory may not move it to another."""
+    scene.begin(PLAIN)
+    scene.out.mkdir(parents=True)
+    scene.out.chmod(0o555)
+    done = _without_privileges(scene)
+    assert done.returncode == 0, done.stderr
+    scene.published(PLAIN)
+    assert scene.out.stat().st_mode & 0o7777 == 0o555
+
+
+def test_a_place_that_may_not_be_written_to_is_named_before_anything_is_made(scene: Scene, runs: Machine) -> None:
+    scene.begin(PLAIN)
+    scene.place.mkdir()
+    scene.place.chmod(0o555)
+    done = _without_privileges(scene)
+    assert done.returncode == 1
+    assert "no permission to write here [unwritable-output]" in done.stderr
+    assert f"at: {scene.place}\n" in done.stderr
 
 
 def test_nobody_else_sees_it_meanwhile(scene: Scene, runs: Machine) -> None:

@@ -194,6 +194,22 @@ def test_the_output_is_a_source(zero: Path, tmp_path: Path, below: str) -> None:
     refused("output-is-source", 1, "convert", zero, (zero / below).resolve(), root=tmp_path)
 
 
+def test_a_source_is_never_replaced_whatever_leads_to_it(tmp_path: Path) -> None:
+    """A result of ours is the source, by its own name or by a link, and may be overwritten as far as its receipt says.
+
+    The output path may be a link too, or the file itself.
+    """
+    real = tmp_path / "real"
+    save_file({"w": torch.ones(9)}, tmp_path / "model.safetensors")
+    sm.convert(tmp_path / "model.safetensors", real)
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "file.safetensors").symlink_to(real / "model.safetensors")
+    pairs = [("real", "real"), ("link", "real"), ("file.safetensors", "real"), ("real", "link")]
+    for source, out in [*pairs, ("model.safetensors", "model.safetensors")]:
+        for more in ((), ("--overwrite",)):
+            refused("output-is-source", 1, "convert", tmp_path / source, tmp_path / out, *more, root=tmp_path)
+
+
 class _Evil:
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -167,7 +167,31 @@ def _calls(runs: Machine, source: Path) -> list[object]:
     return list(runs.calls)
 
 
+@pytest.mark.parametrize("name", ["out [12]*?", "[!o]ut"])
+def test_a_name_that_is_a_pattern(runs: Machine, source: Path, name: str) -> None:
+    """It stands for itself: its own parts are found, and no others are."""
+    command = [*_command(source)[:2], source.parent / name, *_command(source)[3:]]
+    assert runs.run(*command, trap=Trap(KILL, at=claim(_calls(runs, source)))).code == -9
+    other = source.parent / "out 1xy.partial-0123456789abcdef"
+    (other / "parts").mkdir(parents=True)
+    (other / "parts" / "00000.json").write_text("{}")
+    _refused(runs.run(*command, "--dtype", "bfloat16"), "other-plan-staged")
+    assert runs.run(*command).json()["parts_made"] == 0
+    assert other.is_dir()
+
+
 # --- what is looked at again ---
+
+
+def test_a_part_that_is_damaged_while_somebody_publishes(runs: Machine, source: Path) -> None:
+    """He was killed: what he had claimed is taken back, and what is missing in it is made."""
+    assert runs.run(*_command(source)).code == 0
+    at = claim(runs.calls) + 1
+    shutil.rmtree(source.parent / "out")
+    assert runs.run(*_command(source), trap=Trap(KILL, at=at)).code == -9
+    (file, *_) = source.parent.glob("out.partial-*/ready-*/*.safetensors")
+    file.unlink()
+    assert _made(runs, source) == 1
 
 
 def test_a_part_that_is_gone_or_has_another_size(runs: Machine, source: Path) -> None:
@@ -260,6 +284,16 @@ def test_fresh_is_not_content_with_what_is_published(runs: Machine, source: Path
     assert _made(runs, source) == 0
     _refused(runs.run(*_command(source, "--fresh")), "output-exists")
     assert _made(runs, source, "--fresh", "--overwrite") == PARTS
+
+
+def test_fresh_that_is_refused_removes_nothing(runs: Machine, source: Path) -> None:
+    root = _stopped(runs, source)
+    (source.parent / "out").mkdir()
+    (source.parent / "out" / "thesis.tex").write_text("years of work")
+    _refused(runs.run(*_command(source, "--fresh")), "output-exists")
+    assert len(list(root.glob("parts/*.json"))) == PARTS
+    shutil.rmtree(source.parent / "out")
+    assert _made(runs, source) == 0
 
 
 @pytest.mark.parametrize("command", ["run", "finish"])
