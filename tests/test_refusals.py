@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,14 @@ def test_the_disk_is_too_small(zero: Path, tmp_path: Path, monkeypatch: pytest.M
     assert caught.value.exit_code == 4
     assert tree(tmp_path) == before
     assert writing.free_bytes(tmp_path) > 1000
+
+
+def test_the_room_is_what_an_ordinary_user_has(disk: Callable[[str], Path]) -> None:
+    """As df says it, which leaves out what ext4 keeps for root."""
+    folder = disk("ext4")
+    command = ["df", "--block-size=1", "--output=avail", str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert writing.free_bytes(folder / "not" / "there") == int(said.split()[-1])
 
 
 # Runs in a mount namespace of its own, so that the small disk goes with the process, however it ends.
