@@ -8,9 +8,11 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from shardmerge.publish import having_made
 from shardmerge.storage import cache, reading, writing
 from shardmerge.storage.reading import SourceFile
 from tests.faults import thin_volume, tool
-from tests.killing import FAIL, Machine, Trap
+from tests.killing import FAIL, SKIP, Machine, Trap
 from tests.scene import WAYS, Scene
 from tests.staged import assert_well_left, files
 
@@ -334,6 +336,39 @@ def test_a_file_system_that_syncs_no_directory(scene: Scene, runs: Machine, numb
         ran = scene.run(runs, plain, Trap(FAIL, at=at, number=number))
         assert ran.code == 0, ran.err
         scene.published(plain)
+
+
+def test_a_rename_that_says_it_was_done_and_was_not(scene: Scene, runs: Machine) -> None:
+    """Of whatever goes with the parts: what is missing is missed before anything is published."""
+    plain = WAYS["plain"]
+    scene.begin(plain)
+    assert scene.run(runs, plain).code == 0
+    beside = [
+        n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and "/ready-" in call.b.rsplit("/", 1)[0]
+    ]
+    assert len(beside) > 5
+    for at in beside:
+        scene.begin(plain)
+        ran = scene.run(runs, plain, Trap(SKIP, at=at))
+        # The other one: its temporary name is needed again, by a file of the same name in another folder.
+        assert ran.json()["errors"][0]["code"] in ("part-differs", "output-exists")
+        assert scene.seen(plain) == ""
+        assert scene.run(runs, plain).json()["parts_made"] == 0
+        scene.published(plain)
+
+
+def test_a_thread_that_fails_ends_the_others(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each after what it is at: a full disk is not written to for hours."""
+    real, written = writing.OutputFile.write, count()
+
+    def write(self: writing.OutputFile, offset: int, data: memoryview) -> None:
+        time.sleep(0.02)
+        (_fails if next(written) == 5 else real)(self, offset, data)
+
+    monkeypatch.setattr(writing.OutputFile, "write", write)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        shardmerge.convert(large, tmp_path / "out", options=shardmerge.Options(workers=4, memory=64 * MIB))
+    assert next(written) < 6 + 2 * 4
 
 
 @pytest.fixture(scope="module")
