@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge.publish import having_made
-from shardmerge.storage import limits
+from shardmerge.storage import cache, limits
 from tests.faults import tool
 
 CPUS = "from shardmerge.storage.limits import usable_cpus; print(usable_cpus())"
@@ -90,3 +90,16 @@ def test_what_is_bounded_leaves_the_page_cache(disk: Callable[[str], Path], monk
     shardmerge.convert(folder / "model.safetensors", folder / "out")
     command = [tool("fincore"), "--bytes", "--noheadings", "--output", "RES", str(folder / "out/model.safetensors")]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 8 << 20
+
+
+def test_a_thread_that_finds_nothing_behind_the_cursor_goes_on() -> None:
+    """Another one took what there was, and has not counted it yet."""
+    trail, dropped = cache.Trail(), list[str]()
+
+    class Taken(int):
+        def __rsub__(self, other: int) -> int:
+            trail.passed(1, lambda: dropped.append("of the second"))
+            return other - int(self)
+
+    trail.passed(Taken(1 << 30), lambda: dropped.append("of the first"))
+    assert dropped == ["of the second", "of the first"]
