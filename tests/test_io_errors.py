@@ -119,6 +119,19 @@ def test_what_has_another_size_is_never_sealed(tmp_path: Path, size: int) -> Non
     file.abandon()
 
 
+def test_what_is_closed_twice_closes_nothing_else(tmp_path: Path) -> None:
+    """The number of its descriptor is somebody else's by then."""
+    written = writing.OutputFile(tmp_path / "file", 8)
+    written.seal(b"abcdefgh")
+    read = SourceFile(tmp_path / "file")
+    read.close()
+    for file, close in ((written, written.abandon), (read, read.close)):
+        other = os.open(file.path, os.O_RDONLY)
+        close()
+        assert os.read(other, 8) == b"abcdefgh"
+        os.close(other)
+
+
 @contextmanager
 def _no_file_larger(most: int) -> Iterator[None]:
     """As `ulimit -f`, and what a file system takes: EFBIG, and a signal that Python ignores."""
