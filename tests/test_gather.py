@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
 from math import prod
 from pathlib import Path
@@ -141,6 +144,14 @@ def test_a_directory_is_not_read_as_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         SourceFile(tmp_path)
     assert caught.value.code in ("not-a-file", "unreadable-file")
+
+
+def test_a_pipe_with_a_name_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = "import sys; from shardmerge.storage.reading import SourceFile; SourceFile(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "pipe")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "not-a-file" in done.stderr
 
 
 @given(first=st.binary(max_size=200), second=st.binary(max_size=5000))

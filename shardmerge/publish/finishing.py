@@ -203,10 +203,9 @@ class _Publishing:
             with explained(out), self.halt.done_or_not():
                 self._commit()
         except (OSError, ShardmergeError):
-            if inode(out) == itself:  # a file server may do it, and say that it did not
-                return True
+            # Taken away, so that whatever failed failed; or published by a file server that says it did not.
             if inode(staging.ready) != itself:
-                return False  # whatever failed, failed because it was taken away
+                return False
             with suppress(OSError):
                 staging.ready.rename(staging.model)
             raise
