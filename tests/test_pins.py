@@ -24,6 +24,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.publish.staging import Staging
 from shardmerge.publish.verify import verify_sources
+from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
 from tests.staged import assert_nothing_done, assert_well_left, files, stagings
@@ -208,6 +209,17 @@ def test_a_link_that_leads_elsewhere_for_a_while_is_refused(model: Path) -> None
 def _lead(link: Path, to: str) -> None:
     link.unlink()
     link.symlink_to(to)
+
+
+def test_a_file_that_was_refused_is_refused_again(model: Path) -> None:
+    """By whichever thread asks next: it is not kept open as if it were the right one."""
+    path = model / FILES[0]
+    pool = FilePool()
+    pool.opened = pins.Pins([FileStamp.of(str(path), path.stat())]).opened
+    _overwrite(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError):
+            pool.get(str(path))
 
 
 def test_what_is_copied_has_the_digest_of_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
