@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from benchmarks.synthetic import write_zero
+from shardmerge import api
 from shardmerge.dtypes import DTYPES
 from shardmerge.publish import verify
+from shardmerge.publish.staging import Staging
 from tests.conftest import GOLDEN, shardmerge
 from tests.staged import assert_well_left, stagings
 
@@ -113,6 +116,26 @@ def test_verify_finds_what_is_missing_or_edited(tmp_path: Path) -> None:
     receipt.write_text(text)
     (tmp_path / "out" / "model.safetensors").rename(tmp_path / "elsewhere")
     assert "[missing-file]" in shardmerge("verify", tmp_path / "out", code=3).stderr
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_the_index_comes_after_all_that_it_names(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the receipt after it, in whatever order they were planned: readers take an index for a whole model."""
+    placed, place = list[str](), Staging.place
+    options = sm.Options(shard_size=1)
+    (tmp_path / "in").mkdir()
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "generation_config.json").write_text('{"max_length": 20}')
+    prepared = api.prepare_conversion(tmp_path / "in", options=options)
+
+    def recorded(self: Staging, path: Path, data: bytes | list[bytes]) -> None:
+        placed.append(path.name)
+        place(self, path, data)
+
+    monkeypatch.setattr(Staging, "place", recorded)
+    plan = replace(prepared.plan, side_files=prepared.plan.side_files[::step])
+    api.carry_out(replace(prepared, plan=plan), tmp_path / "out", options)
+    assert placed[-3:] == ["generation_config.json", "model.safetensors.index.json", "shardmerge.json"]
 
 
 @pytest.fixture
