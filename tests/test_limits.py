@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -90,6 +91,37 @@ def test_what_is_bounded_leaves_the_page_cache(disk: Callable[[str], Path], monk
     shardmerge.convert(folder / "model.safetensors", folder / "out")
     command = [tool("fincore"), "--bytes", "--noheadings", "--output", "RES", str(folder / "out/model.safetensors")]
     assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 8 << 20
+
+
+BOUNDED = """
+import sys
+import shardmerge
+from shardmerge.publish import having_made
+having_made.bounds_cache = lambda moved: True
+shardmerge.convert(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_what_leaves_the_page_cache_was_waited_for(tmp_path: Path) -> None:
+    """Every range: where the disk is slow its pages are still dirty, and stay whatever is advised."""
+    save_file({f"w{i}": np.ones(1 << 20, np.uint8) for i in range(8)}, tmp_path / "model.safetensors")
+    command = [
+        tool("strace"),
+        "-ff",
+        "-o",
+        str(tmp_path / "log"),
+        "-e",
+        "trace=sync_file_range",
+        sys.executable,
+        "-c",
+        BOUNDED,
+    ]
+    subprocess.run([*command, str(tmp_path / "model.safetensors"), str(tmp_path / "out")], check=True)
+    said = "".join(path.read_text() for path in tmp_path.glob("log.*"))  # of a thread each: no line is cut in two
+    flags = re.findall(r"sync_file_range\(\d+, (\d+, \d+), (\S+)\)", said)
+    begun = {place for place, flag in flags if flag == "SYNC_FILE_RANGE_WRITE"}
+    assert len(begun) == 8 + 1  # and the header
+    assert begun == {place for place, flag in flags if "WAIT_BEFORE" in flag and "WAIT_AFTER" in flag}
 
 
 def test_a_thread_that_finds_nothing_behind_the_cursor_goes_on() -> None:

@@ -22,6 +22,7 @@ from shardmerge import api
 from shardmerge.api import Options, Result, Unfinished
 from shardmerge.errors import OutputError, ShardmergeError, UsageError
 from shardmerge.plan.value import Part
+from shardmerge.publish.finishing import _life
 from shardmerge.publish.having_made import await_receipts
 from shardmerge.publish.making import PartMaker, is_made
 from shardmerge.publish.running import carry_out_share
@@ -328,6 +329,15 @@ def test_all_that_was_staged_may_be_removed_while_it_is_looked_at(
 
     monkeypatch.setattr(os, "scandir", removed)
     assert not look(staging)
+
+
+def test_who_was_about_to_publish_may_be_gone_when_he_is_looked_at(model: Path, tmp_path: Path) -> None:
+    """Between the listing and the look: a link that leads nowhere is listed too."""
+    staging = staging_of(model, tmp_path / "out")
+    assert _life(staging) == []
+    (staging.root / "ready-here").mkdir()
+    (staging.root / "ready-gone").symlink_to("nowhere")
+    assert [name for name, _ in _life(staging)] == ["ready-here"]
 
 
 def test_a_receipt_that_is_seen_late_is_waited_for(model: Path, tmp_path: Path) -> None:
