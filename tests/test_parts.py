@@ -183,6 +183,21 @@ def test_parts_that_another_is_at_work_on_are_waited_for(model: Path, tmp_path: 
     check(model, out)
 
 
+def test_a_part_that_somebody_is_slow_at_is_made_by_one_more_and_not_by_two(model: Path, tmp_path: Path) -> None:
+    """He goes on showing signs of life. A second time there is nothing to do but to wait for who made it again."""
+    for number, others in enumerate((["00004"], ["00004", "again-00004"])):
+        out, waits = tmp_path / f"out{number}", list[int]()
+        other = staging_of(model, out)
+        assert all(PartClaims(other).take(name) for name in others)
+        done = _started(lambda: anything(model, out, Anything(waiting=waits.append, look=(0.02, 0.05))))  # noqa: B023
+        if len(others) == 2:
+            _until(lambda: len(waits) > 20)  # noqa: B023
+            assert not done.is_set()
+            other.tidy()
+        assert done.wait(30)
+        check(model, out)
+
+
 def test_parts_whose_maker_writes_are_waited_for_however_old_their_claims(model: Path, tmp_path: Path) -> None:
     out, waits = tmp_path / "out", list[int]()
     other = staging_of(model, out)
