@@ -247,6 +247,13 @@ def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
     )
 
 
+def test_the_same_numbers_in_another_shape_differ(tmp_path: Path) -> None:
+    for name, shape in (("a", (2, 3)), ("b", (3, 2))):
+        save_file({"w": torch.ones(shape), "v": torch.tensor([float("nan")])}, tmp_path / f"{name}.safetensors")
+    done = shardmerge("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json", code=3)
+    assert [(row["name"], row["what"]) for row in json.loads(done.stdout)["differences"]] == [("w", "shape")]
+
+
 def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> None:
     ids = set()
     for place in ("here", "there"):
