@@ -189,6 +189,16 @@ def test_clean_bears_what_is_at_the_output_path_by_then(scene: Scene, runs: Mach
         assert list(scene.place.iterdir()) == []  # it was put back nowhere
 
 
+def test_what_cannot_be_put_back_is_not_removed(scene: Scene, runs: Machine) -> None:
+    _in_the_gap(scene, runs)
+    ran = runs.run("clean", scene.out, trap=Trap(FAIL, at=2, number=errno.EIO))
+    assert (ran.code, runs.hit) == (1, 1)
+    scene.out.mkdir()  # nothing that it would have to make room for
+    assert runs.run("clean", scene.out).code == 0
+    assert scene.seen(GAP) == "old"
+    assert [path.name for path in scene.place.iterdir()] == ["out"]
+
+
 def test_clean_follows_no_link(scene: Scene, runs: Machine) -> None:
     scene.begin(PLAIN, scene.keep_made(runs, PLAIN))
     assert scene.staging is not None

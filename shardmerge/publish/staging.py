@@ -241,12 +241,11 @@ def remove(root: Path, out: Path) -> None:
 
 
 def _put_back(old: Path, out: Path) -> None:
-    if os.path.lexists(out):
-        return
+    """Unless something came there; an empty directory is nothing."""
     try:
         old.rename(out)
     except OSError as error:
-        if error.errno not in OCCUPIED:  # by now
+        if error.errno not in OCCUPIED:
             raise
 
 
