@@ -1,0 +1,183 @@
+"""Distributed safetensors: the shards of all ranks as one model, each tensor put together by its saved offsets.
+
+Layout: see ``dcp_shard_files`` and ``dcp_offsets``. A replicated tensor lies in the shard of one rank, whichever had
+the least to write. DTensor writes a chunk without elements for a rank that has none, at the end of the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from shardmerge.dtypes import DType
+from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.sources.dcp_offsets import saved_offsets
+from shardmerge.sources.dcp_shard_count import CutTensor, is_counted, lacking_files, narrow_norm
+from shardmerge.sources.dcp_shard_files import (
+    BRING_ALL,
+    KEEP_ONE,
+    ShardFile,
+    check_numbers,
+    list_shards,
+    missing_shards,
+    mixed_shards,
+)
+from shardmerge.sources.safetensors_file import SafetensorsHeader, read_header
+from shardmerge.tensors import Box, Catalog, Extent, FileStamp, Shape, TensorEntry
+from shardmerge.tensors.boxes import boxed
+
+_MOST_NAMED = 5
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the shards hold of one tensor, as they are read."""
+
+    dtype: DType
+    file: ShardFile
+    boxes: list[Box] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+
+
+def read_shards(folder: Path) -> Catalog:
+    """Returns the catalog of the shards in a directory.
+
+    Raises
+    ------
+    CheckpointError
+        ``missing-shard``, ``lone-shard``: not all are there, as far as numbers and shapes tell. ``mixed-shards``,
+        ``box-overlap``: they are not of one save. ``box-hole``: a part of a tensor is in none. ``damaged-offsets``, and
+        what ``read_header`` raises.
+    """
+    files = list_shards(folder)
+    check_numbers(folder, files)
+    found, stamps = _read_all(folder, files)
+    entries, cuts = _assembled(folder, found)
+    _check_count(folder, files, cuts)
+    ranks = len({file.rank for file in files})
+    doubt = "" if is_counted(cuts, ranks) else _uncounted(ranks)
+    return Catalog(str(folder), f"distributed safetensors, {ranks} ranks", entries, files=stamps, doubt=doubt)
+
+
+def _uncounted(ranks: int) -> str:
+    return (
+        f"the shards of {ranks} ranks are read, and nothing says how many ranks there were: "
+        "without the last ones every tensor would be cut off at its end"
+    )
+
+
+# ---- reading
+
+
+def _read_all(folder: Path, files: Iterable[ShardFile]) -> tuple[dict[str, _Found], tuple[FileStamp, ...]]:
+    """Reads all headers, and keeps of each what is needed: a thousand ranks have a million chunks."""
+    found: dict[str, _Found] = {}
+    stamps: list[FileStamp] = []
+    problems: list[ShardmergeError] = []
+    shared: dict[Shape, Shape] = {}
+    for file in files:
+        try:
+            header = read_header(file.path)
+            problems += _add(found, file, header, shared)
+            stamps.append(header.stamp)
+        except CheckpointError as error:
+            problems.append(error)
+    raise_all(problems)
+    return found, tuple(stamps)
+
+
+def _add(
+    found: dict[str, _Found], file: ShardFile, header: SafetensorsHeader, shared: dict[Shape, Shape]
+) -> Iterator[CheckpointError]:
+    """Adds the chunks of one file; ``shared`` has the shapes and offsets that many tensors have in common."""
+    path = str(file.path)
+    offsets = saved_offsets(header.metadata, header.entries, path)
+    if not offsets and header.entries:
+        yield mixed_shards(path, "a file that is called a shard does not say which part of each tensor it holds", "")
+        return
+    for name, entry in header.entries.items():
+        tensor = found.setdefault(name, _Found(entry.dtype, file))
+        problem = _differs(tensor, file, entry)
+        if problem:
+            yield mixed_shards(f"{path}, {name[:200]}", "two shards hold parts of two tensors under one name", problem)
+            continue
+        held = entry.pieces[0].held if entry.pieces else Extent(path, 0, 0)
+        assert isinstance(held, Extent)  # safetensors has no views
+        at, shape = offsets[name], entry.shape
+        tensor.boxes.append(Box(shared.setdefault(at, at), shared.setdefault(shape, shape), held))
+        tensor.ranks.append(file.rank)
+
+
+def _differs(tensor: _Found, file: ShardFile, entry: TensorEntry) -> str:
+    """Returns in what a shard contradicts those before it."""
+    if entry.dtype != tensor.dtype:
+        return f"{entry.dtype}, and {tensor.dtype} in {tensor.file.path.name}"
+    if tensor.boxes and len(entry.shape) != len(tensor.boxes[0].shape):
+        return f"shape {list(entry.shape)}, and {list(tensor.boxes[0].shape)} in {tensor.file.path.name}"
+    if file.part != tensor.file.part:
+        return f"in file {file.part} of {file.parts}, and in file {tensor.file.part} in {tensor.file.path.name}"
+    return ""
+
+
+# ---- putting together
+
+
+def _assembled(folder: Path, found: dict[str, _Found]) -> tuple[dict[str, TensorEntry], dict[str, CutTensor]]:
+    entries: dict[str, TensorEntry] = {}
+    cuts: dict[str, CutTensor] = {}
+    misfits: dict[str, list[CheckpointError]] = {}
+    for name, tensor in found.items():
+        cuts[name] = cut = _cut(tensor)
+        try:
+            pieces = boxed(tensor.dtype, cut.shape, cut.chunks, name)
+        except CheckpointError as error:
+            misfits.setdefault(error.code, []).append(error)
+            continue
+        entries[name] = TensorEntry(name, tensor.dtype, cut.shape, pieces, "shards of all ranks")
+    raise_all(_summed_up(folder, errors) for errors in misfits.values())
+    return entries, cuts
+
+
+def _cut(tensor: _Found) -> CutTensor:
+    """Returns a tensor as large as its chunks reach; those without elements count where there are no others."""
+    full = [(box, rank) for box, rank in zip(tensor.boxes, tensor.ranks, strict=True) if prod(box.shape)]
+    full.sort(key=lambda one: one[0].offsets)
+    boxes = [box for box, _ in full]
+    ends = ([at + n for at, n in zip(box.offsets, box.shape, strict=True)] for box in boxes or tensor.boxes)
+    shape = tuple(map(max, *ends)) if len(boxes or tensor.boxes) > 1 else tuple(next(ends))
+    return CutTensor(shape, boxes, [rank for _, rank in full], tensor.file.part)
+
+
+def _summed_up(folder: Path, errors: Sequence[CheckpointError]) -> CheckpointError:
+    """Returns one error for all tensors that are no tiling in one and the same way."""
+    first = errors[0]
+    names = ", ".join(error.where[:200] for error in errors[:_MOST_NAMED])
+    return CheckpointError(
+        first.code,
+        f"the shards of {len(errors)} tensors do not fit: {first.what}",
+        where=f"{folder}, {names}",
+        found=first.found,
+        expected=first.expected,
+        hint=KEEP_ONE if first.code == "box-overlap" else BRING_ALL,
+    )
+
+
+# ---- whether it is all
+
+
+def _check_count(folder: Path, files: Sequence[ShardFile], cuts: dict[str, CutTensor]) -> None:
+    lost = lacking_files(cuts, files)
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        what = f"{lost[0]}{more} {'are' if more else 'is'} not there: these ranks hold a part of each tensor elsewhere"
+        raise missing_shards(folder, what, "")
+    narrow = narrow_norm(cuts)
+    if narrow:
+        raise missing_shards(
+            folder,
+            "the shards of the last ranks are not there: every tensor is cut off at its end",
+            f"{narrow.name} of {narrow.size}, beside an embedding of {narrow.hidden} columns",
+            f"the shards of {narrow.ranks} ranks",
+        )
