@@ -63,8 +63,8 @@ def read_shards(folder: Path) -> Catalog:
 
 def _uncounted(ranks: int) -> str:
     return (
-        f"the shards of {ranks} ranks are read, and nothing says how many ranks there were: "
-        "without the last ones every tensor would be cut off at its end"
+        f"the shards of {ranks} ranks are read, and nothing says how many there were: "
+        "without the last ones tensors would be missing, or cut off at their ends"
     )
 
 

@@ -1,13 +1,14 @@
-"""What the shapes in distributed safetensors say of the number of ranks, which stands nowhere.
+"""What names and shapes in distributed safetensors say of the number of ranks, which stands nowhere.
 
-Without the shards of the last ranks every tensor is smaller, and complete. torch.chunk cuts an axis of ``n`` in chunks
-of ``c = ceil(n / ranks)``, shorter or empty ones last, so that any number of equal chunks is a tensor, too. What tells:
+Without the shards of the last ranks every tensor is smaller, and complete: torch.chunk cuts an axis of ``n`` in chunks
+of ``ceil(n / ranks)``, shorter or empty ones last, so that any number of equal chunks is a tensor, too. Where there are
+replicas (HSDP) or stages, the last ranks hold tensors of their own, and without them names are missing. What tells:
 
 - A norm of the hidden size beside an embedding, whose columns FSDP does not cut.
-- An uneven axis: its last chunk is shorter, and with ``n`` and ``c`` known only one number of ranks may be left.
+- Layers that are not alike.
 - A tensor that is cut over some ranks, one of which lacks the file of another tensor, cut over fewer of them.
 
-Nothing tells of the last ranks of tensor parallelism alone, which keeps norms whole, where all axes are even.
+Nothing here tells of the last ranks of tensor parallelism alone, which keeps norms whole: a config.json does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from shardmerge.tensors import Box, Shape
 
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight")
 _NORM = re.compile(r".*(?:norm|ln_\w+)\.weight")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Towers have sizes of their own.
 _TOWER = re.compile(r"vis|image|audio|speech", re.IGNORECASE)
 
@@ -46,11 +48,6 @@ class CutTensor:
     chunks: Sequence[Box]
     ranks: Sequence[int]
     part: int
-
-    def along(self) -> tuple[int, list[int]] | None:
-        """Returns the axis that alone is cut, and the sizes of the chunks along it; None where it is not one."""
-        axes = [axis for axis, n in enumerate(self.shape) if any(box.shape[axis] != n for box in self.chunks)]
-        return (axes[0], [box.shape[axes[0]] for box in self.chunks]) if len(axes) == 1 else None
 
 
 CutTensors: TypeAlias = Mapping[str, CutTensor]
@@ -91,11 +88,13 @@ def narrow_norm(tensors: CutTensors) -> NarrowNorm | None:
 
 
 def is_counted(tensors: CutTensors, ranks: int) -> bool:
-    """Tells whether the shapes show that the highest rank that is there is the last one."""
+    """Tells whether the model looks whole: the norm behind its layers is, up to the last rank, and they are alike."""
     hidden, norms = _hidden(tensors)
-    whole = (one for _, one in norms if len(one.chunks) > 1 and one.shape[0] == hidden)
-    uneven = (one for one in tensors.values() if _leaves_one_number(one))
-    return any(one.ranks[-1] == ranks for chosen in (whole, uneven) for one in chosen)
+    return _are_alike(tensors) and any(
+        tensor.shape[0] == hidden and len(tensor.chunks) > 1 and tensor.ranks[-1] == ranks
+        for name, tensor in norms
+        if not _NUMBER.search(name)
+    )
 
 
 def lacking_files(tensors: CutTensors, files: Sequence[ShardFile]) -> list[str]:
@@ -144,12 +143,12 @@ def _has_whole_rows(tensor: CutTensor) -> bool:
     return len(tensor.shape) == 2 and columns == {tensor.shape[1:]}
 
 
-def _leaves_one_number(tensor: CutTensor) -> bool:
-    """Whether an uneven last chunk shows where an axis ends, and no more ranks would cut it into such chunks."""
-    found = tensor.along()
-    if found is None:
-        return False
-    axis, (*full, last) = found
-    if any(n != full[0] for n in full) or last >= full[0]:
-        return False
-    return (tensor.shape[axis] - 1) // (full[0] - 1) == len(tensor.chunks)
+def _are_alike(tensors: CutTensors) -> bool:
+    """Whether all layers of a stack hold the same names in the same shapes."""
+    stacks: dict[str, dict[str, dict[str, Shape]]] = {}
+    for name, tensor in tensors.items():
+        number = _NUMBER.search(name)
+        if number:
+            layers = stacks.setdefault(name[: number.start()], {})
+            layers.setdefault(number[0], {})[name[number.end() :]] = tensor.shape
+    return all(layer == first for first, *rest in map(dict.values, stacks.values()) for layer in rest)
