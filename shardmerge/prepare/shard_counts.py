@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import CheckpointError, TargetError
-from shardmerge.sources.dcp_shard_files import missing_shards
+from shardmerge.sources.distributed_files import missing_shards
 from shardmerge.tensors import Catalog, Shape
 
 if TYPE_CHECKING:

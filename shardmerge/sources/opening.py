@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError, raise_all
-from shardmerge.sources import dcp_entries, deepspeed_entries, model_entries, rank_entries, weights_file
+from shardmerge.sources import distributed_entries, deepspeed_entries, model_entries, rank_entries, weights_file
 from shardmerge.sources.choosing import beside_numbered, tags_near, weight_files
 from shardmerge.sources.hf_folder import side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
@@ -127,7 +127,7 @@ _FOLDER_READERS: tuple[FormatReader, ...] = (
     rank_entries.read_iteration,
     model_entries.read_adapter_folder,
     model_entries.read_usual_model,
-    dcp_entries.read_shard_folder,
+    distributed_entries.read_shard_folder,
     rank_entries.read_meta_folder,
     _single,
     model_entries.refuse_inside,
@@ -137,7 +137,7 @@ _FILE_READERS: tuple[FormatReader, ...] = (
     weights_file.read_index,
     deepspeed_entries.read_tag_member,
     rank_entries.read_rank_member,
-    dcp_entries.read_distributed_member,
+    distributed_entries.read_rank_shard,
     weights_file.read_shard_member,
     weights_file.read_adapter_file,
     weights_file.read_any_safetensors,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.dcp_lone_shard import refuse_slices
+from shardmerge.sources.lone_shard import refuse_slices
 from shardmerge.sources.strict_json import strict_json
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry, dense

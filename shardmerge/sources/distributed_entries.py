@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, checkpoints_inside, weight_files, whole_set
-from shardmerge.sources.dcp_shard_files import SHARDED, ShardFile, list_shards, shard_file
+from shardmerge.sources.distributed_files import SHARDED, ShardFile, list_shards, shard_file
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.tensors import Catalog
 
@@ -25,7 +25,7 @@ def read_shard_folder(path: Path, options: OpenOptions) -> Catalog | None:
     return Remarks((f"the shards in {SHARDED}/ are read",)).on(_read(inner))
 
 
-def read_distributed_member(path: Path, options: OpenOptions) -> Catalog | None:
+def read_rank_shard(path: Path, options: OpenOptions) -> Catalog | None:
     """One shard stands for all of them."""
     if options.root or shard_file(path) is None:
         return None
@@ -43,6 +43,6 @@ def _beside(folder: Path, files: Sequence[ShardFile]) -> Remarks:
 
 
 def _read(folder: Path) -> Catalog:
-    from shardmerge.sources.dcp_safetensors import read_shards
+    from shardmerge.sources.distributed_safetensors import read_shards
 
     return read_shards(folder)

@@ -1,7 +1,7 @@
 """Makes the golden distributed safetensors: models sharded by torch and saved by torch's own writer.
 
-    python make_dcp_safetensors.py --out DIR --list
-    python make_dcp_safetensors.py --out DIR [--only NAME]
+    python make_distributed_safetensors.py --out DIR --list
+    python make_distributed_safetensors.py --out DIR [--only NAME]
 
 torch 2.13.0 (CPU, gloo) and transformers 5.24.0. Nothing is trained: every tensor has random values of its own. The
 truth is `DTensor.full_tensor()` of each tensor at the moment of the save; of types that gloo does not gather, torch.cat.

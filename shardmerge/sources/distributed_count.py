@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shardmerge.sources.dcp_shard_files import ShardFile, shard_name
+from shardmerge.sources.distributed_files import ShardFile, shard_name
 from shardmerge.tensors import Box, Shape
 
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight")

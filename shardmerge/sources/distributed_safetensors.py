@@ -1,6 +1,6 @@
 """Distributed safetensors: the shards of all ranks as one model, each tensor put together by its saved offsets.
 
-Layout: see ``dcp_shard_files`` and ``dcp_offsets``. A replicated tensor lies in the shard of one rank, whichever had
+Layout: see ``distributed_files`` and ``distributed_offsets``. A replicated tensor lies in the shard of one rank, whichever had
 the least to write. DTensor writes a chunk without elements for a rank that has none, at the end of the axis.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
-from shardmerge.sources.dcp_offsets import saved_offsets
-from shardmerge.sources.dcp_shard_count import CutTensor, is_counted, lacking_files, narrow_norm
-from shardmerge.sources.dcp_shard_files import (
+from shardmerge.sources.distributed_offsets import saved_offsets
+from shardmerge.sources.distributed_count import CutTensor, is_counted, lacking_files, narrow_norm
+from shardmerge.sources.distributed_files import (
     BRING_ALL,
     KEEP_ONE,
     ShardFile,

@@ -10,7 +10,7 @@ from tests.conftest import GOLDEN
 from tests.following import Call, Row, by_hand
 from tests.hint_rows.given import CONVERT, back, copied, made, told
 
-SAVES = GOLDEN / "dcp_safetensors"
+SAVES = GOLDEN / "distributed_safetensors"
 PARTS = SAVES / "fsdp2_parts_w3/ckpt"
 WHOLE = SAVES / "fsdp2_w2/ckpt"
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.dcp_offsets import saved_offsets
-from shardmerge.sources.dcp_shard_count import CutTensor, narrow_norm
+from shardmerge.sources.distributed_offsets import saved_offsets
+from shardmerge.sources.distributed_count import CutTensor, narrow_norm
 from shardmerge.tensors import Box, Extent, TensorEntry
 
 

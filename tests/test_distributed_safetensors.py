@@ -27,7 +27,7 @@ from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog
 from tests.conftest import GOLDEN, shardmerge
 
-FOLDER = GOLDEN / "dcp_safetensors"
+FOLDER = GOLDEN / "distributed_safetensors"
 CASES = sorted(path.parent for path in FOLDER.glob("*/case.json"))
 # Read as they are; the two others are one rank's, and a file that torch spoilt.
 WHOLE = [case for case in CASES if case.name not in ("one_rank_w1", "unsaved_name_w2")]
