@@ -6,6 +6,7 @@ Each ends with the bytes of one undisturbed run, and nothing is left over.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -149,7 +150,9 @@ def test_a_task_that_is_preempted_is_queued_again_and_goes_on(array: Array) -> N
     assert len(before) >= 3
     assert after == before
     assert "to go on: shardmerge run" in array.said()  # of the first time, and what followed was added to it
-    assert f"made {TENSORS - len(before)} files; all {TENSORS} are there" in array.said()
+    made = re.search(rf"made (\d+) files; all {TENSORS} are there", array.said())
+    assert made is not None
+    assert TENSORS - len(before) - int(made[1]) in (0, 1)  # the part under way may have been done before it ended
     array.check()
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from shardmerge.sources.distributed_files import ShardFile, shard_name
-from shardmerge.tensors import Box, Shape
+from shardmerge.tensors import Shape
 
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight")
 _NORM = re.compile(r".*(?:norm|ln_\w+)\.weight")
@@ -37,7 +37,7 @@ class CutTensor:
     shape
         Of the whole, as far as the chunks reach.
     chunks
-        Those with elements, in ascending order of their offsets.
+        Shapes of those with elements, in ascending order of their offsets.
     ranks
         Which rank's shard holds each of them, from 1.
     part
@@ -45,7 +45,7 @@ class CutTensor:
     """
 
     shape: Shape
-    chunks: Sequence[Box]
+    chunks: Sequence[Shape]
     ranks: Sequence[int]
     part: int
 
@@ -79,9 +79,9 @@ def narrow_norm(tensors: CutTensors) -> NarrowNorm | None:
     if not norms:
         return None
     name, tensor = max(norms, key=lambda one: one[1].shape[0])
-    size, chunk = tensor.shape[0], tensor.chunks[0].shape[0]
+    size, chunk = tensor.shape[0], tensor.chunks[0][0]
     ranks = -(-hidden // chunk)
-    equal = all(box.shape[0] == chunk for box in tensor.chunks)
+    equal = all(shape[0] == chunk for shape in tensor.chunks)
     if size < hidden and equal and ranks > len(tensor.chunks) and -(-hidden // ranks) == chunk:
         return NarrowNorm(name, size, hidden, ranks)
     return None
@@ -139,7 +139,7 @@ def _norms(tensors: Iterable[tuple[str, CutTensor]], prefix: str) -> Iterator[tu
 
 
 def _has_whole_rows(tensor: CutTensor) -> bool:
-    columns = {box.shape[1:] for box in tensor.chunks}
+    columns = {shape[1:] for shape in tensor.chunks}
     return len(tensor.shape) == 2 and columns == {tensor.shape[1:]}
 
 

@@ -1,19 +1,20 @@
 """Distributed safetensors: the shards of all ranks as one model, each tensor put together by its saved offsets.
 
-Layout: see ``distributed_files`` and ``distributed_offsets``. A replicated tensor lies in the shard of one rank, whichever had
-the least to write. DTensor writes a chunk without elements for a rank that has none, at the end of the axis.
+Layout: see ``distributed_files`` and ``distributed_offsets``. A replicated tensor lies in the shard of one rank,
+whichever had the least to write. DTensor writes a chunk without elements for a rank that has none, at the axis' end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import add
 from pathlib import Path
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
-from shardmerge.sources.distributed_offsets import saved_offsets
 from shardmerge.sources.distributed_count import CutTensor, is_counted, lacking_files, narrow_norm
 from shardmerge.sources.distributed_files import (
     BRING_ALL,
@@ -24,6 +25,7 @@ from shardmerge.sources.distributed_files import (
     missing_shards,
     mixed_shards,
 )
+from shardmerge.sources.distributed_offsets import saved_offsets
 from shardmerge.sources.safetensors_file import SafetensorsHeader, read_header
 from shardmerge.tensors import Box, Catalog, Extent, FileStamp, Shape, TensorEntry
 from shardmerge.tensors.boxes import boxed
@@ -33,12 +35,24 @@ _MOST_NAMED = 5
 
 @dataclass(slots=True)
 class _Found:
-    """What the shards hold of one tensor, as they are read."""
+    """What the shards hold of one tensor, as they are read: a few numbers a chunk, since there may be a million.
+
+    Attributes
+    ----------
+    dtype, file
+        As in the first shard that holds a part of it, and that shard.
+    offsets, shapes
+        Of each chunk.
+    files, begins
+        The number of the file that holds it, and where it begins there, in bytes.
+    """
 
     dtype: DType
     file: ShardFile
-    boxes: list[Box] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
+    offsets: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    files: array[int] = field(default_factory=lambda: array("i"))
+    begins: array[int] = field(default_factory=lambda: array("q"))
 
 
 def read_shards(folder: Path) -> Catalog:
@@ -54,7 +68,7 @@ def read_shards(folder: Path) -> Catalog:
     files = list_shards(folder)
     check_numbers(folder, files)
     found, stamps = _read_all(folder, files)
-    entries, cuts = _assembled(folder, found)
+    entries, cuts = _assembled(folder, files, found)
     _check_count(folder, files, cuts)
     ranks = len({file.rank for file in files})
     doubt = "" if is_counted(cuts, ranks) else _uncounted(ranks)
@@ -71,16 +85,15 @@ def _uncounted(ranks: int) -> str:
 # ---- reading
 
 
-def _read_all(folder: Path, files: Iterable[ShardFile]) -> tuple[dict[str, _Found], tuple[FileStamp, ...]]:
-    """Reads all headers, and keeps of each what is needed: a thousand ranks have a million chunks."""
+def _read_all(folder: Path, files: Sequence[ShardFile]) -> tuple[dict[str, _Found], tuple[FileStamp, ...]]:
     found: dict[str, _Found] = {}
     stamps: list[FileStamp] = []
     problems: list[ShardmergeError] = []
     shared: dict[Shape, Shape] = {}
-    for file in files:
+    for number, file in enumerate(files):
         try:
             header = read_header(file.path)
-            problems += _add(found, file, header, shared)
+            problems += _add(found, number, file, header, shared)
             stamps.append(header.stamp)
         except CheckpointError as error:
             problems.append(error)
@@ -89,9 +102,9 @@ def _read_all(folder: Path, files: Iterable[ShardFile]) -> tuple[dict[str, _Foun
 
 
 def _add(
-    found: dict[str, _Found], file: ShardFile, header: SafetensorsHeader, shared: dict[Shape, Shape]
+    found: dict[str, _Found], number: int, file: ShardFile, header: SafetensorsHeader, shared: dict[Shape, Shape]
 ) -> Iterator[CheckpointError]:
-    """Adds the chunks of one file; ``shared`` has the shapes and offsets that many tensors have in common."""
+    """Adds the chunks of one file; ``shared`` has the shapes and offsets that many of them have in common."""
     path = str(file.path)
     offsets = saved_offsets(header.metadata, header.entries, path)
     if not offsets and header.entries:
@@ -103,19 +116,23 @@ def _add(
         if problem:
             yield mixed_shards(f"{path}, {name[:200]}", "two shards hold parts of two tensors under one name", problem)
             continue
-        held = entry.pieces[0].held if entry.pieces else Extent(path, 0, 0)
-        assert isinstance(held, Extent)  # safetensors has no views
-        at, shape = offsets[name], entry.shape
-        tensor.boxes.append(Box(shared.setdefault(at, at), shared.setdefault(shape, shape), held))
-        tensor.ranks.append(file.rank)
+        tensor.offsets.append(shared.setdefault(offsets[name], offsets[name]))
+        tensor.shapes.append(shared.setdefault(entry.shape, entry.shape))
+        tensor.files.append(number)
+        tensor.begins.append(_begin(entry))
+
+
+def _begin(entry: TensorEntry) -> int:
+    held = entry.pieces[0].held if entry.pieces else None
+    return held.offset if isinstance(held, Extent) else 0  # a chunk without elements lies nowhere
 
 
 def _differs(tensor: _Found, file: ShardFile, entry: TensorEntry) -> str:
     """Returns in what a shard contradicts those before it."""
     if entry.dtype != tensor.dtype:
         return f"{entry.dtype}, and {tensor.dtype} in {tensor.file.path.name}"
-    if tensor.boxes and len(entry.shape) != len(tensor.boxes[0].shape):
-        return f"shape {list(entry.shape)}, and {list(tensor.boxes[0].shape)} in {tensor.file.path.name}"
+    if tensor.shapes and len(entry.shape) != len(tensor.shapes[0]):
+        return f"shape {list(entry.shape)}, and {list(tensor.shapes[0])} in {tensor.file.path.name}"
     if file.part != tensor.file.part:
         return f"in file {file.part} of {file.parts}, and in file {tensor.file.part} in {tensor.file.path.name}"
     return ""
@@ -124,14 +141,17 @@ def _differs(tensor: _Found, file: ShardFile, entry: TensorEntry) -> str:
 # ---- putting together
 
 
-def _assembled(folder: Path, found: dict[str, _Found]) -> tuple[dict[str, TensorEntry], dict[str, CutTensor]]:
+def _assembled(
+    folder: Path, files: Sequence[ShardFile], found: Mapping[str, _Found]
+) -> tuple[dict[str, TensorEntry], dict[str, CutTensor]]:
+    paths = [str(file.path) for file in files]
     entries: dict[str, TensorEntry] = {}
     cuts: dict[str, CutTensor] = {}
     misfits: dict[str, list[CheckpointError]] = {}
     for name, tensor in found.items():
-        cuts[name] = cut = _cut(tensor)
+        cuts[name] = cut = _cut(tensor, files)
         try:
-            pieces = boxed(tensor.dtype, cut.shape, cut.chunks, name)
+            pieces = boxed(tensor.dtype, cut.shape, _boxes(tensor, paths), name)
         except CheckpointError as error:
             misfits.setdefault(error.code, []).append(error)
             continue
@@ -140,14 +160,20 @@ def _assembled(folder: Path, found: dict[str, _Found]) -> tuple[dict[str, Tensor
     return entries, cuts
 
 
-def _cut(tensor: _Found) -> CutTensor:
+def _boxes(tensor: _Found, paths: Sequence[str]) -> Iterator[Box]:
+    size = tensor.dtype.itemsize
+    for at, shape, file, begin in zip(tensor.offsets, tensor.shapes, tensor.files, tensor.begins, strict=True):
+        yield Box(at, shape, Extent(paths[file], begin, prod(shape) * size))
+
+
+def _cut(tensor: _Found, files: Sequence[ShardFile]) -> CutTensor:
     """Returns a tensor as large as its chunks reach; those without elements count where there are no others."""
-    full = [(box, rank) for box, rank in zip(tensor.boxes, tensor.ranks, strict=True) if prod(box.shape)]
-    full.sort(key=lambda one: one[0].offsets)
-    boxes = [box for box, _ in full]
-    ends = ([at + n for at, n in zip(box.offsets, box.shape, strict=True)] for box in boxes or tensor.boxes)
-    shape = tuple(map(max, *ends)) if len(boxes or tensor.boxes) > 1 else tuple(next(ends))
-    return CutTensor(shape, boxes, [rank for _, rank in full], tensor.file.part)
+    every = sorted(range(len(tensor.shapes)), key=tensor.offsets.__getitem__)
+    full = [i for i in every if prod(tensor.shapes[i])]
+    ends = [map(add, tensor.offsets[i], tensor.shapes[i]) for i in full or every]
+    shape = tuple(max(axis) for axis in zip(*ends, strict=True))
+    chunks, ranks = [tensor.shapes[i] for i in full], [files[tensor.files[i]].rank for i in full]
+    return CutTensor(shape, chunks, ranks, tensor.file.part)
 
 
 def _summed_up(folder: Path, errors: Sequence[CheckpointError]) -> CheckpointError:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.distributed_offsets import saved_offsets
 from shardmerge.sources.distributed_count import CutTensor, narrow_norm
-from shardmerge.tensors import Box, Extent, TensorEntry
+from shardmerge.sources.distributed_offsets import saved_offsets
+from shardmerge.tensors import TensorEntry
 
 
 def refuse_slices(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], path: str) -> None:
@@ -25,9 +25,7 @@ def refuse_slices(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry
 
 
 def _alone(entry: TensorEntry) -> CutTensor:
-    held = entry.pieces[0].held if entry.pieces else None
-    boxes = [Box((0,) * len(entry.shape), entry.shape, held)] if isinstance(held, Extent) else []
-    return CutTensor(entry.shape, boxes, [1] * len(boxes), 1)
+    return CutTensor(entry.shape, [entry.shape] if entry.numel else [], [1] if entry.numel else [], 1)
 
 
 def _lone(path: str, found: str) -> CheckpointError:

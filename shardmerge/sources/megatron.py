@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_values import Opaque, PickleValue
-from shardmerge.sources.rank_files import FILES, MegatronRankFile, is_distributed, list_ranks
+from shardmerge.sources.rank_files import FILES, MegatronRankFile, list_ranks
 from shardmerge.sources.rank_sets import check_same_names, missing_ranks, ranks_in_words, stack_ranks
 from shardmerge.sources.state_dict import StateDict, state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, torch_catalog
@@ -29,11 +29,6 @@ _CONVERT = (
     "let Megatron's tools/checkpoint/convert.py write it with --target-pipeline-parallel-size 1"
     " --target-tensor-parallel-size 1, and pass the result"
 )
-_AS_TORCH = (
-    "run Megatron's training command once more with --ckpt-convert-format torch --ckpt-convert-save NEW_DIRECTORY,"
-    " and pass that"
-)
-_AS_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} model.pt, and pass model.pt"
 
 
 def read_megatron(folder: Path) -> Catalog:
@@ -42,11 +37,9 @@ def read_megatron(folder: Path) -> Catalog:
     Raises
     ------
     CheckpointError
-        ``kind-not-yet``: a distributed checkpoint, virtual pipeline stages, or experts. ``missing-rank``,
+        ``kind-not-yet``: virtual pipeline stages, or experts. ``missing-rank``,
         ``mixed-ranks``: the files are not those of one whole model. And what the torch reader raises.
     """
-    if is_distributed(folder):
-        raise _distributed_not_yet(folder)
     ranks = list_ranks(folder)
     _check_experts(folder, ranks)
     _check_grid(folder, ranks, {})
@@ -59,26 +52,13 @@ def read_megatron(folder: Path) -> Catalog:
         skipped += found.skipped
         catalogs[rank] = torch_catalog(file, found)
         if not facts:
-            facts = _scalars(as_dict(file.root).get("args"))
+            facts = scalars(as_dict(file.root).get("args"))
             _check_arguments(folder, ranks, facts)
     for stage in sorted({rank.stage for rank in ranks}):
         check_same_names(folder, {_prefix(rank): catalogs[rank] for rank in ranks if rank.stage == stage})
     named = {_prefix(rank): catalog for rank, catalog in catalogs.items()}
     catalog = stack_ranks(folder, _kind(ranks), named, facts)
     return replace(catalog, notes=(*catalog.notes, *_left_out(skipped)))
-
-
-def _distributed_not_yet(folder: Path) -> CheckpointError:
-    """Returns the error for a distributed checkpoint."""
-    ours = (folder / "common.pt").is_file()
-    maker = "Megatron's dist_checkpointing" if ours else "torch.distributed.checkpoint"
-    return CheckpointError(
-        "kind-not-yet",
-        f"this is a distributed checkpoint ({maker}), which shardmerge does not read yet",
-        where=str(folder),
-        found=", ".join(sorted(path.name for path in folder.iterdir())[:5]),
-        hint=_AS_TORCH if ours else _AS_FILE.format(folder),
-    )
 
 
 def _model(file: TorchFile) -> StateDict:
@@ -95,8 +75,8 @@ def _model(file: TorchFile) -> StateDict:
     return state_dict(file.root, key="model")
 
 
-def _scalars(arguments: PickleValue) -> dict[str, Fact]:
-    """The plain values of an ``argparse.Namespace``, which pickles as its dict."""
+def scalars(arguments: PickleValue) -> dict[str, Fact]:
+    """Returns the plain values of an ``argparse.Namespace``, which pickles as its dict."""
     values = arguments.state if isinstance(arguments, Opaque) else arguments
     return {
         name: value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_bounds import Budget, check_depth
 from shardmerge.sources.pickle_constructors import CONSTRUCTORS, CONTAINERS, Constructors
 from shardmerge.sources.pickle_errors import damaged, hostile
@@ -17,7 +18,7 @@ from shardmerge.sources.pickle_storages import persistent
 from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, StorageRef, kind
 
 # 50,000 tensors take 1.5 million opcodes, so this leaves room for a million tensors.
-_MOST_OPCODES = 32_000_000
+MOST_OPCODES = 32_000_000
 _MOST_OPEN_MARKS = 200
 _LONGEST_NAME = 1024
 # numpy's PCG64 state holds 128-bit integers, 17 bytes with the sign; nothing known holds longer ones.
@@ -32,7 +33,7 @@ _F64 = struct.Struct(">d")
 class Machine(Cursor):
     """The stack machine; a method for each opcode, named after what it does."""
 
-    __slots__ = ("_budget", "_charge", "_key", "_legacy", "_marks", "_memo", "_stack", "storages")
+    __slots__ = ("_budget", "_charge", "_key", "_legacy", "_marks", "_memo", "_skipped", "_stack", "storages")
 
     def __init__(self, data: bytes, start: int, legacy: bool) -> None:
         super().__init__(data, start)
@@ -41,6 +42,7 @@ class Machine(Cursor):
         self._stack: list[PickleValue] = []
         self._marks: list[list[PickleValue]] = []
         self._memo: dict[int, PickleValue] = {}
+        self._skipped = 0  # values that were numbered and are not in the memo
         self._budget = Budget(len(data) - start)
         self._charge, self._key = self._budget.charge, self._budget.key
 
@@ -49,7 +51,7 @@ class Machine(Cursor):
         data = self.data
         if data[self.pos] != 0x80:
             raise damaged("not a pickle of protocol 2 to 5", repr(data[self.pos : self.pos + 4]))
-        for _ in range(_MOST_OPCODES):
+        for _ in range(MOST_OPCODES):
             if self.pos >= self._limit:
                 self._leave_frame()
             self.op = self.pos
@@ -57,8 +59,8 @@ class Machine(Cursor):
             opcode = data[self.op]
             if opcode == 0x2E:  # STOP
                 return
-            _OPCODES[opcode](self)
-        raise hostile("the pickle has more opcodes than any checkpoint", expected=f"at most {_MOST_OPCODES}")
+            OPCODES[opcode](self)
+        raise too_many_opcodes()
 
     def result(self) -> PickleValue:
         """Returns what STOP found, if that was all there was."""
@@ -145,7 +147,7 @@ class Machine(Cursor):
         self.pos += 4
 
     def memoize(self) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._memo[len(self._memo) + self._skipped] = self._stack[-1]
 
     # Containers
 
@@ -305,6 +307,11 @@ class Machine(Cursor):
         raise hostile("an opcode that no checkpoint needs", f"{name}, {opcode:#04x}")
 
 
+def too_many_opcodes() -> CheckpointError:
+    """Returns the error for a pickle that does not come to an end."""
+    return hostile("the pickle has more opcodes than any checkpoint", expected=f"at most {MOST_OPCODES}")
+
+
 def _python2_text(raw: bytes) -> str | bytes:
     """Python 2 wrote names and raw bytes alike."""
     try:
@@ -328,7 +335,7 @@ _HANDLERS: dict[int, Callable[[Machine], None]] = {
     0x92: Machine.new_object_ex, 0x62: Machine.build, 0x51: Machine.persistent_id,
 }  # fmt: skip
 
-_OPCODES = tuple(_HANDLERS.get(opcode, Machine.refuse) for opcode in range(256))
+OPCODES = tuple(_HANDLERS.get(opcode, Machine.refuse) for opcode in range(256))
 
 # Names for the message; what is not listed is no opcode at all.
 _REFUSED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardmerge.sources.choosing import beside_numbered, several, whole_set
+from shardmerge.sources.dcp_entries import read_distributed
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.rank_files import (
     TRACKER,
@@ -20,11 +21,10 @@ from shardmerge.tensors import Catalog
 
 def read_iteration(path: Path, options: OpenOptions) -> Catalog | None:
     """One iteration, the parent with its tracker file, or the folder of one rank, which stands for its iteration."""
-    del options
     if is_megatron_folder(path):
-        return _read_megatron(path)
+        return _read_megatron(path, options)
     if is_rank_folder(path):
-        return whole_set(_read_megatron(path.parent), path)
+        return whole_set(_read_megatron(path.parent, options), path)
     newest = newest_iteration(path)
     iterations = [item for item in sorted(path.glob("iter_*")) if item.is_dir() and is_megatron_folder(item)]
     if newest is None and len(iterations) > 1:
@@ -32,7 +32,7 @@ def read_iteration(path: Path, options: OpenOptions) -> Catalog | None:
     if newest is None:
         return None
     others = [item.name for item in iterations if item != newest]
-    return beside_numbered(newest.name, others, TRACKER).on(_read_megatron(newest))
+    return beside_numbered(newest.name, others, TRACKER).on(_read_megatron(newest, options))
 
 
 def read_meta_folder(path: Path, options: OpenOptions) -> Catalog | None:
@@ -48,16 +48,16 @@ def read_rank_member(path: Path, options: OpenOptions) -> Catalog | None:
     if options.root:
         return None
     if is_rank_file(path):
-        return whole_set(_read_megatron(path.parent.parent), path)
+        return whole_set(_read_megatron(path.parent.parent, options), path)
     if is_meta_file(path):
         catalog = read_meta_folder(path.parent, options)
         return whole_set(catalog, path) if catalog else None
-    if path.suffix == ".distcp" or (path.name == "common.pt" and is_distributed(path.parent)):
-        return _read_megatron(path.parent)
     return None
 
 
-def _read_megatron(folder: Path) -> Catalog:
+def _read_megatron(folder: Path, options: OpenOptions) -> Catalog:
+    if is_distributed(folder):
+        return read_distributed(folder, options)
     from shardmerge.sources.megatron import read_megatron
 
     return read_megatron(folder)

@@ -18,6 +18,11 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # model_rng.pt: versions of 2022, which kept the distributed optimizer in folders of its own.
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 
+# What torch's distributed checkpoint says of its own: one file of all ranks, or one of each (``FileSystemWriter``).
+METADATA, RANK_METADATA = ".metadata", "__*.metadata"
+# Beside it in a checkpoint of Megatron (``dist_checkpointing/core.py``, ``strategies/common.py``).
+MEGATRON_DIST = ("common.pt", "metadata.json")
+
 _RANK = re.compile(r"mp_rank_(\d{2,})((?:_\d{3,})*)")
 META = re.compile(r"consolidated\.(\d\d)\.pth")
 
@@ -53,8 +58,10 @@ def is_rank_file(path: Path) -> bool:
 
 
 def is_distributed(folder: Path) -> bool:
-    """Tells whether a directory is a checkpoint of torch's or Megatron's distributed checkpointing."""
-    return any(folder.glob("*.distcp")) or all((folder / name).is_file() for name in ("common.pt", "metadata.json"))
+    """Tells whether a directory is a checkpoint of torch's or Megatron's distributed checkpointing, whole or not."""
+    if (folder / METADATA).is_file() or any(folder.glob(RANK_METADATA)) or any(folder.glob("*.distcp")):
+        return True
+    return all((folder / name).is_file() for name in MEGATRON_DIST)
 
 
 def newest_iteration(folder: Path) -> Path | None:

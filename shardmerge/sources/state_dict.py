@@ -11,7 +11,7 @@ from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
 
 # Where training frameworks put the state dict, most telling first. Optimizer states are never searched.
-_ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
+ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
 
 # A small file can hold a value that is endless once written out (a dict that holds itself, or one twice, and so on).
 _MOST_LEAVES = 2_000_000
@@ -63,7 +63,7 @@ def state_dict(root: PickleValue, *, key: str = "") -> StateDict:
     if key:
         return _collect(_descend(root, key), key)
     if isinstance(root, dict):
-        for name in _ROOTS:
+        for name in ROOTS:
             if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
                 return _collect(root[name], name)
         if any(_is_tensor(value) for value in root.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain, product
 from math import prod
@@ -9,6 +10,7 @@ from math import prod
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.tensors.entries import Box, Boxes, Extent, Piece, Shape, Strided
+from shardmerge.tensors.ranges import FlatRanges
 from shardmerge.tensors.strides import place, row_major, span
 
 # Most corners that are summed up. 16,384 boxes may be cut along six axes; no mesh of devices has more, and a file that
@@ -16,7 +18,7 @@ from shardmerge.tensors.strides import place, row_major, span
 _MOST_CORNERS = 1 << 20
 
 
-def boxed(dtype: DType, shape: Shape, boxes: Iterable[Box], where: str = "") -> tuple[Piece, ...]:
+def boxed(dtype: DType, shape: Shape, boxes: Iterable[Box], where: str = "") -> Sequence[Piece]:
     """Returns the pieces of a tensor that lies in boxes.
 
     A tensor cut into whole rows is flat ranges, which are read and copied as they lie. Any other is one piece, held by
@@ -47,8 +49,20 @@ def boxed(dtype: DType, shape: Shape, boxes: Iterable[Box], where: str = "") -> 
         return (Piece(0, prod(shape), kept[0].held),)
     # Views stay boxes: the memory law takes the first piece of a tensor for what all of them are.
     if all(isinstance(box.held, Extent) and _is_flat(shape, box.shape) for box in kept):
-        return tuple(Piece(place(box.offsets, row_major(shape)), prod(box.shape), box.held) for box in kept)
+        return _ranges(dtype, shape, kept)
     return (Piece(0, prod(shape), Boxes(shape, tuple(kept))),)
+
+
+def _ranges(dtype: DType, shape: Shape, boxes: Sequence[Box]) -> FlatRanges:
+    strides, files = row_major(shape), dict[str, int]()
+    starts, which, offsets = array("q"), array("i"), array("q")
+    for box in boxes:
+        assert isinstance(box.held, Extent)
+        starts.append(place(box.offsets, strides))
+        which.append(files.setdefault(box.held.file, len(files)))
+        offsets.append(box.held.offset)
+    starts.append(prod(shape))
+    return FlatRanges(tuple(files), dtype.itemsize, starts, which, offsets)
 
 
 def check_tiling(shape: Shape, boxes: Sequence[Box], where: str = "") -> None:
