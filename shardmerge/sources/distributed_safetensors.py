@@ -111,7 +111,9 @@ def _add(
         yield mixed_shards(path, "a file that is called a shard does not say which part of each tensor it holds", "")
         return
     for name, entry in header.entries.items():
-        tensor = found.setdefault(name, _Found(entry.dtype, file))
+        tensor = found.get(name)
+        if tensor is None:
+            tensor = found[name] = _Found(entry.dtype, file)
         problem = _differs(tensor, file, entry)
         if problem:
             yield mixed_shards(f"{path}, {name[:200]}", "two shards hold parts of two tensors under one name", problem)
