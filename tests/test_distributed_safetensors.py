@@ -83,6 +83,16 @@ def rewritten(path: Path, change: Callable[[Header, dict[str, dict]], object]) -
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
+def without(path: Path, *names: str) -> None:
+    """Writes a shard anew without some of its tensors."""
+    with safe_open(path, "pt") as file:
+        offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    tensors = load_file(path)
+    for name in names:
+        del tensors[name], offsets[name]
+    save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
 # ---- whole ones
 
 
@@ -272,6 +282,23 @@ def test_nothing_that_tells_the_number_of_ranks_is_a_warning(tmp_path: Path) -> 
     assert catalog.warnings[0] in " ".join(result.plan.warnings)
 
 
+@pytest.mark.parametrize("name", ["hsdp_2x2", "transformers_tp_w2"])
+def test_replicas_and_tensor_parallel_ranks_are_counted_by_a_config_alone(name: str, tmp_path: Path) -> None:
+    """The norm behind the layers is whole in one rank, or before the last one."""
+    folder = copy(name, tmp_path)
+    shutil.copy(FOLDER / "transformers_fsdp_w2/ckpt/config.json", folder)
+    assert sm.inspect(folder).warnings == ()
+    (folder / "config.json").unlink()
+    assert "nothing says how many" in sm.inspect(folder).warnings[0]
+
+
+def test_a_stage_without_what_is_behind_its_layers_is_no_whole_model(tmp_path: Path) -> None:
+    folder = copy("fsdp2_w2", tmp_path)
+    for path in shards(folder):
+        without(path, "model.norm.weight", "lm_head.weight")
+    assert "nothing says how many" in sm.inspect(folder).warnings[0]
+
+
 def test_a_config_tells_the_number_of_ranks(tmp_path: Path) -> None:
     config = FOLDER / "transformers_fsdp_w2/ckpt/config.json"
     folder = copy("fsdp2_columns_w2", tmp_path)
@@ -326,6 +353,19 @@ def test_a_shard_under_another_name_is_known_by_its_offsets_or_its_norms(number:
             error = refusal(sm.inspect, given)
             assert error.code == "lone-shard"
             assert ("begins at" if number == 2 else "beside an embedding of 8 columns") in error.found
+
+
+@pytest.mark.parametrize(("size", "whole"), [(5, True), (4, False), (8, True), (16, True)])
+def test_a_norm_that_no_number_of_ranks_would_leave_is_whole(size: int, tmp_path: Path, *, whole: bool) -> None:
+    """Of 8 columns two ranks have 4, and none has 5: that norm is of something else."""
+    tensors = {"embed_tokens.weight": torch.ones(6, 8), "layers.0.q_a_norm.weight": torch.ones(size)}
+    offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+    if whole:
+        assert len(sm.inspect(path).entries) == 2
+    else:
+        assert refusal(sm.inspect, path).code == "lone-shard"
 
 
 # ---- files that lie
@@ -397,9 +437,7 @@ def test_shards_that_do_not_make_tensors_are_refused(lie: str, tmp_path: Path) -
 def test_offsets_that_are_no_json(text: str, tmp_path: Path) -> None:
     folder = copy("fsdp2_w2", tmp_path)
     path = shards(folder)[-1]
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    save_file(tensors, path, metadata={"DCP_SHARDING_INFO": text})
+    save_file(load_file(path), path, metadata={"DCP_SHARDING_INFO": text})
     error = refusal(sm.inspect, folder)
     assert error.code == "damaged-offsets"
     assert error.where == str(path)

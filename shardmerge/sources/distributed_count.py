@@ -82,7 +82,7 @@ def narrow_norm(tensors: CutTensors) -> NarrowNorm | None:
     size, chunk = tensor.shape[0], tensor.chunks[0][0]
     ranks = -(-hidden // chunk)
     equal = all(shape[0] == chunk for shape in tensor.chunks)
-    if size < hidden and equal and ranks > len(tensor.chunks) and -(-hidden // ranks) == chunk:
+    if size < hidden and equal and -(-hidden // ranks) == chunk:
         return NarrowNorm(name, size, hidden, ranks)
     return None
 
