@@ -150,6 +150,23 @@ def test_torch_loads_it_as_the_same(case: Path) -> None:
         assert found[name][2] == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
 
 
+def test_where_a_chunk_without_elements_lies_says_nothing(tmp_path: Path) -> None:
+    """torch writes some of them beyond the end of axes that are not cut."""
+    folder = copy("fsdp2_specks_w4", tmp_path)
+
+    def beyond(header: Header, offsets: dict[str, dict]) -> None:
+        for name, place in offsets.items():
+            if 0 in header[name]["shape"]:
+                place["saved_offsets"] = [9] * len(header[name]["shape"])
+                moved.append(name)
+
+    moved: list[str] = []
+    for path in shards(folder):
+        rewritten(path, beyond)
+    assert moved
+    assert held(sm.inspect(folder)) == truth(FOLDER / "fsdp2_specks_w4")
+
+
 def test_headers_alone_are_read_to_open_it(tmp_path: Path) -> None:
     """Data that nobody can read do not matter before they are asked for."""
     folder = copy("fsdp2_w2", tmp_path)
@@ -181,9 +198,10 @@ def test_the_consolidated_model_is_read_and_not_its_shards(tmp_path: Path) -> No
     assert inner.kind == "distributed safetensors, 2 ranks"
     assert held(inner) == held(catalog)
     folder = copy(case, tmp_path)
-    for path in folder.iterdir():
-        if path.is_file():
-            path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    assert sm.inspect(folder).kind == "safetensors, 2 shards"
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
     alone = sm.inspect(folder)  # the run ended before the consolidation, or had none
     assert held(alone) == held(catalog)
     assert alone.notes == ("the shards in sharded/ are read",)
@@ -290,6 +308,16 @@ def test_replicas_and_tensor_parallel_ranks_are_counted_by_a_config_alone(name: 
     assert sm.inspect(folder).warnings == ()
     (folder / "config.json").unlink()
     assert "nothing says how many" in sm.inspect(folder).warnings[0]
+
+
+def test_names_that_a_config_misses_leave_the_count_open(tmp_path: Path) -> None:
+    """The shards of two replicas hold a half of the tensors each, all of them whole."""
+    folder = copy("hsdp_2x2", tmp_path)
+    shutil.copy(FOLDER / "transformers_fsdp_w2/ckpt/config.json", folder)
+    for path in shards(folder)[2:]:
+        path.unlink()
+    assert "nothing says how many" in sm.inspect(folder).warnings[0]
+    assert refusal(sm.convert, folder, tmp_path / "out").code == "incomplete-model"
 
 
 def test_a_stage_without_what_is_behind_its_layers_is_no_whole_model(tmp_path: Path) -> None:
