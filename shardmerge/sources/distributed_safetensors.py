@@ -182,13 +182,14 @@ def _summed_up(folder: Path, errors: Sequence[CheckpointError]) -> CheckpointErr
     """Returns one error for all tensors that are no tiling in one and the same way."""
     first = errors[0]
     names = ", ".join(error.where[:200] for error in errors[:_MOST_NAMED])
+    missing = BRING_ALL if first.code == "box-hole" else ""
     return CheckpointError(
         first.code,
         f"the shards of {len(errors)} tensors do not fit: {first.what}",
         where=f"{folder}, {names}",
         found=first.found,
         expected=first.expected,
-        hint=KEEP_ONE if first.code == "box-overlap" else BRING_ALL,
+        hint=KEEP_ONE if first.code == "box-overlap" else missing,
     )
 
 
