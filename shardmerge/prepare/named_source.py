@@ -9,6 +9,7 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.prepare.options import Options
+from shardmerge.prepare.shard_counts import settled
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.open_options import OpenOptions
@@ -20,7 +21,8 @@ def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     """Returns the catalog of a source whose relative path is relative to ``folder``."""
     view: DeepSpeedView = "module" if source.view == "module" else "fp32"
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return _marked(_stripped(open_catalog(_located(source.path, folder), opening), source), source.name)
+    catalog = settled(open_catalog(_located(source.path, folder), opening))
+    return _marked(_stripped(catalog, source), source.name)
 
 
 def _marked(catalog: Catalog, name: str) -> Catalog:

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError, raise_all
-from shardmerge.sources import dcp_entries, deepspeed_entries, model_entries, rank_entries, weights_file
+from shardmerge.sources import (
+    dcp_entries,
+    deepspeed_entries,
+    distributed_entries,
+    model_entries,
+    rank_entries,
+    weights_file,
+)
 from shardmerge.sources.choosing import beside_numbered, tags_near, weight_files
 from shardmerge.sources.hf_folder import side_files
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.links import odd_links
-from shardmerge.sources.model_files import read_single
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.placeholders import without_placeholders
@@ -113,9 +119,7 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    return read_single(
-        path, lambda shard: weights_file.read_weights(shard, options), lambda chosen: open_catalog(chosen, options)
-    )
+    return model_entries.read_single_model(path, options, lambda chosen: open_catalog(chosen, options))
 
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
@@ -127,6 +131,7 @@ _FOLDER_READERS: tuple[FormatReader, ...] = (
     rank_entries.read_iteration,
     model_entries.read_adapter_folder,
     model_entries.read_usual_model,
+    distributed_entries.read_shard_folder,
     dcp_entries.read_distributed_parent,
     rank_entries.read_meta_folder,
     _single,
@@ -138,6 +143,7 @@ _FILE_READERS: tuple[FormatReader, ...] = (
     deepspeed_entries.read_tag_member,
     rank_entries.read_rank_member,
     dcp_entries.read_distributed_member,
+    distributed_entries.read_rank_shard,
     weights_file.read_shard_member,
     weights_file.read_adapter_file,
     weights_file.read_any_safetensors,
