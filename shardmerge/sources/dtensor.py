@@ -102,7 +102,8 @@ def _orders(spec: Mapping[object, PickleValue], mesh: MeshPlace, axes: int, wher
         found = f"{len(placements)}" if isinstance(placements, tuple | list) else kind(placements)
         raise damaged_dtensor("a placement is not said for each axis of the mesh", where, found, str(mesh))
     shards = list(_shards(placements, axes, where))
-    stated = _stated_order(spec.get("shard_order"))
+    # Beside a strided shard it is torch's default, which means nothing.
+    stated = None if any(factor > 1 for _, _, factor in shards) else _stated_order(spec.get("shard_order"))
     if stated is not None and sorted(_pairs(stated)) == sorted((axis, at) for at, axis, _ in shards):
         return stated
     orders: _ShardOrders = defaultdict(list)

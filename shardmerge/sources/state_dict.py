@@ -83,7 +83,7 @@ def find_state(root: PickleValue, key: str = "") -> tuple[str, PickleValue]:
 
 
 def other_states(root: PickleValue, root_key: str) -> list[str]:
-    """Returns the dotted names of further dicts with tensors beside the one that was found: averages, a teacher."""
+    """Returns the dotted names of further dicts with tensors beside the one that was found: an average, a teacher."""
     if not root_key:
         return []
     found = (name for name in islice(_roots(root), _MOST_ROOTS) if not f"{name}.".startswith(f"{root_key}."))

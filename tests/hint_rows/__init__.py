@@ -18,13 +18,14 @@ from tests.hint_rows import (
     parts,
     presets,
     quantized,
+    rank_pickles,
     targets,
     torch_files,
 )
 from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
 _TEXTS = (mapping, names, ops, presets, output)
-_INPUTS = (adapters, adapter_bases, deepspeed, checkpoints, torch_files, quantized)
+_INPUTS = (adapters, adapter_bases, deepspeed, checkpoints, torch_files, quantized, rank_pickles)
 _RESULTS = (models, targets, llava, faults, parts)
 ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
 
