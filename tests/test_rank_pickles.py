@@ -130,6 +130,9 @@ def test_a_run_of_verl_is_entered_anywhere(tmp_path: Path) -> None:
     assert_is_truth(sm.inspect(run / "global_step_5"), FSDP2)
     shutil.copytree(HSDP / "actor", run / "global_step_5" / "critic")
     assert any("critic" in warning for warning in sm.inspect(run / "global_step_5").warnings)
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    error = refusal(run)
+    assert (error.code, error.hint.endswith("global_step_10")) == ("several-checkpoints", True)
     shutil.copytree(FSDP2 / "actor", tmp_path / "sft/global_step_7")  # fine-tuning has no actor/
     (tmp_path / "sft/latest_checkpointed_iteration.txt").write_text("7\n")
     assert_is_truth(sm.inspect(tmp_path / "sft"), FSDP2)
@@ -204,6 +207,14 @@ def test_a_missing_rank_is_named(case: Path, tmp_path: Path) -> None:
         assert f"model_world_size_{world}_rank_{rank}.pt" in error.what
 
 
+def test_where_no_name_says_how_many_ranks_there_are_the_tensors_do(tmp_path: Path) -> None:
+    here = copied(GOLDEN / "ranks/fsdp1_bag_w3_fp32", tmp_path)
+    (here / "pytorch_model_fsdp_0_rank2.bin").unlink()
+    error = refusal(here)
+    assert error.code == "missing-rank"
+    assert "pytorch_model_fsdp_0_rank2.bin" in error.what
+
+
 @pytest.mark.parametrize(("gone", "whole"), [((2, 3), True), ((0, 3), True), ((1, 3), False), ((0, 1, 2), False)])
 def test_replicas_are_not_needed(gone: tuple[int, ...], *, whole: bool, tmp_path: Path) -> None:
     here = copied(HSDP, tmp_path, *gone)
@@ -270,6 +281,36 @@ def test_tensors_that_are_no_copies_are_no_model(tmp_path: Path) -> None:
     catalog = sm.inspect(here)
     assert any("bn.running_mean" in warning for warning in catalog.warnings)
     assert read_entry(catalog["bn.running_mean"]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("crc", [True, False])
+def test_without_checksums_the_bytes_are_compared(*, crc: bool, tmp_path: Path) -> None:
+    here = copied(BAG, tmp_path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(compute_crc32=crc)
+    try:
+        for rank, path in enumerate(sorted(here.glob("*.pt"))):
+            wide = torch.arange(6.0)  # one storage in all ranks, and another part of it in each
+            rewritten(path, lambda state, rank=rank, wide=wide: state.update(scale=wide[rank : rank + 3]))
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=before)
+    assert refusal(here).code == "ranks-differ"
+
+
+def test_whole_tensors_alone_do_not_say_that_a_rank_is_not_needed(tmp_path: Path) -> None:
+    torch.save({"experts.weight": torch.ones(2)}, tmp_path / "model_world_size_2_rank_0.pt")
+    assert refusal(tmp_path).code == "missing-rank"
+    torch.save({"experts.weight": torch.ones(2)}, tmp_path / "model_world_size_2_rank_1.pt")
+    assert len(sm.inspect(tmp_path).entries) == 1
+
+
+def test_weights_that_are_tied_in_one_rank_alone_are_two(tmp_path: Path) -> None:
+    here = copied(GOLDEN / "ranks/fsdp2_tied_w2_bf16", tmp_path)
+    last = here / "model_world_size_2_rank_1.pt"
+    rewritten(last, lambda state: state.update({"lm_head.weight": pickle.loads(pickle.dumps(state["lm_head.weight"]))}))
+    catalog = sm.inspect(here)
+    assert not catalog.aliases
+    assert_is_truth(catalog, GOLDEN / "ranks/fsdp2_tied_w2_bf16")
 
 
 def own(rank: int) -> dict[str, torch.Tensor]:

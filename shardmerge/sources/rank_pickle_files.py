@@ -77,6 +77,12 @@ def rank_pickles(folder: Path) -> list[RankPickles]:
     return found
 
 
+def actor_folder(step: Path) -> Path | None:
+    """Returns ``actor/`` of a step of verl, where it has rank files: the policy, beside its ``critic/``."""
+    actor = step / "actor"
+    return actor if actor.is_dir() and rank_pickles(actor) else None
+
+
 def set_of(path: Path) -> RankPickles | None:
     """Returns the set that a file is of, None where its name is not that of a rank."""
     if not any(pattern.fullmatch(path.name) for pattern in (_VERL, _ACCELERATE, _ITEM)):

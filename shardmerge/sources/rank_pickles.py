@@ -51,10 +51,11 @@ class _Gathered:
 
 @dataclass(slots=True)
 class _Reading:
-    """What was read of a set so far."""
+    """What was read of a set so far. Where nothing told the world, the tensors do."""
 
     found: RankPickles
     world: int
+    told: bool
     root_key: str = ""
     tensors: dict[str, _Gathered] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
@@ -80,7 +81,9 @@ class _Reading:
 
     def _add(self, rank: int, name: str, tensor: RankTensor) -> None:
         if tensor.world > self.world:
-            raise _mixed(self.found, f"the mesh of {name} has {tensor.world} ranks", self.world)
+            if self.told:
+                raise _mixed(self.found, f"the mesh of {name} has {tensor.world} ranks", self.world)
+            self.world = tensor.world
         mine = self.tensors.setdefault(name, _Gathered(tensor.dtype, tensor.shape, tensor.ranks))
         if (mine.dtype, mine.shape, mine.ranks) != (tensor.dtype, tensor.shape, tensor.ranks):
             raise _other_tensor(self.found, rank, name, mine, tensor)
@@ -111,10 +114,11 @@ def read_rank_pickles(found: RankPickles, *, root: str = "") -> Catalog:
         runs. ``ranks-differ``: a tensor that is not sharded, and of which ranks hold other values. ``flat-parameters``:
         a LOCAL_STATE_DICT. And what the torch reader, ``local_tensor`` and ``boxed`` raise.
     """
-    world = _world(found)
-    reading = _Reading(found, world)
+    stated = _stated_world(found)
+    reading = _Reading(found, stated or max(found.files) + 1, told=stated > 0)
     for rank, path in found.files.items():
         reading.read(rank, path, root)
+    world = reading.world
     warnings = reading.copies.settle()
     missing = world - len(found.files)
     if missing and not _all_say_copies(reading):
@@ -137,15 +141,15 @@ def read_rank_pickles(found: RankPickles, *, root: str = "") -> Catalog:
     )
 
 
-def _world(found: RankPickles) -> int:
-    """Returns how many ranks there are, by the names and by what lies beside them."""
+def _stated_world(found: RankPickles) -> int:
+    """Returns how many ranks there are by the names and by what lies beside them, 0 where neither says."""
     stated = stated_world(found.folder)
     if stated and found.world and stated != found.world:
         raise _mixed(found, f"fsdp_config.json says {stated} ranks", found.world)
-    last = max(found.files) + 1
-    world = found.world or stated or last
-    if last > world:
-        raise _mixed(found, found.name(last - 1), world)
+    world = found.world or stated
+    last = max(found.files)
+    if world and last >= world:
+        raise _mixed(found, found.name(last), world)
     return world
 
 

@@ -11,23 +11,17 @@ from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, beside_numbered
 from shardmerge.sources.rank_files import TRACKER
-from shardmerge.sources.rank_pickle_files import LORA, rank_pickles, read_object
+from shardmerge.sources.rank_pickle_files import LORA, actor_folder, read_object
 from shardmerge.tensors import Catalog, Fact
-
-_ACTOR, _CRITIC = "actor", "critic"
 
 
 def step_model(step: Path) -> tuple[Path, Remarks] | None:
     """Returns the directory of a step that has the policy's ranks, and what is to be said of the critic's; or None."""
-    actor = step / _ACTOR
-    if not actor.is_dir() or not rank_pickles(actor):
-        return None
-    critic = step / _CRITIC
-    if not critic.is_dir():
-        return actor, Remarks()
-    return actor, Remarks(
-        warnings=(f"{_ACTOR}/ is read; {_CRITIC}/ beside it is another model: pass {critic} for that",)
-    )
+    actor, critic = actor_folder(step), step / "critic"
+    if actor is None or not critic.is_dir():
+        return (actor, Remarks()) if actor else None
+    said = f"{actor.name}/ is read; {critic.name}/ beside it is another model: pass {critic} for that"
+    return actor, Remarks(warnings=(said,))
 
 
 def newest_step(folder: Path) -> tuple[Path, Remarks] | None:

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Makes every golden checkpoint anew: environments below $1, results below $2.
-#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts]
+#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts] [ranks]
 set -eu
 make=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1" "$2"
 envs=$(cd "$1" && pwd)
 out=$(cd "$2" && pwd)
 shift 2
-[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts
+[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts ranks
 export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 
 environment() { # NAME REQUIREMENTS
@@ -81,6 +81,10 @@ for what in "$@"; do
         environment layouts-megatron requirements-layouts-megatron.txt
         "$envs/layouts-megatron/bin/pip" install --no-deps megatron-core==0.16.1
         "$envs/layouts-megatron/bin/python" "$make/make_layouts_megatron.py" --out "$to"
+        ;;
+    ranks)
+        environment ranks requirements-ranks.txt
+        "$envs/ranks/bin/python" "$make/make_ranks.py" --out "$out/ranks"
         ;;
     *)
         echo "unknown: $what" >&2

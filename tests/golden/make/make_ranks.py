@@ -2,7 +2,7 @@
 
     python make_ranks.py --out DIR [--only fsdp2_bag_w3_fp32]
 
-torch 2.13.0 and transformers 5.23.0, gloo, no training: the weights are random, sharded by torch's own FSDP, and saved.
+torch 2.13.0 and transformers 5.24.0, gloo, no training: the weights are random, sharded by torch's own FSDP, and saved.
 The truth is the model before it was sharded; what torch itself gathers (`full_tensor`) is compared with it.
 """
 
