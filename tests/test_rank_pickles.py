@@ -390,7 +390,7 @@ LIES: dict[str, tuple[Callable[[Opaque], object], str]] = {
     "no mesh": (lambda value: spec(value).update(mesh=None), "damaged-dtensor"),
     "a mesh of no size": (lambda value: mesh(value).update(_layout=None), "damaged-dtensor"),
     "a mesh of zero ranks": (lambda value: mesh(value).update(_layout={"shape": (0,)}), "damaged-dtensor"),
-    "a mesh of many ranks": (lambda value: mesh(value).update(_layout={"shape": (1 << 60,)}), "box-size"),
+    "a mesh of many ranks": (lambda value: mesh(value).update(_layout={"shape": (1 << 60,)}), "damaged-dtensor"),
     "a mesh of many axes": (lambda value: mesh(value).update(_layout={"shape": (2,) * 60}), "damaged-dtensor"),
     "another shape in the spec": (lambda value: spec(value).update(tensor_meta={"shape": (34, 8)}), "damaged-dtensor"),
     "a local part that is no tensor": (

@@ -84,6 +84,16 @@ def test_names_that_only_look_wrapped_are_left_alone() -> None:
     assert unwrapping_rules(["_orig_mod.a", "a"]) == (("_orig_mod.",), ())  # two copies of one name
 
 
+def test_names_that_somebody_made_up() -> None:
+    numbers = ".".join(map(str, range(40)))
+    words, rules = unwrapping_rules([f"_orig_mod.{numbers}.w", "a._orig_mod.b"])
+    assert len(rules) == 2
+    assert "{n36:int}" in rules[0]
+    assert unwrapping_rules(["_orig_mod.{rest...}", "_orig_mod.a: b"]) == (words, ())
+    assert unwrapping_rules(["module." * 500 + "w"])[0] == ("module.",) * 4
+    assert unwrapping_rules([f"{n}a._orig_mod.w" for n in range(20_000)]) == (words, ())
+
+
 def test_a_note_has_room_for_so_many_rules() -> None:
     words, rules = unwrapping_rules(["x._orig_mod.a", *(f"block{n}.w" for n in range(50))])
     assert (words, rules) == (("_orig_mod.",), ())

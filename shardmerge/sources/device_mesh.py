@@ -19,6 +19,8 @@ from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef, att
 
 # A mesh has an axis for each kind of parallelism: data, replicas, tensors, context, pipeline, experts.
 _MOST_AXES = 16
+# A hundred times the largest runs; a number of thousands of digits cannot even be shown.
+_MOST_RANKS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,13 @@ def mesh_place(mesh: PickleValue, where: str) -> MeshPlace:
     """
     found = attributes(mesh)
     sizes = _sizes(found)
-    if sizes is None or len(sizes) > _MOST_AXES or 0 in sizes:
+    held = found.get("_rank_map")
+    mapped = prod(held.shape) if isinstance(held, TensorRef) else 0
+    if sizes is None or len(sizes) > _MOST_AXES or not 0 < prod(sizes) <= _MOST_RANKS or mapped > _MOST_RANKS:
         raise damaged_dtensor("the mesh of devices does not say how large it is", where, shown(list(found)))
     names = next((found[name] for name in ("_mesh_dim_names", "mesh_dim_names") if found.get(name)), ())
-    held = found.get("_rank_map")
-    world = max(prod(sizes), prod(held.shape) if isinstance(held, TensorRef) else 0)
     texts = tuple(name[:40] for name in names if isinstance(name, str)) if isinstance(names, tuple | list) else ()
-    return MeshPlace(sizes, _coordinate(found, sizes, where), texts, world)
+    return MeshPlace(sizes, _coordinate(found, sizes, where), texts, max(prod(sizes), mapped))
 
 
 def _sizes(mesh: Mapping[object, PickleValue]) -> tuple[int, ...] | None:

@@ -53,13 +53,13 @@ def read_verl_run(path: Path, options: OpenOptions) -> Catalog | None:
     step, remarks = newest or (path, Remarks())
     found = step_model(step)
     if found is not None:
-        return remarks.on(found[1].on(read_whole(found[0], options)))
-    return remarks.on(read_whole(step, options)) if newest and rank_pickles(step) else None
+        return remarks.on(found[1].on(_read_whole(found[0], options)))
+    return remarks.on(_read_whole(step, options)) if newest and rank_pickles(step) else None
 
 
 def read_rank_pickles(path: Path, options: OpenOptions) -> Catalog | None:
     """A directory of one pickle a rank."""
-    return read_whole(path, options) if rank_pickles(path) else None
+    return _read_whole(path, options) if rank_pickles(path) else None
 
 
 def read_rank_member(path: Path, options: OpenOptions) -> Catalog | None:
@@ -84,7 +84,7 @@ def _read_megatron(folder: Path) -> Catalog:
     return read_megatron(folder)
 
 
-def read_whole(folder: Path, options: OpenOptions) -> Catalog:
+def _read_whole(folder: Path, options: OpenOptions) -> Catalog:
     """Returns the catalog of the rank files in a directory; of several sets the one that is meant, or an error."""
     sets = rank_pickles(folder)
     meant = model_first(sets, folder)
@@ -102,6 +102,6 @@ def _read_set(found: RankPickles, options: OpenOptions) -> Catalog:
     from shardmerge.sources.rank_pickles import read_rank_pickles as read_set
 
     catalog = read_set(found, root=options.root)
-    beside = found.folder / "huggingface"
-    sides = side_files(beside if beside.is_dir() else found.folder)
+    beside = found.folder / "huggingface"  # where it is a link, it is not known where to
+    sides = side_files(beside if beside.is_dir() and not beside.is_symlink() else found.folder)
     return with_lora(replace(catalog, side_files=sides), found.folder)

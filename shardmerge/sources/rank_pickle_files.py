@@ -28,7 +28,7 @@ _NUMBER = r"(0|[1-9]\d{0,6})"
 _VERL = re.compile(rf"(model_world_size_{_NUMBER}_rank_){_NUMBER}(\.pt)")
 _ACCELERATE = re.compile(rf"(pytorch_model_fsdp(?:_\d+)?_rank_?)(){_NUMBER}(\.bin)")
 _ITEM = re.compile(rf"(.+_)(){_NUMBER}(\.pt)")
-_MODEL = ("model_", "model.")
+_MODEL = "model_"
 
 # metadata.pkl has a list of sizes for every tensor of every item.
 _LARGEST_ITEMS = 256 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, count
 
 # torch.compile (`OptimizedModule`), FSDP, and its activation checkpointing; none is ever a model's own attribute.
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -12,9 +13,15 @@ IN_FRONT = ("module.", "_forward_module.")
 
 # Rules that a note has room for.
 _MOST_RULES = 12
-_LETTERS = "ijklmnopqrst"
+_MOST_HEADS = 2 * _MOST_RULES
+_LETTERS = "ijk"
+# Names that stand in YAML and in a template as they are.
+_PLAIN = re.compile(r"[\w.-]+")
+_FRONT = "|".join(re.escape(word) for word in IN_FRONT)
+# Two wrappers at the most stand around a model; more is somebody's joke.
+_FRONTS = rf"(?:{_FRONT}){{1,4}}"
 _DIGITS = re.compile(r"(?<![^.])\d+(?=\.)")
-_NUMBER = re.compile(r"\{(\w)\}")
+_NUMBER = re.compile(r"\{(\w+)\}")
 
 
 def holds(name: str, word: str) -> bool:
@@ -39,10 +46,10 @@ def unwrapping_rules(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str
         if any(holds(name, word) for name in names):
             clean = {name: without(short, word) for name, short in clean.items()}
             words.append(word)
-    while front := next((one for one in IN_FRONT if clean and all(c.startswith(one) for c in clean.values())), ""):
+    for front in _fronts(clean.values()):
         clean = {name: short.removeprefix(front) for name, short in clean.items()}
         words.append(front)
-    if not words or len(set(clean.values())) < len(clean):
+    if not words or len(set(clean.values())) < len(clean) or not all(_PLAIN.fullmatch(name) for name in names):
         return tuple(words), ()
     common = _common_front(clean)
     pairs = [("{rest...}", f"src:{common}{{rest...}}")] if common else _rules(names, words)
@@ -50,7 +57,16 @@ def unwrapping_rules(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str
     for target, source in pairs:
         found.setdefault(target, {})[source] = None
     rules = tuple(_written(target, tuple(sources)) for target, sources in found.items())
-    return tuple(words), rules if len(rules) <= _MOST_RULES else ()
+    return tuple(words), rules if 0 < len(rules) <= _MOST_RULES else ()
+
+
+def _fronts(names: Collection[str]) -> tuple[str, ...]:
+    """Returns the words that stand in front of all names, the first one first."""
+    found = re.match(_FRONTS, min(names, default=""))
+    words = re.findall(_FRONT, found[0]) if found else []
+    while words and not all(name.startswith("".join(words)) for name in names):
+        words.pop()
+    return tuple(words)
 
 
 def _written(target: str, sources: Sequence[str]) -> str:
@@ -70,6 +86,8 @@ def _rules(names: Collection[str], words: Sequence[str]) -> Iterator[tuple[str, 
     """Yields a rule for all that lies under one wrapped module of every layer, and one for each module that is none."""
     ends = {name: _end_of_words(name) for name in names}
     heads = {_any_layer(name[:end]) for name, end in ends.items()}
+    if len(heads) > _MOST_HEADS:
+        return
     for name, end in ends.items():
         head = _any_layer(name[:end])
         inner = _unwrapped(name[:end], words)
@@ -80,7 +98,7 @@ def _rules(names: Collection[str], words: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _rule(head: str, tail: str, words: Sequence[str]) -> tuple[str, str]:
-    variables = iter(_LETTERS)
+    variables = chain(_LETTERS, (f"n{number}" for number in count()))
     right = _DIGITS.sub(lambda _: f"{{{next(variables)}}}", head)
     left = _NUMBER.sub(r"{\1:int}", _unwrapped(right, words))
     return f"{left}{tail}", f"src:{right}{tail}"
