@@ -290,8 +290,9 @@ def test_without_checksums_the_bytes_are_compared(*, crc: bool, tmp_path: Path) 
     torch.serialization.set_crc32_options(compute_crc32=crc)
     try:
         for rank, path in enumerate(sorted(here.glob("*.pt"))):
-            wide = torch.arange(6.0)  # one storage in all ranks, and another part of it in each
-            rewritten(path, lambda state, rank=rank, wide=wide: state.update(scale=wide[rank : rank + 3]))
+            # one storage in all ranks and another part of it in each, or other values at one place
+            scale = torch.arange(6.0)[rank : rank + 3] if crc else torch.full((3,), float(rank))
+            rewritten(path, lambda state, scale=scale: state.update(scale=scale))
     finally:
         torch.serialization.set_crc32_options(compute_crc32=before)
     assert refusal(here).code == "ranks-differ"

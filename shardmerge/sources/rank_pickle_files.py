@@ -15,8 +15,6 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.pickle_values import PickleValue
-from shardmerge.sources.pickle_vm import interpret
 from shardmerge.storage.reading import SourceFile
 
 FSDP_CONFIG = "fsdp_config.json"
@@ -128,6 +126,8 @@ def _grouped(folder: Path, pattern: re.Pattern[str], names: Sequence[str], world
 
 def _items(folder: Path, names: Sequence[str]) -> Iterator[RankPickles]:
     """The items of a ``metadata.pkl`` of torch_checkpointing; none where it is another file of that name."""
+    from shardmerge.sources.pickle_vm import interpret
+
     with SourceFile(folder / _ITEMS) as file:
         if file.size > _LARGEST_ITEMS:
             found = f"{file.size:,} bytes"
@@ -139,7 +139,7 @@ def _items(folder: Path, names: Sequence[str]) -> Iterator[RankPickles]:
         yield from (one for one in _grouped(folder, _ITEM, names, world) if one.begin[:-1] in items)
 
 
-def _world(world: PickleValue, path: Path) -> int:
+def _world(world: object, path: Path) -> int:
     if type(world) is int and world > 0:
         return world
     raise CheckpointError(
