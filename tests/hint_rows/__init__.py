@@ -20,6 +20,7 @@ from tests.hint_rows import (
     parts,
     presets,
     quantized,
+    rank_pickles,
     targets,
     torch_files,
 )
@@ -34,6 +35,7 @@ _INPUTS = (
     distributed,
     distributed_safetensors,
     quantized,
+    rank_pickles,
     torch_files,
 )
 _RESULTS = (models, targets, llava, faults, parts)

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Makes every golden checkpoint anew: environments below $1, results below $2.
-#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts] [distributed]
+#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts] [dcp] [distributed] [ranks]
 set -eu
 make=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1" "$2"
 envs=$(cd "$1" && pwd)
 out=$(cd "$2" && pwd)
 shift 2
-[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts distributed
+[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts dcp distributed ranks
 export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 
 environment() { # NAME REQUIREMENTS
@@ -82,9 +82,17 @@ for what in "$@"; do
         "$envs/layouts-megatron/bin/pip" install --no-deps megatron-core==0.16.1
         "$envs/layouts-megatron/bin/python" "$make/make_layouts_megatron.py" --out "$to"
         ;;
+    dcp)
+        environment distributed requirements-distributed.txt
+        "$envs/distributed/bin/python" "$make/make_dcp.py" --out "$out/dcp"
+        ;;
     distributed)
         environment distributed requirements-distributed.txt
         "$envs/distributed/bin/python" "$make/make_distributed_safetensors.py" --out "$out/distributed_safetensors"
+        ;;
+    ranks)
+        environment ranks requirements-ranks.txt
+        "$envs/ranks/bin/python" "$make/make_ranks.py" --out "$out/ranks"
         ;;
     *)
         echo "unknown: $what" >&2
