@@ -439,7 +439,7 @@ def from_partitions(tag: pathlib.Path, world: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def worker(names: list[str]) -> int:
+def worker(names: list[str], cases: list[Case] | None = None) -> int:
     version = version_tuple(prepare_deepspeed())
     import deepspeed
     import torch
@@ -447,7 +447,7 @@ def worker(names: list[str]) -> int:
     deepspeed.init_distributed(dist_backend="gloo", timeout=datetime.timedelta(seconds=60))
     torch.set_num_threads(1)
     failed = 0
-    for case in cases_of(version):
+    for case in cases_of(version) if cases is None else cases:
         if case.name in names:
             try:
                 run_case(case, version)
