@@ -378,7 +378,7 @@ def test_a_rank_of_another_run_is_known_by_its_weights(tmp_path: Path) -> None:
     (folder / name).write_bytes(other.files()[name])
     text = shardmerge("convert", folder, tmp_path / "out", code=1).stderr
     assert "[mixed-runs]" in text
-    assert f"sampled weights of {name}" in text
+    assert f"sampled weights of {folder.name}/{name}" in text
 
 
 def test_swapped_files_of_two_ranks_are_named(tmp_path: Path) -> None:

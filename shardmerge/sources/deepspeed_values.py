@@ -142,7 +142,7 @@ class Tally:
         for what, table, few in (("of {}", self.files, _FEW_OF_A_FILE), ("of the tensor {}", self.tensors, _FEW)):
             for key, (compared, differing) in table.items():
                 if differing * few > compared:
-                    of = what.format(PurePath(key).name if table is self.files else shown(key))
+                    of = what.format("/".join(PurePath(key).parts[-2:]) if table is self.files else shown(key))
                     return f"{differing} of {compared} sampled weights {of}"
         return ""
 
