@@ -99,6 +99,14 @@ def test_tied_modules_are_there_once_and_what_is_not_tied_of_them_twice() -> Non
     assert sm.inspect(ckpt("pp2_tied_z1_w2_bf16")).warnings == ()
 
 
+def test_a_parameter_of_two_layers_is_one_with_two_names() -> None:
+    """The second layer's file has it too, in 16 bits."""
+    catalog = sm.inspect(ckpt("pp1_shared_z1_w2_bf16"))
+    assert catalog.aliases == {"5.weight": "0.weight"}
+    assert catalog["5.weight"].dtype.name == "F32"
+    assert catalog.warnings == ()
+
+
 def test_what_is_frozen_is_told_of() -> None:
     assert "['1.weight', '2.b.weight']" in " ".join(sm.inspect(ckpt("pp2_frozen_z1_w2_bf16")).warnings)
 
@@ -229,6 +237,33 @@ def test_a_layer_file_that_is_cut_short(copied: Callable[[str], Path]) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size * 2 // 3)
     assert refused(path.parent).code == "truncated-file"
+
+
+def test_stage_1_without_names_is_refused(copied: Callable[[str], Path]) -> None:
+    """The weights of the layer files are not what was asked for, and nobody would see it."""
+    tag = copied("pp2_z1_w2_bf16")
+    for path in tag.glob("mp_rank_*"):
+        rewrite(path, lambda root: root | {"param_shapes": None})
+    assert refused(tag).code == "zero-layout"
+    assert sm.inspect(tag, view="module").entries
+
+
+def test_buffers_of_tied_modules_that_no_layer_file_holds_are_absent(copied: Callable[[str], Path]) -> None:
+    """Where all uses are functions of the module, none is written."""
+    tag = copied("pp2_tied_z1_w2_bf16")
+    for layer in (0, 6):
+        (tag / f"layer_{layer:02d}-model_states.pt").unlink()
+    rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"buffer_names": ["tied_modules.one.cache"]})
+    catalog = sm.inspect(tag)
+    assert catalog.absent == {"tied_modules.one.cache"}
+    assert "1 buffers" in " ".join(catalog.warnings)
+    assert "tied_modules.one.weight" in catalog
+
+
+def test_a_name_of_thousands_of_digits_is_no_layer(copied: Callable[[str], Path]) -> None:
+    tag = copied("pp2_z1_w2_bf16")
+    rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"buffer_names": ["9" * 5000 + ".x"]})
+    assert len(sm.inspect(tag).absent) == 1
 
 
 def test_parameters_that_two_stages_list(copied: Callable[[str], Path]) -> None:

@@ -21,6 +21,8 @@ from shardmerge.sources.deepspeed_values import InFile, compare_masters
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.tensors import Shape, TensorEntry
 
+# A number with more of them is no layer's; Python refuses to read one of thousands.
+_MOST_DIGITS = 9
 # Weights that are compared to find the layer of a tied module.
 _COMPARED = 2048
 
@@ -102,7 +104,7 @@ def check_layers(folder: Path, layers: Sequence[Layer], listed: Collection[str],
 def layer_of(name: str) -> int | None:
     """Returns the number of the layer that a name begins with, None for a tied module's."""
     head = name.partition(".")[0]
-    return int(head) if head.isascii() and head.isdigit() else None
+    return int(head) if len(head) <= _MOST_DIGITS and head.isascii() and head.isdigit() else None
 
 
 def _holds(layers: Mapping[int, Layer], name: str) -> bool:
@@ -159,19 +161,21 @@ def tied_module(layer: Layer, stages: Sequence[Mapping[str, TensorEntry]]) -> tu
         for prefix, mine in _tied(masters).items()
         if all(_same_shape(layer, name.removeprefix(f"{prefix}."), entry) for name, entry in mine.items())
     ]
-    for number, prefix, mine in alike:
-        if not compare_masters(layer.named(prefix), mine, _COMPARED).differing:
-            return number, prefix
     if not alike:
         return None
-    raise CheckpointError(
-        "mixed-runs",
-        "a layer file has the shapes of a tied module, and other weights than the optimizer files have for it",
-        where=layer.file.path,
-        found=", ".join(layer.tensors),
-        expected=f"weights that masters of {alike[0][1]} round to",
-        hint=ONE_SAVE,
-    )
+    tallies = [compare_masters(layer.named(prefix), mine, _COMPARED) for _, prefix, mine in alike]
+    nearest = min(range(len(alike)), key=lambda index: tallies[index].differing)
+    number, prefix, _ = alike[nearest]
+    if tallies[nearest].worst() or not tallies[nearest].files:
+        raise CheckpointError(
+            "mixed-runs",
+            "a layer file has the shapes of a tied module, and other weights than the optimizer files have for it",
+            where=layer.file.path,
+            found=", ".join(layer.tensors),
+            expected=f"weights that masters of {prefix} round to",
+            hint=ONE_SAVE,
+        )
+    return number, prefix
 
 
 def _tied(masters: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry]]:

@@ -144,7 +144,8 @@ class _Reader:
         """Stage 3 saves the elements alone; the vocabulary of a Megatron run loses its padding."""
         where = partition(file, ref)
         bare = isinstance(file.root, TensorRef) and where.numel == prod(shape)
-        cut = isinstance(file.root, dict) and file.root.get("vocab_tensor") is True and _fewer_rows(ref.shape, shape)
+        vocabulary = isinstance(file.root, dict) and file.root.get("vocab_tensor") is True
+        cut = vocabulary and _fewer_rows(ref.shape, shape)
         if not (bare or cut or ref.shape == shape) or not is_float(ref.dtype):
             raise CheckpointError(
                 "zero-layout",
@@ -193,4 +194,4 @@ def _tensor(file: TorchFile) -> TensorRef:
 
 
 def _fewer_rows(mine: Shape, stated: Shape) -> bool:
-    return len(mine) == len(stated) > 0 and mine[1:] == stated[1:] and 0 < mine[0] <= stated[0]
+    return len(mine) == len(stated) > 0 and mine[1:] == stated[1:] and 0 < mine[0] < stated[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from shardmerge.shown import shown
@@ -16,7 +15,7 @@ from shardmerge.sources.deepspeed import stage_masters
 from shardmerge.sources.deepspeed_checks import check_masters
 from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_layers import Layer, check_layers, layer_of, read_layers, tied_module
-from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages
+from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages, shared_names
 from shardmerge.sources.deepspeed_values import InFile, same_weights
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -48,7 +47,7 @@ def read_pipeline(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     names = dict.fromkeys(name for stage in stages for name in (*stage.parameters, *stage.buffers))
     check_layers(folder, layers, names, shapes)
     own = {layer_of(name) for name in names}
-    if view == "fp32" and shapes:
+    if view == "fp32" and (shapes or stages[0].tag.claims.stage):
         return _with_masters(folder, stages, layers, own)
     return _of_layers(folder, stages, layers, view)
 
@@ -62,11 +61,13 @@ def _with_masters(
     warnings: list[str] = []
     for index, stage in enumerate(stages):
         mine = {number: found[1] for number, found in tied.items() if found and found[0] == index}
-        module = (layer.named(mine.get(layer.number, str(layer.number))) for layer in layers)
-        warnings += check_masters(stage.tag, dict(chain.from_iterable(map(dict.items, module))), masters[index])
+        module: dict[str, InFile] = {}
+        for layer in layers:
+            module |= layer.named(mine.get(layer.number, str(layer.number)))
+        warnings += check_masters(stage.tag, module, masters[index])
     names = list(_names(masters))
     entries = {names[index][name]: entry for index, mine in enumerate(masters) for name, entry in mine.items()}
-    aliases = {alias: owner for stage in stages for alias, owner in stage.shared.items() if owner in entries}
+    aliases = shared_names(stages, entries)
     rest = {name: _entry(name, placed) for name, placed in _rest(layers, tied, names, {*entries, *aliases})}
     catalog = _catalog(folder, stages, layers, {**entries, **rest}, "fp32")
     warnings += [*_untied(names), *_frozen(stages, rest), *_lost(stages, catalog)]

@@ -7,7 +7,7 @@ Stage s is ``mp_rank_<s>`` in the names of files (``runtime/pipe/topology.py``, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +69,6 @@ class PipelineStage:
         mapped = (as_dict(group) for group in groups) if isinstance(groups, list) else ()
         return (*self.shapes, *(name for group in mapped for name in group if isinstance(name, str)))
 
-    @property
-    def shared(self) -> Mapping[str, str]:
-        """Further names of parameters, and whose they are."""
-        pairs = as_dict(as_dict(self.file.root).get("shared_params")).items()
-        return {name: owner for name, owner in pairs if isinstance(name, str) and isinstance(owner, str)}
-
 
 def read_stages(folder: Path, listed: TagFiles, *, optims: bool) -> list[PipelineStage]:
     """Returns the stages of a pipeline, in order; with their optimizer files where these are asked for, and have names.
@@ -102,6 +96,17 @@ def read_stages(folder: Path, listed: TagFiles, *, optims: bool) -> list[Pipelin
     check_stages([stage.tag for stage in stages])
     raise_all(_listed_twice(stages))
     return stages
+
+
+def shared_names(stages: Sequence[PipelineStage], names: Collection[str]) -> dict[str, str]:
+    """Returns further names that the model files tell for some of these, and whose they are."""
+    tables = (as_dict(as_dict(stage.file.root).get("shared_params")) for stage in stages)
+    pairs = (pair for table in tables for pair in table.items())
+    return {
+        alias: owner
+        for alias, owner in pairs
+        if isinstance(alias, str) and isinstance(owner, str) and owner in names and alias not in names
+    }
 
 
 def _missing_stages(stages: Sequence[PipelineStage], last: int) -> Iterator[ShardmergeError]:

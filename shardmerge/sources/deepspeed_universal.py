@@ -20,7 +20,7 @@ from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles, is_tag_folder, list_tag
 from shardmerge.sources.deepspeed_parameters import read_parameters
 from shardmerge.sources.deepspeed_ranks import RankReader, frozen_shares, named_tensors, shape_table
-from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages
+from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages, shared_names
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.tensors import Catalog, Shape
 
@@ -113,7 +113,7 @@ def _of_pipeline(folder: Path, listed: TagFiles, view: DeepSpeedView) -> Catalog
         str(folder),
         f"DeepSpeed universal, ZeRO-{tag.stage}, pipeline",
         found.entries,
-        {alias: owner for stage in stages for alias, owner in stage.shared.items() if owner in found.entries},
+        shared_names(stages, found.entries),
         (*(stage.tag.states[0].stamp for stage in stages), *found.stamps),
         absent=frozenset(name for stage in stages for name in stage.buffers),
         notes=(f"fp32 view of {len(found.entries)} parameter files, {len(stages)} pipeline stage(s)",),

@@ -36,6 +36,7 @@ class Case:
     two_ties: bool = False
     bias: bool = False  # of the tied module: DeepSpeed ties its `weight` alone, each stage trains a bias of its own
     frozen: bool = False
+    shared: bool = False  # two layers of one stage share a parameter, without TiedLayerSpec
     groups: int = 1
     universal: bool = False
     tags: int = 1
@@ -46,6 +47,7 @@ CASES = [
     Case("pp2_z1_w2_bf16", 1),
     Case("pp2_z1_w4_bf16", 1, world=4, groups=2),
     Case("pp1_z1_w2_bf16", 1, stages=1),
+    Case("pp1_shared_z1_w2_bf16", 1, stages=1, shared=True),
     Case("pp2_bf16_optimizer_z1_w2_bf16", 1, config={"data_types": {"grad_accum_dtype": "fp32"}}),
     Case("pp2_frozen_z1_w2_bf16", 1, frozen=True),
     Case("pp2_tied_z1_w2_bf16", 1, tied="modules", config={"data_types": {"grad_accum_dtype": "fp32"}}),
@@ -97,6 +99,10 @@ def build(case: Case) -> Any:
         return module(x) * 0.5
 
     layers: list[Any] = [LayerSpec(nn.Linear, 6, 6), LayerSpec(Block, case.frozen), torch.tanh, LayerSpec(Block), LayerSpec(nn.LayerNorm, 6)]
+    if case.shared:
+        layers[0] = nn.Linear(6, 6)
+        layers.append(nn.Linear(6, 6))
+        layers[-1].weight = layers[0].weight
     if case.frozen:
         layers.insert(1, LayerSpec(Frozen))
     for key in (["one", "two"] if case.two_ties else ["one"]) if case.tied else []:
@@ -117,7 +123,7 @@ def live(engine: Any, masters_too: bool) -> dict[str, Any]:
 
     found = {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
     masters = {}
-    for name, parameter in engine.module.named_parameters() if masters_too else ():
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False) if masters_too else ():
         value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if value is not None:
             masters[name] = value.detach().clone().reshape(parameter.shape)
@@ -198,6 +204,7 @@ def finish(case: Case, stages: list[dict[str, Any]]) -> None:
             *([f"{'two tied modules' if case.two_ties else 'a tied module'}, the second use as a {case.tied.removesuffix('s')}"] if case.tied else []),
             *(["a bias in the tied module, which is not tied"] if case.bias else []),
             *(["a frozen layer, and a frozen parameter in another"] if case.frozen else []),
+            *(["a parameter of two layers"] if case.shared else []),
             *(["2 param groups"] if case.groups == 2 else []), *(["BF16_Optimizer"] if case.config else []),
             *(["ds_to_universal"] if case.universal else []), *(["two tag directories"] if case.tags == 2 else []),
         ],
