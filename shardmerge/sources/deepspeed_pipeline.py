@@ -15,7 +15,7 @@ from shardmerge.sources.deepspeed import stage_masters
 from shardmerge.sources.deepspeed_checks import check_masters
 from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_layers import Layer, check_layers, layer_of, read_layers, tied_module
-from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages, shared_names
+from shardmerge.sources.deepspeed_stages import PipelineStage, are_listed, read_stages, shared_names
 from shardmerge.sources.deepspeed_values import InFile, same_weights
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -136,9 +136,9 @@ def _of_layers(folder: Path, stages: Sequence[PipelineStage], layers: Sequence[L
     named = (item for layer in layers for item in layer.named(str(layer.number)).items())
     catalog = _catalog(folder, stages, layers, {name: _entry(name, placed) for name, placed in named}, view)
     warnings = []
-    if not all(stage.parameters for stage in stages):
+    if not are_listed(stages):
         read = ", ".join(str(layer.number) for layer in layers)
-        warnings.append(f"no file says what layers the pipeline has; there are those of {read}")
+        warnings.append(f"no model file says what layers the pipeline has; there are those of {read}")
     if view == "fp32" and any(entry.dtype.name in ("BF16", "F16") for entry in catalog.entries.values()):
         warnings.append("the fp32 masters of a pipeline of ZeRO stage 0 are not read: the 16-bit weights are taken")
     return replace(catalog, warnings=tuple(warnings))

@@ -98,6 +98,11 @@ def read_stages(folder: Path, listed: TagFiles, *, optims: bool) -> list[Pipelin
     return stages
 
 
+def are_listed(stages: Sequence[PipelineStage]) -> bool:
+    """Tells whether the model files list all parameters: BF16_Optimizer's is the first rank's, with what that has."""
+    return all(stage.shapes or (stage.parameters and stage.tag.claims.world == 1) for stage in stages)
+
+
 def shared_names(stages: Sequence[PipelineStage], names: Collection[str]) -> dict[str, str]:
     """Returns further names that the model files tell for some of these, and whose they are."""
     tables = (as_dict(as_dict(stage.file.root).get("shared_params")) for stage in stages)

@@ -55,6 +55,7 @@ CASES = [
     Case("pp2_tied_bias_z1_w2_bf16", 1, tied="modules", bias=True),
     Case("pp2_two_ties_z1_w2_bf16", 1, tied="function", two_ties=True),
     Case("pp2_z0_w2_bf16", 0),
+    Case("pp2_z0_w4_bf16", 0, world=4),
     Case("pp2_z0_w2_fp32", 0, dtype="fp32"),
     Case("pp2_tied_z0_w2_bf16", 0, tied="function"),
     Case("pp2_two_saves_z1_w2_bf16", 1, tags=2),
