@@ -84,7 +84,7 @@ def test_every_entry_point_gives_the_same_checkpoint(save_dir: Path) -> None:
     expected = sm.inspect(tag)
     zero = tag / "zero"
     members = [*tag.glob("*_model_states.pt"), zero / "wide.weight/fp32.pt", zero / "wide.weight/exp_avg.pt"]
-    for entry in (save_dir, *members, zero / "optimizer_state.pt"):
+    for entry in (save_dir, *members, zero / "optimizer_state.pt", zero, zero / "wide.weight"):
         found = sm.inspect(entry)
         assert found.entries == expected.entries
         assert found.absent == expected.absent == frozenset()

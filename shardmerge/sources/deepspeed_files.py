@@ -81,11 +81,14 @@ def is_tag_folder(folder: Path) -> bool:
 
 
 def tag_of(path: Path) -> Path | None:
-    """Returns the tag directory that a file is of by its name, or ``zero/`` of a universal one; None for any other."""
-    if _kind(path.name):
-        return path.parent
-    zero = next((folder for folder in path.parents[:2] if folder.name == "zero"), None)
-    return zero.parent if zero and path.suffix == ".pt" and is_universal(zero.parent) else None
+    """Returns the tag directory that a file is of, by its name or by ``zero/`` around it; None for any other file."""
+    return path.parent if _kind(path.name) else universal_of(path) if path.suffix == ".pt" else None
+
+
+def universal_of(path: Path) -> Path | None:
+    """Returns the universal checkpoint that a path lies in: ``zero/``, a parameter there, a file of one; else None."""
+    zero = next((folder for folder in (path, *path.parents[:2]) if folder.name == "zero"), None)
+    return zero.parent if zero and is_universal(zero.parent) else None
 
 
 def has_layers(folder: Path) -> bool:
