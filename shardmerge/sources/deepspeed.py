@@ -49,13 +49,13 @@ def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     Raises
     ------
     CheckpointError
-        ``kind-not-yet`` (MoE, pipeline, tensor parallel, universal), ``missing-rank``, ``mixed-runs``,
-        ``zero-layout``, ``no-module-view``, and what the torch reader raises.
+        ``kind-not-yet`` (MoE, tensor parallel), ``missing-layer``, ``missing-rank``, ``mixed-runs``, ``zero-layout``,
+        ``no-module-view``, and what the torch reader raises.
     """
     listed = list_tag(folder)
     reader = RankReader()
     first = reader.file(listed.models[0])
-    check_kind(folder, read_claims(as_dict(first.root)))
+    check_kind(folder, read_claims(as_dict(first.root)), listed.model_parallel + 1)
     if view == "module":
         state = reader.model(listed.models[0], {})
         check_module(folder, state)
@@ -65,6 +65,28 @@ def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], optims)
     check_tag(tag)
     return _Builder(tag, first).fp32_catalog()
+
+
+def stage_masters(tag: Tag, model: TorchFile) -> dict[str, TensorEntry]:
+    """Returns the masters that the ranks of one pipeline stage hold, by name; ``model`` is the stage's model file."""
+    builder = _Builder(tag, model)
+    builder.add_stage12()
+    return builder.entries
+
+
+def universal_catalog(tag: Tag, model: TorchFile, masters: Mapping[str, TensorEntry], steps: str) -> Catalog:
+    """Returns the catalog of masters that lie whole, and of whatever has none; as ``read_deepspeed``.
+
+    Parameters
+    ----------
+    tag, model
+        The model files, and the first of them.
+    masters
+        By name.
+    steps
+        What the masters' optimizer counts and the model file does not, in words; ``""`` for the same.
+    """
+    return _Builder(tag, model).universal_catalog(masters, steps)
 
 
 @dataclass(slots=True)
@@ -96,15 +118,34 @@ class _Builder:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
         if self.tag.stage == 3:
             self._add_stage3()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
+            self._check_masters()
             self._add_frozen_stage3()
         elif self.optims:
             self._check_module_shapes()
-            self._add_stage12()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
+            self.add_stage12()
+            self._check_masters()
             self._add_frozen_whole()
         else:
             self._add_unpartitioned()
+        return self._with_module()
+
+    def universal_catalog(self, masters: Mapping[str, TensorEntry], steps: str) -> Catalog:
+        """As ``fp32_catalog``, with masters that are whole."""
+        if self.tag.stage < 3:
+            self._check_module_shapes()
+        self.entries.update(masters)
+        self._check_masters(steps)
+        if self.tag.stage == 3:
+            self._add_frozen_stage3()
+        else:
+            self._add_frozen_whole()
+        return self._with_module()
+
+    def _check_masters(self, steps: str = "") -> None:
+        module = {name: (self.first, ref) for name, ref in self.module().items()}
+        self.warnings += check_masters(self.tag, module, self.entries, steps)
+
+    def _with_module(self) -> Catalog:
         self._add_module()
         self._add_shared()
         self._check_all_there()
@@ -212,7 +253,7 @@ class _Builder:
             raise self._layout("the model file has no param_shapes, so the partitions cannot be named")
         return [shape_table(group) for group in listed]
 
-    def _add_stage12(self) -> None:
+    def add_stage12(self) -> None:
         shapes = self._shapes()
         self._check_group_count(len(shapes), "parameter groups")
         for index, group in enumerate(shapes):

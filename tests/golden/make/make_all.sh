@@ -27,12 +27,15 @@ for what in "$@"; do
         environment new requirements-deepspeed.txt
         "$envs/new/bin/pip" install --no-deps --no-build-isolation deepspeed==0.19.8
         "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
+        "$envs/new/bin/python" "$make/make_universal.py" --out "$out/universal"
+        "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
         "$envs/new/bin/python" "$make/make_refused.py" --out "$out/refused"
         "$envs/new/bin/python" "$make/make_hf_trainer.py" --out "$out/hf_trainer"
         for version in 0.16.9 0.14.5; do
             beside new $version
             PYTHONPATH="$envs/deepspeed-$version" "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
         done
+        PYTHONPATH="$envs/deepspeed-0.16.9" "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
         ;;
     deepspeed-old)
         environment old requirements-old.txt
