@@ -220,7 +220,8 @@ def verify(  # one parameter an option
 ) -> None:
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
     if sources is None:
-        refuse_idle(given, "dtype", "shard_size", "form", why="is for --sources MAPPING, which makes the tensors again")
+        why = "is for --sources MAPPING, which makes the tensors again"
+        refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
     with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
         verdict = shardmerge.verify(
             directory,

@@ -38,6 +38,8 @@ class OutputSettings:
         Most bytes of tensors in a file.
     format
         Of the files of weights.
+    root
+        For ``dcp``: the keys under which a state dict holds the model.
     where
         The place of ``output:`` in the mapping, for messages.
     """
@@ -46,6 +48,7 @@ class OutputSettings:
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     shard_size: int = DEFAULT_SHARD_SIZE
     format: Format = "safetensors"
+    root: tuple[str, ...] = ()
     where: str = ""
 
 
@@ -93,7 +96,7 @@ def make_plan(
     codes = odd_codes(resolution.assignments, catalogs, options.dtype, final)
     raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
     copies = _copies(resolution, meant=True)
-    shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
+    shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format, options.root)
     return Plan(
         target,
         tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.plan.dcp_layout import METADATA as DCP_TABLE
+from shardmerge.plan.dcp_layout import lay_out_items, metadata_pickle
 from shardmerge.plan.phases import Arrangement, arrange, by_source
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
-from shardmerge.plan.torch_layout import lay_out_torch
+from shardmerge.plan.torch_layout import TorchLayout, lay_out_torch
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile
@@ -23,6 +25,9 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 # Data starts on a page, or at the offset in one that cloning asks for. The format wants a multiple of 8; a page costs
 # at most 4 KB a shard, lets loaders map tensors aligned, and keeps two threads from writing the same page of the file.
 _PAGE = 4096
+
+# What the files of a format are called, where a target leaves that open.
+_SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "bin": ".bin", "dcp": ".distcp"}
 
 # What readers of safetensors refuse. The format keeps one name for itself (safetensors 0.8, ``tensor.rs``), a lone
 # surrogate is no UTF-8, and control characters and longer names are refused when shardmerge reads them.
@@ -52,8 +57,9 @@ def lay_out(
     shard_size: int,
     groups: Sequence[FileGroup] = (FileGroup(),),
     form: Format = "safetensors",
+    root: tuple[str, ...] = (),
 ) -> tuple[tuple[PlannedShard, ...], tuple[SideFile, ...]]:
-    """Returns the shards, and the indexes of the groups that have more than one.
+    """Returns the shards, and the indexes of the groups that have more than one, or whose format has one always.
 
     Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
     What can be cloned from one source file stays together: it begins a new shard if it does not fit into the last.
@@ -68,6 +74,8 @@ def lay_out(
         How tensors are spread; each belongs to the first whose prefix its name has.
     form
         Of the groups that leave it open.
+    root
+        For ``dcp``: the keys under which a state dict holds the model.
     """
     shards: list[PlannedShard] = []
     indexes: list[SideFile] = []
@@ -78,10 +86,16 @@ def lay_out(
         cut = list(_cut(parts, shard_size if group.sharded else None))
         made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
         shards += made
-        if len(made) > 1:
-            name = naming.path(f"{naming.stem}{naming.suffix}.index.json")
-            indexes.append(SideFile(name, (index_json(made),)))
+        indexes += _indexes(naming, made, root)
     return tuple(shards), tuple(indexes)
+
+
+def _indexes(naming: _Naming, shards: Sequence[PlannedShard], root: tuple[str, ...]) -> Iterator[SideFile]:
+    if naming.suffix == ".distcp":
+        yield SideFile(naming.path(DCP_TABLE), (metadata_pickle(shards, root),))
+    elif len(shards) > 1:
+        name = naming.path(f"{naming.stem}{naming.suffix}.index.json")
+        yield SideFile(name, (index_json(shards),))
 
 
 def index_json(shards: Sequence[PlannedShard]) -> bytes:
@@ -107,12 +121,14 @@ def _grouped(
 
 
 def _naming(group: FileGroup, form: Format) -> _Naming:
-    suffix = group.suffix or (".bin" if form == "bin" else ".safetensors")
+    suffix = group.suffix or _SUFFIXES[form]
     stem = "pytorch_model" if group.stem == "model" and suffix == ".bin" else group.stem
     return _Naming(group.folder, stem, suffix, f"{stem}-{{:05d}}-of-{{:05d}}{suffix}")
 
 
 def _names(naming: _Naming, count: int) -> list[str]:
+    if naming.suffix == ".distcp":
+        return [f"__0_{number}.distcp" for number in range(count)]  # as rank 0 calls them
     if count == 1:
         return [f"{naming.stem}{naming.suffix}"]
     return [naming.numbered.format(number, count) for number in range(1, count + 1)]
@@ -136,7 +152,12 @@ def _cut(parts: Sequence[list[PlannedTensor]], shard_size: int | None) -> Iterat
 
 def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedShard:
     path = naming.path(name)
-    return _safetensors(path, tensors) if naming.suffix == ".safetensors" else _torch(path, tensors)
+    if naming.suffix == ".safetensors":
+        return _safetensors(path, tensors)
+    listed = [(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors]
+    if naming.suffix == ".distcp":
+        return _torch(path, tensors, lay_out_items(listed))
+    return _torch(path, tensors, lay_out_torch(listed, name.rsplit(".", 1)[0]))
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
@@ -176,9 +197,7 @@ def _unusable_names(path: str, tensors: Iterable[PlannedTensor]) -> Iterator[Sha
         )
 
 
-def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    archive = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    layout = lay_out_torch([(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors], archive)
+def _torch(path: str, tensors: list[PlannedTensor], layout: TorchLayout) -> PlannedShard:
     placed = tuple(replace(tensor, offset=at) for tensor, at in zip(tensors, layout.offsets, strict=True))
     checksums = {tensor.name: fields for tensor, fields in zip(tensors, layout.crc_fields, strict=True) if fields}
     return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)

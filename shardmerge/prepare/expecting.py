@@ -20,7 +20,7 @@ from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.tensors import Catalog
 
 # What each format calls its files, where a target does not leave that to the user.
-_SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
+_SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}, "dcp": set[str]()}
 
 
 def expectation_of(ready: Ready, catalogs: Mapping[str, Catalog]) -> Expectation | None:
