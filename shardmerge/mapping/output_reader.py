@@ -14,7 +14,7 @@ from shardmerge.ops.row_init import ROW_INITS, row_init
 from shardmerge.targets.config_edits import ConfigEdits
 from shardmerge.targets.expectation import FILE_MODES, FORMATS, FileChoice, Format, Vocabulary
 
-_FORMATS_HINT = "write `format: safetensors`, `format: bin` or `format: dcp`"
+_FORMATS_HINT = "write `format: safetensors` or `format: bin`, or `format: dcp` for training to go on from"
 
 
 def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -71,7 +71,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     shards = _table(receipt, "shards")
     tensors = _table(receipt, "tensors")
     raise_all(_file_problems(folder, receipt))
-    held = {name: _entries(folder / name, tensors) for name in shards}
+    held = {name: _entries(folder, name, tensors) for name in shards}
     raise_all(_frame_problems(folder, held, shards, tensors))
     raise_all(reference_problems(folder, held))
     raise_all(_model_problems(folder, held, receipt))
@@ -187,30 +187,29 @@ def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[Shar
 _Entries: TypeAlias = Mapping[str, TensorEntry]
 
 
-def _entries(path: Path, tensors: Mapping[str, Mapping[str, object]]) -> _Entries:
+def _entries(folder: Path, name: str, tensors: Mapping[str, Mapping[str, object]]) -> _Entries:
     """A shard that cannot be read is a failed verification here, not a refused input."""
+    path = folder / name
     try:
         if path.suffix == ".safetensors":
             return {entry.name: entry for entry in read_header(path).entries.values()}
         if path.suffix == ".distcp":
-            return dict(_items(path, tensors))
+            return dict(_items(path, (tensor for tensor in tensors.values() if tensor["shard"] == name)))
         catalog = read_torch_checkpoint(path)
     except CheckpointError as error:
         raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
     return {name: catalog[name] for name in catalog.names()}
 
 
-def _items(path: Path, tensors: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, TensorEntry]]:
+def _items(path: Path, tensors: Iterable[Mapping[str, object]]) -> Iterator[tuple[str, TensorEntry]]:
     """Yields the tensors of a file whose items have no names: as the receipt lists them, to be compared with the file.
 
-    The names stand in `.metadata`, whose digest is in the receipt.
+    The names stand in ``.metadata``, whose digest is in the receipt.
     """
-    for tensor in tensors.values():
-        if path.as_posix().endswith(f"/{tensor['shard']}"):
-            dtype, shape = DTYPES[str(tensor["dtype"])], numbers(tensor["shape"])
-            extent = Extent(str(path), int(str(tensor["offset"])), prod(shape) * dtype.itemsize)
-            stored = str(tensor["stored"])
-            yield stored, TensorEntry(stored, dtype, shape, dense(extent, prod(shape)))
+    for tensor in tensors:
+        stored, dtype, shape = str(tensor["stored"]), DTYPES[str(tensor["dtype"])], numbers(tensor["shape"])
+        extent = Extent(str(path), int(str(tensor["offset"])), prod(shape) * dtype.itemsize)
+        yield stored, TensorEntry(stored, dtype, shape, dense(extent, prod(shape)))
 
 
 def _frame_problems(

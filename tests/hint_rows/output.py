@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from tests.following import Follow, Row, change, near, pasted, ran, said
-from tests.hint_rows.given import mapped, told
+from tests.hint_rows.given import copied, mapped, told, without
 from tests.test_mistakes import GQA, REST
 
 LLAMA = "target: {name: hf/llama, text: m}\n"
@@ -128,6 +128,24 @@ OUTPUT = [
         "needed-file",
         told("do not fit config.json", "*.json", "shardmerge*.json"),
         "file-matches-nothing",
+    ),
+    Row(
+        "keys of a state dict around files that have none",
+        output("root: model"),
+        "no-effect",
+        told("write `format: dcp`", "root: model", "root: model, format: dcp"),
+    ),
+    Row(
+        "keys of a state dict for another format",
+        copied("gqa", "--dcp-root", "model"),
+        "no-effect",
+        more("--format", "dcp"),
+    ),
+    Row(
+        "transformers asked of a checkpoint for training",
+        copied("gqa", "--format", "dcp", "--check", "transformers"),
+        "no-effect",
+        without("--check", "transformers"),
     ),
     Row(
         "a name that no reader takes",
