@@ -24,7 +24,10 @@ def plan_options(function: _Command) -> _Command:
             click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
             click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
             click.option(
-                "--format", "form", type=click.Choice(["safetensors", "bin", "dcp"]), help="Of the files of weights."
+                "--format",
+                "form",
+                type=click.Choice(["safetensors", "bin", "dcp", "zero-universal"]),
+                help="Of the files of weights.",
             ),
             click.option(
                 "--dcp-root", metavar="KEY", help="Of the model in a state dict. Default: model; '' for none."

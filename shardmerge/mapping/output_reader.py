@@ -14,7 +14,9 @@ from shardmerge.ops.row_init import ROW_INITS, row_init
 from shardmerge.targets.config_edits import ConfigEdits
 from shardmerge.targets.expectation import FILE_MODES, FORMATS, FileChoice, Format, Vocabulary
 
-_FORMATS_HINT = "write `format: safetensors` or `format: bin`, or `format: dcp` for training to go on from"
+_FORMATS_HINT = (
+    "write `format: safetensors` or `format: bin`, or for training `format: dcp` or `format: zero-universal`"
+)
 
 
 def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:

@@ -58,7 +58,7 @@ class OutputSpec:
     dtypes
         Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
     format
-        ``safetensors``, ``bin`` or ``dcp``.
+        ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``.
     partial
         Whether only a part of the model that config.json describes is wanted.
     files

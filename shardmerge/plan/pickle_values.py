@@ -46,6 +46,15 @@ class PickledObject:
 
 
 @dataclass(frozen=True, slots=True)
+class PickledStorage:
+    """A storage of a torch file, by its persistent id: ``("storage", class, key, "cpu", elements)``."""
+
+    kind: str
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
 class PickledDict:
     """A dict whose items come one at a time, so that a table of a large model is never held as objects."""
 
@@ -53,13 +62,13 @@ class PickledDict:
 
 
 PickledValue: TypeAlias = Union[
-    None, bool, int, str, PickledName, PickledCall, PickledObject, PickledDict, "tuple[PickledValue, ...]",
-    "list[PickledValue]",
+    None, bool, int, str, PickledName, PickledCall, PickledObject, PickledStorage, PickledDict,
+    "tuple[PickledValue, ...]", "list[PickledValue]",
 ]  # fmt: skip
 
 
 def pickled(value: PickledValue) -> bytes:
-    """Returns a value as a pickle of protocol 2; numbers are not negative."""
+    """Returns a value as a pickle of protocol 2."""
     writer = PickleWriter()
     write_value(writer, value)
     return writer.finish()
@@ -86,6 +95,9 @@ def write_value(writer: PickleWriter, value: PickledValue) -> None:
         writer.write(b")\x81")  # NEWOBJ, with no arguments
         write_value(writer, value.state)
         writer.write(b"b")
+    elif isinstance(value, PickledStorage):
+        write_value(writer, ("storage", PickledName("torch", value.kind), value.key, "cpu", value.numel))
+        writer.write(b"Q")
     else:
         _write_dict(writer, value)
 

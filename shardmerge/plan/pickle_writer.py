@@ -43,12 +43,12 @@ class PickleWriter:
         self.keep()
 
     def number(self, number: int) -> None:
-        """Writes a number >= 0 (BININT1, BININT2, BININT, LONG1)."""
-        if number < 1 << 8:
+        """Writes a whole number (BININT1, BININT2, BININT, LONG1)."""
+        if 0 <= number < 1 << 8:
             self.write(b"K%c" % number)
-        elif number < 1 << 16:
+        elif 0 <= number < 1 << 16:
             self.write(struct.pack("<cH", b"M", number))
-        elif number < 1 << 31:
+        elif -1 << 31 <= number < 1 << 31:
             self.write(struct.pack("<ci", b"J", number))
         else:
             width = number.bit_length() // 8 + 1

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.plan.dcp_layout import METADATA as DCP_TABLE
-from shardmerge.plan.dcp_layout import lay_out_items, metadata_pickle
 from shardmerge.plan.phases import Arrangement, arrange, by_source
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
-from shardmerge.plan.torch_layout import TorchLayout, lay_out_torch
+from shardmerge.plan.torch_layout import lay_out_torch
+from shardmerge.plan.training_files import Files, dcp_files, torch_shard, zero_universal_files
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile
@@ -25,9 +24,6 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 # Data starts on a page, or at the offset in one that cloning asks for. The format wants a multiple of 8; a page costs
 # at most 4 KB a shard, lets loaders map tensors aligned, and keeps two threads from writing the same page of the file.
 _PAGE = 4096
-
-# What the files of a format are called, where a target leaves that open.
-_SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "bin": ".bin", "dcp": ".distcp"}
 
 # What readers of safetensors refuse. The format keeps one name for itself (safetensors 0.8, ``tensor.rs``), a lone
 # surrogate is no UTF-8, and control characters and longer names are refused when shardmerge reads them.
@@ -59,7 +55,7 @@ def lay_out(
     form: Format = "safetensors",
     root: tuple[str, ...] = (),
 ) -> tuple[tuple[PlannedShard, ...], tuple[SideFile, ...]]:
-    """Returns the shards, and the indexes of the groups that have more than one, or whose format has one always.
+    """Returns the shards, and what goes with them: the index of a group that has several, the tables of a checkpoint.
 
     Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
     What can be cloned from one source file stays together: it begins a new shard if it does not fit into the last.
@@ -81,21 +77,26 @@ def lay_out(
     indexes: list[SideFile] = []
     ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
     for group, members in _grouped(ordered, groups):
-        naming = _naming(group, form)
-        parts = by_source(members) if naming.suffix == ".safetensors" else [members]
-        cut = list(_cut(parts, shard_size if group.sharded else None))
-        made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
+        most = shard_size if group.sharded else None
+        if form == "dcp" and not group.suffix:
+            made, tables = dcp_files(_cut([members], most), group.folder, root)
+        elif form == "zero-universal" and not group.suffix:
+            made, tables = zero_universal_files(members, group.folder)
+        else:
+            made, tables = _loaded_files(_naming(group, form), members, most)
         shards += made
-        indexes += _indexes(naming, made, root)
+        indexes += tables
     return tuple(shards), tuple(indexes)
 
 
-def _indexes(naming: _Naming, shards: Sequence[PlannedShard], root: tuple[str, ...]) -> Iterator[SideFile]:
-    if naming.suffix == ".distcp":
-        yield SideFile(naming.path(DCP_TABLE), (metadata_pickle(shards, root),))
-    elif len(shards) > 1:
-        name = naming.path(f"{naming.stem}{naming.suffix}.index.json")
-        yield SideFile(name, (index_json(shards),))
+def _loaded_files(naming: _Naming, members: list[PlannedTensor], most: int | None) -> Files:
+    """Returns the files of a model that is loaded as a whole, with the index of several."""
+    parts = by_source(members) if naming.suffix == ".safetensors" else [members]
+    cut = list(_cut(parts, most))
+    made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
+    if len(made) == 1:
+        return made, []
+    return made, [SideFile(naming.path(f"{naming.stem}{naming.suffix}.index.json"), (index_json(made),))]
 
 
 def index_json(shards: Sequence[PlannedShard]) -> bytes:
@@ -121,14 +122,12 @@ def _grouped(
 
 
 def _naming(group: FileGroup, form: Format) -> _Naming:
-    suffix = group.suffix or _SUFFIXES[form]
+    suffix = group.suffix or (".bin" if form == "bin" else ".safetensors")
     stem = "pytorch_model" if group.stem == "model" and suffix == ".bin" else group.stem
     return _Naming(group.folder, stem, suffix, f"{stem}-{{:05d}}-of-{{:05d}}{suffix}")
 
 
 def _names(naming: _Naming, count: int) -> list[str]:
-    if naming.suffix == ".distcp":
-        return [f"__0_{number}.distcp" for number in range(count)]  # as rank 0 calls them
     if count == 1:
         return [f"{naming.stem}{naming.suffix}"]
     return [naming.numbered.format(number, count) for number in range(1, count + 1)]
@@ -155,9 +154,7 @@ def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedS
     if naming.suffix == ".safetensors":
         return _safetensors(path, tensors)
     listed = [(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors]
-    if naming.suffix == ".distcp":
-        return _torch(path, tensors, lay_out_items(listed))
-    return _torch(path, tensors, lay_out_torch(listed, name.rsplit(".", 1)[0]))
+    return torch_shard(path, tensors, lay_out_torch(listed, name.rsplit(".", 1)[0]))
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
@@ -195,12 +192,6 @@ def _unusable_names(path: str, tensors: Iterable[PlannedTensor]) -> Iterator[Sha
             expected="" if reserved else f"1 to {_LONGEST_NAME} characters, none of them a control character",
             hint="give the tensor another name in a mapping, or `drop` it",
         )
-
-
-def _torch(path: str, tensors: list[PlannedTensor], layout: TorchLayout) -> PlannedShard:
-    placed = tuple(replace(tensor, offset=at) for tensor, at in zip(tensors, layout.offsets, strict=True))
-    checksums = {tensor.name: fields for tensor, fields in zip(tensors, layout.crc_fields, strict=True) if fields}
-    return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)
 
 
 def _header(order: Arrangement) -> bytes:

@@ -94,12 +94,20 @@ def lay_out_item(dtype: DType, shape: tuple[int, ...]) -> TorchLayout:
     return _lay_out(tensor_pickle(dtype, shape), [(dtype, shape)], _OF_A_STREAM)
 
 
+def torch_file(pickle: bytes, storages: Sequence[bytes], archive: str) -> bytes:
+    """Returns a small file as ``torch.save`` writes it: its pickle, and what lies in storages ``0``, ``1``, ..."""
+    records = _Records(archive)
+    _add_head(records, pickle)
+    for key, data in enumerate(storages):
+        records.add(f"data/{key}", data)
+    records.add("version", b"3\n")
+    records.finish()
+    return records.blobs[0][1]
+
+
 def _lay_out(pickle: bytes, tensors: Sequence[tuple[DType, tuple[int, ...]]], archive: str) -> TorchLayout:
     records = _Records(archive)
-    records.add("data.pkl", pickle)
-    records.add(".format_version", b"1")
-    records.add(".storage_alignment", b"%d" % ALIGNMENT)
-    records.add("byteorder", b"little")
+    _add_head(records, pickle)
     placed = [
         records.reserve(f"data/{key}", prod(shape) * dtype.itemsize) for key, (dtype, shape) in enumerate(tensors)
     ]
@@ -111,6 +119,14 @@ def _lay_out(pickle: bytes, tensors: Sequence[tuple[DType, tuple[int, ...]]], ar
         tuple(records.blobs),
         tuple(place.crc_fields(directory) for place in placed),
     )
+
+
+def _add_head(records: _Records, pickle: bytes) -> None:
+    """Adds what comes before the data."""
+    records.add("data.pkl", pickle)
+    records.add(".format_version", b"1")
+    records.add(".storage_alignment", b"%d" % ALIGNMENT)
+    records.add("byteorder", b"little")
 
 
 def check_shape(name: str, shape: tuple[int, ...]) -> None:

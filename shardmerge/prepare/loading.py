@@ -22,7 +22,7 @@ from shardmerge.tensors import ReadSideFile
 
 Check: TypeAlias = Literal["transformers"]
 # Files that no ``from_pretrained`` looks for.
-_OF_TRAINING = (".distcp",)
+_OF_TRAINING = (".distcp", "/fp32.pt")
 _PACKAGES = ("transformers", "torch", "accelerate")
 _EXTRA = "pip install 'shardmerge[transformers]'"
 

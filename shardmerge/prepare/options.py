@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardmerge.dtypes import DType, float_dtype
+from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
 from shardmerge.plan.planner import OutputSettings
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Where accelerate, the Trainer of transformers and Lightning keep the model in a state dict.
 _MODEL = "model"
 
+_MASTERS = DTYPES["F32"]
+
 # Who makes the parts of a plan.
 Engine: TypeAlias = Literal["here", "ray"]
 
@@ -40,7 +42,8 @@ class Options:
     dtype, shard_size
         Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
     format, root
-        ``safetensors``, ``bin`` or ``dcp``, likewise, and for ``dcp`` the keys of the model in a state dict.
+        ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``, likewise; and for ``dcp`` the keys of the model in a
+        state dict.
     memory, workers
         Budget in bytes, of all processes together, and CPUs to be used; None for the defaults of ``storage.limits``.
     download
@@ -131,13 +134,30 @@ def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings
     """Returns what the mapping's ``output:`` and the caller say together."""
     form = options.format or (spec.format if spec else None) or "safetensors"
     return OutputSettings(
-        wanted_dtype(options) or (spec.dtype if spec else None),
+        _dtype(spec, options, form),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
         form,
         _root(spec, options, form),
         str(spec.mark) if spec else "",
     )
+
+
+def _dtype(spec: OutputSpec | None, options: Options, form: Format) -> DType | None:
+    """Returns the type of all floats; DeepSpeed's optimizer steps from float32, and so does what it is given."""
+    said = wanted_dtype(options) or (spec.dtype if spec else None)
+    if form != "zero-universal" or said == _MASTERS:
+        return said
+    if said is not None:
+        raise UsageError(
+            "unfit-dtype",
+            "the weights of a `zero-universal` checkpoint are those that the optimizer of DeepSpeed steps from",
+            where=str(spec.mark) if spec and options.dtype is None else "",
+            found=said.torch,
+            expected=_MASTERS.torch,
+            hint="leave the dtype out: DeepSpeed makes its 16-bit copy by itself",
+        )
+    return _MASTERS
 
 
 def _root(spec: OutputSpec | None, options: Options, form: Format) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def described_by(prefix: str, where: str) -> Component:
 
 FileMode: TypeAlias = Literal["model", "all", "none"]
 FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)
-Format: TypeAlias = Literal["safetensors", "bin", "dcp"]
+Format: TypeAlias = Literal["safetensors", "bin", "dcp", "zero-universal"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 

@@ -148,6 +148,19 @@ OUTPUT = [
         without("--check", "transformers"),
     ),
     Row(
+        "sixteen bits for an optimizer",
+        output("format: zero-universal, dtype: bf16"),
+        "unfit-dtype",
+        told("leave the dtype out", ", dtype: bf16", ""),
+    ),
+    Row(
+        "a name that is no folder",
+        (GQA + '  "a/b": m:model.norm.weight\n').replace("output: out", "output: {path: out, format: zero-universal}")
+        + REST,
+        "unusable-name",
+        told("another name", '"a/b"', '"a.b"'),
+    ),
+    Row(
         "a name that no reader takes",
         GQA.replace("tensors:\n", "tensors:\n  __metadata__: m:model.norm.weight\n") + REST,
         "unusable-name",
