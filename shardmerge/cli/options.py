@@ -107,6 +107,7 @@ def parsed(given: dict[str, Any]) -> Options:
         shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
         format=given["form"],
         root=given["dcp_root"],
+        optimizer=given.get("with_optimizer", False),
         memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
         workers=given["workers"],
         download=given["download"],

@@ -13,6 +13,7 @@ from shardmerge.plan.phases import Arrangement, arrange, by_source
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import lay_out_torch
 from shardmerge.plan.training_files import Files, dcp_files, torch_shard, zero_universal_files
+from shardmerge.plan.universal_layout import NO_MOMENTS, Moments
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile
@@ -54,6 +55,7 @@ def lay_out(
     groups: Sequence[FileGroup] = (FileGroup(),),
     form: Format = "safetensors",
     root: tuple[str, ...] = (),
+    moments: Moments = NO_MOMENTS,
 ) -> tuple[tuple[PlannedShard, ...], tuple[SideFile, ...]]:
     """Returns the shards, and what goes with them: the index of a group that has several, the tables of a checkpoint.
 
@@ -72,6 +74,8 @@ def lay_out(
         Of the groups that leave it open.
     root
         For ``dcp``: the keys under which a state dict holds the model.
+    moments
+        For ``zero-universal``: what the optimizer remembers.
     """
     shards: list[PlannedShard] = []
     indexes: list[SideFile] = []
@@ -81,7 +85,7 @@ def lay_out(
         if form == "dcp" and not group.suffix:
             made, tables = dcp_files(_cut([members], most), group.folder, root)
         elif form == "zero-universal" and not group.suffix:
-            made, tables = zero_universal_files(members, group.folder)
+            made, tables = zero_universal_files(members, group.folder, moments)
         else:
             made, tables = _loaded_files(_naming(group, form), members, most)
         shards += made

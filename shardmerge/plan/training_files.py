@@ -11,7 +11,7 @@ from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.plan.dcp_layout import METADATA, lay_out_items, metadata_pickle
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import TorchLayout, lay_out_torch
-from shardmerge.plan.universal_layout import FOLDER, PARAM, universal_files, weight_path
+from shardmerge.plan.universal_layout import FOLDER, NO_MOMENTS, PARAM, Moments, tensor_path, universal_files
 from shardmerge.shown import shown
 from shardmerge.tensors import Shape, SideFile
 
@@ -30,8 +30,8 @@ def dcp_files(parts: Iterable[Sequence[PlannedTensor]], folder: str, root: tuple
     return made, [SideFile(_inside(folder, METADATA), (metadata_pickle(made, root),))]
 
 
-def zero_universal_files(tensors: Sequence[PlannedTensor], folder: str) -> Files:
-    """Returns a universal checkpoint of DeepSpeed, a file each tensor.
+def zero_universal_files(tensors: Sequence[PlannedTensor], folder: str, moments: Moments = NO_MOMENTS) -> Files:
+    """Returns a universal checkpoint of DeepSpeed, a file each tensor, and each moment of it.
 
     Raises
     ------
@@ -39,12 +39,18 @@ def zero_universal_files(tensors: Sequence[PlannedTensor], folder: str) -> Files
         ``unusable-name``, of all names at once: one that is no folder.
     """
     raise_all(_no_folders(tensors))
-    made = []
-    for tensor in tensors:
-        layout = lay_out_torch([(PARAM, tensor.dtype, tensor.shape)], "fp32")
-        made.append(torch_shard(_inside(folder, weight_path(tensor.stored)), [replace(tensor, stored=PARAM)], layout))
+    made = [_own_file(tensor, folder, tensor.stored, "fp32") for tensor in tensors]
+    for kind, entries in moments.entries.items():
+        for one in (tensor for tensor in tensors if tensor.stored in entries):
+            moment = replace(one, name=f"{kind}:{one.name}", entry=entries[one.stored])
+            made.append(_own_file(moment, folder, one.stored, kind))
     shapes = {tensor.stored: tensor.shape for tensor in tensors}
-    return made, [SideFile(_inside(folder, path), (data,)) for path, data in universal_files(shapes)]
+    return made, [SideFile(_inside(folder, path), (data,)) for path, data in universal_files(shapes, moments)]
+
+
+def _own_file(tensor: PlannedTensor, folder: str, weight: str, kind: str) -> PlannedShard:
+    layout = lay_out_torch([(PARAM, tensor.dtype, tensor.shape)], kind)
+    return torch_shard(_inside(folder, tensor_path(weight, kind)), [replace(tensor, stored=PARAM)], layout)
 
 
 def torch_shard(path: str, tensors: Sequence[PlannedTensor], layout: TorchLayout) -> PlannedShard:

@@ -7,11 +7,12 @@
     universal/zero_pp_rank_0_mp_rank_00_model_states.pt       the same, read at stage 3
     universal/zero/optimizer_state.pt                 what the optimizer keeps beside its tensors
     universal/zero/<parameter>/fp32.pt                {"param": the weight}
-    universal/zero/<parameter>/{exp_avg,exp_avg_sq,step}.pt   the moments of Adam: of one that has not begun
+    universal/zero/<parameter>/{exp_avg,exp_avg_sq,step}.pt   the moments of Adam
 
-The moments are zeros of one element that is seen everywhere (strides of 0), so they take no space; stage 3 loads
-nothing without them. A parameter group of the trainer is loaded only where the file has one too, so it has as many as
-anybody makes, each without a setting: those of the trainer stay.
+Moments that are not taken along are those of an optimizer that has not begun: zeros, of one element that is seen
+everywhere (strides of 0), so they take no space; stage 3 loads nothing without them. A parameter group of the trainer
+is loaded only where the file has one too, so it has as many as anybody makes, each without a setting: those of the
+trainer stay.
 
 Source: DeepSpeed 0.19.8, ``load_checkpoint`` in ``runtime/engine.py``, ``load_hp_checkpoint_state`` in
 ``checkpoint/universal_checkpoint.py`` and ``runtime/zero/stage3.py``, ``runtime/base_optimizer.py``, and what its
@@ -20,18 +21,23 @@ Source: DeepSpeed 0.19.8, ``load_checkpoint`` in ``runtime/engine.py``, ``load_h
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from shardmerge.plan.pickle_values import PickledCall, PickledDict, PickledName, PickledStorage, PickledValue, pickled
 from shardmerge.plan.torch_layout import torch_file
-from shardmerge.tensors import Shape
+from shardmerge.tensors import Shape, TensorEntry
 
 FOLDER = "universal"
 LATEST = "latest_universal"
 
 # What a file of weights calls its tensor.
 PARAM = "param"
+
+# The moments of Adam, as torch calls them.
+KINDS = ("exp_avg", "exp_avg_sq")
 
 # The version whose files these are; older ones than 0.3.17 are not loaded at stage 1.
 _DEEPSPEED = "0.19.8"
@@ -44,36 +50,58 @@ _ORDERED_DICT = PickledCall(PickledName("collections", "OrderedDict"), ())
 _SIZE = PickledName("torch", "Size")
 
 
-def weight_path(name: str) -> str:
-    """Returns the path of the file of one weight."""
-    return f"{FOLDER}/zero/{name}/fp32.pt"
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What an optimizer remembers of the weights that it steps.
+
+    Attributes
+    ----------
+    step
+        How often it stepped.
+    entries
+        By kind (``exp_avg``, ``exp_avg_sq``) and name of the weight.
+    """
+
+    step: float
+    entries: Mapping[str, Mapping[str, TensorEntry]]
 
 
-def universal_files(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, bytes]]:
-    """Yields every small file by its path, of a checkpoint with weights of these names and shapes."""
+NO_MOMENTS = Moments(0.0, {kind: {} for kind in KINDS})
+
+
+def tensor_path(name: str, kind: str = "fp32") -> str:
+    """Returns the path of the file of one weight, or of a moment of it."""
+    return f"{FOLDER}/zero/{name}/{kind}.pt"
+
+
+def universal_files(shapes: Mapping[str, Shape], moments: Moments = NO_MOMENTS) -> Iterator[tuple[str, bytes]]:
+    """Yields every small file by its path, of a checkpoint with weights of these names and shapes.
+
+    Moments that are there have files of their own.
+    """
     states = torch_file(pickled(_states(shapes)), (), "mp_rank_00_model_states")
     yield LATEST, FOLDER.encode()
     yield f"{FOLDER}/mp_rank_00_model_states.pt", states
     yield f"{FOLDER}/zero_pp_rank_0_mp_rank_00_model_states.pt", states
-    yield f"{FOLDER}/zero/optimizer_state.pt", _file_of_zero(_optimizer(), "optimizer_state")
-    step = _file_of_zero(_zeros(()), "step")
+    yield f"{FOLDER}/zero/optimizer_state.pt", _file_of_one(_optimizer(), "optimizer_state", moments.step)
+    step = _file_of_one(_all_alike(()), "step", moments.step)
     for name, shape in shapes.items():
-        folder = weight_path(name).rpartition("/")[0]
-        yield from ((f"{folder}/{moment}.pt", _moment(shape, moment)) for moment in ("exp_avg", "exp_avg_sq"))
-        yield f"{folder}/step.pt", step
+        missing = (kind for kind in KINDS if name not in moments.entries[kind])
+        yield from ((tensor_path(name, kind), _zero_moment(shape, kind)) for kind in missing)
+        yield tensor_path(name, "step"), step
 
 
 @lru_cache(maxsize=_KINDS)
-def _moment(shape: Shape, archive: str) -> bytes:
-    return _file_of_zero(_dict(param=_zeros(shape)), archive)
+def _zero_moment(shape: Shape, kind: str) -> bytes:
+    return _file_of_one(_dict(param=_all_alike(shape)), kind, 0.0)
 
 
-def _file_of_zero(value: PickledValue, archive: str) -> bytes:
-    """Returns a file whose storage is one float32 of zero."""
-    return torch_file(pickled(value), (bytes(4),), archive)
+def _file_of_one(value: PickledValue, archive: str, number: float) -> bytes:
+    """Returns a file whose storage is one float32."""
+    return torch_file(pickled(value), (struct.pack("<f", number),), archive)
 
 
-def _zeros(shape: Shape) -> PickledCall:
+def _all_alike(shape: Shape) -> PickledCall:
     """Returns a tensor of float32 whose elements are all the first of the storage."""
     storage, strides = PickledStorage("FloatStorage", "0", 1), (0,) * len(shape)
     return PickledCall(
@@ -84,7 +112,7 @@ def _zeros(shape: Shape) -> PickledCall:
 def _optimizer() -> PickledDict:
     """What stages 1 and 2 take (``param_groups``, ``ds_version``), and stage 3 (``optimizer_state_dict``)."""
     groups: list[PickledValue] = [_dict() for _ in range(_GROUPS)]
-    state = PickledDict([(0, _dict(step=_zeros(())))])
+    state = PickledDict([(0, _dict(step=_all_alike(())))])
     return _dict(
         optimizer_state_dict=_dict(state=state, param_groups=groups), param_groups=groups, ds_version=_DEEPSPEED
     )

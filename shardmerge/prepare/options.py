@@ -44,6 +44,8 @@ class Options:
     format, root
         ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``, likewise; and for ``dcp`` the keys of the model in a
         state dict.
+    optimizer
+        Whether the moments of Adam go along, of a conversion that keeps every name, to ``zero-universal``.
     memory, workers
         Budget in bytes, of all processes together, and CPUs to be used; None for the defaults of ``storage.limits``.
     download
@@ -77,6 +79,7 @@ class Options:
     shard_size: int | None = None
     format: Format | None = None
     root: str | None = None
+    optimizer: bool = False
     memory: int | None = None
     workers: int | None = None
     download: bool = False
