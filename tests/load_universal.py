@@ -1,6 +1,7 @@
-"""Loads a universal checkpoint into DeepSpeed, and takes a step: ``load_universal.py CHECKPOINT STAGE WORLD OUT``.
+"""Runs DeepSpeed, on ranks over gloo, on the CPU: ``load_universal.py train|load CHECKPOINT STAGE WORLD OUT``.
 
-Ranks over gloo, on the CPU. Rank 0 saves the fp32 weights as they were loaded, and moments and weights after a step.
+``train`` takes three steps, saves a checkpoint of ZeRO and goes on for a step. ``load`` begins with a universal
+checkpoint and takes a step. Rank 0 saves the fp32 weights before that last step and after it, and then the moments.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import nn
 SETTINGS = {
     "train_micro_batch_size_per_gpu": 1,
     "bf16": {"enabled": True},
-    "checkpoint": {"load_universal": True},
     "gradient_clipping": 0.0,
     "zero_allow_untested_optimizer": True,
 }
@@ -38,7 +38,14 @@ def groups(made: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def load(folder: Path, stage: int, rank: int, world: int, out: Path) -> None:
+def step(engine: object, seed: int) -> None:
+    """The same on every rank, so that gradients are the same for any number of them."""
+    torch.manual_seed(seed)
+    engine.backward(engine(torch.randn(4, 7, dtype=torch.bfloat16)).square().sum())
+    engine.step()
+
+
+def work(how: str, folder: Path, stage: int, rank: int, world: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -48,29 +55,33 @@ def load(folder: Path, stage: int, rank: int, world: int, out: Path) -> None:
     torch.manual_seed(1)
     made = model()
     optimizer = torch.optim.AdamW(groups(made), lr=0.01)
-    settings = SETTINGS | {"zero_optimization": {"stage": stage}}
+    universal = {"load_universal": how == "load"}
+    settings = SETTINGS | {"zero_optimization": {"stage": stage}, "checkpoint": universal}
     engine, _, _, _ = deepspeed.initialize(model=made, optimizer=optimizer, config=settings)
-    path, _ = engine.load_checkpoint(str(folder))
-    assert path is not None
+    if how == "load":
+        path, _ = engine.load_checkpoint(str(folder))
+        assert path is not None
+    else:
+        for seed in (10, 11, 12):
+            step(engine, seed)
+        engine.save_checkpoint(str(folder), exclude_frozen_parameters=False)
     named = dict(engine.module.named_parameters())
     found = {"loaded": {name: safe_get_full_fp32_param(one).clone() for name, one in named.items()}}
-    torch.manual_seed(2)
-    engine.backward(engine(torch.randn(4, 7, dtype=torch.bfloat16)).square().sum())
-    engine.step()
+    step(engine, 2)
     found["stepped"] = {name: safe_get_full_fp32_param(one).clone() for name, one in named.items()}
-    for kind in KINDS:
+    for kind in KINDS if how == "load" else ():  # DeepSpeed has them by name only once it loaded them, below stage 3
         found[kind] = {name: safe_get_full_optimizer_state(one, kind).clone() for name, one in named.items()}
     if rank == 0:
         torch.save(found, out)
     torch.distributed.barrier()
 
 
-def main(folder: Path, stage: int, world: int, out: Path) -> None:
+def main(how: str, folder: Path, stage: int, world: int, out: Path) -> None:
     """Forks the ranks, so that torch is imported once, and fails if one of them does."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=load, args=(folder, stage, rank, world, out)) for rank in range(world)]
+    ranks = [context.Process(target=work, args=(how, folder, stage, rank, world, out)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -79,4 +90,4 @@ def main(folder: Path, stage: int, world: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,16 +57,22 @@ def loader() -> Path:
 def test_deepspeed_goes_on_from_it(stage: int, world: int, loader: Path, source: Path, tmp_path: Path) -> None:
     """All weights bit for bit, of both parameter groups, and a first step that is the optimizer's first."""
     sm.convert(source, tmp_path / "out", options=OPTIONS)
-    script = [loader, load_universal.__file__, tmp_path / "out", str(stage), str(world), tmp_path / "found.pt"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found = run_deepspeed(loader, "load", tmp_path / "out", stage, world)
     assert_same(found["loaded"], weights())
     expected, moments = stepped()
     for name in weights():
         assert torch.allclose(found["exp_avg"][name], moments[name], rtol=1e-2, atol=1e-5), name
         if stage < 3 or weights()[name].dim() > 1:
             assert torch.allclose(found["stepped"][name], expected[name], rtol=1e-3, atol=1e-4), name
+
+
+def run_deepspeed(loader: Path, how: str, folder: Path, stage: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    out = folder.with_name(f"{how}.pt")
+    script = [loader, load_universal.__file__, how, folder, str(stage), str(world), out]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(out, weights_only=True)
+    return found
 
 
 def stepped() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -84,6 +93,108 @@ def stepped() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     named = dict(masters.named_parameters())
     moments = {name: optimizer.state[one]["exp_avg"] for name, one in named.items()}
     return {name: one.detach() for name, one in named.items()}, moments
+
+
+# ---- the moments
+
+
+class Stubs:
+    """A pickle module for ``torch.load`` that makes nothing of DeepSpeed's classes."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            if module.startswith("deepspeed"):
+                return type(name, (), {"__init__": lambda self, *_: None})
+            return super().find_class(module, name)
+
+
+def moments_by_hand(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Returns the moments of stage 1 or 2, of one tag, put together as the masters are."""
+    states = torch.load(next(folder.glob("mp_rank_00_*")), pickle_module=Stubs, weights_only=False)
+    ranks = sorted(folder.glob("*_optim_states.pt"))
+    optims = [torch.load(rank, pickle_module=Stubs, weights_only=False)["optimizer_state_dict"] for rank in ranks]
+    found = {}
+    for group, shapes in enumerate(states["param_shapes"]):
+        masters = [optim["single_partition_of_fp32_groups"][group] for optim in optims]
+        parts = [optim["base_optimizer_state"]["state"][group][kind] for optim in optims]
+        flat = torch.cat([part[: master.numel()] for part, master in zip(parts, masters, strict=True)])
+        for name, shape in shapes.items():
+            found[name], flat = flat[: shape.numel()].reshape(shape), flat[shape.numel() :]
+    return found
+
+
+@pytest.mark.parametrize("case", ["bag_z2_w3_bf16", "llama_z1_w2_bf16", "v0_9_5_bag_z1_w2_bf16"])
+def test_the_moments_are_those_of_the_optimizer(case: str, tmp_path: Path) -> None:
+    ckpt = GOLDEN / "zero" / case / "ckpt"
+    shardmerge("convert", ckpt, tmp_path / "out", "--format", "zero-universal", "--with-optimizer", "--no-sync")
+    (tag,) = (folder for folder in ckpt.iterdir() if folder.is_dir())
+    zero = tmp_path / "out" / "universal" / "zero"
+    for kind in ("exp_avg", "exp_avg_sq"):
+        expected = moments_by_hand(tag, kind)
+        found = {name: torch.load(zero / name / f"{kind}.pt", weights_only=True)["param"] for name in expected}
+        assert_same(found, expected)
+        assert any(tensor.any() for tensor in found.values())
+        assert_same({name: tensor.torch() for name, tensor in sm.open_checkpoint(ckpt, view=kind).items()}, expected)
+    steps = {float(torch.load(path, weights_only=True)) for path in zero.glob("*/step.pt")}
+    state = torch.load(zero / "optimizer_state.pt", weights_only=True)
+    assert steps == {float(state["optimizer_state_dict"]["state"][0]["step"])}
+    assert steps != {0.0}
+    sm.verify(tmp_path / "out")
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("case", ["bag_z1_w3_bf16", "subgroups_bag_z3_w3_bf16", "alignment_z2_w3_bf16"])
+def test_every_file_is_that_of_deepspeeds_own_conversion(case: str, loader: Path, tmp_path: Path) -> None:
+    ckpt = GOLDEN / "zero" / case / "ckpt"
+    (tag,) = (folder for folder in ckpt.iterdir() if folder.is_dir())
+    options = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    command = ["--input_folder", tag, "--output_folder", tmp_path / "theirs", *options]
+    done = subprocess.run(
+        [loader, "-m", "deepspeed.checkpoint.ds_to_universal", *command],
+        capture_output=True, text=True, check=False, env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sm.convert(ckpt, tmp_path / "out", options=replace(OPTIONS, optimizer=True))
+    files = sorted((tmp_path / "theirs" / "zero").glob("*/*.pt"))
+    assert len(files) > 20
+    for file in files:
+        ours = tmp_path / "out" / "universal" / "zero" / file.parent.name / file.name
+        theirs, found = (torch.load(path, weights_only=True) for path in (file, ours))
+        theirs, found = (one["param"] if isinstance(one, dict) else one for one in (theirs, found))
+        assert torch.equal(theirs.flatten().float(), found.flatten().float()), file
+
+
+@pytest.mark.load
+@pytest.mark.parametrize(("before", "after"), [((3, 2), (2, 3)), ((1, 3), (3, 2))])
+def test_a_run_goes_on_at_another_stage_and_number_of_ranks(
+    before: tuple[int, int], after: tuple[int, int], loader: Path, tmp_path: Path
+) -> None:
+    """The next step is that of the unbroken run, as far as a mean over two ranks and one over three agree in 16 bits.
+
+    Where stage 3 goes on, that is so of the first sub-group: see ``stepped``.
+    """
+    expected = run_deepspeed(loader, "train", tmp_path / "ckpt", *before)
+    sm.convert(tmp_path / "ckpt", tmp_path / "out", options=replace(OPTIONS, optimizer=True))
+    found = run_deepspeed(loader, "load", tmp_path / "out", *after)
+    assert_same(found["loaded"], expected["loaded"])
+    for name, tensor in expected["stepped"].items():
+        if after[0] < 3 or tensor.dim() > 1:
+            assert torch.allclose(found["stepped"][name], tensor, rtol=0, atol=1e-4), name
+            assert (tensor - expected["loaded"][name]).abs().max() > 1e-3, name
+
+
+def test_what_has_no_moments_is_refused(source: Path, tmp_path: Path) -> None:
+    command = ["convert", source, tmp_path / "out", "--with-optimizer"]
+    assert "add --format zero-universal" in shardmerge(*command, code=2).stderr
+    assert "[no-moments]" in shardmerge(*command, "--format", "zero-universal", code=2).stderr
+    for case in ("elastic_z2_w2_bf16", "llama_z0_w2_bf16"):
+        command[1] = GOLDEN / "zero" / case / "ckpt"
+        done = shardmerge(*command, "--format", "zero-universal", code=1)
+        assert "[no-moments]" in done.stderr
+        assert "leave --with-optimizer out" in done.stderr
+    command[1] = GOLDEN / "zero" / "llama_z2_w2_bf16" / "ckpt"
+    done = shardmerge(*command, "--format", "zero-universal", "--use", "llama/hf-to-hf", code=2)
+    assert "[no-effect]" in done.stderr
 
 
 # ---- the files
