@@ -314,7 +314,10 @@ def test_a_second_reader_sees_what_a_receipt_hides(tmp_path: Path) -> None:
     assert caught.value.code in {"reference-differs", "reference-refuses"}
 
 
-def test_transformers_is_not_asked_of_what_it_cannot_load(source: Path, tmp_path: Path) -> None:
+def test_transformers_is_not_asked_of_what_it_cannot_load(tmp_path: Path) -> None:
+    source = GOLDEN / "xtuner" / "base_llm"
+    assert (source / "config.json").is_file()
     done = shardmerge("convert", source, tmp_path / "out", "--format", "dcp", "--check", "transformers", code=2)
+    assert "transformers loads no checkpoint" in done.stderr
     assert "[no-effect]" in done.stderr
     assert "leave --check out" in done.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 from shardmerge.mapping.same_names import keep_names
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.plan.planner import make_plan
-from shardmerge.plan.universal_layout import NO_MOMENTS
 from shardmerge.prepare.agreed import agreed
 from shardmerge.prepare.dequantizing import dequantized
 from shardmerge.prepare.moments import moments_of
@@ -39,7 +38,7 @@ def prepare_plain(source: SourceSpec, options: Options) -> Prepared:
     if not resolution.assignments:
         raise nothing_to_convert(source, catalog)
     told = settled.told({name: catalog}, catalog.entries.values())
-    moments = moments_of(source, opened, resolution, options) if options.optimizer else NO_MOMENTS
+    moments = moments_of(source, opened, resolution, options)
     plan = make_plan(PLAIN, told, {name: source.path}, resolution, expectation, output, moments)
     conditions = Conditions(partial=options.partial, source=catalog)
     return Prepared.of(sides.pinned(agreed(plan, sides, conditions, options)), None, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from shardmerge.errors import UsageError
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.spec import SourceSpec
-from shardmerge.plan.universal_layout import KINDS, Moments
+from shardmerge.plan.universal_layout import KINDS, NO_MOMENTS, Moments
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
@@ -18,7 +18,7 @@ from shardmerge.tensors import Catalog, TensorEntry
 
 
 def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, options: Options) -> Moments:
-    """Returns the moments of a source whose tensors keep their names.
+    """Returns the moments of a source whose tensors keep their names, where they are asked for.
 
     Raises
     ------
@@ -27,6 +27,8 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
     CheckpointError
         ``no-moments``: it has none.
     """
+    if not options.optimizer:
+        return NO_MOMENTS
     if options.format != "zero-universal":
         what = "--with-optimizer is for a universal checkpoint: other formats hold no optimizer"
         raise UsageError("no-effect", what, hint="add --format zero-universal, or leave --with-optimizer out")

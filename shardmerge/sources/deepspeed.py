@@ -14,11 +14,18 @@ from pathlib import Path
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_masters, check_module, check_tag
+from shardmerge.sources.deepspeed_checks import (
+    ONE_SAVE,
+    Tag,
+    check_kind,
+    check_masters,
+    check_module,
+    check_tag,
+    step_of,
+)
 from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
-from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import (
     MISFIT,
     OptimState,
@@ -119,9 +126,7 @@ class _Builder:
 
     def moment_catalog(self) -> Catalog:
         """What the optimizer keeps beside the weights that it steps; nothing for all others."""
-        step = self.optims[0].step if self.optims else None
-        if step is None:
-            raise no_moments(str(self.tag.folder), "no optimizer file that says its step")
+        step = step_of(self.tag)
         (self._add_stage3 if self.tag.stage == 3 else self._add_stage12)()
         return replace(self._catalog(), facts={"step": step})
 

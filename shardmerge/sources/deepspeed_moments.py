@@ -16,6 +16,9 @@ from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import TorchFile
 
+# What torch's Adam keeps of a parameter, and DeepSpeed's own.
+_OF_ADAM = frozenset({"exp_avg", "exp_avg_sq", "step"})
+
 
 def moment_flats(
     file: TorchFile, base: Mapping[object, PickleValue], masters: Sequence[TensorRef], kind: str
@@ -25,9 +28,13 @@ def moment_flats(
     Raises
     ------
     CheckpointError
-        ``no-moments``: a group has none of this kind, or not one number for each master.
+        ``no-moments``: a group has none of this kind, or not one number for each master, or it keeps more than Adam
+        does, which would be lost.
     """
     states = as_dict(base.get("state"))
+    odd = sorted({str(key) for state in states.values() for key in as_dict(state)} - _OF_ADAM)
+    if odd:
+        raise no_moments(file.path, f"it keeps {', '.join(odd)} besides", f"no more than {', '.join(sorted(_OF_ADAM))}")
     return tuple(
         _flat(file, as_dict(states.get(n)).get(kind), ref, f"{kind} of group {n}") for n, ref in enumerate(masters)
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 
 from tests.following import Follow, Row, change, near, pasted, ran, said
-from tests.hint_rows.given import copied, mapped, told, without
+from tests.hint_rows.given import ZERO, copied, mapped, told, without
 from tests.test_mistakes import GQA, REST
 
 LLAMA = "target: {name: hf/llama, text: m}\n"
 INIT = ("init",)
+UNIVERSAL = ("--format", "zero-universal", "--with-optimizer")
 
 
 def output(keys: str, start: str = "", source: str = "$gqa") -> str:
@@ -159,6 +160,26 @@ OUTPUT = [
         + REST,
         "unusable-name",
         told("another name", '"a/b"', '"a.b"'),
+    ),
+    Row(
+        "an optimizer for a format that has no place for it",
+        copied(ZERO / "llama_z2_w2_bf16/ckpt", "--with-optimizer"),
+        "no-effect",
+        more("--format", "zero-universal"),
+    ),
+    Row(
+        "an optimizer for rules",
+        copied(ZERO / "llama_z2_w2_bf16/ckpt", *UNIVERSAL, "--use", "llama/hf-to-hf"),
+        "no-effect",
+        without("--with-optimizer"),
+        "no-config",
+    ),
+    Row("an optimizer of a published model", copied("gqa", *UNIVERSAL), "no-moments", without("--with-optimizer")),
+    Row(
+        "an optimizer that is kept otherwise",
+        copied(ZERO / "elastic_z2_w2_bf16/ckpt", *UNIVERSAL),
+        "no-moments",
+        without("--with-optimizer"),
     ),
     Row(
         "a name that no reader takes",
