@@ -269,6 +269,13 @@ def test_a_plan_that_is_read_is_the_plan(source: Path, tmp_path: Path) -> None:
     assert_same(loaded(tmp_path / "out", {"model": weights()})["model"], load_file(source))
 
 
+def test_a_plan_has_decided_the_keys(source: Path, tmp_path: Path) -> None:
+    api.write_plan(api.prepare_conversion(source, options=OPTIONS), tmp_path / "plan.json", tmp_path / "out")
+    done = shardmerge("run", tmp_path / "plan.json", "--dcp-root", "other", code=2)
+    assert "[no-effect] " in done.stderr.replace("\n", " ")
+    assert "--dcp-root is decided in the plan" in done.stderr
+
+
 def test_a_run_that_is_stopped_is_gone_on_with(runs: Machine, tmp_path: Path) -> None:
     expected = {f"w{n}": torch.randn(256, 512) for n in range(4)}
     save_file(expected, tmp_path / "model.safetensors", {"format": "pt"})

@@ -172,7 +172,7 @@ OUTPUT = [
         copied(ZERO / "llama_z2_w2_bf16/ckpt", *UNIVERSAL, "--use", "llama/hf-to-hf"),
         "no-effect",
         without("--with-optimizer"),
-        "no-config",
+        "missing-source",
     ),
     Row("an optimizer of a published model", copied("gqa", *UNIVERSAL), "no-moments", without("--with-optimizer")),
     Row(
