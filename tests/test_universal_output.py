@@ -256,6 +256,20 @@ def test_moments_take_no_space(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) < 4_030_000
 
 
+@pytest.mark.parametrize("form", ["dcp", "zero-universal"])
+def test_a_model_that_is_not_whole_is_refused(form: str, tmp_path: Path) -> None:
+    """As for every format: what config.json describes is there."""
+    shutil.copytree(GOLDEN / "xtuner" / "base_llm", tmp_path / "whole")
+    sm.convert(tmp_path / "whole", tmp_path / "fine", options=sm.Options(format=form, sync=False))
+    (file,) = (tmp_path / "whole").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(sm.TargetError) as caught:
+        sm.convert(tmp_path / "whole", tmp_path / "out", options=sm.Options(format=form, sync=False))
+    assert caught.value.code == "incomplete-model"
+
+
 def test_names_that_are_no_folders(tmp_path: Path) -> None:
     names = ["a/b", "..", "x" * 256, "optimizer_state.pt", "fine"]
     save_file({name: torch.ones(2) for name in names}, tmp_path / "m.safetensors")

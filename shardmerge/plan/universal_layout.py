@@ -74,6 +74,13 @@ def tensor_path(name: str, kind: str = "fp32") -> str:
     return f"{FOLDER}/zero/{name}/{kind}.pt"
 
 
+def weight_at(path: str) -> tuple[str, str]:
+    """Returns the checkpoint's own folder and the name of the weight in a file, ``("", "")`` for any other file."""
+    before, zero, rest = path.rpartition(f"{FOLDER}/zero/")
+    name, _, file = rest.rpartition("/")
+    return (before.rstrip("/"), name) if zero and file == "fp32.pt" else ("", "")
+
+
 def universal_files(shapes: Mapping[str, Shape], moments: Moments = NO_MOMENTS) -> Iterator[tuple[str, bytes]]:
     """Yields every small file by its path, of a checkpoint with weights of these names and shapes.
 
