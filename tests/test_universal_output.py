@@ -202,7 +202,8 @@ def test_what_has_no_moments_is_refused(source: Path, tmp_path: Path) -> None:
 def test_an_optimizer_that_keeps_more_is_no_adam(tmp_path: Path) -> None:
     """AMSGrad has a third moment: the others without it are another optimizer."""
     kept = {kind: torch.zeros(4) for kind in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
-    torch.save({"masters": [torch.zeros(3)], "state": {0: kept}}, tmp_path / "optim.pt")
+    masters, longer = [torch.zeros(3)], [torch.zeros(5)]
+    torch.save({"masters": masters, "longer": longer, "state": {0: kept}}, tmp_path / "optim.pt")
     file = read_torch_file(tmp_path / "optim.pt")
     with pytest.raises(sm.CheckpointError) as caught:
         moment_flats(file, file.root, file.root["masters"], "exp_avg")
@@ -211,6 +212,8 @@ def test_an_optimizer_that_keeps_more_is_no_adam(tmp_path: Path) -> None:
     del file.root["state"][0]["max_exp_avg_sq"]
     (flat,) = moment_flats(file, file.root, file.root["masters"], "exp_avg")
     assert flat.shape == (3,)
+    with pytest.raises(sm.CheckpointError, match="group 0"):
+        moment_flats(file, file.root, file.root["longer"], "exp_avg")
     with pytest.raises(sm.CheckpointError, match="group 1"):
         moment_flats(file, file.root, file.root["masters"] * 2, "exp_avg")
 
