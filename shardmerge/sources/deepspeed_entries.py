@@ -82,6 +82,11 @@ def read_tag_member(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _deepspeed(folder: Path, options: OpenOptions) -> Catalog:
+    kind = "a universal checkpoint" if is_universal(folder) else "a pipeline" if has_layers(folder) else ""
+    if kind and options.view not in ("fp32", "module"):
+        from shardmerge.sources.deepspeed_moments import no_moments
+
+        raise no_moments(str(folder), f"those of {kind} are not read")
     if is_universal(folder):
         from shardmerge.sources.deepspeed_universal import read_universal
 
