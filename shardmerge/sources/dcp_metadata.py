@@ -146,8 +146,8 @@ class _MetadataMachine(StreamMachine):
         if self.data[:1] != b"\x80":
             raise damaged("not a pickle of protocol 2 to 5", repr(self.data[:4]))
         for _ in range(MOST_OPCODES):
-            if self.pos >= self._limit:
-                self._leave_frame()
+            if self.pos >= self.edge:
+                self.go_on()
             self.op = self.pos
             opcode = self.data[self.pos]
             size = _GET_SIZES.get(opcode)
