@@ -28,10 +28,9 @@ from shardmerge.sources.dcp_runs import (
     ITEM,
     OBJECT_MEMOS,
     NoMatchError,
-    ints_of,
     memo_number,
     recalled,
-    size_memos,
+    size_of,
     state_of,
 )
 from shardmerge.sources.dcp_table import ChunkTable
@@ -200,22 +199,23 @@ class _MetadataMachine(StreamMachine):
                 if [self._get(key) for key in keys] != ["offsets", "sizes"]:
                     return False
                 self._chunk_keys = keys
-            first, second = found.group(3, 5)
-            memos = size_memos(first), size_memos(second)
             try:
-                boxes = [self._numbers(raw, count) for raw, count in zip((first, second), memos, strict=True)]
+                (offsets, first), (sizes, second) = self._size(found[3]), self._size(found[5])
             except NoMatchError:
                 return False
-            self._stack.append(self.table.box(*boxes))
-            self.skip(OBJECT_MEMOS + sum(memos), found.end())
+            self._stack.append(self.table.box(offsets, sizes))
+            self.skip(OBJECT_MEMOS + first + second, found.end())
             found = CHUNK.match(self.data, self.pos, self._limit)
         return True
 
-    def _numbers(self, raw: bytes, memos: int) -> tuple[int, ...]:
-        value: Any = ints_of(raw) if memos else recalled(self._get(raw))
-        if not are_sizes(value):
+    def _size(self, raw: bytes) -> tuple[tuple[int, ...], int]:
+        numbers, memos = size_of(raw)
+        if memos:
+            return numbers, memos
+        value = recalled(self._get(raw))
+        if not isinstance(value, tuple) or not are_sizes(value):
             raise NoMatchError
-        return tuple(value)
+        return tuple(value), 0
 
     def item_row(self) -> bool:
         """Reads an item: what it is called, and where it lies."""

@@ -11,7 +11,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TypeAlias
+
+from shardmerge.sources.pickle_bounds import MOST_DIMS
 
 _INT = rb"(?:K.|M..|J.{4}|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
 _GET = rb"(?:h.|j.{4})"
@@ -35,6 +38,11 @@ INDEX_FIELDS, INFO_FIELDS = slice(1, 7), slice(8, 16)
 OBJECT_MEMOS = 2
 
 _GETS = (0x68, 0x6A)
+_INT_SIZES = {0x4B: 2, 0x4D: 3, 0x4A: 5, 0x8A: 0}  # LONG1 says its own
+# A class, an empty tuple and its REDUCE; a get alone is shorter.
+_SHORTEST_SIZE = 7
+# Layers are alike: of a million boxes there are as many sizes as ranks and kinds of matrices.
+_MOST_SIZES = 1 << 13
 _U16 = struct.Struct("<H")
 _I32 = struct.Struct("<i")
 _U32 = struct.Struct("<I")
@@ -53,37 +61,36 @@ def memo_number(get: bytes) -> int:
     return get[1] if get[0] == 0x68 else int(_U32.unpack_from(get, 1)[0])
 
 
-def size_memos(raw: bytes) -> int:
-    """Returns how many memos a size adds; none if it is one that was memoized before."""
-    if raw[-1] != 0x94 or len(raw) < 6:
-        return 0
-    return 2 if raw[-5:-4] == b")" else 3
+@lru_cache(maxsize=_MOST_SIZES)
+def size_of(raw: bytes) -> tuple[tuple[int, ...], int]:
+    """Returns the numbers of a size, and how many memos it adds; none of either for one that is recalled."""
+    if len(raw) < _SHORTEST_SIZE:
+        return (), 0
+    at = 2 if raw[0] == 0x68 else 5  # behind the class
+    at += raw[at] == 0x28  # MARK
+    found: list[int] = []
+    while (opcode := raw[at]) in _INT_SIZES:
+        end = at + (2 + raw[at + 1] if opcode == 0x8A else _INT_SIZES[opcode])
+        found.append(int_of(raw[at:end]))
+        at = end
+    if min(found, default=0) < 0 or len(found) > MOST_DIMS:
+        raise NoMatchError
+    return tuple(found), 3 if found else 2
 
 
-def ints_of(raw: bytes, at: int | None = None) -> tuple[int, ...]:
-    """Returns the numbers of a size, of the opcodes that push them; they begin behind its class."""
-    if at is None:
-        at = 2 if raw[0] == 0x68 else 5
-        at += raw[at] == 0x28  # MARK
-    found, stop = [], len(raw)
-    while at < stop:
-        opcode = raw[at]
-        if opcode == 0x4B:
-            found.append(raw[at + 1])
-            at += 2
-        elif opcode == 0x4D:
-            found.append(_U16.unpack_from(raw, at + 1)[0])
-            at += 3
-        elif opcode == 0x4A:
-            found.append(_I32.unpack_from(raw, at + 1)[0])
-            at += 5
-        elif opcode == 0x8A:
-            end = at + 2 + raw[at + 1]
-            found.append(int.from_bytes(raw[at + 2 : end], "little", signed=True))
-            at = end
-        else:
-            break
-    return tuple(found)
+def int_of(raw: bytes) -> int:
+    """Returns the number that an opcode pushes."""
+    opcode = raw[0]
+    if opcode == 0x4B:
+        return raw[1]
+    number: int
+    if opcode == 0x4D:
+        (number,) = _U16.unpack_from(raw, 1)
+    elif opcode == 0x4A:
+        (number,) = _I32.unpack_from(raw, 1)
+    else:
+        number = int.from_bytes(raw[2:], "little", signed=True)
+    return number
 
 
 def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[object, Value], int]:
@@ -104,10 +111,12 @@ def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[objec
         if opcode == 0x8C:
             value, memos = _text(raw), memos + 1
         elif opcode in _GETS:
-            value = ints_of(raw) if (added := size_memos(raw)) else recalled(recall(raw))
+            value, added = size_of(raw)
             memos += added
+            if not added:
+                value = recalled(recall(raw))
         elif opcode != 0x4E:
-            (value,) = ints_of(raw, 0)
+            value = int_of(raw)
         state[recall(key)] = value
     return state, memos
 

@@ -20,7 +20,7 @@ _LARGEST_KEY = (1 << 61) - 2
 # Hashes of tuples of integers can be made to collide, and n colliding keys cost n * n / 2 comparisons.
 _MOST_TUPLE_KEYS = 5_000
 
-_MOST_DIMS = 64
+MOST_DIMS = 64
 _LARGEST_SIZE = (1 << 63) - 1
 
 _SCALARS = frozenset({str, int, float, bool, bytes, NoneType})
@@ -91,7 +91,7 @@ def is_size(value: PickleValue) -> TypeGuard[int]:
 
 def are_sizes(values: PickleValue) -> TypeGuard[Sequence[int]]:
     """Tells whether a value is a list of sizes, of no more axes than torch's tensors have."""
-    if not isinstance(values, tuple | list) or len(values) > _MOST_DIMS:
+    if not isinstance(values, tuple | list) or len(values) > MOST_DIMS:
         return False
     for value in values:  # noqa: SIM110  # a generator costs more, and this runs twice for every tensor
         if type(value) is not int or not 0 <= value <= _LARGEST_SIZE:
