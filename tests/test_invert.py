@@ -48,6 +48,12 @@ BLOCKS = {
         ),
         {"gate_up": (3, 4)},
     ),
+    "unstack": (
+        "\n  ".join(
+            f'un.{k}: {{op: unstack, of: "src:stacked", dim: 1, count: 3, take: {k}}}' for k in range(3)
+        ),
+        {"stacked": (2, 3, 4)},
+    ),
     "chunk for": (
         '"cf.{r}.x": {op: chunk, of: "src:counted.x", dim: 0, chunks: 4, take: r, for: {r: 4}}',
         {"counted.x": (8, 2)},

@@ -67,6 +67,10 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
         Case({"dim": 1, "chunks": 3, "take": 1}, ((n, 3 * n),)),
         Case({"chunks": 2, "take": 1}, ((n, n),)),
     ],
+    "unstack": lambda n: [
+        Case({"count": n, "take": 1}, ((n, 2 * n, 3),)),
+        Case({"dim": 1, "count": 3, "take": 2}, ((n, 3, 2 * n),)),
+    ],
     "concat": lambda n: [
         Case({"dim": 1, "sizes": (n, 1, 2 * n)}, ((n, n), (n, 1), (n, 2 * n))),
         Case({"dim": 0, "sizes": (n, 2)}, ((n, n), (2, n))),
