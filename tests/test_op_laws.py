@@ -368,10 +368,10 @@ def _undone(kind: OpKind, case: Case, inputs: Sequence[TensorEntry]) -> list[Ten
             return [compose(build(OPS[name], back), [compose(build(kind, case.params), inputs)])]
         case Gathered(name):
             sizes = case.params.get("sizes")
-            parts = len(sizes) if isinstance(sizes, tuple) else case.params["chunks"]
+            parts = len(sizes) if isinstance(sizes, tuple) else case.params.get("chunks", case.params.get("count"))
             assert isinstance(parts, int)
             every = [compose(build(kind, {**case.params, "take": take}), inputs) for take in range(parts)]
-            back = {key: value for key, value in case.params.items() if key not in ("take", "chunks")}
+            back = {key: value for key, value in case.params.items() if key not in ("take", "chunks", "count")}
             return [compose(build(OPS[name], back), every)]
         case Scattered(name, _):
             joined = compose(build(kind, case.params), inputs)
