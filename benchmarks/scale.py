@@ -1,6 +1,6 @@
 """Measures what planning the largest models costs: headers and names are true, the data are holes.
 
-    python -m benchmarks.scale [--cases names,experts,zero3,llava] [--scratch DIRECTORY] [--runs 3] [--note TEXT]
+    python -m benchmarks.scale [--cases names,experts,zero3,dcp-70b ...] [--scratch DIRECTORY] [--runs 3] [--note TEXT]
 
 Needs a few GB of disk for a while, nearly all of it headers. Results go to ``benchmarks/results/planning.json``, beside
 those of cases measured before.
@@ -23,12 +23,14 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import synthetic
+from benchmarks.distributed import write_dcp
 from benchmarks.harness import answer, measure, succeed
 from benchmarks.machine import ROOT, as_installed, machine_card, provenance
 from benchmarks.synthetic import LlamaShape, Shapes
 
 RESULT = ROOT / "benchmarks" / "results" / "planning.json"
 
+LLAMA_3_70B = LlamaShape(8192, 80, 64, 8, 28672, 128256)
 LLAMA_3_405B = LlamaShape(16384, 126, 128, 8, 53248, 128256)
 # Ranks of a node: where a rank's tensors were, as torch saves it, is all that tells most rank files apart.
 GPUS = 8
@@ -204,6 +206,18 @@ def write_405b(folder: Path, world: int = 1024, shape: LlamaShape = LLAMA_3_405B
     return _mapping(folder, MASTERS)
 
 
+def write_70b_dcp(folder: Path, world: int = 256, shape: LlamaShape = LLAMA_3_70B) -> Path:
+    """Writes a Llama 70B of 256 ranks with its optimizer as DCP, a mapping beside it, and returns the mapping."""
+    write_dcp(folder / "model", shape.tensors(), world, moments=True)
+    return _mapping(folder, MASTERS)
+
+
+def write_405b_dcp(folder: Path, world: int = 1024, shape: LlamaShape = LLAMA_3_405B) -> Path:
+    """Writes a Llama 405B of 1,024 ranks as DCP, a mapping beside it, and returns the mapping."""
+    write_dcp(folder / "model", shape.tensors(), world, moments=False)
+    return _mapping(folder, MASTERS)
+
+
 def write_8b(folder: Path) -> Path:
     """Writes a Llama 8B of ZeRO-2 on eight ranks and a mapping beside it, and returns the mapping."""
     synthetic.write_zero(folder / "model", synthetic.LLAMA_3_8B.tensors(), stage=2, world=8, fill=False)
@@ -220,6 +234,8 @@ CASES: Mapping[str, tuple[str, Callable[[Path], Path]]] = {
     "names": ("DeepSeek-V3 671B, 163 shards; one rule for all names", lambda folder: write_671b(folder, NAMES)),
     "experts": ("DeepSeek-V3 671B, 163 shards; rules with captures", lambda folder: write_671b(folder, EXPERTS)),
     "zero3": ("Llama 405B, ZeRO-3 of 1,024 ranks, fp32 to bf16", write_405b),
+    "dcp-70b": ("Llama 70B with AdamW, FSDP2 of 256 ranks (DCP)", write_70b_dcp),
+    "dcp-405b": ("Llama 405B, FSDP2 of 1,024 ranks (DCP)", write_405b_dcp),
     "zero2-8b": ("Llama 8B, ZeRO-2 of 8 ranks, fp32 to bf16", write_8b),
 }
 

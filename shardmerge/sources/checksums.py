@@ -9,8 +9,11 @@ from shardmerge.tensors import Record
 
 
 def read_records(file: SourceFile) -> Iterable[Record]:
-    """A torch zip has checksums of its storages; no other format does."""
+    """Returns the storages of a torch zip, or of the many that a ``.distcp`` is; no other format has checksums."""
+    from shardmerge.sources.dcp_records import item_records
     from shardmerge.sources.torch_zip import storage_records
     from shardmerge.sources.zip_members import ZIP_MAGIC
 
-    return storage_records(file) if file.read(0, min(4, file.size)) == ZIP_MAGIC else ()
+    if file.read(0, min(4, file.size)) != ZIP_MAGIC:
+        return ()
+    return item_records(file) if file.path.endswith(".distcp") else storage_records(file)

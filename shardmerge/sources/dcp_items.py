@@ -133,7 +133,7 @@ class ItemFiles:
             raw = file.read(chunk.begin, min(_LONGEST_HEAD, chunk.length))
             head = _head_of(raw)
         if head is None:
-            raise _not_an_item(raw, where)
+            raise _not_an_item(raw, where, file.read(0, min(file.size, 16)))
         if len(self._known) >= _MOST_HEADS:
             self._known.clear()
         self._last = head.begin
@@ -236,19 +236,18 @@ def _packed(where: str, packed: str) -> CheckpointError:
         "the items of this checkpoint are compressed, so tensors cannot be read by byte range",
         where=where,
         found=packed,
-        hint="where it is trusted, unpack it with torch: "
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY model.pt, and pass model.pt",
+        hint="save again without the extension that compresses",
     )
 
 
-def _not_an_item(raw: bytes, where: str) -> CheckpointError:
-    if raw[8:9] == b"{":
+def _not_an_item(raw: bytes, where: str, first: bytes) -> CheckpointError:
+    if first[8:9] == b"{":
         return CheckpointError(
             "item-format",
             "the .distcp files are safetensors (serialization_format=SAFETENSORS), and their .metadata is wrong about "
             "where tensors lie: torch itself does not read them",
             where=where,
-            found=f"first bytes {raw[:16]!r}",
+            found=f"first bytes {first!r}",
             hint="each file is a plain safetensors file of one rank's parts; save again without that option, or with "
             "HuggingFaceStorageWriter",
         )

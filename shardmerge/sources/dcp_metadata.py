@@ -85,8 +85,8 @@ def read_metadata(path: Path, keep: Callable[[str], bool]) -> DcpMetadata:
     Raises
     ------
     CheckpointError
-        ``hostile-pickle``, ``damaged-pickle``: as ``pickle_vm.interpret``; it is no ``Metadata``, contradicts itself, or
-        names a file outside of its directory. ``unsupported-tensor``: an element type that is not known.
+        ``hostile-pickle``, ``damaged-pickle``: as ``pickle_vm.interpret``; no ``Metadata``, or one that contradicts
+        itself or names a file outside of its directory. ``unsupported-tensor``: an element type that is not known.
     """
     with SourceFile(path) as file:
         machine = _MetadataMachine(file, ChunkTable(keep))
@@ -133,7 +133,7 @@ class _MetadataMachine(StreamMachine):
     def __init__(self, file: SourceFile, table: ChunkTable) -> None:
         super().__init__(file)
         self.table = table
-        self._rows: dict[bytes, Callable[[], bool]] = {}
+        self._rows: dict[bytes, Callable[[_MetadataMachine], bool]] = {}
         self._chunk_keys: tuple[bytes, ...] = ()
         self._got: dict[bytes, PickleValue] = {}
         if file.size > _MOST_BYTES:
@@ -150,7 +150,7 @@ class _MetadataMachine(StreamMachine):
             opcode = self.data[self.pos]
             size = _GET_SIZES.get(opcode)
             row = self._rows.get(self.data[self.pos : self.pos + size]) if size else None
-            if row is not None and row():
+            if row is not None and row(self):
                 continue
             self.pos += 1
             if opcode == 0x2E:  # STOP
@@ -167,8 +167,8 @@ class _MetadataMachine(StreamMachine):
         """Numbers a value; of the two classes that come in rows it is noted how they are called from now on."""
         number = len(self._memo) + self._skipped
         self._memo[number] = value = self._stack[-1]
-        if isinstance(value, Global) and value.name in ("ChunkStorageMetadata", "MetadataIndex"):
-            row = self._chunk_row if value.name == "ChunkStorageMetadata" else self._item_row
+        row = _IN_ROWS.get(value.name) if isinstance(value, Global) else None
+        if row is not None:
             self._rows[b"j" + struct.pack("<I", number)] = row
             if number < 256:
                 self._rows[b"h" + bytes([number])] = row
@@ -185,7 +185,7 @@ class _MetadataMachine(StreamMachine):
 
     # Rows
 
-    def _chunk_row(self) -> bool:
+    def chunk_row(self) -> bool:
         """Reads chunks for as long as they follow each other."""
         found = CHUNK.match(self.data, self.pos, self._limit)
         if found is None:
@@ -215,7 +215,8 @@ class _MetadataMachine(StreamMachine):
             raise NoMatchError
         return tuple(value)
 
-    def _item_row(self) -> bool:
+    def item_row(self) -> bool:
+        """Reads an item: what it is called, and where it lies."""
         found = ITEM.match(self.data, self.pos, self._limit)
         if found is None:
             return False
@@ -290,6 +291,10 @@ def _dtype(name: str, properties: PickleValue) -> DType:
     return known
 
 
+_IN_ROWS: dict[str, Callable[[_MetadataMachine], bool]] = {
+    "ChunkStorageMetadata": _MetadataMachine.chunk_row,
+    "MetadataIndex": _MetadataMachine.item_row,
+}
 _COMPLETE: dict[str, Callable[[_MetadataMachine, dict[object, Any]], None]] = {
     "ChunkStorageMetadata": _MetadataMachine.chunk,
     "TensorStorageMetadata": _MetadataMachine.tensor,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import runpy
-import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from tests.following import Call, Row, argument, by_hand
 from tests.hint_rows.given import (
@@ -39,23 +35,6 @@ SHARDED = LAYOUTS / "phi3_to_llama_gqa/source"
 META = LAYOUTS / "meta_llama2_tp2_gqa/source"
 MEGATRON = LAYOUTS / "megatron_tp2_pp1_mha/source"
 ONES = {"w": torch.ones(4)}
-
-
-def distributed(call: Call) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({"model": {"w": torch.ones(3)}}, checkpoint_id=call.folder / "ck", no_dist=True)
-
-
-def run_module(call: Call) -> None:
-    """Runs the module of torch that the hint names."""
-    line = call.hint.partition(", and pass ")
-    words = shlex.split(line[0])
-    assert words[:2] == ["python", "-m"]
-    with mock.patch.object(sys, "argv", words[2:]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runpy.run_module(words[2], run_name="__main__")
-    call.change("ck", line[2])
 
 
 def run_shell(call: Call) -> None:
@@ -184,7 +163,6 @@ SHARDS = [
 
 
 KINDS = [
-    Row("a distributed checkpoint", made(distributed), "kind-not-yet", by_hand("dcp_to_torch", run_module)),
     Row(
         "a GGUF file",
         made(lambda call: ((call.folder / "ck").mkdir(), (call.folder / "ck/m.gguf").write_bytes(b"GGUF" * 16))),

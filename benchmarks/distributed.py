@@ -1,0 +1,93 @@
+"""Checkpoints of torch's distributed checkpoint at full size: metadata and heads of items are true, data are holes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from benchmarks.synthetic import Shapes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# As many of an item's bytes as a plan looks at.
+_HEAD = 1024
+
+
+def write_dcp(folder: Path, shapes: Shapes, world: int, *, moments: bool) -> Path:
+    """Writes what FSDP2 saves of a model in bfloat16, with AdamW's moments or without, and returns its directory.
+
+    Each tensor is cut into rows, one part a rank. Names are new strings for every item, as they are when the plans of
+    all ranks were gathered.
+    """
+    folder.mkdir(parents=True)
+    names: dict[str, tuple[str, ...]] = {}
+    metadata = Metadata({}, names, {}, StorageMeta(), "1.0.0")
+    items: dict[int, list[_Part]] = defaultdict(list)
+    for name, path, shape in _names(shapes, moments=moments):
+        chunks = []
+        for rank, (offsets, sizes) in enumerate(_rows(shape, world)):
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
+            items[rank].append((name, offsets, sizes, len(chunks) - 1))
+        size = torch.Size(shape)
+        metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(torch.bfloat16), size, chunks)
+        names[name] = path
+    for rank in range(world):
+        _write_rank(folder, rank, items.pop(rank), metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def _names(shapes: Shapes, *, moments: bool) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    for name, shape in shapes.items():
+        yield f"model.{name}", ("model", name), shape
+    for name, shape in shapes.items() if moments else ():
+        yield from ((f"optim.state.{name}.{one}", ("optim", "state", name, one), shape) for one in MOMENTS)
+
+
+def _rows(shape: tuple[int, ...], world: int) -> Iterator[tuple[torch.Size, torch.Size]]:
+    """``torch.chunk``'s rule: the last ranks have fewer rows, or none."""
+    rows = -(-shape[0] // world)
+    for rank in range(world):
+        first = min(rank * rows, shape[0])
+        last = min(first + rows, shape[0])
+        yield torch.Size((first, *(0,) * (len(shape) - 1))), torch.Size((last - first, *shape[1:]))
+
+
+# Name, offsets, sizes, and which chunk of its tensor.
+_Part: TypeAlias = "tuple[str, torch.Size, torch.Size, int]"
+
+
+def _write_rank(folder: Path, rank: int, items: list[_Part], metadata: Metadata) -> None:
+    file_name, at = f"__{rank}_0.distcp", 0
+    with (folder / file_name).open("wb") as file:
+        for name, offsets, sizes, index in items:
+            head, length = _item(sizes)
+            file.seek(at)
+            file.write(head)
+            key = MetadataIndex("".join(list(name)), torch.Size(list(offsets)), index)
+            metadata.storage_data[key] = _StorageInfo(file_name, at, length)
+            at += length
+        file.truncate(at)
+
+
+@cache
+def _item(sizes: torch.Size) -> tuple[bytes, int]:
+    """What torch itself saves of a part of a tensor: its first bytes, and how long all of it is."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(sizes, dtype=torch.bfloat16), buffer)
+    return buffer.getvalue()[:_HEAD], buffer.tell()
