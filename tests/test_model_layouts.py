@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import shardmerge as sm
 from shardmerge.publish.verify import verify_load
 from tests.conftest import GOLDEN
 from tests.load_environments import VERSIONS, interpreter, ready
+from tests.presets_in_use import compare_bits, read_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -141,6 +143,19 @@ def test_megatron(tmp_path: Path, ranks: int, stages: int, engine: bool) -> None
     for name, tensor in model.state_dict().items():
         assert torch.equal(made[name], tensor), name
     assert torch.equal(logits(loaded(transformers.LlamaForCausalLM, out)), logits(model))
+
+
+def test_megatron_without_groups_says_one_group(tmp_path: Path) -> None:
+    """Megatron's default, which means nothing without ``group_query_attention``."""
+    golden = GOLDEN / "layouts" / "megatron_tp2_pp1_mha"
+    source = shutil.copytree(golden / "source", tmp_path / "megatron")
+    for path in source.rglob("model_optim_rng.pt"):
+        saved = torch.load(path, weights_only=False)
+        saved["args"].num_query_groups = 1
+        torch.save(saved, path)
+    bases = {"base": str(golden / "truth")}
+    out = sm.convert(source, tmp_path / "out", use="llama/megatron-to-hf", bases=bases).path
+    compare_bits(read_tensors(out), read_tensors(golden / "truth"))
 
 
 def test_megatron_is_described_by_its_own_args(tmp_path: Path) -> None:

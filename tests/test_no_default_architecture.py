@@ -558,6 +558,18 @@ def test_megatrons_args_of_other_experts(key: str, tmp_path: Path) -> None:
         assert key in refusal(lambda megatron=megatron: language_model.expect(Request({}, {}, {"m": megatron}, read)))
 
 
+def test_megatrons_args_that_do_not_say_how_large_the_model_is(tmp_path: Path) -> None:
+    for key in ("num_attention_heads", "hidden_size", "ffn_hidden_size"):
+        facts = {name: value for name, value in MEGATRON.items() if name != key}
+        megatron = catalog(tmp_path / "m", facts=facts)
+        with pytest.raises(TargetError) as caught:
+            language_model.expect(Request({}, {}, {"megatron": megatron}, read))
+        assert caught.value.code == "odd-config"
+        assert caught.value.found == f"no {key}"
+        base = catalog(tmp_path / "base", config=LLAMA)  # which says it
+        assert language_model.expect(Request({}, {}, {"megatron": megatron, "text": base}, read)).tensors
+
+
 def test_megatrons_args_of_no_model_of_transformers(tmp_path: Path) -> None:
     """Qwen3 has no bias, and Qwen2 no norm of queries and keys."""
     megatron = catalog(tmp_path / "m", facts=MEGATRON | {"qk_layernorm": True, "add_qkv_bias": True})

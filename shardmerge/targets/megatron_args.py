@@ -45,6 +45,10 @@ _SIZES = {"heads": ("num_attention_heads",), "kv_heads": ("num_query_groups",), 
           "qkv_bias": ("add_qkv_bias",), "qk_norm": ("qk_layernorm",)}  # fmt: skip
 
 
+# Without a default in Megatron, or resolved by it before a checkpoint is written.
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+
+
 def has_args(catalog: Catalog) -> bool:
     """Tells whether a checkpoint holds the arguments of its training."""
     return "num_layers" in catalog.facts
@@ -61,8 +65,8 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
         ``unsupported-architecture`` for a model that none of these is; ``odd-config``.
     """
     _check(arguments, where)
-    heads = dimension(arguments, "num_attention_heads", 32, where)
-    hidden = dimension(arguments, "hidden_size", 4096, where)
+    heads = dimension(arguments, "num_attention_heads", 0, where)
+    hidden = dimension(arguments, "hidden_size", 0, where)
     grouped = arguments.get("group_query_attention") is not False
     groups = dimension(arguments, "num_query_groups", heads, where) if grouped else heads
     rows = "vocab_size" if isinstance(arguments.get("vocab_size"), int) else "padded_vocab_size"
@@ -71,11 +75,11 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
         "head_dim": dimension(arguments, "kv_channels", hidden // heads, where),
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": dimension(arguments, "ffn_hidden_size", 4 * hidden, where),
+        "intermediate_size": dimension(arguments, "ffn_hidden_size", 0, where),
         "max_position_embeddings": dimension(arguments, "max_position_embeddings", 4096, where),
         "model_type": _model_type(arguments),
         "num_attention_heads": heads,
-        "num_hidden_layers": layers({"num_hidden_layers": arguments.get("num_layers")}, 32, where),
+        "num_hidden_layers": layers({"num_hidden_layers": arguments.get("num_layers")}, 0, where),
         "num_key_value_heads": groups,
         "rms_norm_eps": real(arguments, epsilon, 1e-5),
         "rope_theta": real(arguments, "rotary_base", 10000.0),
@@ -102,6 +106,15 @@ def _check(arguments: Mapping[str, object], where: str) -> None:
     if odd:
         wanted = ", ".join(f"{key} {usual[key][0]!r}" for key in odd)
         raise not_llama("args in the checkpoint", where, shown(odd), wanted)
+    missing = [key for key in _NEEDED if key not in arguments]
+    if missing:
+        raise TargetError(
+            "odd-config",
+            "the args in the checkpoint do not say how large the model is",
+            where=where,
+            found=f"no {', '.join(missing)}",
+            expected=f"{', '.join(_NEEDED)}, or a base with the model's config.json",
+        )
 
 
 def _has_experts(arguments: Mapping[str, object]) -> bool:
@@ -147,7 +160,7 @@ def check_config(config: Mapping[str, object], model: TextArchitecture, catalog:
     """
     if not has_args(catalog):
         return
-    made = from_megatron({"vocab_size": 1, **catalog.facts}, catalog.path)
+    made = from_megatron({**_as_arguments(model), **catalog.facts}, catalog.path)
     odd = [*_other_keys(config, made, catalog), *_other_sizes(model, made, catalog)]
     if odd:
         raise TargetError(
@@ -158,6 +171,15 @@ def check_config(config: Mapping[str, object], model: TextArchitecture, catalog:
             expected=", ".join(f"{key} {shown(said)}" for key, _, said in odd) + f", as in {catalog.path}",
             hint="name the base that the training started from, or leave it out",
         )
+
+
+def _as_arguments(model: TextArchitecture) -> JsonObject:
+    """Returns the sizes of a model as arguments, for what a checkpoint does not say."""
+    return {
+        "vocab_size": model.vocab_size, "num_layers": model.num_layers, "hidden_size": model.hidden_size,
+        "num_attention_heads": model.heads, "num_query_groups": model.kv_heads, "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.intermediate_size,
+    }  # fmt: skip
 
 
 def padding(catalog: Catalog, rows: int, *, stated: bool) -> str:
