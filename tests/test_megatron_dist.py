@@ -21,8 +21,9 @@ PRESET = "llama/megatron-dist-to-hf"
 MOE = f"{PRESET}-qwen3-moe"
 # One of each kind that has args: NeMo keeps none.
 KINDS = {
-    "torch_dist_llama_tp2_pp2": PRESET, "torch_dist_llama_numbered_tp2": PRESET, "torch_dist_qwen2_tied_pp2": PRESET,
-    "torch_dist_qwen3_tp2": PRESET, "torch_dist_mixtral_ep2": PRESET, "torch_dist_qwen3_moe_ep2": MOE,
+    "torch_dist_llama_tp2_pp2": PRESET, "torch_dist_llama_mha": PRESET, "torch_dist_llama_numbered_tp2": PRESET,
+    "torch_dist_qwen2_tied_pp2": PRESET, "torch_dist_qwen3_tp2": PRESET, "torch_dist_mixtral_ep2": PRESET,
+    "torch_dist_qwen3_moe_ep2": MOE,
 }  # fmt: skip
 TOKENS = torch.arange(3, 12)[None]
 # Fields that tell of the run that wrote the config, or that no argument of Megatron's says.
