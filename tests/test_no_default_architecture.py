@@ -558,6 +558,21 @@ def test_megatrons_args_of_other_experts(key: str, tmp_path: Path) -> None:
         assert key in refusal(lambda megatron=megatron: language_model.expect(Request({}, {}, {"m": megatron}, read)))
 
 
+def test_a_base_that_stretches_what_the_training_did_not(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    base = catalog(tmp_path / "base", config=LLAMA | {"rope_scaling": scaling})
+    for stretched in (False, True):
+        facts = MEGATRON | {"use_rope_scaling": stretched}
+        request = Request({}, {}, {"megatron": catalog(tmp_path / "m", facts=facts), "text": base}, read)
+        if stretched:
+            assert language_model.expect(request).tensors
+        else:
+            with pytest.raises(TargetError) as caught:
+                language_model.expect(request)
+            assert caught.value.code == "contradiction"
+            assert "rope_scaling" in caught.value.found
+
+
 def test_megatrons_args_that_do_not_say_how_large_the_model_is(tmp_path: Path) -> None:
     for key in ("num_attention_heads", "hidden_size", "ffn_hidden_size"):
         facts = {name: value for name, value in MEGATRON.items() if name != key}
@@ -581,6 +596,7 @@ def test_megatrons_args_of_no_model_of_transformers(tmp_path: Path) -> None:
     [
         ("rotary_base", 500000), ("norm_epsilon", 1e-6), ("num_attention_heads", 8), ("num_query_groups", 4),
         ("kv_channels", 16), ("add_qkv_bias", True), ("qk_layernorm", True), ("num_experts", 8),
+        ("use_rope_scaling", True),
     ],
 )  # fmt: skip
 def test_a_base_that_is_not_the_one_of_the_training(key: str, value: float, tmp_path: Path) -> None:

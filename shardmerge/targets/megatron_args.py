@@ -233,6 +233,15 @@ def _other_keys(
         stated = key in own and key in made and any(argument in catalog.facts for argument in arguments)
         if stated and own[key] != made[key]:
             yield key, own[key], made[key]
+    scaled = "rope_scaling" in made
+    if "use_rope_scaling" in catalog.facts and scaled != _is_scaled(config):
+        yield "rope_scaling", config.get("rope_scaling"), made.get("rope_scaling")
+
+
+def _is_scaled(config: Mapping[str, object]) -> bool:
+    """Tells whether a config stretches the rotary embedding, in the keys of transformers 4 or 5."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"
 
 
 def _other_sizes(model: TextArchitecture, made: JsonObject, catalog: Catalog) -> Iterator[tuple[str, object, object]]:
