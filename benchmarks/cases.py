@@ -11,12 +11,25 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from benchmarks.contender import Contender, ours, program
+from benchmarks.distributed import write_dcp
 from benchmarks.merges import model_config, write_lora
 from benchmarks.peers import commands
 from benchmarks.synthetic import LlamaShape, Shapes, llama_of, write_safetensors, write_zero
 
-DEFAULT = ("zero2-1g", "zero2-2g", "zero2-4g", "zero3-1g", "zero3-4g", "rename-1g", "hf-reshard-1g", "lora-0.5b")
+DEFAULT = (
+    "zero2-1g",
+    "zero2-2g",
+    "zero2-4g",
+    "zero3-1g",
+    "zero3-4g",
+    "fsdp2-1g",
+    "rename-1g",
+    "hf-reshard-1g",
+    "lora-0.5b",
+)
 _UNITS = {"m": 1 << 20, "g": 1 << 30, "b": 4_000_000_000}
 _SHARDS = 4
 
@@ -118,6 +131,31 @@ def _zero(stage: int, world: int) -> Callable[[str, int], Case]:
     return make
 
 
+# ---- FSDP2
+
+
+def _fsdp2(key: str, nbytes: int) -> Case:
+    def prepare(folder: Path) -> None:
+        write_dcp(folder / "dcp", _shape(nbytes).tensors(), 8, dtype=torch.float32, fill=True)
+
+    return Case(
+        key,
+        f"FSDP2 of 8 ranks in a distributed checkpoint, {_shown(nbytes)} of fp32 weights, to bf16",
+        "A LLaMA with random weights, cut into rows. accelerate writes fp32, twice the bytes.",
+        prepare,
+        ("dcp",),
+        True,
+        lambda source: ours(
+            lambda out: [*program(), "convert", source / "dcp", out, "--dtype", "bfloat16"],
+            "shardmerge convert IN OUT --dtype bfloat16",
+        ),
+        {
+            "torch": lambda source: [commands.dcp_to_torch(source / "dcp")],
+            "accelerate": lambda source: [commands.accelerate(source / "dcp")],
+        },
+    )
+
+
 # ---- the same values under other names
 
 
@@ -211,6 +249,7 @@ def _run_mapping(source: Path) -> list[Contender]:
 _FAMILIES: dict[str, Callable[[str, int], Case]] = {
     "zero2": _zero(2, 2),
     "zero3": _zero(3, 8),
+    "fsdp2": _fsdp2,
     "rename": _rename,
     "hf-reshard": _reshard,
     "lora": _lora,

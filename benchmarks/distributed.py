@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,11 +28,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _HEAD = 1024
 
 
-def write_dcp(folder: Path, shapes: Shapes, world: int, *, moments: bool) -> Path:
-    """Writes what FSDP2 saves of a model in bfloat16, with AdamW's moments or without, and returns its directory.
+def write_dcp(
+    folder: Path, shapes: Shapes, world: int, *, moments: bool = False, dtype: torch.dtype = torch.bfloat16, fill: bool
+) -> Path:
+    """Writes what FSDP2 saves of a model, with AdamW's moments or without, and returns its directory.
 
     Each tensor is cut into rows, one part a rank. Names are new strings for every item, as they are when the plans of
-    all ranks were gathered.
+    all ranks were gathered. ``fill`` writes random weights, and not the head of each item alone.
     """
     folder.mkdir(parents=True)
     names: dict[str, tuple[str, ...]] = {}
@@ -44,10 +46,10 @@ def write_dcp(folder: Path, shapes: Shapes, world: int, *, moments: bool) -> Pat
             chunks.append(ChunkStorageMetadata(offsets, sizes))
             items[rank].append((name, offsets, sizes, len(chunks) - 1))
         size = torch.Size(shape)
-        metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(torch.bfloat16), size, chunks)
+        metadata.state_dict_metadata[name] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
         names[name] = path
     for rank in range(world):
-        _write_rank(folder, rank, items.pop(rank), metadata)
+        _write_rank(folder, rank, items.pop(rank), metadata, partial(_random if fill else _head, dtype))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     return folder
 
@@ -72,11 +74,13 @@ def _rows(shape: tuple[int, ...], world: int) -> Iterator[tuple[torch.Size, torc
 _Part: TypeAlias = "tuple[str, torch.Size, torch.Size, int]"
 
 
-def _write_rank(folder: Path, rank: int, items: list[_Part], metadata: Metadata) -> None:
+def _write_rank(
+    folder: Path, rank: int, items: list[_Part], metadata: Metadata, item: Callable[[torch.Size], tuple[bytes, int]]
+) -> None:
     file_name, at = f"__{rank}_0.distcp", 0
     with (folder / file_name).open("wb") as file:
         for name, offsets, sizes, index in items:
-            head, length = _item(sizes)
+            head, length = item(sizes)
             file.seek(at)
             file.write(head)
             key = MetadataIndex("".join(list(name)), torch.Size(list(offsets)), index)
@@ -86,8 +90,17 @@ def _write_rank(folder: Path, rank: int, items: list[_Part], metadata: Metadata)
 
 
 @cache
-def _item(sizes: torch.Size) -> tuple[bytes, int]:
+def _head(dtype: torch.dtype, sizes: torch.Size) -> tuple[bytes, int]:
     """What torch itself saves of a part of a tensor: its first bytes, and how long all of it is."""
+    data, length = _saved(torch.zeros(sizes, dtype=dtype))
+    return data[:_HEAD], length
+
+
+def _random(dtype: torch.dtype, sizes: torch.Size) -> tuple[bytes, int]:
+    return _saved(torch.randn(sizes, dtype=dtype) * 0.02)
+
+
+def _saved(tensor: torch.Tensor) -> tuple[bytes, int]:
     buffer = io.BytesIO()
-    torch.save(torch.zeros(sizes, dtype=torch.bfloat16), buffer)
-    return buffer.getvalue()[:_HEAD], buffer.tell()
+    torch.save(tensor, buffer)
+    return buffer.getvalue(), buffer.tell()

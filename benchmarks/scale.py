@@ -208,13 +208,13 @@ def write_405b(folder: Path, world: int = 1024, shape: LlamaShape = LLAMA_3_405B
 
 def write_70b_dcp(folder: Path, world: int = 256, shape: LlamaShape = LLAMA_3_70B) -> Path:
     """Writes a Llama 70B of 256 ranks with its optimizer as DCP, a mapping beside it, and returns the mapping."""
-    write_dcp(folder / "model", shape.tensors(), world, moments=True)
+    write_dcp(folder / "model", shape.tensors(), world, moments=True, fill=False)
     return _mapping(folder, MASTERS)
 
 
 def write_405b_dcp(folder: Path, world: int = 1024, shape: LlamaShape = LLAMA_3_405B) -> Path:
     """Writes a Llama 405B of 1,024 ranks as DCP, a mapping beside it, and returns the mapping."""
-    write_dcp(folder / "model", shape.tensors(), world, moments=False)
+    write_dcp(folder / "model", shape.tensors(), world, fill=False)
     return _mapping(folder, MASTERS)
 
 

@@ -1,57 +1,67 @@
-"""Builds one environment a version of transformers, for the tests that load results with it.
+"""Builds one environment a version of transformers, and one of DeepSpeed, for the tests that load results with them.
 
-Each gets its own transformers and shares torch with the environment that runs this script, through a .pth file. A
+Each gets its own library and shares torch with the environment that runs this script, through a .pth file. A
 version that cannot be installed is said loudly, and the tests that need it are skipped with the same words.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 VERSIONS = ("4.51.3", "4.57.1", "5.23.0")
+DEEPSPEED = "0.19.8"
 ROOT = Path(__file__).parent.parent / ".envs"
 
+# What DeepSpeed imports, and what its setup.py wants.
+_OF_DEEPSPEED = (
+    "einops", "hjson", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "pydantic", "setuptools", "tqdm",
+    "wheel",
+)  # fmt: skip
 
-def interpreter(version: str) -> Path:
+
+def interpreter(version: str, library: str = "transformers") -> Path:
     """Returns the Python of an environment, whether or not it is there."""
-    return ROOT / f"transformers-{version}" / "bin" / "python"
+    return ROOT / f"{library}-{version}" / "bin" / "python"
 
 
-def ready(version: str) -> bool:
+def ready(version: str, library: str = "transformers") -> bool:
     """Tells whether the environment was built whole."""
-    return (interpreter(version).parent.parent / "ready").is_file()
+    return (interpreter(version, library).parent.parent / "ready").is_file()
 
 
-def build(version: str) -> None:
+def build(version: str, library: str = "transformers") -> None:
     """Makes the environment of one version; raises CalledProcessError if pip cannot."""
-    python = interpreter(version)
+    python = interpreter(version, library)
     home = python.parent.parent
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
     own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
     constraints = Path(__file__).with_name("constraints.txt")
-    subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), f"transformers=={version}", "pillow"],
-        check=True,
-    )
+    install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
+    if library == "deepspeed":
+        subprocess.run([*install, *_OF_DEEPSPEED], check=True)
+        of_python = os.environ | {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}  # compiles nothing
+        command = [*install, "--no-build-isolation", "--no-deps", f"deepspeed=={version}"]
+        subprocess.run(command, check=True, env=of_python)
+    else:
+        subprocess.run([*install, f"transformers=={version}", "pillow"], check=True)
     (home / "ready").touch()
 
 
 def main() -> None:
     """Builds what is missing."""
-    for version in VERSIONS:
-        if ready(version):
+    for library, version in (*(("transformers", version) for version in VERSIONS), ("deepspeed", DEEPSPEED)):
+        if ready(version, library):
             continue
-        print(f"building the environment of transformers {version}", flush=True)
+        print(f"building the environment of {library} {version}", flush=True)
         try:
-            build(version)
+            build(version, library)
         except subprocess.CalledProcessError as error:
-            print(
-                f"WARNING: transformers {version} could not be installed ({error}): its tests are SKIPPED", flush=True
-            )
+            print(f"WARNING: {library} {version} could not be installed ({error}): its tests are SKIPPED", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,11 @@ from torch.distributed.checkpoint.metadata import (
 import shardmerge as sm
 from shardmerge import api
 from shardmerge.errors import CheckpointError, ShardmergeError
+from shardmerge.sources.checksums import read_records
 from shardmerge.sources.dcp_metadata import read_metadata
 from shardmerge.sources.pickle_stream import LONGEST_STRETCH
+from shardmerge.storage.reading import SourceFile
+from shardmerge.tensors import Extent
 from tests.conftest import GOLDEN, read_entry, shardmerge
 
 CASES = sorted(path.parent for path in GOLDEN.glob("dcp/*/case.json"))
@@ -86,6 +89,33 @@ def test_a_plan_comes_back_and_is_carried_out(case: Path, tmp_path: Path) -> Non
     truth = load_file(case / "truth.safetensors")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: bits(tensor) for name, tensor in found.items()} == {name: bits(t) for name, t in truth.items()}
+
+
+@pytest.mark.parametrize("case", ["fsdp2_bag_w3_fp32", "views_w1"])
+def test_what_is_written_as_a_distributed_checkpoint_is_read(case: str, tmp_path: Path) -> None:
+    """Whose items have zeros between them, and whose .metadata has no frames."""
+    options = sm.Options(format="dcp", sync=False)
+    sm.convert(GOLDEN / "dcp" / case / "ckpt", tmp_path / "out", options=options)
+    truth = load_file(GOLDEN / "dcp" / case / "truth.safetensors")
+    assert_holds(sm.inspect(tmp_path / "out"), truth)
+    (written,) = (tmp_path / "out").glob("*.distcp")
+    assert sum(record.nbytes for record in read_records(SourceFile(written))) == sum(
+        map(len, map(bits, truth.values()))
+    )
+
+
+def test_a_flipped_bit_is_found_by_the_checksum_of_its_item(checkpoint: Path) -> None:
+    """In the last item but one: they are found from the end of the file."""
+    entry = sm.inspect(checkpoint)["lm_head.weight"]
+    extent = entry.pieces[0].held
+    assert isinstance(extent, Extent)
+    with Path(extent.file).open("r+b") as file:
+        file.seek(extent.offset)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    with pytest.raises(CheckpointError) as caught:
+        sm.convert(checkpoint, checkpoint.parent / "out", options=sm.Options(sync=False))
+    assert caught.value.code == "damaged-record"
+    assert not (checkpoint.parent / "out").exists()
 
 
 # --- ways in ---
@@ -364,7 +394,7 @@ def metadatas(draw: st.DrawFn) -> Metadata:
     return Metadata(tensors, {name: (name,) for name in tensors}, items, StorageMeta(), "1.0.0")
 
 
-@given(metadatas(), st.sampled_from([4, 5]))
+@given(metadatas(), st.sampled_from([2, 3, 4, 5]))
 def test_a_metadata_is_what_pickle_makes_of_it(
     tmp_path_factory: pytest.TempPathFactory, made: Metadata, protocol: int
 ) -> None:
@@ -414,6 +444,19 @@ def test_a_large_metadata_is_read_in_rows_and_held_as_numbers(tmp_path: Path, mo
     assert peak < 24 << 20  # two windows of 4 MiB, the stretches' places, what a frame holds
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_windows_end_anywhere(protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles with frames and without, at every place of an opcode."""
+    path = tmp_path / ".metadata"
+    made = large(tensors=3, ranks=40)
+    path.write_bytes(pickle.dumps(made, protocol))
+    for window in range(9_000, 9_080):
+        monkeypatch.setattr("shardmerge.sources.pickle_stream._WINDOW", window)
+        found = read_metadata(path, lambda name: True)
+        assert [one.chunks for one in found.table.tensors.values()] == [40] * 6
+        assert [chunk.begin for chunk in found.table.chunks("model.layers.2.weight")] == [70_000 * n for n in range(40)]
+
+
 def test_rows_are_no_longer_than_what_is_read_again() -> None:
     """The longest that the patterns match: 64 axes of nine bytes three times, a name of 255, and what is around it."""
     assert LONGEST_STRETCH > 3 * 64 * 10 + 300
@@ -422,7 +465,7 @@ def test_rows_are_no_longer_than_what_is_read_again() -> None:
 def test_a_pickle_that_refers_to_itself_in_passing_comes_to_an_end(tmp_path: Path) -> None:
     """Every memo number of every row replaced by every other one: refused, or the same tensors; never more."""
     path = tmp_path / ".metadata"
-    data = pickle.dumps(large(tensors=1, ranks=4))
+    data = pickle.dumps(large(tensors=1, ranks=4), 4)
     gets = [n for n in range(len(data) - 1) if data[n : n + 1] == b"h"]
     codes = set()
     for position in gets[:: max(len(gets) // 60, 1)]:

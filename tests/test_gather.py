@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
@@ -141,6 +146,34 @@ def test_a_directory_is_not_read_as_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         SourceFile(tmp_path)
     assert caught.value.code in ("not-a-file", "unreadable-file")
+
+
+def test_a_file_that_is_put_away_is_there_for_whoever_reads_it(tmp_path: Path) -> None:
+    """A pool holds some files open: the one that it closes for another may be in use."""
+    pool = FilePool(sharers=1 << 20)
+    for number in range(40):
+        (tmp_path / str(number)).write_bytes(b"%02d" % number)
+    held = [pool.get(str(tmp_path / str(number))) for number in range(40)]
+    assert [file.read(0, 2) for file in held] == [b"%02d" % number for number in range(40)]
+    pool.get(held[0].path)
+    assert pool.opens == 41
+
+
+def test_threads_that_ask_for_one_file_open_it_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    pool = FilePool()
+    pool.opened = lambda file: time.sleep(0.05)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: pool.get(str(tmp_path / "file")), range(4)))
+    assert (pool.opens, len(set(map(id, found)))) == (1, 1)
+
+
+def test_a_pipe_with_a_name_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = "import sys; from shardmerge.storage.reading import SourceFile; SourceFile(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "pipe")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "not-a-file" in done.stderr
 
 
 @given(first=st.binary(max_size=200), second=st.binary(max_size=5000))

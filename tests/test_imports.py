@@ -57,11 +57,14 @@ ROOMS = {
 READING = {"shardmerge.sources.opening"}
 # What reads formats, and is imported where its format was recognised.
 READERS = {
-    "shardmerge.sources.deepspeed", "shardmerge.sources.megatron", "shardmerge.sources.pickle_machine",
+    "shardmerge.sources.distributed_safetensors", "shardmerge.sources.deepspeed", "shardmerge.sources.megatron",
+    "shardmerge.sources.pickle_machine",
     "shardmerge.sources.pickle_values", "shardmerge.sources.pickle_vm",
     "shardmerge.sources.rank_sets", "shardmerge.sources.torch_checkpoint", "shardmerge.sources.zero",
 }  # fmt: skip
-OF_ZERO = READERS - {"shardmerge.sources.megatron", "shardmerge.sources.rank_sets"}
+OF_ZERO = READERS - {
+    "shardmerge.sources.distributed_safetensors", "shardmerge.sources.megatron", "shardmerge.sources.rank_sets"
+}  # fmt: skip
 PLANNING = READING | {"shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.schedule"}
 EXECUTING = PLANNING | {"shardmerge.execute.engine", "shardmerge.publish.running"}
 

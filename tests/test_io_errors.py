@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import resource
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +20,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import shardmerge
-from shardmerge.errors import OutputError, ResourceError
+from shardmerge.errors import CheckpointError, OutputError, ResourceError
 from shardmerge.publish import having_made
-from shardmerge.storage import cache, writing
+from shardmerge.storage import cache, reading, writing
+from shardmerge.storage.reading import SourceFile
 from tests.faults import thin_volume, tool
-from tests.killing import FAIL, Machine, Trap
+from tests.killing import FAIL, SKIP, Machine, Trap
 from tests.scene import WAYS, Scene
 from tests.staged import assert_well_left, files
 
@@ -30,21 +38,31 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 MiB: more than `Trail` keeps behind the cursor, and more than is behind the volume."""
-    path = tmp_path_factory.mktemp("large") / "model.safetensors"
+    return _saved(tmp_path_factory.mktemp("large"), 24, 4)
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 MiB: `Trail` keeps all of it until the end."""
+    return _saved(tmp_path_factory.mktemp("brief"), 12, 1)
+
+
+def _saved(folder: Path, count: int, mib: int) -> Path:
     random = np.random.default_rng(0)
-    save_file({f"w{i}": random.integers(0, 255, 4 * MIB, np.uint8) for i in range(24)}, path)
-    return path
+    save_file({f"w{i}": random.integers(0, 255, mib * MIB, np.uint8) for i in range(count)}, folder / "m.safetensors")
+    return folder / "m.safetensors"
 
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "plain"])
-def test_an_error_of_writing_that_passes_ends_the_run(
-    large: Path, bounded: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("source", "behind", "given"), [("large", 30, 80), ("brief", 4, 12)], ids=["large", "brief"])
+def test_an_error_of_writing_that_passes_ends_the_run(  # of what, on what, and when it passes
+    source: str, behind: int, given: int, bounded: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Waiting for a range takes the error from the descriptor: the sync at the end would know nothing of it."""
     monkeypatch.setattr(having_made, "bounds_cache", lambda moved: bounded)
     real, written = writing.OutputFile.write, 0
 
-    with thin_volume(30 * MIB) as volume:
+    with thin_volume(behind * MIB) as volume:
 
         def write(self: writing.OutputFile, offset: int, data: memoryview) -> None:
             nonlocal written
@@ -52,12 +70,13 @@ def test_an_error_of_writing_that_passes_ends_the_run(
                 os.sync()  # names and tables are on the disk: what fails is data
             real(self, offset, data)
             written += data.nbytes
-            if written >= 80 * MIB:
+            if written >= given * MIB:
                 volume.give_room(self.path)
 
         monkeypatch.setattr(writing.OutputFile, "write", write)
+        path, options = request.getfixturevalue(source), shardmerge.Options(workers=1)
         with pytest.raises((ResourceError, OutputError)) as caught:
-            shardmerge.convert(large, volume.root / "out", options=shardmerge.Options(workers=1))
+            shardmerge.convert(path, volume.root / "out", options=options)
         assert caught.value.code in ("disk-full", "unwritable-output")
         assert [path.name for path in volume.root.iterdir()] == ["lost+found"]
 
@@ -87,6 +106,66 @@ def test_what_failed_once_is_never_sealed(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ResourceError):
         file.seal(b"abcdefgh")
     assert (tmp_path / "file").read_bytes() == bytes(16)
+
+
+@pytest.mark.parametrize("size", [12, 20])
+def test_what_has_another_size_is_never_sealed(tmp_path: Path, size: int) -> None:
+    """Somebody else cut it off, or wrote behind its end: what was synced is not what was written."""
+    file = writing.OutputFile(tmp_path / "file", 16)
+    file.write(8, memoryview(b"12345678"))
+    os.truncate(tmp_path / "file", size)
+    with pytest.raises(OutputError):
+        file.seal(b"abcdefgh")
+    file.abandon()
+
+
+def test_what_is_closed_twice_closes_nothing_else(tmp_path: Path) -> None:
+    """The number of its descriptor is somebody else's by then."""
+    written = writing.OutputFile(tmp_path / "file", 8)
+    written.seal(b"abcdefgh")
+    read = SourceFile(tmp_path / "file")
+    read.close()
+    for file, close in ((written, written.abandon), (read, read.close)):
+        other = os.open(file.path, os.O_RDONLY)
+        close()
+        assert os.read(other, 8) == b"abcdefgh"
+        os.close(other)
+
+
+@contextmanager
+def _no_file_larger(most: int) -> Iterator[None]:
+    """As `ulimit -f`, and what a file system takes: EFBIG, and a signal that Python ignores."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_may_not_be_so_large_is_a_full_disk_and_closed(tmp_path: Path) -> None:
+    before = len(_descriptors())
+    with _no_file_larger(MIB), pytest.raises(ResourceError) as caught:
+        writing.OutputFile(tmp_path / "file", 2 * MIB)
+    assert caught.value.code == "disk-full"
+    assert len(_descriptors()) == before
+
+
+def _descriptors() -> list[str]:
+    return [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+
+
+def _fails(*_: object) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_part_that_fails_is_closed(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever called goes on living, and what was deleted would go on taking its room."""
+    monkeypatch.setattr(writing, "start_writing", _fails)
+    with pytest.raises(OutputError) as caught:
+        shardmerge.convert(small, tmp_path / "out")
+    assert caught.value.code == "unwritable-output"
+    assert not [path for path in _descriptors() if path.startswith(str(tmp_path))]
 
 
 def test_a_system_without_the_call_writes_all_the_same(tmp_path: Path) -> None:
@@ -120,6 +199,67 @@ def test_the_first_bytes_are_written_whole(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:most], offset))
     file.seal(b"abcdefgh")
     assert (tmp_path / "file").read_bytes() == b"abcdefgh12345678"
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_a_short_read_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Of one range, and of many at a time."""
+    (tmp_path / "file").write_bytes(b"0123456789abcdefgh")
+    outs = [memoryview(bytearray(9)), memoryview(bytearray(8))]
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: real(fd, [into[0][:most]], offset))
+    with SourceFile(tmp_path / "file") as file:
+        assert file.read(2, 12) == b"23456789abcd"
+        file.read_runs([0, 10], outs)
+    assert [bytes(out) for out in outs] == [b"012345678", b"abcdefgh"]
+
+
+def test_a_file_that_ends_before_it_did_is_truncated(tmp_path: Path) -> None:
+    """It had its size when it was opened. Of one range, of many at a time, of a window."""
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    out = memoryview(bytearray(1 << 20))
+    with SourceFile(tmp_path / "file") as file:
+        os.truncate(tmp_path / "file", 5000)
+        for read in (lambda: file.read_into(0, out), lambda: file.read_runs([0], [out]), lambda: file.window(0, 9000)):
+            with pytest.raises(CheckpointError) as caught:
+                read()
+            assert caught.value.code == "truncated-file"
+
+
+def test_an_error_of_reading_many_ranges_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(10))
+    monkeypatch.setattr(os, "preadv", _fails)
+    with SourceFile(tmp_path / "file") as file, pytest.raises(CheckpointError) as caught:
+        file.read_runs([7], [memoryview(bytearray(3))])
+    assert (caught.value.code, caught.value.where) == ("unreadable-file", f"{tmp_path / 'file'}, byte 7")
+
+
+def test_a_file_that_shrinks_while_it_is_mapped_is_an_error_not_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Python compared the sizes: the pages are asked for before anybody touches one."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+
+    class Shrinking(mmap.mmap):
+        def __init__(self, *given: object, **named: object) -> None:
+            os.truncate(path, 4096)
+
+    monkeypatch.setattr(mmap, "mmap", Shrinking)
+    with SourceFile(path) as file, pytest.raises(CheckpointError) as caught:
+        file.window(5000, 9000)
+    assert caught.value.code == "truncated-file"
+
+
+def test_a_kernel_that_cannot_ask_for_pages_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 5.14: EINVAL, as for any advice that does not exist. What was read is there, whatever comes."""
+    (tmp_path / "file").write_bytes(b"x" * (1 << 20))
+    monkeypatch.setattr(reading, "_MADV_POPULATE_READ", 9999)
+    with SourceFile(tmp_path / "file") as file:
+        found = file.window(5000, 9000)
+        assert not isinstance(found.obj, mmap.mmap)
+        os.truncate(tmp_path / "file", 0)
+        assert bytes(found) == b"x" * 9000
 
 
 def test_a_write_that_gets_nowhere_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +323,67 @@ def test_each_call_that_fails_ends_the_run(scene: Scene, runs: Machine) -> None:
         scene.published(plain)
 
 
+# Calls that the system, or the file system, does not have.
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+def test_calls_that_are_not_there_are_done_without(scene: Scene, runs: Machine, number: int) -> None:
+    """An old kernel, a file system, and a filter of system calls in a container each say so by another number."""
+    way = replace(WAYS["no-exchange"], no_exchange=number)
+    scene.begin(way)
+    ran = scene.run(runs, way, Trap(FAIL, at=1, until=10_000, only="sync_file_range", number=number))
+    assert runs.hit
+    assert ran.code == 0, ran.err
+    scene.published(way)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_directory(scene: Scene, runs: Machine, number: int) -> None:
+    plain = WAYS["plain"]
+    scene.begin(plain)
+    assert scene.run(runs, plain).code == 0
+    syncs = [n for n, call in enumerate(runs.calls, 1) if call.name == "fsync" and not call.a.endswith(".tmp")]
+    assert len(syncs) > 10
+    for at in syncs:
+        scene.begin(plain)
+        ran = scene.run(runs, plain, Trap(FAIL, at=at, number=number))
+        assert ran.code == 0, ran.err
+        scene.published(plain)
+
+
+def test_a_rename_that_says_it_was_done_and_was_not(scene: Scene, runs: Machine) -> None:
+    """Of whatever goes with the parts: what is missing is missed before anything is published."""
+    plain = WAYS["plain"]
+    scene.begin(plain)
+    assert scene.run(runs, plain).code == 0
+    beside = [
+        n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and "/ready-" in call.b.rsplit("/", 1)[0]
+    ]
+    assert len(beside) > 5
+    for at in beside:
+        scene.begin(plain)
+        ran = scene.run(runs, plain, Trap(SKIP, at=at))
+        # The other one: its temporary name is needed again, by a file of the same name in another folder.
+        assert ran.json()["errors"][0]["code"] in ("part-differs", "output-exists")
+        assert scene.seen(plain) == ""
+        assert scene.run(runs, plain).json()["parts_made"] == 0
+        scene.published(plain)
+
+
+def test_a_thread_that_fails_ends_the_others(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each after what it is at: a full disk is not written to for hours."""
+    real, written = writing.OutputFile.write, count()
+
+    def write(self: writing.OutputFile, offset: int, data: memoryview) -> None:
+        time.sleep(0.02)
+        (_fails if next(written) == 5 else real)(self, offset, data)
+
+    monkeypatch.setattr(writing.OutputFile, "write", write)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        shardmerge.convert(large, tmp_path / "out", options=shardmerge.Options(workers=4, memory=64 * MIB))
+    assert next(written) < 6 + 2 * 4
+
+
 @pytest.fixture(scope="module")
 def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
@@ -191,22 +392,22 @@ def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 # As NFS does, which says "disk full" there.
-_CLOSING = """
-import errno, os, sys
+_CLOSING = r"""
+import errno, os, re, sys
 from pathlib import Path
 from shardmerge.cli.main import main
 real, wanted = os.close, sys.argv.pop(1)
 def close(fd):
     name = Path(f"/proc/self/fd/{fd}").resolve().name
     real(fd)
-    if name.startswith(wanted) and name.endswith(".tmp"):
+    if re.fullmatch(wanted + r"\.\w+\.\d+\.tmp", name):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 os.close = close
 main()
 """
 
 
-@pytest.mark.parametrize("name", ["begun.json", "00000.", "00000.json", "generation_config.json", "shardmerge.json"])
+@pytest.mark.parametrize("name", ["begun.json", "00000", "00000.json", "generation_config.json", "shardmerge.json"])
 def test_an_error_of_closing_ends_the_run(
     tmp_path: Path, small: Path, undisturbed: dict[str, bytes], name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import tool
-from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap
+from tests.killing import FAIL, HALF, KILL, KILL_ALL, Machine, Trap
 from tests.scene import PARTS, RECEIPT, WAYS, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a directory of another owner takes root")
@@ -73,6 +74,25 @@ def test_all_processes_killed(scene: Scene, runs: Machine) -> None:
     while not kill_and_go_on(scene, runs, "plain", Trap(KILL_ALL, at=at), processes=True):
         at += 7
     assert at > 100
+
+
+def test_a_plan_that_is_written_is_whole_or_the_one_before(scene: Scene, runs: Machine) -> None:
+    """Killed, or without room, at any call. It is on the disk before it gets its name."""
+    file = scene.root / "written" / "plan.json"
+    file.parent.mkdir()
+    command = ["plan", scene.inputs / "mapping.yaml", "--out", file]
+    assert runs.run(*command).code == 0
+    whole, before, names = file.read_text(), scene.plan("bin").read_text(), [call.name for call in runs.calls]
+    assert names[-2:] == ["fsync", "rename"]
+    for at in range(1, len(names) + 1):
+        for action in (KILL, HALF, FAIL):
+            file.write_text(before)
+            ran = runs.run(*command, trap=Trap(action, at=at, number=errno.ENOSPC))
+            assert ran.code == (4 if action == FAIL else -9), ran.err
+            assert file.read_text() in (before, whole)
+            assert action != FAIL or list(file.parent.iterdir()) == [file]
+            for left in file.parent.glob("*.tmp"):
+                left.unlink()
 
 
 def test_every_call_is_seen(scene: Scene, runs: Machine, tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from shardmerge.storage import limits
+import shardmerge
+from shardmerge.publish import having_made
+from shardmerge.storage import cache, limits
+from tests.faults import tool
 
 CPUS = "from shardmerge.storage.limits import usable_cpus; print(usable_cpus())"
 JOINING = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
@@ -73,3 +79,59 @@ def test_a_cache_is_bounded_where_the_memory_is_smaller_than_what_moves() -> Non
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert limits.bounds_cache(physical + 1)
     assert not limits.bounds_cache(min(physical, limits.cgroup_limit() or physical))
+
+
+def test_what_is_bounded_leaves_the_page_cache(disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of what was written, but for what is looked at again: 16 blocks, and what is read ahead of them."""
+    monkeypatch.setattr(having_made, "bounds_cache", lambda moved: True)
+    folder = disk("ext4") / "bounded"
+    folder.mkdir()
+    save_file({f"w{i}": np.ones(4 << 20, np.uint8) for i in range(16)}, folder / "model.safetensors")
+    subprocess.run(["sync", "-f", str(folder)], check=True)
+    shardmerge.convert(folder / "model.safetensors", folder / "out")
+    command = [tool("fincore"), "--bytes", "--noheadings", "--output", "RES", str(folder / "out/model.safetensors")]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 8 << 20
+
+
+BOUNDED = """
+import sys
+import shardmerge
+from shardmerge.publish import having_made
+having_made.bounds_cache = lambda moved: True
+shardmerge.convert(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_what_leaves_the_page_cache_was_waited_for(tmp_path: Path) -> None:
+    """Every range: where the disk is slow its pages are still dirty, and stay whatever is advised."""
+    save_file({f"w{i}": np.ones(1 << 20, np.uint8) for i in range(8)}, tmp_path / "model.safetensors")
+    command = [
+        tool("strace"),
+        "-ff",
+        "-o",
+        str(tmp_path / "log"),
+        "-e",
+        "trace=sync_file_range",
+        sys.executable,
+        "-c",
+        BOUNDED,
+    ]
+    subprocess.run([*command, str(tmp_path / "model.safetensors"), str(tmp_path / "out")], check=True)
+    said = "".join(path.read_text() for path in tmp_path.glob("log.*"))  # of a thread each: no line is cut in two
+    flags = re.findall(r"sync_file_range\(\d+, (\d+, \d+), (\S+)\)", said)
+    begun = {place for place, flag in flags if flag == "SYNC_FILE_RANGE_WRITE"}
+    assert len(begun) == 8 + 1  # and the header
+    assert begun == {place for place, flag in flags if "WAIT_BEFORE" in flag and "WAIT_AFTER" in flag}
+
+
+def test_a_thread_that_finds_nothing_behind_the_cursor_goes_on() -> None:
+    """Another one took what there was, and has not counted it yet."""
+    trail, dropped = cache.Trail(), list[str]()
+
+    class Taken(int):
+        def __rsub__(self, other: int) -> int:
+            trail.passed(1, lambda: dropped.append("of the second"))
+            return other - int(self)
+
+    trail.passed(Taken(1 << 30), lambda: dropped.append("of the first"))
+    assert dropped == ["of the second", "of the first"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ import shardmerge
 from shardmerge.errors import CheckpointError
 from shardmerge.lazy import LazyTensor
 from shardmerge.storage import mapping
+from shardmerge.storage.reading import FilePool
 from tests.faults import tool
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -267,6 +269,24 @@ def test_a_file_cut_off_before_a_view_is_taken_is_an_error(file: Path, mapped: b
             read()
         assert caught.value.code == "truncated-file"
     assert len(held)
+
+
+def test_what_was_not_there_when_the_file_was_opened_is_not_mapped(file: Path) -> None:
+    """Nor what is gone a moment after it was looked at."""
+    pool, size = FilePool(), file.stat().st_size
+    pool.get(str(file))
+    with file.open("ab") as grown:
+        grown.write(bytes(100))
+    assert mapping.FileMaps(pool).view(str(file), size - 50, 100) is None
+    real = mapping._mapped
+
+    def shorter(fd: int, nbytes: int) -> mmap.mmap:
+        os.truncate(file, 1000)
+        return real(fd, nbytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapping, "_mapped", shorter)
+        assert mapping.FileMaps(pool).view(str(file), size - 100, 100) is None
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -213,6 +213,17 @@ def test_the_law_with_as_many_tiles_in_flight_as_there_can_be(
     assert done.peak <= planned
 
 
+@pytest.mark.parametrize("options", [("--format", "dcp"), ("--format", "zero-universal", "--dtype", "float32")])
+def test_the_law_for_checkpoints_that_training_goes_on_from(
+    options: tuple[str, ...], filled: Path, tmp_path: Path
+) -> None:
+    done = convert(filled, tmp_path / "out", *options, "--no-sync")
+    planned = answer(done)["planned_peak"]
+    assert isinstance(planned, int)
+    assert done.peak <= planned
+    shutil.rmtree(tmp_path / "out")
+
+
 @pytest.mark.parametrize("budget", ["1MiB", "40MiB"])
 def test_a_budget_that_cannot_be_kept_is_refused(budget: str, filled: Path, tmp_path: Path) -> None:
     done = convert(filled, tmp_path / "out", "--max-memory", budget, code=4)

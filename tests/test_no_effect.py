@@ -215,6 +215,8 @@ COMMANDS = {
     "base without a preset": ("convert", "a", "o", "--base", "b=a"),
     "dtype of verify": ("verify", "a", "--dtype", "bf16"),
     "format of verify": ("verify", "a", "--format", "bin"),
+    "dcp root of another format": ("convert", "a", "o", "--dcp-root", "model"),
+    "dcp root of verify": ("verify", "a", "--dcp-root", "model"),
 }
 
 

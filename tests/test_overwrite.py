@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from tests.killing import FAIL, KILL, Machine, Trap
-from tests.scene import PARTS, WAYS, Scene, other, tree
+from tests.faults import tool
+from tests.killing import DENY, FAIL, KILL, Machine, Trap
+from tests.scene import PARTS, WAYS, Scene, claim, other, tree
 
 OVERWRITE, GAP, PLAIN = WAYS["overwrite"], WAYS["no-exchange"], WAYS["plain"]
 KILLED = -9
@@ -86,18 +89,123 @@ def test_what_came_to_the_output_path_meanwhile(scene: Scene, runs: Machine, way
     scene.published(PLAIN)
 
 
-def test_what_came_in_the_last_moment(scene: Scene, runs: Machine) -> None:
-    """After the last look, rename(2) itself refuses."""
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR])
+def test_what_came_in_the_last_moment(scene: Scene, runs: Machine, number: int) -> None:
+    """After the last look, rename(2) itself refuses: a directory, by either number, or a file."""
     made = scene.keep_made(runs, PLAIN)
     scene.begin(PLAIN, made)
     assert scene.run(runs, PLAIN).code == 0
     last = next(n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and call.b == str(scene.out))
     scene.begin(PLAIN, made)
-    ran = scene.run(runs, PLAIN, Trap(FAIL, at=last, number=errno.ENOTEMPTY))
+    ran = scene.run(runs, PLAIN, Trap(FAIL, at=last, number=number))
     assert ran.code == 1
     assert ran.json()["errors"][0]["code"] == "output-exists"
     assert scene.run(runs, PLAIN).json()["parts_made"] == 0
     scene.published(PLAIN)
+
+
+def test_a_rename_that_is_done_and_says_it_was_not(scene: Scene, runs: Machine) -> None:
+    """As a file server that gets a request twice, and answers the second. The result is there, so it is published."""
+    for way in (PLAIN, OVERWRITE, GAP):
+        made = scene.keep_made(runs, way)
+        scene.begin(way, made)
+        assert scene.run(runs, way).code == 0
+        last = max(n for n, call in enumerate(runs.calls, 1) if str(scene.out) in (call.a, call.b) and call.b)
+        scene.begin(way, made)
+        ran = scene.run(runs, way, Trap(DENY, at=last, number=errno.ENOENT))
+        assert runs.hit
+        assert ran.code == 0, ran.err
+        scene.published(way)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "torn receipt", "another receipt"])
+def test_a_result_that_was_damaged_is_none(scene: Scene, runs: Machine, damage: str) -> None:
+    """It is not said to be there, and it is replaced where that is asked for."""
+    scene.begin(PLAIN)
+    assert scene.run(runs, PLAIN).code == 0
+    file, receipt = scene.out / "model-00001-of-00002.safetensors", scene.out / "shardmerge.json"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut off":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        receipt.write_text("{" if damage == "torn receipt" else "[]")
+    ran = scene.run(runs, PLAIN)
+    assert ran.code == 1, ran.err
+    assert ran.json()["errors"][0]["code"] == "output-exists"
+    assert scene.run(runs, PLAIN, None, "--overwrite").json()["parts_made"] == PARTS
+    scene.published(PLAIN)
+
+
+def test_what_is_made_of_another_plan_stays(scene: Scene, runs: Machine) -> None:
+    """It waits beside a result that is there; who asks for that one again finds nothing to do, and nothing of his."""
+    scene.begin(OVERWRITE)
+    assert scene.run(runs, OVERWRITE).code == 0
+    at = claim(runs.calls)
+    scene.begin(OVERWRITE)
+    assert scene.run(runs, OVERWRITE, Trap(KILL, at=at)).code == KILLED
+    again = runs.run("run", scene.plan(other(OVERWRITE.form)), "--out", scene.out, "--json")
+    assert again.json()["parts_made"] == 0
+    assert scene.seen(OVERWRITE) == "old"
+    assert scene.run(runs, OVERWRITE).json()["parts_made"] == 0
+    scene.published(OVERWRITE)
+
+
+@pytest.mark.parametrize("to", ["nothing", "empty", "ours", "file"])
+def test_a_link_or_a_file_is_never_replaced(scene: Scene, runs: Machine, to: str) -> None:
+    """Said before anything is made. `--overwrite` replaces a directory, and not what leads to one."""
+    scene.begin(PLAIN)
+    scene.place.mkdir()
+    target = scene.place / to
+    if to == "empty":
+        target.mkdir()
+    elif to == "ours":
+        shutil.copytree(scene.root / "golden-safetensors", target)
+    elif to == "file":
+        scene.out.write_text("years of work")
+    if to != "file":
+        scene.out.symlink_to(target)
+    before = sorted(scene.place.rglob("*"))
+    for more in ((), ("--overwrite",), ("--fresh",), ("--fresh", "--overwrite")):
+        if to == "ours" and "--fresh" not in more:
+            continue  # it is there already
+        ran = scene.run(runs, PLAIN, None, *more)
+        assert ran.code == 1, ran.err
+        assert ran.json()["errors"][0]["code"] == ("not-ours" if "--overwrite" in more else "output-exists")
+        assert sorted(scene.place.rglob("*")) == before
+        assert scene.out.is_symlink() == (to != "file")
+
+
+def test_clean_bears_what_is_at_the_output_path_by_then(scene: Scene, runs: Machine) -> None:
+    """Something of somebody else: it stays, also where it came after the last look."""
+    _in_the_gap(scene, runs)
+    foreign = _foreign(scene)
+    assert runs.run("clean", scene.out).code == 0
+    assert tree(scene.out) == foreign
+    assert [path.name for path in scene.place.iterdir()] == ["out"]
+    for number in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        _in_the_gap(scene, runs)
+        assert runs.run("clean", scene.out, trap=Trap(FAIL, at=2, number=number)).code == 0
+        assert list(scene.place.iterdir()) == []  # it was put back nowhere
+
+
+def test_what_cannot_be_put_back_is_not_removed(scene: Scene, runs: Machine) -> None:
+    _in_the_gap(scene, runs)
+    ran = runs.run("clean", scene.out, trap=Trap(FAIL, at=2, number=errno.EIO))
+    assert (ran.code, runs.hit) == (1, 1)
+    scene.out.mkdir()  # nothing that it would have to make room for
+    assert runs.run("clean", scene.out).code == 0
+    assert scene.seen(GAP) == "old"
+    assert [path.name for path in scene.place.iterdir()] == ["out"]
+
+
+def test_clean_follows_no_link(scene: Scene, runs: Machine) -> None:
+    scene.begin(PLAIN, scene.keep_made(runs, PLAIN))
+    assert scene.staging is not None
+    (scene.staging / "model" / "link").symlink_to(scene.inputs)
+    assert runs.run("clean", scene.out).code == 0
+    assert list(scene.place.iterdir()) == []
+    scene.untouched()
 
 
 def test_an_exchange_that_fails_leaves_the_old_directory(scene: Scene, runs: Machine) -> None:
@@ -125,6 +233,34 @@ def test_an_empty_directory_lends_its_mode(scene: Scene, runs: Machine, mode: in
     scene.published(PLAIN)
     assert scene.out.stat().st_mode & 0o7777 == mode
     assert os.getxattr(scene.out, "user.project") == b"llava"
+
+
+def _without_privileges(scene: Scene) -> subprocess.CompletedProcess[str]:
+    """Runs the command as an owner whom the modes of his directories bind, which root's do not."""
+    bound = ["--bounding-set=-dac_override,-dac_read_search", sys.executable, "-m", "shardmerge"]
+    command = [tool("setpriv"), *bound, *map(str, scene.command(PLAIN))]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_directory_that_its_owner_may_not_write_to_lends_its_mode(scene: Scene, runs: Machine) -> None:
+    """Whoever may not write to a directory may not move it to another."""
+    scene.begin(PLAIN)
+    scene.out.mkdir(parents=True)
+    scene.out.chmod(0o555)
+    done = _without_privileges(scene)
+    assert done.returncode == 0, done.stderr
+    scene.published(PLAIN)
+    assert scene.out.stat().st_mode & 0o7777 == 0o555
+
+
+def test_a_place_that_may_not_be_written_to_is_named_before_anything_is_made(scene: Scene, runs: Machine) -> None:
+    scene.begin(PLAIN)
+    scene.place.mkdir()
+    scene.place.chmod(0o555)
+    done = _without_privileges(scene)
+    assert done.returncode == 1
+    assert "no permission to write here [unwritable-output]" in done.stderr
+    assert f"at: {scene.place}\n" in done.stderr
 
 
 def test_nobody_else_sees_it_meanwhile(scene: Scene, runs: Machine) -> None:

@@ -22,6 +22,7 @@ from shardmerge import api
 from shardmerge.api import Options, Result, Unfinished
 from shardmerge.errors import OutputError, ShardmergeError, UsageError
 from shardmerge.plan.value import Part
+from shardmerge.publish.finishing import _life
 from shardmerge.publish.having_made import await_receipts
 from shardmerge.publish.making import PartMaker, is_made
 from shardmerge.publish.running import carry_out_share
@@ -182,6 +183,21 @@ def test_parts_that_another_is_at_work_on_are_waited_for(model: Path, tmp_path: 
     check(model, out)
 
 
+def test_a_part_that_somebody_is_slow_at_is_made_by_one_more_and_not_by_two(model: Path, tmp_path: Path) -> None:
+    """He goes on showing signs of life. A second time there is nothing to do but to wait for who made it again."""
+    for number, others in enumerate((["00004"], ["00004", "again-00004"])):
+        out, waits = tmp_path / f"out{number}", list[int]()
+        other = staging_of(model, out)
+        assert all(PartClaims(other).take(name) for name in others)
+        done = _started(lambda: anything(model, out, Anything(waiting=waits.append, look=(0.02, 0.05))))  # noqa: B023
+        if len(others) == 2:
+            _until(lambda: len(waits) > 20)  # noqa: B023
+            assert not done.is_set()
+            other.tidy()
+        assert done.wait(30)
+        check(model, out)
+
+
 def test_parts_whose_maker_writes_are_waited_for_however_old_their_claims(model: Path, tmp_path: Path) -> None:
     out, waits = tmp_path / "out", list[int]()
     other = staging_of(model, out)
@@ -218,7 +234,11 @@ def test_a_maker_that_is_killed_is_made_up_for(tmp_path: Path) -> None:
 
 
 def test_a_task_that_is_stopped_takes_its_claims_back(model: Path, tmp_path: Path) -> None:
+    """And what it left half written; what another one has begun is his."""
     out = tmp_path / "out"
+    other = staging_of(model, out)
+    assert PartClaims(other).take("00000")
+    other.temporary("00000").touch()
 
     def stop(nbytes: int) -> None:
         raise KeyboardInterrupt
@@ -226,8 +246,9 @@ def test_a_task_that_is_stopped_takes_its_claims_back(model: Path, tmp_path: Pat
     plan = api.plan(model / "mapping.yaml", QUICK)
     with pytest.raises((KeyboardInterrupt, ShardmergeError)):
         carry_out_share(plan, Anything(), out, QUICK, stop)
-    staging = Staging.of(out, plan.id)
-    assert not [path.name for path in staging.parts.iterdir() if path.suffix != ".json"]
+    left = {path for path in other.parts.iterdir() if path.suffix != ".json"}
+    assert left == {other.temporary("00000"), other.parts / "00000.0.claim"}
+    other.tidy()
     assert isinstance(anything(model, out, Anything(gone=1e6)), Result)
     check(model, out)
 
@@ -323,6 +344,15 @@ def test_all_that_was_staged_may_be_removed_while_it_is_looked_at(
 
     monkeypatch.setattr(os, "scandir", removed)
     assert not look(staging)
+
+
+def test_who_was_about_to_publish_may_be_gone_when_he_is_looked_at(model: Path, tmp_path: Path) -> None:
+    """Between the listing and the look: a link that leads nowhere is listed too."""
+    staging = staging_of(model, tmp_path / "out")
+    assert _life(staging) == []
+    (staging.root / "ready-here").mkdir()
+    (staging.root / "ready-gone").symlink_to("nowhere")
+    assert [name for name, _ in _life(staging)] == ["ready-here"]
 
 
 def test_a_receipt_that_is_seen_late_is_waited_for(model: Path, tmp_path: Path) -> None:

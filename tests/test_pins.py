@@ -23,6 +23,8 @@ from shardmerge.execute import pins
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.publish.staging import Staging
+from shardmerge.publish.verify import verify_sources
+from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
 from tests.staged import assert_nothing_done, assert_well_left, files, stagings
@@ -90,6 +92,28 @@ def test_a_change_after_the_plan_is_refused(model: Path, name: str, change: Call
         api.carry_out(prepared, model.parent / "out", options)
     assert (caught.value.code, caught.value.where) == ("source-changed", str(model / name))
     assert_nothing_done(model.parent / "out")
+
+
+def test_a_change_after_the_plan_is_refused_before_a_part_is_made(model: Path) -> None:
+    """Of a file that is read hours later, for the second part."""
+    options = api.Options(workers=1, shard_size=9 * MIB)
+    prepared = api.prepare_conversion(model, options=options)
+    assert len(prepared.plan.shards) == 2
+    _overwrite(model / FILES[0])
+    with pytest.raises(CheckpointError) as caught:
+        api.carry_out(prepared, model.parent / "out", options)
+    assert caught.value.code == "source-changed"
+    assert_nothing_done(model.parent / "out")
+
+
+def test_what_a_result_is_verified_with_is_what_was_planned(model: Path) -> None:
+    """That a source changed says more than that a tensor differs; and it might not differ."""
+    shardmerge.convert(model, model.parent / "out")
+    plan = api.prepare_conversion(model).plan
+    _overwrite(model / FILES[0])
+    with pytest.raises(CheckpointError) as caught:
+        verify_sources(model.parent / "out", plan, MIB)
+    assert caught.value.code == "source-changed"
 
 
 COMMANDS = {
@@ -185,6 +209,17 @@ def test_a_link_that_leads_elsewhere_for_a_while_is_refused(model: Path) -> None
 def _lead(link: Path, to: str) -> None:
     link.unlink()
     link.symlink_to(to)
+
+
+def test_a_file_that_was_refused_is_refused_again(model: Path) -> None:
+    """By whichever thread asks next: it is not kept open as if it were the right one."""
+    path = model / FILES[0]
+    pool = FilePool()
+    pool.opened = pins.Pins([FileStamp.of(str(path), path.stat())]).opened
+    _overwrite(path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError):
+            pool.get(str(path))
 
 
 def test_what_is_copied_has_the_digest_of_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,7 @@ OUTPUTS = {
     "types": ["", "dtype: float16", "dtype: bfloat16"],
     "some types": ["dtype: float16", "dtype: float16, keep: [x.v]", "dtype: float16, dtypes: {x.v: bfloat16}"],
     "sizes": ["shard_size: 1MB", "shard_size: 300"],
-    "formats": ["", "format: bin"],
+    "formats": ["", "format: bin", "format: dcp", "format: dcp, root: app.model", 'format: dcp, root: ""'],
     "side files": ["files: all", "files: {include: [notes.txt], exclude: [README.md]}"],
 }
 

@@ -27,6 +27,7 @@ from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.value import Plan, Unused
 from shardmerge.plan.writing import plan_lines
 from shardmerge.tensors import Extent, FileStamp, Piece, SideFile, TensorEntry
+from tests import golden_plans
 from tests.conftest import shardmerge
 from tests.plans_in_use import PLANS, PRESETS
 from tests.small_plans import Store, as_json, planned, signed, text
@@ -77,6 +78,12 @@ def test_a_plan_comes_back(name: str, tmp_path: Path) -> None:
     """Of every preset on real checkpoints, and of every kind of checkpoint of tests/golden."""
     prepared = PLANS[name](tmp_path)
     check_text(prepared.plan, str(prepared.out or ""))
+
+
+@pytest.mark.parametrize("name", golden_plans.MAPPINGS)
+def test_text_and_id_are_what_they_were(name: str, tmp_path: Path) -> None:
+    """See ``golden_plans`` for what to do where they are not."""
+    assert golden_plans.text_of(name, tmp_path) == (golden_plans.FOLDER / f"{name}.txt").read_text()
 
 
 def test_no_preset_is_left_out() -> None:

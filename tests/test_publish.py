@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from benchmarks.synthetic import write_zero
+from shardmerge import api
 from shardmerge.dtypes import DTYPES
+from shardmerge.publish import verify
+from shardmerge.publish.staging import Staging
 from tests.conftest import GOLDEN, shardmerge
 from tests.staged import assert_well_left, stagings
 
@@ -113,6 +118,117 @@ def test_verify_finds_what_is_missing_or_edited(tmp_path: Path) -> None:
     assert "[missing-file]" in shardmerge("verify", tmp_path / "out", code=3).stderr
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_the_index_comes_after_all_that_it_names(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the receipt after it, in whatever order they were planned: readers take an index for a whole model."""
+    placed, place = list[str](), Staging.place
+    options = sm.Options(shard_size=1)
+    (tmp_path / "in").mkdir()
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "generation_config.json").write_text('{"max_length": 20}')
+    prepared = api.prepare_conversion(tmp_path / "in", options=options)
+
+    def recorded(self: Staging, path: Path, data: bytes | list[bytes]) -> None:
+        placed.append(path.name)
+        place(self, path, data)
+
+    monkeypatch.setattr(Staging, "place", recorded)
+    plan = replace(prepared.plan, side_files=prepared.plan.side_files[::step])
+    api.carry_out(replace(prepared, plan=plan), tmp_path / "out", options)
+    assert placed[-3:] == ["generation_config.json", "model.safetensors.index.json", "shardmerge.json"]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A result with two side files."""
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file({"a": torch.arange(35.0).reshape(7, 5), "b": torch.ones(3)}, source / "model.safetensors")
+    (source / "generation_config.json").write_text('{"max_length": 20}')
+    sm.convert(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def _changed(made: Path, change: str) -> None:
+    """Changes a file of a result, or its receipt."""
+    receipt, shard, side = (made / name for name in ("shardmerge.json", "model.safetensors", "generation_config.json"))
+    value = json.loads(receipt.read_text())
+    if change == "file gone":
+        side.unlink()
+    elif change == "file edited":
+        side.write_text('{"max_length": 21}')
+    elif change == "shard longer":
+        shard.write_bytes(shard.read_bytes() + b"\0")
+    elif change == "tensor renamed":
+        value["tensors"]["a"]["stored"] = "c"
+    elif change == "format":
+        value["format"] = "a receipt of somebody else"
+    receipt.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("file gone", "missing-file"),
+        ("file edited", "file-differs"),
+        ("shard longer", "size-differs"),
+        ("tensor renamed", "tensors-differ"),
+        ("format", "damaged-receipt"),
+    ],
+)
+def test_verify_compares_all_that_the_receipt_says(made: Path, change: str, code: str) -> None:
+    sm.verify(made)
+    _changed(made, change)
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.verify(made)
+    assert caught.value.code == code
+
+
+def _sealed(made: Path, name: str, old: bytes, new: bytes) -> None:
+    """Changes the frame of a shard and its digest, as if we had written it so."""
+    path, receipt = made / name, made / "shardmerge.json"
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    value = json.loads(receipt.read_text())
+    value["shards"][name]["frame_sha256"] = verify._frame_sha256(path, list(value["tensors"].values()))
+    receipt.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [(b'"F32","shape":[7,5]', b'"F64","shape":[7,5]', "reference-refuses"), (b"[7,5]", b"[5,7]", "reference-differs")],
+)
+def test_a_reader_that_is_not_ours_has_its_say(
+    made: Path, old: bytes, new: bytes, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ours takes a header for what it is not."""
+    entries = verify._entries(made / "model.safetensors")
+    monkeypatch.setattr(verify, "_entries", lambda path: entries)
+    sm.verify(made)
+    _sealed(made, "model.safetensors", old, new)
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.verify(made)
+    assert caught.value.code == code
+
+
+def test_a_checksum_of_a_torch_file_is_compared_with_its_record(tmp_path: Path) -> None:
+    """By Python's zipfile: torch does not look at it."""
+    save_file({"a": torch.arange(35.0)}, tmp_path / "model.safetensors")
+    sm.convert(tmp_path / "model.safetensors", tmp_path / "out", options=sm.Options(format="bin"))
+    sm.verify(tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "pytorch_model.bin") as file:
+        central = next(info for info in file.infolist() if "/data/" in info.filename)
+    name = central.filename.encode()
+    data = (tmp_path / "out" / "pytorch_model.bin").read_bytes()
+    at = data.rindex(name) - 46 + 16  # APPNOTE 4.3.12: the CRC-32 of an entry of the directory
+    entry = data[at : at + 46 - 16 + len(name)]
+    _sealed(tmp_path / "out", "pytorch_model.bin", entry, b"\0\0\0\0" + entry[4:])
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.verify(tmp_path / "out")
+    assert caught.value.code == "reference-differs"
+
+
 def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
     sm.convert(CASE, tmp_path / "out")
     assert "equal" in shardmerge("diff", CASE, tmp_path / "out").stdout
@@ -129,6 +245,13 @@ def test_verify_against_a_reference_and_diff(tmp_path: Path) -> None:
         "[reference-differs]"
         in shardmerge("verify", tmp_path / "out", "--reference", tmp_path / "other.safetensors", code=3).stderr
     )
+
+
+def test_the_same_numbers_in_another_shape_differ(tmp_path: Path) -> None:
+    for name, shape in (("a", (2, 3)), ("b", (3, 2))):
+        save_file({"w": torch.ones(shape), "v": torch.tensor([float("nan")])}, tmp_path / f"{name}.safetensors")
+    done = shardmerge("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json", code=3)
+    assert [(row["name"], row["what"]) for row in json.loads(done.stdout)["differences"]] == [("w", "shape")]
 
 
 def test_equal_inputs_give_an_equal_plan_wherever_they_lie(tmp_path: Path) -> None:

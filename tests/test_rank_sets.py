@@ -310,21 +310,28 @@ def test_a_tracker_that_names_nothing(tmp_path: Path, text: str) -> None:
     assert refusal(tmp_path).code == "missing-tag"
 
 
-def test_distributed_checkpoints_are_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_megatrons_distributed_checkpoint_comes_with_its_arguments(tmp_path: Path) -> None:
     """Written by torch.distributed.checkpoint itself; Megatron adds common.pt and metadata.json."""
     folder = tmp_path / "iter_0000003"
     with pytest.warns(UserWarning, match="single process"):
-        dcp.save({"model": {"w": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)
-    error = refusal(folder)
-    assert error.code == "kind-not-yet"
-    assert f"dcp_to_torch {folder} model.pt" in error.hint
+        dcp.save({"decoder.weight": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
     torch.save({"args": megatron_arguments(1, 1)}, folder / "common.pt")
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    for path in (tmp_path, folder, folder / "common.pt", *folder.glob("*.distcp")):
-        error = refusal(path)
-        assert error.code == "kind-not-yet"
-        assert "--ckpt-convert-format torch" in error.hint
+    for path in (tmp_path, folder, folder / "common.pt", folder / ".metadata", *folder.glob("*.distcp")):
+        catalog = sm.inspect(path)
+        assert catalog.kind == "Megatron torch_dist, 1 rank"
+        assert list(catalog.names()) == ["decoder.weight"]
+        assert catalog.facts["tensor_model_parallel_size"] == 1
+
+
+@pytest.mark.parametrize("text", ['{"sharded_backend": "zarr"}', "{}", "[]", "{"])
+def test_megatrons_other_formats_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text(text)
+    torch.save({"args": megatron_arguments(1, 1)}, tmp_path / "common.pt")
+    error = refusal(tmp_path)
+    assert error.code == "kind-not-yet"
+    assert "--ckpt-convert-format torch_dist" in error.hint
 
 
 def test_the_command_line_lists_ranks(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from shardmerge import api
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.records import RecordCounts, RecordNotes, RecordTables, compare_records
+from shardmerge.publish.staging import Staging
 from shardmerge.storage.reading import FilePool, IoMode
 from shardmerge.tensors import Record
 from tests.staged import assert_nothing_done, stagings
@@ -167,6 +168,23 @@ def test_what_is_read_in_runs_is_read_again_where_most_of_it_is_used(
     _flip(path, offset + nbytes - 1)
     with pytest.raises(CheckpointError) if whole else nullcontext():
         shardmerge.convert(path, tmp_path / "again")
+
+
+def test_what_is_read_at_the_end_is_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a record that was read in runs: by then somebody may write to the file."""
+    path, place = tmp_path / "a.pth", Staging.place
+    torch.save({"columns": torch.randn(500, 5000)[:, :3072]}, path)
+
+    def placed_then_changed(self: Staging, at: Path, data: bytes | list[bytes]) -> None:
+        place(self, at, data)
+        if at.name == "00000.json":  # the receipt of the only part
+            os.utime(path)
+
+    monkeypatch.setattr(Staging, "place", placed_then_changed)
+    with pytest.raises(CheckpointError) as caught:
+        shardmerge.convert(path, tmp_path / "out")
+    assert caught.value.code == "source-changed"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_without_checksums_converts_and_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def test_the_disk_is_too_small(zero: Path, tmp_path: Path, monkeypatch: pytest.M
     assert writing.free_bytes(tmp_path) > 1000
 
 
+def test_the_room_is_what_an_ordinary_user_has(disk: Callable[[str], Path]) -> None:
+    """As df says it, which leaves out what ext4 keeps for root."""
+    folder = disk("ext4")
+    command = ["df", "--block-size=1", "--output=avail", str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert writing.free_bytes(folder / "not" / "there") == int(said.split()[-1])
+
+
 # Runs in a mount namespace of its own, so that the small disk goes with the process, however it ends.
 _FULL_DISK = """
 import sys
@@ -192,6 +201,22 @@ def test_the_output_exists(zero: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", ".."])
 def test_the_output_is_a_source(zero: Path, tmp_path: Path, below: str) -> None:
     refused("output-is-source", 1, "convert", zero, (zero / below).resolve(), root=tmp_path)
+
+
+def test_a_source_is_never_replaced_whatever_leads_to_it(tmp_path: Path) -> None:
+    """A result of ours is the source, by its own name or by a link, and may be overwritten as far as its receipt says.
+
+    The output path may be a link too, or the file itself.
+    """
+    real = tmp_path / "real"
+    save_file({"w": torch.ones(9)}, tmp_path / "model.safetensors")
+    sm.convert(tmp_path / "model.safetensors", real)
+    (tmp_path / "link").symlink_to(real)
+    (tmp_path / "file.safetensors").symlink_to(real / "model.safetensors")
+    pairs = [("real", "real"), ("link", "real"), ("file.safetensors", "real"), ("real", "link")]
+    for source, out in [*pairs, ("model.safetensors", "model.safetensors")]:
+        for more in ((), ("--overwrite",)):
+            refused("output-is-source", 1, "convert", tmp_path / source, tmp_path / out, *more, root=tmp_path)
 
 
 class _Evil:

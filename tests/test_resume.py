@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.crash_model import Disk, Node
-from tests.killing import KILL, Machine, Ran, Trap
+from tests.killing import FAIL, KILL, Machine, Ran, Trap
 from tests.scene import WAYS, Scene, claim
 
 PARTS = 4
@@ -167,7 +168,31 @@ def _calls(runs: Machine, source: Path) -> list[object]:
     return list(runs.calls)
 
 
+@pytest.mark.parametrize("name", ["out [12]*?", "[!o]ut"])
+def test_a_name_that_is_a_pattern(runs: Machine, source: Path, name: str) -> None:
+    """It stands for itself: its own parts are found, and no others are."""
+    command = [*_command(source)[:2], source.parent / name, *_command(source)[3:]]
+    assert runs.run(*command, trap=Trap(KILL, at=claim(_calls(runs, source)))).code == -9
+    other = source.parent / "out 1xy.partial-0123456789abcdef"
+    (other / "parts").mkdir(parents=True)
+    (other / "parts" / "00000.json").write_text("{}")
+    _refused(runs.run(*command, "--dtype", "bfloat16"), "other-plan-staged")
+    assert runs.run(*command).json()["parts_made"] == 0
+    assert other.is_dir()
+
+
 # --- what is looked at again ---
+
+
+def test_a_part_that_is_damaged_while_somebody_publishes(runs: Machine, source: Path) -> None:
+    """He was killed: what he had claimed is taken back, and what is missing in it is made."""
+    assert runs.run(*_command(source)).code == 0
+    at = claim(runs.calls) + 1
+    shutil.rmtree(source.parent / "out")
+    assert runs.run(*_command(source), trap=Trap(KILL, at=at)).code == -9
+    (file, *_) = source.parent.glob("out.partial-*/ready-*/*.safetensors")
+    file.unlink()
+    assert _made(runs, source) == 1
 
 
 def test_a_part_that_is_gone_or_has_another_size(runs: Machine, source: Path) -> None:
@@ -186,7 +211,38 @@ def test_a_damaged_part(runs: Machine, source: Path) -> None:
     assert _made(runs, source, "--recheck") == 2
     root = _again(runs, source)
     _flip(_file(root), 100)
-    assert _made(runs, source) == 1
+    _flip(_file(root, 3), -1)
+    assert _made(runs, source) == 2
+
+
+def test_a_torch_file_is_compared_whole(runs: Machine, source: Path) -> None:
+    """It ends with a directory, and its checksums are written into it after all else."""
+    root = _stopped(runs, source, "--format", "bin")
+    _flip(_file(root), _unsampled(_file(root)))
+    assert runs.run(*_command(source, "--format", "bin", "--recheck")).json()["parts_made"] == 1
+
+
+def test_what_was_made_keeps_its_directories(runs: Machine, source: Path) -> None:
+    """A part without its receipt yet: whoever fails then gives nothing up that somebody may be at."""
+    assert runs.run(*_command(source)).code == 0
+    at = next(n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and "/model/" in call.b)
+    shutil.rmtree(source.parent / "out")
+    assert runs.run(*_command(source), trap=Trap(KILL, at=at + 1)).code == -9
+    (root,) = source.parent.glob("out.partial-*")
+    assert list((root / "parts").iterdir()) == []
+    assert runs.run(*_command(source), trap=Trap(FAIL, at=1, only="open", number=errno.ENOSPC)).code == 4
+    assert list((root / "parts").iterdir()) == []
+    assert _made(runs, source) == PARTS
+
+
+def test_files_that_are_all_gone_are_missed(runs: Machine, scene: Scene) -> None:
+    """Receipts are there, and nobody has what they are of: that does not change by waiting."""
+    scene.begin(WAYS["plain"], scene.keep_made(runs, WAYS["plain"]))
+    assert scene.staging is not None
+    shutil.rmtree(scene.staging / "model")
+    _refused(runs.run("finish", scene.plan(), "--out", scene.out, "--json"), "parts-missing")
+    assert scene.run(runs, WAYS["plain"]).json()["parts_made"] == 3
+    scene.published(WAYS["plain"])
 
 
 def _again(runs: Machine, source: Path, *more: object) -> Path:
@@ -260,6 +316,16 @@ def test_fresh_is_not_content_with_what_is_published(runs: Machine, source: Path
     assert _made(runs, source) == 0
     _refused(runs.run(*_command(source, "--fresh")), "output-exists")
     assert _made(runs, source, "--fresh", "--overwrite") == PARTS
+
+
+def test_fresh_that_is_refused_removes_nothing(runs: Machine, source: Path) -> None:
+    root = _stopped(runs, source)
+    (source.parent / "out").mkdir()
+    (source.parent / "out" / "thesis.tex").write_text("years of work")
+    _refused(runs.run(*_command(source, "--fresh")), "output-exists")
+    assert len(list(root.glob("parts/*.json"))) == PARTS
+    shutil.rmtree(source.parent / "out")
+    assert _made(runs, source) == 0
 
 
 @pytest.mark.parametrize("command", ["run", "finish"])

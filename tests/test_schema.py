@@ -59,6 +59,8 @@ GOOD = [
     'tensors: {x: ["a:x", "b:x"]}',
     "use: xtuner/llava-to-hf\noutput: out",
     "tensors: {x: a:x}\noutput: {path: out, dtype: bf16, shard_size: 5GB, format: bin, keep: [x], dtypes: {y: fp32}}",
+    "tensors: {x: a:x}\noutput: {path: out, format: dcp, root: app.model}",
+    'tensors: {x: a:x}\noutput: {path: out, format: dcp, root: ""}',
     'tensors: {x: {op: split, of: "a:x", sizes: [n, 2 * n, 3], take: 0}}\nlet: {n: 4}',
     'tensors: {x: {op: split, of: "a:x", sizes: 4, take: 0}}',
     'tensors: {x: {op: concat, of: "a:x.{e*}", dim: 1}}',

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.killing import FAIL, KILL, KILL_PARENT, RAISE, Machine, Ran, Trap
-from tests.scene import PARTS, WAYS, Scene
+from tests.scene import INDEX, PARTS, WAYS, Scene
 
 PLAIN = WAYS["plain"]
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -98,6 +98,16 @@ def test_a_signal_while_the_disk_does_not_answer(scene: Scene, runs: Machine, ca
         ran = scene.run(runs, PLAIN, Trap(RAISE, at=at, number=signal.SIGTERM, slow_ms=FOREVER))
         assert ran.seconds < TOO_LONG
         _stopped_cleanly(scene, runs, ran)
+
+
+def test_a_signal_while_parts_are_looked_at(scene: Scene, runs: Machine, calls: list[str]) -> None:
+    """There may be thousands, to be read whole: no other one is looked at, and nothing is put beside them."""
+    scene.begin(PLAIN)
+    at = next(n for n, call in enumerate(calls, 1) if call.startswith("utimens "))
+    ran = scene.run(runs, PLAIN, Trap(RAISE, at=at, number=signal.SIGTERM, slow_ms=1000))
+    assert scene.staging is not None
+    assert not list(scene.staging.rglob(INDEX))
+    _stopped_cleanly(scene, runs, ran)
 
 
 def test_a_signal_while_the_name_is_not_on_the_disk_yet(scene: Scene, runs: Machine, calls: list[str]) -> None:

@@ -27,7 +27,7 @@
 #define EXT4_IOC_SHUTDOWN 0x8004587DUL
 #define NOLOGFLUSH 2
 
-enum { NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP };
+enum { NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY };
 
 struct trap {
     int64_t count; /* calls so far */
@@ -102,7 +102,7 @@ static void slow(void)
         ;
 }
 
-/* Returns what is asked for of this call: NOTHING, or what only the call itself can do (HALF, FAIL, SHORT, SKIP). */
+/* Returns what is asked for of this call: NOTHING, or what only the call itself can do (HALF, FAIL, SHORT, SKIP, DENY). */
 static int reached(const char *call)
 {
     if (!trap || !trap->armed || (trap->ours && trap->ours != getpid()))
@@ -144,6 +144,8 @@ static int failed(int code)
         if (asked == HALF) \
             die(); \
         int result = asked == SKIP ? 0 : (expression), code = errno; \
+        if (asked == DENY) \
+            result = failed(code = trap->number); \
         if (trap && trap->armed) \
             note(call, a, b, x, y, result < 0 ? -code : result); \
         errno = code; \

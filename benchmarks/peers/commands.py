@@ -113,6 +113,18 @@ def accelerate(checkpoint: Path) -> Contender:
     )
 
 
+def dcp_to_torch(checkpoint: Path) -> Contender:
+    """Returns torch's own conversion to one file, which is then loaded, cast and saved."""
+    return Contender(
+        "dcp_to_torch",
+        f"torch {version('torch')}: dcp_to_torch_save, then load, cast, save",
+        "peer",
+        lambda out: [sys.executable, _HERE / "dcp_cast_save.py", checkpoint, out],
+        "dcp_to_torch_save(DCP, FILE); torch.load(FILE); to(bfloat16); save_file",
+        same_as="ours",
+    )
+
+
 def peft(source: Path) -> Contender:
     """Returns peft's merge, which rounds twice more than ours."""
     return Contender(

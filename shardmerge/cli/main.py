@@ -152,6 +152,7 @@ def plan(  # one parameter an option
 @check_option
 @device_option
 @run_options
+@click.option("--with-optimizer", is_flag=True, help="Take the moments of Adam along, to --format zero-universal.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
 @json_option
@@ -220,7 +221,8 @@ def verify(  # one parameter an option
 ) -> None:
     """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
     if sources is None:
-        refuse_idle(given, "dtype", "shard_size", "form", why="is for --sources MAPPING, which makes the tensors again")
+        why = "is for --sources MAPPING, which makes the tensors again"
+        refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
     with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
         verdict = shardmerge.verify(
             directory,

@@ -24,7 +24,13 @@ def plan_options(function: _Command) -> _Command:
             click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
             click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
             click.option(
-                "--format", "form", type=click.Choice(["safetensors", "bin"]), help="Of the files of weights."
+                "--format",
+                "form",
+                type=click.Choice(["safetensors", "bin", "dcp", "zero-universal"]),
+                help="Of the files of weights.",
+            ),
+            click.option(
+                "--dcp-root", metavar="KEY", help="Of the model in a state dict. Default: model; '' for none."
             ),
             click.option(
                 "--files",
@@ -100,6 +106,8 @@ def parsed(given: dict[str, Any]) -> Options:
         dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
         shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
         format=given["form"],
+        root=given["dcp_root"],
+        optimizer=given.get("with_optimizer", False),
         memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
         workers=given["workers"],
         download=given["download"],
@@ -138,7 +146,7 @@ def refuse_idle_for_plan(path: str, given: dict[str, Any]) -> None:
     """Refuses what decides the bytes, where a plan has decided them."""
     if path.endswith(".json"):
         why = "is decided in the plan: give it to `shardmerge plan MAPPING --out PLAN`"
-        refuse_idle(given, "dtype", "shard_size", "form", "files", "partial", "check", "download", why=why)
+        refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", "files", "partial", "check", "download", why=why)
 
 
 def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tuple[str, str]:

@@ -12,7 +12,11 @@ from shardmerge.mapping.spec import CONFIG_KEYS, FILES_KEYS, OUTPUT_KEYS, VOCABU
 from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, json_value
 from shardmerge.ops.row_init import ROW_INITS, row_init
 from shardmerge.targets.config_edits import ConfigEdits
-from shardmerge.targets.expectation import FILE_MODES, FileChoice, Format, Vocabulary
+from shardmerge.targets.expectation import FILE_MODES, FORMATS, FileChoice, Format, Vocabulary
+
+_FORMATS_HINT = (
+    "write `format: safetensors` or `format: bin`, or for training `format: dcp` or `format: zero-universal`"
+)
 
 
 def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:
@@ -28,7 +32,8 @@ def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:
     dtypes = (*_kept(reader, fields.get("keep")), *_dtypes(reader, fields.get("dtypes")))
     partial = reader.flag(fields["partial"], "partial") if "partial" in fields else False
     form, files = _format(reader, fields.get("format")), _files(reader, fields.get("files"))
-    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files)
+    root = _root(reader, fields.get("root"))
+    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files, root)
 
 
 def _files(reader: NodeReader, node: Node | None) -> FileChoice | None:
@@ -67,16 +72,17 @@ def _format(reader: NodeReader, node: Node | None) -> Format | None:
     if node is None:
         return None
     text = reader.text(node, "format")
-    if text == "bin":
-        return "bin"
-    if text != "safetensors":
-        reader.add(
-            "unknown-format",
-            f"there is no format {text!r}",
-            node.mark,
-            "write `format: safetensors` or `format: bin`",
-        )
-    return "safetensors"
+    form = next((form for form in FORMATS if form == text), None)
+    if form is None:
+        reader.add("unknown-format", f"there is no format {text!r}", node.mark, _FORMATS_HINT)
+    return form
+
+
+def _root(reader: NodeReader, node: Node | None) -> str | None:
+    """Reads ``root:``; an empty text is the top level."""
+    if node is None:
+        return None
+    return "" if isinstance(node, Scalar) and node.quoted and not node.text else reader.text(node, "root")
 
 
 def read_target(reader: NodeReader, node: Node) -> TargetSpec | None:

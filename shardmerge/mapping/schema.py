@@ -13,7 +13,7 @@ from shardmerge.mapping import preset_files, spec
 from shardmerge.ops.contract import OpKind, Param, ParamKind
 from shardmerge.ops.registry import OPS
 from shardmerge.ops.row_init import ROW_INITS
-from shardmerge.targets.expectation import FILE_MODES, Target
+from shardmerge.targets.expectation import FILE_MODES, FORMATS, Target
 from shardmerge.targets.registry import TARGETS
 
 Schema: TypeAlias = "dict[str, object]"
@@ -205,7 +205,7 @@ _OUTPUT = _object(
         "path": _about(_TEXT, "The directory to make."),
         "dtype": _about(_TEXT, "The type of all float tensors: bfloat16, float16, float32, ..."),
         "shard_size": _about(_TEXT, "Most bytes of tensors in one file, decimal: 5GB."),
-        "format": {"enum": ["safetensors", "bin"]},
+        "format": {"enum": [*FORMATS]},
         "dtypes": {
             "type": "object",
             "additionalProperties": _TEXT,
@@ -213,6 +213,10 @@ _OUTPUT = _object(
         },
         "keep": {"type": "array", "items": _TEXT, "description": "Target names that keep their own type."},
         "partial": _about(_FLAG, "Whether only a part of the model that config.json describes is wanted."),
+        "root": {
+            "type": "string",
+            "description": "For `dcp`: the key of the model in a state dict, `model` if not said.",
+        },
         "files": _about(_either({"enum": list(FILE_MODES)}, _FILES), "Which small files beside the weights go along."),
     },
     "path",

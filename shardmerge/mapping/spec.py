@@ -58,11 +58,13 @@ class OutputSpec:
     dtypes
         Float types of some target names, the first template that matches deciding; None keeps the tensor's own.
     format
-        ``safetensors`` or ``bin``.
+        ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``.
     partial
         Whether only a part of the model that config.json describes is wanted.
     files
         Which side files go along.
+    root
+        For ``dcp``: the keys under which a state dict holds the model, with dots between them; empty for none.
     """
 
     path: str
@@ -73,6 +75,7 @@ class OutputSpec:
     format: Format | None = None
     partial: bool = False
     files: FileChoice | None = None
+    root: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,7 @@ KEYS = (
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root")
 FILES_KEYS = ("include", "exclude")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
 CONFIG_KEYS = ("take", "remove", "set")

@@ -7,30 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import one_thread
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, State, Stream, result_dtype
+from shardmerge.ops.contract import Meta, OpKind, State, result_dtype
 from shardmerge.ops.lora import SCALE, scale_of
-from shardmerge.ops.low_rank import Factor, block_elements, check_factors, factor_bytes, narrow, row_ranges, sum_bytes
+from shardmerge.ops.low_rank import Factor, LowRank, check_factors, narrow, sum_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Dora(Arithmetic):
+class Dora(LowRank):
     """``magnitude * W / ||W||`` by rows, where ``W = base + scale * B @ A``.
 
     Inputs: A ``[r, in]``, B ``[out, r]``, magnitude ``[out]``, base ``[out, in]``. The norm is that of ``W`` itself, as
     in peft, with no epsilon: a row of zeros has no direction and becomes NaN, which is counted as overflow.
     """
-
-    like: ClassVar[int] = -1
-    multiplies: ClassVar[bool] = True
-
-    scale: float
 
     @property
     def label(self) -> str:
@@ -45,22 +39,6 @@ class Dora(Arithmetic):
             what = f"{self.label}: the magnitude is not one number a row"
             raise MappingError("op-shape", what, found=str(list(magnitude.shape)), expected=str([base.shape[0]]))
         return Meta(result_dtype(inputs), base.shape)
-
-    def unit(self, inputs: Sequence[Meta]) -> int:
-        """A block of whole rows."""
-        return block_elements(inputs)
-
-    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
-        """The rows of all but A, which is in the state."""
-        return row_ranges(inputs, start, count)
-
-    def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """A as stored, and blocks in float64."""
-        return factor_bytes(inputs[0])
-
-    def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns A, and memory for blocks."""
-        return Factor.read(inputs[0])
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
         """What a sum takes beside the state, and four numbers a row."""
@@ -84,7 +62,7 @@ class Dora(Arithmetic):
 
 
 @dataclass(frozen=True, slots=True)
-class DoraOnto(Arithmetic):
+class DoraOnto(LowRank):
     """DoRA onto a weight that other adapters have changed: ``magnitude * (base + D) / ||untouched + D||`` by rows.
 
     ``D`` is ``scale * B @ A``. The norm is that of the weight that the adapter was trained on, as in peft 0.21
@@ -92,11 +70,6 @@ class DoraOnto(Arithmetic):
 
     Inputs: A ``[r, in]``, B ``[out, r]``, magnitude ``[out]``, untouched ``[out, in]``, base ``[out, in]``.
     """
-
-    like: ClassVar[int] = -1
-    multiplies: ClassVar[bool] = True
-
-    scale: float
 
     @property
     def label(self) -> str:
@@ -113,22 +86,6 @@ class DoraOnto(Arithmetic):
         self._dora.infer((a, b, magnitude, untouched))
         self._dora.infer((a, b, magnitude, base))
         return Meta(result_dtype(inputs), base.shape)
-
-    def unit(self, inputs: Sequence[Meta]) -> int:
-        """A block of whole rows."""
-        return block_elements(inputs)
-
-    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
-        """The rows of all but A, which is in the state."""
-        return row_ranges(inputs, start, count)
-
-    def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """A as stored, and blocks in float64."""
-        return factor_bytes(inputs[0])
-
-    def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns A, and memory for blocks."""
-        return Factor.read(inputs[0])
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
         """That of DoRA: the norms come first, and their buffers are gone before the sum is made."""

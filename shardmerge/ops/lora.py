@@ -11,30 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import one_thread
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
-from shardmerge.ops.low_rank import Factor, block_elements, check_factors, factor_bytes, narrow, row_ranges, sum_bytes
+from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue, State, result_dtype
+from shardmerge.ops.low_rank import Factor, LowRank, check_factors, narrow
 
 
 @dataclass(frozen=True, slots=True)
-class Lora(Arithmetic):
-    """``base + scale * B @ A``. Inputs: A ``[r, in]``, B ``[out, r]``, base ``[out, in]``.
-
-    Attributes
-    ----------
-    scale
-        ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
-    """
-
-    like: ClassVar[int] = -1
-    multiplies: ClassVar[bool] = True
-
-    scale: float
+class Lora(LowRank):
+    """``base + scale * B @ A``. Inputs: A ``[r, in]``, B ``[out, r]``, base ``[out, in]``."""
 
     @property
     def label(self) -> str:
@@ -46,26 +34,6 @@ class Lora(Arithmetic):
         a, b, base = inputs
         check_factors(self.label, a, b, base)
         return Meta(result_dtype(inputs), base.shape)
-
-    def unit(self, inputs: Sequence[Meta]) -> int:
-        """A block of whole rows."""
-        return block_elements(inputs)
-
-    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
-        """The rows of B and of the base; A is in the state."""
-        return row_ranges(inputs, start, count)
-
-    def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """A as stored, and blocks in float64."""
-        return factor_bytes(inputs[0])
-
-    def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns A, and memory for blocks."""
-        return Factor.read(inputs[0])
-
-    def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """What a sum takes beside the state."""
-        return sum_bytes(inputs, count)
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills whole rows."""

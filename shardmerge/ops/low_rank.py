@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import frexp
+from typing import ClassVar
 
 import numpy as np
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import PRODUCT_BYTES
-from shardmerge.ops.contract import Meta, State, Stream
+from shardmerge.ops.contract import Arithmetic, Meta, State, Stream
 
 # A product is [rows, r] @ [r, columns]. The BLAS packs both sides before it multiplies, which many rows pay for once:
 # at r = 64 an element took 5.2 ns with 128 of them, 5.4 with 64 and 5.8 with 32, of which a product of the whole matrix
@@ -131,6 +132,42 @@ def narrow(wide: Array, out: Array, *inputs: Array) -> int:
     for values in inputs:
         lost &= np.isfinite(values)
     return int(np.count_nonzero(lost))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Arithmetic):
+    """``scale * B @ A`` in some sum. Inputs: A ``[r, in]``, B ``[out, r]``, others, and last the base ``[out, in]``.
+
+    Attributes
+    ----------
+    scale
+        ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+    """
+
+    like: ClassVar[int] = -1
+    multiplies: ClassVar[bool] = True
+
+    scale: float
+
+    def unit(self, inputs: Sequence[Meta]) -> int:
+        """A block of whole rows."""
+        return block_elements(inputs)
+
+    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """The rows of all but A, which is in the state."""
+        return row_ranges(inputs, start, count)
+
+    def state_peak(self, inputs: Sequence[Meta]) -> int:
+        """A as stored, and blocks in float64."""
+        return factor_bytes(inputs[0])
+
+    def prepare(self, inputs: Sequence[Stream]) -> State:
+        """Returns A, and memory for blocks."""
+        return Factor.read(inputs[0])
+
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """What a sum takes beside the state."""
+        return sum_bytes(inputs, count)
 
 
 # ---- shapes and sizes, known before a byte is read; inputs are A, B, others, and last the base

@@ -223,11 +223,16 @@ def _way(entry: TensorEntry) -> str:
     return f"{held.recipe.label} of {inner}" if len(held.bases) == 1 else f"{held.recipe.label} of [{inner}]"
 
 
+# Small files that are named: a universal checkpoint has three a tensor.
+_MOST_NAMED, _FIRST = 40, 8
+
+
 def _files(plan: Plan) -> str:
     names = [shard.name for shard in plan.shards[:2]]
     if len(plan.shards) > 2:
         names.append(f"... {plan.shards[-1].name}")
-    names += [side.name for side in plan.side_files]
+    sides = [side.name for side in plan.side_files]
+    names += sides if len(sides) <= _MOST_NAMED else [*sides[:_FIRST], f"... and {len(sides) - _FIRST} more"]
     text = "files: " + ", ".join(names)
     if not plan.left_behind:
         return text

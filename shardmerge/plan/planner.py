@@ -16,6 +16,7 @@ from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
+from shardmerge.plan.universal_layout import NO_MOMENTS, Moments
 from shardmerge.plan.value import Plan, PlannedSource, Unused
 from shardmerge.targets.expectation import Expectation, Format
 from shardmerge.tensors import Catalog
@@ -38,6 +39,8 @@ class OutputSettings:
         Most bytes of tensors in a file.
     format
         Of the files of weights.
+    root
+        For ``dcp``: the keys under which a state dict holds the model.
     where
         The place of ``output:`` in the mapping, for messages.
     """
@@ -46,6 +49,7 @@ class OutputSettings:
     dtypes: tuple[tuple[Template, DType | None], ...] = ()
     shard_size: int = DEFAULT_SHARD_SIZE
     format: Format = "safetensors"
+    root: tuple[str, ...] = ()
     where: str = ""
 
 
@@ -56,6 +60,7 @@ def make_plan(
     resolution: Resolution,
     expectation: Expectation,
     options: OutputSettings,
+    moments: Moments = NO_MOMENTS,
 ) -> Plan:
     """Returns the plan of a resolved mapping.
 
@@ -71,6 +76,8 @@ def make_plan(
         Final shapes and side files.
     options
         Of the output.
+    moments
+        Of the optimizer, by the names of targets, where they are taken along.
 
     Raises
     ------
@@ -93,7 +100,7 @@ def make_plan(
     codes = odd_codes(resolution.assignments, catalogs, options.dtype, final)
     raise_all([*problems, *codes, *_unused_dtypes(options, resolution)])
     copies = _copies(resolution, meant=True)
-    shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format)
+    shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format, options.root, moments)
     return Plan(
         target,
         tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),

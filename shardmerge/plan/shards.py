@@ -12,6 +12,8 @@ from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.plan.phases import Arrangement, arrange, by_source
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import lay_out_torch
+from shardmerge.plan.training_files import Files, dcp_files, torch_shard, zero_universal_files
+from shardmerge.plan.universal_layout import NO_MOMENTS, Moments
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile
@@ -52,8 +54,10 @@ def lay_out(
     shard_size: int,
     groups: Sequence[FileGroup] = (FileGroup(),),
     form: Format = "safetensors",
+    root: tuple[str, ...] = (),
+    moments: Moments = NO_MOMENTS,
 ) -> tuple[tuple[PlannedShard, ...], tuple[SideFile, ...]]:
-    """Returns the shards, and the indexes of the groups that have more than one.
+    """Returns the shards, and what goes with them: the index of a group that has several, the tables of a checkpoint.
 
     Tensors stand in natural key order; shards are filled greedily, no tensor is split, one that is too large is alone.
     What can be cloned from one source file stays together: it begins a new shard if it does not fit into the last.
@@ -68,20 +72,35 @@ def lay_out(
         How tensors are spread; each belongs to the first whose prefix its name has.
     form
         Of the groups that leave it open.
+    root
+        For ``dcp``: the keys under which a state dict holds the model.
+    moments
+        For ``zero-universal``: what the optimizer remembers.
     """
     shards: list[PlannedShard] = []
     indexes: list[SideFile] = []
     ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
     for group, members in _grouped(ordered, groups):
-        naming = _naming(group, form)
-        parts = by_source(members) if naming.suffix == ".safetensors" else [members]
-        cut = list(_cut(parts, shard_size if group.sharded else None))
-        made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
+        most = shard_size if group.sharded else None
+        if form == "dcp" and not group.suffix:
+            made, tables = dcp_files(_cut([members], most), group.folder, root)
+        elif form == "zero-universal" and not group.suffix:
+            made, tables = zero_universal_files(members, group.folder, moments)
+        else:
+            made, tables = _loaded_files(_naming(group, form), members, most)
         shards += made
-        if len(made) > 1:
-            name = naming.path(f"{naming.stem}{naming.suffix}.index.json")
-            indexes.append(SideFile(name, (index_json(made),)))
+        indexes += tables
     return tuple(shards), tuple(indexes)
+
+
+def _loaded_files(naming: _Naming, members: list[PlannedTensor], most: int | None) -> Files:
+    """Returns the files of a model that is loaded as a whole, with the index of several."""
+    parts = by_source(members) if naming.suffix == ".safetensors" else [members]
+    cut = list(_cut(parts, most))
+    made = [_shard(naming, name, part) for name, part in zip(_names(naming, len(cut)), cut, strict=True)]
+    if len(made) == 1:
+        return made, []
+    return made, [SideFile(naming.path(f"{naming.stem}{naming.suffix}.index.json"), (index_json(made),))]
 
 
 def index_json(shards: Sequence[PlannedShard]) -> bytes:
@@ -136,7 +155,10 @@ def _cut(parts: Sequence[list[PlannedTensor]], shard_size: int | None) -> Iterat
 
 def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedShard:
     path = naming.path(name)
-    return _safetensors(path, tensors) if naming.suffix == ".safetensors" else _torch(path, tensors)
+    if naming.suffix == ".safetensors":
+        return _safetensors(path, tensors)
+    listed = [(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors]
+    return torch_shard(path, tensors, lay_out_torch(listed, name.rsplit(".", 1)[0]))
 
 
 def _safetensors(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
@@ -174,14 +196,6 @@ def _unusable_names(path: str, tensors: Iterable[PlannedTensor]) -> Iterator[Sha
             expected="" if reserved else f"1 to {_LONGEST_NAME} characters, none of them a control character",
             hint="give the tensor another name in a mapping, or `drop` it",
         )
-
-
-def _torch(path: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    archive = path.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    layout = lay_out_torch([(tensor.stored, tensor.dtype, tensor.shape) for tensor in tensors], archive)
-    placed = tuple(replace(tensor, offset=at) for tensor, at in zip(tensors, layout.offsets, strict=True))
-    checksums = {tensor.name: fields for tensor, fields in zip(tensors, layout.crc_fields, strict=True) if fields}
-    return PlannedShard(path, layout.nbytes, layout.blobs, placed, checksums)
 
 
 def _header(order: Arrangement) -> bytes:

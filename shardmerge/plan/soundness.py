@@ -55,7 +55,7 @@ def check_shard(shard: PlannedShard, nbytes: int) -> None:
     if shard.nbytes != nbytes or not shard.blobs or shard.blobs[0][0] or len(shard.blobs[0][1]) < 8:
         raise ValueError(f"{shard.name} has another size than its part, or no header")
     spans = [(offset, len(blob)) for offset, blob in shard.blobs]
-    spans += [(tensor.offset, tensor.nbytes) for tensor in shard.tensors]
+    spans += [(tensor.offset, tensor.nbytes) for tensor in shard.tensors if tensor.nbytes]  # others lie inside of blobs
     end = 0
     for offset, length in sorted(spans):
         if offset < end or offset + length > nbytes:

@@ -19,10 +19,13 @@ from math import prod
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import TargetError
-from shardmerge.plan.torch_pickle import state_dict_pickle
+from shardmerge.plan.torch_pickle import state_dict_pickle, tensor_pickle
 
 # What torch.save aligns the data of a record to, in bytes; it stands in the file, for readers that count on it.
 ALIGNMENT = 64
+
+# What torch.save calls the directory inside the zip where it writes to no file but to a stream.
+_OF_A_STREAM = "archive"
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -82,14 +85,31 @@ def lay_out_torch(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], archive
         ``shape-too-large``: a tensor without elements whose shape torch cannot hold.
     """
     for name, _, shape in tensors:
-        _check_shape(name, shape)
+        check_shape(name, shape)
+    return _lay_out(state_dict_pickle(tensors), [(dtype, shape) for _, dtype, shape in tensors], archive)
+
+
+def lay_out_item(dtype: DType, shape: tuple[int, ...]) -> TorchLayout:
+    """Returns the layout of ``torch.save(tensor, stream)``; the shape is one that ``check_shape`` let pass."""
+    return _lay_out(tensor_pickle(dtype, shape), [(dtype, shape)], _OF_A_STREAM)
+
+
+def torch_file(pickle: bytes, storages: Sequence[bytes], archive: str) -> bytes:
+    """Returns a small file as ``torch.save`` writes it: its pickle, and what lies in storages ``0``, ``1``, ..."""
     records = _Records(archive)
-    records.add("data.pkl", state_dict_pickle(tensors))
-    records.add(".format_version", b"1")
-    records.add(".storage_alignment", b"%d" % ALIGNMENT)
-    records.add("byteorder", b"little")
+    _add_head(records, pickle)
+    for key, data in enumerate(storages):
+        records.add(f"data/{key}", data)
+    records.add("version", b"3\n")
+    records.finish()
+    return records.blobs[0][1]
+
+
+def _lay_out(pickle: bytes, tensors: Sequence[tuple[DType, tuple[int, ...]]], archive: str) -> TorchLayout:
+    records = _Records(archive)
+    _add_head(records, pickle)
     placed = [
-        records.reserve(f"data/{key}", prod(shape) * dtype.itemsize) for key, (_, dtype, shape) in enumerate(tensors)
+        records.reserve(f"data/{key}", prod(shape) * dtype.itemsize) for key, (dtype, shape) in enumerate(tensors)
     ]
     records.add("version", b"3\n")
     directory, nbytes = records.finish()
@@ -101,8 +121,16 @@ def lay_out_torch(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], archive
     )
 
 
-def _check_shape(name: str, shape: tuple[int, ...]) -> None:
-    """A shape like ``(2**40, 2**40, 0)`` is fine in safetensors; torch can neither make nor load such a tensor."""
+def _add_head(records: _Records, pickle: bytes) -> None:
+    """Adds what comes before the data."""
+    records.add("data.pkl", pickle)
+    records.add(".format_version", b"1")
+    records.add(".storage_alignment", b"%d" % ALIGNMENT)
+    records.add("byteorder", b"little")
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raises ``shape-too-large``: ``(2**40, 2**40, 0)`` is fine in safetensors; torch cannot make such a tensor."""
     if prod(size or 1 for size in shape) > _MOST_ELEMENTS:
         raise TargetError(
             "shape-too-large",

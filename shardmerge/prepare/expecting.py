@@ -16,11 +16,11 @@ from shardmerge.prepare.options import Options
 from shardmerge.prepare.ready import Ready
 from shardmerge.targets.beside import with_side_files
 from shardmerge.targets.changed_config import with_changes
-from shardmerge.targets.expectation import Expectation, Request, Target
+from shardmerge.targets.expectation import Expectation, Format, Request, Target
 from shardmerge.tensors import Catalog
 
 # What each format calls its files, where a target does not leave that to the user.
-_SUFFIXES = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
+_SUFFIXES: dict[Format, set[str]] = {"safetensors": {".safetensors"}, "bin": {".bin", ".pth"}}
 
 
 def expectation_of(ready: Ready, catalogs: Mapping[str, Catalog]) -> Expectation | None:
@@ -85,7 +85,7 @@ def with_format_warning(spec: Spec, options: Options, expectation: Expectation |
     if said is None or expectation is None or spec.target is None:
         return expectation
     suffixes = {group.suffix for group in expectation.groups}
-    if "" in suffixes or suffixes & _SUFFIXES[said]:
+    if "" in suffixes or suffixes & _SUFFIXES.get(said, set()):
         return expectation
     text = f"the format `{said}` has no effect: {spec.target.name} always writes {', '.join(sorted(suffixes))}"
     return replace(expectation, warnings=(*expectation.warnings, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shardmerge.prepare.shard_counts import settled
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.opening import open_catalog
@@ -29,4 +30,4 @@ def inspect(source: str | Path, *, view: DeepSpeedView = "fp32", root: str = "",
     UsageError, CheckpointError
         Nothing there, or nothing that can be read.
     """
-    return open_catalog(source, OpenOptions(view=view, root=root, download=download))
+    return settled(open_catalog(source, OpenOptions(view=view, root=root, download=download)))

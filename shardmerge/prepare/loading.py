@@ -21,6 +21,8 @@ from shardmerge.targets.agreement import INCOMPLETE, Described, LoadedKeys, load
 from shardmerge.tensors import ReadSideFile
 
 Check: TypeAlias = Literal["transformers"]
+# Files that no ``from_pretrained`` looks for.
+_OF_TRAINING = (".distcp", "/fp32.pt")
 _PACKAGES = ("transformers", "torch", "accelerate")
 _EXTRA = "pip install 'shardmerge[transformers]'"
 
@@ -116,6 +118,9 @@ def load_checked(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan
     UsageError
         ``no-effect``: no config.json is written. As ``ask``.
     """
+    if any(shard.name.endswith(_OF_TRAINING) for shard in plan.shards):
+        what = "transformers loads no checkpoint that is made for training to go on from"
+        raise UsageError("no-effect", what, hint="leave --check out")
     directories = list(described(plan, read, conditions))
     if not directories:
         what = "there is nothing that transformers could load: no config.json is written beside the weights"

@@ -10,7 +10,8 @@ from shardmerge.mapping.layouts import common_prefix
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.prepare.options import Options
-from shardmerge.sources.deepspeed_files import DeepSpeedView
+from shardmerge.prepare.shard_counts import settled
+from shardmerge.sources.deepspeed_files import VIEWS
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.opening import open_catalog
@@ -19,9 +20,10 @@ from shardmerge.tensors import Catalog, of_source
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
     """Returns the catalog of a source whose relative path is relative to ``folder``."""
-    view: DeepSpeedView = "module" if source.view == "module" else "fp32"
+    view = next((view for view in VIEWS if view == source.view), VIEWS[0])
     opening = OpenOptions(view=view, root=source.root, download=options.download)
-    return _marked(_stripped(open_catalog(_located(source.path, folder), opening), source), source.name)
+    catalog = settled(open_catalog(_located(source.path, folder), opening))
+    return _marked(_stripped(catalog, source), source.name)
 
 
 def _marked(catalog: Catalog, name: str) -> Catalog:

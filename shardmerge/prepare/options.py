@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from shardmerge.dtypes import DType, float_dtype
+from shardmerge.dtypes import DTYPES, DType, float_dtype
+from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from shardmerge.prepare.loading import Check
 
 
+# Where accelerate, the Trainer of transformers and Lightning keep the model in a state dict.
+_MODEL = "model"
+
+_MASTERS = DTYPES["F32"]
+
 # Who makes the parts of a plan.
 Engine: TypeAlias = Literal["here", "ray"]
 
@@ -35,8 +41,11 @@ class Options:
     ----------
     dtype, shard_size
         Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
-    format
-        ``safetensors`` or ``bin``, likewise.
+    format, root
+        ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``, likewise; and for ``dcp`` the keys of the model in a
+        state dict.
+    optimizer
+        Whether the moments of Adam go along, of a conversion that keeps every name, to ``zero-universal``.
     memory, workers
         Budget in bytes, of all processes together, and CPUs to be used; None for the defaults of ``storage.limits``.
     download
@@ -69,6 +78,8 @@ class Options:
     dtype: DType | str | None = None
     shard_size: int | None = None
     format: Format | None = None
+    root: str | None = None
+    optimizer: bool = False
     memory: int | None = None
     workers: int | None = None
     download: bool = False
@@ -124,13 +135,50 @@ def wanted_dtype(options: Options) -> DType | None:
 
 def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings:
     """Returns what the mapping's ``output:`` and the caller say together."""
+    form = options.format or (spec.format if spec else None) or "safetensors"
     return OutputSettings(
-        wanted_dtype(options) or (spec.dtype if spec else None),
+        _dtype(spec, options, form),
         spec.dtypes if spec else (),
         options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
-        options.format or (spec.format if spec else None) or "safetensors",
+        form,
+        _root(spec, options, form),
         str(spec.mark) if spec else "",
     )
+
+
+def _dtype(spec: OutputSpec | None, options: Options, form: Format) -> DType | None:
+    """Returns the type of all floats; DeepSpeed's optimizer steps from float32, and so does what it is given."""
+    said = wanted_dtype(options) or (spec.dtype if spec else None)
+    if form != "zero-universal" or said == _MASTERS:
+        return said
+    if said is not None:
+        raise UsageError(
+            "unfit-dtype",
+            "the weights of a `zero-universal` checkpoint are those that the optimizer of DeepSpeed steps from",
+            where=str(spec.mark) if spec and options.dtype is None else "",
+            found=said.torch,
+            expected=_MASTERS.torch,
+            hint="leave the dtype out: DeepSpeed makes its 16-bit copy by itself",
+        )
+    return _MASTERS
+
+
+def _root(spec: OutputSpec | None, options: Options, form: Format) -> tuple[str, ...]:
+    """Returns the keys of the model in a state dict, ``model`` if nobody says them: see decision 28."""
+    said = options.root if options.root is not None else spec.root if spec else None
+    if form != "dcp":
+        if options.root is not None or (said is not None and options.format is None):
+            raise _idle_root(spec if options.root is None else None)
+        return ()
+    return () if said == "" else tuple((_MODEL if said is None else said).split("."))
+
+
+def _idle_root(spec: OutputSpec | None) -> ShardmergeError:
+    what = "is for `format: dcp`: files of other formats have no keys around the model"
+    if spec is None:
+        return UsageError("no-effect", f"--dcp-root {what}", hint="leave --dcp-root out, or add --format dcp")
+    hint = "remove `root`, or write `format: dcp` beside it"
+    return MappingError("no-effect", f"`root` {what}", where=str(spec.mark), hint=hint)
 
 
 def file_choice(spec: OutputSpec | None, options: Options) -> FileChoice | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from shardmerge.errors import UsageError
 from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.spec import COMMAND_LINE, OutputSpec, Spec
 from shardmerge.plan.planner import make_plan
@@ -36,6 +37,9 @@ def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
+    if options.optimizer:
+        what = "the optimizer goes along with weights that keep their names: rules make others"
+        raise UsageError("no-effect", what, hint="leave --with-optimizer out, or convert without --use")
     found = resolved(spec, folder, options)
     return Prepared.of(plan_of(found, options), _output_path(spec.output, folder), options)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, TargetError, raise_all
+from shardmerge.plan.universal_layout import weight_at
 from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
@@ -86,14 +87,17 @@ def described(plan: Plan, read: ReadSideFile, conditions: Conditions | None = No
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
         config = _load(side, read) if name == CONFIG else None
-        entries = {
-            tensor.stored: tensor.entry
-            for shard in plan.shards
-            if shard.name.rpartition("/")[0] == folder
-            for tensor in shard.tensors
-        }
+        entries = {stored: entry for place, stored, entry in _placed(plan) if place == folder}
         if config is not None and entries:
             yield describe(config, _origin(side, conditions.source), entries, editable=conditions.editable)
+
+
+def _placed(plan: Plan) -> Iterator[tuple[str, str, TensorEntry]]:
+    """Yields every tensor with its name and the folder in which its model lies."""
+    for shard in plan.shards:
+        place, weight = weight_at(shard.name)
+        place = place if weight else shard.name.rpartition("/")[0]
+        yield from ((place, weight or tensor.stored, tensor.entry) for tensor in shard.tensors)
 
 
 def describe(
@@ -140,9 +144,7 @@ def _with_edits(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
         if asked:
             raise _no_config(conditions.edits)
         return plan
-    tensors = {
-        tensor.stored: tensor.shape for shard in plan.shards if "/" not in shard.name for tensor in shard.tensors
-    }
+    tensors = {stored: entry.shape for place, stored, entry in _placed(plan) if not place}
     written = edited(config, conditions.edits, tensors) if asked else config
     lines: tuple[str, ...] = ()
     if conditions.counts:

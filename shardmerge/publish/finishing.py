@@ -7,7 +7,6 @@ owner may be gone; an owner that is not finds so by its next call that needs the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ from shardmerge.publish.making import make_folders
 from shardmerge.publish.part_receipts import together, unfit
 from shardmerge.publish.receipt import receipt_json
 from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
-from shardmerge.storage.exchanging import exchange
+from shardmerge.storage.exchanging import OCCUPIED, exchange
 from shardmerge.storage.writing import explained, sync_directory, sync_file
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
@@ -47,9 +46,6 @@ _LOOK, _SILENT = 0.1, 60.0
 
 # How often a model that nobody has is looked for: it has another name for a moment whenever it changes hands.
 _TURNS = 9
-
-# What rename(2) answers where the new name is taken by something that is not an empty directory.
-_OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 
 
 @dataclass(frozen=True)
@@ -207,10 +203,9 @@ class _Publishing:
             with explained(out), self.halt.done_or_not():
                 self._commit()
         except (OSError, ShardmergeError):
-            if inode(out) == itself:  # a file server may do it, and say that it did not
-                return True
+            # Taken away, so that whatever failed failed; or published by a file server that says it did not.
             if inode(staging.ready) != itself:
-                return False  # whatever failed, failed because it was taken away
+                return False
             with suppress(OSError):
                 staging.ready.rename(staging.model)
             raise
@@ -264,7 +259,7 @@ class _Publishing:
             elif not exchange(ready, out):
                 _replace(ready, out, self.staging.old)
         except OSError as error:
-            if error.errno not in _OCCUPIED:
+            if error.errno not in OCCUPIED:
                 raise
             raise OutputError(
                 "output-exists",

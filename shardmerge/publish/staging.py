@@ -25,6 +25,7 @@ from pathlib import Path
 
 from shardmerge.errors import OutputError, raise_all
 from shardmerge.plan.identity import SCHEMA
+from shardmerge.storage.exchanging import OCCUPIED
 from shardmerge.storage.writing import explained, sync_directory, write_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
@@ -240,9 +241,12 @@ def remove(root: Path, out: Path) -> None:
 
 
 def _put_back(old: Path, out: Path) -> None:
-    if not os.path.lexists(out):
-        with suppress(FileExistsError, NotADirectoryError):  # taken by now
-            old.rename(out)
+    """Unless something came there; an empty directory is nothing."""
+    try:
+        old.rename(out)
+    except OSError as error:
+        if error.errno not in OCCUPIED:
+            raise
 
 
 def _delete(folder: Path) -> None:

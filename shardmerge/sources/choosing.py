@@ -14,6 +14,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.deepspeed_files import is_tag_folder
 from shardmerge.sources.rank_files import is_megatron_folder
+from shardmerge.sources.rank_pickle_files import actor_folder
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.file_roles import (
     ADAPTER_CONFIG,
@@ -93,7 +94,9 @@ def _holds_checkpoint(folder: Path) -> bool:
 def _looks_like_one(folder: Path) -> bool:
     if usual_models(folder) or (folder / ADAPTER_CONFIG).is_file() or (folder / "latest").is_file():
         return True
-    return is_tag_folder(folder) or is_megatron_folder(folder) or bool(weight_files(folder))
+    if is_tag_folder(folder) or is_megatron_folder(folder) or actor_folder(folder):
+        return True
+    return bool(weight_files(folder))
 
 
 def _last_number(name: str) -> int:

@@ -85,14 +85,14 @@ class ItemFiles:
             before the item does. ``packed-item``, ``item-format``: the item is compressed, or none that torch writes.
             ``item-mismatch``: it is another tensor.
         """
-        where = f"{self._folder / chunk.file}, byte {chunk.begin}, {name[:200]}"
         if chunk.packed:
-            raise _packed(where, chunk.packed)
+            raise _packed(self._where(name, chunk), chunk.packed)
         file = self._open(name, chunk)
         if chunk.begin + chunk.length > file.size:
             raise _cut_short(file, chunk, name)
-        head = self._head(file, chunk, where)
-        _check(head, dtype, chunk, where)
+        head = self._head(file, chunk, name)
+        if not _fits(head, dtype, chunk):
+            raise _mismatch(head, dtype, chunk, self._where(name, chunk))
         offset = chunk.begin + head.begin
         size = dtype.itemsize
         if in_order(head.tensor.shape, head.tensor.strides):
@@ -123,7 +123,10 @@ class ItemFiles:
             self.paths[chunk.file] = str(path)
         return self._files[chunk.file]
 
-    def _head(self, file: SourceFile, chunk: StoredChunk, where: str) -> _Head:
+    def _where(self, name: str, chunk: StoredChunk) -> str:
+        return f"{self._folder / chunk.file}, byte {chunk.begin}, {name[:200]}"
+
+    def _head(self, file: SourceFile, chunk: StoredChunk, name: str) -> _Head:
         raw = file.read(chunk.begin, min(_HEAD, chunk.length))
         known = self._known.get(raw[: self._last])
         if known is not None:
@@ -133,7 +136,7 @@ class ItemFiles:
             raw = file.read(chunk.begin, min(_LONGEST_HEAD, chunk.length))
             head = _head_of(raw)
         if head is None:
-            raise _not_an_item(raw, where, file.read(0, min(file.size, 16)))
+            raise _not_an_item(raw, self._where(name, chunk), file.read(0, min(file.size, 16)))
         if len(self._known) >= _MOST_HEADS:
             self._known.clear()
         self._last = head.begin
@@ -190,33 +193,26 @@ def _tensor(pickle: bytes) -> TensorRef | None:
     return value if isinstance(value, TensorRef) else None
 
 
-def _check(head: _Head, dtype: DType, chunk: StoredChunk, where: str) -> None:
+def _fits(head: _Head, dtype: DType, chunk: StoredChunk) -> bool:
     tensor = head.tensor
-    reach = span(tensor.shape, tensor.strides)
-    fits = (
-        tensor.storage.key == "0"
-        and tensor.offset + reach
-        <= tensor.storage.numel * tensor.storage.dtype.itemsize // max(tensor.dtype.itemsize, 1)
-    )
-    if (tensor.dtype, tensor.shape) != (dtype, chunk.sizes) or tensor.offset or not fits:
-        raise CheckpointError(
-            "item-mismatch",
-            "an item is not the part of a tensor that the .metadata says",
-            where=where,
-            found=f"{tensor.dtype.name} {list(tensor.shape)}",
-            expected=f"{dtype.name} {list(chunk.sizes)}",
-            hint="files of two saves are mixed: copy the directory again",
-        )
     nbytes = tensor.storage.numel * tensor.storage.dtype.itemsize
-    if head.begin + nbytes > chunk.length:
-        raise CheckpointError(
-            "item-mismatch",
-            "an item is shorter than the tensor that it begins with",
-            where=where,
-            found=f"{chunk.length} bytes",
-            expected=f"more than {head.begin + nbytes} bytes",
-            hint="files of two saves are mixed: copy the directory again",
-        )
+    return (
+        (tensor.dtype, tensor.shape, tensor.offset, tensor.storage.key) == (dtype, chunk.sizes, 0, "0")
+        and span(tensor.shape, tensor.strides) * dtype.itemsize <= nbytes
+        and head.begin + nbytes <= chunk.length
+    )
+
+
+def _mismatch(head: _Head, dtype: DType, chunk: StoredChunk, where: str) -> CheckpointError:
+    tensor = head.tensor
+    return CheckpointError(
+        "item-mismatch",
+        "an item is not the part of a tensor that the .metadata says",
+        where=where,
+        found=f"{tensor.dtype.name} {list(tensor.shape)}, {tensor.storage.numel} numbers from byte {head.begin} on",
+        expected=f"{dtype.name} {list(chunk.sizes)} in {chunk.length} bytes",
+        hint="files of two saves are mixed: copy the directory again",
+    )
 
 
 def _cut_short(file: SourceFile, chunk: StoredChunk, name: str) -> CheckpointError:

@@ -23,14 +23,16 @@ from shardmerge.dtypes import BY_TORCH_NAME, DType
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.dcp_runs import (
     CHUNK,
+    INDEX_FIELDS,
+    INFO_FIELDS,
     ITEM,
     OBJECT_MEMOS,
     NoMatchError,
     ints_of,
     memo_number,
-    pairs_of,
     recalled,
     size_memos,
+    state_of,
 )
 from shardmerge.sources.dcp_table import ChunkTable
 from shardmerge.sources.pickle_bounds import are_sizes
@@ -144,8 +146,8 @@ class _MetadataMachine(StreamMachine):
         if self.data[:1] != b"\x80":
             raise damaged("not a pickle of protocol 2 to 5", repr(self.data[:4]))
         for _ in range(MOST_OPCODES):
-            if self.pos >= self._limit:
-                self._leave_frame()
+            if self.pos >= self.edge:
+                self.go_on()
             self.op = self.pos
             opcode = self.data[self.pos]
             size = _GET_SIZES.get(opcode)
@@ -221,7 +223,8 @@ class _MetadataMachine(StreamMachine):
         if found is None:
             return False
         try:
-            (key, first), (info, second) = (pairs_of(found[group], self._get) for group in (2, 4))
+            fields = found.groups()
+            (key, first), (info, second) = (state_of(fields[of], self._get) for of in (INDEX_FIELDS, INFO_FIELDS))
         except NoMatchError:
             return False
         self._item(key, info)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 _INT = rb"(?:K.|M..|J.{4}|\x8a(?:\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
@@ -23,15 +23,18 @@ _VALUE = rb"%b|%b|%b|N|%b" % (_SIZE, _TEXT, _INT, _GET)
 _BUILT = rb"ub"
 
 CHUNK = re.compile(rb"%b(%b)(%b|%b)(%b)(%b|%b)%b" % (_OBJECT, _GET, _SIZE, _GET, _GET, _SIZE, _GET, _BUILT), re.DOTALL)
+# A key and its value, of MetadataIndex one to three, of _StorageInfo three or four.
+_FIELD = rb"(%b)(%b)" % (_GET, _VALUE)
 ITEM = re.compile(
-    rb"%b((?:%b(?:%b)){1,4})%b%b((?:%b(?:%b)){3,4})%b" % (_OBJECT, _GET, _VALUE, _BUILT, _OBJECT, _GET, _VALUE, _BUILT),
+    rb"%b%b(?:%b(?:%b)?)?%b%b%b%b%b(?:%b)?%b" % (_OBJECT, *(_FIELD,) * 3, _BUILT, _OBJECT, *(_FIELD,) * 4, _BUILT),
     re.DOTALL,
 )
-_PAIR = re.compile(rb"(%b)(?:(%b)|(%b)|(%b)|(N)|(%b))" % (_GET, _SIZE, _TEXT, _INT, _GET), re.DOTALL)
+INDEX_FIELDS, INFO_FIELDS = slice(1, 7), slice(8, 16)
 
 # What an object and its state add to the memo, and what a size does: tuple, arguments, and the size itself.
 OBJECT_MEMOS = 2
 
+_GETS = (0x68, 0x6A)
 _U16 = struct.Struct("<H")
 _I32 = struct.Struct("<i")
 _U32 = struct.Struct("<I")
@@ -57,13 +60,13 @@ def size_memos(raw: bytes) -> int:
     return 2 if raw[-5:-4] == b")" else 3
 
 
-def ints_of(raw: bytes) -> tuple[int, ...]:
-    """Returns the numbers of a size, of the opcodes that push them."""
-    at = 2 if raw[0] == 0x68 else 5  # behind the class
-    if raw[at] == 0x28:
-        at += 1
-    found = []
-    while True:
+def ints_of(raw: bytes, at: int | None = None) -> tuple[int, ...]:
+    """Returns the numbers of a size, of the opcodes that push them; they begin behind its class."""
+    if at is None:
+        at = 2 if raw[0] == 0x68 else 5
+        at += raw[at] == 0x28  # MARK
+    found, stop = [], len(raw)
+    while at < stop:
         opcode = raw[at]
         if opcode == 0x4B:
             found.append(raw[at + 1])
@@ -79,11 +82,12 @@ def ints_of(raw: bytes) -> tuple[int, ...]:
             found.append(int.from_bytes(raw[at + 2 : end], "little", signed=True))
             at = end
         else:
-            return tuple(found)
+            break
+    return tuple(found)
 
 
-def pairs_of(raw: bytes, recall: Recall) -> tuple[dict[object, Value], int]:
-    """Returns the state of an object, and how many memos its values add.
+def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[object, Value], int]:
+    """Returns the state of an object, of keys and values in turn, and how many memos its values add.
 
     Raises
     ------
@@ -91,22 +95,19 @@ def pairs_of(raw: bytes, recall: Recall) -> tuple[dict[object, Value], int]:
         A value is another one than it looked like.
     """
     state: dict[object, Value] = {}
-    memos = at = 0
-    while at < len(raw):
-        pair = _PAIR.match(raw, at)
-        if pair is None:
-            raise NoMatchError
-        at = pair.end()
-        key, size, text, number, _, get = pair.groups()
+    memos = 0
+    for key, raw in zip(fields[::2], fields[1::2], strict=True):
+        if key is None or raw is None:
+            break
+        opcode = raw[0]
         value: Value = None
-        if size is not None:
-            value, memos = ints_of(size), memos + size_memos(size)
-        elif text is not None:
-            value, memos = _text(text), memos + 1
-        elif number is not None:
-            (value,) = ints_of(b"h." + number + b".")
-        elif get is not None:
-            value = recalled(recall(get))
+        if opcode == 0x8C:
+            value, memos = _text(raw), memos + 1
+        elif opcode in _GETS:
+            value = ints_of(raw) if (added := size_memos(raw)) else recalled(recall(raw))
+            memos += added
+        elif opcode != 0x4E:
+            (value,) = ints_of(raw, 0)
         state[recall(key)] = value
     return state, memos
 

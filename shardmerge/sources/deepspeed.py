@@ -7,14 +7,22 @@ hold the fp32 master weights, flat and partitioned over the ranks (see ``zero``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_masters, check_module, check_tag
+from shardmerge.sources.deepspeed_checks import (
+    ONE_SAVE,
+    Tag,
+    check_kind,
+    check_masters,
+    check_module,
+    check_tag,
+    step_of,
+)
 from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
@@ -44,27 +52,54 @@ def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
         The directory that holds the ``*_model_states.pt`` files.
     view
         ``fp32``: the master weights, with frozen parameters and buffers as they were saved. ``module``: the 16-bit
-        weights of the forward pass, where the checkpoint has them (stages 0 to 2).
+        weights of the forward pass, where the checkpoint has them (stages 0 to 2). ``exp_avg``, ``exp_avg_sq``: a
+        moment of Adam under the names of the weights that are trained; ``facts`` has the ``step``.
 
     Raises
     ------
     CheckpointError
-        ``kind-not-yet`` (MoE, pipeline, tensor parallel, universal), ``missing-rank``, ``mixed-runs``,
-        ``zero-layout``, ``no-module-view``, and what the torch reader raises.
+        ``kind-not-yet`` (MoE, tensor parallel), ``missing-layer``, ``missing-rank``, ``mixed-runs``, ``zero-layout``,
+        ``no-module-view``, ``no-moments``, and what the torch reader raises.
     """
     listed = list_tag(folder)
     reader = RankReader()
     first = reader.file(listed.models[0])
-    check_kind(folder, read_claims(as_dict(first.root)))
+    check_kind(folder, read_claims(as_dict(first.root)), listed.model_parallel + 1)
     if view == "module":
         state = reader.model(listed.models[0], {})
         check_module(folder, state)
-        return _Builder(Tag(folder, [state], []), first).module_catalog()
+        return _Builder(Tag(folder, [state], []), first, view).module_catalog()
     optims = [reader.optim(rank) for rank in listed.optims]
     frozen = frozen_shares(as_dict(first.root), len(listed.models)) if listed.models[0].partitioned else {}
     tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], optims)
     check_tag(tag)
-    return _Builder(tag, first).fp32_catalog()
+    masters = _Builder(tag, first).fp32_catalog()
+    if view == "fp32":
+        return masters
+    moments = [reader.optim(rank, view) for rank in listed.optims]  # of files whose masters are right
+    return _Builder(Tag(folder, tag.states, moments), first, view).moment_catalog()
+
+
+def stage_masters(tag: Tag, model: TorchFile) -> dict[str, TensorEntry]:
+    """Returns the masters that the ranks of one pipeline stage hold, by name; ``model`` is the stage's model file."""
+    builder = _Builder(tag, model)
+    builder.add_stage12()
+    return builder.entries
+
+
+def universal_catalog(tag: Tag, model: TorchFile, masters: Mapping[str, TensorEntry], steps: str) -> Catalog:
+    """Returns the catalog of masters that lie whole, and of whatever has none; as ``read_deepspeed``.
+
+    Parameters
+    ----------
+    tag, model
+        The model files, and the first of them.
+    masters
+        By name.
+    steps
+        What the masters' optimizer counts and the model file does not, in words; ``""`` for the same.
+    """
+    return _Builder(tag, model).universal_catalog(masters, steps)
 
 
 @dataclass(slots=True)
@@ -73,6 +108,7 @@ class _Builder:
 
     tag: Tag
     first: TorchFile
+    view: DeepSpeedView = "fp32"
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
@@ -96,19 +132,44 @@ class _Builder:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
         if self.tag.stage == 3:
             self._add_stage3()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
+            self._check_masters()
             self._add_frozen_stage3()
         elif self.optims:
             self._check_module_shapes()
-            self._add_stage12()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
+            self.add_stage12()
+            self._check_masters()
             self._add_frozen_whole()
         else:
             self._add_unpartitioned()
+        return self._with_module()
+
+    def universal_catalog(self, masters: Mapping[str, TensorEntry], steps: str) -> Catalog:
+        """As ``fp32_catalog``, with masters that are whole."""
+        if self.tag.stage < 3:
+            self._check_module_shapes()
+        self.entries.update(masters)
+        self._check_masters(steps)
+        if self.tag.stage == 3:
+            self._add_frozen_stage3()
+        else:
+            self._add_frozen_whole()
+        return self._with_module()
+
+    def _check_masters(self, steps: str = "") -> None:
+        module = {name: (self.first, ref) for name, ref in self.module().items()}
+        self.warnings += check_masters(self.tag, module, self.entries, steps)
+
+    def _with_module(self) -> Catalog:
         self._add_module()
         self._add_shared()
         self._check_all_there()
-        return self._catalog("fp32")
+        return self._catalog()
+
+    def moment_catalog(self) -> Catalog:
+        """What the optimizer keeps beside the weights that it steps; nothing for all others."""
+        step = step_of(self.tag)
+        (self._add_stage3 if self.tag.stage == 3 else self.add_stage12)()
+        return replace(self._catalog(), facts={"step": step})
 
     def module_catalog(self) -> Catalog:
         """The 16-bit weights, all or nothing: half of them in another precision is no model that anybody asked for."""
@@ -118,7 +179,7 @@ class _Builder:
         if not self.entries or self.absent & listed or (self.absent and self.states_stage3):
             raise self._no_module(sorted(self.absent))
         self._add_shared()
-        return self._catalog("module")
+        return self._catalog()
 
     @property
     def states_stage3(self) -> bool:
@@ -154,7 +215,7 @@ class _Builder:
                 owners.setdefault(key, name)
                 self.entries[name] = self.first.entry(name, ref, "module, as saved")
 
-    def _catalog(self, view: DeepSpeedView) -> Catalog:
+    def _catalog(self) -> Catalog:
         files = (*(state.stamp for state in self.tag.states), *(optim.stamp for optim in self.optims))
         return Catalog(
             str(self.tag.folder),
@@ -163,7 +224,7 @@ class _Builder:
             {alias: owner for alias, owner in self.aliases.items() if alias not in self.entries},
             files,
             absent=frozenset(self.absent - set(self.aliases)),
-            notes=(f"{view} view of {max(len(self.optims), 1)} rank(s)",),
+            notes=(f"{self.view} view of {max(len(self.optims), 1)} rank(s)",),
             warnings=tuple(self.warnings),
             training_config=training_config(self.first),
         )
@@ -212,7 +273,7 @@ class _Builder:
             raise self._layout("the model file has no param_shapes, so the partitions cannot be named")
         return [shape_table(group) for group in listed]
 
-    def _add_stage12(self) -> None:
+    def add_stage12(self) -> None:
         shapes = self._shapes()
         self._check_group_count(len(shapes), "parameter groups")
         for index, group in enumerate(shapes):
@@ -221,7 +282,7 @@ class _Builder:
             self._check_group_size(index, flat.numel, offsets[-1])
             for (name, shape), start in zip(group.items(), offsets, strict=False):
                 pieces = flat.pieces(start, prod(shape))
-                self._add(name, flat.dtype, shape, pieces, f"fp32 partitions, group {index}")
+                self._add(name, flat.dtype, shape, pieces, f"{self.view} partitions, group {index}")
 
     def _paddings(self, index: int, parameters: int) -> tuple[int, ...]:
         """Elements to skip after each parameter of a group, empty for none."""
@@ -245,7 +306,7 @@ class _Builder:
             start = 0
             for name, shape in group.items():
                 chunks = RankChunks(partitions, dtype.itemsize, start, prod(shape))
-                self._add(name, dtype, shape, chunks, f"fp32 partitions, sub-group {index}")
+                self._add(name, dtype, shape, chunks, f"{self.view} partitions, sub-group {index}")
                 start += chunk_numel(prod(shape), len(partitions))
             for rank, part in enumerate(partitions):
                 if part.numel != start:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
-from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
+from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name, stage_name
+from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
-from shardmerge.sources.deepspeed_values import compare_masters
-from shardmerge.sources.pickle_values import TensorRef
-from shardmerge.sources.torch_file import TorchFile
+from shardmerge.sources.deepspeed_values import InFile, compare_masters
 from shardmerge.tensors import TensorEntry
 
 ONE_SAVE = "copy the files of one save into a directory of their own"
+NODES = "every node writes its own ranks: gather the files of all nodes in one directory"
 _MODULE = "take the 16-bit weights of the model file alone: --view module (in a mapping, `view: module`)"
 # A hundred times the GPUs of the largest runs.
 _MOST_RANKS = 10_000_000
 # Weights compared with the 16-bit module: where nothing else speaks against one save, and where counters do.
 _USUALLY, _CLOSELY = 2048, 16384
+# Something that every file of a set states, with the files.
+_Fact: TypeAlias = tuple[str, list[tuple[Path, object]]]
 # Names in one line of an error.
 _MOST_NAMES = 8
 # Sequence-parallel runs before it state the ranks that see other data in ``dp_world_size``, and cut over more ranks.
@@ -37,12 +40,15 @@ class Tag:
     folder
         The tag directory.
     states, optims
-        Its model and optimizer files, in rank order.
+        Its model and optimizer files, in rank order; of a pipeline, those of one of its stages.
+    masters_elsewhere
+        Whether optimizer files are not looked for: a universal checkpoint has none, and a module needs none.
     """
 
     folder: Path
     states: Sequence[RankState]
     optims: Sequence[OptimState]
+    masters_elsewhere: bool = False
 
     @property
     def claims(self) -> DeepSpeedClaims:
@@ -63,14 +69,23 @@ class Tag:
         return CheckpointError(code, what, where=str(self.folder), found=found, expected=expected, hint=hint)
 
 
-def check_kind(folder: Path, claims: DeepSpeedClaims) -> None:
-    """Raises ``kind-not-yet`` for a run with experts or model parallelism, also where only a part of it is there."""
+def check_kind(folder: Path, claims: DeepSpeedClaims, ranks: int = 1) -> None:
+    """Raises ``kind-not-yet`` for a run with experts or cut tensors, also where only a part of it is there.
+
+    ``ranks`` are the model-parallel ranks that the files' names tell of. A pipeline is one without its layer files.
+    """
     if claims.experts > 0:
         raise kind_not_yet(folder, "mixture-of-experts (MoE)")
-    if claims.pipeline_parallel > 1:
-        raise kind_not_yet(folder, "pipeline-parallel", _parallel(claims.pipeline_parallel))
-    if claims.tensor_parallel > 1:
-        raise kind_not_yet(folder, "tensor-parallel", _parallel(claims.tensor_parallel))
+    if claims.layered or claims.pipeline_parallel > 1:
+        raise CheckpointError(
+            "missing-layer",
+            "this is a pipeline-parallel DeepSpeed checkpoint, and its layer files are missing",
+            where=str(folder),
+            expected="layer_00-model_states.pt and so on",
+            hint=NODES,
+        )
+    if max(claims.tensor_parallel, ranks) > 1:
+        raise kind_not_yet(folder, "tensor-parallel", _parallel(max(claims.tensor_parallel, ranks)))
 
 
 def _parallel(ranks: int) -> str:
@@ -81,6 +96,14 @@ def check_module(folder: Path, state: RankState) -> None:
     """Raises what is wrong with a model file that is read alone: ``mixed-runs``."""
     tag = Tag(folder, [state], [])
     raise_all([*_wrong_names(tag), *_wrong_stage(tag)])
+
+
+def step_of(tag: Tag) -> float:
+    """Returns how often the optimizer stepped; raises ``no-moments`` where no file says that."""
+    step = tag.optims[0].step if tag.optims else None
+    if step is None:
+        raise no_moments(str(tag.folder), "no optimizer file that says its step")
+    return step
 
 
 def check_tag(tag: Tag) -> None:
@@ -94,18 +117,34 @@ def check_tag(tag: Tag) -> None:
     raise_all([*_wrong_names(tag), *_wrong_stage(tag), *_missing_ranks(tag), *_mixed_runs(tag)])
 
 
+def check_stages(tags: Sequence[Tag]) -> None:
+    """Raises what is wrong with the stages of a pipeline, each by itself and all together; as ``check_tag``."""
+    found: list[ShardmergeError] = []
+    for tag in tags:
+        try:
+            check_tag(tag)
+        except ShardmergeError as error:
+            found += error.each()
+    raise_all([*found, *_differences(tags[0], _of_states([tag.states[0] for tag in tags]))])
+
+
 def _wrong_names(tag: Tag) -> Iterator[ShardmergeError]:
     named = [*((state.rank, state.saved_as) for state in tag.states), *((o.rank, o.saved_as) for o in tag.optims)]
     for rank, saved_as in named:
         if saved_as:
-            yield CheckpointError(
-                "mixed-runs",
-                "a file was saved under another rank's name",
-                where=str(rank.path),
-                found=saved_as,
-                expected=rank.path.name,
-                hint="files were renamed or swapped: give each its own name again, or copy the save anew",
-            )
+            yield wrong_name(rank.path, saved_as)
+
+
+def wrong_name(path: Path, saved_as: str) -> CheckpointError:
+    """Returns the error for a file that was saved under another name than it has."""
+    return CheckpointError(
+        "mixed-runs",
+        "a file was saved under another rank's name",
+        where=str(path),
+        found=saved_as,
+        expected=path.name,
+        hint="files were renamed or swapped: give each its own name again, or copy the save anew",
+    )
 
 
 def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
@@ -116,7 +155,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
             "mixed-runs",
             "the model file has the name of another ZeRO stage than it states",
             found=first.path.name,
-            expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {shown(claimed)}",
+            expected=f"{model_name(0) if claimed == 3 else stage_name(0)}, for stage {shown(claimed)}",
             hint=ONE_SAVE,
         )
     for optim in tag.optims:
@@ -127,7 +166,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
                 "model file and optimizer files are not of one run: they differ in the ZeRO stage",
                 found=f"stage {shown(optim.stage)} in {optim.rank.path.name}",
                 expected=f"stage {shown(claimed)}, as in {first.path.name}",
-                hint=ONE_SAVE + _way_out(tag),
+                hint=ONE_SAVE + way_out(tag),
             )
             return
 
@@ -143,7 +182,8 @@ def _missing_ranks(tag: Tag) -> Iterator[ShardmergeError]:
     if world > _MOST_RANKS:
         yield tag.error("mixed-runs", "the files state more ranks than any run has", found=shown(world), hint=ONE_SAVE)
         return
-    yield from _missing(tag, "optimizer", [optim.rank.data_parallel for optim in tag.optims], world)
+    if not tag.masters_elsewhere:
+        yield from _missing(tag, "optimizer", [optim.rank.data_parallel for optim in tag.optims], world)
     if partitioned:
         yield from _missing(tag, "model", there, world)
 
@@ -158,7 +198,7 @@ def _missing(tag: Tag, what: str, ranks: Sequence[int], world: int) -> Iterator[
             f"the {what} files of rank {numbers} are missing" if ranks else f"there are no {what} files",
             found=f"{len(ranks)} files; not {', '.join(names[:_MOST_NAMES])}",
             expected=f"{world} files, one a rank",
-            hint="every node writes its own ranks: gather the files of all nodes in one directory" + _way_out(tag),
+            hint=NODES + way_out(tag),
         )
     if max(ranks, default=0) >= world:
         yield tag.error(
@@ -173,21 +213,21 @@ def _missing(tag: Tag, what: str, ranks: Sequence[int], world: int) -> Iterator[
 def _file_name(tag: Tag, what: str, rank: int) -> str:
     if what == "model":
         return model_name(rank)
-    return optim_name(rank, bf16=tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16)
+    bf16 = tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16
+    return optim_name(rank, bf16=bf16, stage=tag.states[0].rank.model_parallel)
 
 
-def _way_out(tag: Tag) -> str:
+def way_out(tag: Tag) -> str:
     """What can be done without the files: the 16-bit module below stage 3, a consolidated file beside the tag."""
     whole = consolidated(tag.folder)
-    ways = ([] if tag.states[0].rank.partitioned else [_MODULE]) + (
-        [f"convert {whole}, a whole model"] if whole else []
-    )
+    hollow = tag.states[0].rank.partitioned or (tag.masters_elsewhere and tag.claims.layered)
+    ways = ([] if hollow else [_MODULE]) + ([f"convert {whole}, a whole model"] if whole else [])
     return "".join(f"; or {way}" for way in ways)
 
 
 def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
     optims, states = tag.optims, tag.states
-    facts: list[tuple[str, list[tuple[Path, object]]]] = [
+    facts: list[_Fact] = [
         ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
         ("world size", [(o.rank.path, o.world) for o in optims]),
         ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
@@ -195,18 +235,28 @@ def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
         ("the optimizer's settings", [(o.rank.path, o.groups) for o in optims]),
         ("DeepSpeed version", [(o.rank.path, o.version) for o in optims]),
         ("param_shapes", [(s.rank.path, s.claims.shapes) for s in states]),
+    ]
+    yield from _differences(tag, [*facts, *_of_states(states)])
+    if optims:
+        yield from _mixed_kinds(tag)
+
+
+def _of_states(states: Sequence[RankState]) -> list[_Fact]:
+    """What model files state of the run, whatever they hold."""
+    return [
         ("global_steps", [(s.rank.path, s.claims.steps) for s in states]),
         ("skipped_steps", [(s.rank.path, s.claims.skipped) for s in states]),
         ("world size", [(s.rank.path, s.claims.world) for s in states]),
         ("ds_config", [(s.rank.path, s.claims.settings) for s in states]),
         ("DeepSpeed version", [(s.rank.path, s.claims.version) for s in states]),
     ]
+
+
+def _differences(tag: Tag, facts: Sequence[_Fact]) -> Iterator[ShardmergeError]:
     for what, values in facts:
         other = next((pair for pair in values if pair[1] != values[0][1]), None)
         if other is not None:
             yield _differ(tag, what, values[0], other)
-    if optims:
-        yield from _mixed_kinds(tag)
 
 
 def _mixed_kinds(tag: Tag) -> Iterator[ShardmergeError]:
@@ -234,12 +284,12 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
         f"the rank files are not of one run: they differ in {what}",
         found=other[0].name if digest else f"{shown(other[1])} in {other[0].name}",
         expected=f"the same as in {first[0].name}" if digest else f"{shown(first[1])}, as in {first[0].name}",
-        hint=ONE_SAVE + _way_out(tag),
+        hint=ONE_SAVE + way_out(tag),
     )
 
 
 def check_masters(
-    tag: Tag, model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry]
+    tag: Tag, module: Mapping[str, InFile], entries: Mapping[str, TensorEntry], steps: str = ""
 ) -> list[str]:
     """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.
 
@@ -252,9 +302,8 @@ def check_masters(
         ``mixed-runs``.
     """
     claims = tag.claims
-    odd = next((o for o in tag.optims if o.step is not None and not claims.counts_to(o.step)), None)
-    tally = compare_masters(model, module, entries, _CLOSELY if odd else _USUALLY)
-    steps = "" if odd is None else f"{odd.step:g} steps in {odd.rank.path.name}"
+    steps = steps or _odd_steps(tag)
+    tally = compare_masters(module, entries, _CLOSELY if steps else _USUALLY)
     if steps and (tally.differing or not tally.files):
         skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""
         raise _two_saves(tag, steps, f"{claims.steps}{skipped}, as in {tag.states[0].rank.path.name}")
@@ -268,6 +317,12 @@ def check_masters(
     return warnings
 
 
+def _odd_steps(tag: Tag) -> str:
+    """Says of an optimizer file that counts other steps than the model file, ``""`` if none does."""
+    odd = next((o for o in tag.optims if o.step is not None and not tag.claims.counts_to(o.step)), None)
+    return "" if odd is None else f"{odd.step:g} steps in {odd.rank.path.name}"
+
+
 def _two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
     """Returns the error for a model file and optimizer files whose steps, or whose weights, are not of one save."""
     again = "" if tag.stage < 3 else (
@@ -279,5 +334,5 @@ def _two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
         "model file and optimizer files are of two saves",
         found=found,
         expected=expected,
-        hint="a save that broke off, or a copy of two: " + ONE_SAVE + _way_out(tag) + again,
+        hint="a save that broke off, or a copy of two: " + ONE_SAVE + way_out(tag) + again,
     )

@@ -39,6 +39,10 @@ class DeepSpeedClaims:
         ``ds_version``; whether ``ds_config`` enables bf16.
     partitioned
         Whether ``param_shapes`` is there: the optimizer was one of ZeRO's, with files of its own.
+    layered
+        Whether the module is in files of its layers: a pipeline's, whose model files have ``None`` for it.
+    round_robin
+        Whether stages 1 and 2 dealt the parameters out to the ranks in turn.
     settings, shapes
         Digests of ``ds_config``, ``""`` without one, and of ``param_shapes`` with ``frozen_param_shapes``.
     """
@@ -53,6 +57,8 @@ class DeepSpeedClaims:
     version: str
     bf16: bool
     partitioned: bool
+    layered: bool
+    round_robin: bool
     settings: str
     shapes: str
 
@@ -82,6 +88,8 @@ def read_claims(root: Mapping[object, PickleValue]) -> DeepSpeedClaims:
         version=text_of(root.get("ds_version")),
         bf16=(settings_of((config or {}).get("bf16")) or {}).get("enabled") is True,
         partitioned=isinstance(root.get("param_shapes"), (list, dict)),
+        layered="module" in root and root["module"] is None,
+        round_robin=(settings_of((config or {}).get("zero_optimization")) or {}).get("round_robin_gradients") is True,
         settings="" if config is None else value_digest(root.get("ds_config")),
         shapes=value_digest(shapes),
     )

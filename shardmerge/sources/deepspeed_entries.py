@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.sources.choosing import Remarks, beside_tag, checkpoints_inside, several, usual_models, whole_set
-from shardmerge.sources.deepspeed_files import is_tag_file, is_tag_folder
+from shardmerge.sources.deepspeed_files import has_layers, is_tag_folder, is_universal, tag_of, universal_of
 from shardmerge.sources.hf_folder import side_files
 from shardmerge.sources.model_files import read_model
 from shardmerge.sources.open_options import OpenOptions
@@ -19,8 +19,11 @@ _LONGEST_NAME = 255
 
 
 def read_tag(path: Path, options: OpenOptions) -> Catalog | None:
-    """A tag directory itself."""
-    return _deepspeed(path, options) if is_tag_folder(path) else None
+    """A tag directory itself, or ``zero/`` of a universal one and a parameter in it, which stand for the whole."""
+    if is_tag_folder(path):
+        return _deepspeed(path, options)
+    folder = universal_of(path)
+    return whole_set(_deepspeed(folder, options), path) if folder else None
 
 
 def read_tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
@@ -72,12 +75,26 @@ def _tag_or_model(tag: Path, folder: Path, options: OpenOptions) -> Catalog:
 
 def read_tag_member(path: Path, options: OpenOptions) -> Catalog | None:
     """One file of a DeepSpeed directory stands for the whole of it (xtuner #745)."""
-    if not is_tag_file(path) or options.root:
+    folder = tag_of(path)
+    if folder is None or options.root:
         return None
-    return whole_set(_deepspeed(path.parent, options), path)
+    return whole_set(_deepspeed(folder, options), path)
 
 
 def _deepspeed(folder: Path, options: OpenOptions) -> Catalog:
+    kind = "a universal checkpoint" if is_universal(folder) else "a pipeline" if has_layers(folder) else ""
+    if kind and options.view not in ("fp32", "module"):
+        from shardmerge.sources.deepspeed_moments import no_moments
+
+        raise no_moments(str(folder), f"those of {kind} are not read")
+    if is_universal(folder):
+        from shardmerge.sources.deepspeed_universal import read_universal
+
+        return read_universal(folder, view=options.view)
+    if has_layers(folder):
+        from shardmerge.sources.deepspeed_pipeline import read_pipeline
+
+        return read_pipeline(folder, view=options.view)
     from shardmerge.sources.deepspeed import read_deepspeed
 
     return read_deepspeed(folder, view=options.view)

@@ -18,6 +18,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, largest, read_claims, text_of
 from shardmerge.sources.deepspeed_files import DeepSpeedRankFile
+from shardmerge.sources.deepspeed_moments import moment_flats
 from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
@@ -119,8 +120,8 @@ class RankReader:
         fragments = array("q", (_fragment(file, table.get(name), share) for name, share in frozen.items()))
         return RankState(rank, file.stamp, self._stated(file), rank.saved_as(file.archive), fragments)
 
-    def optim(self, rank: DeepSpeedRankFile) -> OptimState:
-        """Returns what is kept of an optimizer file."""
+    def optim(self, rank: DeepSpeedRankFile, moment: str = "") -> OptimState:
+        """Returns what is kept of an optimizer file; with the partitions of a moment in the place of the masters'."""
         file = self.file(rank)
         root = as_dict(file.root)
         state = as_dict(root.get("optimizer_state_dict"))
@@ -136,6 +137,8 @@ class RankReader:
                 expected=f"{key}, as DeepSpeed 0.9 to 0.19 write it for ZeRO stages 0 to 3",
             )
         base = _base_state(state)
+        step = _first_step(file, base, sum(prod(flat.shape) for flat in flats))
+        flats = moment_flats(file, base, flats, moment) if moment else flats
         return OptimState(
             rank,
             file.stamp,
@@ -146,7 +149,7 @@ class RankReader:
             _paddings(state.get("param_alignment_paddings")),
             sys.intern(value_digest(root.get("ds_config"))),
             text_of(root.get("ds_version")),
-            _first_step(file, base, sum(prod(flat.shape) for flat in flats)),
+            step,
             sys.intern(_plain(base)),
             rank.saved_as(file.archive),
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from pathlib import PurePath
+from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.shown import shown
@@ -30,6 +31,9 @@ _READ = frozenset({"F32", "F16", "BF16"})
 # after the last step; the files of another save, or names exchanged, differ in most of them.
 _FEW_OF_A_FILE, _FEW = 4, 2
 _NAN = b"NaN"  # a NaN is any of many patterns
+
+# A tensor of the module, and the file that holds it.
+InFile: TypeAlias = tuple[TorchFile, TensorRef]
 
 
 class Samples:
@@ -50,6 +54,13 @@ class Samples:
             raw = self._pool.get(file.path).read(start + ref.offset * size, len(indices) * size)
             return [number_of(raw[at : at + size], ref.dtype) for at in range(0, len(raw), size)]
         return [self.value(file.path, start + place(ref, index) * size, ref.dtype) for index in indices]
+
+    def bits(self, entry: TensorEntry, index: int) -> bytes:
+        """Returns the bytes of an element of a tensor that lies in flat ranges, by its row-major number."""
+        piece = entry.pieces[bisect_right(entry.pieces, index, key=lambda piece: piece.start) - 1]
+        assert isinstance(piece.held, Extent)  # partitions are dense
+        size = entry.dtype.itemsize
+        return self._pool.get(piece.held.file).read(piece.held.offset + (index - piece.start) * size, size)
 
 
 def is_float(dtype: DType) -> bool:
@@ -131,26 +142,33 @@ class Tally:
         for what, table, few in (("of {}", self.files, _FEW_OF_A_FILE), ("of the tensor {}", self.tensors, _FEW)):
             for key, (compared, differing) in table.items():
                 if differing * few > compared:
-                    of = what.format(PurePath(key).name if table is self.files else shown(key))
+                    of = what.format("/".join(PurePath(key).parts[-2:]) if table is self.files else shown(key))
                     return f"{differing} of {compared} sampled weights {of}"
         return ""
 
 
-def compare_masters(
-    model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry], most: int
-) -> Tally:
+def same_weights(one: TensorEntry, other: TensorEntry, most: int) -> bool:
+    """Tells whether two tensors have one shape and, in ``most`` elements at the most, one and the same values."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    samples = Samples()
+    places = spread_places(one.numel, most)
+    return all(samples.bits(one, index) == samples.bits(other, index) for index in places)
+
+
+def compare_masters(module: Mapping[str, InFile], entries: Mapping[str, TensorEntry], most: int) -> Tally:
     """Compares about ``most`` masters, spread over all pieces of all tensors, with the module's weights of their names.
 
     Parameters
     ----------
-    model, module
-        The model file, and the tensors of its ``module`` by name.
+    module
+        The tensors of the module by name.
     entries
         Masters, by name. Those whose module has another shape (a placeholder), or none, are left out.
     most
         About how many weights.
     """
-    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name])]
+    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name][1])]
     starts = list(accumulate((len(entries[name].pieces) for name in names), initial=0))
     each = max(most // max(starts[-1], 1), 1)
     samples, tally = Samples(), Tally()
@@ -160,7 +178,7 @@ def compare_masters(
         piece = entry.pieces[index - starts[at]]
         assert isinstance(piece.held, Extent)  # partitions are dense
         indices = spread_places(piece.count, each)
-        differing = _differing(samples, (model, module[names[at]]), piece, entry.dtype, indices)
+        differing = _differing(samples, module[names[at]], piece, entry.dtype, indices)
         tally.add(piece.held.file, names[at], len(indices), differing)
     return tally
 
@@ -169,9 +187,7 @@ def _comparable(entry: TensorEntry, ref: TensorRef) -> bool:
     return ref.shape == entry.shape and is_float(entry.dtype) and is_float(ref.dtype)
 
 
-def _differing(
-    samples: Samples, there: tuple[TorchFile, TensorRef], piece: Piece, dtype: DType, indices: Sequence[int]
-) -> int:
+def _differing(samples: Samples, there: InFile, piece: Piece, dtype: DType, indices: Sequence[int]) -> int:
     """Returns how many elements of a piece of masters do not round to those of the module's tensor."""
     model, ref = there
     held = piece.held

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, checkpoints_inside, nothing_here, several
-from shardmerge.sources.model_files import read_usual
+from shardmerge.sources.hf_folder import ReadShard
+from shardmerge.sources.model_files import read_single, read_usual
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.peft_folder import read_adapter
 from shardmerge.sources.weights_file import read_weights
@@ -25,6 +26,11 @@ def read_adapter_folder(path: Path, options: OpenOptions) -> Catalog | None:
 def read_usual_model(path: Path, options: OpenOptions) -> Catalog | None:
     """A model under one of the names that ``from_pretrained`` looks for."""
     return read_usual(path, lambda shard: read_weights(shard, options))
+
+
+def read_single_model(path: Path, options: OpenOptions, read_file: ReadShard) -> Catalog | None:
+    """One file of weights, one index, or a whole set of shards without one, under any name."""
+    return read_single(path, lambda shard: read_weights(shard, options), read_file)
 
 
 def refuse_inside(path: Path, options: OpenOptions) -> Catalog | None:

@@ -6,20 +6,23 @@ What recognises a format is imported here, what reads it where it was recognised
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError, raise_all
-from shardmerge.sources import dcp_entries, deepspeed_entries, model_entries, rank_entries, weights_file
-from shardmerge.sources.choosing import beside_numbered, tags_near, weight_files
-from shardmerge.sources.hf_folder import side_files
+from shardmerge.sources import (
+    dcp_entries,
+    deepspeed_entries,
+    distributed_entries,
+    model_entries,
+    rank_entries,
+    weights_file,
+)
+from shardmerge.sources.choosing import beside_numbered, weight_files
+from shardmerge.sources.completing import completed
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
-from shardmerge.sources.links import odd_links
-from shardmerge.sources.model_files import read_single
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
-from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.tensors import Catalog
 
 FormatReader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
@@ -43,20 +46,8 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
             raise_all(_idle(catalog, options))
             if not options.root and is_optimizer(catalog.names()):
                 raise not_a_model("an optimizer's state", str(path), ", ".join([*catalog.names()][:5]))
-            return _completed(catalog, path)
+            return completed(catalog, path)
     raise unknown_format(path)
-
-
-def _completed(catalog: Catalog, path: Path) -> Catalog:
-    """Adds side files, checks links, and takes placeholders for what they are."""
-    folder = path if path.is_dir() else path.parent
-    stamps = (Path(stamp.path) for stamp in catalog.files)
-    raise_all(odd_links((file for file in stamps if file != path and file.is_relative_to(folder)), folder))
-    catalog = replace(catalog, side_files=catalog.side_files or side_files(folder))
-    if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
-        return catalog
-    catalog = without_placeholders(catalog)
-    return replace(catalog, elsewhere=tags_near(folder)) if catalog.absent else catalog
 
 
 def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
@@ -113,9 +104,7 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:
-    return read_single(
-        path, lambda shard: weights_file.read_weights(shard, options), lambda chosen: open_catalog(chosen, options)
-    )
+    return model_entries.read_single_model(path, options, lambda chosen: open_catalog(chosen, options))
 
 
 # The order says who wins where two could: a Trainer checkpoint with `latest` also holds a 16-bit model.safetensors,
@@ -124,11 +113,14 @@ _FOLDER_READERS: tuple[FormatReader, ...] = (
     deepspeed_entries.read_tag,
     _work_dir,
     deepspeed_entries.read_tag_parent,
+    rank_entries.read_verl_run,
     rank_entries.read_iteration,
     model_entries.read_adapter_folder,
     model_entries.read_usual_model,
+    distributed_entries.read_shard_folder,
     dcp_entries.read_distributed_parent,
     rank_entries.read_meta_folder,
+    rank_entries.read_rank_pickles,
     _single,
     model_entries.refuse_inside,
     model_entries.read_config_only,
@@ -138,6 +130,7 @@ _FILE_READERS: tuple[FormatReader, ...] = (
     deepspeed_entries.read_tag_member,
     rank_entries.read_rank_member,
     dcp_entries.read_distributed_member,
+    distributed_entries.read_rank_shard,
     weights_file.read_shard_member,
     weights_file.read_adapter_file,
     weights_file.read_any_safetensors,

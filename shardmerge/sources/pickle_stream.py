@@ -2,7 +2,7 @@
 
 Who knows what a stretch of the pickle comes to may skip it: what would have been memoized there is numbered and not
 kept. Should the pickle refer to it, that stretch is read once more. The pickles of CPython's pickler, protocols 4 and
-5, come in frames of 64 KiB, and no opcode lies across two of them.
+5, come in frames of 64 KiB, and no opcode lies across two of them; older protocols have none, and short opcodes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from shardmerge.storage.reading import SourceFile
 
 # A frame is 64 KiB and an opcode; a larger one holds one text or one value of bytes, which is not kept for long.
 _WINDOW, _LARGEST_FRAME = 4 << 20, 64 << 20
-# What an opcode between two frames takes at most, and a stretch that is skipped.
-_BETWEEN = LONGEST_STRETCH = 4096
+# What an opcode outside of a frame takes at most, and a stretch that is skipped.
+_UNFRAMED = LONGEST_STRETCH = 4096
 
 
 class StreamMachine(Machine):
@@ -30,15 +30,18 @@ class StreamMachine(Machine):
     ----------
     base
         Where the window begins in the file, in bytes.
+    edge
+        From where in the window on ``go_on`` comes first: the end of a frame, or close to that of the window.
     """
 
-    __slots__ = ("_file", "_seen_at", "_seen_memo", "base")
+    __slots__ = ("_file", "_seen_at", "_seen_memo", "base", "edge")
 
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file.read(0, min(file.size, _WINDOW)), 0, legacy=False)
         self.base = 0
         self._file = file
         self._seen_memo, self._seen_at = array("q"), array("q")  # of each stretch: its first memo, and its place
+        self.edge = 0
 
     # Windows
 
@@ -57,15 +60,19 @@ class StreamMachine(Machine):
         if self._framed or length > min(_LARGEST_FRAME, self._file.size - self.base - self.pos):
             raise damaged("a frame nests in another or is longer than the pickle", f"{length} bytes")
         self._read_on(length)
-        self._framed, self._limit = True, self.pos + length
+        self._framed = True
+        self._limit = self.edge = self.pos + length
 
-    def _leave_frame(self) -> None:
+    def go_on(self) -> None:
+        """Leaves a frame, or reads on."""
         if self.pos > self._limit:
             raise damaged("an opcode reaches over the end of its frame or of the pickle")
-        self._read_on(_BETWEEN)
+        self._read_on(2 * _UNFRAMED)
         if self.pos >= len(self.data):
             raise damaged("the pickle is cut short", f"{self.base + self.pos} bytes and no STOP")
+        more = self.base + len(self.data) < self._file.size
         self._framed, self._limit = False, len(self.data)
+        self.edge = self._limit - (_UNFRAMED if more else 0)
 
     def protocol(self) -> None:
         """PROTO, the first opcode and no other."""

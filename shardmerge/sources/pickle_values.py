@@ -6,6 +6,7 @@ A class or function that a pickle names is a ``Global``, what it would build an 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -99,3 +100,11 @@ class Parsed:
 def kind(value: PickleValue) -> str:
     """Returns what a value is, for a message: the name of a class or function, else its type."""
     return value.path if isinstance(value, Global) else type(value).__name__
+
+
+def attributes(value: PickleValue) -> Mapping[object, PickleValue]:
+    """Returns the attributes of an object by name, those of a class with ``__slots__`` too; empty for anything else."""
+    state = value.state if isinstance(value, Opaque) else value
+    if isinstance(state, tuple) and len(state) == 2 and state[0] is None:  # copyreg: (__dict__, the slots)
+        state = state[1]
+    return state if isinstance(state, dict) else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,10 +77,14 @@ def stack_ranks(
 
 def check_same_names(folder: Path, ranks: Mapping[str, Catalog]) -> None:
     """Raises ``mixed-ranks`` unless all ranks hold the same names, as the parts of one model do."""
-    (first, catalog), *others = ranks.items()
-    names = _all_names(catalog)
+    check_names(folder, {rank: _all_names(catalog) for rank, catalog in ranks.items()})
+
+
+def check_names(folder: Path, ranks: Mapping[str, AbstractSet[str]]) -> None:
+    """Raises ``mixed-ranks`` unless all ranks have the same names."""
+    (first, names), *others = ranks.items()
     for rank, other in others:
-        odd = sorted(names ^ _all_names(other))
+        odd = sorted(names ^ other)
         if odd:
             raise CheckpointError(
                 "mixed-ranks",

@@ -6,10 +6,8 @@ readings of one file pass: duplicate keys, leading blanks, unknown fields.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +15,8 @@ from pathlib import Path
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
+from shardmerge.sources.lone_shard import refuse_slices
+from shardmerge.sources.strict_json import strict_json
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry, dense
 
@@ -82,8 +82,15 @@ def read_header(path: Path) -> SafetensorsHeader:
 
 
 def read_safetensors(path: Path) -> Catalog:
-    """Returns the catalog of one safetensors file."""
+    """Returns the catalog of one safetensors file that holds whole tensors.
+
+    Raises
+    ------
+    CheckpointError
+        ``lone-shard``: it is a shard of torch's distributed safetensors under another name. And as ``read_header``.
+    """
     header = read_header(path)
+    refuse_slices(header.metadata, header.entries, str(path))
     return Catalog(str(path), "safetensors", header.entries, files=(header.stamp,))
 
 
@@ -100,30 +107,12 @@ def _parse(raw: bytes, path: str) -> dict[str, object]:
     if raw[:1] != b"{":
         raise _damaged(path, "the header does not start with '{'")
     try:
-        value = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_float=_refuse_number,
-            parse_constant=_refuse_number,
-        )
+        value = strict_json(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"the header is not strict JSON: {error}") from error
     if not isinstance(value, dict):
         raise _damaged(path, "the header is not a JSON object")
     return value
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
-
-
-def _refuse_number(text: str) -> object:
-    raise ValueError(f"{text} is not an integer")
 
 
 def _metadata(value: object, path: str) -> dict[str, str]:
@@ -139,6 +128,8 @@ def _entry(name: str, value: object, path: str, data_start: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(str(value["dtype"]))
+    if value["dtype"] == "":
+        raise _unsaved(name, path)
     if dtype is None:
         raise _damaged(path, f"tensor {name!r} has an unknown dtype", str(value["dtype"]), ", ".join(DTYPES))
     shape = _integers(value["shape"], name, path)
@@ -214,6 +205,18 @@ def _check_tiling(entries: list[TensorEntry], stamp: FileStamp, data_start: int)
         )
     if cursor < stamp.size:
         raise _damaged(stamp.path, "bytes follow the last tensor", f"{stamp.size} bytes", f"{cursor} bytes")
+
+
+def _unsaved(name: str, path: str) -> CheckpointError:
+    """Returns the error for what torch's consolidation writes of a name that no rank saved (torchtitan#3764)."""
+    return CheckpointError(
+        "damaged-header",
+        f"tensor {name!r} has neither a type nor data: it was named for a file, and no rank saved it",
+        where=path,
+        found='dtype ""',
+        expected=", ".join(DTYPES),
+        hint="pass the shards that the file was consolidated from: the directory sharded/ beside it",
+    )
 
 
 def _damaged(path: str, what: str, found: str = "", expected: str = "") -> CheckpointError:

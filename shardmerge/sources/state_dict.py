@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.sources.device_mesh import Meshes
+from shardmerge.sources.flat_parameters import check_named
+from shardmerge.sources.local_tensor import LocalTensor
 from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
+from shardmerge.sources.sharded import local_tensor
 
 # Where training frameworks put the state dict, most telling first. Optimizer states are never searched.
 ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
@@ -58,17 +62,32 @@ def state_dict(root: PickleValue, *, key: str = "") -> StateDict:
         ``unknown-root``: no such key.
     CheckpointError
         ``no-tensors``; ``unsupported-tensor``: a quantized, sparse, meta, nested or conjugate tensor;
-        ``duplicate-name``; ``hostile-pickle``: a value that is endless when written out.
+        ``one-rank``: a part of a sharded tensor; ``flat-parameters``; ``duplicate-name``; ``hostile-pickle``: a value
+        that is endless when written out.
     """
+    root_key, holder = find_state(root, key)
+    return _collect(holder, root_key)
+
+
+def find_state(root: PickleValue, key: str = "") -> tuple[str, PickleValue]:
+    """Returns where in a file the named tensors are, and what holds them; raises as ``state_dict``."""
     if key:
-        return _collect(_descend(root, key), key)
+        return key, _descend(root, key)
     if isinstance(root, dict):
         for name in ROOTS:
-            if isinstance(root.get(name), dict) and any(_is_tensor(leaf) for _, leaf in _leaves(root[name])):
-                return _collect(root[name], name)
-        if any(_is_tensor(value) for value in root.values()):
-            return _collect(_without_optimizer(root), "")
-    raise _no_tensors(root, "")
+            if isinstance(root.get(name), dict) and any(is_tensor(leaf) for _, leaf in named_leaves(root[name])):
+                return name, root[name]
+        if any(is_tensor(value) for value in root.values()):
+            return "", _without_optimizer(root)
+    raise no_tensors(root, "")
+
+
+def other_states(root: PickleValue, root_key: str) -> list[str]:
+    """Returns the dotted names of further dicts with tensors beside the one that was found: an average, a teacher."""
+    if not root_key:
+        return []
+    found = (name for name in islice(_roots(root), _MOST_ROOTS) if not f"{name}.".startswith(f"{root_key}."))
+    return [name for name in found if not any(part.startswith("optim") for part in name.split("."))]
 
 
 def _without_optimizer(root: dict[object, PickleValue]) -> dict[object, PickleValue]:
@@ -90,21 +109,40 @@ def _descend(root: PickleValue, key: str) -> PickleValue:
 def _collect(holder: PickleValue, root_key: str) -> StateDict:
     tensors: dict[str, TensorRef] = {}
     skipped = []
-    for name, leaf in _leaves(holder):
+    meshes = Meshes()
+    for name, leaf in named_leaves(holder):
         if name in tensors:
             raise CheckpointError("duplicate-name", "two tensors have one name", where=name)
+        check_named(name, "")
         if isinstance(leaf, TensorRef):
             tensors[name] = leaf
-        elif _is_tensor(leaf):
-            raise _unsupported(name, leaf)
+        elif (local := local_tensor(leaf, meshes, name)) is not None:
+            tensors[name] = _whole(local, name)
+        elif is_tensor(leaf):
+            raise unsupported_tensor(name, leaf)
         else:
             skipped.append(name)
     if not tensors:
-        raise _no_tensors(holder, root_key)
+        raise no_tensors(holder, root_key)
     return StateDict(root_key, tensors, tuple(skipped))
 
 
-def _leaves(
+def _whole(local: LocalTensor, name: str) -> TensorRef:
+    """Returns the elements of a sharded tensor of which one file has all: of a run of one rank, or replicated."""
+    if len(local.parts) == 1 and local.parts[0][1].shape == local.shape:
+        return local.parts[0][1]
+    raise CheckpointError(
+        "one-rank",
+        "the file holds what one rank has of a sharded model, and its name does not say which files hold the rest",
+        where=name,
+        found=" and ".join(str(list(ref.shape)) for _, ref in local.parts[:2]) or "nothing of it",
+        expected=f"the whole tensor, {list(local.shape)}",
+        hint="bring the files of all ranks into one directory, named model_world_size_W_rank_R.pt (W ranks, R from 0"
+        " on), and pass the directory",
+    )
+
+
+def named_leaves(
     value: PickleValue, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
 ) -> Iterator[tuple[str, PickleValue]]:
     """Yields the leaves of nested dicts, with dotted names. Other containers are leaves."""
@@ -119,7 +157,7 @@ def _leaves(
         if budget[0] < 1 or len(path) > _LONGEST_NAME:
             raise _endless(path[:80])
         if isinstance(item, dict):
-            yield from _leaves(item, f"{path}.", (*above, id(value)), budget)
+            yield from named_leaves(item, f"{path}.", (*above, id(value)), budget)
         else:
             yield path, item
 
@@ -130,7 +168,7 @@ def _endless(name: str) -> CheckpointError:
     )
 
 
-def _is_tensor(value: PickleValue) -> bool:
+def is_tensor(value: PickleValue) -> bool:
     """Tells whether a value is a tensor, of a kind that is read or not."""
     if isinstance(value, TensorRef):
         return True
@@ -140,7 +178,8 @@ def _is_tensor(value: PickleValue) -> bool:
     )
 
 
-def _unsupported(name: str, value: PickleValue) -> CheckpointError:
+def unsupported_tensor(name: str, value: PickleValue) -> CheckpointError:
+    """Returns the error for a leaf that is a tensor and is not read."""
     return CheckpointError(
         "unsupported-tensor",
         "a tensor of a kind that is not read: quantized, sparse, nested, meta, conjugate, or of an unknown type",
@@ -150,7 +189,8 @@ def _unsupported(name: str, value: PickleValue) -> CheckpointError:
     )
 
 
-def _no_tensors(root: PickleValue, key: str) -> CheckpointError:
+def no_tensors(root: PickleValue, key: str) -> CheckpointError:
+    """Returns the error for a file without named tensors, or a root without any."""
     return CheckpointError(
         "no-tensors",
         f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
@@ -170,7 +210,7 @@ def _roots(value: PickleValue, prefix: str = "", depth: int = 3) -> Iterator[str
     """Yields the dotted names of the dicts inside that hold tensors."""
     for name, item in islice(value.items(), _MOST_ROOTS) if isinstance(value, dict) and depth else ():
         if isinstance(item, dict):
-            if any(_is_tensor(leaf) for leaf in islice(item.values(), _MOST_ROOTS)):
+            if any(is_tensor(leaf) for leaf in islice(item.values(), _MOST_ROOTS)):
                 yield f"{prefix}{str(name)[:80]}"
             yield from _roots(item, f"{prefix}{str(name)[:80]}.", depth - 1)
 

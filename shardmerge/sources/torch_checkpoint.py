@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.sources.not_read import not_a_model
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.run_states import run_state
-from shardmerge.sources.state_dict import StateDict, state_dict
+from shardmerge.sources.state_dict import StateDict, other_states, state_dict
 from shardmerge.sources.torch_file import TorchFile, read_torch_file
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -33,7 +34,13 @@ def read_torch_checkpoint(path: Path, *, root: str = "") -> Catalog:
     state = "" if root else run_state(file.root)
     if state:
         raise not_a_model(state, file.path, ", ".join(str(key)[:80] for key in list(as_dict(file.root))[:8]))
-    return torch_catalog(file, state_dict(file.root, key=root))
+    found = state_dict(file.root, key=root)
+    catalog = torch_catalog(file, found)
+    others = [] if root else other_states(file.root, found.root_key)
+    if not others:
+        return catalog
+    said = f"{found.root_key} is read; the file holds tensors under {', '.join(others)} too: `--root {others[0]}`"
+    return replace(catalog, warnings=(*catalog.warnings, f"{said} reads those"))
 
 
 def torch_catalog(file: TorchFile, found: StateDict) -> Catalog:

@@ -8,16 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
-from shardmerge.sources.torch_zip import read_torch_zip
+from shardmerge.sources.torch_zip import ZipStorages, read_torch_zip
 from shardmerge.sources.zip_directory import read_directory
 from shardmerge.sources.zip_members import ZIP_MAGIC
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Extent, FileStamp, Piece, Strided, TensorEntry, dense
+
+# Equal where two tensors have the same bytes; None where nothing in the file says.
+ContentKey: TypeAlias = "tuple[object, ...] | None"
 
 # Bytes of pickles whose values are kept: the values take about eight times as much. Ranks that share a node's GPUs
 # write a few hundred KB in as many variants as there are GPUs.
@@ -74,6 +78,12 @@ class TorchFile:
     def alias_key(self, ref: TensorRef) -> tuple[object, ...]:
         """Returns a key that is equal for two tensors that show the same bytes in the same way: tied weights."""
         return (ref.storage.key, ref.dtype.name, ref.offset, ref.shape, _telling_strides(ref))
+
+    def content_key(self, ref: TensorRef) -> ContentKey:
+        """Returns a key that is equal for tensors of two files only if these hold the same bytes, by the checksums."""
+        storages = self.storages
+        checksum = storages.checksum(ref.storage.key) if isinstance(storages, ZipStorages) else 0
+        return (checksum, ref.storage.numel, *self.alias_key(ref)[1:]) if checksum else None
 
     def _view(self, name: str, ref: TensorRef, reach: int) -> Extent:
         """Returns the bytes from a tensor's first element on, ``reach`` elements, checked against its storage."""

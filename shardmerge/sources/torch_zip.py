@@ -37,7 +37,7 @@ class TorchZip:
 
     pickle: bytes
     pickle_offset: int
-    storages: Mapping[str, Extent]
+    storages: ZipStorages
     archive: str
 
 
@@ -115,7 +115,7 @@ def _check_byte_order(file: SourceFile, prefix: str, payloads: Mapping[str, tupl
 
 
 @dataclass(frozen=True, slots=True)
-class _Storages(Mapping[str, Extent]):
+class ZipStorages(Mapping[str, Extent]):
     """Storages by key; extents are made when asked for, since of most rank files one or two are."""
 
     path: str
@@ -126,6 +126,10 @@ class _Storages(Mapping[str, Extent]):
         member, offset = self.payloads[self.folder + key]
         return Extent(self.path, offset, member.size)
 
+    def checksum(self, key: str) -> int:
+        """Returns the CRC-32 of a storage as the archive says it; 0 where it was written without."""
+        return self.payloads[self.folder + key][0].crc
+
     def __iter__(self) -> Iterator[str]:
         return (name[len(self.folder) :] for name in self.payloads if name.startswith(self.folder))
 
@@ -133,7 +137,7 @@ class _Storages(Mapping[str, Extent]):
         return sum(1 for _ in self)
 
 
-def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member, int]]) -> Mapping[str, Extent]:
+def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member, int]]) -> ZipStorages:
     for name, (member, offset) in payloads.items():
         if member.method != STORED and name.startswith(folder):
             raise CheckpointError(
@@ -143,4 +147,4 @@ def _storages(file: SourceFile, folder: str, payloads: Mapping[str, tuple[Member
                 found=name,
                 hint="unpack it and store it again without compression (zip -0)",
             )
-    return _Storages(file.path, folder, payloads)
+    return ZipStorages(file.path, folder, payloads)

@@ -13,6 +13,9 @@ _HERE = -100
 # What a system, or a file system, without the call answers.
 _NOT_HERE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
+# What rename(2) answers where the new name is taken by something that is not an empty directory.
+OCCUPIED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+
 
 def exchange(first: Path, second: Path) -> bool:
     """Makes each of two paths be what the other was (``renameat2``, Linux 3.15); tells whether the system can.

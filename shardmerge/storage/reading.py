@@ -124,7 +124,6 @@ class SourceFile:
 
         The pages are read before the view is returned, so a file that shrank is an error and not a signal.
         """
-        self._checked(offset, nbytes)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         length = offset + nbytes - start
         try:

@@ -48,7 +48,7 @@ class OutputFile:
         self.size = size
         self._sync = sync
         self._trail = Trail() if bounded else None
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._failed: OSError | None = None
         self._fd = -1
         with explained(path):
@@ -136,7 +136,7 @@ def _write_whole(fd: int, data: memoryview, offset: int) -> None:
 def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True) -> None:
     """Writes a new small file (JSON, tokenizer), synced; ``data`` may be in parts. It gets its name by a rename."""
     with explained(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             at = 0
             for part in [data] if isinstance(data, bytes) else _gathered(data):

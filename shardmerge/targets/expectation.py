@@ -38,7 +38,8 @@ def described_by(prefix: str, where: str) -> Component:
 
 FileMode: TypeAlias = Literal["model", "all", "none"]
 FILE_MODES: tuple[FileMode, ...] = get_args(FileMode)
-Format: TypeAlias = Literal["safetensors", "bin"]
+Format: TypeAlias = Literal["safetensors", "bin", "dcp", "zero-universal"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,8 @@ class FileGroup:
     stem, suffix
         Of the files: ``model`` and ``.safetensors`` give ``model.safetensors``, or ``model-00001-of-00002.safetensors``
         with an index. An empty suffix leaves it to the user's ``output.format``, whose ``bin`` files are then called
-        ``pytorch_model`` where the stem is ``model``. ``.pth`` and ``.bin`` are torch files.
+        ``pytorch_model`` where the stem is ``model``, and whose ``dcp`` files ``__0_0.distcp`` and so on, in a
+        checkpoint for each folder. ``.pth`` and ``.bin`` are torch files.
     sharded
         Whether it may be cut into several files.
     """

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.targets.known_models import known_model
 from shardmerge.tensors import Shape
+from shardmerge.tensors.wrapped_names import ANYWHERE, IN_FRONT, holds, without
 
-# torch.compile (`OptimizedModule`), FSDP, and its activation checkpointing; none is ever a model's own attribute.
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# DistributedDataParallel and DataParallel, and Lightning's strategies.
-_IN_FRONT = ("module.", "_forward_module.")
 # What a wrapped causal model begins with where it has no head of its own: no class of transformers names its parts so.
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _TWICE = ("model.model.", "model.transformer.", "model.gpt_neox.")
@@ -55,11 +52,11 @@ def unwrapped(config: Mapping[str, object], tensors: Mapping[str, Shape], where:
     """
     names = {name: name for name in tensors}
     prefixes: list[str] = []
-    for word in _ANYWHERE:
-        if any(_holds(name, word) for name in names.values()):
-            names = {name: _without(clean, word) for name, clean in names.items()}
+    for word in ANYWHERE:
+        if any(holds(name, word) for name in names.values()):
+            names = {name: without(clean, word) for name, clean in names.items()}
             prefixes.append(word)
-    while front := next((one for one in _IN_FRONT if names and _all_begin(names, one)), ""):
+    while front := next((one for one in IN_FRONT if names and _all_begin(names, one)), ""):
         names = {name: clean.removeprefix(front) for name, clean in names.items()}
         prefixes.append(front)
     prefix = _prefix(config, {clean: tensors[name] for name, clean in names.items()}, where)
@@ -68,14 +65,6 @@ def unwrapped(config: Mapping[str, object], tensors: Mapping[str, Shape], where:
     if len(set(names.values())) < len(names):  # two copies of a model are no wrapper's doing
         return Unwrapped({name: name for name in tensors})
     return Unwrapped(names, (*prefixes, *((prefix,) if prefix else ())), outside)
-
-
-def _holds(name: str, word: str) -> bool:
-    return name.startswith(word) or f".{word}" in name
-
-
-def _without(name: str, word: str) -> str:
-    return ("." + name).replace(f".{word}", ".")[1:]
 
 
 def _all_begin(names: Mapping[str, str], prefix: str) -> bool:

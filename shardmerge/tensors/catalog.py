@@ -97,6 +97,9 @@ class Catalog:
     warnings
         What decides which values come out: the view chosen for want of another, placeholders left out, tensors that are
         not part of the model. Shown with every plan and result, on stderr also under ``-q``, and kept in the receipt.
+    doubt
+        What the headers leave open and a config beside them may settle: whether the shards of all ranks are there. A
+        warning, unless the config does; ``prepare.shard_counts`` sees to that.
     training_config
         Text of the training config carried in the file (mmengine ``meta["cfg"]``), or ``""``. Never executed.
     facts
@@ -119,6 +122,7 @@ class Catalog:
     elsewhere: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    doubt: str = ""
     training_config: str = ""
     facts: Mapping[str, Fact] = field(default_factory=dict)
     quantized: str = ""

@@ -9,6 +9,7 @@ from tests.hint_rows import (
     checkpoints,
     deepspeed,
     distributed,
+    distributed_safetensors,
     faults,
     llava,
     mapping,
@@ -17,15 +18,28 @@ from tests.hint_rows import (
     ops,
     output,
     parts,
+    pipelines,
     presets,
     quantized,
+    rank_pickles,
     targets,
     torch_files,
 )
 from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
 _TEXTS = (mapping, names, ops, presets, output)
-_INPUTS = (adapters, adapter_bases, deepspeed, distributed, checkpoints, torch_files, quantized)
+_INPUTS = (
+    adapters,
+    adapter_bases,
+    checkpoints,
+    deepspeed,
+    distributed,
+    distributed_safetensors,
+    pipelines,
+    quantized,
+    rank_pickles,
+    torch_files,
+)
 _RESULTS = (models, targets, llava, faults, parts)
 ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
 

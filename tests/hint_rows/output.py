@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 
 from tests.following import Follow, Row, change, near, pasted, ran, said
-from tests.hint_rows.given import mapped, told
+from tests.hint_rows.given import ZERO, copied, mapped, told, without
 from tests.test_mistakes import GQA, REST
 
 LLAMA = "target: {name: hf/llama, text: m}\n"
 INIT = ("init",)
+UNIVERSAL = ("--format", "zero-universal", "--with-optimizer")
 
 
 def output(keys: str, start: str = "", source: str = "$gqa") -> str:
@@ -128,6 +129,57 @@ OUTPUT = [
         "needed-file",
         told("do not fit config.json", "*.json", "shardmerge*.json"),
         "file-matches-nothing",
+    ),
+    Row(
+        "keys of a state dict around files that have none",
+        output("root: model"),
+        "no-effect",
+        told("write `format: dcp`", "root: model", "root: model, format: dcp"),
+    ),
+    Row(
+        "keys of a state dict for another format",
+        copied("gqa", "--dcp-root", "model"),
+        "no-effect",
+        more("--format", "dcp"),
+    ),
+    Row(
+        "transformers asked of a checkpoint for training",
+        copied("gqa", "--format", "dcp", "--check", "transformers"),
+        "no-effect",
+        without("--check", "transformers"),
+    ),
+    Row(
+        "sixteen bits for an optimizer",
+        output("format: zero-universal, dtype: bf16"),
+        "unfit-dtype",
+        told("leave the dtype out", ", dtype: bf16", ""),
+    ),
+    Row(
+        "a name that is no folder",
+        (GQA + '  "a/b": m:model.norm.weight\n').replace("output: out", "output: {path: out, format: zero-universal}")
+        + REST,
+        "unusable-name",
+        told("another name", '"a/b"', '"a.b"'),
+    ),
+    Row(
+        "an optimizer for a format that has no place for it",
+        copied(ZERO / "llama_z2_w2_bf16/ckpt", "--with-optimizer"),
+        "no-effect",
+        more("--format", "zero-universal"),
+    ),
+    Row(
+        "an optimizer for rules",
+        copied(ZERO / "llama_z2_w2_bf16/ckpt", *UNIVERSAL, "--use", "llama/hf-to-hf"),
+        "no-effect",
+        without("--with-optimizer"),
+        "missing-source",
+    ),
+    Row("an optimizer of a published model", copied("gqa", *UNIVERSAL), "no-moments", without("--with-optimizer")),
+    Row(
+        "an optimizer that is kept otherwise",
+        copied(ZERO / "elastic_z2_w2_bf16/ckpt", *UNIVERSAL),
+        "no-moments",
+        without("--with-optimizer"),
     ),
     Row(
         "a name that no reader takes",

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Makes every golden checkpoint anew: environments below $1, results below $2.
-#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts]
+#     sh make_all.sh ENVIRONMENTS OUT [deepspeed] [deepspeed-old] [xtuner] [layouts] [dcp] [distributed] [ranks]
 set -eu
 make=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1" "$2"
 envs=$(cd "$1" && pwd)
 out=$(cd "$2" && pwd)
 shift 2
-[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts
+[ $# -gt 0 ] || set -- deepspeed deepspeed-old xtuner layouts dcp distributed ranks
 export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 
 environment() { # NAME REQUIREMENTS
@@ -27,12 +27,15 @@ for what in "$@"; do
         environment new requirements-deepspeed.txt
         "$envs/new/bin/pip" install --no-deps --no-build-isolation deepspeed==0.19.8
         "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
+        "$envs/new/bin/python" "$make/make_universal.py" --out "$out/universal"
+        "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
         "$envs/new/bin/python" "$make/make_refused.py" --out "$out/refused"
         "$envs/new/bin/python" "$make/make_hf_trainer.py" --out "$out/hf_trainer"
         for version in 0.16.9 0.14.5; do
             beside new $version
             PYTHONPATH="$envs/deepspeed-$version" "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
         done
+        PYTHONPATH="$envs/deepspeed-0.16.9" "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
         ;;
     deepspeed-old)
         environment old requirements-old.txt
@@ -82,6 +85,18 @@ for what in "$@"; do
         "$envs/layouts-megatron/bin/pip" install --no-deps megatron-core==0.16.1
         "$envs/layouts-megatron/bin/python" "$make/make_layouts_megatron.py" --out "$to"
         "$envs/layouts-megatron/bin/python" "$make/make_layouts_torch_dist.py" --out "$to"
+        ;;
+    dcp)
+        environment distributed requirements-distributed.txt
+        "$envs/distributed/bin/python" "$make/make_dcp.py" --out "$out/dcp"
+        ;;
+    distributed)
+        environment distributed requirements-distributed.txt
+        "$envs/distributed/bin/python" "$make/make_distributed_safetensors.py" --out "$out/distributed_safetensors"
+        ;;
+    ranks)
+        environment ranks requirements-ranks.txt
+        "$envs/ranks/bin/python" "$make/make_ranks.py" --out "$out/ranks"
         ;;
     *)
         echo "unknown: $what" >&2

@@ -42,6 +42,7 @@ class Case:
     tags: tuple[str | None, ...] = (None,)
     seed: int = 20240229
     reverse: bool = False  # the optimizer is given the parameters of a group in the reverse of the model's order
+    universal_info: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a model says of its parameters
     fused: bool = False  # DeepSpeed's FusedAdam (its CPU build), which makes stage 0 keep flat masters
     features: tuple[str, ...] = ()
     notes: str = ""
@@ -220,6 +221,8 @@ def run_case(case: Case, version: tuple[int, ...]) -> None:
         if tag != "":
             more = {"exclude_frozen_parameters": True} if case.exclude_frozen else {}
             state = hostile_state() if case.hostile_state else {"epoch": 1, "note": "tiny"}
+            if case.universal_info:
+                state["universal_checkpoint_info"] = case.universal_info
             engine.save_checkpoint(str(here / "ckpt"), tag=tag, client_state=state, **more)
     live = live_weights(engine, case.stage)
     masters = live_masters(engine, case)
@@ -439,7 +442,7 @@ def from_partitions(tag: pathlib.Path, world: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def worker(names: list[str]) -> int:
+def worker(names: list[str], cases: list[Case] | None = None) -> int:
     version = version_tuple(prepare_deepspeed())
     import deepspeed
     import torch
@@ -447,7 +450,7 @@ def worker(names: list[str]) -> int:
     deepspeed.init_distributed(dist_backend="gloo", timeout=datetime.timedelta(seconds=60))
     torch.set_num_threads(1)
     failed = 0
-    for case in cases_of(version):
+    for case in cases_of(version) if cases is None else cases:
         if case.name in names:
             try:
                 run_case(case, version)

@@ -2,8 +2,7 @@
 
     python make_refused.py --out DIR [--only NAME ...]
 
-Mixture of experts, pipeline stages, tensor parallel parts and a universal checkpoint, each by the
-DeepSpeed that is installed. They have no truth.
+Mixture of experts and tensor parallel parts, each by the DeepSpeed that is installed. They have no truth.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -22,12 +20,10 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from processes import prepare_deepspeed, spawn
 
-NAMES = ("moe_z2", "pipeline", "tensor_parallel", "universal")
+NAMES = ("moe_z2", "tensor_parallel")
 WHAT = {
     "moe_z2": ("mixture of experts, 4 experts over 2 ranks, ZeRO-2", 2),
-    "pipeline": ("two pipeline stages, ZeRO-1", 1),
     "tensor_parallel": ("AutoTP over 2 ranks, ZeRO-1", 1),
-    "universal": ("ds_to_universal of a ZeRO-2 checkpoint", 2),
 }
 
 
@@ -77,25 +73,6 @@ def moe(name: str, rank: int) -> None:
     save(engine, name)
 
 
-def pipeline(name: str, rank: int) -> None:
-    import deepspeed
-    import torch
-    from deepspeed.pipe import LayerSpec, PipelineModule
-    from torch import nn
-
-    layers = [LayerSpec(nn.Linear, 6, 8), LayerSpec(nn.Linear, 8, 8), LayerSpec(nn.LayerNorm, 8), LayerSpec(nn.Linear, 8, 3)]
-    model = PipelineModule(layers=layers, num_stages=2, loss_fn=nn.MSELoss(), partition_method="uniform")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=base_config(1))
-    generator = torch.Generator().manual_seed(5)
-    batches = [(torch.randn(2, 6, generator=generator).bfloat16(), torch.randn(2, 3, generator=generator).bfloat16())
-               for _ in range(2)]  # fmt: skip
-    data = iter(batches)
-    for _ in range(2):
-        engine.train_batch(data)
-    save(engine, name)
-
-
 def tensor_parallel(name: str, rank: int) -> None:
     import deepspeed
     import torch
@@ -115,33 +92,6 @@ def tensor_parallel(name: str, rank: int) -> None:
     save(engine, name)
 
 
-def universal(name: str, rank: int) -> None:
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-    from torch import nn
-
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=base_config(2))
-    for step in range(2):
-        generator = torch.Generator().manual_seed(10 * step + rank)
-        engine.backward(engine(torch.randn(2, 6, generator=generator).bfloat16()).float().pow(2).mean())
-        engine.step()
-    save(engine, name)
-    dist.barrier()
-    if rank == 0:
-        here = f"{name}/ckpt"
-        subprocess.run(
-            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{here}/global_step2",
-             "--output_folder", f"{here}/global_step2_universal", "--inject_missing_state",
-             "--num_extract_workers", "1", "--num_merge_workers", "1"], check=True,
-        )  # fmt: skip
-        shutil.rmtree(f"{here}/global_step2")
-        pathlib.Path(here, "latest").unlink()
-    dist.barrier()
-
-
 def worker(name: str) -> None:
     version = prepare_deepspeed()
     import deepspeed
@@ -151,7 +101,7 @@ def worker(name: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(20240229)
     rank = int(os.environ["RANK"])
-    {"moe_z2": moe, "pipeline": pipeline, "tensor_parallel": tensor_parallel, "universal": universal}[name](name, rank)
+    {"moe_z2": moe, "tensor_parallel": tensor_parallel}[name](name, rank)
     torch.distributed.barrier()
     if rank:
         return

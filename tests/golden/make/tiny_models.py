@@ -114,6 +114,7 @@ def build(kind: str) -> nn.Module:
     makers: dict[str, Any] = {
         "llama": llama,
         "tied": lambda: llama(tied=True),
+        "tied_small": lambda: llama(tied=True, layers=1),
         "lora": lora,
         "bag": Bag,
         "specks": Specks,
