@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from docs.markdown import code, link, table
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
@@ -113,8 +113,9 @@ def _sources(preset: Preset) -> list[str]:
     return ["## Sources", "", *table(("source", "required", "what it is"), rows)]
 
 
-def _about(about: str, strip: str) -> str:
-    return f"{about}; `{strip}` is taken off the front of its names, if all have it" if strip else about
+def _about(about: str, strip: Sequence[str]) -> str:
+    prefixes = " or ".join(f"`{one}`" for one in strip)
+    return f"{about}; {prefixes} is taken off the front of its names, if all have it" if strip else about
 
 
 def _variables(preset: Preset) -> list[str]:

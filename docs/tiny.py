@@ -48,6 +48,7 @@ INPUTS: dict[str, Sources] = {
     "slice": {"src": {"embed.weight": count(32064, 2)}},
     "split": {"src": {"qkv.weight": count(16, 2)}},
     "chunk": {"src": {"gate_up.weight": count(4, 2)}},
+    "unstack": {"src": {"layers.o_proj.weight": count(3, 2, 2)}},
     "concat": {
         "src": {"q.weight": count(8, 2), "k.weight": count(4, 2, start=100), "v.weight": count(4, 2, start=200)},
     },

@@ -9,6 +9,7 @@ from shardmerge.targets import clip, llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+safe_open = pytest.importorskip("safetensors").safe_open
 
 TEXTS = {
     "llama": {},
@@ -23,6 +24,12 @@ TEXTS = {
     "mistral, head_dim of its own": {"model_type": "mistral", "num_key_value_heads": 4, "head_dim": 20},
     "qwen2": {"model_type": "qwen2", "num_attention_heads": 32},
     "qwen2, grouped and tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_attention_heads": 32},
+    "qwen3, attention bias": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "attention_bias": True},
+    "mixtral": {"model_type": "mixtral", "num_attention_heads": 8},
+    "mixtral, three experts": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 12},
+    "qwen3_moe, as 5.24 saves it": {"model_type": "qwen3_moe", "num_local_experts": 2, "head_dim": 24},
 }
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -32,6 +39,9 @@ CLASSES = {
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "mistral": ("MistralConfig", "MistralForCausalLM"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
 
 
@@ -45,21 +55,40 @@ def text_model(config):
         return model_class(config_class(**config))
 
 
+def saved(model, folder):
+    """Names and shapes in the file that transformers saves: experts have other names there than in memory."""
+    model.save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 def expected(config, rows=None):
-    text = llama.read_architecture(config, "config.json")
+    text = llama.read_architecture(config, "config.json", llama.EVERY)
     return dict(llama.expected(text, rows or text.vocab_size))
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_text_models(case):
+def test_text_models(case, tmp_path):
     config = SMALL | TEXTS[case]
-    oracle = shapes_of(text_model(config))
-    if config.get("tie_word_embeddings"):
-        del oracle["lm_head.weight"]
-    assert expected(config) == oracle
+    config_class, model_class = (getattr(transformers, name) for name in CLASSES[config["model_type"]])
+    assert expected(config) == saved(model_class(config_class(**config)), tmp_path)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+def test_experts_in_some_layers_only():
+    for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        with pytest.raises(TargetError) as caught:
+            llama.read_architecture(SMALL | {"model_type": "qwen3_moe"} | change, "config.json", llama.EVERY)
+        assert caught.value.code == "unsupported-architecture"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mixtral", "qwen3_moe"])
+def test_a_part_of_a_vision_language_model_is_none_of_the_later_ones(model_type):
+    with pytest.raises(TargetError) as caught:
+        llama.read_architecture(SMALL | {"model_type": model_type}, "config.json")
+    assert caught.value.code == "unsupported-architecture"
+
+
+@pytest.mark.parametrize("model_type", llama.SUPPORTED)
 def test_null_means_no_grouping(model_type):
     config = SMALL | {"model_type": model_type, "num_key_value_heads": None}
     text = llama.read_architecture(config, "config.json")
@@ -67,7 +96,7 @@ def test_null_means_no_grouping(model_type):
     assert llama.text_config(config, text, 131, "", "config.json")["num_key_value_heads"] == 4
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", llama.SUPPORTED)
 def test_defaults_are_those_of_transformers(model_type):
     """A nested config lists only what differs from the defaults."""
     assert expected({"model_type": model_type}) == shapes_of(text_model({"model_type": model_type}))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shardmerge
+from shardmerge.cli.main import cli
 from tests.conftest import GOLDEN
 from tests.test_docs import EXAMPLES
 
@@ -20,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 State = dict[str, torch.Tensor]
+MEGATRON = "torch_dist_llama_tp2_pp2"
 
 # The examples that tests/test_docs.py and tests/test_config_edits.py run.
 ELSEWHERE = {
@@ -34,7 +36,8 @@ ELSEWHERE = {
 }
 HERE = {
     "adapter-any-model.yaml", "adapter-export.yaml", "adapter-xtuner.yaml", "adapter.yaml", "adapters-two.yaml",
-    "experts.yaml", "fused.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml", "merge-tasks.yaml",
+    "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
+    "merge-tasks.yaml",
     "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "rest.yaml", "special-then-rest.yaml",
     "stages.yaml", "types.yaml", "vocabulary-tokens.yaml",
     "vocabulary.yaml",
@@ -81,6 +84,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _omni(models / "omni", checkpoints / "thinker")
     _tokenizer(models)
     shutil.copytree(GOLDEN / "layouts" / "meta_llama3_tp2_mha" / "source", checkpoints / "meta")
+    shutil.copytree(GOLDEN / "layouts" / MEGATRON / "source", checkpoints / "megatron-dist")
+    shutil.copytree(GOLDEN / "layouts" / MEGATRON / "truth", models / "megatron-base")
     xtuner = GOLDEN / "xtuner"
     shutil.copytree(xtuner / "lora_llm" / "work_dirs", folder / "work_dirs" / "lora")
     shutil.copytree(xtuner / "base_llm", models / "llm")
@@ -345,3 +350,45 @@ def test_meta_ranks(made: Path) -> None:
     ranks = [torch.load(out / f"consolidated.{r:02}.pth", weights_only=True) for r in range(2)]
     whole = state(made / "models" / "base")
     assert torch.equal(torch.cat([rank["output.weight"] for rank in ranks]), whole["lm_head.weight"])
+
+
+# --- Megatron ---
+
+
+def shown(page: str, start: str) -> str:
+    """The block of a page that begins with some text, without the lines that stand for others."""
+    text = (EXAMPLES.parent / "guides" / page).read_text("utf-8")
+    block = text.partition(f"```{start}")[2].partition("\n```")[0]
+    return "\n".join(line for line in block.splitlines()[1:] if line != "...")
+
+
+def planned(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.chdir(made)
+    cli(["plan", "megatron-dist.yaml"], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_megatron(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = load_file(GOLDEN / "layouts" / MEGATRON / "truth" / "model.safetensors")
+    close(state(run(made, "megatron-dist.yaml")), truth, rtol=0)
+    text = planned(made, monkeypatch, capsys)
+    assert shown("megatron.md", "console\n$ shardmerge plan") in text
+    warning = "rows 50 to 63 of the vocabulary are Megatron's padding, and are cut off"
+    assert f"warning: {warning}" in (EXAMPLES.parent / "guides" / "megatron.md").read_text("utf-8")
+    assert warning in shardmerge.plan(made / "megatron-dist.yaml").warnings
+
+
+def test_a_base_that_is_not_the_one_of_the_training(made: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made / "models" / "megatron-base", base)
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_theta": 500000.0, "rope_type": "default"}
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 500000.0, "rope_parameters": rope}))
+    source, preset = made / "checkpoints" / "megatron-dist", "llama/megatron-dist-to-hf"
+    with pytest.raises(shardmerge.ShardmergeError) as raised:
+        shardmerge.convert(source, tmp_path / "out", use=preset, bases={"base": str(base)})
+    page = (EXAMPLES.parent / "guides" / "megatron.md").read_text("utf-8")
+    (error,) = raised.value.each()
+    assert f"{error.what} [{error.code}]" in page
+    assert f"found: {error.found}\n" in page
+    assert f"hint: {error.hint}\n" in page

@@ -136,6 +136,10 @@ WHOLE = [
     ("layouts/meta_llama3_tp2_gqa/truth", {}, "meta/llama"),
     ("layouts/meta_llama3_tp2_gqa/truth", {}, "torchtune"),
     ("layouts/open_clip_trained/truth", {}, "open_clip"),
+    *(
+        (f"layouts/torch_dist_{case}/source", {"base": f"layouts/torch_dist_{case}/truth"}, "")
+        for case in ("llama_numbered_tp2", "qwen3_tp2", "mixtral_ep2", "qwen3_moe_ep2", "nemo1_tp2")
+    ),
     ("xtuner/frozen_z2/work_dirs/iter_2.pth", {"llm": "xtuner/base_llm", "vision": "xtuner/base_clip"}, "hf/llava"),
     ("xtuner/lora_llm/work_dirs/iter_2.pth", {"llm": "xtuner/base_llm", "vision": "xtuner/base_clip"}, "hf/llava"),
     ("xtuner/pretrain_z2/work_dirs/iter_2.pth", {"llm": "xtuner/base_llm", "vision": "xtuner/base_clip"}, "hf/llava"),

@@ -119,6 +119,23 @@ def test_every_tensor_is_back_bit_for_bit(block: str, tmp_path: Path) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_what_was_unstacked_is_stacked_again(tmp_path: Path) -> None:
+    """And no further: how many tensors `stack` joins is not known."""
+    before = {"stacked": torch.randn(2, 3, 4)}
+    save_file(before, tmp_path / "model.safetensors")
+    rules = "\n  ".join(f'un.{k}: {{op: unstack, of: "src:stacked", dim: 1, count: 3, take: {k}}}' for k in range(3))
+    head = "shardmerge: 1\nsources: {src: model.safetensors}\noutput: {path: there}\ntensors:\n  "
+    after = there_and_back(tmp_path, f"{head}{rules}\n")
+    assert torch.equal(after["stacked"], before["stacked"])
+    with pytest.raises(sm.ShardmergeError, match="`unstack` takes a part, and no rule says part 2 of it"):
+        api.invert(_written(tmp_path / "two.yaml", head + rules.rpartition("\n")[0] + "\n"))
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
+
+
 def test_all_at_once(tmp_path: Path) -> None:
     before = tensors_of(BLOCKS)
     save_file(before, tmp_path / "model.safetensors")

@@ -74,6 +74,8 @@ BACK = [
 # Why a preset has no way back on a real checkpoint.
 NO_WAY = {
     "llama/megatron-to-hf": ("megatron_tp2_pp1_mha", "`slice` is lossy"),
+    "llama/megatron-dist-to-hf": ("torch_dist_llama_tp2_pp2", "`slice` is lossy"),
+    "llama/megatron-dist-to-hf-qwen3-moe": ("torch_dist_qwen3_moe_ep2", "`slice` is lossy"),
     "llama/meta-to-hf": ("meta_llama3_tp2_gqa", "the sizes of what `concat` joins are not known"),
     "llama/torchtune-lora-to-hf": ("torchtune_llama3_lora", "`lora` is lossy"),
 }

@@ -44,6 +44,14 @@ def model_names(kind, folder):
         return {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
 
 
+def saved_names(folder, out):
+    """What transformers saves of the model of a config: experts have other names there than in memory."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(out)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 # Fields that only tell of the run that wrote the config, or of how it was read.
 OWN = dict.fromkeys(("_name_or_path", "transformers_version", "dtype", "architectures"))
 
@@ -129,8 +137,14 @@ MEGATRON = {
         ({"group_query_attention": False}, {"num_key_value_heads": 4}),
         ({"add_qkv_bias": True}, {"model_type": "qwen2"}),
         ({"kv_channels": 16}, {"head_dim": 16}),
+        ({"qk_layernorm": True}, {"model_type": "qwen3"}),
+        ({"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 3},
+         {"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 24, "num_experts_per_tok": 3}),
+        ({"num_experts": 4, "moe_ffn_hidden_size": None}, {"model_type": "mixtral", "intermediate_size": 96}),
+        ({"num_experts": 4, "qk_layernorm": True, "moe_ffn_hidden_size": 24},
+         {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": True}),
     ],
-)
+)  # fmt: skip
 def test_from_megatrons_arguments(tmp_path, changes, expected):
     megatron = catalog(tmp_path / "megatron", facts=MEGATRON | changes)
     # `base` is not there, and the checkpoint is the only source that describes itself.
@@ -140,12 +154,33 @@ def test_from_megatrons_arguments(tmp_path, changes, expected):
               "tie_word_embeddings": False, "torch_dtype": "bfloat16"}  # fmt: skip
     for key, value in (wanted | expected).items():
         assert config[key] == value
-    kind = transformers.Qwen2ForCausalLM if config["model_type"] == "qwen2" else transformers.LlamaForCausalLM
-    oracle = model_names(kind, written(expectation, tmp_path / "out"))
     if config["tie_word_embeddings"]:
         assert expectation.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-        del oracle["lm_head.weight"]
-    assert expectation.tensors == oracle
+    assert expectation.tensors == saved_names(written(expectation, tmp_path / "out"), tmp_path / "oracle")
+
+
+@pytest.mark.parametrize(
+    ("facts", "base", "said"),
+    [
+        ({"make_vocab_size_divisible_by": 64, "tensor_model_parallel_size": 2}, 112, "rows 112 to 127"),
+        ({"make_vocab_size_divisible_by": 32, "tensor_model_parallel_size": 1}, 90, "padded 90 tokens to 96"),
+        ({}, 112, "rows 112 to 127"),
+        ({"vocab_size": 112}, None, "rows 112 to 127"),
+        ({}, None, "keeps its 128 rows"),
+        ({"vocab_size": 128}, None, ""),
+        ({}, 128, ""),
+    ],
+)
+def test_what_is_said_of_megatrons_padding(tmp_path, facts, base, said):
+    catalogs = {"megatron": catalog(tmp_path / "megatron", facts=MEGATRON | {"rotary_base": 10000} | facts)}
+    if base:
+        catalogs["base"] = catalog(tmp_path / "base", config=LLAMA | {"vocab_size": base})
+    warnings = language_model.expect(request(catalogs, roles={"text": "base"})).warnings
+    assert [text for text in warnings if said and said in text] == list(warnings)
+    assert bool(warnings) == bool(said)
+    trimmed = language_model.expect(request(catalogs, None, Vocabulary(rows=100, trim=True), {"text": "base"}))
+    assert trimmed.warnings == ()
+    assert trimmed.tensors["model.embed_tokens.weight"] == (100, 32)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +312,8 @@ def test_the_feed_forward_width_survives(tmp_path, hidden, inner):
         ({}, {"embedding_dim": "2"}, "bad-option"),
         ({"attention_bias": True}, {}, "unsupported-architecture"),
         ({"head_dim": 16}, {}, "unsupported-architecture"),
+        ({"model_type": "qwen3", "head_dim": 8}, {}, "unsupported-architecture"),
+        ({"model_type": "mixtral", "num_local_experts": 2}, {}, "unsupported-architecture"),
     ],
 )
 def test_what_meta_cannot_hold(tmp_path, changes, options, code):

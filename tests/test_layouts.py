@@ -52,6 +52,8 @@ _LORA = Layout(
 # adds rows for `<image>` and `<pad>`, which the golden truth leaves out, since the tool draws them at random.
 _OFFICIAL = {"drop": ["vision:{rest...}"]}
 
+_DIST = {"megatron": ENTRY, "base": "truth"}
+
 # By the beginning of the case's name.
 TABLE = {
     "meta_": Layout("llama/meta-to-hf", {"meta": "source"}),
@@ -66,6 +68,11 @@ TABLE = {
     "llava_names_": Layout("llava/hf-to-legacy", {"hf": ENTRY}),
     "phi3_to_llama_": Layout("llama/phi3-to-llama", {"phi": ENTRY}),
     "internvl_": Layout("internvl/original-to-hf", {"internvl": ENTRY}),
+    "torch_dist_qwen3_moe": Layout("llama/megatron-dist-to-hf-qwen3-moe", _DIST),
+    **{
+        f"torch_dist_{kind}": Layout("llama/megatron-dist-to-hf", _DIST)
+        for kind in ("llama", "qwen2", "qwen3_tp2", "mixtral", "nemo")
+    },
     "megatron_": Layout("llama/megatron-to-hf", {"megatron": ENTRY, "base": "truth"}),
 }
 

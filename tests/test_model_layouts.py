@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import shardmerge as sm
 from shardmerge.publish.verify import verify_load
 from tests.conftest import GOLDEN
 from tests.load_environments import VERSIONS, interpreter, ready
+from tests.presets_in_use import compare_bits, read_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -103,6 +105,8 @@ def megatron_rank(state: State, rank: int, ranks: int, stage: int, stages: int, 
         names = norms if engine else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
         found[f"{at}.{names[0]}"] = state[f"{source}.input_layernorm.weight"].clone()
         found[f"{at}.{names[1]}"] = state[f"{source}.post_attention_layernorm.weight"].clone()
+        for n in "qk" if f"{source}.self_attn.q_norm.weight" in state else "":
+            found[f"{at}.self_attention.{n}_layernorm.weight"] = state[f"{source}.self_attn.{n}_norm.weight"].clone()
         found[f"{at}.self_attention.core_attention._extra_state"] = None
     if stage == stages - 1:
         found["decoder.final_layernorm.weight"] = state["model.norm.weight"].clone()
@@ -117,6 +121,7 @@ def write_megatron(folder: Path, state: State, ranks: int, stages: int, *, engin
         pipeline_model_parallel_size=stages, group_query_attention=True, swiglu=True, rotary_base=10000,
         norm_epsilon=1e-6, padded_vocab_size=-(-VOCAB // (8 * ranks)) * 8 * ranks, normalization="RMSNorm",
         untie_embeddings_and_output_weights=True, max_position_embeddings=2048, add_bias_linear=False,
+        qk_layernorm="model.layers.0.self_attn.q_norm.weight" in state,
     )  # fmt: skip
     for rank in range(ranks):
         for stage in range(stages):
@@ -141,6 +146,32 @@ def test_megatron(tmp_path: Path, ranks: int, stages: int, engine: bool) -> None
     for name, tensor in model.state_dict().items():
         assert torch.equal(made[name], tensor), name
     assert torch.equal(logits(loaded(transformers.LlamaForCausalLM, out)), logits(model))
+
+
+def test_megatron_of_a_qwen3(tmp_path: Path) -> None:
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = scrambled(transformers.Qwen3ForCausalLM(config))
+    model.config.save_pretrained(tmp_path / "base")
+    source = write_megatron(tmp_path / "megatron", model.state_dict(), 2, 2, engine=True)
+    bases = {"base": str(tmp_path / "base")}
+    out = sm.convert(source, tmp_path / "out", use="llama/megatron-to-hf", bases=bases).path
+    assert torch.equal(logits(loaded(transformers.Qwen3ForCausalLM, out)), logits(model))
+
+
+def test_megatron_without_groups_says_one_group(tmp_path: Path) -> None:
+    """Megatron's default, which means nothing without ``group_query_attention``."""
+    golden = GOLDEN / "layouts" / "megatron_tp2_pp1_mha"
+    source = shutil.copytree(golden / "source", tmp_path / "megatron")
+    for path in source.rglob("model_optim_rng.pt"):
+        saved = torch.load(path, weights_only=False)
+        saved["args"].num_query_groups = 1
+        torch.save(saved, path)
+    bases = {"base": str(golden / "truth")}
+    out = sm.convert(source, tmp_path / "out", use="llama/megatron-to-hf", bases=bases).path
+    compare_bits(read_tensors(out), read_tensors(golden / "truth"))
 
 
 def test_megatron_is_described_by_its_own_args(tmp_path: Path) -> None:

@@ -524,8 +524,14 @@ MEGATRON = {
 }  # fmt: skip
 MEGATRON_OTHERS = {
     "normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "learned_absolute", "rotary_percent": 0.5,
-    "rotary_interleaved": True, "apply_layernorm_1p": True, "qk_layernorm": True, "num_experts": 8,
-    "multi_latent_attention": True, "rotary_seq_len_interpolation_factor": 4, "add_bias_linear": True,
+    "rotary_interleaved": True, "apply_layernorm_1p": True, "multi_latent_attention": True, "add_bias_linear": True,
+    "rotary_seq_len_interpolation_factor": 4,
+}  # fmt: skip
+# Mixtral's experts, and Qwen3's, are chosen in one way.
+MEGATRON_EXPERTS = {
+    "moe_router_pre_softmax": True, "moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_enable_expert_bias": True, "moe_router_num_groups": 8, "moe_shared_expert_intermediate_size": 48,
+    "moe_layer_freq": 2, "moe_apply_probs_on_input": True, "moe_latent_size": 16, "add_qkv_bias": True,
 }  # fmt: skip
 
 
@@ -544,7 +550,55 @@ def test_megatrons_args_of_another_model(key: str, tmp_path: Path) -> None:
         assert key in said
 
 
-@pytest.mark.parametrize(("key", "value"), [("rotary_base", 500000), ("norm_epsilon", 1e-6)])
+@pytest.mark.parametrize("key", MEGATRON_EXPERTS)
+def test_megatrons_args_of_other_experts(key: str, tmp_path: Path) -> None:
+    for kind in ({}, {"qk_layernorm": True}):
+        facts = MEGATRON | kind | {"num_experts": 8, key: MEGATRON_EXPERTS[key]}
+        megatron = catalog(tmp_path / "m", facts=facts)
+        assert key in refusal(lambda megatron=megatron: language_model.expect(Request({}, {}, {"m": megatron}, read)))
+
+
+def test_a_base_that_stretches_what_the_training_did_not(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    base = catalog(tmp_path / "base", config=LLAMA | {"rope_scaling": scaling})
+    for stretched in (False, True):
+        facts = MEGATRON | {"use_rope_scaling": stretched}
+        request = Request({}, {}, {"megatron": catalog(tmp_path / "m", facts=facts), "text": base}, read)
+        if stretched:
+            assert language_model.expect(request).tensors
+        else:
+            with pytest.raises(TargetError) as caught:
+                language_model.expect(request)
+            assert caught.value.code == "contradiction"
+            assert "rope_scaling" in caught.value.found
+
+
+def test_megatrons_args_that_do_not_say_how_large_the_model_is(tmp_path: Path) -> None:
+    for key in ("num_attention_heads", "hidden_size", "ffn_hidden_size"):
+        facts = {name: value for name, value in MEGATRON.items() if name != key}
+        megatron = catalog(tmp_path / "m", facts=facts)
+        with pytest.raises(TargetError) as caught:
+            language_model.expect(Request({}, {}, {"megatron": megatron}, read))
+        assert caught.value.code == "odd-config"
+        assert caught.value.found == f"no {key}"
+        base = catalog(tmp_path / "base", config=LLAMA)  # which says it
+        assert language_model.expect(Request({}, {}, {"megatron": megatron, "text": base}, read)).tensors
+
+
+def test_megatrons_args_of_no_model_of_transformers(tmp_path: Path) -> None:
+    """Qwen3 has no bias, and Qwen2 no norm of queries and keys."""
+    megatron = catalog(tmp_path / "m", facts=MEGATRON | {"qk_layernorm": True, "add_qkv_bias": True})
+    assert "add_qkv_bias" in refusal(lambda: language_model.expect(Request({}, {}, {"megatron": megatron}, read)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotary_base", 500000), ("norm_epsilon", 1e-6), ("num_attention_heads", 8), ("num_query_groups", 4),
+        ("kv_channels", 16), ("add_qkv_bias", True), ("qk_layernorm", True), ("num_experts", 8),
+        ("use_rope_scaling", True),
+    ],
+)  # fmt: skip
 def test_a_base_that_is_not_the_one_of_the_training(key: str, value: float, tmp_path: Path) -> None:
     catalogs = {
         "megatron": catalog(tmp_path / "m", facts=MEGATRON | {key: value}),

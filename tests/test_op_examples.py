@@ -97,6 +97,7 @@ TRUTH: dict[str, tuple[str, Callable[[Given], Array]]] = {
     "slice": ("embed.weight", lambda g: g["src:embed.weight"][:32000]),
     "split": ("q_proj.weight", lambda g: torch.from_numpy(g["src:qkv.weight"]).split([8, 4, 4])[0].numpy()),
     "chunk": ("gate_proj.weight", lambda g: torch.from_numpy(g["src:gate_up.weight"]).chunk(2)[0].numpy()),
+    "unstack": ("layers.1.o_proj.weight", lambda g: g["src:layers.o_proj.weight"][1]),
     "concat": ("qkv.weight", lambda g: np.vstack([g["src:q.weight"], g["src:k.weight"], g["src:v.weight"]])),
     "stack": ("experts.weight", lambda g: np.array([g[f"src:experts.{e}.weight"] for e in (0, 1, 2, 10)])),
     "grouped_split": ("k.weight", lambda g: g["src:grouped_qkv.weight"][[4, 5, 12, 13]]),

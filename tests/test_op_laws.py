@@ -67,6 +67,10 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
         Case({"dim": 1, "chunks": 3, "take": 1}, ((n, 3 * n),)),
         Case({"chunks": 2, "take": 1}, ((n, n),)),
     ],
+    "unstack": lambda n: [
+        Case({"count": n, "take": 1}, ((n, 2 * n, 3),)),
+        Case({"dim": 1, "count": 3, "take": 2}, ((n, 3, 2 * n),)),
+    ],
     "concat": lambda n: [
         Case({"dim": 1, "sizes": (n, 1, 2 * n)}, ((n, n), (n, 1), (n, 2 * n))),
         Case({"dim": 0, "sizes": (n, 2)}, ((n, n), (2, n))),
@@ -364,10 +368,10 @@ def _undone(kind: OpKind, case: Case, inputs: Sequence[TensorEntry]) -> list[Ten
             return [compose(build(OPS[name], back), [compose(build(kind, case.params), inputs)])]
         case Gathered(name):
             sizes = case.params.get("sizes")
-            parts = len(sizes) if isinstance(sizes, tuple) else case.params["chunks"]
+            parts = len(sizes) if isinstance(sizes, tuple) else case.params.get("chunks", case.params.get("count"))
             assert isinstance(parts, int)
             every = [compose(build(kind, {**case.params, "take": take}), inputs) for take in range(parts)]
-            back = {key: value for key, value in case.params.items() if key not in ("take", "chunks")}
+            back = {key: value for key, value in case.params.items() if key not in ("take", "chunks", "count")}
             return [compose(build(OPS[name], back), every)]
         case Scattered(name, _):
             joined = compose(build(kind, case.params), inputs)

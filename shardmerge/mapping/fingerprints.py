@@ -91,10 +91,18 @@ def _tensor(*names: str, rank: int | None = None) -> KnownTensor:
     return KnownTensor(names, rank)
 
 
+def _dist(name: str) -> tuple[str, ...]:
+    """Returns what a tensor of a layer is called: layers are stacked or numbered, and NeMo puts a word in front."""
+    return tuple(
+        f"{front}decoder.layers.{layer}{name}" for front in ("", "module.", "model.") for layer in ("", "{i:int}.")
+    )
+
+
 _LLM = Want("llm", "the LLM's config.json and tokenizer come from it, and every weight that was not trained")
 _VISION = Want("vision", "the encoder's config.json comes from it, and every weight that was not trained")
 _TOWER = Want("vision", "the checkpoint has no visual encoder", unless="model.vision_tower.{rest...}")
 _LLAVA = (Road("llava/official-to-hf"), Road("llava/official-to-hf-next"))
+_MEGATRON = Want("base", "Megatron keeps no config.json and no tokenizer")
 _TO_HF = "model.layers.{i:int}.self_attn.q_proj.weight"
 
 LAYOUTS = (
@@ -211,7 +219,26 @@ LAYOUTS = (
         "Megatron-Core",
         (_tensor("{t:int}.{p:int}.decoder.layers.{i:int}.self_attention.linear_qkv.weight", rank=2),),
         (Road("llama/megatron-to-hf"),),
-        wants=(Want("base", "Megatron keeps no config.json and no tokenizer"),),
+        wants=(_MEGATRON,),
+    ),
+    Layout(
+        "Megatron-Core's torch_dist",
+        (_tensor(*_dist("self_attention.linear_qkv.weight")), _tensor(*_dist("mlp.linear_fc2.weight"))),
+        (Road("llama/megatron-dist-to-hf"),),
+        wants=(_MEGATRON,),
+    ),
+    Layout(
+        "Megatron-Core's torch_dist of a Mixtral",
+        (_tensor(*_dist("self_attention.linear_qkv.weight")), _tensor(*_dist("mlp.router.weight"))),
+        (Road("llama/megatron-dist-to-hf"),),
+        without=_dist("self_attention.q_layernorm.weight"),
+        wants=(_MEGATRON,),
+    ),
+    Layout(
+        "Megatron-Core's torch_dist of a Qwen3-MoE",
+        (_tensor(*_dist("mlp.router.weight")), _tensor(*_dist("self_attention.q_layernorm.weight"))),
+        (Road("llama/megatron-dist-to-hf-qwen3-moe"),),
+        wants=(_MEGATRON,),
     ),
     Layout(
         "OpenAI's CLIP, open_clip",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -28,6 +28,8 @@ _WELL_KNOWN = 0.9
 FOREIGN = {
     "llama/meta-to-hf": ".attention.wq.",
     "llama/megatron-to-hf": ".self_attention.linear_qkv.",
+    "llama/megatron-dist-to-hf": ".self_attention.linear_qkv.",
+    "llama/megatron-dist-to-hf-qwen3-moe": ".mlp.router.",
     "llama/torchtune-to-hf": ".attn.output_proj.",
     "llama/litgpt-to-hf": "transformer.h.",
     "clip/open-clip-to-hf": ".attn.in_proj_weight",
@@ -121,11 +123,17 @@ def _templates(preset: Preset, role: str) -> list[Template]:
 
 def _sample(catalog: Catalog, preset: Preset, role: str) -> list[str]:
     """Returns names, without what the preset drops: Transformer Engine's ``_extra_state`` is half of all names."""
-    strip, drops = preset.roles[role].strip, [drop.template for drop in preset.drops if drop.source == role]
+    drops = [drop.template for drop in preset.drops if drop.source == role]
     names = [name for name in catalog.names() if not any(drop.match(name) is not None for drop in drops)]
-    if strip and all(name.startswith(strip) for name in names):
-        names = [name.removeprefix(strip) for name in names]
+    prefix = common_prefix(names, preset.roles[role].strip)
+    names = [name.removeprefix(prefix) for name in names]
     return names[:: max(1, len(names) // _MOST_NAMES)]
+
+
+def common_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
+    """Returns the first of some prefixes that every name has, ``""`` for none."""
+    every = list(names)
+    return next((one for one in prefixes if every and all(name.startswith(one) for name in every)), "")
 
 
 def _fit(templates: Sequence[Template], names: Sequence[str]) -> _Fit:

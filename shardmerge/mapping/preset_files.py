@@ -49,14 +49,14 @@ class PresetRole:
     required
         Whether there is no conversion without it.
     strip
-        As ``SourceSpec.strip``, where the mapping says nothing.
+        As ``SourceSpec.usual``; in the file a text, with ``|`` between several.
     model_types
         What its config.json may say as ``model_type``; empty where the target checks it, or where any will do.
     """
 
     about: str
     required: bool
-    strip: str = ""
+    strip: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
 
 
@@ -207,9 +207,9 @@ def _roles(reader: NodeReader, node: Node) -> Iterator[tuple[str, PresetRole]]:
     for key, value in reader.table(node, "`sources`").entries:
         fields = reader.fields(reader.table(value, key.text), ROLE_KEYS)
         about = reader.text(fields["about"], "about")
-        strip = reader.text(fields["strip"], "strip") if "strip" in fields else ""
+        strip = reader.text(fields["strip"], "strip").split("|") if "strip" in fields else ()
         types = reader.text(fields["model_types"], "model_types").split("|") if "model_types" in fields else ()
-        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), strip, tuple(types))
+        yield key.text, PresetRole(about, reader.flag(fields["required"], "required"), tuple(strip), tuple(types))
 
 
 def _folder() -> Traversable:

@@ -34,9 +34,9 @@ class SourceSpec:
     root
         Dotted path of the state dict inside a torch file; empty to find it.
     strip
-        Taken off the front of every name: ``module.`` of DistributedDataParallel.
-    strip_required
-        Whether every name must have it; a preset's ``strip`` is taken off only if all have.
+        Taken off the front of every name, which must have it: ``module.`` of DistributedDataParallel.
+    usual
+        Prefixes that a preset knows: where nothing is said, the first that every name has is taken off.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SourceSpec:
     root: str = ""
     mark: Mark = _NOWHERE
     strip: str = ""
-    strip_required: bool = True
+    usual: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

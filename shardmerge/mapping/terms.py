@@ -56,11 +56,13 @@ class Finder:
         MappingError
             ``op-value``: ``for`` counts to what is no number, or too far. ``too-many-targets``.
         """
-        counted = [dict(zip(rule.ranges, values, strict=True)) for values in self._counted(rule)]
         wanted = set(rule.target.captures) - set(rule.ranges)
         wanted |= {n for formula in rule.target.formulas for n in formula.names if self.variables.get(n) is None}
         wanted -= set(rule.ranges)
+        if rule.optional and self._is_elsewhere(term):
+            return
         seen: set[tuple[tuple[str, str], ...]] = set()
+        counted = [dict(zip(rule.ranges, values, strict=True)) for values in self._counted(rule)]
         for found in self._driven(term, wanted, spent):
             key = tuple(sorted(found.items()))
             if key not in seen:
@@ -68,6 +70,15 @@ class Finder:
                 if rule.ranges:
                     _within_budget(rule, len(seen) * len(counted))
                 yield from ({**found, **more} for more in counted)
+
+    def _is_elsewhere(self, term: OpTerm) -> bool:
+        """Tells whether none of the tensors is there that an op of a preset names: they are those of another model."""
+        named = [(one.template, self.names[one.source]) for one in references(term)]
+        return bool(named) and not any(
+            name.startswith(template.head) and template.match(name) is not None
+            for template, names in named
+            for name in names
+        )
 
     def _driven(self, term: OpTerm, wanted: set[str], spent: Collection[tuple[str, str]]) -> Iterator[dict[str, str]]:
         """Yields bindings from the first reference that has all captures."""

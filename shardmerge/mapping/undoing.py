@@ -258,7 +258,7 @@ def _number_of_parts(term: OpTerm) -> int | None:
     sizes: Argument | None = term.arguments.get("sizes")
     if sizes is not None:
         return len(sizes.formulas) if sizes.text.startswith("[") else None
-    text = term.arguments["chunks"].text if "chunks" in term.arguments else ""
+    text = next((term.arguments[name].text for name in ("chunks", "count") if name in term.arguments), "")
     return int(text) if text.isdigit() else None
 
 

@@ -57,6 +57,11 @@ class Op(ABC):
     def label(self) -> str:
         """How the plan calls it, parameters included: ``cast F32 to BF16``, ``split dim 0 [4096, 1024, 1024] 2``."""
 
+    @property
+    def way(self) -> str:
+        """What the tensors have in common that a plan counts together."""
+        return self.label
+
     @abstractmethod
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns type and shape of the result.

@@ -1,4 +1,4 @@
-"""Moves that take a part of one axis: slice, split, chunk."""
+"""Moves that take a part of one axis: slice, split, chunk, unstack."""
 
 from __future__ import annotations
 
@@ -125,6 +125,49 @@ class Chunk(_Part):
         return Slice(axis, self.take * size, (self.take + 1) * size)
 
 
+@dataclass(frozen=True, slots=True)
+class Unstack(Move):
+    """Element ``take`` of an axis of ``count``; the axis goes."""
+
+    dim: int
+    count: int
+    take: int
+
+    @property
+    def label(self) -> str:
+        """``unstack dim 0 part 3 of 80``."""
+        return f"unstack dim {self.dim} part {self.take} of {self.count}"
+
+    @property
+    def way(self) -> str:
+        """``unstack dim 0 of 80``: a stack has hundreds of parts."""
+        return f"unstack dim {self.dim} of {self.count}"
+
+    def _axis(self, shape: Shape) -> int:
+        axis = axis_of(self.dim, len(shape), self.label)
+        if shape[axis] != self.count:
+            what = f"{self.label}: another number is stacked"
+            raise odd_shape(what, f"{list(shape)}, {shape[axis]} at dim {axis}", f"{self.count} at dim {axis}")
+        return axis
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns the shape without the axis."""
+        (one,) = inputs
+        axis = self._axis(one.shape)
+        return Meta(one.dtype, one.shape[:axis] + one.shape[axis + 1 :])
+
+    def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
+        """The other axes' strides from a later element on."""
+        (one,) = inputs
+        axis, strides = self._axis(one.shape), row_major(one.shape)
+        return ViewLayout(self.take * strides[axis], self.infer(inputs).shape, strides[:axis] + strides[axis + 1 :])
+
+    def apply(self, inputs: Sequence[Array]) -> Array:
+        """As numpy does."""
+        axis = self._axis(inputs[0].shape)
+        return inputs[0][(slice(None),) * axis + (slice(self.take, self.take + 1),)].squeeze(axis)
+
+
 # --- in mapping.yaml ---
 
 
@@ -138,6 +181,11 @@ def _split(values: ParamValues) -> Split:
 def _chunk(values: ParamValues) -> Chunk:
     (chunks,) = positive(values, "chunks")
     return Chunk(integer(values, "dim"), chunks, take(values, chunks))
+
+
+def _unstack(values: ParamValues) -> Unstack:
+    (count,) = positive(values, "count")
+    return Unstack(integer(values, "dim"), count, take(values, count))
 
 
 def _slice(values: ParamValues) -> Slice:
@@ -174,5 +222,13 @@ KINDS = (
         params=(DIM, Param("chunks", "int", "Into how many parts."), TAKE),
         build=_chunk,
         inverse=Gathered("concat"),
+    ),
+    OpKind(
+        name="unstack",
+        about="Takes one of the tensors that are stacked along an axis: a layer, an expert. The axis goes.",
+        example='layers.1.o_proj.weight: {op: unstack, of: "src:layers.o_proj.weight", count: 3, take: 1}',
+        params=(DIM, Param("count", "int", "How many are stacked; another number is an error."), TAKE),
+        build=_unstack,
+        inverse=Gathered("stack"),
     ),
 )

@@ -19,7 +19,7 @@ from shardmerge.ops.contract import Op
 # Where the class of an op is, by its name; a plan imports the families that it needs.
 _FAMILIES: Mapping[str, tuple[str, ...]] = {
     "casts": ("Cast", "Widen"),
-    "cutting": ("Chunk", "Slice", "Split"),
+    "cutting": ("Chunk", "Slice", "Split", "Unstack"),
     "dequantize": ("Dequantize",),
     "fill": ("Arange", "Fill"),
     "heads": ("GroupedMerge", "GroupedSplit", "Rotary"),

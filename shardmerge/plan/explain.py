@@ -211,7 +211,7 @@ def _ops(entry: TensorEntry) -> Iterator[str]:
     if held is not None:
         for base in held.bases:
             yield from _ops(base)
-        yield held.recipe.label
+        yield held.recipe.way
 
 
 def _way(entry: TensorEntry) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import MappingError
+from shardmerge.mapping.layouts import common_prefix
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.prepare.options import Options
@@ -32,11 +33,11 @@ def _marked(catalog: Catalog, name: str) -> Catalog:
 
 def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
     """Takes a prefix off all names. One that a preset expects may be absent; one of the user's must be there."""
-    prefix = source.strip
-    without = [name for name in catalog.names() if not name.startswith(prefix)]
-    if prefix and source.strip_required and (without or not catalog.entries):
+    without = [name for name in catalog.names() if not name.startswith(source.strip)]
+    if source.strip and (without or not catalog.entries):
         raise _odd_strip(source, without)
-    if not prefix or without:
+    prefix = source.strip or common_prefix(catalog.names(), source.usual)
+    if not prefix:
         return catalog
     entries = {
         name.removeprefix(prefix): replace(entry, name=name.removeprefix(prefix))

@@ -77,7 +77,7 @@ def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
     role = preset.roles.get(source.name)
     if role is None or source.strip:
         return source
-    return replace(source, strip=role.strip, strip_required=False)
+    return replace(source, usual=role.strip)
 
 
 def _open_all(spec: Spec, folder: Path, options: Options) -> dict[str, Catalog]:

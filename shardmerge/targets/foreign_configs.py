@@ -14,8 +14,8 @@ from shardmerge.targets.architectures import JsonObject, dimension, finite, laye
 from shardmerge.targets.settings import not_understood
 from shardmerge.tensors import Catalog
 
-_LLAMA_3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA_3_CONTEXT = 8192
+LLAMA_3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3_CONTEXT = 8192
 
 # `ModelArgs` of Meta's LLaMA 1 to 3. LLaMA 4 and the vision models have more, and so has Mistral's own params.json.
 _PARAMS = (
@@ -43,20 +43,6 @@ _LITGPT_READ = (
     "sliding_window_layer_stride", "sliding_window_size", "vocab_size",
 )  # fmt: skip
 _ROPE_ADJUSTMENTS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}
-
-# Megatron's arguments that make another model than LLaMA's, with every value that does not.
-_MEGATRON: Mapping[str, tuple[object, ...]] = {
-    "normalization": ("RMSNorm",), "swiglu": (True,), "position_embedding_type": ("rope",), "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,), "add_bias_linear": (False,), "apply_layernorm_1p": (False,),
-    "apply_residual_connection_post_layernorm": (False,), "qk_layernorm": (False,), "qk_l2_norm": (False,),
-    "num_experts": (None, 0, 1), "multi_latent_attention": (False,), "squared_relu": (False,), "quick_geglu": (False,),
-    "group_query_attention_interleaved": (False,), "rotary_seq_len_interpolation_factor": (None, 1),
-    "softmax_type": ("vanilla",), "softmax_scale": (None,), "no_rope_freq": (None,), "mtp_num_layers": (None, 0),
-    "window_size": (None,), "is_hybrid_model": (False,), "hybrid_override_pattern": (None,),
-    "heterogeneous_layers_config_path": (None,), "heterogeneous_layers_config_encoded_json": (None,),
-    "attention_output_gate": (False,), "activation_func_clamp_value": (None,), "glu_linear_offset": (0.0,),
-    "scale_embeddings": (False,), "embedding_multiplier": (None, 1), "mup_width_mult": (None, 1),
-}  # fmt: skip
 
 
 # ---- Meta
@@ -114,9 +100,9 @@ def llama_3_scaling(dim: int) -> JsonObject:
     LLaMA 3.2's 1B and 3B stretch by 32, all others by 8.
     """
     return {
-        **_LLAMA_3_ROPE,
+        **LLAMA_3_ROPE,
         "factor": 32.0 if dim <= 3072 else 8.0,
-        "original_max_position_embeddings": _LLAMA_3_CONTEXT,
+        "original_max_position_embeddings": LLAMA_3_CONTEXT,
     }
 
 
@@ -139,7 +125,7 @@ def feed_forward_width(dim: int, multiplier: float, multiple: int) -> int:
 
 def _context(params: Mapping[str, object], *, third: bool, scaled: bool, theta: float) -> int:
     if third:
-        return 131072 if scaled else _LLAMA_3_CONTEXT
+        return 131072 if scaled else LLAMA_3_CONTEXT
     if theta > 10000.0:
         return 16384
     return 2048 if real(params, "norm_eps", 1e-5) == 1e-6 else 4096
@@ -241,55 +227,9 @@ def _litgpt_rope(config: Mapping[str, object], where: str) -> JsonObject:
     if isinstance(adjustments, dict):
         kept = {key: value for key, value in adjustments.items() if key != "original_max_seq_len"}
         original = adjustments["original_max_seq_len"]
-        return {"rope_scaling": {**_LLAMA_3_ROPE, **kept, "original_max_position_embeddings": original}}
+        return {"rope_scaling": {**LLAMA_3_ROPE, **kept, "original_max_position_embeddings": original}}
     ratio = real(config, "rope_condense_ratio", 1.0)
     return {} if ratio == 1.0 else {"rope_scaling": {"rope_type": "linear", "factor": ratio}}
-
-
-# ---- Megatron
-
-
-def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
-    """Returns the config for the ``args`` that Megatron-Core stores (``megatron/training/arguments.py``).
-
-    Raises
-    ------
-    TargetError
-        ``unsupported-architecture`` for another normalisation than RMSNorm; ``odd-config``.
-    """
-    odd = {key: arguments[key] for key, usual in _MEGATRON.items() if key in arguments and arguments[key] not in usual}
-    if arguments.get("use_rotary_position_embeddings") is True:
-        odd.pop("position_embedding_type", None)  # the older switch, which wins in `validate_args`
-    if odd:
-        wanted = ", ".join(f"{key} {_MEGATRON[key][0]!r}" for key in odd)
-        raise not_llama("args in the checkpoint", where, shown(odd), wanted)
-    heads = dimension(arguments, "num_attention_heads", 32, where)
-    hidden = dimension(arguments, "hidden_size", 4096, where)
-    grouped = arguments.get("group_query_attention") is not False
-    groups = dimension(arguments, "num_query_groups", heads, where) if grouped else heads
-    rows = "vocab_size" if isinstance(arguments.get("vocab_size"), int) else "padded_vocab_size"
-    epsilon = "norm_epsilon" if "norm_epsilon" in arguments else "layernorm_epsilon"
-    made: JsonObject = {
-        "head_dim": dimension(arguments, "kv_channels", hidden // heads, where),
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": dimension(arguments, "ffn_hidden_size", 4 * hidden, where),
-        "max_position_embeddings": dimension(arguments, "max_position_embeddings", 4096, where),
-        "model_type": "qwen2" if arguments.get("add_qkv_bias") is True else "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers({"num_hidden_layers": arguments.get("num_layers")}, 32, where),
-        "num_key_value_heads": groups,
-        "rms_norm_eps": real(arguments, epsilon, 1e-5),
-        "rope_theta": real(arguments, "rotary_base", 10000.0),
-        "tie_word_embeddings": arguments.get("untie_embeddings_and_output_weights") is not True,
-        "vocab_size": dimension(arguments, rows, 0, where),
-    }
-    if arguments.get("use_rope_scaling") is True:
-        made["rope_scaling"] = _LLAMA_3_ROPE | {
-            "factor": real(arguments, "rope_scaling_factor", 8.0),
-            "original_max_position_embeddings": _LLAMA_3_CONTEXT,
-        }
-    return made
 
 
 def real(config: Mapping[str, object], key: str, default: float) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from shardmerge.compose import own_dtype
-from shardmerge.targets import llama
+from shardmerge.targets import llama, megatron_args
 from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.options import choice, whole_number
@@ -15,7 +16,10 @@ from shardmerge.tensors import SideFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
 
 _MAX_CONTEXT = 1 << 26
 
@@ -41,7 +45,7 @@ def expect(request: Request) -> Expectation:
     tokens = tokenizer_files(request, side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     tied = text.architecture.tied
-    warnings = (*warnings, *id_warnings(text.config, counted.count, text.where))
+    warnings = (*warnings, *id_warnings(text.config, counted.count, text.where), *_padding(request, text, counted))
     return Expectation(
         tensors=dict(llama.expected(text.architecture, counted.count)),
         resized=counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),
@@ -61,6 +65,15 @@ def _tied_or_not(request: Request, text: TextSource) -> TextSource:
     asked = choice(request, "tie", ("keep", "true", "false"))
     tied = text.architecture.tied if asked == "keep" else asked == "true"
     return replace(text, architecture=replace(text.architecture, tied=tied))
+
+
+def _padding(request: Request, text: TextSource, counted: VocabularyRows) -> Iterator[str]:
+    """Says what becomes of the rows that Megatron adds to the vocabulary; a user who says a number has decided."""
+    for catalog in request.catalogs.values() if request.vocabulary is None else ():
+        stated = text.kind != "megatron" or "vocab_size" in catalog.facts
+        said = megatron_args.padding(catalog, counted.count, stated=stated)
+        if said:
+            yield said
 
 
 def _config(request: Request, text: TextSource, counted: VocabularyRows) -> JsonObject:
@@ -98,7 +111,8 @@ def _tiktoken_warning(path: str) -> str:
 
 TARGET = Target(
     name="hf/llama",
-    about="A language model of the LLaMA layout for transformers: LLaMA, Mistral, Qwen2, or a Phi-3 split to it.",
+    about="A language model of the LLaMA layout for transformers: LLaMA, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, or "
+    "a Phi-3 split to it.",
     roles={
         "text": "what describes it: config.json, Meta's params.json, litgpt's model_config.yaml, Megatron's args",
         "tokenizer": "the source with the tokenizer's files, where it is another",

@@ -1,15 +1,15 @@
 """LLaMA and the text models that share its layout: expected names and shapes, and its config as 4.x and 5.x
 read it.
 
-Names and shapes follow ``modeling_llama.py``, ``modeling_mistral.py`` and ``modeling_qwen2.py`` of
-transformers (4.51 to 5.23 agree); defaults follow their configuration classes, because a nested config lists
-only what differs from them.
+Names and shapes follow ``modeling_llama.py``, ``modeling_mistral.py``, ``modeling_qwen2.py``, ``modeling_qwen3.py``,
+``modeling_mixtral.py`` and ``modeling_qwen3_moe.py`` of transformers (4.51 to 5.23 agree on what they save); defaults
+follow their configuration classes, because a nested config lists only what differs from them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
@@ -26,17 +26,45 @@ class _Family:
     intermediate_size: int
     kv_heads: int | None  # None: as many as attention heads
     tokenizer_class: str
+    head_dim: int | None = None  # None: the heads share the hidden size
 
 
 _FAMILIES = {
     "llama": _Family(32000, 11008, None, "LlamaTokenizer"),
     "mistral": _Family(32000, 14336, 8, "LlamaTokenizer"),
     "qwen2": _Family(151936, 22016, 32, "Qwen2Tokenizer"),
+    "qwen3": _Family(151936, 22016, 32, "Qwen2Tokenizer", 128),
+    "mixtral": _Family(32000, 14336, 8, "LlamaTokenizer"),
+    "qwen3_moe": _Family(151936, 6144, 4, "Qwen2Tokenizer"),
 }
 
-SUPPORTED = tuple(_FAMILIES)
+EVERY = tuple(_FAMILIES)
+# Those that are parts of vision-language models, too, whose nested configs leave defaults out.
+SUPPORTED = ("llama", "mistral", "qwen2")
 
 _DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a layer, and how transformers calls them in the files it saves.
+
+    Attributes
+    ----------
+    count, width
+        How many, and the rows of each gate.
+    block
+        The module they are in, the router's ``gate`` among them.
+    gate, up, down
+        The three matrices of one.
+    """
+
+    count: int
+    width: int
+    block: str
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +75,10 @@ class TextArchitecture:
     ----------
     qkv_bias, output_bias, mlp_bias
         Which linear layers have a bias.
+    qk_norm
+        Whether each head of queries and keys is normalized.
+    experts
+        In the place of one feed-forward layer; None for that.
     tied
         ``lm_head`` is the embedding.
     tokenizer_class
@@ -64,12 +96,14 @@ class TextArchitecture:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    experts: Experts | None
     tied: bool
     tokenizer_class: str
 
 
-def read_architecture(config: Mapping[str, object], where: str) -> TextArchitecture:
-    """Returns the sizes that a text model's config implies.
+def read_architecture(config: Mapping[str, object], where: str, known: Sequence[str] = SUPPORTED) -> TextArchitecture:
+    """Returns the sizes that a text model's config implies; ``known`` are the model types that the caller can use.
 
     Raises
     ------
@@ -78,14 +112,14 @@ def read_architecture(config: Mapping[str, object], where: str) -> TextArchitect
     """
     model_type = config.get("model_type")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or not isinstance(model_type, str):
-        raise _unsupported(model_type, where)
+    if family is None or not isinstance(model_type, str) or model_type not in known:
+        raise _unsupported(model_type, where, known)
     _check_classes(config, model_type, where)
     hidden, heads = (
         dimension(config, "hidden_size", 4096, where),
         dimension(config, "num_attention_heads", 32, where),
     )
-    attention_bias = model_type == "llama" and flag(config, "attention_bias", where)
+    attention_bias = model_type in _WITH_ATTENTION_BIAS and flag(config, "attention_bias", where)
     return TextArchitecture(
         model_type=model_type,
         vocab_size=dimension(config, "vocab_size", family.vocab_size, where),
@@ -94,13 +128,42 @@ def read_architecture(config: Mapping[str, object], where: str) -> TextArchitect
         num_layers=layers(config, 32, where),
         heads=heads,
         kv_heads=_kv_heads(config, family, heads, where),
-        head_dim=dimension(config, "head_dim", hidden // heads, where),
+        head_dim=dimension(config, "head_dim", family.head_dim or hidden // heads, where),
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias,
         mlp_bias=model_type == "llama" and flag(config, "mlp_bias", where),
+        qk_norm=model_type.startswith("qwen3"),
+        experts=_experts(config, model_type, where),
         tied=flag(config, "tie_word_embeddings", where),
         tokenizer_class=family.tokenizer_class,
     )
+
+
+_WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe")
+
+
+def _experts(config: Mapping[str, object], model_type: str, where: str) -> Experts | None:
+    if model_type == "mixtral":
+        count = dimension(config, "num_local_experts", 8, where)
+        return Experts(
+            count, dimension(config, "intermediate_size", 14336, where), "block_sparse_moe", "w1", "w3", "w2"
+        )
+    if model_type != "qwen3_moe":
+        return None
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise TargetError(
+            "unsupported-architecture",
+            "some layers have experts and others have none",
+            where=where,
+            found=f"mlp_only_layers {shown(config.get('mlp_only_layers'))}, "
+            f"decoder_sparse_step {shown(config.get('decoder_sparse_step', 1))}",
+            expected="experts in every layer",
+        )
+    # transformers 5 saves what the hub's files call `num_experts` as `num_local_experts`
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    count = dimension(config, key, 128, where)
+    width = dimension(config, "moe_intermediate_size", 768, where)
+    return Experts(count, width, "mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def _kv_heads(config: Mapping[str, object], family: _Family, heads: int, where: str) -> int:
@@ -109,13 +172,13 @@ def _kv_heads(config: Mapping[str, object], family: _Family, heads: int, where: 
     return dimension(config, "num_key_value_heads", absent or heads, where)
 
 
-def _unsupported(model_type: object, where: str) -> TargetError:
+def _unsupported(model_type: object, where: str, known: Sequence[str]) -> TargetError:
     return TargetError(
         "unsupported-architecture",
         "the text model's architecture is not one whose tensors are known here",
         where=where,
         found=f"model_type {shown(model_type)}",
-        expected=f"model_type {', '.join(SUPPORTED)}",
+        expected=f"model_type {', '.join(known)}",
         hint="split its fused layers to the LLaMA layout first: --use llama/phi3-to-llama"
         if model_type == "phi3"
         else "",
@@ -126,7 +189,8 @@ def _check_classes(config: Mapping[str, object], model_type: str, where: str) ->
     """Checks that ``architectures`` does not name another family than ``model_type``: Granite has LLaMA's names too."""
     stated = config.get("architectures")
     classes = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-    odd = [name for name in classes if not re.match(rf"{model_type}(?!moe|vl|audio|_|\d)", name, re.IGNORECASE)]
+    family = model_type.replace("_", "")
+    odd = [name for name in classes if not re.match(rf"{family}(?!moe|vl|audio|_|\d)", name, re.IGNORECASE)]
     if odd:
         raise TargetError(
             "unsupported-architecture",
@@ -158,13 +222,26 @@ def _layer(text: TextArchitecture) -> Iterator[tuple[str, Shape]]:
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         yield from _linear(f"self_attn.{name}", rows, hidden, bias=text.qkv_bias)
     yield from _linear("self_attn.o_proj", hidden, queries, bias=text.output_bias)
+    for name in ("q_norm", "k_norm") if text.qk_norm else ():
+        yield f"self_attn.{name}.weight", (text.head_dim,)
     yield "post_attention_layernorm.weight", (hidden,)
+    if text.experts:
+        yield from _expert_tensors(text.experts, hidden)
+        return
     for name, rows, columns in (
         ("gate_proj", inner, hidden),
         ("up_proj", inner, hidden),
         ("down_proj", hidden, inner),
     ):
         yield from _linear(f"mlp.{name}", rows, columns, bias=text.mlp_bias)
+
+
+def _expert_tensors(experts: Experts, hidden: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{experts.block}.gate.weight", (experts.count, hidden)
+    for index in range(experts.count):
+        for name in (experts.gate, experts.up):
+            yield f"{experts.block}.experts.{index}.{name}.weight", (experts.width, hidden)
+        yield f"{experts.block}.experts.{index}.{experts.down}.weight", (hidden, experts.width)
 
 
 def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Iterator[tuple[str, Shape]]:

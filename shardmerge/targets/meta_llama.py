@@ -68,13 +68,15 @@ def _window(text: TextSource) -> tuple[str, ...]:
 
 def _check(text: TextSource, ranks: int, counted: VocabularyRows, *, by_columns: bool) -> None:
     model = text.architecture
-    if model.qkv_bias or model.mlp_bias or model.head_dim * model.heads != model.hidden_size:
+    odd = model.qkv_bias or model.mlp_bias or model.qk_norm or model.experts
+    if odd or model.head_dim * model.heads != model.hidden_size:
         raise TargetError(
             "unsupported-architecture",
-            "Meta's LLaMA has no place for biases, nor for heads that do not share the hidden size evenly",
+            "Meta's LLaMA has no place for biases, norms of queries and keys, or experts, nor for heads that do not "
+            "share the hidden size evenly",
             where=text.where,
             found=f"{model.model_type}: {model.heads} heads of {model.head_dim}, hidden size {model.hidden_size}",
-            expected="no bias, and heads times their size equal to the hidden size",
+            expected="a plain LLaMA, and heads times their size equal to the hidden size",
         )
     _check_arithmetic(text)
     sizes = {

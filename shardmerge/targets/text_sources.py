@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.shown import shown
-from shardmerge.targets import foreign_configs, llama, official_config, rewritten_configs
+from shardmerge.targets import foreign_configs, llama, megatron_args, official_config, rewritten_configs
 from shardmerge.targets.architectures import JsonObject, load_object
 from shardmerge.targets.expectation import Request
 from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.megatron_args import has_args
 from shardmerge.targets.yaml_files import load_yaml
 from shardmerge.tensors import Catalog, ReadSideFile
 
@@ -66,38 +66,14 @@ def read_text_source(request: Request, default: str = "text") -> TextSource:
         )
     found = _read(catalog, request.read)
     if found.kind == "hf":
-        _check_arguments(found, request)
+        for each in request.catalogs.values():
+            megatron_args.check_config(found.config, found.architecture, each, found.where)
     return found
-
-
-# What Megatron's args say of the arithmetic, and how the config made of them calls it.
-_ARGUMENTS = {"rotary_base": "rope_theta", "norm_epsilon": "rms_norm_eps", "layernorm_epsilon": "rms_norm_eps"}
-
-
-def _check_arguments(text: TextSource, request: Request) -> None:
-    """Checks that Megatron's args, where a source has them, describe the model that the Hugging Face config does."""
-    for catalog in request.catalogs.values():
-        if "num_layers" not in catalog.facts:
-            continue
-        made = foreign_configs.from_megatron({"vocab_size": 1, **catalog.facts}, catalog.path)
-        rope = text.config.get("rope_parameters")
-        own = {**(rope if isinstance(rope, dict) else {}), **text.config}
-        keys = {key for argument, key in _ARGUMENTS.items() if argument in catalog.facts}
-        odd = sorted(key for key in keys if key in own and own[key] != made[key])
-        if odd:
-            raise TargetError(
-                "contradiction",
-                "the config.json and the args in the checkpoint describe two models",
-                where=text.where,
-                found=", ".join(f"{key} {shown(own[key])}" for key in odd),
-                expected=", ".join(f"{key} {shown(made[key])}" for key in odd) + f", as in {catalog.path}",
-                hint="name the base that the training started from, or leave it out",
-            )
 
 
 def _describes(catalog: Catalog) -> bool:
     files = catalog.side_files
-    return any(name in files for name in ("config.json", _PARAMS, _LITGPT)) or "num_layers" in catalog.facts
+    return any(name in files for name in ("config.json", _PARAMS, _LITGPT)) or has_args(catalog)
 
 
 def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
@@ -115,8 +91,8 @@ def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
         config = foreign_configs.from_litgpt(load_yaml(files[_LITGPT], read), where)
     else:
         kind, where = "megatron", catalog.path
-        config = foreign_configs.from_megatron(catalog.facts, where)
-    return TextSource(catalog, config, llama.read_architecture(config, where), where, kind, warnings)
+        config = megatron_args.from_megatron(catalog.facts, where)
+    return TextSource(catalog, config, llama.read_architecture(config, where, llama.EVERY), where, kind, warnings)
 
 
 def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:

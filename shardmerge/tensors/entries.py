@@ -129,6 +129,10 @@ class Recipe(Protocol):
     def label(self) -> str:
         """How the plan calls it."""
 
+    @property
+    def way(self) -> str:
+        """What the tensors have in common that a plan counts together."""
+
 
 @dataclass(frozen=True, slots=True)
 class View:

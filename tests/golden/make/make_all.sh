@@ -84,6 +84,7 @@ for what in "$@"; do
         environment layouts-megatron requirements-layouts-megatron.txt
         "$envs/layouts-megatron/bin/pip" install --no-deps megatron-core==0.16.1
         "$envs/layouts-megatron/bin/python" "$make/make_layouts_megatron.py" --out "$to"
+        "$envs/layouts-megatron/bin/python" "$make/make_layouts_torch_dist.py" --out "$to"
         ;;
     dcp)
         environment distributed requirements-distributed.txt
