@@ -6,65 +6,69 @@ hold the fp32 master weights, flat and partitioned over the ranks (see ``zero``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, check_kind, check_masters, check_module, check_tag
-from shardmerge.sources.deepspeed_claims import read_claims
-from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
+from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_module, check_tag
+from shardmerge.sources.deepspeed_experts import Experts, data_before_experts, read_experts
+from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
-from shardmerge.sources.deepspeed_ranks import (
-    MISFIT,
-    OptimState,
-    RankReader,
-    frozen_shares,
-    named_tensors,
-    shape_table,
+from shardmerge.sources.deepspeed_partitions import (
+    chunked_masters,
+    flat_masters,
+    frozen_chunks,
+    layout_error,
+    listed_groups,
 )
-from shardmerge.sources.pickle_values import PickleValue, TensorRef
+from shardmerge.sources.deepspeed_ranks import OptimState, RankReader, frozen_shares, named_tensors, shape_table
+from shardmerge.sources.deepspeed_slices import sliced_groups
+from shardmerge.sources.deepspeed_values import Stored
+from shardmerge.sources.pickle_values import PickleValue
 from shardmerge.sources.state_dict import state_dict
 from shardmerge.sources.torch_checkpoint import as_dict, training_config
 from shardmerge.sources.torch_file import TorchFile
-from shardmerge.sources.zero import FlatGroup, flat_offsets
-from shardmerge.tensors import Catalog, Piece, Shape, TensorEntry
-from shardmerge.tensors.ranks import Fragments, RankChunks, chunk_numel
+from shardmerge.tensors import Catalog, Shape, TensorEntry
+
+# Where a tensor was found that has no masters.
+SAVED = "module, as saved"
 
 
-def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
-    """Returns the catalog of a DeepSpeed tag directory.
+def read_parallel_rank(folder: Path, listed: TagFiles, reader: RankReader, view: DeepSpeedView) -> Catalog:
+    """Returns the catalog of the files of one model-parallel rank, or of a run that has no more of them.
 
     Parameters
     ----------
     folder
-        The directory that holds the ``*_model_states.pt`` files.
+        The tag directory.
+    listed, reader
+        The files, and what reads them.
     view
-        ``fp32``: the master weights, with frozen parameters and buffers as they were saved. ``module``: the 16-bit
-        weights of the forward pass, where the checkpoint has them (stages 0 to 2).
+        As ``read_deepspeed``.
 
     Raises
     ------
     CheckpointError
-        ``kind-not-yet`` (MoE, pipeline, tensor parallel, universal), ``missing-rank``, ``mixed-runs``,
-        ``zero-layout``, ``no-module-view``, and what the torch reader raises.
+        ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``no-module-view``, and what the torch reader raises.
     """
-    listed = list_tag(folder)
-    reader = RankReader()
     first = reader.file(listed.models[0])
-    check_kind(folder, read_claims(as_dict(first.root)))
+    root = as_dict(first.root)
+    experts = None
+    if listed.experts or root.get("num_experts"):
+        roots = [root, *(as_dict(reader.file(rank).root) for rank in listed.optims[:1])]
+        experts = read_experts(folder, listed.experts, root.get("num_experts"), data_first=data_before_experts(roots))
     if view == "module":
         state = reader.model(listed.models[0], {})
         check_module(folder, state)
-        return _Builder(Tag(folder, [state], []), first).module_catalog()
+        return _Builder(Tag(folder, [state], []), first, reader, experts).module_catalog()
     optims = [reader.optim(rank) for rank in listed.optims]
-    frozen = frozen_shares(as_dict(first.root), len(listed.models)) if listed.models[0].partitioned else {}
+    frozen = frozen_shares(root, len(listed.models)) if listed.models[0].partitioned else {}
     tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], optims)
     check_tag(tag)
-    return _Builder(tag, first).fp32_catalog()
+    return _Builder(tag, first, reader, experts).fp32_catalog()
 
 
 @dataclass(slots=True)
@@ -73,6 +77,8 @@ class _Builder:
 
     tag: Tag
     first: TorchFile
+    reader: RankReader
+    experts: Experts | None
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
@@ -88,20 +94,22 @@ class _Builder:
         """The optimizer files, in rank order."""
         return self.tag.optims
 
-    def module(self) -> dict[str, TensorRef]:
-        """Tensors of ``module``, by name; empty where the file has none."""
-        return state_dict(self.first.root, key="module").tensors if as_dict(self.root.get("module")) else {}
+    def module(self) -> dict[str, Stored]:
+        """Tensors of ``module``, empty where the file has none, and those of the experts' files; by name."""
+        found = state_dict(self.first.root, key="module").tensors if as_dict(self.root.get("module")) else {}
+        mine = {name: Stored(self.first, ref) for name, ref in found.items()}
+        return mine | dict(self.experts.tensors) if self.experts is not None else mine
 
     def fp32_catalog(self) -> Catalog:
         """Master weights first, then whatever has none: frozen parameters, buffers, the rest of ``module``."""
         if self.tag.stage == 3:
-            self._add_stage3()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
-            self._add_frozen_stage3()
+            self.entries |= chunked_masters(self.tag, self._groups())
+            self.warnings += check_masters(self.tag, self.module(), self.entries)
+            self.entries |= frozen_chunks(self.tag, self.root)
         elif self.optims:
             self._check_module_shapes()
-            self._add_stage12()
-            self.warnings += check_masters(self.tag, self.first, self.module(), self.entries)
+            self.entries |= flat_masters(self.tag, self._groups(), self.experts)
+            self.warnings += check_masters(self.tag, self.module(), self.entries)
             self._add_frozen_whole()
         else:
             self._add_unpartitioned()
@@ -139,8 +147,8 @@ class _Builder:
         owners: dict[object, str] = {}
         shared = as_dict(self.root.get("shared_params"))
         empty = {name for group in self._listed_shapes() for name, shape in group.items() if 0 in shape}
-        for name, ref in self.module().items():
-            key = self.first.alias_key(ref)
+        for name, (file, ref) in self.module().items():
+            key = file.path, file.alias_key(ref)
             owner = shared.get(name)
             if name in self.entries:
                 owners.setdefault(key, name)
@@ -152,10 +160,12 @@ class _Builder:
                 self.aliases[name] = owners[key]
             else:
                 owners.setdefault(key, name)
-                self.entries[name] = self.first.entry(name, ref, "module, as saved")
+                self.entries[name] = file.entry(name, ref, SAVED)
 
     def _catalog(self, view: DeepSpeedView) -> Catalog:
         files = (*(state.stamp for state in self.tag.states), *(optim.stamp for optim in self.optims))
+        if self.experts is not None:
+            files += self.experts.stamps
         return Catalog(
             str(self.tag.folder),
             f"DeepSpeed ZeRO-{self.tag.stage}",
@@ -163,7 +173,7 @@ class _Builder:
             {alias: owner for alias, owner in self.aliases.items() if alias not in self.entries},
             files,
             absent=frozenset(self.absent - set(self.aliases)),
-            notes=(f"{view} view of {max(len(self.optims), 1)} rank(s)",),
+            notes=(f"{view} view of {max(len(self.optims), 1)} rank(s)", *self._of_experts()),
             warnings=tuple(self.warnings),
             training_config=training_config(self.first),
         )
@@ -178,10 +188,11 @@ class _Builder:
         """Below stage 3, module and param_shapes say the same shape of a parameter; a placeholder says none."""
         module = self.module()
         for name, shape in ((n, s) for group in self._listed_shapes() for n, s in group.items()):
-            if name in module and module[name].shape not in (shape, (0,)):
-                raise self._layout(
+            if name in module and module[name].ref.shape not in (shape, (0,)):
+                raise layout_error(
+                    self.tag.folder,
                     f"the module does not have the parameter {shown(name)} in the shape that is stated",
-                    f"{module[name].shape} in module",
+                    f"{module[name].ref.shape} in module",
                     f"{shape}, as the shapes in the model file say",
                 )
 
@@ -192,7 +203,8 @@ class _Builder:
         tied = [name for name, owner in shared if isinstance(name, str) and isinstance(owner, str) and owner in listed]
         missing = [name for name in (*listed, *tied) if name not in self.entries and name not in self.aliases]
         if missing:
-            raise self._layout(
+            raise layout_error(
+                self.tag.folder,
                 "the model file lists parameters that are in none of the files",
                 f"{len(missing)}: {shown(missing)}",
                 hint="copy the checkpoint again from where the run saved it",
@@ -205,55 +217,25 @@ class _Builder:
         if buffers:
             self.warnings.append(f"{len(buffers)} buffers that the model file lists are not in it: {shown(buffers)}")
 
-    def _shapes(self) -> list[dict[str, Shape]]:
-        groups = self.root.get("param_shapes")
-        listed = groups if isinstance(groups, list) else [groups]
-        if not all(isinstance(group, dict) for group in listed):
-            raise self._layout("the model file has no param_shapes, so the partitions cannot be named")
-        return [shape_table(group) for group in listed]
+    def _groups(self) -> list[dict[str, Shape]]:
+        """Shapes of the trained parameters, group by group."""
+        groups = listed_groups(self.root)
+        if groups is None and self.experts is not None and "param_shapes" not in self.root:
+            return sliced_groups(self.tag, self.reader, self.module(), self.experts)
+        if groups is None:
+            what = "the model file has no param_shapes, so the partitions cannot be named"
+            raise layout_error(self.tag.folder, what)
+        return groups
 
-    def _add_stage12(self) -> None:
-        shapes = self._shapes()
-        self._check_group_count(len(shapes), "parameter groups")
-        for index, group in enumerate(shapes):
-            flat = FlatGroup.of(self.optims[0].dtypes[index], [optim.partitions[index] for optim in self.optims])
-            offsets = flat_offsets(list(group.values()), self._paddings(index, len(group)))
-            self._check_group_size(index, flat.numel, offsets[-1])
-            for (name, shape), start in zip(group.items(), offsets, strict=False):
-                pieces = flat.pieces(start, prod(shape))
-                self._add(name, flat.dtype, shape, pieces, f"fp32 partitions, group {index}")
-
-    def _paddings(self, index: int, parameters: int) -> tuple[int, ...]:
-        """Elements to skip after each parameter of a group, empty for none."""
-        paddings = self.optims[0].paddings
-        mine = paddings[index] if index < len(paddings) else ()
-        if paddings and len(mine) != parameters:
-            raise self._layout(
-                f"the optimizer files have other parameters in group {index} than the model file",
-                f"{len(mine)} in param_alignment_paddings of {self.optims[0].rank.path.name}",
-                f"{parameters}, as param_shapes says",
-                ONE_SAVE,
-            )
-        return mine
-
-    def _add_stage3(self) -> None:
-        shapes = self._shapes()
-        self._check_group_count(len(shapes), "sub-groups")
-        for index, group in enumerate(shapes):
-            partitions = tuple(optim.partitions[index] for optim in self.optims)
-            dtype = self.optims[0].dtypes[index]
-            start = 0
-            for name, shape in group.items():
-                chunks = RankChunks(partitions, dtype.itemsize, start, prod(shape))
-                self._add(name, dtype, shape, chunks, f"fp32 partitions, sub-group {index}")
-                start += chunk_numel(prod(shape), len(partitions))
-            for rank, part in enumerate(partitions):
-                if part.numel != start:
-                    raise self._layout(
-                        f"sub-group {index} of rank {rank} does not hold what param_shapes lists",
-                        f"{part.numel} elements",
-                        f"{start} elements",
-                    )
+    def _of_experts(self) -> Iterator[str]:
+        """What is to be said of experts: how many, and which of their weights have no masters."""
+        if self.experts is None:
+            return
+        tensors = self.experts.tensors
+        narrow = sum(1 for name in tensors if self.entries[name].origin == SAVED) if self.optims else 0
+        yield f"{sum(self.experts.counts.values())} experts in {len(self.experts.counts)} layers"
+        if narrow:
+            yield f"{narrow} tensors of experts have no fp32 masters (frozen): their 16-bit files are taken"
 
     def _add_frozen_whole(self) -> None:
         """Stage 2 saves frozen parameters whole, under both names; stage 1 leaves them in ``module``."""
@@ -261,20 +243,11 @@ class _Builder:
             if name not in self.entries:
                 shape = shape_table(self.root.get("frozen_param_shapes")).get(name, ref.shape)
                 if prod(shape) != prod(ref.shape):
-                    raise self._layout(f"frozen parameter {name!r} has another size than its shape {shape}")
+                    raise layout_error(
+                        self.tag.folder, f"frozen parameter {name!r} has another size than its shape {shape}"
+                    )
                 entry = self.first.entry(name, ref, "frozen parameters")
                 self.entries[name] = TensorEntry(name, entry.dtype, shape, entry.pieces, entry.origin)
-
-    def _add_frozen_stage3(self) -> None:
-        table = named_tensors(self.root.get("frozen_param_fragments"))
-        files = tuple(state.stamp.path for state in self.tag.states)
-        offsets = tuple(state.fragments for state in self.tag.states)
-        for index, (name, shape) in enumerate(shape_table(self.root.get("frozen_param_shapes")).items()):
-            if any(mine[index] == MISFIT for mine in offsets):
-                raise self._layout(f"the fragments of the frozen parameter {name!r} do not add up to {shape}")
-            dtype = table[name].dtype
-            share = Fragments(files, offsets, index, chunk_numel(prod(shape), len(files)), dtype.itemsize)
-            self._add(name, dtype, shape, RankChunks(share, dtype.itemsize, 0, prod(shape)), "frozen fragments")
 
     def _add_shared(self) -> None:
         shared = as_dict(self.root.get("shared_params"))
@@ -286,10 +259,13 @@ class _Builder:
         """Stage 0 keeps nameless fp32 masters in ``optimizer``; they are used where their values name every one."""
         optimizer = as_dict(self.root.get("optimizer"))
         buffers = set(_strings(self.root.get("buffer_names")))
-        module = {name: ref for name, ref in self.module().items() if name not in buffers}
+        module = {name: ref for name, (_, ref) in self.module().items() if name not in buffers}
         if not has_masters(optimizer):
             if any(ref.dtype.name in ("BF16", "F16") for ref in module.values()):
                 self.warnings.append("the checkpoint has no fp32 masters: the 16-bit module is taken")
+            return
+        if self.experts is not None:  # each rank has those of its own, nameless
+            self.warnings.append("the fp32 masters of a model with experts have no names: the 16-bit weights are taken")
             return
         named = name_masters(self.first, optimizer, module)
         if named is None:
@@ -300,36 +276,6 @@ class _Builder:
             return
         for name, ref in named.items():
             self.entries[name] = self.first.entry(name, ref, "fp32 masters")
-
-    def _add(self, name: str, dtype: DType, shape: Shape, pieces: Sequence[Piece], origin: str) -> None:
-        self.entries[name] = TensorEntry(name, dtype, shape, pieces, origin)
-
-    def _check_group_count(self, groups: int, what: str) -> None:
-        for optim in self.optims:
-            if len(optim.partitions) != groups:
-                raise self._layout(
-                    f"rank {optim.rank.data_parallel} does not have the {what} that param_shapes lists",
-                    f"{len(optim.partitions)} in {optim.rank.path.name}",
-                    str(groups),
-                    ONE_SAVE,
-                )
-
-    def _check_group_size(self, index: int, held: int, needed: int) -> None:
-        # The flat group is padded to a multiple of 2 * world before it is cut (stage_1_and_2.py, nccl_start_alignment_
-        # factor = 2). Saved parts have lost that padding, except those of BF16_Optimizer.
-        align = 2 * len(self.optims)
-        if not needed <= held <= -(-needed // align) * align:
-            raise self._layout(
-                f"the ranks together do not hold parameter group {index}",
-                f"{held} elements in {len(self.optims)} files",
-                f"{needed} elements, as param_shapes says",
-                ONE_SAVE,
-            )
-
-    def _layout(self, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
-        return CheckpointError(
-            "zero-layout", what, where=str(self.tag.folder), found=found, expected=expected, hint=hint
-        )
 
 
 def _strings(value: PickleValue) -> list[str]:

@@ -9,11 +9,9 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
-from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name
+from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_file, model_name, optim_name
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
-from shardmerge.sources.deepspeed_values import compare_masters
-from shardmerge.sources.pickle_values import TensorRef
-from shardmerge.sources.torch_file import TorchFile
+from shardmerge.sources.deepspeed_values import Stored, compare_masters
 from shardmerge.tensors import TensorEntry
 
 ONE_SAVE = "copy the files of one save into a directory of their own"
@@ -64,13 +62,15 @@ class Tag:
 
 
 def check_kind(folder: Path, claims: DeepSpeedClaims) -> None:
-    """Raises ``kind-not-yet`` for a run with experts or model parallelism, also where only a part of it is there."""
-    if claims.experts > 0:
-        raise kind_not_yet(folder, "mixture-of-experts (MoE)")
+    """Raises ``kind-not-yet`` for a run in a way that is not read, also where only a part of it is there."""
+    if claims.autoep:
+        raise kind_not_yet(folder, "AutoEP (fused experts)")
+    if claims.experts and claims.tensor_parallel > 1:
+        raise kind_not_yet(folder, "tensor-parallel mixture-of-experts (MoE)", _parallel(claims.tensor_parallel))
+    if claims.experts and claims.stage == 3:
+        raise kind_not_yet(folder, "mixture-of-experts (MoE) ZeRO-3")
     if claims.pipeline_parallel > 1:
         raise kind_not_yet(folder, "pipeline-parallel", _parallel(claims.pipeline_parallel))
-    if claims.tensor_parallel > 1:
-        raise kind_not_yet(folder, "tensor-parallel", _parallel(claims.tensor_parallel))
 
 
 def _parallel(ranks: int) -> str:
@@ -116,7 +116,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
             "mixed-runs",
             "the model file has the name of another ZeRO stage than it states",
             found=first.path.name,
-            expected=f"{model_name(0) if claimed == 3 else 'mp_rank_00_model_states.pt'}, for stage {shown(claimed)}",
+            expected=f"{model_file(first.model_parallel, partitioned=claimed == 3)}, for stage {shown(claimed)}",
             hint=ONE_SAVE,
         )
     for optim in tag.optims:
@@ -171,9 +171,11 @@ def _missing(tag: Tag, what: str, ranks: Sequence[int], world: int) -> Iterator[
 
 
 def _file_name(tag: Tag, what: str, rank: int) -> str:
+    parallel = tag.states[0].rank.model_parallel
     if what == "model":
-        return model_name(rank)
-    return optim_name(rank, bf16=tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16)
+        return model_name(rank, parallel)
+    bf16 = tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16
+    return optim_name(rank, parallel, bf16=bf16)
 
 
 def _way_out(tag: Tag) -> str:
@@ -238,9 +240,7 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
     )
 
 
-def check_masters(
-    tag: Tag, model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry]
-) -> list[str]:
+def check_masters(tag: Tag, module: Mapping[str, Stored], entries: Mapping[str, TensorEntry]) -> list[str]:
     """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.
 
     Masters round to the module's weights in one save. Steps differ also where an optimizer was begun anew when the run
@@ -253,7 +253,7 @@ def check_masters(
     """
     claims = tag.claims
     odd = next((o for o in tag.optims if o.step is not None and not claims.counts_to(o.step)), None)
-    tally = compare_masters(model, module, entries, _CLOSELY if odd else _USUALLY)
+    tally = compare_masters(module, entries, _CLOSELY if odd else _USUALLY)
     steps = "" if odd is None else f"{odd.step:g} steps in {odd.rank.path.name}"
     if steps and (tally.differing or not tally.files):
         skipped = f" ({claims.skipped} skipped)" if claims.skipped else ""

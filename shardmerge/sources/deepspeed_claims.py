@@ -31,8 +31,8 @@ class DeepSpeedClaims:
         ``dp_world_size``; 0 if not stated.
     tensor_parallel, pipeline_parallel
         Degrees: ``checkpoint_parallel_dimensions`` (0.19) or ``mp_world_size``, which is taken for tensor parallelism.
-    experts
-        The largest of ``num_experts``, 0 for none.
+    experts, autoep
+        The largest of ``num_experts``, 0 for none; whether AutoEP (0.19) fused them.
     steps, skipped
         ``global_steps``, and how many of these an fp16 overflow left out.
     version, bf16
@@ -48,6 +48,7 @@ class DeepSpeedClaims:
     tensor_parallel: int
     pipeline_parallel: int
     experts: int
+    autoep: bool
     steps: int | None
     skipped: int
     version: str
@@ -76,7 +77,8 @@ def read_claims(root: Mapping[object, PickleValue]) -> DeepSpeedClaims:
         world=_count(root.get("dp_world_size")),
         tensor_parallel=_count(degrees.get("tp_degree")) or _count(root.get("mp_world_size")) // max(stages, 1),
         pipeline_parallel=stages,
-        experts=largest(root.get("num_experts")),
+        experts=max(largest(root.get("num_experts")), 0),
+        autoep=bool(root.get("ds_autoep_layers") or root.get("autoep_layers")),
         steps=_count(steps) if isinstance(steps, int) else None,
         skipped=_count(root.get("skipped_steps")),
         version=text_of(root.get("ds_version")),

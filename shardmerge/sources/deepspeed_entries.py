@@ -78,6 +78,6 @@ def read_tag_member(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _deepspeed(folder: Path, options: OpenOptions) -> Catalog:
-    from shardmerge.sources.deepspeed import read_deepspeed
+    from shardmerge.sources.deepspeed_kinds import read_deepspeed
 
     return read_deepspeed(folder, view=options.view)

@@ -15,7 +15,9 @@ DeepSpeedView: TypeAlias = Literal["fp32", "module"]
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
-_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*_optim_states\.pt")
+_EXPERT = re.compile(r"(?:layer_(?P<layer>\d{1,9})_)?expert_(?P<expert>\d{1,9})_mp_rank_(?P<mp>\d+)_model_states\.pt")
+# The optimizer of the ranks that hold some of the experts, where it is none of ZeRO's.
+_EXPERT_OPTIM = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 # What `zero_to_fp32.py`, `save_pretrained` and `save_16bit_model` call a whole model.
 _WHOLE = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
@@ -53,11 +55,39 @@ class DeepSpeedRankFile:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertFile:
+    """The file of one expert of one layer, by their numbers in the model."""
+
+    path: Path
+    layer: int
+    expert: int
+
+    def saved_as(self, archive: str) -> str:
+        """As ``DeepSpeedRankFile.saved_as``."""
+        match = _EXPERT.fullmatch(f"{archive}.pt")
+        mine = (str(self.layer), str(self.expert))
+        return match[0] if match is not None and (match["layer"], match["expert"]) != mine else ""
+
+
+@dataclass(frozen=True, slots=True)
 class TagFiles:
-    """Model and optimizer files, each in numeric rank order (rank 10 after rank 9)."""
+    """Model and optimizer files, each in numeric rank order (rank 10 after rank 9), and those of experts."""
 
     models: tuple[DeepSpeedRankFile, ...]
     optims: tuple[DeepSpeedRankFile, ...]
+    experts: tuple[ExpertFile, ...] = ()
+
+    @property
+    def parallel(self) -> list[int]:
+        """The model-parallel ranks that have a file, in order."""
+        return sorted({file.model_parallel for file in (*self.models, *self.optims)})
+
+    def of_rank(self, parallel: int) -> TagFiles:
+        """Returns the files of one model-parallel rank."""
+        models, optims = (
+            tuple(file for file in files if file.model_parallel == parallel) for files in (self.models, self.optims)
+        )
+        return TagFiles(models, optims, self.experts)
 
 
 def is_tag_folder(folder: Path) -> bool:
@@ -78,7 +108,7 @@ def list_tag(folder: Path) -> TagFiles:
     Raises
     ------
     CheckpointError
-        ``kind-not-yet`` for layouts with model parallelism or experts and for universal checkpoints;
+        ``kind-not-yet`` for pipeline stages, for universal checkpoints, and for experts without a layer's number;
         ``missing-rank`` when there is no model file at all; ``mixed-runs`` when a rank has two files of a kind.
     """
     kinds: dict[str, list[Path]] = {}
@@ -86,7 +116,8 @@ def list_tag(folder: Path) -> TagFiles:
         kinds.setdefault(_kind(path.name), []).append(path)
     models = _ranks(kinds.get("model", []), _MODEL)
     optims = _ranks(kinds.get("optim", []), _OPTIM)
-    _refuse_other_kinds(folder, kinds, (*models, *optims))
+    experts = _experts(folder, kinds.get("expert", []))
+    _refuse_other_kinds(folder, kinds)
     raise_all(_twice(folder, models, optims))
     if not models:
         raise CheckpointError(
@@ -96,17 +127,27 @@ def list_tag(folder: Path) -> TagFiles:
             expected="mp_rank_00_model_states.pt or zero_pp_rank_*_mp_rank_00_model_states.pt",
             hint="rank 0 writes it: gather the files of all nodes in one directory",
         )
-    return TagFiles(models, optims)
+    return TagFiles(models, optims, experts)
 
 
-def model_name(rank: int) -> str:
+def model_name(rank: int, parallel: int = 0) -> str:
     """Returns the name of a rank's model file in stage 3."""
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+    return f"zero_pp_rank_{rank}_mp_rank_{parallel:02d}_model_states.pt"
 
 
-def optim_name(rank: int, *, bf16: bool) -> str:
+def optim_name(rank: int, parallel: int = 0, *, bf16: bool) -> str:
     """Returns the name of a rank's optimizer file."""
-    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_{parallel:02d}_optim_states.pt"
+
+
+def model_file(parallel: int, *, partitioned: bool) -> str:
+    """Returns the name of the first model file of a model-parallel rank; in stage 3 there is one a data rank."""
+    return model_name(0, parallel) if partitioned else f"mp_rank_{parallel:02d}_model_states.pt"
+
+
+def expert_name(layer: int, expert: int) -> str:
+    """Returns the name of an expert's file."""
+    return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
 def consolidated(folder: Path) -> Path | None:
@@ -120,7 +161,7 @@ def _numbers(name: str) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> str:
-    patterns = (("expert", _EXPERT), ("layer", _LAYER), ("optim", _OPTIM), ("model", _MODEL))
+    patterns = (("expert", _EXPERT), ("expp", _EXPERT_OPTIM), ("layer", _LAYER), ("optim", _OPTIM), ("model", _MODEL))
     return next((kind for kind, pattern in patterns if pattern.fullmatch(name)), "")
 
 
@@ -136,9 +177,9 @@ def _ranks(paths: list[Path], pattern: re.Pattern[str]) -> tuple[DeepSpeedRankFi
 def _twice(folder: Path, *sets: tuple[DeepSpeedRankFile, ...]) -> Iterator[CheckpointError]:
     """Two files for one rank: those of another stage, or with and without ``bf16_``, in one directory."""
     for files in sets:
-        known: dict[int, DeepSpeedRankFile] = {}
+        known: dict[tuple[int, int], DeepSpeedRankFile] = {}
         for file in files:
-            other = known.setdefault(file.data_parallel, file)
+            other = known.setdefault((file.model_parallel, file.data_parallel), file)
             if other is not file:
                 yield CheckpointError(
                     "mixed-runs",
@@ -149,15 +190,24 @@ def _twice(folder: Path, *sets: tuple[DeepSpeedRankFile, ...]) -> Iterator[Check
                 )
 
 
-def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]], files: tuple[DeepSpeedRankFile, ...]) -> None:
+def _experts(folder: Path, paths: list[Path]) -> tuple[ExpertFile, ...]:
+    found = []
+    for path in paths:
+        match = _EXPERT.fullmatch(path.name)
+        assert match is not None  # it is of this kind
+        if match["layer"] is None:
+            raise kind_not_yet(folder, "mixture-of-experts (MoE) of an early form", path.name)
+        if int(match["mp"]):
+            raise kind_not_yet(folder, "tensor-parallel mixture-of-experts (MoE)", path.name)
+        found.append(ExpertFile(path, int(match["layer"]), int(match["expert"])))
+    return tuple(sorted(found, key=lambda file: (file.layer, file.expert)))
+
+
+def _refuse_other_kinds(folder: Path, kinds: dict[str, list[Path]]) -> None:
     if (folder / "zero").is_dir():
         kind = "universal"
-    elif "expert" in kinds:
-        kind = "mixture-of-experts (MoE)"
     elif "layer" in kinds:
         kind = "pipeline-parallel"
-    elif any(file.model_parallel for file in files):
-        kind = "tensor-parallel"
     else:
         return
     raise kind_not_yet(folder, kind)
@@ -170,5 +220,5 @@ def kind_not_yet(folder: Path, kind: str, found: str = "") -> CheckpointError:
         f"this is a {kind} DeepSpeed checkpoint, which shardmerge does not read yet",
         where=str(folder),
         found=found,
-        expected="ZeRO stages 0 to 3 without model parallelism",
+        expected="ZeRO stages 0 to 3, with experts or with tensor parallelism",
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from pathlib import PurePath
+from typing import NamedTuple
 
 from shardmerge.dtypes import DType
 from shardmerge.shown import shown
@@ -30,6 +31,13 @@ _READ = frozenset({"F32", "F16", "BF16"})
 # after the last step; the files of another save, or names exchanged, differ in most of them.
 _FEW_OF_A_FILE, _FEW = 4, 2
 _NAN = b"NaN"  # a NaN is any of many patterns
+
+
+class Stored(NamedTuple):
+    """A tensor of a torch file."""
+
+    file: TorchFile
+    ref: TensorRef
 
 
 class Samples:
@@ -136,21 +144,19 @@ class Tally:
         return ""
 
 
-def compare_masters(
-    model: TorchFile, module: Mapping[str, TensorRef], entries: Mapping[str, TensorEntry], most: int
-) -> Tally:
+def compare_masters(module: Mapping[str, Stored], entries: Mapping[str, TensorEntry], most: int) -> Tally:
     """Compares about ``most`` masters, spread over all pieces of all tensors, with the module's weights of their names.
 
     Parameters
     ----------
-    model, module
-        The model file, and the tensors of its ``module`` by name.
+    module
+        The 16-bit tensors, by name.
     entries
         Masters, by name. Those whose module has another shape (a placeholder), or none, are left out.
     most
         About how many weights.
     """
-    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name])]
+    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name].ref)]
     starts = list(accumulate((len(entries[name].pieces) for name in names), initial=0))
     each = max(most // max(starts[-1], 1), 1)
     samples, tally = Samples(), Tally()
@@ -160,7 +166,7 @@ def compare_masters(
         piece = entry.pieces[index - starts[at]]
         assert isinstance(piece.held, Extent)  # partitions are dense
         indices = spread_places(piece.count, each)
-        differing = _differing(samples, (model, module[names[at]]), piece, entry.dtype, indices)
+        differing = _differing(samples, module[names[at]], piece, entry.dtype, indices)
         tally.add(piece.held.file, names[at], len(indices), differing)
     return tally
 
@@ -169,14 +175,11 @@ def _comparable(entry: TensorEntry, ref: TensorRef) -> bool:
     return ref.shape == entry.shape and is_float(entry.dtype) and is_float(ref.dtype)
 
 
-def _differing(
-    samples: Samples, there: tuple[TorchFile, TensorRef], piece: Piece, dtype: DType, indices: Sequence[int]
-) -> int:
+def _differing(samples: Samples, there: Stored, piece: Piece, dtype: DType, indices: Sequence[int]) -> int:
     """Returns how many elements of a piece of masters do not round to those of the module's tensor."""
-    model, ref = there
     held = piece.held
     assert isinstance(held, Extent)
-    narrow = dtype if dtype.itemsize < ref.dtype.itemsize else ref.dtype
-    theirs = samples.elements(model, ref, [piece.start + index for index in indices])
+    narrow = dtype if dtype.itemsize < there.ref.dtype.itemsize else there.ref.dtype
+    theirs = samples.elements(there.file, there.ref, [piece.start + index for index in indices])
     mine = [samples.value(held.file, held.offset + index * dtype.itemsize, dtype) for index in indices]
     return sum(rounded_bytes(a, narrow) != rounded_bytes(b, narrow) for a, b in zip(mine, theirs, strict=True))
