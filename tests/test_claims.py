@@ -347,16 +347,6 @@ def test_the_module_view_needs_no_optimizer_file(saved: Saved, tmp_path: Path) -
         assert is_truth(read_all(sm.inspect(folder, view="module")), expected)
 
 
-def test_half_of_a_tensor_parallel_run_is_no_model(tmp_path: Path) -> None:
-    tag = next((GOLDEN / "refused" / "tensor_parallel" / "ckpt").glob("*/"))
-    for path in tag.glob("*mp_rank_00*"):
-        shutil.copy(path, tmp_path)
-    for view in ("fp32", "module"):
-        text = shardmerge("inspect", tmp_path, "--view", view, code=1).stderr
-        assert "[kind-not-yet]" in text
-        assert "mp_rank_00 to mp_rank_01" in text
-
-
 def test_two_saves_say_their_steps_and_the_module_is_offered(tmp_path: Path) -> None:
     late, early = (_case(f"two_saves_z1_w2_bf16{which}") for which in ("", ", first tag"))
     folder = _copy(late, tmp_path / "tag")

@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_module, check_tag
-from shardmerge.sources.deepspeed_experts import Experts, data_before_experts, read_experts
+from shardmerge.sources.deepspeed_experts import Experts, check_expert_optims, data_before_experts, read_experts
 from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
 from shardmerge.sources.deepspeed_partitions import (
@@ -65,6 +65,8 @@ def read_parallel_rank(folder: Path, listed: TagFiles, reader: RankReader, view:
         check_module(folder, state)
         return _Builder(Tag(folder, [state], []), first, reader, experts).module_catalog()
     optims = [reader.optim(rank) for rank in listed.optims]
+    if not optims:
+        check_expert_optims(folder, listed.expert_optims)
     frozen = frozen_shares(root, len(listed.models)) if listed.models[0].partitioned else {}
     tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], optims)
     check_tag(tag)

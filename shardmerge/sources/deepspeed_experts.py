@@ -22,6 +22,7 @@ from shardmerge.sources.deepspeed_files import ExpertFile, expert_name
 from shardmerge.sources.deepspeed_ranks import OptimState, named_tensors
 from shardmerge.sources.deepspeed_values import Stored
 from shardmerge.sources.pickle_values import PickleValue
+from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import read_torch_file
 from shardmerge.tensors import FileStamp, Shape
 
@@ -120,6 +121,25 @@ def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue,
         stamps.append(torch_file.stamp)
     by_layer = {layer: counts[number] for layer, number in layers.items()}
     return Experts(tensors, by_layer, tuple(stamps), data_first)
+
+
+def check_expert_optims(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises ``missing-rank`` where there is no file of partitions and the optimizer of the experts says it was ZeRO's.
+
+    Up to DeepSpeed 0.16 the model file of such a run says nothing of its optimizer.
+    """
+    for path in paths[:1]:
+        root = as_dict(read_torch_file(path).root)
+        if "optimizer" in root and root["optimizer"] is None:
+            raise CheckpointError(
+                "missing-rank",
+                "there are no optimizer files",
+                where=str(folder),
+                found=f"{path.name}, which leaves the optimizer to ZeRO's files",
+                expected="zero_pp_rank_*_mp_rank_00_optim_states.pt, one a rank",
+                hint="every node writes its own ranks: gather the files of all nodes in one directory; "
+                "or take the 16-bit weights of the model file alone: --view module (in a mapping, `view: module`)",
+            )
 
 
 def _incomplete(folder: Path, files: Sequence[ExpertFile], counts: Sequence[int]) -> Iterator[CheckpointError]:

@@ -76,6 +76,7 @@ class TagFiles:
     models: tuple[DeepSpeedRankFile, ...]
     optims: tuple[DeepSpeedRankFile, ...]
     experts: tuple[ExpertFile, ...] = ()
+    expert_optims: tuple[Path, ...] = ()
 
     @property
     def parallel(self) -> list[int]:
@@ -87,7 +88,7 @@ class TagFiles:
         models, optims = (
             tuple(file for file in files if file.model_parallel == parallel) for files in (self.models, self.optims)
         )
-        return TagFiles(models, optims, self.experts)
+        return TagFiles(models, optims, self.experts, self.expert_optims)
 
 
 def is_tag_folder(folder: Path) -> bool:
@@ -127,7 +128,7 @@ def list_tag(folder: Path) -> TagFiles:
             expected="mp_rank_00_model_states.pt or zero_pp_rank_*_mp_rank_00_model_states.pt",
             hint="rank 0 writes it: gather the files of all nodes in one directory",
         )
-    return TagFiles(models, optims, experts)
+    return TagFiles(models, optims, experts, tuple(kinds.get("expp", [])))
 
 
 def model_name(rank: int, parallel: int = 0) -> str:

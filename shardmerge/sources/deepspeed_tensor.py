@@ -16,7 +16,7 @@ from shardmerge.sources.deepspeed_claims import DeepSpeedClaims
 from shardmerge.sources.deepspeed_values import spread_places
 from shardmerge.sources.pickle_values import PickleValue
 from shardmerge.sources.rank_sets import check_same_names, ranks_in_words
-from shardmerge.sources.tensor_layouts import TensorLayout, TensorLayouts, read_layouts
+from shardmerge.sources.tensor_layouts import SAYING, TensorLayout, TensorLayouts, read_layouts
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.value_digest import value_digest
 from shardmerge.storage.reading import FilePool
@@ -64,9 +64,10 @@ def join_ranks(folder: Path, ranks: Sequence[TensorRank]) -> Catalog:
     """
     raise_all(_two_saves(folder, ranks))
     check_same_names(folder, {rank.path.name: rank.catalog for rank in ranks})
+    raise_all(_other_ties(folder, ranks))
     first = ranks[0]
     info = as_dict(first.root.get(_INFO))
-    if not info:
+    if not info.keys() & SAYING:
         raise _unsaid(folder, first.path, len(ranks))
     layouts = read_layouts(info, str(first.path))
     joined = _Joined({}, {}, [], 0)
@@ -74,7 +75,7 @@ def join_ranks(folder: Path, ranks: Sequence[TensorRank]) -> Catalog:
     whole = set(buffers) if isinstance(buffers, list) else set()
     for name in first.catalog.entries:
         try:
-            joined.add(name, [rank.catalog.entries[name] for rank in ranks], layouts, copied=name in whole)
+            joined.add(name, [rank.catalog[name] for rank in ranks], layouts, copied=name in whole)
         except ShardmergeError as error:
             joined.errors += error.each()
     raise_all(joined.errors)
@@ -97,8 +98,12 @@ class _Joined:
     padded: int
 
     def add(self, name: str, shards: Sequence[TensorEntry], layouts: TensorLayouts, *, copied: bool) -> None:
-        """Adds a tensor; buffers are copies, since no rule speaks of them."""
-        if len({shard.dtype.name for shard in shards}) > 1:
+        """Adds a tensor; buffers are copies, since no rule speaks of them.
+
+        A rank that has none of a parameter has no master of it, but a placeholder in 16 bits.
+        """
+        first = next((shard for shard in shards if shard.numel), shards[0])
+        if any(shard.dtype != first.dtype for shard in shards if shard.numel):
             raise CheckpointError(
                 "mixed-ranks",
                 f"the shards of {shown(name)} are of several types",
@@ -108,12 +113,12 @@ class _Joined:
             )
         shapes = [shard.shape for shard in shards]
         layout = layouts.copies(name, shapes) if copied else layouts.layout(name, shapes)
-        pieces = assembled(layout.shape, shards, layout.parts, f"{layouts.where}, {name}")
-        entry = replace(shards[0], shape=layout.shape, pieces=pieces)
+        pieces = assembled(first.dtype, layout.shape, shards, layout.parts, f"{layouts.where}, {name}")
+        entry = replace(first, shape=layout.shape, pieces=pieces)
         if layout.shape and layout.rows < layout.shape[0]:
             zeros = (0,) * len(layout.shape)
             entry = part_entry(entry, ShardPart(0, (layout.rows, *layout.shape[1:]), zeros, zeros))
-            entry = replace(entry, origin=shards[0].origin)
+            entry = replace(entry, origin=first.origin)
             self.padded += 1
         self.entries[name] = entry
         self.replicas[name] = list(_replicas(shards, layout))
@@ -176,6 +181,25 @@ def _two_saves(folder: Path, ranks: Sequence[TensorRank]) -> Iterator[Checkpoint
             )
 
 
+def _other_ties(folder: Path, ranks: Sequence[TensorRank]) -> Iterator[CheckpointError]:
+    """A weight that is tied, or there, in one rank is so in all; a placeholder of ZeRO-3 says nothing of a tie."""
+    first = ranks[0]
+    for rank in ranks[1:]:
+        mine, theirs = first.catalog, rank.catalog
+        odd = [name for name in mine.entries if name not in theirs]
+        odd += [name for name, owner in mine.aliases.items() if theirs.aliases.get(name, owner) != owner]
+        odd += [name for name in mine.aliases if name in theirs.entries]
+        if odd:
+            yield CheckpointError(
+                "mixed-ranks",
+                f"tensors of {first.path.name} are not so in {rank.path.name}",
+                where=str(folder),
+                found=f"{len(odd)}: {shown(odd)}",
+                expected="the same weights, tied to the same ones",
+                hint="copy the files of one save into a directory of their own",
+            )
+
+
 def _unsaid(folder: Path, path: Path, ranks: int) -> CheckpointError:
     return CheckpointError(
         "kind-not-yet",
@@ -196,7 +220,7 @@ def _catalog(ranks: Sequence[TensorRank], entries: Mapping[str, TensorEntry], no
         kind=f"{first.kind}, {ranks_in_words(len(ranks))} of tensor parallelism",
         entries=entries,
         files=tuple(stamp for catalog in catalogs for stamp in catalog.files),
-        absent=frozenset(name for catalog in catalogs for name in catalog.absent),
+        absent=frozenset(name for catalog in catalogs for name in catalog.absent if name not in first.aliases),
         notes=(*first.notes, *notes),
         warnings=tuple(warnings),
     )

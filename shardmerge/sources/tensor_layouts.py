@@ -21,8 +21,13 @@ from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.tensors import Shape
 from shardmerge.tensors.shards import ShardPart
 
+# Without one of these the info is of something else, a version alone or stages, and says nothing of shards.
+SAYING = frozenset({"affine_map", "parameter_with_row_parallelism_patterns", "tp_replicated_parameter_patterns"})
 # Since then sub-parameters have the widths of their shards written down, and are not cut evenly.
 _WIDTHS_VERSION = 0.4
+# Rows that pad a vocabulary for each rank: Megatron's --make-vocab-size-divisible-by is 128 and may be set higher. A
+# table with more of them beyond the vocabulary is another one, of positions.
+_MOST_PADDING = 1024
 # What its formats are numbered by; ``AFFINE_MAP_FORMAT_VERSION``.
 _AFFINE_VERSION = 1
 
@@ -83,7 +88,7 @@ class TensorLayouts:
         if self._one(self.averaged, name):
             raise self._not_read(name, "the average of its shards")
         found = self._of_patterns(name, shapes)
-        return self._kept(name, found) if self._one(self.vocabulary, name) else found
+        return self._kept(name, found, shapes) if self._one(self.vocabulary, name) else found
 
     def _of_map(self, name: str, entry: PickleValue, shapes: Sequence[Shape]) -> TensorLayout:
         found = affine_layout(as_dict(entry), shapes)
@@ -155,13 +160,11 @@ class TensorLayouts:
             raise self._misfit(name, f"sub-parameters of {shown(stated)}", shapes)
         return axis, [[size // ranks] * ranks for size in sizes]
 
-    def _kept(self, name: str, found: TensorLayout) -> TensorLayout:
+    def _kept(self, name: str, found: TensorLayout, shapes: Sequence[Shape]) -> TensorLayout:
         """Returns the layout without the rows that pad a vocabulary so that all ranks hold as many."""
-        if not found.shape or not 0 < self.vocabulary_rows <= found.shape[0]:
-            stated = (
-                f"a vocabulary of {self.vocabulary_rows} rows" if self.vocabulary_rows else "a vocabulary of no size"
-            )
-            raise self._misfit(name, stated, [found.shape])
+        rows = found.shape[0] if found.shape else 0
+        if not 0 < self.vocabulary_rows <= rows <= self.vocabulary_rows + _MOST_PADDING * len(shapes):
+            raise self._misfit(name, f"the {self.vocabulary_rows} rows of the vocabulary, padded", shapes)
         return TensorLayout(found.shape, self.vocabulary_rows, found.parts)
 
     def _one(self, patterns: NamePatterns, name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from shardmerge.dtypes import DType
 from shardmerge.tensors.boxes import boxed, check_tiling
 from shardmerge.tensors.entries import Box, Boxes, Extent, Piece, Shape, Strided, TensorEntry
 from shardmerge.tensors.strides import blocks, in_order, place, row_major, span
@@ -36,7 +37,7 @@ class ShardPart:
 
 
 def assembled(
-    shape: Shape, shards: Sequence[TensorEntry], parts: Sequence[ShardPart], where: str = ""
+    dtype: DType, shape: Shape, shards: Sequence[TensorEntry], parts: Sequence[ShardPart], where: str = ""
 ) -> tuple[Piece, ...]:
     """Returns the pieces of a whole tensor.
 
@@ -44,10 +45,10 @@ def assembled(
 
     Parameters
     ----------
-    shape
-        Of the whole tensor, with as many axes as its shards.
+    dtype, shape
+        Of the whole tensor, which has as many axes as its shards.
     shards
-        By rank; of one dtype, in extents or views of these.
+        By rank; all that have elements of that dtype.
     parts
         Of all of them.
     where
@@ -64,7 +65,7 @@ def assembled(
         check_tiling(shard.shape, [Box(part.inside, part.shape, held) for part in mine], where)
     firsts = {(part.at, part.shape): part for part in reversed(parts)}
     found = (box for part in firsts.values() for box in part_boxes(shards[part.rank], part, part.at))
-    return boxed(shards[0].dtype, shape, found, where)
+    return boxed(dtype, shape, found, where)
 
 
 def part_entry(shard: TensorEntry, part: ShardPart) -> TensorEntry:

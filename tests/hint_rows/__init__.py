@@ -15,6 +15,7 @@ from tests.hint_rows import (
     names,
     ops,
     output,
+    parallel,
     parts,
     presets,
     quantized,
@@ -24,7 +25,7 @@ from tests.hint_rows import (
 from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
 _TEXTS = (mapping, names, ops, presets, output)
-_INPUTS = (adapters, adapter_bases, deepspeed, checkpoints, torch_files, quantized)
+_INPUTS = (adapters, adapter_bases, deepspeed, parallel, checkpoints, torch_files, quantized)
 _RESULTS = (models, targets, llava, faults, parts)
 ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
 

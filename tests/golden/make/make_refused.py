@@ -2,8 +2,7 @@
 
     python make_refused.py --out DIR [--only NAME ...]
 
-Mixture of experts, pipeline stages, tensor parallel parts and a universal checkpoint, each by the
-DeepSpeed that is installed. They have no truth.
+Pipeline stages and a universal checkpoint, each by the DeepSpeed that is installed. They have no truth.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from processes import prepare_deepspeed, spawn
 
-NAMES = ("moe_z2", "pipeline", "tensor_parallel", "universal")
+NAMES = ("pipeline", "universal")
 WHAT = {
-    "moe_z2": ("mixture of experts, 4 experts over 2 ranks, ZeRO-2", 2),
     "pipeline": ("two pipeline stages, ZeRO-1", 1),
-    "tensor_parallel": ("AutoTP over 2 ranks, ZeRO-1", 1),
     "universal": ("ds_to_universal of a ZeRO-2 checkpoint", 2),
 }
 
@@ -48,35 +45,6 @@ def save(engine: Any, name: str) -> None:
     engine.save_checkpoint(f"{name}/ckpt", client_state={"note": "tiny"})
 
 
-def moe(name: str, rank: int) -> None:
-    import deepspeed
-    import torch
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-    from torch import nn
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inp = nn.Linear(6, 8)
-            self.moe = MoE(8, nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 8)), num_experts=4, ep_size=2, k=1)
-            self.out = nn.Linear(8, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden, balance, _ = self.moe(self.inp(x))
-            return self.out(hidden).float().pow(2).mean() + balance.float()
-
-    model = Model()
-    group = {"params": list(model.parameters()), "name": "all"}
-    optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(group), lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=base_config(2))
-    for step in range(2):
-        generator = torch.Generator().manual_seed(10 * step + rank)
-        engine.backward(engine(torch.randn(2, 4, 6, generator=generator).bfloat16()))
-        engine.step()
-    save(engine, name)
-
-
 def pipeline(name: str, rank: int) -> None:
     import deepspeed
     import torch
@@ -93,25 +61,6 @@ def pipeline(name: str, rank: int) -> None:
     data = iter(batches)
     for _ in range(2):
         engine.train_batch(data)
-    save(engine, name)
-
-
-def tensor_parallel(name: str, rank: int) -> None:
-    import deepspeed
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16, use_cache=False, attn_implementation="eager",
-    )).bfloat16()  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = base_config(1, tensor_parallel={"autotp_size": 2})
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for step in range(2):
-        ids = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(step))
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
     save(engine, name)
 
 
@@ -151,7 +100,7 @@ def worker(name: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(20240229)
     rank = int(os.environ["RANK"])
-    {"moe_z2": moe, "pipeline": pipeline, "tensor_parallel": tensor_parallel, "universal": universal}[name](name, rank)
+    {"pipeline": pipeline, "universal": universal}[name](name, rank)
     torch.distributed.barrier()
     if rank:
         return
