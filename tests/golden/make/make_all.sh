@@ -28,6 +28,10 @@ for what in "$@"; do
         "$envs/new/bin/pip" install --no-deps --no-build-isolation deepspeed==0.19.8
         "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
         "$envs/new/bin/python" "$make/make_refused.py" --out "$out/refused"
+        "$envs/new/bin/python" "$make/make_deepspeed_parallel.py" --out "$out/parallel"
+        beside new 0.16.9
+        PYTHONPATH="$envs/deepspeed-0.16.9" "$envs/new/bin/python" "$make/make_deepspeed_parallel.py" \
+            --out "$out/parallel"
         "$envs/new/bin/python" "$make/make_hf_trainer.py" --out "$out/hf_trainer"
         for version in 0.16.9 0.14.5; do
             beside new $version
