@@ -240,8 +240,8 @@ def test_mics_is_verified_by_what_the_optimizer_files_say(tmp_path: Path) -> Non
 
 
 def _moved(root: dict[str, Any]) -> None:
-    name = next(iter(root))
-    root[name.replace("experts.1.", "experts.3.")] = root.pop(name)
+    for name in list(root):
+        root[name.replace("experts.1.", "experts.3.")] = root.pop(name)
 
 
 def _turned(root: dict[str, Any]) -> None:
@@ -283,8 +283,11 @@ EDITED: list[tuple[str, str, str, Callable[[dict[str, Any]], object], str]] = [
     ("a tensor parallel run", NEW, MODEL, lambda root: root["checkpoint_parallel_dimensions"].update(tp_degree=2),
      "kind-not-yet"),
     ("a tensor less", NEW, EXPERT, lambda root: root.pop(next(iter(root))), "mixed-runs"),
+    ("placeholders", NEW, EXPERT, lambda root: root.update({name: torch.empty(0) for name in root}), "mixed-runs"),
+    ("no dict", NEW, EXPERT, lambda root: root.clear(), "mixed-runs"),
     ("a tensor turned", NEW, EXPERT, _turned, "mixed-runs"),
-    ("a tensor of another expert", NEW, EXPERT, _moved, "mixed-runs"),
+    ("an expert by another's names", NEW, EXPERT, _moved, "mixed-runs"),
+    ("another expert's names", "moe_z0_ep2_w2_bf16", EXPERT, _moved, "mixed-runs"),
     ("an expert of another step", NEW, EXPERT, lambda root: [t.add_(1) for t in root.values()], "mixed-runs"),
     ("experts of one rank", NEW, OPTIMS, lambda root: _state(root).update(partition_count=[2, 2]), "zero-layout"),
     ("three ranks of two", NEW, OPTIMS, lambda root: _state(root).update(partition_count=[2, 3]), "mixed-runs"),
@@ -392,6 +395,10 @@ LIES: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
     ("a vocabulary of no words", MEGATRON, lambda root: _info(root).pop("original_vocab_size"), "tensor-layout"),
     ("a pattern that takes for ever", MEGATRON, lambda root: _patterns(root, ROWS).append("((\\d+)+)+$"),
      "name-pattern"),
+    ("a million million matrices", MEGATRON, lambda root: _patterns(root, SUBS)[0].update(shape=(10**12, -1)),
+     "tensor-layout"),
+    ("a thousand axes", AUTOTP, lambda root: _map(root).update(logical_shape=[1] * 1000), "tensor-layout"),
+    ("a table of positions", MEGATRON, lambda root: _info(root).update(original_vocab_size=-5), "tensor-layout"),
     ("nothing of shards", MEGATRON, lambda root: [_info(root).pop(key) for key in (ROWS, COPIES)], "kind-not-yet"),
     ("a stage of a pipeline", MEGATRON,
      lambda root: root.update(checkpoint_parallel_dimensions={"pp_degree": 2, "tp_degree": 1}), "kind-not-yet"),
@@ -436,6 +443,12 @@ def test_the_patterns_say_what_the_maps_say(tmp_path: Path) -> None:
         case = case_of(name)
         tag = changed(case, tmp_path / name, "*model_states.pt", lambda root: _info(root).pop("affine_map"))
         assert is_truth(read_all(sm.inspect(tag)), truth_of(case)), name
+
+
+def test_names_of_buffers_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    case = case_of("autotp_fused_z1_tp2_w4_bf16")
+    tag = changed(case, tmp_path, "mp_rank*", lambda root: root["buffer_names"].append([{}]))
+    assert is_truth(read_all(sm.inspect(tag)), truth_of(case))
 
 
 def test_buffers_are_copies_of_one_another(tmp_path: Path) -> None:

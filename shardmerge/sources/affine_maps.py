@@ -31,7 +31,7 @@ def affine_layout(
     """
     logical = _numbers(entry.get("logical_shape"))
     ranks = as_dict(entry.get("ranks"))
-    if logical is None or set(ranks) != set(range(len(shapes))):
+    if logical is None or len(logical) != len(shapes[0]) or set(ranks) != set(range(len(shapes))):
         return f"a map of a tensor {shown(entry.get('logical_shape'))} over the ranks {shown(list(ranks))}"
     parts: list[ShardPart] = []
     scaled = False

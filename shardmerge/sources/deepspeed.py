@@ -234,7 +234,8 @@ class _Builder:
         if self.experts is None:
             return
         tensors = self.experts.tensors
-        narrow = sum(1 for name in tensors if self.entries[name].origin == SAVED) if self.optims else 0
+        found = [self.entries[name] for name in tensors if name in self.entries and self.optims]
+        narrow = sum(1 for entry in found if entry.origin == SAVED)
         yield f"{sum(self.experts.counts.values())} experts in {len(self.experts.counts)} layers"
         if narrow:
             yield f"{narrow} tensors of experts have no fp32 masters (frozen): their 16-bit files are taken"

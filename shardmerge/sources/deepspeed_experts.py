@@ -173,6 +173,8 @@ def _form(file: ExpertFile, shapes: Mapping[str, Shape]) -> tuple[str, tuple[tup
     matches = [(match, shape) for name, shape in shapes.items() if (match := _NUMBER.fullmatch(name))]
     layers = {match["layer"] for match, _ in matches}
     numbers = {int(match["expert"]) for match, _ in matches}
+    if (0,) in shapes.values():
+        raise _odd(file, "a file of an expert has no data", shown(list(shapes)), "tensors with elements")
     if len(matches) != len(shapes) or len(layers) != 1 or numbers != {file.expert}:
         raise _odd(file, "a file of an expert holds another", shown(list(shapes)), f"expert {file.expert} of one layer")
     return layers.pop(), tuple((match["rest"], shape) for match, shape in matches)

@@ -72,7 +72,7 @@ def join_ranks(folder: Path, ranks: Sequence[TensorRank]) -> Catalog:
     layouts = read_layouts(info, str(first.path))
     joined = _Joined({}, {}, [], 0)
     buffers = first.root.get("buffer_names")
-    whole = set(buffers) if isinstance(buffers, list) else set()
+    whole = {name for name in buffers if isinstance(name, str)} if isinstance(buffers, list) else set()
     for name in first.catalog.entries:
         try:
             joined.add(name, [rank.catalog[name] for rank in ranks], layouts, copied=name in whole)

@@ -28,6 +28,8 @@ _WIDTHS_VERSION = 0.4
 # Rows that pad a vocabulary for each rank: Megatron's --make-vocab-size-divisible-by is 128 and may be set higher. A
 # table with more of them beyond the vocabulary is another one, of positions.
 _MOST_PADDING = 1024
+# Matrices in one parameter; axes of a tensor, as in torch.
+_MOST_MATRICES, _MOST_AXES = 1024, 64
 # What its formats are numbered by; ``AFFINE_MAP_FORMAT_VERSION``.
 _AFFINE_VERSION = 1
 
@@ -79,6 +81,8 @@ class TensorLayouts:
             ``tensor-layout``: what the checkpoint says does not fit the shards. ``kind-not-yet``: it says what is not
             read (an average, a scale, a layout that DeepSpeed itself does not describe).
         """
+        if any(len(shape) > _MOST_AXES for shape in shapes):
+            raise self._misfit(name, f"at most {_MOST_AXES} axes", shapes)
         reason = self.unsupported.find(name)
         if reason:
             raise self._not_read(name, shown(self.reasons.get(reason[0])))
@@ -154,7 +158,7 @@ class TensorLayouts:
             return axis, rows
         total = sum(shape[axis] for shape in shapes if axis < len(shape))
         stated = one.shape[axis]
-        count = stated if isinstance(stated, int) and stated > 0 else 0
+        count = stated if isinstance(stated, int) and 0 < stated <= _MOST_MATRICES else 0
         sizes = [total // count] * count if count and not total % count else _numbers(stated)
         if not sizes or sum(sizes) != total or any(size % ranks for size in sizes):
             raise self._misfit(name, f"sub-parameters of {shown(stated)}", shapes)
@@ -185,7 +189,7 @@ class TensorLayouts:
             "tensor-layout",
             f"the shards of {shown(name)} are not cut as the checkpoint says",
             where=self.where,
-            found=", ".join(str(list(shape)) for shape in shapes[:8]),
+            found=", ".join(shown(list(shape)) for shape in shapes[:8]),
             expected=stated,
         )
 
@@ -227,7 +231,7 @@ def read_layouts(info: Mapping[object, PickleValue], where: str) -> TensorLayout
 
     return TensorLayouts(
         where,
-        float(version) if isinstance(version, (int, float)) else 0.0,
+        version if isinstance(version, float) else 0.0,
         replicated=patterns(info.get("tp_replicated_parameter_patterns")),
         averaged=patterns(info.get("parameter_to_average_patterns")),
         rows=patterns(info.get("parameter_with_row_parallelism_patterns")),
