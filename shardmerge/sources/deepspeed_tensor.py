@@ -110,6 +110,8 @@ class _Joined:
                 where=layouts.where,
                 found=", ".join(shard.dtype.name for shard in shards[:8]),
                 expected="one type in all ranks",
+                hint="the masters of some ranks have no names: take the 16-bit weights of all of them, --view module"
+                " (in a mapping, `view: module`)",
             )
         shapes = [shard.shape for shard in shards]
         layout = layouts.copies(name, shapes) if copied else layouts.layout(name, shapes)

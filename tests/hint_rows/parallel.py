@@ -117,6 +117,17 @@ ROWS = [
         words="copy the files of one save",
     ),
     Row(
+        "masters without names in one rank",
+        rewrite(
+            GOLDEN / "parallel/autotp_z0_tp2_w2_bf16/ckpt",
+            SECOND,
+            lambda root: root["optimizer"]["fp32_groups"][0].append(root["optimizer"]["fp32_groups"][0][0] + 1),
+        ),
+        "mixed-ranks",
+        BY_MODULE,
+        words="have no names",
+    ),
+    Row(
         "buffers that are not the same in all ranks",
         rewrite(
             GOLDEN / "parallel/autotp_fused_z1_tp2_w4_bf16/ckpt",
