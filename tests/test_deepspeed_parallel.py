@@ -132,7 +132,7 @@ def test_what_is_not_in_fp32_is_said() -> None:
     (warning,) = sm.inspect(case_of("moe_z0_ep2_w2_bf16") / "ckpt").warnings
     assert "16-bit weights are taken" in warning
     notes = sm.inspect(case_of("megatron_z1_tp2_w4_bf16") / "ckpt").notes
-    assert "1 tensors have rows that pad the vocabulary, which are left out" in notes
+    assert "rows that pad the vocabulary are left out of 1 tensor(s)" in notes
 
 
 def test_ranks_that_do_not_say_how_they_are_cut_are_refused() -> None:
@@ -320,6 +320,16 @@ def test_experts_are_compared_with_what_is_said_of_them(
             change(root)
             torch.save(root, path)
     assert code in {error.code for error in refusal(tag)}, what
+
+
+def test_a_parameter_that_no_expert_has_is_named(tmp_path: Path) -> None:
+    def change(root: dict[str, Any]) -> None:
+        group = root["param_shapes"][1]
+        group["moes.0.deepspeed_moe.experts.deepspeed_experts.0.7.bias"] = group.popitem()[1]
+
+    (error,) = refusal(changed(case_of(NEW), tmp_path, MODEL, change))
+    assert error.what == "the parameters of group 1 are not those of the experts' files"
+    assert "deepspeed_experts.0.7.bias" in error.found
 
 
 # ---- shards that are not as they are said

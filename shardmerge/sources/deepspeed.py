@@ -236,7 +236,7 @@ class _Builder:
         tensors = self.experts.tensors
         found = [self.entries[name] for name in tensors if name in self.entries and self.optims]
         narrow = sum(1 for entry in found if entry.origin == SAVED)
-        yield f"{sum(self.experts.counts.values())} experts in {len(self.experts.counts)} layers"
+        yield f"{sum(self.experts.counts.values())} experts in {len(self.experts.counts)} layer(s)"
         if narrow:
             yield f"{narrow} tensors of experts have no fp32 masters (frozen): their 16-bit files are taken"
 

@@ -99,8 +99,8 @@ def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue,
     Raises
     ------
     CheckpointError
-        ``missing-rank``: files of experts are not there. ``mixed-runs``: there are more, they were renamed, or the
-        experts of a layer are not alike. And what the torch reader raises.
+        ``missing-rank``: files of experts are not there. ``mixed-runs``: there are more, one holds another expert, or
+        the experts of a layer are not alike. And what the torch reader raises.
     """
     counts = [count for count in stated if isinstance(count, int)] if isinstance(stated, list) else []
     raise_all(_incomplete(folder, files, counts))
@@ -110,7 +110,6 @@ def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue,
     forms: dict[int, tuple[str, object]] = {}
     for file in files:
         torch_file = read_torch_file(file.path)
-        _check_name(file, file.saved_as(torch_file.archive))
         found = named_tensors(torch_file.root)
         layer, form = _form(file, {name: ref.shape for name, ref in found.items()})
         if forms.setdefault(file.layer, (layer, form)) != (layer, form):
@@ -178,11 +177,6 @@ def _form(file: ExpertFile, shapes: Mapping[str, Shape]) -> tuple[str, tuple[tup
     if len(matches) != len(shapes) or len(layers) != 1 or numbers != {file.expert}:
         raise _odd(file, "a file of an expert holds another", shown(list(shapes)), f"expert {file.expert} of one layer")
     return layers.pop(), tuple((match["rest"], shape) for match, shape in matches)
-
-
-def _check_name(file: ExpertFile, saved_as: str) -> None:
-    if saved_as:
-        raise _odd(file, "a file was saved under another expert's name", saved_as, file.path.name)
 
 
 def _odd(file: ExpertFile, what: str, found: str, expected: str = "") -> CheckpointError:

@@ -62,12 +62,6 @@ class ExpertFile:
     layer: int
     expert: int
 
-    def saved_as(self, archive: str) -> str:
-        """As ``DeepSpeedRankFile.saved_as``."""
-        match = _EXPERT.fullmatch(f"{archive}.pt")
-        mine = (str(self.layer), str(self.expert))
-        return match[0] if match is not None and (match["layer"], match["expert"]) != mine else ""
-
 
 @dataclass(frozen=True, slots=True)
 class TagFiles:

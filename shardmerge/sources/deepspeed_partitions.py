@@ -73,12 +73,11 @@ def _shares(tag: Tag, index: int, group: Mapping[str, Shape], experts: Experts |
     for part in range(parts):
         named = {experts.whole_name(name, part, parts): shape for name, shape in group.items()}
         shapes = {name: shape for name, shape in named.items() if name is not None}
-        odd = [name for name, shape in shapes.items() if experts.tensors[name].ref.shape != shape]
-        if len(shapes) != len(group) or odd:
+        if len(shapes) != len(group):
             raise layout_error(
                 tag.folder,
                 f"the parameters of group {index} are not those of the experts' files",
-                shown(odd or [name for name in group if experts.whole_name(name, part, parts) is None]),
+                shown([name for name in group if experts.whole_name(name, part, parts) is None]),
                 f"one of {parts} equal parts of all experts",
                 ONE_SAVE,
             )

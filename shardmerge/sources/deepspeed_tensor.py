@@ -84,7 +84,7 @@ def join_ranks(folder: Path, ranks: Sequence[TensorRank]) -> Catalog:
         f"{len(joined.entries)} tensors of {ranks_in_words(len(ranks))} of tensor parallelism, joined as {_INFO} says"
     ]
     if joined.padded:
-        notes.append(f"{joined.padded} tensors have rows that pad the vocabulary, which are left out")
+        notes.append(f"rows that pad the vocabulary are left out of {joined.padded} tensor(s)")
     return _catalog(ranks, joined.entries, notes)
 
 
