@@ -467,3 +467,23 @@ def test_buffers_are_copies_of_one_another(tmp_path: Path) -> None:
     tag = changed(case, tmp_path, "mp_rank_01_model*", lambda root: root["module"]["scale"].add_(1))
     (error,) = refusal(tag)
     assert (error.code, "scale" in error.found) == ("mixed-ranks", True)
+
+
+def test_a_shard_of_another_type_is_refused(tmp_path: Path) -> None:
+    case = case_of("autotp_fused_z1_tp2_w4_bf16")
+
+    def change(root: dict[str, Any]) -> None:
+        root["module"]["scale"] = root["module"]["scale"].float()
+
+    (error,) = refusal(changed(case, tmp_path, "mp_rank_01_model*", change))
+    assert (error.code, "of several types" in error.what) == ("mixed-ranks", True)
+
+
+def test_a_tie_of_one_rank_alone_is_refused(tmp_path: Path) -> None:
+    def change(root: dict[str, Any]) -> None:
+        root["shared_params"].clear()
+        root["module"]["lm_head.weight"] = root["module"]["lm_head.weight"].clone()
+
+    tag = changed(case_of("autotp_tied_z1_tp2_w2_bf16"), tmp_path, "mp_rank_01_model*", change)
+    (error,) = refusal(tag)
+    assert (error.code, "lm_head.weight" in error.found) == ("mixed-ranks", True)
