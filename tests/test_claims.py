@@ -347,16 +347,6 @@ def test_the_module_view_needs_no_optimizer_file(saved: Saved, tmp_path: Path) -
         assert is_truth(read_all(sm.inspect(folder, view="module")), expected)
 
 
-def test_half_of_a_tensor_parallel_run_is_no_model(tmp_path: Path) -> None:
-    tag = next((GOLDEN / "refused" / "tensor_parallel" / "ckpt").glob("*/"))
-    for path in tag.glob("*mp_rank_00*"):
-        shutil.copy(path, tmp_path)
-    for view in ("fp32", "module"):
-        text = shardmerge("inspect", tmp_path, "--view", view, code=1).stderr
-        assert "[kind-not-yet]" in text
-        assert "mp_rank_00 to mp_rank_01" in text
-
-
 @pytest.mark.parametrize("view", ["fp32", "module"])
 def test_files_of_a_second_model_parallel_rank_are_seen_whatever_is_stated(view: DeepSpeedView, tmp_path: Path) -> None:
     """Older files, or some that lie, state one rank."""
@@ -364,8 +354,8 @@ def test_files_of_a_second_model_parallel_rank_are_seen_whatever_is_stated(view:
     root = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
     torch.save(root, folder / "mp_rank_01_model_states.pt")
     text = shardmerge("inspect", folder, "--view", view, code=1).stderr
-    assert "[kind-not-yet]" in text
-    assert "tensor-parallel" in text
+    assert "[mixed-runs]" in text
+    assert "other model-parallel ranks than the run has" in text
 
 
 def test_two_saves_say_their_steps_and_the_module_is_offered(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 
 ZERO = sorted(path.parent for path in GOLDEN.glob("zero/*/case.json"))
 XTUNER = sorted(path.parent for path in GOLDEN.glob("xtuner/*/case.json"))
-REFUSED = sorted(path for path in GOLDEN.glob("refused/*") if path.is_dir())
 TRAINER = sorted(GOLDEN.glob("hf_trainer/checkpoint-*"))
 
 
@@ -99,14 +98,6 @@ def test_tied_weights_are_one_tensor_with_two_names(case: Path) -> None:
     (alias, owner), *_ = catalog.aliases.items()
     assert alias not in catalog.entries
     assert owner in catalog.entries
-
-
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
-def test_other_kinds_are_named_and_refused(case: Path) -> None:
-    done = shardmerge("inspect", case / "ckpt" if (case / "ckpt").is_dir() else case, code=1)
-    assert "[kind-not-yet]" in done.stderr
-    word = next(word for word in ("moe", "pipeline", "tensor", "universal") if word in case.name)
-    assert word in done.stderr.lower()
 
 
 @pytest.mark.parametrize("case", TRAINER, ids=lambda case: case.name)

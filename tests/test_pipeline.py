@@ -283,7 +283,10 @@ def test_layers_that_are_cut_and_experts_are_refused_by_name(copied: Callable[[s
     assert "pipeline- and tensor-parallel" in refused(tag).what
     (tag / "layer_00-model_01-model_states.pt").unlink()
     rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"num_experts": [2]})
-    assert "pipeline-parallel with experts" in refused(tag).what
+    assert "pipeline-parallel mixture-of-experts" in refused(tag).what
+    rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"num_experts": []})
+    shutil.copy(tag / "layer_00-model_00-model_states.pt", tag / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    assert "pipeline-parallel mixture-of-experts" in refused(tag).what
 
 
 def test_the_command_line_names_the_layer(copied: Callable[[str], Path], tmp_path: Path) -> None:

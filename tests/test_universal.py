@@ -305,12 +305,16 @@ def test_a_name_does_not_lead_out_of_the_checkpoint(bag: Path) -> None:
 def test_experts_and_cut_tensors_are_refused_by_name(bag: Path) -> None:
     path = bag / "mp_rank_00_model_states.pt"
     rewrite(path, lambda root: root | {"num_experts": [4]})
-    assert "mixture-of-experts" in refused(bag).what
-    rewrite(path, lambda root: root | {"num_experts": [], "mp_world_size": 2, "checkpoint_parallel_dimensions": {}})
-    assert "tensor-parallel" in refused(bag).what
+    assert "universal mixture-of-experts" in refused(bag).what
+    rewrite(path, lambda root: root | {"num_experts": []})
+    expert = shutil.copy(path, bag / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    assert "universal mixture-of-experts" in refused(bag).what
+    expert.unlink()
+    rewrite(path, lambda root: root | {"mp_world_size": 2, "checkpoint_parallel_dimensions": {}})
+    assert "universal tensor-parallel" in refused(bag).what
     rewrite(path, lambda root: root | {"mp_world_size": 1})
     shutil.copy(path, bag / "mp_rank_01_model_states.pt")
-    assert "tensor-parallel" in refused(bag).what
+    assert "universal tensor-parallel" in refused(bag).what
 
 
 def test_the_truth_of_a_case_is_no_copy_of_what_is_read() -> None:

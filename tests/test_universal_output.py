@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import shardmerge as sm
 from shardmerge import api
 from shardmerge.plan.universal_layout import universal_files
+from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.deepspeed_moments import moment_flats
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_file import read_torch_file
@@ -144,6 +145,29 @@ def test_the_moments_are_those_of_the_optimizer(case: str, tmp_path: Path) -> No
     sm.verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "case", ["zero/subgroups_bag_z3_w3_bf16", "parallel/hpz_z3_w4_bf16", "parallel/v0_16_9_mics_z3_s2_w4_bf16"]
+)
+@pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
+def test_the_moments_of_stage_3_are_those_of_all_its_ranks(case: str, kind: DeepSpeedView) -> None:
+    """Also where a second partition was in memory, and where the first group of ranks saves for all."""
+    ckpt = GOLDEN / case / "ckpt"
+    (tag,) = (folder for folder in ckpt.iterdir() if folder.is_dir())
+    model, ranks = tag / "zero_pp_rank_0_mp_rank_00_model_states.pt", sorted(tag.glob("*_optim_states.pt"))
+    groups = torch.load(model, pickle_module=Stubs, weights_only=False)["param_shapes"]
+    optims = [torch.load(rank, pickle_module=Stubs, weights_only=False)["optimizer_state_dict"] for rank in ranks]
+    expected = {}
+    for group, shapes in enumerate(groups):
+        flats = [optim["optimizer_state_dict"]["state"][group][kind] for optim in optims]
+        for name, shape in shapes.items():
+            share = -(-shape.numel() // len(ranks))
+            whole = torch.cat([flat[:share] for flat in flats])
+            expected[name] = whole[: shape.numel()].reshape(shape)
+            flats = [flat[share:] for flat in flats]
+    assert any(tensor.any() for tensor in expected.values())
+    assert_same({name: tensor.torch() for name, tensor in sm.open_checkpoint(ckpt, view=kind).items()}, expected)
+
+
 @pytest.mark.load
 @pytest.mark.parametrize("case", ["bag_z1_w3_bf16", "subgroups_bag_z3_w3_bf16", "alignment_z2_w3_bf16"])
 def test_every_file_is_that_of_deepspeeds_own_conversion(case: str, loader: Path, tmp_path: Path) -> None:
@@ -185,6 +209,15 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(
             assert (tensor - expected["loaded"][name]).abs().max() > 1e-3, name
 
 
+# Whose weights are read, and whose optimizer lies otherwise than that of plain ZeRO.
+NO_MOMENTS = {
+    "parallel/moe_z1_ep2_w4_bf16": "a mixture of experts",
+    "parallel/autotp_z2_tp2_w4_bf16": "tensor parallel ranks",
+    "pipeline/pp2_z1_w2_bf16": "a pipeline",
+    "universal/bag_z2_w3_bf16": "a universal checkpoint",
+}
+
+
 def test_what_has_no_moments_is_refused(source: Path, tmp_path: Path) -> None:
     command = ["convert", source, tmp_path / "out", "--with-optimizer"]
     assert "add --format zero-universal" in shardmerge(*command, code=2).stderr
@@ -194,6 +227,11 @@ def test_what_has_no_moments_is_refused(source: Path, tmp_path: Path) -> None:
         done = shardmerge(*command, "--format", "zero-universal", code=1)
         assert "[no-moments]" in done.stderr
         assert "leave --with-optimizer out" in done.stderr
+    for case, kind in NO_MOMENTS.items():
+        command[1] = GOLDEN / case / "ckpt"
+        done = shardmerge(*command, "--format", "zero-universal", code=1)
+        assert "[no-moments]" in done.stderr
+        assert f"those of {kind} are not read" in done.stderr
     command[1] = GOLDEN / "zero" / "llama_z2_w2_bf16" / "ckpt"
     done = shardmerge(*command, "--format", "zero-universal", "--use", "llama/hf-to-hf", code=2)
     assert "[no-effect]" in done.stderr

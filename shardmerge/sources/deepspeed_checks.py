@@ -10,10 +10,10 @@ from typing import TypeAlias
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
-from shardmerge.sources.deepspeed_files import consolidated, kind_not_yet, model_name, optim_name, stage_name
+from shardmerge.sources.deepspeed_files import consolidated, model_file, model_name, optim_name
 from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
-from shardmerge.sources.deepspeed_values import InFile, compare_masters
+from shardmerge.sources.deepspeed_values import Stored, compare_masters
 from shardmerge.tensors import TensorEntry
 
 ONE_SAVE = "copy the files of one save into a directory of their own"
@@ -67,29 +67,6 @@ class Tag:
     def error(self, code: str, what: str, found: str = "", expected: str = "", hint: str = "") -> CheckpointError:
         """Returns an error about the directory."""
         return CheckpointError(code, what, where=str(self.folder), found=found, expected=expected, hint=hint)
-
-
-def check_kind(folder: Path, claims: DeepSpeedClaims, ranks: int = 1) -> None:
-    """Raises ``kind-not-yet`` for a run with experts or cut tensors, also where only a part of it is there.
-
-    ``ranks`` are the model-parallel ranks that the files' names tell of. A pipeline is one without its layer files.
-    """
-    if claims.experts > 0:
-        raise kind_not_yet(folder, "mixture-of-experts (MoE)")
-    if claims.layered or claims.pipeline_parallel > 1:
-        raise CheckpointError(
-            "missing-layer",
-            "this is a pipeline-parallel DeepSpeed checkpoint, and its layer files are missing",
-            where=str(folder),
-            expected="layer_00-model_states.pt and so on",
-            hint=NODES,
-        )
-    if max(claims.tensor_parallel, ranks) > 1:
-        raise kind_not_yet(folder, "tensor-parallel", _parallel(max(claims.tensor_parallel, ranks)))
-
-
-def _parallel(ranks: int) -> str:
-    return f"the model file is one of {ranks} model-parallel ranks, mp_rank_00 to mp_rank_{ranks - 1:02d}"
 
 
 def check_module(folder: Path, state: RankState) -> None:
@@ -155,7 +132,7 @@ def _wrong_stage(tag: Tag) -> Iterator[ShardmergeError]:
             "mixed-runs",
             "the model file has the name of another ZeRO stage than it states",
             found=first.path.name,
-            expected=f"{model_name(0) if claimed == 3 else stage_name(0)}, for stage {shown(claimed)}",
+            expected=f"{model_file(first.model_parallel, partitioned=claimed == 3)}, for stage {shown(claimed)}",
             hint=ONE_SAVE,
         )
     for optim in tag.optims:
@@ -211,10 +188,11 @@ def _missing(tag: Tag, what: str, ranks: Sequence[int], world: int) -> Iterator[
 
 
 def _file_name(tag: Tag, what: str, rank: int) -> str:
+    parallel = tag.states[0].rank.model_parallel
     if what == "model":
-        return model_name(rank)
+        return model_name(rank, parallel)
     bf16 = tag.optims[0].rank.path.name.startswith("bf16_") if tag.optims else tag.claims.bf16
-    return optim_name(rank, bf16=bf16, stage=tag.states[0].rank.model_parallel)
+    return optim_name(rank, parallel, bf16=bf16)
 
 
 def way_out(tag: Tag) -> str:
@@ -289,7 +267,7 @@ def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, 
 
 
 def check_masters(
-    tag: Tag, module: Mapping[str, InFile], entries: Mapping[str, TensorEntry], steps: str = ""
+    tag: Tag, module: Mapping[str, Stored], entries: Mapping[str, TensorEntry], steps: str = ""
 ) -> list[str]:
     """Compares masters with the module's weights, and the optimizer's steps with the model file's; returns warnings.
 

@@ -28,11 +28,12 @@ class DeepSpeedClaims:
     stage
         ``ds_config["zero_optimization"]["stage"]``, 0 where the config does not speak of ZeRO; ``None`` without config.
     world
-        ``dp_world_size``; 0 if not stated.
+        Ranks that share the partitions: ``dp_world_size``, or ``mics_shard_size`` of it with MiCS (0.9 to 0.18), where
+        the first group of so many ranks saves for all; 0 if not stated.
     tensor_parallel, pipeline_parallel
         Degrees: ``checkpoint_parallel_dimensions`` (0.19) or ``mp_world_size``, which is taken for tensor parallelism.
-    experts
-        The largest of ``num_experts``, 0 for none.
+    experts, autoep
+        The largest of ``num_experts``, 0 for none; whether AutoEP (0.19) fused them.
     steps, skipped
         ``global_steps``, and how many of these an fp16 overflow left out.
     version, bf16
@@ -52,6 +53,7 @@ class DeepSpeedClaims:
     tensor_parallel: int
     pipeline_parallel: int
     experts: int
+    autoep: bool
     steps: int | None
     skipped: int
     version: str
@@ -79,10 +81,11 @@ def read_claims(root: Mapping[object, PickleValue]) -> DeepSpeedClaims:
     steps = root.get("global_steps")
     return DeepSpeedClaims(
         stage=_stage(config),
-        world=_count(root.get("dp_world_size")),
+        world=_sharing(_count(root.get("dp_world_size")), config),
         tensor_parallel=_count(degrees.get("tp_degree")) or _count(root.get("mp_world_size")) // max(stages, 1),
         pipeline_parallel=stages,
-        experts=largest(root.get("num_experts")),
+        experts=max(largest(root.get("num_experts")), 0),
+        autoep=bool(root.get("ds_autoep_layers") or root.get("autoep_layers")),
         steps=_count(steps) if isinstance(steps, int) else None,
         skipped=_count(root.get("skipped_steps")),
         version=text_of(root.get("ds_version")),
@@ -126,6 +129,12 @@ def _stage(config: Mapping[object, PickleValue] | None) -> int | None:
         return 0
     stage = (settings_of(zero) or {}).get("stage", 0) if not isinstance(zero, bool) else None
     return stage if isinstance(stage, int) else None
+
+
+def _sharing(world: int, config: Mapping[object, PickleValue] | None) -> int:
+    zero = settings_of((config or {}).get("zero_optimization")) or {}
+    shard = _count(zero.get("mics_shard_size")) if zero.get("stage") == 3 else 0
+    return shard if shard and not world % shard else world
 
 
 def _count(value: PickleValue) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.sources.choosing import Remarks, beside_tag, checkpoints_inside, several, usual_models, whole_set
-from shardmerge.sources.deepspeed_files import has_layers, is_tag_folder, is_universal, tag_of, universal_of
+from shardmerge.sources.deepspeed_files import is_tag_folder, tag_of, universal_of
 from shardmerge.sources.hf_folder import side_files
 from shardmerge.sources.model_files import read_model
 from shardmerge.sources.open_options import OpenOptions
@@ -82,19 +82,6 @@ def read_tag_member(path: Path, options: OpenOptions) -> Catalog | None:
 
 
 def _deepspeed(folder: Path, options: OpenOptions) -> Catalog:
-    kind = "a universal checkpoint" if is_universal(folder) else "a pipeline" if has_layers(folder) else ""
-    if kind and options.view not in ("fp32", "module"):
-        from shardmerge.sources.deepspeed_moments import no_moments
-
-        raise no_moments(str(folder), f"those of {kind} are not read")
-    if is_universal(folder):
-        from shardmerge.sources.deepspeed_universal import read_universal
-
-        return read_universal(folder, view=options.view)
-    if has_layers(folder):
-        from shardmerge.sources.deepspeed_pipeline import read_pipeline
-
-        return read_pipeline(folder, view=options.view)
-    from shardmerge.sources.deepspeed import read_deepspeed
+    from shardmerge.sources.deepspeed_kinds import read_deepspeed
 
     return read_deepspeed(folder, view=options.view)

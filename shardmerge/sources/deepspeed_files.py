@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -16,7 +16,9 @@ VIEWS: tuple[DeepSpeedView, ...] = get_args(DeepSpeedView)
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
-_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_.*_optim_states\.pt")
+_EXPERT = re.compile(r"(?:layer_(?P<layer>\d{1,9})_)?expert_(?P<expert>\d{1,9})_mp_rank_(?P<mp>\d+)_model_states\.pt")
+# The optimizer of the ranks that hold some of the experts, where it is none of ZeRO's.
+_EXPERT_OPTIM = re.compile(r"expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 # What `zero_to_fp32.py`, `save_pretrained` and `save_16bit_model` call a whole model.
 _WHOLE = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
@@ -54,8 +56,17 @@ class DeepSpeedRankFile:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertFile:
+    """The file of one expert of one layer, by their numbers in the model."""
+
+    path: Path
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
 class TagFiles:
-    """Model and optimizer files, each in numeric rank order (rank 10 after rank 9), and what a pipeline has instead.
+    """Model and optimizer files, each in numeric rank order (rank 10 after rank 9), and what is beside them.
 
     Attributes
     ----------
@@ -63,17 +74,28 @@ class TagFiles:
         Of a pipeline: its layer files by their numbers, in ascending order.
     universal
         Whether the optimizer's tensors lie in ``zero/``, each in a file of its own.
+    experts, expert_optims
+        Of a mixture of experts: a file for each expert, and the optimizers of the ranks that hold some of them.
     """
 
     models: tuple[DeepSpeedRankFile, ...]
     optims: tuple[DeepSpeedRankFile, ...]
     layers: Mapping[int, Path]
     universal: bool
+    experts: tuple[ExpertFile, ...]
+    expert_optims: tuple[Path, ...]
 
     @property
-    def model_parallel(self) -> int:
-        """The largest model-parallel rank in a name."""
-        return max(file.model_parallel for file in (*self.models, *self.optims))
+    def parallel(self) -> list[int]:
+        """The model-parallel ranks that have a file, in order."""
+        return sorted({file.model_parallel for file in (*self.models, *self.optims)})
+
+    def of_rank(self, parallel: int) -> TagFiles:
+        """Returns the files of one model-parallel rank."""
+        models, optims = (
+            tuple(file for file in files if file.model_parallel == parallel) for files in (self.models, self.optims)
+        )
+        return replace(self, models=models, optims=optims)
 
 
 def is_tag_folder(folder: Path) -> bool:
@@ -92,18 +114,13 @@ def universal_of(path: Path) -> Path | None:
     return zero.parent if zero and is_universal(zero.parent) else None
 
 
-def has_layers(folder: Path) -> bool:
-    """Tells whether a directory holds layer files of a pipeline, or of one with experts."""
-    return any(_kind(path.name) == "layer" for path in folder.glob("layer_*_states.pt"))
-
-
 def list_tag(folder: Path) -> TagFiles:
     """Returns the rank files of a tag directory.
 
     Raises
     ------
     CheckpointError
-        ``kind-not-yet`` for layouts with experts, or with layers that are cut;
+        ``kind-not-yet`` for experts without a layer's number, and for experts or layers that are cut;
         ``missing-rank`` when there is no model file at all; ``mixed-runs`` when a rank has two files of a kind.
     """
     kinds: dict[str, list[Path]] = {}
@@ -111,8 +128,8 @@ def list_tag(folder: Path) -> TagFiles:
         kinds.setdefault(_kind(path.name), []).append(path)
     models = _ranks(kinds.get("model", []), _MODEL)
     optims = _ranks(kinds.get("optim", []), _OPTIM)
-    if "expert" in kinds:
-        raise kind_not_yet(folder, "mixture-of-experts (MoE)")
+    experts = _experts(folder, kinds.get("expert", []))
+    layers = _layers(folder, kinds.get("layer", []))
     raise_all(_twice(folder, models, optims))
     if not models:
         raise CheckpointError(
@@ -122,7 +139,7 @@ def list_tag(folder: Path) -> TagFiles:
             expected="mp_rank_00_model_states.pt or zero_pp_rank_*_mp_rank_00_model_states.pt",
             hint="rank 0 writes it: gather the files of all nodes in one directory",
         )
-    return TagFiles(models, optims, _layers(folder, kinds.get("layer", [])), is_universal(folder))
+    return TagFiles(models, optims, layers, is_universal(folder), experts, tuple(kinds.get("expp", [])))
 
 
 def is_universal(folder: Path) -> bool:
@@ -130,14 +147,19 @@ def is_universal(folder: Path) -> bool:
     return (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt"))
 
 
-def model_name(rank: int) -> str:
+def model_name(rank: int, parallel: int = 0) -> str:
     """Returns the name of a rank's model file in stage 3."""
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+    return f"zero_pp_rank_{rank}_mp_rank_{parallel:02d}_model_states.pt"
 
 
-def stage_name(stage: int) -> str:
-    """Returns the name of the model file of a pipeline stage, or of the only one there is below stage 3."""
-    return f"mp_rank_{stage:02d}_model_states.pt"
+def optim_name(rank: int, parallel: int = 0, *, bf16: bool) -> str:
+    """Returns the name of a rank's optimizer file; ``parallel`` is the tensor parallel rank, or the pipeline stage."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_{parallel:02d}_optim_states.pt"
+
+
+def model_file(parallel: int, *, partitioned: bool) -> str:
+    """Returns the name of the first model file of a model-parallel rank; in stage 3 there is one a data rank."""
+    return model_name(0, parallel) if partitioned else f"mp_rank_{parallel:02d}_model_states.pt"
 
 
 def layer_name(layer: int) -> str:
@@ -145,9 +167,9 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:02d}-model_states.pt"
 
 
-def optim_name(rank: int, *, bf16: bool, stage: int = 0) -> str:
-    """Returns the name of a rank's optimizer file; ``stage`` is that of a pipeline."""
-    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_{stage:02d}_optim_states.pt"
+def expert_name(layer: int, expert: int) -> str:
+    """Returns the name of an expert's file."""
+    return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
 def consolidated(folder: Path) -> Path | None:
@@ -161,7 +183,7 @@ def _numbers(name: str) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> str:
-    patterns = (("expert", _EXPERT), ("layer", _LAYER), ("optim", _OPTIM), ("model", _MODEL))
+    patterns = (("expert", _EXPERT), ("expp", _EXPERT_OPTIM), ("layer", _LAYER), ("optim", _OPTIM), ("model", _MODEL))
     return next((kind for kind, pattern in patterns if pattern.fullmatch(name)), "")
 
 
@@ -203,6 +225,19 @@ def _layers(folder: Path, paths: list[Path]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def _experts(folder: Path, paths: list[Path]) -> tuple[ExpertFile, ...]:
+    found = []
+    for path in paths:
+        match = _EXPERT.fullmatch(path.name)
+        assert match is not None  # it is of this kind
+        if match["layer"] is None:
+            raise kind_not_yet(folder, "mixture-of-experts (MoE) of an early form", path.name)
+        if int(match["mp"]):
+            raise kind_not_yet(folder, "tensor-parallel mixture-of-experts (MoE)", path.name)
+        found.append(ExpertFile(path, int(match["layer"]), int(match["expert"])))
+    return tuple(sorted(found, key=lambda file: (file.layer, file.expert)))
+
+
 def kind_not_yet(folder: Path, kind: str, found: str = "") -> CheckpointError:
     """Returns the error for a layout that is recognised and not read."""
     return CheckpointError(
@@ -210,5 +245,5 @@ def kind_not_yet(folder: Path, kind: str, found: str = "") -> CheckpointError:
         f"this is a {kind} DeepSpeed checkpoint, which shardmerge does not read yet",
         where=str(folder),
         found=found,
-        expected="ZeRO stages 0 to 3, universal checkpoints and pipelines, without tensor parallelism",
+        expected="ZeRO stages 0 to 3 with experts, tensor parallelism or a pipeline; universal of ZeRO or a pipeline",
     )

@@ -17,7 +17,7 @@ from shardmerge.sources.deepspeed_checks import NODES, ONE_SAVE, wrong_name
 from shardmerge.sources.deepspeed_files import DeepSpeedRankFile, layer_name
 from shardmerge.sources.deepspeed_ranks import named_tensors
 from shardmerge.sources.deepspeed_stages import TIED
-from shardmerge.sources.deepspeed_values import InFile, compare_masters
+from shardmerge.sources.deepspeed_values import Stored, compare_masters
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.tensors import Shape, TensorEntry
 
@@ -41,9 +41,9 @@ class Layer:
 
     number: int
     file: TorchFile
-    tensors: Mapping[str, InFile]
+    tensors: Mapping[str, Stored]
 
-    def named(self, prefix: str) -> dict[str, InFile]:
+    def named(self, prefix: str) -> dict[str, Stored]:
         """Returns its tensors with their names in the model."""
         return {f"{prefix}.{name}": placed for name, placed in self.tensors.items()}
 
@@ -55,7 +55,7 @@ def read_layers(paths: Mapping[int, Path]) -> list[Layer]:
     problems: list[ShardmergeError] = []
     for number, path in paths.items():
         file = read_torch_file(path, known)
-        tensors = {name: (file, ref) for name, ref in named_tensors(file.root).items()}
+        tensors = {name: Stored(file, ref) for name, ref in named_tensors(file.root).items()}
         layers.append(Layer(number, file, tensors))
         saved_as = DeepSpeedRankFile(path, 0, 0).saved_as(file.archive)
         if saved_as:
@@ -129,12 +129,12 @@ def _other_shapes(layers: Mapping[int, Layer], shapes: Mapping[str, Shape]) -> I
         number = layer_of(name)
         layer = layers.get(number) if number is not None else None
         placed = layer.tensors.get(name.partition(".")[2]) if layer else None
-        if placed is not None and placed[1].shape != shape:
+        if placed is not None and placed.ref.shape != shape:
             yield CheckpointError(
                 "zero-layout",
                 f"the layer file does not have the parameter {shown(name)} in the shape that is stated",
-                where=placed[0].path,
-                found=str(placed[1].shape),
+                where=placed.file.path,
+                found=str(placed.ref.shape),
                 expected=f"{shape}, as param_shapes says",
                 hint=ONE_SAVE,
             )
@@ -188,4 +188,4 @@ def _tied(masters: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry
 
 
 def _same_shape(layer: Layer, name: str, entry: TensorEntry) -> bool:
-    return name in layer.tensors and layer.tensors[name][1].shape == entry.shape
+    return name in layer.tensors and layer.tensors[name].ref.shape == entry.shape

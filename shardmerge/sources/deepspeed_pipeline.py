@@ -11,25 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed import stage_masters
 from shardmerge.sources.deepspeed_checks import check_masters
-from shardmerge.sources.deepspeed_files import DeepSpeedView, list_tag
+from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles
 from shardmerge.sources.deepspeed_layers import Layer, check_layers, layer_of, read_layers, tied_module
+from shardmerge.sources.deepspeed_partitions import flat_masters, listed_groups
+from shardmerge.sources.deepspeed_ranks import RankReader
 from shardmerge.sources.deepspeed_stages import PipelineStage, are_listed, read_stages, shared_names
-from shardmerge.sources.deepspeed_values import InFile, same_weights
+from shardmerge.sources.deepspeed_values import Stored, same_weights
+from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.tensors import Catalog, TensorEntry
 
 # Weights of a tied module that are compared between two stages: in most models the whole of a bias or a norm.
 _COMPARED = 16384
 
 
-def read_pipeline(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
+def read_pipeline(folder: Path, listed: TagFiles, reader: RankReader, view: DeepSpeedView) -> Catalog:
     """Returns the catalog of a tag directory that a pipeline saved.
 
     Parameters
     ----------
     folder
         The directory that holds the ``layer_*-model_states.pt`` files.
+    listed, reader
+        The files, and what reads those of ranks.
     view
         ``fp32``: the masters, and from the layer files whatever has none. ``module``: the layer files alone, in the
         names of their layers also where a module is tied.
@@ -37,11 +41,9 @@ def read_pipeline(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     Raises
     ------
     CheckpointError
-        ``missing-layer``, ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``kind-not-yet``, and what the torch
-        reader raises.
+        ``missing-layer``, ``missing-rank``, ``mixed-runs``, ``zero-layout``, and what the torch reader raises.
     """
-    listed = list_tag(folder)
-    stages = read_stages(folder, listed, optims=view == "fp32")
+    stages = read_stages(folder, listed, reader, optims=view == "fp32")
     layers = read_layers(listed.layers)
     shapes = {name: shape for stage in stages for name, shape in stage.shapes.items()}
     names = dict.fromkeys(name for stage in stages for name in (*stage.parameters, *stage.buffers))
@@ -56,12 +58,12 @@ def _with_masters(
     folder: Path, stages: Sequence[PipelineStage], layers: Sequence[Layer], own: set[int | None]
 ) -> Catalog:
     """Masters first, then what is in layer files alone."""
-    masters = [stage_masters(stage.tag, stage.file) for stage in stages]
+    masters = [flat_masters(stage.tag, listed_groups(stage.tag, as_dict(stage.file.root))) for stage in stages]
     tied = {layer.number: tied_module(layer, masters) for layer in layers if layer.number not in own}
     warnings: list[str] = []
     for index, stage in enumerate(stages):
         mine = {number: found[1] for number, found in tied.items() if found and found[0] == index}
-        module: dict[str, InFile] = {}
+        module: dict[str, Stored] = {}
         for layer in layers:
             module |= layer.named(mine.get(layer.number, str(layer.number)))
         warnings += check_masters(stage.tag, module, masters[index])
@@ -95,7 +97,7 @@ def _rest(
     tied: Mapping[int, tuple[int, str] | None],
     names: Sequence[Mapping[str, str]],
     taken: set[str],
-) -> Iterator[tuple[str, InFile]]:
+) -> Iterator[tuple[str, Stored]]:
     """Yields what is in layer files alone, by its name in the catalog."""
     seen = set(taken)
     for layer in layers:
@@ -144,9 +146,8 @@ def _of_layers(folder: Path, stages: Sequence[PipelineStage], layers: Sequence[L
     return replace(catalog, warnings=tuple(warnings))
 
 
-def _entry(name: str, placed: InFile) -> TensorEntry:
-    file, ref = placed
-    return file.entry(name, ref, "layer file, as saved")
+def _entry(name: str, placed: Stored) -> TensorEntry:
+    return placed.file.entry(name, placed.ref, "layer file, as saved")
 
 
 def _catalog(

@@ -74,8 +74,8 @@ class OptimState:
         ZeRO stage; ``None`` for BF16_Optimizer, which writes none. Its layout is that of stage 1.
     dtypes, partitions
         Of the rank's flat fp32 tensors: one a parameter group (stages 1, 2) or one a sub-group (stage 3).
-    world
-        Ranks that share the partitions, as the file says; 0 if it does not.
+    world, counts
+        Ranks that share the partitions, as the file says, 0 if it does not; group by group, which differ for experts.
     settings, version
         Digest of ``ds_config``, one object for all ranks that agree; ``ds_version``.
     paddings
@@ -93,6 +93,7 @@ class OptimState:
     dtypes: tuple[DType, ...]
     partitions: tuple[Partition, ...]
     world: int
+    counts: tuple[int, ...]
     paddings: tuple[tuple[int, ...], ...]
     settings: str
     version: str
@@ -146,6 +147,7 @@ class RankReader:
             tuple(flat.dtype for flat in flats),
             tuple(partition(file, flat) for flat in flats),
             largest(state.get("partition_count")),
+            _counts(state.get("partition_count")),
             _paddings(state.get("param_alignment_paddings")),
             sys.intern(value_digest(root.get("ds_config"))),
             text_of(root.get("ds_version")),
@@ -201,6 +203,10 @@ def _stage_number(value: PickleValue) -> int | None:
     if isinstance(value, Opaque) and len(value.args) == 1:
         value = value.args[0]
     return value if isinstance(value, int) else None
+
+
+def _counts(value: PickleValue) -> tuple[int, ...]:
+    return tuple(n for n in value if isinstance(n, int)) if isinstance(value, list) else ()
 
 
 def _paddings(value: PickleValue) -> tuple[tuple[int, ...], ...]:

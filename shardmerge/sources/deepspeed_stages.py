@@ -15,7 +15,7 @@ from shardmerge.errors import ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import NODES, ONE_SAVE, Tag, check_stages
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims
-from shardmerge.sources.deepspeed_files import TagFiles, kind_not_yet, stage_name
+from shardmerge.sources.deepspeed_files import TagFiles, model_file
 from shardmerge.sources.deepspeed_ranks import RankReader, shape_table
 from shardmerge.sources.pickle_values import PickleValue
 from shardmerge.sources.torch_checkpoint import as_dict
@@ -70,16 +70,14 @@ class PipelineStage:
         return (*self.shapes, *(name for group in mapped for name in group if isinstance(name, str)))
 
 
-def read_stages(folder: Path, listed: TagFiles, *, optims: bool) -> list[PipelineStage]:
+def read_stages(folder: Path, listed: TagFiles, reader: RankReader, *, optims: bool) -> list[PipelineStage]:
     """Returns the stages of a pipeline, in order; with their optimizer files where these are asked for, and have names.
 
     Raises
     ------
     CheckpointError
         ``missing-rank``: a stage is not there, or a rank of one. ``mixed-runs``: files of several saves.
-        ``kind-not-yet``: experts, or layers that are cut.
     """
-    reader = RankReader()
     stages = []
     for rank in listed.models:
         state = reader.model(rank, {})
@@ -87,12 +85,7 @@ def read_stages(folder: Path, listed: TagFiles, *, optims: bool) -> list[Pipelin
         named = optims and state.claims.partitioned
         tag = Tag(folder, [state], [reader.optim(optim) for optim in mine if named], not named)
         stages.append(PipelineStage(tag, reader.file(rank)))
-    claims = stages[0].tag.claims
-    if claims.experts or (claims.pipeline_parallel and claims.tensor_parallel > 1):
-        raise kind_not_yet(
-            folder, "pipeline-parallel with experts" if claims.experts else "pipeline- and tensor-parallel"
-        )
-    raise_all(_missing_stages(stages, listed.model_parallel))
+    raise_all(_missing_stages(stages, listed.parallel[-1]))
     check_stages([stage.tag for stage in stages])
     raise_all(_listed_twice(stages))
     return stages
@@ -120,7 +113,7 @@ def _missing_stages(stages: Sequence[PipelineStage], last: int) -> Iterator[Shar
     total = _stated_stages(tag.claims, there)
     missing = [number for number in range(total) if number not in there]
     if missing:
-        names = ", ".join(stage_name(number) for number in missing[:8])
+        names = ", ".join(model_file(number, partitioned=False) for number in missing[:8])
         yield tag.error(
             "missing-rank",
             f"model files of {len(missing)} of {total} pipeline stages are missing",

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed import read_deepspeed, universal_catalog
-from shardmerge.sources.deepspeed_checks import Tag, check_kind, check_masters, check_tag, way_out
+from shardmerge.sources.deepspeed import read_parallel_rank, universal_catalog
+from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_tag, way_out
 from shardmerge.sources.deepspeed_claims import read_claims
-from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles, is_tag_folder, list_tag
+from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles, is_tag_folder
 from shardmerge.sources.deepspeed_parameters import read_parameters
 from shardmerge.sources.deepspeed_ranks import RankReader, frozen_shares, named_tensors, shape_table
 from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages, shared_names
@@ -25,33 +25,32 @@ from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.tensors import Catalog, Shape
 
 
-def read_universal(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
+def read_universal(folder: Path, listed: TagFiles, reader: RankReader, view: DeepSpeedView) -> Catalog:
     """Returns the catalog of a universal checkpoint.
 
     Parameters
     ----------
     folder
         The directory that holds ``zero/``.
+    listed, reader
+        The files beside that, and what reads them.
     view
-        ``fp32``: the masters. ``module``: the 16-bit module of the copied model file, as ``read_deepspeed`` reads it.
+        ``fp32``: the masters. ``module``: the 16-bit module of the copied model file, as it is read without ``zero/``.
 
     Raises
     ------
     CheckpointError
         ``wrong-universal``: made of a run whose parameters the conversion exchanges. ``missing-parameter``,
-        ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``kind-not-yet``, ``no-module-view``, and what the torch
+        ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``no-module-view``, and what the torch
         reader raises.
     """
-    listed = list_tag(folder)
-    reader = RankReader()
     first = reader.file(listed.models[0])
     root = as_dict(first.root)
     claims = read_claims(root)
     if claims.layered:
-        return _of_pipeline(folder, listed, view)
+        return _of_pipeline(folder, listed, reader, view)
     if view == "module":
-        return read_deepspeed(folder, view=view)
-    check_kind(folder, claims, listed.model_parallel + 1)
+        return read_parallel_rank(folder, listed, reader, view)
     frozen = frozen_shares(root, len(listed.models)) if listed.models[0].partitioned else {}
     tag = Tag(folder, [reader.model(rank, frozen) for rank in listed.models], [], masters_elsewhere=True)
     check_tag(tag)
@@ -60,7 +59,7 @@ def read_universal(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     shapes = _merged(shape_table(group) for group in (groups if isinstance(groups, list) else [groups]))
     others = {*named_tensors(root.get("module")), *named_tensors(root.get("frozen_param_fragments"))}
     found = read_parameters(tag, shapes, others)
-    catalog = universal_catalog(tag, first, found.entries, found.steps)
+    catalog = universal_catalog(tag, first, reader, found.entries, found.steps)
     return replace(
         catalog,
         kind=f"DeepSpeed universal, ZeRO-{tag.stage}",
@@ -96,9 +95,9 @@ def _check_order(tag: Tag) -> None:
     )
 
 
-def _of_pipeline(folder: Path, listed: TagFiles, view: DeepSpeedView) -> Catalog:
+def _of_pipeline(folder: Path, listed: TagFiles, reader: RankReader, view: DeepSpeedView) -> Catalog:
     """A pipeline's: what its layer files alone had is not there, and is named as far as the model files name it."""
-    stages = read_stages(folder, listed, optims=False)
+    stages = read_stages(folder, listed, reader, optims=False)
     tag = stages[0].tag
     if view == "module":
         raise tag.error(

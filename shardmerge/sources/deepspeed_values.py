@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from pathlib import PurePath
-from typing import TypeAlias
+from typing import NamedTuple
 
 from shardmerge.dtypes import DType
 from shardmerge.shown import shown
@@ -32,8 +32,12 @@ _READ = frozenset({"F32", "F16", "BF16"})
 _FEW_OF_A_FILE, _FEW = 4, 2
 _NAN = b"NaN"  # a NaN is any of many patterns
 
-# A tensor of the module, and the file that holds it.
-InFile: TypeAlias = tuple[TorchFile, TensorRef]
+
+class Stored(NamedTuple):
+    """A tensor of a torch file."""
+
+    file: TorchFile
+    ref: TensorRef
 
 
 class Samples:
@@ -156,19 +160,19 @@ def same_weights(one: TensorEntry, other: TensorEntry, most: int) -> bool:
     return all(samples.bits(one, index) == samples.bits(other, index) for index in places)
 
 
-def compare_masters(module: Mapping[str, InFile], entries: Mapping[str, TensorEntry], most: int) -> Tally:
+def compare_masters(module: Mapping[str, Stored], entries: Mapping[str, TensorEntry], most: int) -> Tally:
     """Compares about ``most`` masters, spread over all pieces of all tensors, with the module's weights of their names.
 
     Parameters
     ----------
     module
-        The tensors of the module by name.
+        The 16-bit tensors, by name.
     entries
         Masters, by name. Those whose module has another shape (a placeholder), or none, are left out.
     most
         About how many weights.
     """
-    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name][1])]
+    names = [name for name, entry in entries.items() if name in module and _comparable(entry, module[name].ref)]
     starts = list(accumulate((len(entries[name].pieces) for name in names), initial=0))
     each = max(most // max(starts[-1], 1), 1)
     samples, tally = Samples(), Tally()
@@ -187,12 +191,11 @@ def _comparable(entry: TensorEntry, ref: TensorRef) -> bool:
     return ref.shape == entry.shape and is_float(entry.dtype) and is_float(ref.dtype)
 
 
-def _differing(samples: Samples, there: InFile, piece: Piece, dtype: DType, indices: Sequence[int]) -> int:
+def _differing(samples: Samples, there: Stored, piece: Piece, dtype: DType, indices: Sequence[int]) -> int:
     """Returns how many elements of a piece of masters do not round to those of the module's tensor."""
-    model, ref = there
     held = piece.held
     assert isinstance(held, Extent)
-    narrow = dtype if dtype.itemsize < ref.dtype.itemsize else ref.dtype
-    theirs = samples.elements(model, ref, [piece.start + index for index in indices])
+    narrow = dtype if dtype.itemsize < there.ref.dtype.itemsize else there.ref.dtype
+    theirs = samples.elements(there.file, there.ref, [piece.start + index for index in indices])
     mine = [samples.value(held.file, held.offset + index * dtype.itemsize, dtype) for index in indices]
     return sum(rounded_bytes(a, narrow) != rounded_bytes(b, narrow) for a, b in zip(mine, theirs, strict=True))

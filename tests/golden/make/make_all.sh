@@ -29,13 +29,15 @@ for what in "$@"; do
         "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
         "$envs/new/bin/python" "$make/make_universal.py" --out "$out/universal"
         "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
-        "$envs/new/bin/python" "$make/make_refused.py" --out "$out/refused"
+        "$envs/new/bin/python" "$make/make_deepspeed_parallel.py" --out "$out/parallel"
         "$envs/new/bin/python" "$make/make_hf_trainer.py" --out "$out/hf_trainer"
         for version in 0.16.9 0.14.5; do
             beside new $version
             PYTHONPATH="$envs/deepspeed-$version" "$envs/new/bin/python" "$make/make_deepspeed.py" --out "$out/zero"
         done
         PYTHONPATH="$envs/deepspeed-0.16.9" "$envs/new/bin/python" "$make/make_pipeline.py" --out "$out/pipeline"
+        PYTHONPATH="$envs/deepspeed-0.16.9" "$envs/new/bin/python" "$make/make_deepspeed_parallel.py" \
+            --out "$out/parallel"
         ;;
     deepspeed-old)
         environment old requirements-old.txt
