@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -477,6 +481,72 @@ def test_a_pickle_that_refers_to_itself_in_passing_comes_to_an_end(tmp_path: Pat
                 codes.add(error.code)
     assert "damaged-pickle" in codes
     assert codes <= {"damaged-pickle", "hostile-pickle", "unsupported-tensor"}
+
+
+# --- pickles that call something ---
+
+# The package itself is stood in for, so that only what reading needs is imported.
+_WATCHED = """
+import sys, types
+package = types.ModuleType("shardmerge")
+package.__path__ = [sys.argv[1]]
+sys.modules["shardmerge"] = package
+from pathlib import Path
+from shardmerge.errors import ShardmergeError
+from shardmerge.sources.dcp import read_dcp
+
+events = []
+sys.addaudithook(lambda event, args: events.append((event, repr(args)[:200])))
+try:
+    said = read_dcp(Path(sys.argv[2])).kind
+except ShardmergeError as error:
+    said = error.code
+files = ("open", "os.listdir", "os.scandir", "pathlib.Path.glob", "builtins.id", "array.__new__")
+strange = [event for event in events if event[0] not in files]
+assert not strange, strange
+assert not {"pickle", "torch", "numpy"} & set(sys.modules), sorted(sys.modules)
+print(said)
+"""
+
+
+class Calls:
+    """Pickles as a call of ``os.system``."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize(
+    "where", ["beside", "as a chunk", "as a tensor", "in the place of an item", "in an item's head"]
+)
+def test_whatever_a_pickle_calls_nothing_is_run(where: str, checkpoint: Path) -> None:
+    """Read in a process of its own, under an audit hook: no event but those of files and arrays."""
+
+    def edit(metadata: Any) -> None:
+        key = MetadataIndex(NAME, tensor_of(metadata).chunks[0].offsets)
+        if where == "beside":
+            metadata.evil = Calls()
+        elif where == "as a chunk":
+            tensor_of(metadata).chunks[0] = Calls()
+        elif where == "as a tensor":
+            metadata.state_dict_metadata[NAME] = Calls()
+        else:
+            metadata.storage_data[key] = Calls()
+
+    if where == "in an item's head":
+        buffer = io.BytesIO()
+        torch.save(Calls(), buffer)
+        with (checkpoint / "__0_0.distcp").open("r+b") as file:
+            file.write(buffer.getvalue()[:400])
+    else:
+        edited(checkpoint, edit)
+    package = str(Path(sm.__file__).parent)
+    command = [sys.executable, "-c", _WATCHED, package, str(checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=checkpoint.parent)
+    assert done.returncode == 0, done.stderr
+    expected = {"beside": "torch distributed checkpoint, 2 ranks", "in an item's head": "item-format"}
+    assert done.stdout.strip() in (expected.get(where, ""), "damaged-pickle", "missing-chunk")
+    assert not (checkpoint.parent / "pwned").exists()
 
 
 # --- the guide ---

@@ -38,7 +38,7 @@ from shardmerge.sources.pickle_bounds import are_sizes
 from shardmerge.sources.pickle_errors import ACCIDENTS, AGAIN, damaged, hostile
 from shardmerge.sources.pickle_machine import MOST_OPCODES, Machine, too_many_opcodes
 from shardmerge.sources.pickle_stream import STEPS, StreamMachine
-from shardmerge.sources.pickle_values import Global, Opaque, PickleValue
+from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, kind
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import FileStamp
 
@@ -101,17 +101,25 @@ def read_metadata(path: Path, keep: Callable[[str], bool]) -> DcpMetadata:
             where = f"{path}, byte {machine.base + machine.op}"
             raise CheckpointError("damaged-pickle", what, where=where, hint=AGAIN) from error
         return DcpMetadata(
-            machine.table, _paths(state.get("planner_data")), _objects(state), FileStamp.of(file.path, file.status)
+            machine.table,
+            _paths(state.get("planner_data")),
+            _objects(state, machine.table),
+            FileStamp.of(file.path, file.status),
         )
 
 
-def _objects(state: Mapping[object, PickleValue]) -> frozenset[str]:
+def _objects(state: Mapping[object, PickleValue], table: ChunkTable) -> frozenset[str]:
     named = state.get("state_dict_metadata")
     if not isinstance(named, dict) or not isinstance(state.get("storage_data"), dict):
         raise damaged(
             "this is no Metadata of a distributed checkpoint", ", ".join(str(key)[:40] for key in state)[:200]
         )
-    return frozenset(str(name) for name, value in named.items() if isinstance(value, Opaque))
+    known = table.tensors.keys() | table.dropped
+    others = {str(name): value for name, value in named.items() if name not in known}
+    for name, value in others.items():
+        if not isinstance(value, Opaque) or value.type.name != "BytesStorageMetadata":
+            raise damaged("an entry is neither a tensor nor an object", f"{name[:200]}: {kind(value)}")
+    return frozenset(others)
 
 
 def _paths(planned: PickleValue) -> Mapping[str, tuple[object, ...]] | None:
