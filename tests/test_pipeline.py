@@ -282,6 +282,9 @@ def test_layers_that_are_cut_and_experts_are_refused_by_name(copied: Callable[[s
     shutil.copy(tag / "layer_00-model_00-model_states.pt", tag / "layer_00-model_01-model_states.pt")
     assert "pipeline- and tensor-parallel" in refused(tag).what
     (tag / "layer_00-model_01-model_states.pt").unlink()
+    degrees = {"pp_degree": 2, "tp_degree": 2}
+    rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"checkpoint_parallel_dimensions": degrees})
+    assert "pipeline- and tensor-parallel" in refused(tag).what
     rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"num_experts": [2]})
     assert "pipeline-parallel mixture-of-experts" in refused(tag).what
     rewrite(tag / "mp_rank_00_model_states.pt", lambda root: root | {"num_experts": []})
