@@ -203,8 +203,9 @@ def test_a_reader_that_is_not_ours_has_its_say(
     made: Path, old: bytes, new: bytes, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ours takes a header for what it is not."""
-    entries = verify._entries(made / "model.safetensors")
-    monkeypatch.setattr(verify, "_entries", lambda path: entries)
+    tensors = json.loads((made / "shardmerge.json").read_text())["tensors"]
+    entries = verify._entries(made, "model.safetensors", tensors)
+    monkeypatch.setattr(verify, "_entries", lambda *given: entries)
     sm.verify(made)
     _sealed(made, "model.safetensors", old, new)
     with pytest.raises(sm.ShardmergeError) as caught:

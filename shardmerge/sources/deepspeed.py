@@ -14,7 +14,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_module, check_tag, step_of
-from shardmerge.sources.deepspeed_experts import Experts, check_expert_optims, data_before_experts, read_experts
+from shardmerge.sources.deepspeed_experts import ExpertWeights, check_expert_optims, data_before_experts, read_experts
 from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
 from shardmerge.sources.deepspeed_partitions import (
@@ -103,7 +103,7 @@ class _Builder:
     tag: Tag
     first: TorchFile
     reader: RankReader
-    experts: Experts | None
+    experts: ExpertWeights | None
     view: DeepSpeedView = "fp32"
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)

@@ -33,7 +33,7 @@ _MOST_EXPERTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertWeights:
     """The experts of all layers.
 
     Attributes
@@ -82,7 +82,7 @@ def data_before_experts(roots: Iterable[Mapping[object, PickleValue]]) -> bool:
     return any(config.get("use_data_before_expert_parallelism") is True for config in configs)
 
 
-def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue, *, data_first: bool) -> Experts:
+def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue, *, data_first: bool) -> ExpertWeights:
     """Returns the experts of a checkpoint.
 
     Parameters
@@ -119,7 +119,7 @@ def read_experts(folder: Path, files: Sequence[ExpertFile], stated: PickleValue,
         tensors |= {name: Stored(torch_file, ref) for name, ref in found.items()}
         stamps.append(torch_file.stamp)
     by_layer = {layer: counts[number] for layer, number in layers.items()}
-    return Experts(tensors, by_layer, tuple(stamps), data_first)
+    return ExpertWeights(tensors, by_layer, tuple(stamps), data_first)
 
 
 def check_expert_optims(folder: Path, paths: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag
-from shardmerge.sources.deepspeed_experts import Experts, is_expert
+from shardmerge.sources.deepspeed_experts import ExpertWeights, is_expert
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.deepspeed_ranks import MISFIT, OptimState, named_tensors, shape_table
 from shardmerge.sources.pickle_values import PickleValue
@@ -57,7 +57,7 @@ class _Share:
 
 
 def flat_masters(
-    tag: Tag, groups: Sequence[Mapping[str, Shape]], experts: Experts | None = None, view: DeepSpeedView = "fp32"
+    tag: Tag, groups: Sequence[Mapping[str, Shape]], experts: ExpertWeights | None = None, view: DeepSpeedView = "fp32"
 ) -> Entries:
     """Returns the masters of stages 1 and 2, or a moment of theirs, which lies as they do.
 
@@ -90,7 +90,7 @@ def flat_masters(
     return entries
 
 
-def _shares(tag: Tag, index: int, group: Mapping[str, Shape], experts: Experts | None) -> Iterator[_Share]:
+def _shares(tag: Tag, index: int, group: Mapping[str, Shape], experts: ExpertWeights | None) -> Iterator[_Share]:
     if experts is None or not any(is_expert(name) for name in group):
         yield _Share(index, tag.optims, group)
         return

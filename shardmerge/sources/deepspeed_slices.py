@@ -13,7 +13,7 @@ from math import prod
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag
 from shardmerge.sources.deepspeed_claims import settings_of
-from shardmerge.sources.deepspeed_experts import Experts, is_expert
+from shardmerge.sources.deepspeed_experts import ExpertWeights, is_expert
 from shardmerge.sources.deepspeed_partitions import expert_parts, layout_error
 from shardmerge.sources.deepspeed_ranks import RankReader
 from shardmerge.sources.deepspeed_values import Stored
@@ -26,7 +26,7 @@ _Sizes = dict[str, int]
 
 
 def sliced_groups(
-    tag: Tag, reader: RankReader, module: Mapping[str, Stored], experts: Experts
+    tag: Tag, reader: RankReader, module: Mapping[str, Stored], experts: ExpertWeights
 ) -> list[dict[str, Shape]]:
     """Returns the groups as ``param_shapes`` would list them: those of the first rank.
 
@@ -75,7 +75,9 @@ def _groups(value: PickleValue) -> list[dict[str, tuple[int, int]]]:
     return found
 
 
-def _sizes(tag: Tag, index: int, tables: Sequence[Sequence[Mapping[str, tuple[int, int]]]], experts: Experts) -> _Sizes:
+def _sizes(
+    tag: Tag, index: int, tables: Sequence[Sequence[Mapping[str, tuple[int, int]]]], experts: ExpertWeights
+) -> _Sizes:
     """Returns the parameters of a group with their elements, which all ranks that hold a part of it agree in."""
     mine = {
         optim.rank.path: table[index] for optim, table in zip(tag.optims, tables, strict=True) if index < len(table)
