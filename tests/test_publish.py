@@ -26,7 +26,7 @@ import shardmerge as sm
 from benchmarks.synthetic import write_zero
 from shardmerge import api
 from shardmerge.dtypes import DTYPES
-from shardmerge.publish import verify
+from shardmerge.publish import held_files, verify
 from shardmerge.publish.staging import Staging
 from tests.conftest import GOLDEN, shardmerge
 from tests.staged import assert_well_left, stagings
@@ -191,7 +191,7 @@ def _sealed(made: Path, name: str, old: bytes, new: bytes) -> None:
     assert data.count(old) == 1
     path.write_bytes(data.replace(old, new))
     value = json.loads(receipt.read_text())
-    value["shards"][name]["frame_sha256"] = verify._frame_sha256(path, list(value["tensors"].values()))
+    value["shards"][name]["frame_sha256"] = held_files.frame_sha256(path, list(value["tensors"].values()))
     receipt.write_text(json.dumps(value))
 
 
@@ -204,8 +204,8 @@ def test_a_reader_that_is_not_ours_has_its_say(
 ) -> None:
     """Where ours takes a header for what it is not."""
     tensors = json.loads((made / "shardmerge.json").read_text())["tensors"]
-    entries = verify._entries(made, "model.safetensors", tensors)
-    monkeypatch.setattr(verify, "_entries", lambda *given: entries)
+    entries = held_files.held_tensors(made, "model.safetensors", tensors)
+    monkeypatch.setattr(verify, "held_tensors", lambda *given: entries)
     sm.verify(made)
     _sealed(made, "model.safetensors", old, new)
     with pytest.raises(sm.ShardmergeError) as caught:

@@ -5,34 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TypeAlias
 
-from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
-from shardmerge.execute.checksum import crc32
 from shardmerge.execute.executors.contract import Progress
-from shardmerge.execute.gather import Assembler, gather
+from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
-from shardmerge.plan.json_values import numbers
 from shardmerge.plan.tasks import tasks
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
 from shardmerge.prepare.publishable import PARTIAL, describe
+from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
 from shardmerge.publish.receipt import FORMAT
 from shardmerge.publish.second_opinion import reference_problems
-from shardmerge.sources.safetensors_file import read_header
-from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
-from shardmerge.tensors import Extent, TensorEntry, dense
 from shardmerge.tensors.file_roles import CONFIG, RECEIPT
-
-# Bytes of a tensor compared or summed at a time.
-_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +61,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     shards = _table(receipt, "shards")
     tensors = _table(receipt, "tensors")
     raise_all(_file_problems(folder, receipt))
-    held = {name: _entries(folder, name, tensors) for name in shards}
+    held = {name: held_tensors(folder, name, tensors) for name in shards}
     raise_all(_frame_problems(folder, held, shards, tensors))
     raise_all(reference_problems(folder, held))
     raise_all(_model_problems(folder, held, receipt))
@@ -184,44 +174,16 @@ def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[Shar
             yield _wrong("file-differs", "a side file was changed after the run", path)
 
 
-_Entries: TypeAlias = Mapping[str, TensorEntry]
-
-
-def _entries(folder: Path, name: str, tensors: Mapping[str, Mapping[str, object]]) -> _Entries:
-    """A shard that cannot be read is a failed verification here, not a refused input."""
-    path = folder / name
-    try:
-        if path.suffix == ".safetensors":
-            return {entry.name: entry for entry in read_header(path).entries.values()}
-        if path.suffix == ".distcp":
-            return dict(_items(path, (tensor for tensor in tensors.values() if tensor["shard"] == name)))
-        catalog = read_torch_checkpoint(path)
-    except CheckpointError as error:
-        raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
-    return {name: catalog[name] for name in catalog.names()}
-
-
-def _items(path: Path, tensors: Iterable[Mapping[str, object]]) -> Iterator[tuple[str, TensorEntry]]:
-    """Yields the tensors of a file whose items have no names: as the receipt lists them, to be compared with the file.
-
-    The names stand in ``.metadata``, whose digest is in the receipt.
-    """
-    for tensor in tensors:
-        stored, dtype, shape = str(tensor["stored"]), DTYPES[str(tensor["dtype"])], numbers(tensor["shape"])
-        extent = Extent(str(path), int(str(tensor["offset"])), prod(shape) * dtype.itemsize)
-        yield stored, TensorEntry(stored, dtype, shape, dense(extent, prod(shape)))
-
-
 def _frame_problems(
     folder: Path,
-    held: Mapping[str, _Entries],
+    held: Mapping[str, HeldTensors],
     shards: Mapping[str, Mapping[str, object]],
     tensors: Mapping[str, Mapping[str, object]],
 ) -> Iterator[ShardmergeError]:
     """Everything in a file that is no tensor, and which tensors are in which file."""
     for name in held:
         own = [tensor for tensor in tensors.values() if tensor["shard"] == name]
-        if _frame_sha256(folder / name, own) != shards[name]["frame_sha256"]:
+        if frame_sha256(folder / name, own) != shards[name]["frame_sha256"]:
             yield _wrong("header-differs", "the header of a shard was changed", folder / name)
     found = {(shard, name) for shard, entries in held.items() for name in entries}
     listed = {(str(tensor["shard"]), str(tensor["stored"])) for tensor in tensors.values()}
@@ -230,20 +192,8 @@ def _frame_problems(
         yield VerificationError("tensors-differ", f"shards and receipt do not list the same tensors: {names}")
 
 
-def _frame_sha256(path: Path, tensors: list[Mapping[str, object]]) -> str:
-    places = sorted((int(str(tensor["offset"])), int(str(tensor["nbytes"]))) for tensor in tensors)
-    digest, cursor = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for offset, nbytes in [*places, (path.stat().st_size, 0)]:
-            if nbytes or offset > cursor:
-                file.seek(cursor)
-                digest.update(file.read(offset - cursor))
-                cursor = offset + nbytes
-    return digest.hexdigest()
-
-
 def _model_problems(
-    folder: Path, held: Mapping[str, _Entries], receipt: Mapping[str, object]
+    folder: Path, held: Mapping[str, HeldTensors], receipt: Mapping[str, object]
 ) -> Iterator[ShardmergeError]:
     """Every config.json against the shards beside it, unless a part of a model is what was asked for."""
     warnings = receipt.get("warnings")
@@ -272,14 +222,14 @@ def _config(path: Path) -> dict[str, object] | None:
 
 def _checksum_problems(
     folder: Path,
-    held: Mapping[str, _Entries],
+    held: Mapping[str, HeldTensors],
     tensors: Mapping[str, Mapping[str, object]],
     progress: Progress | None,
 ) -> Iterator[ShardmergeError]:
     pool = FilePool()
     for name, tensor in tensors.items():
         entry = held[str(tensor["shard"])][str(tensor["stored"])]
-        found = f"{_checksum(pool, entry):08x}" if "crc32" in tensor else ""
+        found = f"{tensor_crc32(pool, entry):08x}" if "crc32" in tensor else ""
         if found and found != tensor["crc32"]:
             yield VerificationError(
                 "checksum-differs",
@@ -291,16 +241,6 @@ def _checksum_problems(
             )
         if progress is not None:
             progress(entry.nbytes)
-
-
-def _checksum(pool: FilePool, entry: TensorEntry) -> int:
-    total = 0
-    step = _BLOCK // entry.dtype.itemsize
-    for start in range(0, entry.numel, step):
-        data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
-        gather(pool, entry, start, memoryview(data))
-        total = crc32(data, total)
-    return total
 
 
 def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | None) -> Iterator[ShardmergeError]:

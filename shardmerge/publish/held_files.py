@@ -1,0 +1,87 @@
+"""What the files of a finished directory hold, by their own headers: tensors, the bytes around them, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TypeAlias
+
+from shardmerge.dtypes import DTYPES
+from shardmerge.errors import CheckpointError, VerificationError
+from shardmerge.execute.checksum import crc32
+from shardmerge.execute.gather import gather
+from shardmerge.plan.json_values import numbers
+from shardmerge.sources.safetensors_file import read_header
+from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
+from shardmerge.storage.reading import FilePool
+from shardmerge.tensors import Extent, TensorEntry, dense
+
+# Bytes of a tensor summed at a time.
+_BLOCK = 4 << 20
+
+# Tensors of a file, by the names in it.
+HeldTensors: TypeAlias = Mapping[str, TensorEntry]
+
+
+def held_tensors(folder: Path, name: str, tensors: Mapping[str, Mapping[str, object]]) -> HeldTensors:
+    """Returns the tensors of a file of weights.
+
+    Parameters
+    ----------
+    folder, name
+        The directory, and the file in it.
+    tensors
+        As the receipt lists them.
+
+    Raises
+    ------
+    VerificationError
+        The file cannot be read: a failed verification here, and not a refused input.
+    """
+    path = folder / name
+    try:
+        if path.suffix == ".safetensors":
+            return {entry.name: entry for entry in read_header(path).entries.values()}
+        if path.suffix == ".distcp":
+            return dict(_items(path, (tensor for tensor in tensors.values() if tensor["shard"] == name)))
+        catalog = read_torch_checkpoint(path)
+    except CheckpointError as error:
+        raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
+    return {name: catalog[name] for name in catalog.names()}
+
+
+def _items(path: Path, tensors: Iterable[Mapping[str, object]]) -> Iterator[tuple[str, TensorEntry]]:
+    """Yields the tensors of a file whose items have no names: as the receipt lists them, to be compared with the file.
+
+    The names stand in ``.metadata``, whose digest is in the receipt.
+    """
+    for tensor in tensors:
+        stored, dtype, shape = str(tensor["stored"]), DTYPES[str(tensor["dtype"])], numbers(tensor["shape"])
+        extent = Extent(str(path), int(str(tensor["offset"])), prod(shape) * dtype.itemsize)
+        yield stored, TensorEntry(stored, dtype, shape, dense(extent, prod(shape)))
+
+
+def frame_sha256(path: Path, tensors: Sequence[Mapping[str, object]]) -> str:
+    """Returns the SHA-256 (hex) of all bytes of a file that are no tensor's."""
+    places = sorted((int(str(tensor["offset"])), int(str(tensor["nbytes"]))) for tensor in tensors)
+    digest, cursor = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for offset, nbytes in [*places, (path.stat().st_size, 0)]:
+            if nbytes or offset > cursor:
+                file.seek(cursor)
+                digest.update(file.read(offset - cursor))
+                cursor = offset + nbytes
+    return digest.hexdigest()
+
+
+def tensor_crc32(pool: FilePool, entry: TensorEntry) -> int:
+    """Returns the CRC-32 of a tensor's bytes."""
+    total = 0
+    step = _BLOCK // entry.dtype.itemsize
+    for start in range(0, entry.numel, step):
+        data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
+        gather(pool, entry, start, memoryview(data))
+        total = crc32(data, total)
+    return total
