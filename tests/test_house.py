@@ -17,7 +17,6 @@ MOST_IMPORTS, USUAL_IMPORTS = 15, 7
 # The public door knows every verb; where a part is made, published and verified much comes together. None may join.
 MANY = (
     "shardmerge.api", "shardmerge.execute.engine", "shardmerge.publish.finishing", "shardmerge.publish.having_made",
-    "shardmerge.publish.verify",
 )  # fmt: skip
 # One idea in two rooms that may know nothing of each other.
 TWICE = {"Shape"}
