@@ -87,6 +87,13 @@ GOALS: dict[str, tuple[Goal, ...]] = {
     "zero2-4g": (OverFloor(1.15, synced=True), OverFloor(1.15, synced=False), Resident(64)),
     "zero3-1g": (OverFloor(1.3, synced=True), OverFloor(1.3, synced=False)),
     "zero3-4g": (OverFloor(1.3, synced=True), OverFloor(1.3, synced=False), Resident(64)),
+    "fsdp2-1g": (
+        Against("dcp_to_torch", "wall", 5),
+        Against("dcp_to_torch", "peak", 20),
+        OverFloor(1.3, synced=True),
+        OverFloor(1.3, synced=False),
+        Resident(64),
+    ),
     "rename-1g": (OverFloor(1.05, synced=True), OverFloor(1.05, synced=False), Resident(64)),
     "hf-reshard-1g": (Resident(64),),
 }
