@@ -140,7 +140,7 @@ def _fsdp2(key: str, nbytes: int) -> Case:
 
     return Case(
         key,
-        f"FSDP2 of 8 ranks in a distributed checkpoint, {_shown(nbytes)} of fp32 weights, to bf16",
+        f"FSDP2 of 8 ranks (DCP), {_shown(nbytes)} of fp32 weights, to bf16",
         "A LLaMA with random weights, cut into rows. accelerate writes fp32, twice the bytes.",
         prepare,
         ("dcp",),
