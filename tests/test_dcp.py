@@ -189,6 +189,37 @@ def test_a_root_that_nothing_tells(tmp_path: Path) -> None:
     assert_holds(sm.inspect(tmp_path, root="critic"), {"w": torch.ones(3)})
 
 
+def test_dicts_in_the_model_are_part_of_it(tmp_path: Path) -> None:
+    """As in a torch file: their names are joined with dots."""
+    save(
+        {"model": {"w": torch.ones(2), "head": {"w": torch.ones(3), "deep": {"b": torch.ones(4)}}}, "step": 1}, tmp_path
+    )
+    truth = {"w": torch.ones(2), "head.w": torch.ones(3), "head.deep.b": torch.ones(4)}
+    assert_holds(sm.inspect(tmp_path), truth)
+    assert_holds(sm.inspect(tmp_path, root="model"), truth)
+    assert not sm.inspect(tmp_path).warnings
+
+
+@pytest.mark.parametrize(
+    "name", ["optimal_transport.w", "optimus.h.w", "rngs.w", "dataloading.w", "schedule.w", "step"]
+)
+def test_modules_whose_names_begin_like_an_optimizers_are_read(name: str, tmp_path: Path) -> None:
+    save({name: torch.ones(2), "w": torch.ones(3)}, tmp_path)
+    assert set(sm.inspect(tmp_path).names()) == {name, "w"}
+
+
+@pytest.mark.parametrize("root", ["", "model"])
+def test_two_names_that_are_one_when_they_are_joined(root: str, checkpoint: Path) -> None:
+    """Torch itself refuses to save such a state dict, so its classes are made to say it."""
+    names = ("model.model.norm.weight", "model.lm_head.weight")
+
+    def edit(metadata: Any) -> None:
+        metadata.planner_data |= {names[0]: ("model", "a.b"), names[1]: ("model", "a", "b")}
+
+    edited(checkpoint, edit)
+    assert refused(checkpoint, root=root).code == "duplicate-name"
+
+
 def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
     save({"optimizer": {"state": {"w": {"exp_avg": torch.ones(2)}}}}, tmp_path)
     assert refused(tmp_path).code == "not-a-model"

@@ -2,7 +2,7 @@
 
 ``.metadata`` says which boxes tile a tensor, and which item of which file holds each; it alone says which files count
 (a smaller world that saved into the directory of a larger one leaves files behind). Without collectives each rank has a
-``__R.metadata`` of its own chunks. Nothing is opened by pattern.
+``__R.metadata`` of its own chunks. No file of data is opened by pattern.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shardmerge.sources.dcp_items import ItemFiles
 from shardmerge.sources.dcp_metadata import DcpMetadata, read_metadata
 from shardmerge.sources.dcp_roots import choose_root, is_state
 from shardmerge.sources.dcp_table import ChunkedTensor
+from shardmerge.sources.rank_files import METADATA, RANK_METADATA
 from shardmerge.sources.rank_sets import ranks_in_words
 from shardmerge.tensors import Box, Catalog, TensorEntry
 from shardmerge.tensors.boxes import boxed
@@ -61,9 +62,9 @@ def read_dcp(folder: Path, root: str = "") -> Catalog:
 
 def metadata_files(folder: Path) -> list[Path]:
     """Returns ``.metadata``, or those of the ranks; raises ``missing-metadata`` where there are none."""
-    if (folder / ".metadata").is_file():
-        return [folder / ".metadata"]
-    found = sorted(folder.glob("__*.metadata"))
+    if (folder / METADATA).is_file():
+        return [folder / METADATA]
+    found = sorted(folder.glob(RANK_METADATA))
     if found:
         return found
     raise CheckpointError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, several, whole_set
 from shardmerge.sources.open_options import OpenOptions
-from shardmerge.sources.rank_files import METADATA, is_distributed
+from shardmerge.sources.rank_files import METADATA, RANK_METADATA, is_distributed
 from shardmerge.tensors import Catalog
 
 # Directories of a distributed checkpoint that hold no model: Accelerate's optimizer_0, those of schedulers.
@@ -33,7 +33,7 @@ def read_distributed_parent(path: Path, options: OpenOptions) -> Catalog | None:
 
 def read_distributed_member(path: Path, options: OpenOptions) -> Catalog | None:
     """One file of a distributed checkpoint stands for the whole of it."""
-    mine = path.suffix == ".distcp" or path.name == METADATA or path.match("__*.metadata") or path.name == "common.pt"
+    mine = path.suffix == ".distcp" or path.name == METADATA or path.match(RANK_METADATA) or path.name == "common.pt"
     if not mine or not is_distributed(path.parent):
         return None
     return whole_set(read_distributed(path.parent, options), path)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,17 @@ from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.sources.dcp_metadata import DcpMetadata
-from shardmerge.sources.not_read import not_a_model
+from shardmerge.sources.not_read import MOMENTS, not_a_model
 from shardmerge.sources.state_dict import ROOTS
 
 Path_: TypeAlias = "tuple[object, ...]"
 
 # State of a run, by the first part of its name or the last: moments are named after their parameter.
+# A module may be called `optimal_transport`: only whole words count.
 _STATE_FIRST = re.compile(
-    r"(?:optim\w*|chained_\d+|lr_schedulers?|schedulers?|dataloader\w*|train_state|rng\w*|loss_scaler|grad_scaler)\."
+    r"(?:(?:optim|optimizers?|dataloaders?|rng)(?:_states?|_state_dict)?(?:_\d+)?|chained_\d+|lr_schedulers?|schedulers?"
+    r"|train_state|loss_scaler|grad_scaler)\."
 )
-_STATE_LAST = re.compile(r".*\.(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|exp_avg_sq_row|exp_avg_sq_col)")
 _NAMED = 5
 
 
@@ -49,7 +51,7 @@ class Chosen:
 
 def is_state(name: str) -> bool:
     """Tells by its flat name whether a tensor is state of a run: an optimizer's moments, a scheduler, a data loader."""
-    return _STATE_FIRST.match(name) is not None or _STATE_LAST.fullmatch(name) is not None
+    return _STATE_FIRST.match(name) is not None or name.rpartition(".")[2] in MOMENTS
 
 
 def choose_root(folder: Path, read: Sequence[DcpMetadata], names: Sequence[str], root: str) -> Chosen:
@@ -60,56 +62,60 @@ def choose_root(folder: Path, read: Sequence[DcpMetadata], names: Sequence[str],
     UsageError
         ``unknown-root``.
     CheckpointError
-        ``several-roots``: several models and nothing says which. ``not-a-model``: an optimizer's state alone.
-        ``no-tensors``: nothing at all.
+        ``several-roots``: several models and nothing says which. ``duplicate-name``. ``not-a-model``: an optimizer's
+        state alone. ``no-tensors``: nothing at all.
     """
     dropped = {name for one in read for name in one.table.dropped}
     if not names:
         raise _nothing(folder, dropped)
-    paths = {name: path for one in read for name, path in (one.paths or {}).items()}
-    groups: dict[Path_, dict[str, str]] = {}
-    for name in names:
-        path = paths.get(name, (name,))
-        groups.setdefault(path[:-1], {})[str(path[-1])] = name
-    key, found = _asked_for(folder, names, paths, root) if root else _usual(folder, groups)
+    known = {name: path for one in read for name, path in (one.paths or {}).items()}
+    paths = {name: known.get(name, (name,)) for name in names}
+    groups = Counter(path[:-1] for path in paths.values())
+    key = _asked_for(folder, paths, root) if root else _usual(folder, groups)
+    found = _below(folder, paths, key)
     notes = (f"{len(dropped)} tensors of the optimizer and of other state are left out",) if dropped else ()
     used = set(found.values())
-    beside = {group: len(rest) for group, some in groups.items() if (rest := set(some.values()) - used)}
+    beside = Counter(path[:-1] for name, path in paths.items() if name not in used)
     return Chosen(_title(key), found, notes, _beside(key, beside))
 
 
-def _usual(folder: Path, groups: Mapping[Path_, dict[str, str]]) -> tuple[Path_, dict[str, str]]:
+def _below(folder: Path, paths: Mapping[str, Path_], key: Path_) -> dict[str, str]:
+    """Returns all names below a root, those of dicts in it too; of the top level what is in no dict."""
+    found: dict[str, str] = {}
+    for name, path in paths.items():
+        if path[: len(key)] != key or (not key and len(path) > 1):
+            continue
+        short = _title(path[len(key) :])
+        if short in found:
+            raise CheckpointError("duplicate-name", "two tensors have one name", where=f"{folder}, {short[:200]}")
+        found[short] = name
+    return found
+
+
+def _usual(folder: Path, groups: Mapping[Path_, int]) -> Path_:
     """The only root, the most telling one, or the top level."""
     telling = [(root,) for root in ROOTS if (root,) in groups]
     nested = [group for root in ROOTS for group in groups if group and group[-1] == root]
     rest = [()] if () in groups else []
     candidates = [*groups] if len(groups) == 1 else telling or nested or rest
     if candidates:
-        return candidates[0], groups[candidates[0]]
+        return candidates[0]
     roots = [_title(group) for group in groups]
     raise CheckpointError(
         "several-roots",
         "the checkpoint holds several state dicts, and nothing says which of them is the model",
         where=str(folder),
-        found=", ".join(f"{_title(group)} ({len(some)} tensors)" for group, some in list(groups.items())[:_NAMED]),
+        found=", ".join(f"{_title(group)} ({count} tensors)" for group, count in list(groups.items())[:_NAMED]),
         hint=f"choose one: --root {roots[0]}, in a mapping `root: {roots[0]}`",
     )
 
 
-def _asked_for(
-    folder: Path, names: Sequence[str], paths: Mapping[str, Path_], root: str
-) -> tuple[Path_, dict[str, str]]:
-    key: Path_ = ()
-    found = {}
-    for name in names:
-        path = paths.get(name, (name,))
-        for end in range(1, len(path)):
-            if _title(path[:end]) == root:
-                key = path[:end]
-                found[_title(path[end:])] = name
-    if found:
-        return key, found
-    roots = dict.fromkeys(_title(paths[name][:1]) for name in names if len(paths.get(name, ())) > 1)
+def _asked_for(folder: Path, paths: Mapping[str, Path_], root: str) -> Path_:
+    ends = (path[:end] for path in paths.values() for end in range(1, len(path)))
+    found = next((key for key in ends if _title(key) == root), None)
+    if found is not None:
+        return found
+    roots = dict.fromkeys(_title(path[:1]) for path in paths.values() if len(path) > 1)
     raise UsageError(
         "unknown-root",
         f"the checkpoint has no {root!r}",

@@ -2,8 +2,8 @@
 
 The pickle of a large model is the same forty bytes again and again: a chunk is ``NEWOBJ, BUILD`` of two sizes, an item
 of a name, a size, a file and two numbers (classes and keys of ``torch/distributed/checkpoint/metadata.py`` and
-``filesystem.py``; CPython's pickler, protocols 4 and 5). Opcode by opcode a chunk and its item took 84 us, so 9 us.
-What is written in any other way does not match, and is read opcode by opcode.
+``filesystem.py``; CPython's pickler, protocols 4 and 5). A chunk and its item took 84 us of CPU opcode by opcode, and
+take 17 us so (of 555,264). What is written in any other way does not match, and is read opcode by opcode.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ from shardmerge.sources.choosing import nothing_here
 from shardmerge.tensors.file_roles import foreign_weights
 
 # The moments that Adam, SGD, Adafactor, Lion, Shampoo keep, by the last part of their names in a flat file.
-_MOMENTS = frozenset({
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col", "step", "sum",
+MOMENTS = frozenset({
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_sq_row", "exp_avg_sq_col",
     "square_avg", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2",
 })  # fmt: skip
+# What lies beside them, and may be called so in a model too.
+_BESIDE_MOMENTS = frozenset({"step", "sum"})
 
 
 def is_optimizer(names: Iterator[str]) -> bool:
@@ -21,10 +23,10 @@ def is_optimizer(names: Iterator[str]) -> bool:
     leaves: set[str] = set()
     for name in names:
         leaf = name.rpartition(".")[2]
-        if leaf not in _MOMENTS:
+        if leaf not in MOMENTS | _BESIDE_MOMENTS:
             return False
         leaves.add(leaf)
-    return bool(leaves - {"step", "sum"})
+    return bool(leaves - _BESIDE_MOMENTS)
 
 
 def not_a_model(state: str, where: str, found: str) -> CheckpointError:

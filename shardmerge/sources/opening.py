@@ -59,7 +59,7 @@ def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
         yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint=hint)
     start = f"{options.root} of "
     if options.root and (ranks or not any(entry.origin.startswith(start) for entry in catalog.entries.values())):
-        what = f"the root `{options.root}` is of no use: only a torch file has state dicts inside"
+        what = f"the root `{options.root}` is of no use: a checkpoint of this kind has no state dicts inside"
         yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint="leave `root` out")
 
 

@@ -1,6 +1,6 @@
 """Flat ranges of one tensor in many files: three numbers each until a piece is asked for.
 
-A model of 405 billion parameters that 1,024 ranks saved is a million ranges. As pieces they take 260 bytes each, here
+A model of 405 billion parameters that 1,024 ranks saved is a million ranges. As pieces they take 250 bytes each, here
 20.
 """
 
