@@ -178,7 +178,8 @@ def test_another_root_is_asked_for() -> None:
 def test_a_root_that_is_not_there() -> None:
     error = refused(SEVERAL, root="teacher")
     assert error.code == "unknown-root"
-    assert "--root" in error.hint
+    assert error.found == "model, ema, teachers.0"
+    assert error.hint.startswith("say --root teachers.0, ")
 
 
 def test_a_root_that_nothing_tells(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.sources.dcp_metadata import DcpMetadata
 from shardmerge.sources.not_read import MOMENTS, not_a_model
-from shardmerge.sources.state_dict import ROOTS
+from shardmerge.sources.state_dict import ROOTS, root_hint
 
 Path_: TypeAlias = "tuple[object, ...]"
 
@@ -115,15 +115,13 @@ def _asked_for(folder: Path, paths: Mapping[str, Path_], root: str) -> Path_:
     found = next((key for key in ends if _title(key) == root), None)
     if found is not None:
         return found
-    roots = dict.fromkeys(_title(path[:1]) for path in paths.values() if len(path) > 1)
+    roots = [*dict.fromkeys(_title(path[:-1]) for path in paths.values() if len(path) > 1)]
     raise UsageError(
         "unknown-root",
         f"the checkpoint has no {root!r}",
         where=str(folder),
-        found=", ".join(roots) or "no dicts inside",
-        hint=f"say --root {next(iter(roots))}, in a mapping `root: {next(iter(roots))}`"
-        if roots
-        else "leave `root` out",
+        found=", ".join(roots[:_NAMED]) or "no dicts inside",
+        hint=root_hint(roots, root) or "leave `root` out",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -101,7 +101,7 @@ def _descend(root: PickleValue, key: str) -> PickleValue:
         names = value if isinstance(value, dict) else {}
         end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names), 0)
         if not end:
-            raise UsageError("unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_root_hint(root, key))
+            raise UsageError("unknown-root", f"the file has no {key!r}", found=_keys(value), hint=_hint(root, key))
         value, parts = names[".".join(parts[:end])], parts[end:]
     return value
 
@@ -195,13 +195,16 @@ def no_tensors(root: PickleValue, key: str) -> CheckpointError:
         "no-tensors",
         f"no named tensors in {key!r}" if key else "no named tensors where checkpoints have them",
         found=_keys(root),
-        hint=_root_hint(root, key),
+        hint=_hint(root, key),
     )
 
 
-def _root_hint(root: PickleValue, key: str) -> str:
-    """Returns the line that names a dict with tensors, the one most like the key that was asked for."""
-    roots = list(islice(_roots(root), _MOST_ROOTS))
+def _hint(root: PickleValue, key: str) -> str:
+    return root_hint(list(islice(_roots(root), _MOST_ROOTS)), key)
+
+
+def root_hint(roots: Sequence[str], key: str) -> str:
+    """Returns the line that names a dict with tensors, the one most like the key that was asked for; empty for none."""
     best = max(roots, key=lambda root: len(os.path.commonprefix((root, key))), default="")  # reading imports nothing
     return f"say --root {best}, in a mapping `root: {best}`" if best else ""
 
