@@ -15,8 +15,8 @@ from shardmerge.errors import ShardmergeError
 def calls(function: Callable[[], object]) -> int:
     """Returns how many functions, of Python and of C, a function calls until it returns.
 
-    The garbage collector is off meanwhile: it runs when other tests have made enough objects, and the callbacks it calls were
-    counted (hypothesis registers one).
+    The garbage collector is off meanwhile: it runs when other tests have made enough objects, and the callbacks it
+    calls were counted (hypothesis registers one).
     """
     count = 0
 

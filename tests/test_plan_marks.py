@@ -269,6 +269,29 @@ def test_a_rule_of_ranks_is_its_pieces(world: int, tmp_path: Path) -> None:
     assert checked([*ways[0][:2], *ways[1][:2]])[1] == 2
 
 
+@pytest.mark.parametrize("rows", [(10,), (4, 4, 2), (3, 3, 3, 1), (1, 5, 2, 2)])
+def test_ranges_are_their_pieces(rows: Sequence[int], tmp_path: Path) -> None:
+    """A tensor cut into rows as FSDP cuts it, even or not, files in any order: the sum is that of the pieces."""
+    store = Store(tmp_path)
+    data = numbered((10, 10))
+    firsts = [sum(rows[:i]) for i in range(len(rows))]
+    held = {low: store.extent(data[low : low + n].tobytes()) for low, n in reversed([*zip(firsts, rows, strict=True)])}
+    boxes = [Box((low, 0), (n, 10), held[low]) for low, n in zip(firsts, rows, strict=True)]
+    ranges = TensorEntry("t", DTYPES["F32"], (10, 10), boxed(DTYPES["F32"], (10, 10), boxes))
+    listed = TensorEntry("t", DTYPES["F32"], (10, 10), tuple(ranges.pieces))
+    other = store.put(numbered((10, 10), 100))
+    ways = [
+        [one, both, cast_to(one, DTYPES["BF16"]), cast_to(both, DTYPES["F16"]), compose(op("Slice", 0, 2, 9), [one])]
+        for one in (ranges, listed)
+        for both in [compose(op("Concat", 0), [other, one])]
+    ]
+    assert any(isinstance(place, Shares) for place in places(ranges)) is (len(rows) > 1)
+    assert not any(isinstance(place, Shares) for place in places(listed))
+    marks = Marks(str)
+    assert [marks.of(one) for one in ways[0]] == [marks.of(one) for one in ways[1]]
+    assert checked([*ways[0][:2], *ways[1][:2]])[1] == 2
+
+
 def test_ranks_are_told_apart_by_all_that_says_where_they_are(tmp_path: Path) -> None:
     store = Store(tmp_path)
     rule = store._ranks(numbered((100,)), numbered((100,)), 9)

@@ -20,7 +20,8 @@ from shardmerge.ops.written import op_row
 from shardmerge.plan.places import PlacedElements, Shares, places
 from shardmerge.plan.walks import Loop
 from shardmerge.tensors import Made, TensorEntry, View
-from shardmerge.tensors.ranks import Fragments, Partitions, chunk_numel
+from shardmerge.tensors.ranges import FlatRanges
+from shardmerge.tensors.ranks import Fragments, Partitions, RankChunks, chunk_numel
 
 PRIME = (1 << 521) - 1
 
@@ -48,25 +49,38 @@ class Marks:
 
     def _of(self, one: PlacedElements) -> int:
         if isinstance(one, Shares):
-            return self._shares(one)
+            found = (
+                self._ranges(one.of, one.casts) if isinstance(one.of, FlatRanges) else self._shares(one.of, one.casts)
+            )
+            return found * _R(one.at) % PRIME
         walk = one.walk
         total = self._name(one.of, one.casts) * _S(walk.index[0]) * _R(walk.at) % PRIME
         for loop in walk.loops:
             total = total * _series(loop) % PRIME
         return total
 
-    def _shares(self, one: Shares) -> int:
+    def _ranges(self, ranges: FlatRanges, casts: str) -> int:
+        """The sum over all ranges by Horner's rule: three products each, where pieces would be 20 microseconds."""
+        files = [self._name(file, casts) for file in ranges.files]
+        offsets = {offset: _S(offset) for offset in set(ranges.offsets)}  # ranks mostly have one layout
+        total = 0
+        for at in reversed(range(len(ranges))):
+            count = ranges.starts[at + 1] - ranges.starts[at]
+            begin = files[ranges.which[at]] * offsets[ranges.offsets[at]] % PRIME
+            total = (total * _step(count) + begin * _run(count, ranges.itemsize)) % PRIME
+        return total
+
+    def _shares(self, chunks: RankChunks, casts: str) -> int:
         """The sum over all ranks: a share of each begins where its flat tensor does, and some elements behind that."""
-        chunks = one.of
         share = chunk_numel(chunks.numel, len(chunks.partitions))
-        begins, (full, rest) = self._begins(chunks.partitions, one.casts), divmod(chunks.numel, share)
+        begins, (full, rest) = self._begins(chunks.partitions, casts), divmod(chunks.numel, share)
         total, step = 0, _R(share)
         for begin in reversed(begins[:full]):
             total = (total * step + begin) % PRIME
-        total *= _series((share, 1, (chunks.itemsize,)))
+        total *= _run(share, chunks.itemsize)
         if rest:
-            total += begins[full] * _R(full * share) * _series((rest, 1, (chunks.itemsize,)))
-        return total * _S(chunks.start * chunks.itemsize) * _R(one.at) % PRIME
+            total += begins[full] * _R(full * share) * _run(rest, chunks.itemsize)
+        return total * _S(chunks.start * chunks.itemsize) % PRIME
 
     def _begins(self, table: Partitions, casts: str) -> list[int]:
         """Returns by rank what the first element of its flat tensor counts at place 0. All of a group share a table."""
@@ -124,6 +138,18 @@ class _Powers:
 
 # Any numbers do that were not chosen with the formula in mind.
 _S, _R = _Powers(_mark("shardmerge: bytes of a file")), _Powers(_mark("shardmerge: places of a tensor"))
+
+
+@lru_cache(maxsize=1 << 12)
+def _step(count: int) -> int:
+    """Returns what so many elements further on in the result multiply by."""
+    return _R(count)
+
+
+@lru_cache(maxsize=1 << 12)
+def _run(count: int, size: int) -> int:
+    """Returns the sum over elements of ``size`` bytes one behind the other, the first of them counted as 1."""
+    return _series((count, 1, (size,)))
 
 
 @lru_cache(maxsize=1 << 12)

@@ -15,6 +15,7 @@ from shardmerge.ops.casts import Cast
 from shardmerge.plan.walks import MOST, TooScattered, Walk, cut, folded, last, moved, unfolded, whole
 from shardmerge.tensors import Boxes, Columns, Extent, Held, Made, Strided, TensorEntry, View
 from shardmerge.tensors.pieces import pieces_in
+from shardmerge.tensors.ranges import FlatRanges
 from shardmerge.tensors.ranks import RankChunks
 from shardmerge.tensors.strides import direct, row_major
 
@@ -40,9 +41,12 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """All elements of a parameter that ranks hold equal shares of, in their order, from element ``at`` on."""
+    """All elements of a tensor that files hold one behind the other, in their order, from element ``at`` on.
 
-    of: RankChunks
+    Ranges of any lengths, or the equal shares of ranks.
+    """
+
+    of: RankChunks | FlatRanges
     casts: str
     at: int
 
@@ -56,7 +60,11 @@ def places(entry: TensorEntry) -> Iterator[PlacedElements]:
 
 
 def _places(entry: TensorEntry, walk: Walk, casts: str) -> Iterator[PlacedElements]:
-    if isinstance(entry.pieces, RankChunks) and walk.index == (0,) and walk.loops == whole(entry.numel).loops:
+    if (
+        isinstance(entry.pieces, RankChunks | FlatRanges)
+        and walk.index == (0,)
+        and walk.loops == whole(entry.numel).loops
+    ):
         yield Shares(entry.pieces, casts, walk.at)
         return
     if len(entry.pieces) == 1:
