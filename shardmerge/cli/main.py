@@ -460,4 +460,6 @@ def _answered(error: ShardmergeError, code: int) -> int:
 
 
 def _blocks(error: ShardmergeError) -> list[str]:
-    return ["\n".join(single.lines()) for single in error.each()]
+    from shardmerge.cli.snippets import error_lines
+
+    return ["\n".join(error_lines(single)) for single in error.each()]
