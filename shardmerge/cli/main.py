@@ -152,7 +152,7 @@ def plan(  # one parameter an option
 @check_option
 @device_option
 @run_options
-@click.option("--with-optimizer", is_flag=True, help="Take the moments of Adam along, to --format zero-universal.")
+@click.option("--with-optimizer", is_flag=True, help="Take Adam's state along, to --format dcp or zero-universal.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
 @json_option

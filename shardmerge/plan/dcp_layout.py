@@ -10,14 +10,19 @@ of 2.4 and later), and checkpoints that it writes. The pickle protocol is free: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.plan.pickle_values import PickledCall, PickledDict, PickledName, PickledObject, PickledValue, pickled
-from shardmerge.plan.shard import PlannedShard, PlannedTensor
+from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.torch_layout import ALIGNMENT, TorchLayout, check_shape, lay_out_item
+from shardmerge.tensors import Shape
+
+# What leads to something in a state dict, from its top: keys of dicts, numbers of lists.
+Keys: TypeAlias = "tuple[str | int, ...]"
 
 # The table of a checkpoint, beside its files.
 METADATA = ".metadata"
@@ -79,58 +84,99 @@ def _gap(item: TorchLayout) -> int:
     return -item.nbytes % ALIGNMENT
 
 
-def metadata_pickle(shards: Sequence[PlannedShard], root: tuple[str, ...]) -> bytes:
-    """Returns the ``.metadata`` of a checkpoint: a ``torch.distributed.checkpoint.metadata.Metadata``.
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """Something of a checkpoint, and the item that holds it.
 
-    Parameters
+    Attributes
     ----------
-    shards
-        All files of the directory.
-    root
-        The keys under which a state dict holds the model: ``("model",)`` for ``dcp.load({"model": ...})``.
+    keys
+        From the top of the state dict.
+    tensor
+        Its type and shape; None for an object.
+    file, begin, nbytes
+        The item: a file beside the table, and bytes of it.
     """
-    items = list(_items(shards, root))
+
+    keys: Keys
+    tensor: tuple[DType, Shape] | None
+    file: str
+    begin: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the checkpoint: the keys joined by dots."""
+        return ".".join(map(str, self.keys))
+
+
+def stored_tensor(keys: Keys, tensor: PlannedTensor, file: str) -> StoredItem:
+    """Returns a tensor of a plan as it is stored in one of its files."""
+    begin, nbytes = item_span(tensor.dtype, tensor.shape, tensor.offset)
+    return StoredItem(keys, (tensor.dtype, tensor.shape), file, begin, nbytes)
+
+
+class ItemFile:
+    """A file of small items, at multiples of 64 as all others; what is put in twice is there once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._places: dict[bytes, int] = {}
+        self._data = bytearray()
+
+    def put(self, keys: Keys, tensor: tuple[DType, Shape] | None, item: bytes) -> StoredItem:
+        """Adds an item, if it is none that is there already."""
+        begin = self._places.get(item)
+        if begin is None:
+            begin = self._places[item] = len(self._data)
+            self._data += item + bytes(-len(item) % ALIGNMENT)
+        return StoredItem(keys, tensor, self.name, begin, len(item))
+
+    def content(self) -> bytes:
+        """Returns the whole file."""
+        return bytes(self._data)
+
+
+def metadata_pickle(items: Sequence[StoredItem]) -> bytes:
+    """Returns the ``.metadata`` of a checkpoint: a ``torch.distributed.checkpoint.metadata.Metadata``."""
     fields: dict[str, PickledValue] = {
-        "state_dict_metadata": PickledDict((key, _described(tensor)) for key, tensor, _ in items),
-        "planner_data": PickledDict((key, (*root, tensor.stored)) for key, tensor, _ in items),
-        "storage_data": PickledDict((_index(key, tensor), _place(tensor, file)) for key, tensor, file in items),
+        "state_dict_metadata": PickledDict((item.name, _described(item)) for item in items),
+        "planner_data": PickledDict((item.name, item.keys) for item in items),
+        "storage_data": PickledDict((_index(item), _place(item)) for item in items),
         "storage_meta": None,
         "version": _VERSION,
     }
     return pickled(_instance("Metadata", fields))
 
 
-def _items(shards: Sequence[PlannedShard], root: tuple[str, ...]) -> Iterator[tuple[str, PlannedTensor, str]]:
-    """Yields every tensor with its name in the checkpoint, the path joined by dots, and its file beside the table."""
-    for shard in shards:
-        file = shard.name.rpartition("/")[2]
-        yield from ((".".join((*root, tensor.stored)), tensor, file) for tensor in shard.tensors)
-
-
-def _described(tensor: PlannedTensor) -> PickledObject:
-    """Type, shape and chunks: one, the whole."""
-    dtype = PickledName("torch", tensor.dtype.torch)
+def _described(item: StoredItem) -> PickledObject:
+    """Type, shape and chunks: one, the whole; nothing of an object."""
+    if item.tensor is None:
+        return _instance("BytesStorageMetadata", {})
+    dtype, shape = item.tensor
     properties = PickledObject(
         PickledName(_CLASSES, "TensorProperties"),
-        (dtype, _STRIDED, False, _CONTIGUOUS, False),  # the False: requires_grad, pin_memory
+        (PickledName("torch", dtype.torch), _STRIDED, False, _CONTIGUOUS, False),  # requires_grad, pin_memory: False
     )
-    chunk = _instance("ChunkStorageMetadata", {"offsets": _origin(tensor), "sizes": _size(tensor.shape)})
-    fields: dict[str, PickledValue] = {"properties": properties, "size": _size(tensor.shape), "chunks": [chunk]}
+    chunk = _instance("ChunkStorageMetadata", {"offsets": _origin(shape), "sizes": _size(shape)})
+    fields: dict[str, PickledValue] = {"properties": properties, "size": _size(shape), "chunks": [chunk]}
     return _instance("TensorStorageMetadata", fields)
 
 
-def _index(key: str, tensor: PlannedTensor) -> PickledObject:
-    return _instance("MetadataIndex", {"fqn": key, "offset": _origin(tensor), "index": 0})
+def _index(item: StoredItem) -> PickledObject:
+    at: dict[str, PickledValue] = {"offset": None, "index": None}
+    if item.tensor is not None:
+        at = {"offset": _origin(item.tensor[1]), "index": 0}
+    return _instance("MetadataIndex", {"fqn": item.name, **at})
 
 
-def _place(tensor: PlannedTensor, file: str) -> PickledObject:
-    start, nbytes = item_span(tensor.dtype, tensor.shape, tensor.offset)
-    fields: dict[str, PickledValue] = {"relative_path": file, "offset": start, "length": nbytes}
+def _place(item: StoredItem) -> PickledObject:
+    fields: dict[str, PickledValue] = {"relative_path": item.file, "offset": item.begin, "length": item.nbytes}
     return PickledObject(_STORAGE_INFO, PickledDict(fields.items()))
 
 
-def _origin(tensor: PlannedTensor) -> PickledCall:
-    return _size((0,) * len(tensor.shape))
+def _origin(shape: Shape) -> PickledCall:
+    return _size((0,) * len(shape))
 
 
 def _size(numbers: tuple[int, ...]) -> PickledCall:

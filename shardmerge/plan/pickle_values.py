@@ -5,6 +5,7 @@ Strings and names are written once and referred to after that.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -62,7 +63,7 @@ class PickledDict:
 
 
 PickledValue: TypeAlias = Union[
-    None, bool, int, str, PickledName, PickledCall, PickledObject, PickledStorage, PickledDict,
+    None, bool, int, float, str, PickledName, PickledCall, PickledObject, PickledStorage, PickledDict,
     "tuple[PickledValue, ...]", "list[PickledValue]",
 ]  # fmt: skip
 
@@ -84,6 +85,8 @@ def write_value(writer: PickleWriter, value: PickledValue) -> None:
         writer.write({None: b"N", True: b"\x88", False: b"\x89"}[value])
     elif isinstance(value, int):
         writer.number(value)
+    elif isinstance(value, float):
+        writer.write(struct.pack(">cd", b"G", value))  # BINFLOAT
     elif isinstance(value, (tuple, list)):
         _write_sequence(writer, value)
     elif isinstance(value, PickledCall):

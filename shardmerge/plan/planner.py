@@ -14,9 +14,9 @@ from shardmerge.mapping.near import NameIndex, listed
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.resolution import Assignment, Resolution
 from shardmerge.mapping.spec import Rule
+from shardmerge.plan.moments import NO_MOMENTS, Moments
 from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
-from shardmerge.plan.universal_layout import NO_MOMENTS, Moments
 from shardmerge.plan.value import Plan, PlannedSource, Unused
 from shardmerge.targets.expectation import Expectation, Format
 from shardmerge.tensors import Catalog
@@ -107,7 +107,7 @@ def make_plan(
         shards,
         (*expectation.side_files, *indexes),
         tuple(_unused(resolution, catalogs)),
-        (*_source_warnings(catalogs), *expectation.warnings, *_written_twice(resolution)),
+        (*_source_warnings(catalogs), *expectation.warnings, *moments.warnings, *_written_twice(resolution)),
         left_behind=expectation.left_behind,
     )
 

@@ -7,13 +7,14 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.plan.moments import NO_MOMENTS, Moments
 from shardmerge.plan.phases import Arrangement, arrange, by_source
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import lay_out_torch
 from shardmerge.plan.training_files import Files, dcp_files, torch_shard, zero_universal_files
-from shardmerge.plan.universal_layout import NO_MOMENTS, Moments
 from shardmerge.shown import shown
 from shardmerge.targets.expectation import FileGroup, Format
 from shardmerge.tensors import SideFile
@@ -75,7 +76,7 @@ def lay_out(
     root
         For ``dcp``: the keys under which a state dict holds the model.
     moments
-        For ``zero-universal``: what the optimizer remembers.
+        For ``dcp`` and ``zero-universal``: what the optimizer remembers.
     """
     shards: list[PlannedShard] = []
     indexes: list[SideFile] = []
@@ -83,7 +84,7 @@ def lay_out(
     for group, members in _grouped(ordered, groups):
         most = shard_size if group.sharded else None
         if form == "dcp" and not group.suffix:
-            made, tables = dcp_files(_cut([members], most), group.folder, root)
+            made, tables = dcp_files(members, partial(_cut_one, shard_size=most), group.folder, root, moments)
         elif form == "zero-universal" and not group.suffix:
             made, tables = zero_universal_files(members, group.folder, moments)
         else:
@@ -151,6 +152,10 @@ def _cut(parts: Sequence[list[PlannedTensor]], shard_size: int | None) -> Iterat
             group.append(tensor)
             filled += tensor.nbytes
     yield group
+
+
+def _cut_one(part: Sequence[PlannedTensor], shard_size: int | None) -> Iterator[list[PlannedTensor]]:
+    return _cut([list(part)], shard_size)
 
 
 def _shard(naming: _Naming, name: str, tensors: list[PlannedTensor]) -> PlannedShard:

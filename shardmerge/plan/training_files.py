@@ -2,32 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.plan.dcp_layout import METADATA, lay_out_items, metadata_pickle
+from shardmerge.plan.dcp_layout import (
+    METADATA,
+    ItemFile,
+    Keys,
+    StoredItem,
+    lay_out_items,
+    metadata_pickle,
+    stored_tensor,
+)
+from shardmerge.plan.dcp_optimizer import SCALAR, moment_keys, optimizer_root, setting_items, step_items
+from shardmerge.plan.moments import NO_MOMENTS, Moments, moment_tensors
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.torch_layout import TorchLayout, lay_out_torch
-from shardmerge.plan.universal_layout import FOLDER, NO_MOMENTS, PARAM, Moments, tensor_path, universal_files
+from shardmerge.plan.universal_layout import FOLDER, PARAM, tensor_path, universal_files
 from shardmerge.shown import shown
 from shardmerge.tensors import Shape, SideFile
 
 Files: TypeAlias = tuple[list[PlannedShard], list[SideFile]]
+Cut: TypeAlias = Callable[[Sequence[PlannedTensor]], Iterable[Sequence[PlannedTensor]]]
 
 # Linux takes no longer name of a file or a folder, in bytes.
 _LONGEST_NAME = 255
+# Names that one error tells of.
+_MOST_PROBLEMS = 8
 
 
-def dcp_files(parts: Iterable[Sequence[PlannedTensor]], folder: str, root: tuple[str, ...]) -> Files:
-    """Returns a distributed checkpoint of torch, a file each part, called as rank 0 calls its own."""
+def dcp_files(
+    tensors: Sequence[PlannedTensor], cut: Cut, folder: str, root: tuple[str, ...], moments: Moments = NO_MOMENTS
+) -> Files:
+    """Returns a distributed checkpoint of torch, its files called as rank 0 calls its own.
+
+    Parameters
+    ----------
+    tensors
+        The model.
+    cut
+        What spreads tensors over files.
+    folder
+        Inside the output directory.
+    root
+        The keys under which a state dict holds the model: ``("model",)`` for ``dcp.load({"model": ...})``.
+    moments
+        What the optimizer remembers; it is put beside the model.
+
+    Raises
+    ------
+    TargetError
+        ``unusable-name``: two things would have one name in the checkpoint.
+    """
+    beside = optimizer_root(root)
+    keys: dict[str, Keys] = {tensor.name: (*root, tensor.stored) for tensor in tensors}
+    listed = list(tensors)
+    for kind, weight, moment in moment_tensors(tensors, moments):
+        keys[moment.name] = moment_keys(beside, weight, kind)
+        listed.append(replace(moment, stored=".".join(map(str, keys[moment.name]))))
     made = [
         torch_shard(_inside(folder, f"__0_{number}.distcp"), part, lay_out_items(_listed(part)))
-        for number, part in enumerate(parts)
+        for number, part in enumerate(cut(listed))
     ]
-    return made, [SideFile(_inside(folder, METADATA), (metadata_pickle(made, root),))]
+    items = [stored_tensor(keys[one.name], one, _base(shard.name)) for shard in made for one in shard.tensors]
+    tables = []
+    if moments.optimizer.groups:
+        small = ItemFile(f"__0_{len(made)}.distcp")
+        items += (small.put(where, SCALAR, item) for where, item in step_items(beside, moments.optimizer))
+        items += (small.put(where, None, item) for where, item in setting_items(beside, moments.optimizer))
+        tables.append(SideFile(_inside(folder, small.name), (small.content(),)))
+    raise_all(_twice(items))
+    return made, [*tables, SideFile(_inside(folder, METADATA), (metadata_pickle(items),))]
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _twice(items: Iterable[StoredItem]) -> Iterator[ShardmergeError]:
+    """Keys with dots in them may come to one name: the setting ``lr`` of group 0, and of a weight that is called 0."""
+    names = Counter(item.name for item in items)
+    for name in [name for name, count in names.items() if count > 1][:_MOST_PROBLEMS]:
+        yield TargetError(
+            "unusable-name",
+            "two things would have one name in the distributed checkpoint",
+            where=METADATA,
+            found=shown(name),
+            hint="leave --with-optimizer out: the optimizer then begins anew",
+        )
 
 
 def zero_universal_files(tensors: Sequence[PlannedTensor], folder: str, moments: Moments = NO_MOMENTS) -> Files:
@@ -40,10 +106,7 @@ def zero_universal_files(tensors: Sequence[PlannedTensor], folder: str, moments:
     """
     raise_all(_no_folders(tensors))
     made = [_own_file(tensor, folder, tensor.stored, "fp32") for tensor in tensors]
-    for kind, entries in moments.entries.items():
-        for one in (tensor for tensor in tensors if tensor.stored in entries):
-            moment = replace(one, name=f"{kind}:{one.name}", entry=entries[one.stored])
-            made.append(_own_file(moment, folder, one.stored, kind))
+    made += (_own_file(one, folder, weight, kind) for kind, weight, one in moment_tensors(tensors, moments))
     shapes = {tensor.stored: tensor.shape for tensor in tensors}
     return made, [SideFile(_inside(folder, path), (data,)) for path, data in universal_files(shapes, moments)]
 

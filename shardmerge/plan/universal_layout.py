@@ -23,21 +23,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
+from shardmerge.plan.moments import KINDS, NO_MOMENTS, Moments
 from shardmerge.plan.pickle_values import PickledCall, PickledDict, PickledName, PickledStorage, PickledValue, pickled
 from shardmerge.plan.torch_layout import torch_file
-from shardmerge.tensors import Shape, TensorEntry
+from shardmerge.tensors import Shape
 
 FOLDER = "universal"
 LATEST = "latest_universal"
 
 # What a file of weights calls its tensor.
 PARAM = "param"
-
-# The moments of Adam, as torch calls them.
-KINDS = ("exp_avg", "exp_avg_sq")
 
 # The version whose files these are; older ones than 0.3.17 are not loaded at stage 1.
 _DEEPSPEED = "0.19.8"
@@ -48,25 +45,6 @@ _KINDS = 4096
 
 _ORDERED_DICT = PickledCall(PickledName("collections", "OrderedDict"), ())
 _SIZE = PickledName("torch", "Size")
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """What an optimizer remembers of the weights that it steps.
-
-    Attributes
-    ----------
-    step
-        How often it stepped.
-    entries
-        By kind (``exp_avg``, ``exp_avg_sq``) and name of the weight.
-    """
-
-    step: float
-    entries: Mapping[str, Mapping[str, TensorEntry]]
-
-
-NO_MOMENTS = Moments(0.0, {kind: {} for kind in KINDS})
 
 
 def tensor_path(name: str, kind: str = "fp32") -> str:
@@ -90,17 +68,23 @@ def universal_files(shapes: Mapping[str, Shape], moments: Moments = NO_MOMENTS) 
     yield LATEST, FOLDER.encode()
     yield f"{FOLDER}/mp_rank_00_model_states.pt", states
     yield f"{FOLDER}/zero_pp_rank_0_mp_rank_00_model_states.pt", states
-    yield f"{FOLDER}/zero/optimizer_state.pt", _file_of_one(_optimizer(), "optimizer_state", moments.step)
-    step = _file_of_one(_all_alike(()), "step", moments.step)
+    steps = moments.optimizer.steps
+    last = max(steps.values(), default=0.0)
+    yield f"{FOLDER}/zero/optimizer_state.pt", _file_of_one(_optimizer(), "optimizer_state", last)
     for name, shape in shapes.items():
         missing = (kind for kind in KINDS if name not in moments.entries[kind])
         yield from ((tensor_path(name, kind), _zero_moment(shape, kind)) for kind in missing)
-        yield tensor_path(name, "step"), step
+        yield tensor_path(name, "step"), _step(steps.get(name, last))
 
 
 @lru_cache(maxsize=_KINDS)
 def _zero_moment(shape: Shape, kind: str) -> bytes:
     return _file_of_one(_dict(param=_all_alike(shape)), kind, 0.0)
+
+
+@lru_cache(maxsize=_KINDS)
+def _step(number: float) -> bytes:
+    return _file_of_one(_all_alike(()), "step", number)
 
 
 def _file_of_one(value: PickledValue, archive: str, number: float) -> bytes:

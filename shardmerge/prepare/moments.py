@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from shardmerge.errors import UsageError
+from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.spec import SourceSpec
-from shardmerge.plan.universal_layout import KINDS, NO_MOMENTS, Moments
+from shardmerge.plan.moments import KINDS, NO_MOMENTS, Moments
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.prepare.unwrapping import without_wrapper
-from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.shown import shown
+from shardmerge.tensors import Catalog
+from shardmerge.tensors.optimizer import OptimizerState, ParameterGroup
+
+_FORMATS = ("dcp", "zero-universal")
+# Kinds of catalogs whose readers know the moments.
+_SOURCES = ("DeepSpeed",)
+_LEAVE_OUT = "leave --with-optimizer out: the optimizer then begins anew"
+# What every Adam has; a resumed run would otherwise go on with other ones.
+_NEEDED = ("lr", "betas", "eps", "weight_decay")
+_DECOUPLED = "decoupled_weight_decay"
 
 
 def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, options: Options) -> Moments:
@@ -23,31 +33,64 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
     Raises
     ------
     UsageError
-        ``no-effect``: the format has no place for them. ``no-moments``: the source is no ZeRO checkpoint.
+        ``no-effect``: the format has no place for them. ``no-moments``: of the source no moments are read.
     CheckpointError
-        ``no-moments``: it has none.
+        ``no-moments``: it has none, or says too little of the optimizer.
     """
     if not options.optimizer:
         return NO_MOMENTS
-    if options.format != "zero-universal":
-        what = "--with-optimizer is for a universal checkpoint: other formats hold no optimizer"
-        raise UsageError("no-effect", what, hint="add --format zero-universal, or leave --with-optimizer out")
-    if not opened.kind.startswith("DeepSpeed"):
+    if options.format not in _FORMATS:
+        what = "--with-optimizer is for checkpoints that training goes on from: other formats hold no optimizer"
+        hint = "add --format dcp or --format zero-universal, or leave --with-optimizer out"
+        raise UsageError("no-effect", what, hint=hint)
+    if not opened.kind.startswith(_SOURCES):
         raise UsageError(
             "no-moments",
             "the optimizer is read of ZeRO checkpoints of DeepSpeed alone",
             where=opened.path,
             found=opened.kind,
-            hint="leave --with-optimizer out: the optimizer then begins anew",
+            hint=_LEAVE_OUT,
         )
     catalogs = {kind: _catalog(replace(source, view=kind), options) for kind in KINDS}
-    step = float(catalogs[KINDS[0]].facts["step"])
-    return Moments(step, {kind: _kept(catalog, resolution) for kind, catalog in catalogs.items()})
+    kept = {
+        kind: {name: one for name, one in catalog.entries.items() if name in resolution.assignments}
+        for kind, catalog in catalogs.items()
+    }
+    told = catalogs[KINDS[0]].optimizer or OptimizerState()
+    optimizer = told.of(kept[KINDS[0]])
+    if options.format != "dcp":
+        return Moments(kept, optimizer)
+    raise_all(_unsaid(opened.path, optimizer))
+    return Moments(kept, optimizer, tuple(_warnings(optimizer)))
 
 
 def _catalog(source: SourceSpec, options: Options) -> Catalog:
     return without_wrapper(open_source(source, Path(), options), SideFiles())[0]
 
 
-def _kept(catalog: Catalog, resolution: Resolution) -> Mapping[str, TensorEntry]:
-    return {name: entry for name, entry in catalog.entries.items() if name in resolution.assignments}
+def _unsaid(where: str, optimizer: OptimizerState) -> Iterator[ShardmergeError]:
+    """What the settings must say so that a step of torch's Adam is that of the run."""
+    for number, group in enumerate(optimizer.groups):
+        lacking = [key for key in _NEEDED if key not in group.settings]
+        if lacking:
+            yield _unfit(where, f"parameter group {number} does not say {shown(lacking)}")
+        elif group.settings.get("bias_correction", True) is not True:
+            yield _unfit(where, f"parameter group {number} has no bias correction, and Adam of torch always has it")
+
+
+def _unfit(where: str, what: str) -> CheckpointError:
+    hint = f"{_LEAVE_OUT}; or take --format zero-universal, whose trainer keeps its own settings"
+    return CheckpointError("no-moments", f"torch could not go on with this optimizer: {what}", where=where, hint=hint)
+
+
+def _warnings(optimizer: OptimizerState) -> Iterator[str]:
+    """Before 2.7 torch did not write whether weight decay is apart from the gradient, and no name or number tells."""
+    if any(_leaves_open(group) for group in optimizer.groups):
+        yield (
+            f"the checkpoint does not say {_DECOUPLED} (AdamW or Adam), so the result does not: torch 2.7 and later "
+            "load it with `planner=DefaultLoadPlanner(allow_partial_load=True)`, and keep the trainer's own"
+        )
+
+
+def _leaves_open(group: ParameterGroup) -> bool:
+    return bool(group.names) and _DECOUPLED not in group.settings

@@ -45,8 +45,10 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
     }
     aliases = {alias.removeprefix(prefix): owner.removeprefix(prefix) for alias, owner in catalog.aliases.items()}
     absent = frozenset(name.removeprefix(prefix) for name in catalog.absent)
-    note = f"`{prefix}` is taken off every name"
-    return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=(*catalog.notes, note))
+    notes = (*catalog.notes, f"`{prefix}` is taken off every name")
+    names = {name: name.removeprefix(prefix) for name in catalog.names()}
+    told = catalog.optimizer.renamed(names) if catalog.optimizer is not None else None
+    return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=notes, optimizer=told)
 
 
 def _odd_strip(source: SourceSpec, without: list[str]) -> MappingError:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, TargetError, raise_all
+from shardmerge.plan.moments import is_moment
 from shardmerge.plan.universal_layout import weight_at
 from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
@@ -93,11 +94,12 @@ def described(plan: Plan, read: ReadSideFile, conditions: Conditions | None = No
 
 
 def _placed(plan: Plan) -> Iterator[tuple[str, str, TensorEntry]]:
-    """Yields every tensor with its name and the folder in which its model lies."""
+    """Yields every weight with its name and the folder in which its model lies."""
     for shard in plan.shards:
         place, weight = weight_at(shard.name)
         place = place if weight else shard.name.rpartition("/")[0]
-        yield from ((place, weight or tensor.stored, tensor.entry) for tensor in shard.tensors)
+        weights = (tensor for tensor in shard.tensors if not is_moment(tensor))
+        yield from ((place, weight or tensor.stored, tensor.entry) for tensor in weights)
 
 
 def describe(

@@ -33,5 +33,7 @@ def without_wrapper(catalog: Catalog, sides: SideFiles) -> tuple[Catalog, tuple[
     words = ", ".join(f"`{prefix}`" for prefix in found.prefixes)
     left = f"; left out: {listed(list(found.outside), 3)}" if found.outside else ""
     warning = f"the names are those of a wrapped model: {words} is taken off, as config.json has them without{left}"
-    renamed = replace(catalog, entries=entries, aliases=aliases, warnings=(*catalog.warnings, warning))
+    told = catalog.optimizer.renamed(found.names) if catalog.optimizer is not None else None
+    warnings = (*catalog.warnings, warning)
+    renamed = replace(catalog, entries=entries, aliases=aliases, warnings=warnings, optimizer=told)
     return renamed, found.outside

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.shown import shown
-from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_module, check_tag, step_of
+from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_module, check_tag
 from shardmerge.sources.deepspeed_experts import ExpertWeights, check_expert_optims, data_before_experts, read_experts
 from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles
 from shardmerge.sources.deepspeed_masters import has_masters, name_masters
@@ -145,9 +145,10 @@ class _Builder:
 
     def moment_catalog(self) -> Catalog:
         """What the optimizer keeps beside the weights that it steps; nothing for all others."""
-        step = step_of(self.tag)
+        named = self._groups() if self.optims else []
+        told = self.reader.optimizer(self.tag.folder, [optim.rank for optim in self.optims], named)
         self.entries |= self._partitions()
-        return replace(self._catalog(), facts={"step": step})
+        return replace(self._catalog(), optimizer=told)
 
     def module_catalog(self) -> Catalog:
         """The 16-bit weights, all or nothing: half of them in another precision is no model that anybody asked for."""

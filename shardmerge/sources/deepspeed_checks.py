@@ -11,7 +11,6 @@ from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, version_of
 from shardmerge.sources.deepspeed_files import consolidated, model_file, model_name, optim_name
-from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import OptimState, RankState
 from shardmerge.sources.deepspeed_values import Stored, compare_masters
 from shardmerge.tensors import TensorEntry
@@ -73,14 +72,6 @@ def check_module(folder: Path, state: RankState) -> None:
     """Raises what is wrong with a model file that is read alone: ``mixed-runs``."""
     tag = Tag(folder, [state], [])
     raise_all([*_wrong_names(tag), *_wrong_stage(tag)])
-
-
-def step_of(tag: Tag) -> float:
-    """Returns how often the optimizer stepped; raises ``no-moments`` where no file says that."""
-    step = tag.optims[0].step if tag.optims else None
-    if step is None:
-        raise no_moments(str(tag.folder), "no optimizer file that says its step")
-    return step
 
 
 def check_tag(tag: Tag) -> None:

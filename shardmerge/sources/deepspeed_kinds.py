@@ -30,7 +30,7 @@ def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     view
         ``fp32``: the master weights, with frozen parameters and buffers as they were saved. ``module``: the 16-bit
         weights of the forward pass, where the checkpoint has them (stages 0 to 2). ``exp_avg``, ``exp_avg_sq``: a
-        moment of Adam under the names of the weights that are trained; ``facts`` has the ``step``.
+        moment of Adam under the names of the weights that are trained; ``optimizer`` of the catalog has the rest.
 
     Raises
     ------

@@ -6,12 +6,12 @@ nothing that is kept of a file grows with its tensors, except eight bytes for ea
 
 from __future__ import annotations
 
-import struct
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
@@ -19,12 +19,13 @@ from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, largest, read_claims, text_of
 from shardmerge.sources.deepspeed_files import DeepSpeedRankFile
 from shardmerge.sources.deepspeed_moments import moment_flats
+from shardmerge.sources.deepspeed_settings import base_state, first_step, plain_digest, zero_optimizer
 from shardmerge.sources.pickle_values import Opaque, PickleValue, TensorRef
 from shardmerge.sources.torch_checkpoint import as_dict
 from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_file
 from shardmerge.sources.value_digest import value_digest
-from shardmerge.storage.reading import SourceFile
-from shardmerge.tensors import Extent, FileStamp, Shape, Strided
+from shardmerge.tensors import Extent, FileStamp, Shape
+from shardmerge.tensors.optimizer import OptimizerState
 from shardmerge.tensors.ranks import Partition, chunk_numel
 
 # Where a rank has no fragment of a frozen parameter, or one of another size than its share.
@@ -137,8 +138,8 @@ class RankReader:
                 found=shown(list(state)) if state else "no optimizer_state_dict",
                 expected=f"{key}, as DeepSpeed 0.9 to 0.19 write it for ZeRO stages 0 to 3",
             )
-        base = _base_state(state)
-        step = _first_step(file, base, sum(prod(flat.shape) for flat in flats))
+        base = base_state(state)
+        step = first_step(file, base, sum(prod(flat.shape) for flat in flats))
         flats = moment_flats(file, base, flats, moment) if moment else flats
         return OptimState(
             rank,
@@ -152,9 +153,15 @@ class RankReader:
             sys.intern(value_digest(root.get("ds_config"))),
             text_of(root.get("ds_version")),
             step,
-            sys.intern(_plain(base)),
+            plain_digest(base),
             rank.saved_as(file.archive),
         )
+
+    def optimizer(
+        self, folder: Path, ranks: Iterable[DeepSpeedRankFile], named: Sequence[Collection[str]]
+    ) -> OptimizerState:
+        """Returns the steps and settings of the optimizer; ``named``: the weights in each of its flat groups."""
+        return zero_optimizer(folder, (self.file(rank) for rank in ranks), named)
 
     def _stated(self, file: TorchFile) -> DeepSpeedClaims:
         """Returns what a model file states, read once for all files of one pickle."""
@@ -212,43 +219,3 @@ def _counts(value: PickleValue) -> tuple[int, ...]:
 def _paddings(value: PickleValue) -> tuple[tuple[int, ...], ...]:
     groups = value if isinstance(value, list) else []
     return tuple(tuple(n for n in group if isinstance(n, int)) for group in groups if isinstance(group, list))
-
-
-def _base_state(state: Mapping[object, PickleValue]) -> Mapping[object, PickleValue]:
-    """What the optimizer inside ZeRO's saved; nothing for ``elastic_checkpoint``, which saves a list of lean dicts."""
-    return as_dict(state.get("base_optimizer_state") or state.get("optimizer_state_dict"))
-
-
-def _first_step(file: TorchFile, base: Mapping[object, PickleValue], numel: int) -> float | None:
-    """Returns the optimizer's step counter: four bytes that tell two runs, or two moments of one run, apart."""
-    moments = as_dict(base.get("state"))
-    if not moments:  # Adam makes its moments in the first step; a rank may have nothing to train, SGD has no moments
-        return 0.0 if numel and "state" in base and any("betas" in group for group in _param_groups(base)) else None
-    step = as_dict(next(iter(moments.values()))).get("step")
-    if isinstance(step, (int, float)):
-        return float(step)
-    if isinstance(step, TensorRef) and step.dtype.name == "F32" and prod(step.shape) == 1:
-        return _read_float(file, step)
-    return None
-
-
-def _param_groups(base: Mapping[object, PickleValue]) -> list[Mapping[object, PickleValue]]:
-    groups = base.get("param_groups")
-    return [as_dict(group) for group in groups] if isinstance(groups, list) else []
-
-
-def _plain(base: Mapping[object, PickleValue]) -> str:
-    plain = (bool, int, float, str, tuple)
-    found: list[PickleValue] = [
-        {key: value for key, value in group.items() if isinstance(value, plain)} for group in _param_groups(base)
-    ]
-    return value_digest(found)
-
-
-def _read_float(file: TorchFile, ref: TensorRef) -> float:
-    held = file.entry("step", ref).pieces[0].held
-    extent = held.extent if isinstance(held, Strided) else held
-    assert isinstance(extent, Extent)  # a checkpoint's own tensors are not made of others
-    with SourceFile(extent.file) as source:
-        number: float = struct.unpack("<f", source.read(extent.offset, 4))[0]
-    return number

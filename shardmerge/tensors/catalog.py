@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from shardmerge.json_rows import Rows, canonical_text
 from shardmerge.tensors.entries import Extent, TensorEntry
+from shardmerge.tensors.optimizer import OptimizerState
 
 Fact: TypeAlias = "int | float | str | bool"
 
@@ -105,6 +106,8 @@ class Catalog:
     facts
         Plain values that the training run left beside the weights, by name: the scalars of Megatron's ``args``
         (``num_attention_heads``, ``tensor_model_parallel_size``, ...). Not in the fingerprint.
+    optimizer
+        Of the moments of a run: what its optimizer keeps beside them. Not in the fingerprint.
     quantized
         What the files beside the weights say they are quantized by (``fp8``, ``gptq``, ...), or ``""``; known once
         ``dequantizing`` has looked.
@@ -125,6 +128,7 @@ class Catalog:
     doubt: str = ""
     training_config: str = ""
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    optimizer: OptimizerState | None = None
     quantized: str = ""
     dequantized: bool = False
 

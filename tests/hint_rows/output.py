@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
-from tests.following import Follow, Row, change, near, pasted, ran, said
-from tests.hint_rows.given import ZERO, copied, mapped, told, without
+import torch
+
+from benchmarks.synthetic import write_zero
+from tests.following import Call, Follow, Given, Row, change, near, pasted, ran, said
+from tests.hint_rows.given import CONVERT, ZERO, copied, mapped, told, without
 from tests.test_mistakes import GQA, REST
 
 LLAMA = "target: {name: hf/llama, text: m}\n"
@@ -15,6 +19,21 @@ UNIVERSAL = ("--format", "zero-universal", "--with-optimizer")
 
 def output(keys: str, start: str = "", source: str = "$gqa") -> str:
     return start + GQA.replace("output: out", f"output: {{path: out, {keys}}}").replace("$gqa", source) + REST
+
+
+def trained(name: str, **settings: object) -> Given:
+    """A run of ZeRO-3 that trained one weight, with these settings of its optimizer; to be gone on with by torch."""
+
+    def given(call: Call) -> Sequence[str]:
+        tag = write_zero(call.folder / "ck", {name: (7, 5)}, stage=3, world=2, fill=True)
+        for path in tag.glob("*_optim_states.pt"):
+            root = torch.load(path, weights_only=True)
+            base = root["optimizer_state_dict"]["optimizer_state_dict"]
+            base["param_groups"] = [{"lr": 0.01, "betas": (0.9, 0.999), "params": [0], **settings}]
+            torch.save(root, path)
+        return [*CONVERT, "ck", "out", "--format", "dcp", "--with-optimizer"]
+
+    return given
 
 
 def more(*args: str) -> Follow:
@@ -179,6 +198,13 @@ OUTPUT = [
         "an optimizer that is kept otherwise",
         copied(ZERO / "elastic_z2_w2_bf16/ckpt", *UNIVERSAL),
         "no-moments",
+        without("--with-optimizer"),
+    ),
+    Row("an optimizer that does not say its decay", trained("w", eps=1e-8), "no-moments", without("--with-optimizer")),
+    Row(
+        "a weight whose settings have the name of a group's",
+        trained("0", eps=1e-8, weight_decay=0.0),
+        "unusable-name",
         without("--with-optimizer"),
     ),
     Row(
