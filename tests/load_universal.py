@@ -1,7 +1,8 @@
-"""Runs DeepSpeed, on ranks over gloo, on the CPU: ``load_universal.py train|load CHECKPOINT STAGE WORLD OUT``.
+"""Runs DeepSpeed, on ranks over gloo, on the CPU: ``load_universal.py train|load STAGE WORLD CHECKPOINT...``.
 
 ``train`` takes three steps, saves a checkpoint of ZeRO and goes on for a step. ``load`` begins with a universal
-checkpoint and takes a step. Rank 0 saves the fp32 weights before that last step and after it, and then the moments.
+checkpoint and takes a step; of several, each begins anew. Rank 0 saves the fp32 weights before that last step and after
+it, its loss, and then the moments, as ``CHECKPOINT.train.pt`` or ``CHECKPOINT.load.pt``.
 """
 
 from __future__ import annotations
@@ -38,20 +39,38 @@ def groups(made: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def step(engine: object, seed: int) -> None:
-    """The same on every rank, so that gradients are the same for any number of them."""
-    torch.manual_seed(seed)
-    engine.backward(engine(torch.randn(4, 7, dtype=torch.bfloat16)).square().sum())
+def step(engine: object, seed: int) -> torch.Tensor:
+    """The same on every rank, so that gradients are the same for any number of them. Returns the loss."""
+    loss = engine(batch(seed)).square().sum()
+    engine.backward(loss)
     engine.step()
+    return loss.detach()
 
 
-def work(how: str, folder: Path, stage: int, rank: int, world: int, out: Path) -> None:
+def batch(seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(4, 7, dtype=torch.bfloat16)
+
+
+def work(how: str, folders: list[Path], stage: int, rank: int, world: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    import deepspeed
+
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # compiles C++ for a minute
+    deepspeed.init_distributed(
+        dist_backend="gloo", init_method=f"file://{folders[0]}.store", rank=rank, world_size=world
+    )
+    for folder in folders:
+        found = run(how, folder, stage)
+        if rank == 0:
+            torch.save(found, f"{folder}.{how}.pt")
+        torch.distributed.barrier()
+
+
+def run(how: str, folder: Path, stage: int) -> dict[str, dict[str, torch.Tensor]]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # compiles C++ for a minute
-    deepspeed.init_distributed(dist_backend="gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
     torch.manual_seed(1)
     made = model()
     optimizer = torch.optim.AdamW(groups(made), lr=0.01)
@@ -67,21 +86,19 @@ def work(how: str, folder: Path, stage: int, rank: int, world: int, out: Path) -
         engine.save_checkpoint(str(folder), exclude_frozen_parameters=False)
     named = dict(engine.module.named_parameters())
     found = {"loaded": {name: safe_get_full_fp32_param(one).clone() for name, one in named.items()}}
-    step(engine, 2)
+    found["loss"] = {"": step(engine, 2)}
     found["stepped"] = {name: safe_get_full_fp32_param(one).clone() for name, one in named.items()}
     for kind in KINDS if how == "load" else ():  # DeepSpeed has them by name only once it loaded them, below stage 3
         found[kind] = {name: safe_get_full_optimizer_state(one, kind).clone() for name, one in named.items()}
-    if rank == 0:
-        torch.save(found, out)
-    torch.distributed.barrier()
+    return found
 
 
-def main(how: str, folder: Path, stage: int, world: int, out: Path) -> None:
+def main(how: str, stage: int, world: int, folders: list[Path]) -> None:
     """Forks the ranks, so that torch is imported once, and fails if one of them does."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=work, args=(how, folder, stage, rank, world, out)) for rank in range(world)]
+    ranks = [context.Process(target=work, args=(how, folders, stage, rank, world)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -90,4 +107,4 @@ def main(how: str, folder: Path, stage: int, world: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), [Path(text) for text in sys.argv[4:]])

@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from tests.killing import KILL, Machine, Trap
 from tests.load_environments import DEEPSPEED, interpreter, ready
 from tests.scene import claim, tree
 from tests.test_dcp_output import assert_same
+
+# By what it is, and the name of a weight.
+Values: TypeAlias = "dict[str, dict[str, torch.Tensor]]"
 
 CASE = GOLDEN / "zero" / "bag_z2_w3_bf16" / "ckpt"
 OPTIONS = sm.Options(format="zero-universal", sync=False)
@@ -69,13 +73,17 @@ def test_deepspeed_goes_on_from_it(stage: int, world: int, loader: Path, source:
             assert torch.allclose(found["stepped"][name], expected[name], rtol=1e-3, atol=1e-4), name
 
 
-def run_deepspeed(loader: Path, how: str, folder: Path, stage: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
-    out = folder.with_name(f"{how}.pt")
-    script = [loader, load_universal.__file__, how, folder, str(stage), str(world), out]
+def run_deepspeed(loader: Path, how: str, folder: Path, stage: int, world: int) -> Values:
+    (found,) = run_each(loader, how, stage, world, folder)
+    return found
+
+
+def run_each(loader: Path, how: str, stage: int, world: int, *folders: Path) -> list[Values]:
+    """Lets the same ranks train or load one checkpoint after the other, each in an engine of its own."""
+    script = [loader, load_universal.__file__, how, str(stage), str(world), *folders]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, torch.Tensor]] = torch.load(out, weights_only=True)
-    return found
+    return [torch.load(f"{folder}.{how}.pt", weights_only=True) for folder in folders]
 
 
 def stepped() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -168,18 +176,23 @@ def test_the_moments_of_stage_3_are_those_of_all_its_ranks(case: str, kind: Deep
     assert_same({name: tensor.torch() for name, tensor in sm.open_checkpoint(ckpt, view=kind).items()}, expected)
 
 
-@pytest.mark.load
-@pytest.mark.parametrize("case", ["bag_z1_w3_bf16", "subgroups_bag_z3_w3_bf16", "alignment_z2_w3_bf16"])
-def test_every_file_is_that_of_deepspeeds_own_conversion(case: str, loader: Path, tmp_path: Path) -> None:
-    ckpt = GOLDEN / "zero" / case / "ckpt"
-    (tag,) = (folder for folder in ckpt.iterdir() if folder.is_dir())
+def converted(loader: Path, folder: Path, into: Path) -> None:
+    """DeepSpeed's own conversion."""
+    (tag,) = (inside for inside in folder.iterdir() if inside.is_dir())
     options = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-    command = ["--input_folder", tag, "--output_folder", tmp_path / "theirs", *options]
+    command = ["--input_folder", tag, "--output_folder", into, *options]
     done = subprocess.run(
         [loader, "-m", "deepspeed.checkpoint.ds_to_universal", *command],
         capture_output=True, text=True, check=False, env=os.environ | {"DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.load
+@pytest.mark.parametrize("case", ["bag_z1_w3_bf16", "subgroups_bag_z3_w3_bf16", "alignment_z2_w3_bf16"])
+def test_every_file_is_that_of_deepspeeds_own_conversion(case: str, loader: Path, tmp_path: Path) -> None:
+    ckpt = GOLDEN / "zero" / case / "ckpt"
+    converted(loader, ckpt, tmp_path / "theirs")
     sm.convert(ckpt, tmp_path / "out", options=replace(OPTIONS, optimizer=True))
     files = sorted((tmp_path / "theirs" / "zero").glob("*/*.pt"))
     assert len(files) > 20
