@@ -34,7 +34,7 @@ from shardmerge.cli.options import (
     run_options,
     write_lines,
 )
-from shardmerge.cli.progress import progress_bar
+from shardmerge.cli.progress import planning, progress_bar, warn
 from shardmerge.errors import InterruptedRunError, PublishedError, ResourceError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def cli() -> None:
 
 
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+_log_json = click.option("--log-json", is_flag=True, help="Progress as lines of JSON on stderr, for machines.")
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
 _base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
@@ -81,6 +82,7 @@ _root = click.option("--root", default="", help="Dotted path of the state dict i
 @engine_options
 @click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
 @_quiet
+@_log_json
 @json_option
 def run(  # one parameter an option
     mapping: str,
@@ -88,6 +90,7 @@ def run(  # one parameter an option
     roots: tuple[str, ...],
     part: str | None,
     quiet: bool,
+    log_json: bool,
     as_json: bool,
     **given: Any,  # noqa: ANN401
 ) -> None:
@@ -106,8 +109,10 @@ def run(  # one parameter an option
         state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
         show_part(state, as_json=as_json)
         return
-    prepared = api.prepare(Path(mapping), options, moved)
-    _carry_out(prepared, api.output_path(prepared, out, mapping), options, quiet=quiet, as_json=as_json)
+    with planning(mapping, quiet=quiet or as_json, machine=log_json):
+        prepared = api.prepare(Path(mapping), options, moved)
+    path = api.output_path(prepared, out, mapping)
+    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
 
 
 @cli.command()
@@ -132,7 +137,8 @@ def plan(  # one parameter an option
     from shardmerge import api
 
     refuse_idle_for_plan(mapping, given)
-    prepared = api.prepare(Path(mapping), parsed(given), [pair(text, "--root", "/old=/new") for text in roots])
+    with planning(mapping, quiet=as_json):
+        prepared = api.prepare(Path(mapping), parsed(given), [pair(text, "--root", "/old=/new") for text in roots])
     if out is not None:
         api.write_plan(prepared, Path(out))
     _show_plan(prepared, prepared.out, tensors=tensors, as_json=as_json)
@@ -155,6 +161,7 @@ def plan(  # one parameter an option
 @click.option("--with-optimizer", is_flag=True, help="Take Adam's state along, to --format dcp or zero-universal.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @_quiet
+@_log_json
 @json_option
 def convert(  # noqa: PLR0913  # one parameter an option
     source: str,
@@ -166,6 +173,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
     root: str,
     dry_run: bool,
     quiet: bool,
+    log_json: bool,
     as_json: bool,
     **given: Any,  # noqa: ANN401
 ) -> None:
@@ -178,11 +186,13 @@ def convert(  # noqa: PLR0913  # one parameter an option
     options = parsed(given)
     named = dict(pair(text) for text in bases)
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
-    prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
+    with planning(source, quiet=quiet or as_json, machine=log_json):
+        prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
     if dry_run:
         _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
         return
-    _carry_out(prepared, Path(out).expanduser().absolute(), options, quiet=quiet, as_json=as_json)
+    path = Path(out).expanduser().absolute()
+    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
 
 
 @cli.command()
@@ -307,28 +317,28 @@ def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: 
         click.echo(explain.plan_text(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
 
 
-def _warn(prepared: Prepared) -> None:
+def _warn(prepared: Prepared, *, machine: bool = False) -> None:
     for warning in prepared.plan.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        warn(warning, machine=machine)
 
 
-def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool) -> None:
+def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool, log_json: bool) -> None:
     from shardmerge import api
     from shardmerge.plan import explain
 
-    _warn(prepared)
+    _warn(prepared, machine=log_json)
     started = time.monotonic()
     total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
-    with progress_bar(total, quiet=quiet or as_json, label=out.name) as progress:
+    with progress_bar(total, quiet=quiet or as_json, label=out.name, machine=log_json) as progress:
         result = api.carry_out(prepared, out, options, progress)
     seconds = time.monotonic() - started
     if as_json:
         click.echo(dumped(_result_json(result, prepared, seconds)))
         return
     if options.device == "cuda":
-        click.echo("warning: the planned peak does not count what torch and CUDA take", err=True)
+        warn("the planned peak does not count what torch and CUDA take", machine=log_json)
     for name, count in sorted(result.outcome.overflows.items()):
-        click.echo(f"warning: {count:,} values of {name} overflowed in the cast", err=True)
+        warn(f"{count:,} values of {name} overflowed in the cast", machine=log_json)
     if not quiet:
         click.echo(explain.plan_text(result.plan, prepared.how, str(out), result.outcome.bytes_cloned))
         click.echo(_said(result, seconds))

@@ -1,27 +1,202 @@
-"""A progress bar in bytes, with GB/s, the time left, and the resident memory beside it."""
+"""What a command is doing: a bar in a terminal, lines in a log, JSON lines for machines. All of it goes to stderr.
+
+A log says what takes longer than five seconds: a line when that is noticed, then one for every twentieth that is done,
+ten seconds apart, and one every thirty seconds whatever happens.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+# In seconds: what is over sooner is not told; the longest silence; the shortest time between two lines.
+_SOON, _LONGEST, _SHORTEST = 5.0, 30.0, 10.0
+# How much more has to be done before it is told sooner than the longest silence.
+_SHARE = 0.05
+# How often planning looks at the clock, in seconds; in a terminal a line is replaced as often.
+_LOOK = 0.5
+
+Advance = Callable[[int], None]
+
+
+def warn(text: str, *, machine: bool) -> None:
+    """Says a warning on stderr, where JSON lines are asked for as one of them."""
+    line = json.dumps({"warning": text}) if machine else f"warning: {text}"
+    sys.stderr.write(f"{line}\n")
 
 
 @contextmanager
-def progress_bar(total: int, *, quiet: bool, label: str) -> Iterator[Callable[[int], None] | None]:
-    """Yields the function to call with bytes done, or None where nobody watches: ``quiet``, or not a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
+def planning(label: str, *, quiet: bool, machine: bool = False) -> Iterator[None]:
+    """Says that a plan is made, while it is: headers of many files are read, on disks that may be slow.
 
-    from shardmerge.api import resident_bytes
+    By a timer and no thread: with a second thread the process could not fork, and the plan would say so.
+    """
+    if (quiet and not machine) or any(signal.getitimer(signal.ITIMER_REAL)):
+        yield
+        return
+    told = _Told("planning", label, 0, machine=machine)
+    before = signal.signal(signal.SIGALRM, lambda *_: told.look())
+    signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        told.wipe()
+
+
+@contextmanager
+def progress_bar(total: int, *, quiet: bool, label: str, machine: bool = False) -> Iterator[Advance | None]:
+    """Yields the function to call with bytes done, and now and then with 0; None where nobody watches.
+
+    Parameters
+    ----------
+    total
+        Bytes.
+    quiet
+        Nothing is to be said.
+    label
+        What is written, for people.
+    machine
+        JSON lines are asked for, quiet or not.
+    """
+    if machine or not (quiet or sys.stderr.isatty()):
+        yield _Told("writing", label, total, machine=machine).advance
+    elif quiet:
+        yield None
+    else:
+        with _bar(total, label) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(total: int, label: str) -> Iterator[Advance]:
+    from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr, mininterval=0.2) as bar:
 
         def advance(nbytes: int) -> None:
             if bar.update(nbytes):  # only when it redraws: /proc is not free
-                bar.set_postfix_str(f"{resident_bytes() / 2**20:.0f} MiB resident", refresh=False)
+                bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident", refresh=False)
 
         yield advance
-        bar.set_postfix_str(f"{resident_bytes() / 2**20:.0f} MiB resident")
+        bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident")
+
+
+@dataclass(slots=True)
+class _Told:
+    """A phase as it goes on, and what was said of it.
+
+    Attributes
+    ----------
+    phase, label
+        What is done, and to what.
+    total, done
+        Bytes; no total for a phase that has none.
+    machine
+        JSON lines, from the first moment on.
+    """
+
+    phase: str
+    label: str
+    total: int
+    machine: bool
+    done: int = 0
+    _began: float = 0.0
+    _said: float = 0.0
+    _said_done: int = 0
+    _shown: bool = False
+
+    def __post_init__(self) -> None:
+        self._begin()
+        if self.machine:
+            self._say()
+
+    def advance(self, nbytes: int) -> None:
+        """Counts bytes; with the last of them the phase ends, and what publishes the result begins."""
+        self.done += nbytes
+        if not nbytes or self.done < self.total or self.phase != "writing":
+            self.look()
+            return
+        spoken = self.machine or self._said > self._began
+        self.phase, self.total = "publishing", 0
+        self._begin()
+        if spoken:
+            self._say()
+
+    def look(self) -> None:
+        """Says how far it is where it is time to."""
+        silent = time.monotonic() - self._said
+        more = self.total and self.done - self._said_done >= _SHARE * self.total
+        if silent >= _LONGEST or (more and silent >= _SHORTEST and self._said > self._began):
+            self._say()
+
+    def wipe(self) -> None:
+        """Takes away the line that a terminal shows."""
+        if self._shown:
+            _write("\r\033[K")
+
+    def _begin(self) -> None:
+        self._began = time.monotonic()
+        self._said = self._began - _LONGEST + _SOON
+
+    def _say(self) -> None:
+        now = time.monotonic()
+        seconds, self._said, self._said_done = now - self._began, now, self.done
+        if self.machine:
+            _write(json.dumps(self._row(seconds)) + "\n")
+        elif sys.stderr.isatty():
+            _write(f"\r\033[K{self._line(seconds)}")
+            self._said, self._shown = now - _LONGEST + _LOOK, True
+        else:
+            _write(self._line(seconds) + "\n")
+
+    def _line(self, seconds: float) -> str:
+        from shardmerge.plan.explain import human_bytes
+
+        what = [f"{seconds:.0f} s"]
+        if self.total:
+            rate, left = self._speed(seconds)
+            what = [f"{100 * self.done / self.total:.0f} % of {human_bytes(self.total)}", f"{rate / 1e9:.2f} GB/s"]
+            what += [f"{_duration(left)} left"] if left is not None else []
+        return f"{self.phase} {self.label}: {', '.join(what)}, {_resident() / 2**20:.0f} MiB resident"
+
+    def _row(self, seconds: float) -> dict[str, object]:
+        rate, left = self._speed(seconds)
+        known = {"done": self.done, "total": self.total, "bytes_per_second": round(rate)} if self.total else {}
+        more = {} if left is None else {"seconds_left": round(left, 1)}
+        row = {"phase": self.phase, "label": self.label, "seconds": round(seconds, 1), **known, **more}
+        return row | {"resident_bytes": _resident()}
+
+    def _speed(self, seconds: float) -> tuple[float, float | None]:
+        """Returns bytes a second, and the seconds that are left where that can be told."""
+        rate = self.done / seconds if seconds else 0.0
+        return rate, (self.total - self.done) / rate if rate and self.total else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _resident() -> int:
+    from shardmerge.api import resident_bytes
+
+    return resident_bytes()
+
+
+def _write(text: str) -> None:
+    """Writes to stderr at once, past Python's buffers: their locks must be free when the process forks."""
+    sys.stderr.flush()
+    try:
+        os.write(sys.stderr.fileno(), text.encode())
+    except (OSError, ValueError):
+        return  # nobody reads; or stderr is no file, in a test

@@ -40,7 +40,7 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         Whatever is raised but a ``PublishedError``, ``out`` is as it was.
     """
     goal = Goal.of(plan, out, fresh=options.fresh)
-    return _published(goal, partial(_make_missing, plan, out, options, progress), options)
+    return _published(goal, partial(_make_missing, plan, out, options, progress), options, progress)
 
 
 def carry_out_share(
@@ -62,7 +62,7 @@ def carry_out_share(
         return _there_after_all(goal, options, error)
     if (state.missing or state.elsewhere) and not goal.reached():
         return state
-    return replace(_published(goal, int, options), made=state.made)
+    return replace(_published(goal, int, options, progress), made=state.made)
 
 
 def finish_plan(plan: Plan, out: Path, options: Options, made: int = 0) -> Result:
@@ -127,7 +127,9 @@ class _Marking:
         self.made[part.number] = 1
 
 
-def _published(goal: Goal, make: Callable[[], int], options: Options, *, recheck: bool = False) -> Result:
+def _published(
+    goal: Goal, make: Callable[[], int], options: Options, progress: Progress | None = None, *, recheck: bool = False
+) -> Result:
     """Has parts made and publishes the result; what fails because somebody else has done so did not fail."""
     if goal.reached():
         return _there_already(goal, options)
@@ -135,7 +137,7 @@ def _published(goal: Goal, make: Callable[[], int], options: Options, *, recheck
     how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
     try:
         made = make()
-        outcome, records = patiently(how, last=True)
+        outcome, records = patiently(how, partial(progress, 0) if progress else bool, last=True)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
     return Result(goal.out, goal.plan, outcome, records, made)
@@ -167,7 +169,10 @@ def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | 
         check_place(plan.files(), out, overwrite=options.overwrite)
         for root in stagings(out):
             remove(root, out)
-    todo = [part for part in _largest_first(plan.parts()) if not is_made(staging, part, recheck=options.recheck)]
+    every = _largest_first(plan.parts())
+    todo = [part for part in every if not is_made(staging, part, recheck=options.recheck)]
+    if progress is not None:
+        progress(_tensor_bytes(every) - _tensor_bytes(todo))
     try:
         have_made(todo, staging, out, options, progress, files=plan.files(), more=sides)
     except BaseException:
@@ -206,6 +211,10 @@ def make_share(
     staging = Staging.of(out, plan_id, sync=options.sync)
     missing = sum(not receipt_path(staging, number).is_file() for number in range(count))
     return Unfinished(made, missing, count)
+
+
+def _tensor_bytes(parts: Sequence[Part]) -> int:
+    return sum(tensor.nbytes for part in parts for tensor in part.shard.tensors)
 
 
 def _largest_first(parts: Sequence[Part]) -> list[Part]:

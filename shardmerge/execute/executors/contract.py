@@ -14,7 +14,7 @@ from shardmerge.execute.engine import Counters
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 
-# Called with the bytes done since the last call, from the thread that waits.
+# Called several times a second with the bytes done since the last call, 0 too, from the thread that waits.
 Progress: TypeAlias = Callable[[int], None]
 
 # Asked now and then; once it says yes, what is under way is given up.

@@ -70,7 +70,7 @@ class _Told:
 
     def __call__(self) -> None:
         done = sum(self._counters)
-        if self._progress is not None and done > self._before:
+        if self._progress is not None:
             self._progress(done - self._before)
         self._before = done
 

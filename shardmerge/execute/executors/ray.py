@@ -148,6 +148,8 @@ def _wait(tasks: dict[ObjectRef[list[FailureRow]], Part], progress: Progress | N
     waiting = list(tasks)
     while waiting:
         done, waiting = ray.wait(waiting, timeout=_LOOK)
+        if progress is not None:
+            progress(0)
         for one in done:
             try:
                 rows = ray.get(one)
