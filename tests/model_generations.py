@@ -4,8 +4,8 @@
 
 In each version that has it: the model is built (or, with ``--from``, loaded from what an older version saved) and
 saved, and its tensors as that version calls them in memory are written beside it, into memory.safetensors. Every value
-is drawn once, so that a tensor is known by its bytes whatever it is called. report.json says what is to be known besides:
-where the parts of a model are, and from 5.0 on how transformers' own tables fuse experts.
+is drawn once, so that a tensor is known by its bytes whatever it is called. report.json says what is to be known
+besides: where the parts of a model are, and from 5.0 on how transformers' own tables fuse experts.
 """
 
 from __future__ import annotations
