@@ -402,7 +402,7 @@ def prepare_conversion(
 
 
 def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
-    from shardmerge.mapping.arithmetic import Formula
+    from shardmerge.formulas import Formula
     from shardmerge.mapping.near import did_you_mean
 
     found = {}

@@ -1,4 +1,4 @@
-"""Tiny models of many families, by their own classes of transformers; none of an architecture that is known by name."""
+"""Tiny models of many families, by their own classes of transformers; few of an architecture that is known by name."""
 
 from __future__ import annotations
 

@@ -5,7 +5,9 @@ from math import prod
 import pytest
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import clip, llama
+from shardmerge.targets import clip
+from shardmerge.targets.architecture_reader import read_architecture
+from shardmerge.targets.text_config import PARTS, read_part, text_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -29,6 +31,8 @@ TEXTS = {
     "mixtral": {"model_type": "mixtral", "num_attention_heads": 8},
     "mixtral, three experts": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
     "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 12},
+    "qwen3_moe, one dense layer": {"model_type": "qwen3_moe", "num_experts": 2, "mlp_only_layers": [0]},
+    "qwen3_moe, every other layer": {"model_type": "qwen3_moe", "num_experts": 2, "decoder_sparse_step": 2},
     "qwen3_moe, as 5.24 saves it": {"model_type": "qwen3_moe", "num_local_experts": 2, "head_dim": 24},
 }
 SMALL = {
@@ -63,8 +67,8 @@ def saved(model, folder):
 
 
 def expected(config, rows=None):
-    text = llama.read_architecture(config, "config.json", llama.EVERY)
-    return dict(llama.expected(text, rows or text.vocab_size))
+    text = read_architecture(config, "config.json")
+    return text.changed(vocab_size=rows or text.vocab_size).tensors()
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -74,29 +78,22 @@ def test_text_models(case, tmp_path):
     assert expected(config) == saved(model_class(config_class(**config)), tmp_path)
 
 
-def test_experts_in_some_layers_only():
-    for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
-        with pytest.raises(TargetError) as caught:
-            llama.read_architecture(SMALL | {"model_type": "qwen3_moe"} | change, "config.json", llama.EVERY)
-        assert caught.value.code == "unsupported-architecture"
-
-
 @pytest.mark.parametrize("model_type", ["qwen3", "mixtral", "qwen3_moe"])
 def test_a_part_of_a_vision_language_model_is_none_of_the_later_ones(model_type):
     with pytest.raises(TargetError) as caught:
-        llama.read_architecture(SMALL | {"model_type": model_type}, "config.json")
+        read_part(SMALL | {"model_type": model_type}, "config.json")
     assert caught.value.code == "unsupported-architecture"
 
 
-@pytest.mark.parametrize("model_type", llama.SUPPORTED)
+@pytest.mark.parametrize("model_type", PARTS)
 def test_null_means_no_grouping(model_type):
     config = SMALL | {"model_type": model_type, "num_key_value_heads": None}
-    text = llama.read_architecture(config, "config.json")
+    text = read_architecture(config, "config.json")
     assert text.kv_heads == 4
-    assert llama.text_config(config, text, 131, "", "config.json")["num_key_value_heads"] == 4
+    assert text_config(config, text, 131, "", "config.json")["num_key_value_heads"] == 4
 
 
-@pytest.mark.parametrize("model_type", llama.SUPPORTED)
+@pytest.mark.parametrize("model_type", PARTS)
 def test_defaults_are_those_of_transformers(model_type):
     """A nested config lists only what differs from the defaults."""
     assert expected({"model_type": model_type}) == shapes_of(text_model({"model_type": model_type}))
@@ -124,13 +121,13 @@ def test_vision_encoder(case):
         model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISIONS[case]))
     # Transformers 5.6 dropped this level from its own names, and still reads and expects it in files.
     oracle = {f"vision_model.{name.removeprefix('vision_model.')}": shape for name, shape in shapes_of(model).items()}
-    vision = clip.read_architecture({"model_type": "clip_vision_model"} | VISIONS[case], "config.json")
-    assert dict(clip.expected(vision)) == oracle
+    vision = clip.read_vision({"model_type": "clip_vision_model"} | VISIONS[case], "config.json")
+    assert vision.tensors() == oracle
 
 
 def test_clip_large_by_the_numbers():
-    vision = clip.read_architecture({"model_type": "clip_vision_model"} | VISIONS["large, 336"], "config.json")
-    names = dict(clip.expected(vision))
+    vision = clip.read_vision({"model_type": "clip_vision_model"} | VISIONS["large, 336"], "config.json")
+    names = vision.tensors()
     assert (len(names), sum(prod(shape) for shape in names.values())) == (391, 303_507_456)
     assert names["vision_model.embeddings.position_embedding.weight"] == (577, 1024)
     assert vision.patches == 576
@@ -147,7 +144,7 @@ def test_a_full_clip_is_unwrapped():
 
 @pytest.mark.parametrize("model_type", ["phi3", "siglip_vision_model", None, 7, ["llama"]])
 def test_unknown_architectures_are_named(model_type):
-    for read, known in ((llama.read_architecture, "qwen2"), (clip.read_architecture, "clip_vision_model")):
+    for read, known in ((read_part, "qwen2"), (clip.read_vision, "clip_vision_model")):
         with pytest.raises(TargetError) as caught:
             read({"model_type": model_type}, "models/base/config.json")
         assert caught.value.code == "unsupported-architecture"
@@ -166,13 +163,13 @@ def test_unknown_architectures_are_named(model_type):
 )  # fmt: skip
 def test_sizes_that_are_no_sizes(key, value):
     with pytest.raises(TargetError) as caught:
-        llama.read_architecture(SMALL | {key: value}, "config.json")
+        read_architecture(SMALL | {key: value}, "config.json")
     assert caught.value.code == "odd-config"
 
 
 def test_an_image_smaller_than_a_patch():
     with pytest.raises(TargetError) as caught:
-        clip.read_architecture({"model_type": "clip_vision_model", "image_size": 8, "patch_size": 14}, "config.json")
+        clip.read_vision({"model_type": "clip_vision_model", "image_size": 8, "patch_size": 14}, "config.json")
     assert caught.value.code == "odd-config"
 
 
@@ -201,8 +198,8 @@ LLAMA3_ROPE = {
 )
 def test_rope_is_written_as_4x_reads_it_and_means_the_same_to_5x(stored, theta, scaling):
     config = SMALL | stored
-    text = llama.read_architecture(config, "config.json")
-    written = llama.text_config(config, text, 131, "bfloat16", "config.json")
+    text = read_architecture(config, "config.json")
+    written = text_config(config, text, 131, "bfloat16", "config.json")
     assert (written["rope_theta"], written.get("rope_scaling")) == (theta, scaling)
     assert "rope_parameters" not in written
     theirs = [rope_of(transformers.LlamaConfig(**each)) for each in (config, written)]
@@ -218,9 +215,9 @@ def rope_of(config):
 
 @pytest.mark.parametrize("rope", [[1], "yarn", {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {}}])
 def test_rope_of_another_kind_is_refused(rope):
-    text = llama.read_architecture(SMALL, "config.json")
+    text = read_architecture(SMALL, "config.json")
     with pytest.raises(TargetError) as caught:
-        llama.text_config(SMALL | {"rope_parameters": rope}, text, 131, "", "config.json")
+        text_config(SMALL | {"rope_parameters": rope}, text, 131, "", "config.json")
     assert caught.value.code == "odd-config"
 
 
@@ -230,8 +227,8 @@ def test_the_text_config_carries_no_traces_of_its_directory():
         "dtype": "float32", "torch_dtype": "float32", "auto_map": {}, "quantization_config": {"bits": 4},
         "rms_norm_eps": 1e-5, "eos_token_id": [1, 2],
     }  # fmt: skip
-    text = llama.read_architecture(config, "config.json")
-    assert llama.text_config(config, text, 192, "float16", "config.json") == SMALL | {
+    text = read_architecture(config, "config.json")
+    assert text_config(config, text, 192, "float16", "config.json") == SMALL | {
         "eos_token_id": [1, 2], "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 192,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import shardmerge
 from shardmerge.errors import ShardmergeError, TargetError
-from shardmerge.targets.architectures import dimension, finite, flag
+from shardmerge.targets.config_numbers import dimension, finite, flag
 from shardmerge.targets.foreign_configs import feed_forward_width
 from shardmerge.targets.open_clip_config import _ratio
 from shardmerge.targets.training_config import read_training_config

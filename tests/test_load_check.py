@@ -141,9 +141,9 @@ def test_all_that_is_wrong_is_said_at_once(mamba: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_experts_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     """transformers 5 stacks experts on loading; where some are missing it raises, and the reason is only in its log."""
-    made("MixtralForCausalLM").save_pretrained(tmp_path / "model")
+    made("OlmoeForCausalLM").save_pretrained(tmp_path / "model")
     for expert in (2, 3):
-        change(tmp_path / "model", drop=f"model.layers.1.block_sparse_moe.experts.{expert}.w1.")
+        change(tmp_path / "model", drop=f"model.layers.1.mlp.experts.{expert}.gate_proj.")
     error = refused(tmp_path / "model")
     assert error.code == "does-not-load"
     assert "model.layers.1.mlp.experts.gate_up_proj" in error.found

@@ -12,7 +12,7 @@ from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import CONFIG
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardmerge.mapping.near import listed
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.tokenizer import has_tokenizer, is_tokenizer_file
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent, ReadSideFile
 from shardmerge.tensors.file_roles import CONFIG

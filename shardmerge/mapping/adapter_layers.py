@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, TensorEntry
 
 # The architectures of transformers 4.51 to 5.24 whose layers are `pytorch_utils.Conv1D`, and the layers that are.

@@ -14,7 +14,7 @@ from math import isfinite, sqrt
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, read_adapter_config
-from shardmerge.targets.architectures import load_object
+from shardmerge.targets.config_numbers import load_object
 from shardmerge.targets.training_config import LoraFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG

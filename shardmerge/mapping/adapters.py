@@ -18,7 +18,7 @@ from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_n
 from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 from shardmerge.tensors.packed import packed_places, packed_weights

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.yaml_nodes import Mark
 
 CaptureKind: TypeAlias = Literal["text", "int", "choice", "rest", "each", "digits"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from shardmerge.errors import TargetError
 from shardmerge.mapping.preset_files import Preset
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import load_object
+from shardmerge.targets.config_numbers import load_object
 from shardmerge.tensors import Catalog, ReadSideFile
 
 

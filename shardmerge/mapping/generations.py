@@ -21,7 +21,7 @@ import yaml
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.pattern import Template
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 
 # What a tensor is called, by generation; one that is not there has the name of the one before.
 NameRow: TypeAlias = Mapping[str, str]

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.spec import Spec
 from shardmerge.mapping.undoing import MadeName, Undoing, Undone, Way, names_of, ranges_of
 from shardmerge.mapping.variables import ROOMS

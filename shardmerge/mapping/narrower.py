@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.captures import Capture, TemplatePart
 from shardmerge.mapping.pattern import Template, segment_takes
 

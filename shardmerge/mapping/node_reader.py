@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.captures import (
     Capture,
     TemplatePart,

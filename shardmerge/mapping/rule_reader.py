@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.node_reader import NodeReader
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Term, references

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shardmerge.dtypes import DType
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind

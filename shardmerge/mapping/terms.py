@@ -10,7 +10,7 @@ from math import prod
 
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.variables import Variables

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.arithmetic import Formula
+from shardmerge.formulas import Formula
 from shardmerge.mapping.captures import Capture
 from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references

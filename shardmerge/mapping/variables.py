@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.arithmetic import Formula, Number
+from shardmerge.formulas import Formula, FormulaValue, Number
 from shardmerge.mapping.near import NameIndex, did_you_mean
 from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG, CONFIG
 
@@ -74,11 +74,11 @@ class Variables:
                 expected=self._looked(missing),
                 hint=self._near(missing) or f"say it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
             )
-        if isinstance(value, str):
+        if not isinstance(value, int | float):
             raise MappingError("bad-formula", f"`{formula.text}` is the text {value!r}, not a number", where=where)
         return value
 
-    def get(self, name: str) -> _Plain | None:
+    def get(self, name: str) -> FormulaValue:
         """Returns the value of a name, or None."""
         if name in self.variables:
             return self._variable(name)
@@ -91,7 +91,7 @@ class Variables:
             )
         return None
 
-    def _variable(self, name: str) -> _Plain | None:
+    def _variable(self, name: str) -> FormulaValue:
         if name in self._busy:
             circle = " -> ".join([*self._busy[self._busy.index(name) :], name])
             raise MappingError("circular-value", f"`{name}` is defined by itself: {circle}")

@@ -16,8 +16,8 @@ from shardmerge.plan.moments import is_moment
 from shardmerge.plan.universal_layout import weight_at
 from shardmerge.plan.value import Plan
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
-from shardmerge.targets.architectures import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
+from shardmerge.targets.config_numbers import MAX_JSON_BYTES, JsonObject, dump
 from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
 from shardmerge.tensors.file_roles import CONFIG

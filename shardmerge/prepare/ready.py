@@ -15,8 +15,8 @@ from shardmerge.prepare.mapping_checks import target_of
 from shardmerge.prepare.needs import Needs, needs_of
 from shardmerge.prepare.opened import Opened
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.targets.architectures import JsonObject
 from shardmerge.targets.changed_config import changed_reader
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, Extent
 
 

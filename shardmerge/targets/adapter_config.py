@@ -13,7 +13,7 @@ from math import isfinite
 
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 # Read below.

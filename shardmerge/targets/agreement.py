@@ -82,7 +82,7 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
     try:
         known = described.known()
     except TargetError as error:
-        return (error,)
+        return (error, *(_as_error(one, described) for one in told))
     if known is None:
         return (*(_as_error(one, described) for one in told), *_uneven(described))
     return tuple(_against_known(known, described, told))

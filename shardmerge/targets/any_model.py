@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
-from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object
+from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object
 from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.targets.tokenizer import TokenizerFiles

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, llava_kinds, official_config
-from shardmerge.targets.architectures import JsonObject, load_object
-from shardmerge.targets.clip import VisionArchitecture
+from shardmerge.targets import clip, llava_kinds, official_config
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Component, Request
-from shardmerge.targets.llama import TextArchitecture
+from shardmerge.targets.text_config import read_part
 from shardmerge.targets.trained_model import ModelFacts, read_model_facts
 from shardmerge.targets.training_config import TrainingFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
@@ -81,7 +81,7 @@ class TextBase:
     catalog: Catalog
     whole: JsonObject
     config: JsonObject
-    architecture: TextArchitecture
+    architecture: Architecture
     where: str
 
 
@@ -92,7 +92,7 @@ class VisionBase:
     catalog: Catalog
     whole: JsonObject
     config: JsonObject
-    architecture: VisionArchitecture
+    architecture: Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,7 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     config = nested if isinstance(nested, dict) else whole
     if official_config.is_official(whole):
         config = official_config.language_part(whole, extent.file)
-    architecture = llama.read_architecture(config, extent.file)
+    architecture = read_part(config, extent.file)
     if isinstance(nested, dict):
         llava_kinds.kind_of(whole, extent.file)
     return TextBase(catalog, whole, config, architecture, extent.file)
@@ -309,4 +309,4 @@ def read_vision(part: PretrainedPart, catalogs: Mapping[str, Catalog], read: Rea
             hint=f"{part.source}: {_yaml_scalar(name)}",
         )
     config = clip.unwrap(whole)
-    return VisionBase(catalog, whole, config, clip.read_architecture(config, extent.file))
+    return VisionBase(catalog, whole, config, clip.read_vision(config, extent.file))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from shardmerge.targets.architectures import JsonObject, dump, load_object
+from shardmerge.targets.config_numbers import JsonObject, dump, load_object
 from shardmerge.targets.expectation import Expectation
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
 

@@ -1,53 +1,25 @@
-"""CLIP's vision encoder: expected names and shapes, its config, and the file of its image processor.
-
-Names and shapes follow ``modeling_clip.py`` of transformers before 5.6, which is also what every CLIP
-checkpoint on the hub holds; 5.6 and later read them with a renaming. Defaults follow ``CLIPVisionConfig``.
-"""
+"""CLIP's vision encoder: its config, and the file of its image processor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject, dimension, layers, load_object, portable
-from shardmerge.tensors import Extent, ReadSideFile, Shape
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.architecture_reader import nested, read_architecture
+from shardmerge.targets.config_numbers import JsonObject, load_object, portable
+from shardmerge.tensors import Extent, ReadSideFile
 
-_DEFAULT_HIDDEN, _DEFAULT_INNER, _DEFAULT_LAYERS = 768, 3072, 12
-_DEFAULT_IMAGE, _DEFAULT_PATCH, _DEFAULT_CHANNELS = 224, 32, 3
-
-
-@dataclass(frozen=True, slots=True)
-class VisionArchitecture:
-    """The sizes of a CLIP vision encoder."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    channels: int
-    image_size: int
-    patch_size: int
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image, which is also the number of its tokens in the text."""
-        return (self.image_size // self.patch_size) ** 2
+VISIONS = ("clip_vision_model",)
 
 
 def unwrap(config: Mapping[str, object]) -> JsonObject:
-    """Returns the vision part of a config: its nested ``vision_config`` where there is one, else the whole.
-
-    Configs of 2022 also have ``vision_config_dict``, and ``CLIPConfig`` lets that one win.
-    """
-    nested, legacy = config.get("vision_config"), config.get("vision_config_dict")
-    if not isinstance(nested, dict) and not isinstance(legacy, dict):
-        return dict(config)
-    merged = {**(nested if isinstance(nested, dict) else {}), **(legacy if isinstance(legacy, dict) else {})}
+    """Returns the vision part of a config: its nested ``vision_config`` where there is one, else the whole."""
     # The vision part of a full CLIP does not always say what it is.
-    return {"model_type": "clip_vision_model"} | merged if config.get("model_type") == "clip" else merged
+    part = nested(config, "vision_config", "clip_vision_model" if config.get("model_type") == "clip" else "")
+    return dict(config) if part is None else part
 
 
-def read_architecture(config: Mapping[str, object], where: str) -> VisionArchitecture:
+def read_vision(config: Mapping[str, object], where: str) -> Architecture:
     """Returns the sizes that a CLIP vision config implies.
 
     Raises
@@ -55,65 +27,7 @@ def read_architecture(config: Mapping[str, object], where: str) -> VisionArchite
     TargetError
         ``unsupported-architecture``, or ``odd-config`` for a size that is no size.
     """
-    if config.get("model_type") != "clip_vision_model":
-        raise TargetError(
-            "unsupported-architecture",
-            "the vision encoder's architecture is not one whose tensors are known here",
-            where=where,
-            found=f"model_type {config.get('model_type')!r}"[:120],
-            expected="model_type clip_vision_model, or clip with a nested vision_config",
-        )
-    vision = VisionArchitecture(
-        hidden_size=dimension(config, "hidden_size", _DEFAULT_HIDDEN, where),
-        intermediate_size=dimension(config, "intermediate_size", _DEFAULT_INNER, where),
-        num_layers=layers(config, _DEFAULT_LAYERS, where),
-        channels=dimension(config, "num_channels", _DEFAULT_CHANNELS, where),
-        image_size=dimension(config, "image_size", _DEFAULT_IMAGE, where),
-        patch_size=dimension(config, "patch_size", _DEFAULT_PATCH, where),
-    )
-    if vision.patch_size > vision.image_size:
-        raise TargetError(
-            "odd-config",
-            "`patch_size` in config.json is larger than the image",
-            where=where,
-            found=f"patch_size {vision.patch_size}",
-            expected=f"at most image_size {vision.image_size}",
-        )
-    return vision
-
-
-def expected(vision: VisionArchitecture) -> Iterator[tuple[str, Shape]]:
-    """Yields every name of the encoder with its shape; ``position_ids`` is a buffer that is not saved."""
-    hidden = vision.hidden_size
-    yield "vision_model.embeddings.class_embedding", (hidden,)
-    patch = (hidden, vision.channels, vision.patch_size, vision.patch_size)
-    yield "vision_model.embeddings.patch_embedding.weight", patch
-    yield "vision_model.embeddings.position_embedding.weight", (vision.patches + 1, hidden)
-    yield from norm("vision_model.pre_layrnorm", hidden)  # sic: the name in every checkpoint
-    for index in range(vision.num_layers):
-        yield from encoder_layer(f"vision_model.encoder.layers.{index}", hidden, vision.intermediate_size)
-    yield from norm("vision_model.post_layernorm", hidden)
-
-
-def encoder_layer(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, Shape]]:
-    """Yields the names and shapes of a layer, which CLIP's two encoders have in common."""
-    for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-        yield from _linear(f"{prefix}.self_attn.{name}", hidden, hidden)
-    yield from norm(f"{prefix}.layer_norm1", hidden)
-    yield from _linear(f"{prefix}.mlp.fc1", inner, hidden)
-    yield from _linear(f"{prefix}.mlp.fc2", hidden, inner)
-    yield from norm(f"{prefix}.layer_norm2", hidden)
-
-
-def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (rows, columns)
-    yield f"{name}.bias", (rows,)
-
-
-def norm(name: str, size: int) -> Iterator[tuple[str, Shape]]:
-    """Yields the names and shapes of a LayerNorm."""
-    yield f"{name}.weight", (size,)
-    yield f"{name}.bias", (size,)
+    return read_architecture(config, where, VISIONS)
 
 
 def vision_config(config: Mapping[str, object], dtype: str) -> JsonObject:
@@ -122,7 +36,7 @@ def vision_config(config: Mapping[str, object], dtype: str) -> JsonObject:
 
 
 def image_processor(
-    side_files: Mapping[str, Extent], read: ReadSideFile, vision: VisionArchitecture
+    side_files: Mapping[str, Extent], read: ReadSideFile, vision: Architecture
 ) -> tuple[JsonObject, tuple[str, ...]]:
     """Returns the content of preprocessor_config.json, and warnings.
 
@@ -191,7 +105,7 @@ def published_tensor_count(path: str) -> int:
     return 16 * layers + 7 if layers else 0
 
 
-def is_another(path: str, vision: VisionArchitecture) -> bool:
+def is_another(path: str, vision: Architecture) -> bool:
     """Whether a path or hub id names a published CLIP of other sizes than these."""
     known = _PUBLISHED.get(_last_part(path))
     return known is not None and known != (vision.num_layers, vision.image_size)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.targets.stated_sizes import Contradiction
 
 

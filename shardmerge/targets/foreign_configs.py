@@ -1,7 +1,7 @@
 """Configs of other tools as the config.json that transformers would have for the same model.
 
 Each function is pure: a parsed config in, a Hugging Face config out. Keys that are absent are left out, so that the
-checks of ``llama.read_architecture`` speak of them.
+checks of ``read_architecture`` speak of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
+from shardmerge.targets.config_numbers import JsonObject, dimension, finite, layers
 from shardmerge.targets.settings import not_understood
 from shardmerge.tensors import Catalog
 

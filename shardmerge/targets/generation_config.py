@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shardmerge.targets.architectures import dump, load_object
 from shardmerge.targets.bases import TextBase
+from shardmerge.targets.config_numbers import dump, load_object
 from shardmerge.targets.expectation import Request
 from shardmerge.tensors import SideFile
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import llama, rewritten_configs, tokenizer
-from shardmerge.targets.architectures import JsonObject, dimension, dump, load_object, stored_dtype
+from shardmerge.targets import rewritten_configs, tokenizer
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import bad_option, whole_number
+from shardmerge.targets.text_config import read_part, text_config
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, Shape, SideFile
 
@@ -40,7 +41,7 @@ def expect(request: Request) -> Expectation:
     text_part = _part(whole, "llm_config", where)
     if text_part.get("model_type") == "internlm2":
         text_part = rewritten_configs.from_internlm2(text_part, where)
-    text = llama.read_architecture(text_part, where)
+    text = read_part(text_part, where)
     encoder = read_encoder(_part(whole, "vision_config", where), whole, where)
     shuffle, shuffle_warnings = read_shuffle(whole, where)
     image_id, id_warnings = _image_id(request, catalog, text, where)
@@ -96,7 +97,7 @@ def _part(whole: Mapping[str, object], key: str, where: str) -> JsonObject:
     )
 
 
-def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where: str) -> tuple[int, tuple[str, ...]]:
+def _image_id(request: Request, catalog: Catalog, text: Architecture, where: str) -> tuple[int, tuple[str, ...]]:
     """Returns the id of ``<IMG_CONTEXT>``: the tokenizer's; where there is none the option's, or the published one."""
     known = tokenizer.token_id(catalog.side_files, request.read, _IMAGE_TOKEN)
     stated = (
@@ -131,8 +132,8 @@ def _image_id(request: Request, catalog: Catalog, text: TextArchitecture, where:
 # ---- names and shapes
 
 
-def _tensors(text: TextArchitecture, encoder: Encoder, factor: int) -> Iterator[tuple[str, Shape]]:
-    for name, shape in llama.expected(text, text.vocab_size):
+def _tensors(text: Architecture, encoder: Encoder, factor: int) -> Iterator[tuple[str, Shape]]:
+    for name, shape in text.tensors().items():
         yield f"language_model.{name}", shape
     yield from vision_tensors(encoder, text.hidden_size, factor)
 
@@ -180,7 +181,7 @@ def _config(
     request: Request,
     whole: Mapping[str, object],
     text_part: Mapping[str, object],
-    text: TextArchitecture,
+    text: Architecture,
     encoder: Encoder,
     shuffle: int,
 ) -> JsonObject:
@@ -192,7 +193,7 @@ def _config(
         "image_seq_length": (encoder.image // encoder.patch // shuffle) ** 2,
         "model_type": "internvl",
         "projector_hidden_act": "gelu",
-        "text_config": llama.text_config(language, text, text.vocab_size, dtype, ""),
+        "text_config": text_config(language, text, text.vocab_size, dtype, ""),
         "tie_word_embeddings": text.tied,
         "vision_config": vision_config(_vision_part(whole), encoder, dtype),
         "vision_feature_layer": whole.get("select_layer", -1),

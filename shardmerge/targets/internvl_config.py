@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, dimension, flag, layers, portable
+from shardmerge.targets.config_numbers import JsonObject, dimension, flag, layers, portable
 from shardmerge.targets.settings import refuse_unknown_around
 
 # Read here, or of no consequence for what the model computes: prompts, tiles, training.

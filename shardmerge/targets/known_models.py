@@ -12,8 +12,11 @@ from typing import TypeAlias
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import clip, clip_model, internvl, internvl_config, llama
-from shardmerge.targets.architectures import JsonObject, dimension, flag, layers
+from shardmerge.targets import internvl, internvl_config
+from shardmerge.targets.architecture_reader import nested, read_architecture
+from shardmerge.targets.config_numbers import JsonObject, dimension, flag, layers
+from shardmerge.targets.tables import ArchitectureTable, every_table, find_table
+from shardmerge.targets.text_config import PARTS
 from shardmerge.tensors import Shape
 
 Canonical: TypeAlias = Callable[[str], str]
@@ -71,142 +74,67 @@ def known_model(config: Mapping[str, object], names: Iterable[str], where: str) 
     TargetError
         ``odd-config``: a size that is no size, heads that do not divide.
     """
-    if "quantization_config" in config or "auto_map" in config:  # other shapes; code of the model's own
+    if "quantization_config" in config:  # other shapes
         return None
-    kind = _class_of(config)
-    make = _CLASSES.get(kind)
-    return make(config, frozenset(names), where) if make else None
-
-
-def _class_of(config: Mapping[str, object]) -> str:
-    """Returns the class that loads the config: the stated one, else what ``AutoModel`` takes for the model type."""
     stated = config.get("architectures")
-    if isinstance(stated, list) and stated:
-        return stated[0] if isinstance(stated[0], str) else ""
-    model_type = config.get("model_type")
-    return _DEFAULT_CLASSES.get(model_type, "") if isinstance(model_type, str) else ""
+    make = _CLASSES.get(stated[0]) if isinstance(stated, list) and stated and isinstance(stated[0], str) else None
+    if make is None:
+        return _tabled(config, names, where)
+    return None if "auto_map" in config else make(config, frozenset(names), where)
 
 
-def _dividing(hidden: int, heads: int, where: str) -> None:
-    if hidden % heads:
-        raise TargetError(
-            "odd-config",
-            "`hidden_size` in config.json is not a multiple of `num_attention_heads`",
-            where=where,
-            found=f"{hidden} and {heads}",
-            hint=f"correct the one of the two that does not describe these weights in {where}",
-        )
+# ---- models with a table
+
+# Experts as a model of transformers 5 has them in memory, and as its training saves them.
+_STACKED = ".experts.gate_up_proj"
 
 
-# ---- text models of the LLaMA layout
+def _tabled(config: Mapping[str, object], names: Iterable[str], where: str) -> Known | None:
+    """Returns what a table says of the class that is stated, or of the one that loads the config where none is."""
+    table, stated = find_table(config.get("model_type")), config.get("architectures")
+    if table is None:
+        return None
+    kind = stated[0] if isinstance(stated, list) and stated else table.main_class
+    for key in table.parts if kind not in table.classes else ():  # an encoder's class, and the config of the pair
+        part = nested(config, key, table.parts[key]) or {}
+        found = _tabled({**part, "architectures": [kind]}, names, where)
+        if found:
+            return found
+    if kind not in table.classes or ("auto_map" in config and not table.own_code):
+        return None
+    model = read_architecture(config, where).changed(stacked=any(name.endswith(_STACKED) for name in names))
+    every, heads = model.every(kind), {name for name, _ in table.tied}
+    spare = heads if model.tied or not stated else set()
+    optional = {name: shape for name, shape in model.every(table.main_class).items() if name in heads}
+    tensors = {name: shape for name, shape in every.items() if name not in spare}
+    owned = dict.fromkeys(name.partition(".")[0] + "." for name in every)
+    return Known(tensors, tuple(owned), {} if heads & set(tensors) else optional, _inside(table))
 
 
-def _text_part(config: Mapping[str, object], prefix: str, where: str, *, tied: bool = False) -> Known:
-    """Returns a causal language model whose names begin with ``prefix``."""
-    text = llama.read_architecture(config, where)
-    if "head_dim" not in config:
-        _dividing(text.hidden_size, text.heads, where)
-    names = dict(llama.expected(text, text.vocab_size))
-    head = {"lm_head.weight": (text.vocab_size, text.hidden_size)}
-    optional = head if tied or text.tied else {}
-    tensors = {name: shape for name, shape in names.items() if name not in optional}
-    return Known(
-        {prefix + name: shape for name, shape in tensors.items()},
-        (f"{prefix}model.", f"{prefix}lm_head."),
-        {prefix + name: shape for name, shape in optional.items()},
-    )
-
-
-def _language_model(model_type: str, head: str) -> _WeightsReader:
-    """Returns the reader of a class: ``lm_head`` of a causal model, ``score`` of a classifier, or no head at all."""
-
-    def read(config: Mapping[str, object], names: frozenset[str], where: str) -> Known | None:
-        if config.get("model_type") != model_type:  # Exaone loads as LlamaForCausalLM and is another model
-            return None
-        whole = _text_part(config, "", where)
-        backbone = {name: shape for name, shape in whole.tensors.items() if name != "lm_head.weight"}
-        bare = any(name.startswith("layers.") for name in names)
-        canonical: Canonical = (lambda name: name if name.startswith(_HEADS) else f"model.{name}") if bare else str
-        if head == "lm_head" and _class_stated(config):
-            return Known(whole.tensors, whole.owned, whole.optional, canonical)
-        backbone |= _classifier(config, head, where)
-        hidden = backbone["model.norm.weight"]
-        rows = backbone["model.embed_tokens.weight"][:1]
-        return Known(backbone, ("model.", f"{head}."), {"lm_head.weight": (*rows, *hidden)}, canonical)
-
-    return read
-
-
-_HEADS = ("lm_head.", "score.")
-
-
-def _class_stated(config: Mapping[str, object]) -> bool:
-    return bool(config.get("architectures"))
-
-
-def _classifier(config: Mapping[str, object], head: str, where: str) -> dict[str, Shape]:
-    """Returns the tensors of ``score``: a bias only where every token is classified."""
-    if not head.startswith("score"):
-        return {}
-    labels = config.get("id2label")
-    count = len(labels) if isinstance(labels, dict) and labels else dimension(config, "num_labels", 2, where)
-    hidden = dimension(config, "hidden_size", 4096, where)
-    bias: dict[str, Shape] = {"score.bias": (count,)} if head == "score+bias" else {}
-    return {"score.weight": (count, hidden)} | bias
-
-
-# ---- CLIP
-
-
-def _clip_vision(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-    part = clip.unwrap(config)
-    vision = clip.read_architecture(part, where)
-    _dividing(vision.hidden_size, dimension(part, "num_attention_heads", 12, where), where)
-    return Known(dict(clip.expected(vision)), ("vision_model.",), canonical=_inside("vision_model."))
-
-
-def _clip_text(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-    part = clip_model.read_text_part(config, where) if isinstance(config.get("text_config"), dict) else dict(config)
-    _dividing(dimension(part, "hidden_size", 512, where), dimension(part, "num_attention_heads", 8, where), where)
-    return Known(dict(clip_model.text_tensors(part, where)), ("text_model.",), canonical=_inside("text_model."))
-
-
-def _projected(
-    read: Callable[[Mapping[str, object], frozenset[str], str], Known], name: str, like: str
-) -> Callable[[Mapping[str, object], frozenset[str], str], Known]:
-    """Returns the reader of an encoder with a projection behind it."""
-
-    def reader(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-        known = read(config, names, where)
-        width = dimension(config, "projection_dim", 512, where)
-        return Known({**known.tensors, name: (width, *known.tensors[like])}, known.owned, canonical=known.canonical)
-
-    return reader
-
-
-def _clip(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-    towers = (_clip_vision(config, names, where), _clip_text(config, names, where))
-    width = dimension(config, "projection_dim", 512, where)
-    tensors: dict[str, Shape] = {"logit_scale": ()}
-    for tower in towers:
-        tensors |= tower.tensors
-    tensors["visual_projection.weight"] = (width, *tensors["vision_model.post_layernorm.weight"])
-    tensors["text_projection.weight"] = (width, *tensors["text_model.final_layer_norm.weight"])
-    return Known(tensors, ("vision_model.", "text_model."))
-
-
-def _inside(prefix: str) -> Canonical:
-    """5.6 took the level out of the names of an encoder alone."""
-    own = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "final_layer_norm.")
-    return lambda name: prefix + name if name.startswith(own) else name
+def _inside(table: ArchitectureTable) -> Canonical:
+    """The files of a base model, and those of an encoder alone from 5.6 on, have its names without the prefix."""
+    own = tuple(f"{name.split('.')[0]}." for root in table.tensors for name in (node.name for node in root.inside))
+    return lambda name: table.prefix + name if table.prefix and name.startswith(own) else name
 
 
 # ---- vision-language models
 
 
+def _text_part(config: Mapping[str, object], prefix: str, where: str, *, tied: bool = False) -> Known:
+    """Returns a causal language model whose names begin with ``prefix``."""
+    text = read_architecture(config, where)
+    every = text.every(text.table.main_class)
+    spare = {name for name, _ in text.table.tied} if tied or text.tied else set()
+    return Known(
+        {prefix + name: shape for name, shape in every.items() if name not in spare},
+        (f"{prefix}model.", f"{prefix}lm_head."),
+        {prefix + name: every[name] for name in spare},
+    )
+
+
 def _llava(config: Mapping[str, object], names: frozenset[str], where: str) -> Known | None:
     text_part = _nested(config, "text_config", {"model_type": "llama"})
-    if text_part.get("model_type") not in llama.SUPPORTED:
+    if text_part.get("model_type") not in PARTS:
         return None
     text = _text_part(text_part, "language_model.", where, tied=flag(config, "tie_word_embeddings", where))
     vision_part = _nested(config, "vision_config", _LLAVA_VISION)
@@ -222,8 +150,8 @@ def _llava(config: Mapping[str, object], names: frozenset[str], where: str) -> K
     if config.get("model_type") == "llava_next":
         tensors["image_newline"] = (hidden,)
     if vision_part.get("model_type") == "clip_vision_model":
-        tower = _clip_vision(vision_part, names, where)
-        tensors |= {f"vision_tower.{name}": shape for name, shape in tower.tensors.items()}
+        tower = read_architecture(vision_part, where)
+        tensors |= {f"vision_tower.{name}": shape for name, shape in tower.tensors().items()}
         owned.append("vision_tower.")
     return Known(tensors, tuple(owned), text.optional, _legacy_llava)
 
@@ -244,7 +172,8 @@ def _legacy_llava(name: str) -> str:
     """Returns the name that 4.36 to 4.51 use: see ``targets.llava.LAYOUTS``."""
     name = _legacy_parts(name)
     tower = name.removeprefix("vision_tower.")
-    return f"vision_tower.{_inside('vision_model.')(tower)}" if tower != name else name
+    clip = find_table("clip_vision_model")
+    return f"vision_tower.{_inside(clip)(tower)}" if clip and tower != name else name
 
 
 def _legacy_parts(name: str) -> str:
@@ -259,11 +188,19 @@ def _legacy_parts(name: str) -> str:
 def _internvl(config: Mapping[str, object], names: frozenset[str], where: str) -> Known | None:
     text_part = _nested(config, "text_config", {"model_type": "qwen2"})
     vision_part = _nested(config, "vision_config", {"model_type": "internvl_vision"})
-    if text_part.get("model_type") not in llama.SUPPORTED or vision_part.get("model_type") != "internvl_vision":
+    if text_part.get("model_type") not in PARTS or vision_part.get("model_type") != "internvl_vision":
         return None
     text = _text_part(text_part, "language_model.", where, tied=flag(config, "tie_word_embeddings", where))
     encoder = _internvit(vision_part, where)
-    _dividing(encoder.hidden, dimension(vision_part, "num_attention_heads", 16, where), where)
+    heads = dimension(vision_part, "num_attention_heads", 16, where)
+    if encoder.hidden % heads:
+        raise TargetError(
+            "odd-config",
+            "`hidden_size` in config.json is not a multiple of `num_attention_heads`",
+            where=where,
+            found=f"{encoder.hidden} and {heads}",
+            hint=f"correct the one that does not describe these weights in {where}",
+        )
     hidden = text.tensors["language_model.model.norm.weight"][0]
     vision = dict(internvl.vision_tensors(encoder, hidden, internvl_config.read_shuffle(config, where)[0]))
     vision = dict(_as_configured(vision, vision_part, where))
@@ -282,7 +219,8 @@ def _as_configured(tensors: Mapping[str, Shape], part: Mapping[str, object], whe
     if flag(part, "use_mask_token", where):
         yield "vision_tower.embeddings.mask_token", (1, 1, hidden)
     if part.get("use_mean_pooling", True) is False:
-        yield from clip.norm("vision_tower.layernorm", hidden)
+        yield "vision_tower.layernorm.weight", (hidden,)
+        yield "vision_tower.layernorm.bias", (hidden,)
 
 
 _POSITIONS = "vision_tower.embeddings.position_embeddings"
@@ -354,17 +292,7 @@ def shown_type(config: Mapping[str, object]) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-_TEXT_FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2"}
 _CLASSES: dict[str, _WeightsReader] = {
-    "CLIPModel": _clip,
-    "CLIPVisionModel": _clip_vision,
-    "CLIPVisionModelWithProjection": _projected(
-        _clip_vision, "visual_projection.weight", "vision_model.post_layernorm.weight"
-    ),
-    "CLIPTextModel": _clip_text,
-    "CLIPTextModelWithProjection": _projected(
-        _clip_text, "text_projection.weight", "text_model.final_layer_norm.weight"
-    ),
     "LlavaForConditionalGeneration": _llava,
     "LlavaNextForConditionalGeneration": _llava,
     "InternVLForConditionalGeneration": _internvl,
@@ -372,16 +300,10 @@ _CLASSES: dict[str, _WeightsReader] = {
     "LlavaMistralForCausalLM": _official_llava("mistral"),
     "LlavaQwenForCausalLM": _official_llava("qwen2"),
 }
-for _family, _type in _TEXT_FAMILIES.items():
-    _CLASSES[f"{_family}ForCausalLM"] = _language_model(_type, "lm_head")
-    _CLASSES[f"{_family}Model"] = _language_model(_type, "none")
-    _CLASSES[f"{_family}ForSequenceClassification"] = _language_model(_type, "score")
-    _CLASSES[f"{_family}ForTokenClassification"] = _language_model(_type, "score+bias")
 
-KNOWN_CLASSES = tuple(_CLASSES)
-# What loads a config without `architectures`. A causal model's head may then be missing: it may be the base model.
-_DEFAULT_CLASSES = {
-    **{model_type: f"{family}ForCausalLM" for family, model_type in _TEXT_FAMILIES.items()},
-    "clip_vision_model": "CLIPVisionModel",
-    "clip_text_model": "CLIPTextModel",
-}
+CODED_CLASSES = tuple(_CLASSES)
+
+
+def known_classes() -> tuple[str, ...]:
+    """Returns the names of all classes that are known."""
+    return (*_CLASSES, *(kind for table in every_table() for kind in table.classes))

@@ -6,20 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from shardmerge.compose import own_dtype
-from shardmerge.targets import llama, megatron_args
-from shardmerge.targets.architectures import JsonObject, dump, load_object, stored_dtype
+from shardmerge.targets import megatron_args
+from shardmerge.targets.config_numbers import JsonObject, dump, load_object, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.options import choice, whole_number
+from shardmerge.targets.text_config import text_config
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, id_warnings, rows, tokenizer_files
 from shardmerge.tensors import SideFile
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-CLASSES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-}  # fmt: skip
 
 _MAX_CONTEXT = 1 << 26
 
@@ -44,12 +38,13 @@ def expect(request: Request) -> Expectation:
             warnings = (*warnings, _tiktoken_warning(tokens_of.path))
     tokens = tokenizer_files(request, side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
-    tied = text.architecture.tied
+    model = text.architecture.changed(vocab_size=counted.count)
+    over_vocabulary = [name for pair in model.table.tied for name in pair if name not in model.ties]
     warnings = (*warnings, *id_warnings(text.config, counted.count, text.where), *_padding(request, text, counted))
     return Expectation(
-        tensors=dict(llama.expected(text.architecture, counted.count)),
-        resized=counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]),
-        tied={HEAD: EMBEDDING} if tied else {},
+        tensors=model.tensors(),
+        resized=counted.resized(over_vocabulary),
+        tied=model.ties,
         side_files=(
             SideFile("config.json", (dump(_config(request, text, counted)),)),
             *_generation_config(request, text),
@@ -64,7 +59,7 @@ def expect(request: Request) -> Expectation:
 def _tied_or_not(request: Request, text: TextSource) -> TextSource:
     asked = choice(request, "tie", ("keep", "true", "false"))
     tied = text.architecture.tied if asked == "keep" else asked == "true"
-    return replace(text, architecture=replace(text.architecture, tied=tied))
+    return replace(text, architecture=text.architecture.changed(tie_word_embeddings=tied))
 
 
 def _padding(request: Request, text: TextSource, counted: VocabularyRows) -> Iterator[str]:
@@ -78,11 +73,11 @@ def _padding(request: Request, text: TextSource, counted: VocabularyRows) -> Ite
 
 def _config(request: Request, text: TextSource, counted: VocabularyRows) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config) or _stored(text)
-    config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
+    config = text_config(text.config, text.architecture, counted.count, dtype, text.where)
     context = whole_number(request, "context", 0, most=_MAX_CONTEXT)
     if context:
         config["max_position_embeddings"] = context
-    return config | {"architectures": [CLASSES[text.architecture.model_type]]}
+    return config | {"architectures": [text.architecture.table.main_class]}
 
 
 def _stored(text: TextSource) -> str:

@@ -6,14 +6,15 @@ legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.
 
 from __future__ import annotations
 
-from shardmerge.targets import clip, llama, training_run
-from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
+from shardmerge.targets import clip, training_run
 from shardmerge.targets.bases import ROLES
+from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.llava_kinds import LLAVA, LlavaKind, pinpoints
 from shardmerge.targets.llava_model import OPTIONS, LlavaModel, read_llava
 from shardmerge.targets.llava_tokens import IMAGE_TOKEN
+from shardmerge.targets.text_config import text_config
 from shardmerge.targets.training_run import processor_source, tokenizer_source
 from shardmerge.tensors import Shape, SideFile
 
@@ -75,8 +76,8 @@ def assemble(
 
 def _tensors(model: LlavaModel) -> dict[str, Shape]:
     names, text, vision = model.names, model.text.architecture, model.vision.architecture
-    tensors = {names.text(name): shape for name, shape in llama.expected(text, model.rows.count)}
-    tensors |= {names.tower(name): shape for name, shape in clip.expected(vision)}
+    tensors = {names.text(name): shape for name, shape in text.changed(vocab_size=model.rows.count).tensors().items()}
+    tensors |= {names.tower(name): shape for name, shape in vision.tensors().items()}
     hidden = text.hidden_size
     for layer, columns in ((1, vision.hidden_size * model.wiring.layers), (2, hidden)):
         tensors[f"{names.projector}linear_{layer}.weight"] = (hidden, columns)
@@ -114,7 +115,7 @@ def config_json(model: LlavaModel, request: Request) -> JsonObject:
         "model_type": model.kind.model_type,
         "multimodal_projector_bias": wiring.bias,
         "projector_hidden_act": wiring.activation,
-        "text_config": llama.text_config(text.config, text.architecture, model.rows.count, text_dtype, text.where),
+        "text_config": text_config(text.config, text.architecture, model.rows.count, text_dtype, text.where),
         "tie_word_embeddings": text.architecture.tied,
         "vision_config": clip.vision_config(vision.config, vision_dtype),
         "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llama, official_config
-from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
+from shardmerge.targets import clip, official_config
 from shardmerge.targets.bases import (
     ROLES,
     Players,
@@ -23,9 +22,11 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
+from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice
+from shardmerge.targets.text_config import text_config
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import VocabularyRows, rows, tokenizer_files
 from shardmerge.targets.wiring import Wiring, wire
@@ -189,10 +190,10 @@ def _tower_warnings(model: _Model) -> tuple[str, ...]:
 
 
 def _tensors(model: _Model) -> dict[str, Shape]:
-    tensors = dict(llama.expected(model.text.architecture, model.rows.count))
+    tensors = model.text.architecture.changed(vocab_size=model.rows.count).tensors()
     tensors |= dict(_projector(model))
     if model.tower and model.vision is not None:
-        tensors |= {f"{TOWER}{name}": shape for name, shape in clip.expected(model.vision.architecture)}
+        tensors |= {f"{TOWER}{name}": shape for name, shape in model.vision.architecture.tensors().items()}
     if _is_next(model.text) or "unpad" in str(model.text.whole.get("mm_patch_merge_type", "")):
         tensors[_NEWLINE] = (model.text.architecture.hidden_size,)
     return tensors
@@ -225,7 +226,7 @@ def _config(model: _Model, request: Request) -> JsonObject:
     """Returns config.json: the language model's, and the fields that XTuner's ``to_official_llava`` sets."""
     text = model.text
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
-    plain = llama.text_config(text.config, text.architecture, model.rows.count, dtype, text.where)
+    plain = text_config(text.config, text.architecture, model.rows.count, dtype, text.where)
     kept = {key: text.whole[key] for key in _KEPT if key in text.whole}
     architecture, model_type = _CLASSES[text.architecture.model_type]
     fields: JsonObject = {

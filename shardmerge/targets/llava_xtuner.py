@@ -13,8 +13,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.shown import inspecting
-from shardmerge.targets import clip, llama, peft_adapter, projector_code
-from shardmerge.targets.architectures import JsonObject, dump, stored_dtype
+from shardmerge.targets import clip, peft_adapter, projector_code
 from shardmerge.targets.bases import (
     ROLES,
     Players,
@@ -24,10 +23,12 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
+from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, positive_number
 from shardmerge.targets.peft_adapter import AdapterFacts, holds_adapter
+from shardmerge.targets.text_config import text_config
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
@@ -41,7 +42,6 @@ LLM_ADAPTER, ENCODER, ENCODER_ADAPTER, PROJECTOR = (
 )
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 _Form: TypeAlias = Literal["whole", "adapter", "absent"]
 
@@ -140,12 +140,12 @@ def _language_model(request: Request, players: Players, trained: Catalog, form: 
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
     dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
-    config = llama.text_config(text.config, text.architecture, counted.count, dtype, text.where)
-    config |= {"architectures": [_CLASSES[text.architecture.model_type]]}
+    config = text_config(text.config, text.architecture, counted.count, dtype, text.where)
+    config |= {"architectures": [text.architecture.table.main_class]}
     tied = text.architecture.tied
     yield _Branch(
         "",
-        dict(llama.expected(text.architecture, counted.count)),
+        text.architecture.changed(vocab_size=counted.count).tensors(),
         (SideFile("config.json", (dump(config),)), generation_config(text, request, {}), *tokens.files),
         resized=tuple(counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]).items()),
         tied=((HEAD, EMBEDDING),) if tied else (),
@@ -162,7 +162,7 @@ def _encoder(request: Request, players: Players, trained: Catalog, form: _Form) 
     config = clip.vision_config(vision.config, dtype) | {"architectures": ["CLIPVisionModel"]}
     images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
     files = (SideFile("config.json", (dump(config),)), SideFile("preprocessor_config.json", (dump(images),)))
-    yield _Branch(ENCODER, dict(clip.expected(vision.architecture)), files, warnings=warnings)
+    yield _Branch(ENCODER, vision.architecture.tensors(), files, warnings=warnings)
 
 
 # ---- adapters and the projector

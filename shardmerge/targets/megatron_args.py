@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import llama
-from shardmerge.targets.architectures import JsonObject, dimension, layers
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.architecture_reader import read_architecture
+from shardmerge.targets.config_numbers import JsonObject, dimension, layers
 from shardmerge.targets.foreign_configs import LLAMA_3_CONTEXT, LLAMA_3_ROPE, not_llama, real
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.tensors import Catalog
 
 # Arguments that make another model than LLaMA's, with every value that does not.
@@ -41,8 +41,12 @@ _EXPERTS: Mapping[str, tuple[object, ...]] = {
 _KEYS = {"rope_theta": ("rotary_base",), "rms_norm_eps": ("norm_epsilon", "layernorm_epsilon"),
          "num_experts_per_tok": ("moe_router_topk",)}  # fmt: skip
 # Likewise of the sizes: heads of another size may have as many rows.
-_SIZES = {"heads": ("num_attention_heads",), "kv_heads": ("num_query_groups",), "head_dim": ("kv_channels",),
-          "qkv_bias": ("add_qkv_bias",), "qk_norm": ("qk_layernorm",)}  # fmt: skip
+_SIZES = {"heads": "num_attention_heads", "kv_heads": "num_query_groups", "head_dim": "kv_channels"}
+# And of arguments by a tensor of the first layer that is there where they are on.
+_TENSORS = {
+    "model.layers.0.self_attn.q_proj.bias": "add_qkv_bias",
+    "model.layers.0.self_attn.q_norm.weight": "qk_layernorm",
+}
 
 
 # Without a default in Megatron, or resolved by it before a checkpoint is written.
@@ -141,7 +145,7 @@ def _experts(arguments: Mapping[str, object], where: str) -> JsonObject:
     return chosen | {"moe_intermediate_size": width, "norm_topk_prob": True, "num_experts": count}
 
 
-def check_config(config: Mapping[str, object], model: TextArchitecture, catalog: Catalog, where: str) -> None:
+def check_config(config: Mapping[str, object], model: Architecture, catalog: Catalog, where: str) -> None:
     """Checks that a Hugging Face config describes the model that a checkpoint's arguments do.
 
     Parameters
@@ -173,7 +177,7 @@ def check_config(config: Mapping[str, object], model: TextArchitecture, catalog:
         )
 
 
-def _as_arguments(model: TextArchitecture) -> JsonObject:
+def _as_arguments(model: Architecture) -> JsonObject:
     """Returns the sizes of a model as arguments, for what a checkpoint does not say."""
     return {
         "vocab_size": model.vocab_size, "num_layers": model.num_layers, "hidden_size": model.hidden_size,
@@ -244,12 +248,16 @@ def _is_scaled(config: Mapping[str, object]) -> bool:
     return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"
 
 
-def _other_sizes(model: TextArchitecture, made: JsonObject, catalog: Catalog) -> Iterator[tuple[str, object, object]]:
-    other = llama.read_architecture(made, catalog.path, llama.EVERY)
-    for name, arguments in _SIZES.items():
+def _other_sizes(model: Architecture, made: JsonObject, catalog: Catalog) -> Iterator[tuple[str, object, object]]:
+    other = read_architecture(made, catalog.path)
+    for name, argument in _SIZES.items():
         own, said = getattr(model, name), getattr(other, name)
-        if own != said and any(argument in catalog.facts for argument in arguments):
-            yield arguments[0], own, said
-    own, said = (one.experts.count if one.experts else 0 for one in (model, other))
+        if own != said and argument in catalog.facts:
+            yield argument, own, said
+    ours, theirs = model.tensors(), other.tensors()
+    for name, argument in _TENSORS.items():
+        if (name in ours) != (name in theirs) and argument in catalog.facts:
+            yield argument, name in ours, name in theirs
+    own, said = (one.count("expert") for one in (model, other))
     if own != said:
         yield "num_experts", own, said

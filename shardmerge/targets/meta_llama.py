@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, dump
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.architecture_reader import read_architecture
+from shardmerge.targets.config_numbers import JsonObject, dump
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target, described_by
 from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.options import choice, whole_number
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, rows
@@ -59,6 +60,10 @@ def expect(request: Request) -> Expectation:
     )
 
 
+# What a LLaMA has beside its sizes: nothing of this.
+_PLAIN = {"model_type": "llama", "architectures": None, "attention_bias": False, "mlp_bias": False}
+
+
 def _window(text: TextSource) -> tuple[str, ...]:
     window = text.config.get("sliding_window")
     if text.architecture.model_type != "mistral" or not isinstance(window, int):
@@ -68,8 +73,8 @@ def _window(text: TextSource) -> tuple[str, ...]:
 
 def _check(text: TextSource, ranks: int, counted: VocabularyRows, *, by_columns: bool) -> None:
     model = text.architecture
-    odd = model.qkv_bias or model.mlp_bias or model.qk_norm or model.experts
-    if odd or model.head_dim * model.heads != model.hidden_size:
+    plain = read_architecture({**text.config, **_PLAIN}, text.where).changed(tie_word_embeddings=model.tied)
+    if model.tensors() != plain.tensors() or model.head_dim * model.heads != model.hidden_size:
         raise TargetError(
             "unsupported-architecture",
             "Meta's LLaMA has no place for biases, norms of queries and keys, or experts, nor for heads that do not "
@@ -126,7 +131,7 @@ def _scaling(config: JsonObject) -> JsonObject:
     return {} if found["rope_type"] == "default" else found
 
 
-def _tensors(model: TextArchitecture, vocabulary: int, ranks: int, *, by_columns: bool) -> Iterator[tuple[str, Shape]]:
+def _tensors(model: Architecture, vocabulary: int, ranks: int, *, by_columns: bool) -> Iterator[tuple[str, Shape]]:
     """Yields the names and shapes of one rank; all ranks are alike."""
     hidden, inner = model.hidden_size, model.intermediate_size // ranks
     queries, keys = model.heads * model.head_dim // ranks, model.kv_heads * model.head_dim // ranks

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.targets.settings import refuse_unknown, unknown_settings
 
 # `llava` is also what code before 1.2, XTuner and LLaVA-NeXT write, over any language model.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, dimension, finite, layers
+from shardmerge.targets.config_numbers import JsonObject, dimension, finite, layers
 from shardmerge.targets.settings import not_understood
 
 PREPROCESSING = "_preprocessing"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
 from shardmerge.targets.adapter_config import read_adapter_config
-from shardmerge.targets.architectures import JsonObject, dump, finite, flag, load_object
+from shardmerge.targets.config_numbers import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import positive_number, switch
 from shardmerge.tensors import Catalog, Shape, SideFile

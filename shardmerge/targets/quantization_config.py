@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.dtypes import BY_TORCH_NAME, DTYPES, DType
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile
 
 # Files of their own, and what a file without a word about its method is.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.shown import shown
-from shardmerge.targets.architectures import JsonObject, flag
+from shardmerge.targets.config_numbers import JsonObject, flag
 from shardmerge.targets.foreign_configs import not_llama
 from shardmerge.targets.settings import refuse_unknown
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import foreign_configs, llama, megatron_args, official_config, rewritten_configs
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets import foreign_configs, megatron_args, official_config, rewritten_configs
+from shardmerge.targets.architecture import Architecture
+from shardmerge.targets.architecture_reader import read_architecture
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Request
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.megatron_args import has_args
+from shardmerge.targets.tables import model_types
 from shardmerge.targets.yaml_files import load_yaml
 from shardmerge.tensors import Catalog, ReadSideFile
 
@@ -38,7 +40,7 @@ class TextSource:
 
     catalog: Catalog
     config: JsonObject
-    architecture: TextArchitecture
+    architecture: Architecture
     where: str
     kind: str
     warnings: tuple[str, ...] = ()
@@ -92,7 +94,7 @@ def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
     else:
         kind, where = "megatron", catalog.path
         config = megatron_args.from_megatron(catalog.facts, where)
-    return TextSource(catalog, config, llama.read_architecture(config, where, llama.EVERY), where, kind, warnings)
+    return TextSource(catalog, config, read_architecture(config, where, model_types("text")), where, kind, warnings)
 
 
 def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:

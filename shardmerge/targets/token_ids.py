@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 
 
 @dataclass(frozen=True, slots=True)

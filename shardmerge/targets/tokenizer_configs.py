@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardmerge.targets.architectures import JsonObject, dump, load_object
+from shardmerge.targets.config_numbers import JsonObject, dump, load_object
 from shardmerge.targets.token_ids import AddedTokens, special_flags
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
 

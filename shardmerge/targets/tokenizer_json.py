@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.targets.token_ids import AddedTokens, TokenVocabulary, add_in_order, special_flags
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
 

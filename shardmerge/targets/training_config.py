@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from shardmerge.targets.architectures import is_finite
+from shardmerge.targets.config_numbers import is_finite
 
 MAX_CHARS = 4 << 20
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import llama, official_config
-from shardmerge.targets.architectures import JsonObject, load_object
+from shardmerge.targets import official_config
 from shardmerge.targets.bases import TextBase
+from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Request
+from shardmerge.targets.text_config import read_part, with_v4_rope
 from shardmerge.targets.tokenizer import has_tokenizer
 from shardmerge.tensors import Catalog, Extent
 
@@ -86,13 +87,14 @@ def _check_same(first: RunSettings, other: RunSettings) -> None:
 
 def _check_language_model(run: RunSettings, text: TextBase) -> None:
     config = official_config.language_part(run.config, run.where)
-    found = llama.read_architecture(config, run.where)
-    ours, theirs = llama.with_v4_rope(config, run.where), llama.with_v4_rope(text.config, text.where)
+    found = read_part(config, run.where)
+    ours, theirs = with_v4_rope(config, found, run.where), with_v4_rope(text.config, text.architecture, text.where)
     # Rows differ where tokens were added.
-    alike = replace(found, vocab_size=text.architecture.vocab_size, tied=text.architecture.tied) == text.architecture
+    models = (found, text.architecture)
+    one, other = (each.changed(vocab_size=1, tie_word_embeddings=False, num_labels=1) for each in models)
     odd = [key for key in _STATED if key in ours and key in theirs and ours[key] != theirs[key]]
     odd += ["rope_scaling"] if _scaling(ours) != _scaling(theirs) else []
-    if not alike:
+    if one != other:
         odd = [key for key in _SIZES if ours.get(key) != theirs.get(key)] or ["num_key_value_heads", "head_dim"]
     if odd:
         what = "the run had another language model than the source has"

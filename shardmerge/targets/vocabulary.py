@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
+from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.expectation import Request, Resize
-from shardmerge.targets.llama import TextArchitecture
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.tensors import Extent
 
@@ -123,7 +123,7 @@ def _is_beyond(stated: object, count: int) -> bool:
     return any(isinstance(number, int) and number >= count for number in every)
 
 
-def tokenizer_files(request: Request, side_files: Mapping[str, Extent], text: TextArchitecture) -> TokenizerFiles:
+def tokenizer_files(request: Request, side_files: Mapping[str, Extent], text: Architecture) -> TokenizerFiles:
     """Returns a language model's tokenizer as it is, or with the tokens that the mapping adds.
 
     Raises

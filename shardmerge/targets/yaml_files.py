@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from shardmerge.errors import TargetError
-from shardmerge.targets.architectures import JsonObject
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Extent, ReadSideFile
 
 # A config of a model is a few kilobytes; PyYAML takes seconds for a megabyte.

@@ -127,7 +127,7 @@ AGREEMENT = [
         "heads that do not divide",
         copied("gqa", then=edited("config.json", num_attention_heads=5, head_dim=None)),
         "odd-config",
-        config("ck/config.json", "correct the one of the two", num_attention_heads=4),
+        config("ck/config.json", "correct the one that does not describe", num_attention_heads=4),
     ),
     Row(
         "a key that is not there",

@@ -20,8 +20,8 @@ JsonObject: TypeAlias = dict[str, object]
 MAX_JSON_BYTES = 4 << 20
 
 # Far above any model, far below what would let a hostile config ask for a billion names.
-_MAX_LAYERS = 4096
-_MAX_DIMENSION = 1 << 31
+MAX_LAYERS = 4096
+MAX_DIMENSION = 1 << 31
 
 # Describes the run that wrote the config, or promises code and weights that are not in the output directory.
 _NOT_CARRIED = (
@@ -64,7 +64,7 @@ def dump(value: JsonObject, *, sort: bool = True) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def dimension(config: Mapping[str, object], key: str, default: int, where: str, limit: int = _MAX_DIMENSION) -> int:
+def dimension(config: Mapping[str, object], key: str, default: int, where: str, limit: int = MAX_DIMENSION) -> int:
     """Returns a size from a config: a positive integer, ``default`` where the key is absent or null."""
     value = config.get(key)
     if value is None:
@@ -82,7 +82,7 @@ def dimension(config: Mapping[str, object], key: str, default: int, where: str, 
 
 def layers(config: Mapping[str, object], default: int, where: str) -> int:
     """Returns ``num_hidden_layers``."""
-    return dimension(config, "num_hidden_layers", default, where, limit=_MAX_LAYERS)
+    return dimension(config, "num_hidden_layers", default, where, limit=MAX_LAYERS)
 
 
 def flag(config: Mapping[str, object], key: str, where: str) -> bool:
