@@ -227,7 +227,6 @@ NO_MOMENTS = {
     "parallel/moe_z1_ep2_w4_bf16": "a mixture of experts",
     "parallel/autotp_z2_tp2_w4_bf16": "tensor parallel ranks",
     "pipeline/pp2_z1_w2_bf16": "a pipeline",
-    "universal/bag_z2_w3_bf16": "a universal checkpoint",
 }
 
 

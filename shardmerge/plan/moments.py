@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardmerge.plan.shard import PlannedTensor
-from shardmerge.tensors import TensorEntry
+from shardmerge.tensors import FileStamp, TensorEntry
 from shardmerge.tensors.optimizer import OptimizerState
 
 # As torch calls them.
@@ -25,12 +25,15 @@ class Moments:
         By kind (``exp_avg``, ``exp_avg_sq``) and name of the weight.
     optimizer
         Steps and settings, by name of the weight too.
+    files
+        That they are in, and that say it.
     warnings
         What a user has to know of them.
     """
 
     entries: Mapping[str, Mapping[str, TensorEntry]]
     optimizer: OptimizerState = field(default_factory=OptimizerState)
+    files: tuple[FileStamp, ...] = ()
     warnings: tuple[str, ...] = ()
 
 

@@ -19,7 +19,7 @@ from shardmerge.plan.shard import PlannedTensor
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE, lay_out
 from shardmerge.plan.value import Plan, PlannedSource, Unused
 from shardmerge.targets.expectation import Expectation, Format
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, FileStamp
 
 # More lines of one kind than this help nobody.
 _FEW = 5
@@ -77,7 +77,7 @@ def make_plan(
     options
         Of the output.
     moments
-        Of the optimizer, by the names of targets, where they are taken along.
+        Of the optimizer, by the names of targets, where they are taken along from the only source.
 
     Raises
     ------
@@ -103,7 +103,10 @@ def make_plan(
     shards, indexes = lay_out(tensors, options.shard_size, expectation.groups, options.format, options.root, moments)
     return Plan(
         target,
-        tuple(_source(name, paths[name], catalog, copies.get(name, ())) for name, catalog in sorted(catalogs.items())),
+        tuple(
+            _source(name, paths[name], catalog, copies.get(name, ()), moments.files)
+            for name, catalog in sorted(catalogs.items())
+        ),
         shards,
         (*expectation.side_files, *indexes),
         tuple(_unused(resolution, catalogs)),
@@ -188,9 +191,13 @@ def rule_text(rule: Rule) -> str:
     return f"{mark.file.rsplit('/', 1)[-1]}:{mark.line}:{mark.column} {rule.target}"
 
 
-def _source(name: str, path: str, catalog: Catalog, copies: Sequence[str]) -> PlannedSource:
+def _source(
+    name: str, path: str, catalog: Catalog, copies: Sequence[str], more: Sequence[FileStamp] = ()
+) -> PlannedSource:
+    """Returns a source; ``more``: files that are read besides, which may be its own."""
     notes = (*catalog.notes, *copies[:_FEW])
-    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), catalog.files, notes)
+    files = tuple({stamp.path: stamp for stamp in (*more, *catalog.files)}.values())
+    return PlannedSource(name, path, catalog.kind, catalog.fingerprint(), files, notes)
 
 
 def _written_twice(resolution: Resolution) -> Iterator[str]:

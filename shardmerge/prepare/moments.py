@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from shardmerge.compose import cast_to
+from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
 from shardmerge.mapping.resolution import Resolution
 from shardmerge.mapping.spec import SourceSpec
@@ -15,12 +17,13 @@ from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.prepare.unwrapping import without_wrapper
 from shardmerge.shown import shown
+from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.optimizer import OptimizerState, ParameterGroup
 
 _FORMATS = ("dcp", "zero-universal")
 # Kinds of catalogs whose readers know the moments.
-_SOURCES = ("DeepSpeed",)
+_SOURCES = ("DeepSpeed", "torch distributed checkpoint")
 _LEAVE_OUT = "leave --with-optimizer out: the optimizer then begins anew"
 # What every Adam has; a resumed run would otherwise go on with other ones.
 _NEEDED = ("lr", "betas", "eps", "weight_decay")
@@ -46,26 +49,41 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
     if not opened.kind.startswith(_SOURCES):
         raise UsageError(
             "no-moments",
-            "the optimizer is read of ZeRO checkpoints of DeepSpeed alone",
+            "the optimizer is read of DeepSpeed's checkpoints and of torch's distributed ones alone",
             where=opened.path,
             found=opened.kind,
             hint=_LEAVE_OUT,
         )
     catalogs = {kind: _catalog(replace(source, view=kind), options) for kind in KINDS}
+    raise_all(_misfits(opened, catalogs))
     kept = {
         kind: {name: one for name, one in catalog.entries.items() if name in resolution.assignments}
         for kind, catalog in catalogs.items()
     }
     told = catalogs[KINDS[0]].optimizer or OptimizerState()
+    if any(group.settings.get("amsgrad") for group in told.groups):
+        raise no_moments(opened.path, "AMSGrad has a third moment, without which it is another optimizer")
     optimizer = told.of(kept[KINDS[0]])
+    files = tuple(dict.fromkeys(stamp for catalog in catalogs.values() for stamp in catalog.files))
     if options.format != "dcp":
-        return Moments(kept, optimizer)
+        floats = {
+            kind: {name: cast_to(one, DTYPES["F32"]) for name, one in mine.items()} for kind, mine in kept.items()
+        }
+        return Moments(floats, optimizer, files)
     raise_all(_unsaid(opened.path, optimizer))
-    return Moments(kept, optimizer, tuple(_warnings(optimizer)))
+    return Moments(kept, optimizer, files, tuple(_warnings(optimizer)))
 
 
 def _catalog(source: SourceSpec, options: Options) -> Catalog:
     return without_wrapper(open_source(source, Path(), options), SideFiles())[0]
+
+
+def _misfits(opened: Catalog, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:
+    """A weight has both moments, of its own shape."""
+    for name in dict.fromkeys(name for catalog in catalogs.values() for name in catalog.entries):
+        shapes = [catalog[name].shape if name in catalog else None for catalog in catalogs.values()]
+        if name in opened and any(shape != opened[name].shape for shape in shapes):
+            yield no_moments(opened.path, f"those of {shown(name)} are {shown(shapes)}", f"two of {opened[name].shape}")
 
 
 def _unsaid(where: str, optimizer: OptimizerState) -> Iterator[ShardmergeError]:

@@ -46,16 +46,13 @@ def read_dcp(folder: Path, root: str = "") -> Catalog:
         ``read_metadata``, ``choose_root`` and ``ItemFiles.box`` raise.
     """
     read = [read_metadata(path, lambda name: not is_state(name)) for path in metadata_files(folder)]
-    tensors = _same_tensors(folder, read)
+    tensors = same_tensors(folder, read)
     chosen = choose_root(folder, read, list(tensors), root)
     origin = f"{chosen.title} of {folder.name}"
     entries = {}
     with closing(ItemFiles(folder)) as items:
         for short, name in chosen.names.items():
-            dtype, shape = tensors[name][:2]
-            entries[short] = TensorEntry(
-                short, dtype, shape, boxed(dtype, shape, _boxes(name, read, items), short), origin
-            )
+            entries[short] = chunked_entry(short, name, tensors[name], read, items, origin)
         stamps = tuple(chain((one.stamp for one in read), items.stamps()))
     return Catalog(str(folder), _kind(read), entries, files=stamps, notes=chosen.notes, warnings=chosen.warnings)
 
@@ -77,7 +74,16 @@ def metadata_files(folder: Path) -> list[Path]:
     )
 
 
-def _same_tensors(folder: Path, read: Sequence[DcpMetadata]) -> dict[str, ChunkedTensor]:
+def chunked_entry(
+    short: str, name: str, tensor: ChunkedTensor, read: Iterable[DcpMetadata], items: ItemFiles, origin: str
+) -> TensorEntry:
+    """Returns a tensor under another name, as the boxes that hold its elements; raises as ``read_dcp``."""
+    dtype, shape = tensor.dtype, tensor.shape
+    return TensorEntry(short, dtype, shape, boxed(dtype, shape, _boxes(name, read, items), short), origin)
+
+
+def same_tensors(folder: Path, read: Sequence[DcpMetadata]) -> dict[str, ChunkedTensor]:
+    """Returns the tensors of all ranks by flat name; raises ``mixed-ranks``."""
     found: dict[str, ChunkedTensor] = {}
     for one in read:
         for name, tensor in one.table.tensors.items():

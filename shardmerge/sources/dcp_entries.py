@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, several, whole_set
+from shardmerge.sources.deepspeed_files import MOMENTS
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.rank_files import METADATA, RANK_METADATA, is_distributed
 from shardmerge.tensors import Catalog
@@ -42,7 +43,10 @@ def read_distributed_member(path: Path, options: OpenOptions) -> Catalog | None:
 def read_distributed(folder: Path, options: OpenOptions) -> Catalog:
     """Returns the catalog of a directory of ``.distcp`` files and their ``.metadata``; see ``dcp.read_dcp``."""
     from shardmerge.sources.dcp import read_dcp
+    from shardmerge.sources.dcp_moments import read_dcp_moments
     from shardmerge.sources.megatron_dist import is_megatron_dist, read_megatron_dist
 
+    if options.view in MOMENTS:
+        return read_dcp_moments(folder, options.root, options.view)
     read = read_megatron_dist if is_megatron_dist(folder) else read_dcp
     return read(folder, options.root)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.dcp_table import StoredChunk
+from shardmerge.sources.file_part import FilePart
 from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.zip_members import STORED, ZIP_MAGIC
@@ -85,11 +86,7 @@ class ItemFiles:
             before the item does. ``packed-item``, ``item-format``: the item is compressed, or none that torch writes.
             ``item-mismatch``: it is another tensor.
         """
-        if chunk.packed:
-            raise _packed(self._where(name, chunk), chunk.packed)
-        file = self._open(name, chunk)
-        if chunk.begin + chunk.length > file.size:
-            raise _cut_short(file, chunk, name)
+        file = self.part(name, chunk)
         head = self._head(file, chunk, name)
         if not _fits(head, dtype, chunk):
             raise _mismatch(head, dtype, chunk, self._where(name, chunk))
@@ -99,6 +96,15 @@ class ItemFiles:
             return Box(chunk.offsets, chunk.sizes, Extent(file.path, offset, prod(chunk.sizes) * size))
         extent = Extent(file.path, offset, span(head.tensor.shape, head.tensor.strides) * size)
         return Box(chunk.offsets, chunk.sizes, Strided(extent, head.tensor.shape, head.tensor.strides))
+
+    def part(self, name: str, chunk: StoredChunk) -> FilePart:
+        """Returns a whole item as a file, of an object for example; raises as ``box``."""
+        if chunk.packed:
+            raise _packed(self._where(name, chunk), chunk.packed)
+        file = self._open(name, chunk)
+        if chunk.begin + chunk.length > file.size:
+            raise _cut_short(file, chunk, name)
+        return FilePart(file, chunk.begin, chunk.length)
 
     def _open(self, name: str, chunk: StoredChunk) -> SourceFile:
         if not chunk.file:
@@ -126,17 +132,17 @@ class ItemFiles:
     def _where(self, name: str, chunk: StoredChunk) -> str:
         return f"{self._folder / chunk.file}, byte {chunk.begin}, {name[:200]}"
 
-    def _head(self, file: SourceFile, chunk: StoredChunk, name: str) -> _Head:
-        raw = file.read(chunk.begin, min(_HEAD, chunk.length))
+    def _head(self, file: FilePart, chunk: StoredChunk, name: str) -> _Head:
+        raw = file.read(0, min(_HEAD, chunk.length))
         known = self._known.get(raw[: self._last])
         if known is not None:
             return known
         head = _head_of(raw)
         if head is None and chunk.length > _HEAD:
-            raw = file.read(chunk.begin, min(_LONGEST_HEAD, chunk.length))
+            raw = file.read(0, min(_LONGEST_HEAD, chunk.length))
             head = _head_of(raw)
         if head is None:
-            raise _not_an_item(raw, self._where(name, chunk), file.read(0, min(file.size, 16)))
+            raise _not_an_item(raw, self._where(name, chunk), self._files[chunk.file].read(0, min(16, file.size)))
         if len(self._known) >= _MOST_HEADS:
             self._known.clear()
         self._last = head.begin

@@ -73,15 +73,21 @@ class DcpMetadata:
     stamp: FileStamp
 
 
-def read_metadata(path: Path, keep: Callable[[str], bool]) -> DcpMetadata:
+def _no_object(name: str) -> bool:
+    return False
+
+
+def read_metadata(
+    path: Path, keep: Callable[[str], bool], keep_object: Callable[[str], bool] = _no_object
+) -> DcpMetadata:
     """Returns what a ``.metadata`` says.
 
     Parameters
     ----------
     path
         The file.
-    keep
-        Tells by its flat name whether a tensor is wanted.
+    keep, keep_object
+        Tell by its flat name whether a tensor is wanted, or what is none.
 
     Raises
     ------
@@ -90,7 +96,7 @@ def read_metadata(path: Path, keep: Callable[[str], bool]) -> DcpMetadata:
         itself or names a file outside of its directory. ``unsupported-tensor``: an element type that is not known.
     """
     with SourceFile(path) as file:
-        machine = _MetadataMachine(file, ChunkTable(keep))
+        machine = _MetadataMachine(file, ChunkTable(keep, keep_object))
         try:
             state = machine.state()
         except CheckpointError as error:
@@ -281,7 +287,8 @@ class _MetadataMachine(StreamMachine):
         if not isinstance(name, str) or not isinstance(path, str) or type(begin) is not int or type(length) is not int:
             raise damaged("an item has no name, file, offset or length")
         if offset is None:
-            return  # an object
+            self.table.add_object(name, path, begin, length)
+            return
         packed = info.get("transform_descriptors")
         if not are_sizes(offset) or not (index is None or type(index) is int):
             raise damaged("an item's key is no place in a tensor", name[:200])

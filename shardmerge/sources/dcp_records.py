@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from shardmerge.sources.file_part import FilePart
 from shardmerge.sources.torch_zip import storage_records
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Record
@@ -34,21 +35,7 @@ def item_records(file: SourceFile) -> Iterator[Record]:
         end = item.begin
 
 
-class _Item(SourceFile):
-    """A part of a file, read as if it were one."""
-
-    def __init__(self, file: SourceFile, begin: int, nbytes: int) -> None:
-        self.path, self.size, self.status = file.path, nbytes, file.status
-        self.begin = begin
-        self._fd = -1
-        self._file = file
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Returns exactly ``nbytes`` bytes of the part."""
-        return self._file.read(self.begin + offset, nbytes)
-
-
-def _last_item(file: SourceFile, end: int) -> _Item | None:
+def _last_item(file: SourceFile, end: int) -> FilePart | None:
     """Returns the item that ends last before a place."""
     start = max(end - _GAP - _TAIL, 0)
     raw = file.read(start, end - start).rstrip(b"\0")
@@ -62,4 +49,4 @@ def _last_item(file: SourceFile, end: int) -> _Item | None:
     begin = record - size - offset
     if signature != b"PK\x06\x06" or begin < 0:
         return None
-    return _Item(file, begin, start + stop - begin)
+    return FilePart(file, begin, start + stop - begin)

@@ -72,19 +72,24 @@ class ChunkTable:
     ----------
     keep
         Tells by its flat name whether a tensor is wanted; of any other nothing is held.
+    keep_object
+        The same of what is no tensor.
 
     Attributes
     ----------
     tensors
         By flat name.
+    objects
+        Where an object lies, by its flat name: a file, and the item's first byte and bytes.
     dropped
-        Names that were not kept.
+        Names of tensors that were not kept.
     """
 
-    def __init__(self, keep: Callable[[str], bool]) -> None:
+    def __init__(self, keep: Callable[[str], bool], keep_object: Callable[[str], bool]) -> None:
         self.tensors: dict[str, ChunkedTensor] = {}
+        self.objects: dict[str, tuple[str, int, int]] = {}
         self.dropped: set[str] = set()
-        self._keep = keep
+        self._keep, self._keep_object = keep, keep_object
         self._offsets, self._sizes = array("q"), array("q")
         self._files: dict[str, int] = {}
         self._file, self._begin, self._length = array("i"), array("q"), array("q")
@@ -128,8 +133,7 @@ class ChunkTable:
         tensor = self.tensors.get(name)
         if tensor is None:
             return  # of an object, or of a tensor that is not kept
-        if min(begin, length) < 0 or max(begin, length) > _LARGEST:
-            raise damaged("an item begins before its file does, or has no size", f"{name[:200]}, {begin}, {length}")
+        _check_place(name, begin, length)
         chunk = self._find(name, tensor, offsets, index)
         if self._file[chunk] != _NOWHERE:
             raise damaged("two items hold one chunk", f"{name[:200]} at {list(offsets)}")
@@ -137,6 +141,12 @@ class ChunkTable:
         self._begin[chunk], self._length[chunk] = begin, length
         if packed:
             self._packed[chunk] = packed
+
+    def add_object(self, name: str, path: str, begin: int, length: int) -> None:
+        """Says where an object lies."""
+        if self._keep_object(name):
+            _check_place(name, begin, length)
+            self.objects[name] = _checked(path), begin, length
 
     def _find(self, name: str, tensor: ChunkedTensor, offsets: Shape, index: int | None) -> int:
         axes = len(tensor.shape)
@@ -173,6 +183,11 @@ class ChunkTable:
     def files(self) -> list[str]:
         """Returns the names of the files that items lie in."""
         return list(self._files)
+
+
+def _check_place(name: str, begin: int, length: int) -> None:
+    if min(begin, length) < 0 or max(begin, length) > _LARGEST:
+        raise damaged("an item begins before its file does, or has no size", f"{name[:200]}, {begin}, {length}")
 
 
 def _checked(path: str) -> str:

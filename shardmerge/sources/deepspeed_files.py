@@ -13,6 +13,8 @@ from shardmerge.errors import CheckpointError, raise_all
 # Which numbers: the weights that the optimizer keeps, the 16-bit ones that the model computed with, a moment of Adam.
 DeepSpeedView: TypeAlias = Literal["fp32", "module", "exp_avg", "exp_avg_sq"]
 VIEWS: tuple[DeepSpeedView, ...] = get_args(DeepSpeedView)
+# Those of an optimizer.
+MOMENTS: tuple[DeepSpeedView, ...] = ("exp_avg", "exp_avg_sq")
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")

@@ -10,7 +10,7 @@ from shardmerge.shown import shown
 from shardmerge.sources.deepspeed import read_parallel_rank
 from shardmerge.sources.deepspeed_checks import NODES
 from shardmerge.sources.deepspeed_claims import DeepSpeedClaims, read_claims
-from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles, kind_not_yet, list_tag, model_file
+from shardmerge.sources.deepspeed_files import MOMENTS, DeepSpeedView, TagFiles, kind_not_yet, list_tag, model_file
 from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import RankReader
 from shardmerge.sources.torch_checkpoint import as_dict
@@ -35,15 +35,15 @@ def read_deepspeed(folder: Path, *, view: DeepSpeedView = "fp32") -> Catalog:
     Raises
     ------
     CheckpointError
-        ``kind-not-yet``, ``missing-layer``; ``no-moments`` of all but plain ZeRO; and what ``read_parallel_rank``,
-        ``join_ranks``, ``read_pipeline`` and ``read_universal`` raise.
+        ``kind-not-yet``, ``missing-layer``; ``no-moments`` of all but plain ZeRO and its universal form; and what
+        ``read_parallel_rank``, ``join_ranks``, ``read_pipeline`` and ``read_universal`` raise.
     """
     listed = list_tag(folder)
     reader = RankReader()
     claims = read_claims(as_dict(reader.file(listed.models[0]).root))
     _check_kind(folder, listed, claims)
     kind = _kind(listed, claims)
-    if kind and view not in ("fp32", "module"):
+    if kind and view in MOMENTS:
         raise no_moments(str(folder), f"those of {kind} are not read")
     if listed.universal:
         from shardmerge.sources.deepspeed_universal import read_universal
@@ -106,10 +106,11 @@ def _is_cut(listed: TagFiles, claims: DeepSpeedClaims) -> bool:
 
 
 def _kind(listed: TagFiles, claims: DeepSpeedClaims) -> str:
-    """Returns what a checkpoint is whose moments are not found as those of plain ZeRO are; ``""`` for ZeRO itself."""
+    """Returns what a checkpoint is whose moments are not found as those of plain ZeRO are; ``""`` for ZeRO itself,
+    and for a universal checkpoint of it.
+    """
     kinds = {
-        "a universal checkpoint": listed.universal,
-        "a pipeline": bool(listed.layers),
+        "a pipeline": bool(listed.layers) or claims.layered,
         "a mixture of experts": _has_experts(listed, claims),
         "tensor parallel ranks": _is_cut(listed, claims),
     }

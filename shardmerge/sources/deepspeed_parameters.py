@@ -15,6 +15,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_checks import ONE_SAVE, Tag, way_out, wrong_name
+from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.sources.deepspeed_ranks import partition
 from shardmerge.sources.deepspeed_values import Samples, is_float
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
@@ -22,8 +23,8 @@ from shardmerge.sources.torch_file import KnownPickles, TorchFile, read_torch_fi
 from shardmerge.tensors import FileStamp, Shape, TensorEntry, dense
 
 MASTER = "fp32.pt"
-# What ``torch.save`` called the other files of a parameter.
-_OTHERS = ("exp_avg", "exp_avg_sq", "step")
+# What ``torch.save`` called the files of a parameter.
+_NAMES = frozenset({"fp32", "exp_avg", "exp_avg_sq", "step"})
 # What the conversion writes beside a parameter: how it was put together. Experts of AutoEP have keys of their own.
 _KEYS = frozenset({"param", "cat_dim", "vocab_tensor", "param_n_sub_params", "sub_param_shape"})
 # Files with something wrong that one error tells of.
@@ -91,6 +92,31 @@ def read_parameters(tag: Tag, shapes: Mapping[str, Shape], others: Collection[st
     )
 
 
+def read_parameter_moments(tag: Tag, shapes: Mapping[str, Shape], kind: str) -> tuple[Parameters, Mapping[str, float]]:
+    """Returns a moment of all parameters, and how often each was stepped where a file beside it says so.
+
+    Parameters
+    ----------
+    tag, shapes
+        As ``read_parameters``, whose checks they have passed.
+    kind
+        ``exp_avg`` or ``exp_avg_sq``.
+
+    Raises
+    ------
+    CheckpointError
+        ``no-moments``: a parameter has none. ``mixed-runs``, ``zero-layout``, as ``read_parameters``.
+    """
+    folder = tag.folder / "zero"
+    missing = [name for name in shapes if not (folder / name / f"{kind}.pt").is_file()]
+    if missing:
+        raise no_moments(str(folder), f"no {kind}.pt for {len(missing)} of {len(shapes)} parameters: {shown(missing)}")
+    reader = _Reader(folder, kind)
+    for name, shape in shapes.items():
+        reader.read(name, shape)
+    return Parameters(reader.entries, tuple(reader.stamps), "", ()), reader.steps
+
+
 def _missing(tag: Tag, names: list[str], total: int) -> Iterator[CheckpointError]:
     if names:
         yield tag.error(
@@ -115,11 +141,11 @@ def _strangers(tag: Tag, names: list[str]) -> Iterator[CheckpointError]:
 class _Reader:
     """Reads the files of one parameter after the other. Most of them have one of a few pickles."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "fp32") -> None:
         self.entries: dict[str, TensorEntry] = {}
         self.stamps: list[FileStamp] = []
         self.steps: dict[str, float] = {}
-        self._folder = folder
+        self._folder, self._kind = folder, kind
         self._known = KnownPickles()
         self._samples = Samples()
         self._cut: list[str] = []
@@ -127,9 +153,9 @@ class _Reader:
 
     def read(self, name: str, shape: Shape) -> None:
         """Reads one parameter, and its step if there is one."""
-        path = self._folder / name / MASTER
+        path = self._folder / name / f"{self._kind}.pt"
         file = read_torch_file(path, self._known)
-        if file.archive in _OTHERS:
+        if file.archive in _NAMES - {self._kind}:
             raise wrong_name(path, f"{file.archive}.pt")
         ref = _tensor(file)
         self.stamps.append(file.stamp)
@@ -158,7 +184,7 @@ class _Reader:
         if cut:
             self._cut.append(f"{name}, {ref.shape[0]} of {shape[0]}")
         whole = ref.shape if cut else shape
-        return TensorEntry(name, ref.dtype, whole, dense(where.extent, prod(whole)), "universal fp32")
+        return TensorEntry(name, ref.dtype, whole, dense(where.extent, prod(whole)), f"universal {self._kind}")
 
     def _add_step(self, name: str, file: TorchFile) -> None:
         step = file.root

@@ -87,6 +87,40 @@ def zero_optimizer(where: Path, files: Iterable[TorchFile], named: Sequence[Coll
     raise no_moments(str(where), "no optimizer file that says its step")
 
 
+def universal_optimizer(
+    file: TorchFile, named: Sequence[Collection[str]], steps: Mapping[str, float], config: PickleValue
+) -> OptimizerState:
+    """Returns steps and settings of a universal checkpoint, from its ``optimizer_state.pt``.
+
+    Parameters
+    ----------
+    file
+        Groups stand at the top (stages 1 and 2), or where ZeRO-3 has them, with the steps of sub-groups.
+    named
+        The weights in each flat group, or sub-group.
+    steps
+        Of each weight, as far as files beside it say.
+    config
+        ``ds_config`` of the run.
+
+    Raises
+    ------
+    CheckpointError
+        ``no-moments``: it does not say them.
+    """
+    root = as_dict(file.root)
+    base = root if "param_groups" in root else as_dict(root.get("optimizer_state_dict"))
+    groups = told_groups(numbered_groups(file.path, param_groups(base), named), config)
+    states = as_dict(as_dict(root.get("optimizer_state_dict")).get("state"))
+    told = dict(steps)
+    for number, names in enumerate(named):
+        step = _step(file, as_dict(states.get(number)))
+        told |= {name: step for name in names if step is not None and name not in steps}
+    if any(name not in told for names in named for name in names):
+        raise no_moments(file.path, "no file that says how often each weight was stepped")
+    return OptimizerState(told, groups)
+
+
 def told_groups(groups: Iterable[ParameterGroup], config: PickleValue) -> tuple[ParameterGroup, ...]:
     """Adds to the settings of DeepSpeed's own Adam which of the two it is, which ``ds_config`` says.
 

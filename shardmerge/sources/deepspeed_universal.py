@@ -17,11 +17,14 @@ from shardmerge.shown import shown
 from shardmerge.sources.deepspeed import read_parallel_rank, universal_catalog
 from shardmerge.sources.deepspeed_checks import Tag, check_masters, check_tag, way_out
 from shardmerge.sources.deepspeed_claims import read_claims
-from shardmerge.sources.deepspeed_files import DeepSpeedView, TagFiles, is_tag_folder
-from shardmerge.sources.deepspeed_parameters import read_parameters
+from shardmerge.sources.deepspeed_files import MOMENTS, DeepSpeedView, TagFiles, is_tag_folder
+from shardmerge.sources.deepspeed_parameters import read_parameter_moments, read_parameters
 from shardmerge.sources.deepspeed_ranks import RankReader, frozen_shares, named_tensors, shape_table
+from shardmerge.sources.deepspeed_settings import universal_optimizer
 from shardmerge.sources.deepspeed_stages import PipelineStage, read_stages, shared_names
+from shardmerge.sources.pickle_values import PickleValue
 from shardmerge.sources.torch_checkpoint import as_dict
+from shardmerge.sources.torch_file import read_torch_file
 from shardmerge.tensors import Catalog, Shape
 
 
@@ -36,12 +39,13 @@ def read_universal(folder: Path, listed: TagFiles, reader: RankReader, view: Dee
         The files beside that, and what reads them.
     view
         ``fp32``: the masters. ``module``: the 16-bit module of the copied model file, as it is read without ``zero/``.
+        ``exp_avg``, ``exp_avg_sq``: a moment of Adam.
 
     Raises
     ------
     CheckpointError
         ``wrong-universal``: made of a run whose parameters the conversion exchanges. ``missing-parameter``,
-        ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``no-module-view``, and what the torch
+        ``missing-rank``, ``mixed-runs``, ``zero-layout``, ``no-module-view``, ``no-moments``, and what the torch
         reader raises.
     """
     first = reader.file(listed.models[0])
@@ -59,6 +63,9 @@ def read_universal(folder: Path, listed: TagFiles, reader: RankReader, view: Dee
     shapes = _merged(shape_table(group) for group in (groups if isinstance(groups, list) else [groups]))
     others = {*named_tensors(root.get("module")), *named_tensors(root.get("frozen_param_fragments"))}
     found = read_parameters(tag, shapes, others)
+    if view in MOMENTS:
+        named = [shape_table(group) for group in (groups if isinstance(groups, list) else [groups])]
+        return _moments(tag, shapes, named, root.get("ds_config"), view)
     catalog = universal_catalog(tag, first, reader, found.entries, found.steps)
     return replace(
         catalog,
@@ -66,6 +73,22 @@ def read_universal(folder: Path, listed: TagFiles, reader: RankReader, view: Dee
         files=(*catalog.files, *found.stamps),
         notes=(f"fp32 view of {len(found.entries)} parameter files",),
         warnings=(*found.warnings, *catalog.warnings),
+    )
+
+
+def _moments(
+    tag: Tag, shapes: Mapping[str, Shape], named: Sequence[Mapping[str, Shape]], config: PickleValue, view: str
+) -> Catalog:
+    """Moments lie beside the masters, and what the optimizer keeps besides in a file of its own."""
+    found, steps = read_parameter_moments(tag, shapes, view)
+    file = read_torch_file(tag.folder / "zero" / "optimizer_state.pt")
+    optimizer = universal_optimizer(file, named, steps, config)
+    return Catalog(
+        str(tag.folder),
+        f"DeepSpeed universal, ZeRO-{tag.stage}",
+        found.entries,
+        files=(*(state.stamp for state in tag.states), *found.stamps, file.stamp),
+        optimizer=optimizer,
     )
 
 

@@ -20,6 +20,7 @@ from shardmerge.sources import (
 )
 from shardmerge.sources.choosing import beside_numbered, weight_files
 from shardmerge.sources.completing import completed
+from shardmerge.sources.deepspeed_files import VIEWS
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
@@ -53,8 +54,8 @@ def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalo
 def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
     """An option that nothing here has a use for says that the user takes the checkpoint for another kind."""
     ranks = catalog.kind.startswith("DeepSpeed")
-    if options.view == "module" and not ranks:
-        what = "the view `module` is one of a DeepSpeed checkpoint, and this is none"
+    if options.view != VIEWS[0] and not ranks and catalog.optimizer is None:
+        what = f"the view `{options.view}` is one of a DeepSpeed checkpoint, and this is none"
         hint = "leave `view` out; the tensors are taken as they are stored"
         yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint=hint)
     start = f"{options.root} of "
