@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
-    GPT2Model,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    LlamaModel,
 )
 
 import shardmerge as sm
@@ -183,34 +180,6 @@ def test_a_prefix_in_front_of_all_names_is_told(run: Path) -> None:
     found = {name: array.tobytes() for name, array in read_all(sm.inspect(run / "out")).items()}
     shutil.rmtree(run / "out")
     assert found == {name: array.tobytes() for name, array in merge(run).items()}
-
-
-@pytest.mark.parametrize(("make", "inner"), [(gpt2, GPT2Model), (llama, LlamaModel)])
-def test_a_base_saved_without_its_head_has_no_prefix(
-    tmp_path: Path, make: Callable[[], torch.nn.Module], inner: type
-) -> None:
-    whole = make()
-    saved(whole.base_model, tmp_path / "base")
-    targets = ["c_attn"] if inner is GPT2Model else ["q_proj"]
-    model = trained(whole, tmp_path / "lora", target_modules=targets)
-    found = merge(tmp_path)
-    assert any("lose" in text for text in sm.plan(tmp_path / "mapping.yaml").warnings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert_same(found, dict(model.merge_and_unload().base_model.state_dict()))
-    inner.from_pretrained(tmp_path / "out")
-
-
-def test_the_hint_for_a_prefix_of_the_base_leads_on(run: Path) -> None:
-    state = {f"language_model.{name}": one for name, one in load_file(run / "base" / "model.safetensors").items()}
-    save_file(state, run / "base" / "model.safetensors", {"format": "pt"})
-    (run / "base" / "config.json").write_text('{"model_type": "mine"}')
-    stderr = refused(run)
-    assert "[adapter-without-base]" in stderr
-    assert '`onto: "base:language_model.{rest...}"`' in stderr
-    path = run / "mapping.yaml"
-    path.write_text(path.read_text().replace("onto: base", 'onto: "base:language_model.{rest...}"'))
-    sm.run(path, options=sm.Options(sync=False))
 
 
 def test_another_shape_than_the_base_is_refused(tmp_path: Path) -> None:

@@ -600,19 +600,6 @@ def test_a_base_of_another_size(spoilt: Path) -> None:
     assert "name the base that the adapter was trained on" in stderr
 
 
-def test_a_base_with_other_names(spoilt: Path) -> None:
-    change_tensors(
-        spoilt / "base" / "model.safetensors",
-        lambda state: {f"language_model.{name}": tensor for name, tensor in state.items()},
-    )
-    stderr = refused(spoilt)
-    assert "[adapter-without-base]" in stderr
-    assert "14 adapter modules" in stderr
-    path = spoilt / "mapping.yaml"
-    path.write_text(path.read_text().replace("onto: base", 'onto: "base:language_model.{rest...}"'))
-    sm.run(path, spoilt / "out", options=sm.Options(sync=False))
-
-
 def test_a_packed_base(spoilt: Path) -> None:
     """What bitsandbytes saves of a base in 4 bits."""
 

@@ -35,7 +35,8 @@ ELSEWHERE = {
     "demo.yaml",
 }
 HERE = {
-    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-xtuner.yaml", "adapter.yaml", "adapters-two.yaml",
+    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-rename.yaml", "adapter-xtuner.yaml", "adapter.yaml",
+    "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
     "merge-tasks.yaml",
     "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "rest.yaml", "special-then-rest.yaml",
@@ -221,6 +222,17 @@ def test_an_adapter(made: Path) -> None:
     close(state(run(made, "adapter-any-model.yaml")), truth)
     rounded = {name: tensor.bfloat16() for name, tensor in truth.items()}
     close(state(run(made, "adapter.yaml")), rounded, rtol=1e-2)
+
+
+def test_an_adapter_by_other_names(made: Path) -> None:
+    def called(name: str) -> str:
+        return name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+
+    (made / "models" / "renamed").mkdir()
+    state_of_base = load_file(made / "models" / "base" / "model.safetensors")
+    renamed = {called(name): tensor for name, tensor in state_of_base.items()}
+    save_file(renamed, made / "models" / "renamed" / "model.safetensors")
+    close(state(run(made, "adapter-rename.yaml")), {called(name): tensor for name, tensor in merged(made).items()})
 
 
 def test_two_adapters(made: Path) -> None:

@@ -50,10 +50,10 @@ def _left_unadapted(config: AdapterConfig, adapted: list[str], base: Base, place
     nested = base.config.get("text_config")
     most = (nested if isinstance(nested, dict) else base.config).get("num_hidden_layers")
     for name in base.catalog.names():
-        bindings = places.spec.onto.template.match(name)
-        if bindings is None or not name.endswith(".weight"):
+        own = places.own(name)
+        if own is None or not name.endswith(".weight"):
             continue
-        module = places.renamed + bindings["rest"].removesuffix(".weight")
+        module = own.removesuffix(".weight")
         if module in known or _NUMBER.sub("#", module) not in kinds or not last_names(module, config.targets):
             continue
         layer = layer_of(module)
@@ -67,10 +67,10 @@ def _left_unsaved(config: AdapterConfig, parts: AdapterTensors, base: Base, plac
     """Names that the base does not have are peft's own additions (``classifier`` and ``score`` for every head)."""
     held = {one.rpartition(".")[0] for one in parts.whole}
     for name in base.catalog.entries:
-        bindings = places.spec.onto.template.match(name)
-        if bindings is None:
+        own = places.own(name)
+        if own is None:
             continue
-        module = (places.renamed + bindings["rest"]).rpartition(".")[0]
+        module = own.rpartition(".")[0]
         if last_names(module, config.saved) and module not in parts.modules and module not in held:
             yield module
 

@@ -1,15 +1,19 @@
-"""Where an adapter's modules stand in their base, and what to say where they do not."""
+"""Where an adapter's modules stand in their base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_parts import PREFIX
-from shardmerge.mapping.near import NameIndex, count, listed
+from shardmerge.mapping.adapter_fit import wanted
+from shardmerge.mapping.adapter_parts import AdapterTensors
+from shardmerge.mapping.adapter_search import head_of, renamings
+from shardmerge.mapping.renaming import Renamings, line, original, renamed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, Shape
+
+# Tied to the embedding, or of a model whose base was saved alone: it may be missing on disk.
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,91 +22,55 @@ class Places:
 
     Attributes
     ----------
-    renamed
-        What is taken off the front of the adapter's names: the base was saved without the model's head, so without its
-        prefix (``transformer.`` of GPT-2, ``model.`` of LLaMA).
+    rules
+        How the adapter's names are called in the base: the mapping's ``rename:``, or found by names and shapes.
+    ways
+        All that were found, where it is open which one is meant; ``rules`` is empty then.
     """
 
     spec: AdapterSpec
     base: Catalog
-    renamed: str = ""
+    rules: Renamings = ()
+    ways: tuple[Renamings, ...] = ()
 
     @classmethod
-    def of(cls, spec: AdapterSpec, base: Catalog, names: Sequence[str]) -> Places:
-        """Returns the places of an adapter's weights; a prefix is taken off where that alone makes every one fit."""
-        plain = cls(spec, base)
-        lost = [name for name in names if plain.find(name) is None]
-        if not lost or any(plain.find(name) is not None for name in names):
+    def of(cls, spec: AdapterSpec, base: Catalog, parts: AdapterTensors) -> Places:
+        """Returns the places of an adapter's weights, by the one renaming that makes every one of them fit."""
+        if spec.renames:
+            return cls(spec, base, spec.renames)
+        plain, needed = cls(spec, base), wanted(parts)
+        settled = {name for name in needed if plain.find(name) is not None}
+        heads = {head_of(name) for name in settled}
+        lost = {name: fit for name, fit in needed.items() if name not in settled and head_of(name) not in heads}
+        if not lost:
             return plain
-        cuts = (lost[0][: place + 1] for place, char in enumerate(lost[0]) if char == ".")
-        found = [one for cut in cuts if all((one := cls(spec, base, cut)).find(name) is not None for name in lost)]
-        return found[0] if len(found) == 1 else plain
+        ways = renamings(lost, {*parts.trained, _HEAD}, plain.inside(), settled)
+        return replace(plain, rules=ways[0]) if len(ways) == 1 else replace(plain, ways=tuple(ways))
+
+    def inside(self) -> dict[str, Shape]:
+        """Returns the base's names below ``onto``, and their shapes."""
+        found = ((self.spec.onto.template.match(name), name) for name in self.base.names())
+        return {one["rest"]: self.base[name].shape for one, name in found if one is not None}
+
+    def notes(self) -> Iterator[str]:
+        """Yields what was found, as the line of a mapping that says it."""
+        if self.rules and not self.spec.renames:
+            yield f"the modules of {self.spec.source.source} are those of {self.spec.onto.source} by {line(self.rules)}"
 
     def name(self, name: str) -> str:
         """Returns what a tensor would be called in the base."""
-        plain = name.removeprefix(self.renamed) if self.renamed else name
-        return self.spec.onto.template.format({"rest": plain})
+        return self.spec.onto.template.format({"rest": renamed(name, self.rules)})
+
+    def own(self, name: str) -> str | None:
+        """Returns the adapter's name of a tensor of the base; None for what is not below ``onto``."""
+        bindings = self.spec.onto.template.match(name)
+        return None if bindings is None else original(bindings["rest"], self.rules)
 
     def find(self, name: str) -> str | None:
         """Returns the base's name of a tensor. transformers 5.6 dropped the level ``vision_model`` of a lone CLIP."""
-        if self.renamed and not name.startswith(self.renamed):
-            return None
-        plain = name.removeprefix(self.renamed)
+        plain = renamed(name, self.rules)
         for text in (plain, f"vision_model.{plain}", plain.removeprefix("vision_model.")):
             place = self.spec.onto.template.format({"rest": text})
             if place in self.base:
                 return self.base.aliases.get(place, place)
         return None
-
-
-def without_base(
-    spec: AdapterSpec, names: Sequence[str], base: Catalog, saved: Sequence[str]
-) -> Iterator[MappingError]:
-    """Yields the errors for weights of an adapter that its base does not have."""
-    new = [name for name in names if any(f".{one}." in f".{name}" for one in saved)]
-    if new:
-        yield _new_module(spec, new)
-    names = [name for name in names if name not in new]
-    if not names:
-        return
-    source, onto, template = spec.source.source, spec.onto.source, spec.onto.template
-    near = NameIndex(base.names()).near(template.format({"rest": names[0]}))
-    yield MappingError(
-        "adapter-without-base",
-        f"{count(len(names), 'adapter module')} of {source} without a tensor in {onto}: {listed(names, 3)}",
-        where=str(spec.mark),
-        expected=f"{onto}:{template.format({'rest': names[0]})}",
-        found=f"names such as {', '.join(near)}" if near else "no such names",
-        hint=_way(spec, names, base),
-    )
-
-
-def _new_module(spec: AdapterSpec, names: Sequence[str]) -> MappingError:
-    return MappingError(
-        "adapter-new-module",
-        f"{spec.source.source} trained a module that {spec.onto.source} does not have: {listed(names, 3)}",
-        where=str(spec.mark),
-        expected="modules_to_save that are in the base",
-        hint="name as the base a model with that module, as transformers makes it: "
-        "AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=N).save_pretrained(NEW_BASE)",
-    )
-
-
-def _way(spec: AdapterSpec, names: Sequence[str], base: Catalog) -> str:
-    """Returns what leads on: the prefix that the base has in front, the preset that renames it, or the question."""
-    onto = spec.onto.source
-    endings = [name[: -len(names[0])] for name in base.names() if name.endswith(f".{names[0]}")]
-    prefixes = [p for p in dict.fromkeys(endings) if all(f"{p}{name}" in base for name in names)]
-    if prefixes:
-        lines = " or ".join(f'`onto: "{onto}:{prefix}{{rest...}}"`' for prefix in prefixes[:3])
-        return f"the names of {onto} have a prefix: say under `adapters:` {lines}"
-    if all(name.startswith(PREFIX) for name in base.names()):
-        return f"{onto} is a training checkpoint itself: name the model that the run began with as the base"
-    if any(name.startswith("model.language_model.") for name in names) and any(
-        name.startswith("language_model.model.") for name in base.names()
-    ):
-        return (
-            f"the adapter has the names of a newer transformers: convert {onto} first, with `--use llava/hf-to-5.6` "
-            "(adapters of transformers 5.6 and later) or `--use llava/hf-to-4.52` (4.52 to 5.5), and name that one"
-        )
-    return f"name as `{onto}` the model that the adapter was trained on"

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
+from shardmerge.mapping.adapter_homeless import idle_renames, without_base
 from shardmerge.mapping.adapter_modules import ModuleMerge
-from shardmerge.mapping.adapter_names import Places, without_base
+from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
 from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_no_adapter
 from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
@@ -93,20 +94,21 @@ class _AdapterMerge:
             return self.base  # a checkpoint that may hold an adapter or not
         self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
-        places = Places.of(self.spec, base.catalog, [*self._weights(), *self.parts.trained])
+        places = Places.of(self.spec, base.catalog, self.parts)
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
         base = base.with_head(self.parts.whole, self.settings.config, places)
         places = replace(places, base=base.catalog)
         problems: list[ShardmergeError] = list(
             incomplete(self.settings.config, self.parts, base, places, self.adapter.path)
         )
+        problems += idle_renames(self.spec, self.parts)
         homeless: list[str] = []
         entries = dict(self._made(base, places, problems, homeless))
-        raise_all([*problems, *without_base(self.spec, homeless, base.catalog, self.settings.config.saved)])
+        raise_all([*problems, *without_base(self.spec, homeless, places, self.parts, self.settings.config.saved)])
         rows = [f"{module}.weight" for module, parts in self.parts.modules.items() if "tokens" in parts]
         whole = frozenset(entries) & {place for name in (*self.parts.whole, *rows) if (place := places.find(name))}
         base = base.changed(entries, whole, source=self.spec.source.source)
-        return base.with_words(self._notes(), self._warnings(places))
+        return base.with_words(self._notes(places), self._warnings())
 
     def _weights(self) -> Iterator[str]:
         """Yields the names of the weights that get a product or new rows, as the adapter has them."""
@@ -116,16 +118,15 @@ class _AdapterMerge:
         low_rank = (f"{name}.weight" for name, parts in self.parts.modules.items() if set(parts) != {"tokens"})
         return frozenset(places.name(name) for name in (*low_rank, *self.parts.trained))
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, places: Places) -> Iterator[str]:
         done = count(len(self.parts.modules) + len(self.parts.whole), "module")
         alpha = self.settings.config.alpha
         said = f", alpha {alpha:g} from {self.settings.said_by}" if alpha is not None else ""
-        return (f"{done} merged from {self.spec.source.source}{said}",)
+        yield f"{done} merged from {self.spec.source.source}{said}"
+        yield from places.notes()
 
-    def _warnings(self, places: Places) -> Iterator[str]:
+    def _warnings(self) -> Iterator[str]:
         source = self.spec.source.source
-        if places.renamed:
-            yield f"{source}: its names lose `{places.renamed}`, which the base's have not"
         if (alpha := self.settings.config.alpha) is not None and alpha <= 0 and self.parts.modules:
             effect = "is taken off" if alpha else "changes nothing"
             yield f"{source}: lora_alpha is {alpha:g}: the adapter {effect}"

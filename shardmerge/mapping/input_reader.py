@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from shardmerge.mapping.node_reader import NodeReader
-from shardmerge.mapping.spec import ADAPTER_SETTINGS, SOURCE_KEYS, AdapterSpec, Reference, SourceSpec, Variable
+from shardmerge.mapping.renaming import Renaming, reversible
+from shardmerge.mapping.spec import (
+    ADAPTER_KEYS,
+    ADAPTER_SETTINGS,
+    SOURCE_KEYS,
+    AdapterSpec,
+    Reference,
+    SourceSpec,
+    Variable,
+)
 from shardmerge.mapping.term_reader import SOURCE_NAME, read_reference
 from shardmerge.mapping.yaml_nodes import Mark, Node, Scalar
 
@@ -67,7 +77,7 @@ def read_adapters(
 
 
 def _adapter(reader: NodeReader, node: Node, known: frozenset[str] | None, *, optional: bool) -> AdapterSpec | None:
-    fields = reader.fields(reader.table(node, "an adapter"), ("from", "onto", *ADAPTER_SETTINGS))
+    fields = reader.fields(reader.table(node, "an adapter"), (*ADAPTER_KEYS, *ADAPTER_SETTINGS))
     for key in ("from", "onto"):
         if key not in fields:
             reader.add(
@@ -82,7 +92,21 @@ def _adapter(reader: NodeReader, node: Node, known: frozenset[str] | None, *, op
     if source is None or onto is None:
         return None
     said = {key: reader.text(fields[key], key) for key in ADAPTER_SETTINGS if key in fields}
-    return AdapterSpec(source, onto, said, node.mark, optional)
+    renames = tuple(_renamings(reader, fields["rename"])) if "rename" in fields else ()
+    return AdapterSpec(source, onto, said, node.mark, optional, renames)
+
+
+def _renamings(reader: NodeReader, node: Node) -> Iterator[Renaming]:
+    """Yields the pairs of ``rename: {template: template}``, the adapter's names and the base's."""
+    for key, value in reader.table(node, "`rename`").entries:
+        old, new = reader.template(key.text, key.mark), reader.template(reader.text(value, key.text), value.mark)
+        if old is None or new is None:
+            continue
+        if reversible(found := Renaming(old, new)):
+            yield found
+        else:
+            what = f"`{old}` and `{new}` bind other names: one module would be two, or two would be one"
+            reader.add("odd-rename", what, key.mark, 'write both sides alike: `{"model.{rest...}": "{rest...}"}`')
 
 
 def _whole(reader: NodeReader, node: Node, what: str, known: frozenset[str] | None) -> Reference | None:

@@ -223,10 +223,15 @@ _OUTPUT = _object(
 )
 _ADAPTER_SIDE = _about(_TEXT, "A source, or source:template with one {rest...}.")
 _ADAPTER = _object(
-    ("from", "onto", *spec.ADAPTER_SETTINGS),
+    (*spec.ADAPTER_KEYS, *spec.ADAPTER_SETTINGS),
     {
         "from": _ADAPTER_SIDE,
         "onto": _ADAPTER_SIDE,
+        "rename": {
+            "type": "object",
+            "additionalProperties": _TEXT,
+            "description": "The adapter's names by templates, and how they are called in the base.",
+        },
         "r": _about(_TEXT, "The rank, where no file says it."),
         "alpha": _about(_TEXT, "alpha, where no file says it."),
         "rslora": _about(_TEXT, "Whether the scale is alpha / sqrt(r)."),

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from shardmerge.dtypes import DType
 from shardmerge.formulas import Formula
 from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.renaming import Renamings
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
 from shardmerge.targets.config_edits import ConfigEdits
@@ -170,6 +171,8 @@ class AdapterSpec:
         ``r``, ``alpha``, ``rslora``, ``fan_in_fan_out``, ``name``: what the user says of it, as written.
     optional
         Whether it may find nothing to merge: a preset's.
+    renames
+        How its names are called in the base, where the user says it.
     """
 
     source: Reference
@@ -177,6 +180,7 @@ class AdapterSpec:
     settings: Mapping[str, str]
     mark: Mark
     optional: bool = False
+    renames: Renamings = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +237,7 @@ KEYS = (
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
 OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root")
 FILES_KEYS = ("include", "exclude")
+ADAPTER_KEYS = ("from", "onto", "rename")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")
 CONFIG_KEYS = ("take", "remove", "set")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -28,9 +28,9 @@ from tests.adapter_runs import (
     trained,
     write_mapping,
 )
-from tests.following import RUN, Call, Row, by_hand
-from tests.hint_rows.adapters import MERGE_LORA, of_the_run, renamed, run_of, square, without
-from tests.hint_rows.given import CONVERT, LAYOUTS, stored, told
+from tests.following import RUN, Call, Follow, Given, Row, by_hand
+from tests.hint_rows.adapters import MERGE_LORA, of_the_run, run_of, square, without
+from tests.hint_rows.given import told
 from tests.test_mistakes import ALL_LLM, LORA, MERGED
 
 
@@ -160,13 +160,6 @@ BASES = [
         told("name the base", "$llm", "$base"),
     ),
     Row(
-        "a base with a prefix",
-        run_of(then=renamed("language_model.", "base/model.safetensors")),
-        "adapter-without-base",
-        lambda call: call.change("onto: base", call.ticked()[1]),
-        "incomplete-model",
-    ),
-    Row(
         "a training checkpoint as the base",
         run_of(then=training_as_base),
         "adapter-without-base",
@@ -187,38 +180,81 @@ BASES = [
 ]
 
 
-def newer_names(call: Call) -> Sequence[str]:
-    """A LLaVA by its old names, and an adapter with the new ones."""
-    shutil.copytree(LAYOUTS / "llava_names_l4/source", call.folder / "base")
-    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
-    stored(call.folder / "lora" / WEIGHTS, {name.format("A"): torch.ones(2, 32), name.format("B"): torch.ones(32, 2)})
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": [name.split(".lora_", maxsplit=1)[0][17:]],
-    }
-    (call.folder / "lora/adapter_config.json").write_text(json.dumps(config))
-    write_mapping(call.folder, list(MERGE_LORA), "base", ["lora"])
-    return RUN
+def two_models(folder: Path) -> None:
+    """A base that holds a policy and its reference."""
+    path = folder / "base/model.safetensors"
+    both = {f"{where}.{name}": one.clone() for name, one in load_file(path).items() for where in ("actor", "ref")}
+    save_file(both, path)
+    unknown(folder)
 
 
-def renamed_base(call: Call) -> None:
-    """Converts the base as the hint says, and names that one."""
-    merge, call.args = call.args, [*CONVERT, "base", "new", *call.ticked()[0].split()]
-    assert call.attempt() == ()
-    call.args = merge
-    call.change("base: base", "base: new")
+def unknown(folder: Path) -> None:
+    (folder / "base/config.json").write_text('{"model_type": "mine"}')
 
 
-BASES.append(
-    Row(
-        "an adapter with the names of a newer transformers",
-        newer_names,
-        "adapter-without-base",
-        by_hand("convert base first", renamed_base),
+def another_part(folder: Path) -> None:
+    """Modules of a decoder, and a base that has an encoder."""
+    for path, words in ((folder / "base/model.safetensors", "encoder"), (folder / "lora" / WEIGHTS, "decoder")):
+        state = {name.replace("model.layers", f"model.{words}.layers"): one for name, one in load_file(path).items()}
+        save_file(state, path)
+    unknown(folder)
+
+
+def fused(folder: Path) -> None:
+    """An adapter of single experts, a base with one tensor for all, and the model that this was made from."""
+    (folder / "single").mkdir()
+    name = "model.layers.0.mlp.experts."
+    save_file(
+        {f"{name}{which}.down_proj.weight": torch.ones(4, 4) for which in (0, 1)}, folder / "single/model.safetensors"
     )
-)
+    save_file({f"{name}down_proj": torch.ones(2, 4, 4)}, folder / "base/model.safetensors")
+    unknown(folder)
+    shutil.copy(folder / "base/config.json", folder / "single")
+    pairs = [f"base_model.model.{name}{which}.down_proj.lora_" for which in (0, 1)]
+    parts = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    state = {f"{pair}{part}.weight": one.clone() for pair in pairs for part, one in parts.items()}
+    save_file(state, folder / "lora" / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    (folder / "lora/adapter_config.json").write_text(json.dumps(config))
+
+
+def line_of(words: str) -> Follow:
+    """Pastes the first line of the hint that has these words into the adapter's."""
+    return lambda call: call.change("onto: base", f"onto: base, {next(one for one in call.ticked() if words in one)}")
+
+
+def saying(rename: str) -> Given:
+    return run_of(lines=[f"from: lora, onto: base, rename: {{{rename}}}"])
+
+
+BASES += [
+    Row("two models in one base", run_of(then=two_models), "adapter-names", line_of("ref")),
+    Row("modules of another part", run_of(then=another_part), "adapter-without-base", line_of("encoder")),
+    Row(
+        "single experts onto fused ones",
+        run_of(then=fused),
+        "adapter-without-base",
+        told("the model with a tensor for each expert", "base: base", "base: single"),
+    ),
+    Row(
+        "a renaming that no module has",
+        saying('"modle.{rest...}": "model.{rest...}"'),
+        "unused-rename",
+        by_hand("as `found` has them", lambda call: call.change("modle.", "model.")),
+    ),
+    Row(
+        "a renaming to names that the base lacks",
+        saying('"model.{rest...}": "modle.{rest...}"'),
+        "adapter-without-base",
+        by_hand("correct the line under `rename:`", lambda call: call.change("modle.", "model.")),
+    ),
+    Row(
+        "a renaming of unequal sides",
+        saying('"model.{rest...}": "{other...}"'),
+        "odd-rename",
+        by_hand("both sides alike", lambda call: call.change("{other...}", "model.{rest...}")),
+    ),
+]
 
 
 MAPPING = [
