@@ -26,8 +26,11 @@ _FAMILIES = {
     "fill": "Tensors made of nothing",
     "vocabulary": "Vocabularies",
     "lora": "Adapters",
-    "merging": "Merging models",
+    "merging_kinds": "Merging models",
     "spherical": "Merging models",
+    "stock": "Merging models",
+    "swapping": "Merging models",
+    "agreement": "Merging models",
 }
 # What is shown whole; larger tensors are shown by their shape.
 _MOST_SHOWN = 32
@@ -118,6 +121,8 @@ def _page(kind: OpKind) -> str:
 def _rows(kind: OpKind) -> Iterator[tuple[str, ...]]:
     for term in kind.terms:
         yield f"`{term}`", "a tensor", "required", "A `source:name`, or an op."
+    for term in kind.optional_terms:
+        yield f"`{term}`", "a tensor", "none", "A `source:name`, or an op: what the others were trained from."
     if kind.takes_of:
         takes, about = (
             "tensors",
@@ -147,6 +152,8 @@ def _takes(param: Param) -> str:
 def _default(param: Param) -> str:
     if param.default is None:
         return "none" if param.optional else "required"
+    if isinstance(param.default, float):
+        return f"`{np.format_float_positional(param.default, trim='-')}`"
     return f"`{str(param.default).lower() if isinstance(param.default, bool) else param.default}`"
 
 

@@ -84,7 +84,19 @@ INPUTS: dict[str, Sources] = {
     "task_arithmetic": {"src": _MODELS},
     "ties": {"src": _MODELS},
     "dare": {"src": _MODELS},
+    "breadcrumbs": {"src": _MODELS},
+    "della": {"src": _MODELS},
+    "sce": {"src": _MODELS},
+    "ram": {"src": _MODELS},
+    "model_stock": {"src": _MODELS},
+    "nearswap": {"src": {"base.weight": row(1, 1, 1, 1), "a.weight": row(3, 0.5, 1, 5)}},
+    "arcee_fusion": {
+        "src": {"base.weight": count(4, 4), "a.weight": count(4, 4) + np.diag(row(0, 0, 0, 3)).astype(np.float32)},
+    },
     "slerp": {"src": {"a.weight": row(1, 0), "b.weight": row(0, 1)}},
+    "nuslerp": {"src": {"a.weight": row(1, 0), "b.weight": row(0, 1)}},
+    "multislerp": {"src": {"a.weight": row(3, 0), "b.weight": row(0, 1)}},
+    "karcher": {"src": {"a.weight": row(3, 0), "b.weight": row(0, 1)}},
 }  # fmt: skip
 
 

@@ -38,7 +38,8 @@ ARITHMETIC = [(kind, index) for kind, index in COMPUTED if case(kind, index, 4, 
 
 
 def test_every_arithmetic_op_is_here() -> None:
-    assert {"lora", "dora", "new_rows", "linear", "fill", "ties", "dare", "slerp"} <= {kind for kind, _ in ARITHMETIC}
+    named = {"lora", "dora", "new_rows", "linear", "fill", "ties", "dare", "slerp", "della", "sce", "karcher"}
+    assert named <= {kind for kind, _ in ARITHMETIC}
 
 
 @pytest.mark.parametrize("dtypes", [("F32",), ("BF16",), ("F16", "F32"), ("F64", "BF16")], ids="-".join)

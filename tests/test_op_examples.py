@@ -77,6 +77,37 @@ def slerped(a: Array, b: Array, t: float) -> Array:
     return made
 
 
+def crumbs(base: Array, models: tuple[Array, ...]) -> Array:
+    """Davari and Belilovsky, 2023: of four changes the largest goes, and of the others the larger two stay."""
+    merged = base.copy()
+    for model in models:
+        delta = model - base
+        for place in sorted(range(4), key=lambda i, delta=delta: -abs(delta[i]))[1:3]:
+            merged[place] += delta[place]
+    return merged
+
+
+def sce(base: Array, models: tuple[Array, ...]) -> Array:
+    """Wan et al., 2024: select half of the elements, calculate weights, erase the minority."""
+    deltas = torch.stack([torch.from_numpy(model - base) for model in models])
+    variance = deltas.var(0, unbiased=False)
+    chosen = variance.topk(int((variance != 0).sum() * 0.5)).indices
+    deltas *= torch.zeros(4).index_fill(0, chosen, 1)
+    weights = deltas.square().mean(1) / deltas.square().mean(1).sum()
+    agrees = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1, -1)
+    share = weights[:, None] * agrees
+    return base + ((deltas * share).sum(0) / share.sum(0).clamp(min=1e-6)).numpy()
+
+
+def stock(base: Array, models: tuple[Array, ...]) -> Array:
+    """Jang et al., 2024, formula 7 for two models."""
+    a, b = (model - base for model in models)
+    cosine = np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+    t = 2 * cosine / (1 + cosine)
+    made: Array = t * (models[0] + models[1]) / 2 + (1 - t) * base
+    return made
+
+
 def top_left(base: Array, delta: Array) -> Array:
     """``param.data[:b.shape[0], :b.shape[1]] += b`` of llava/model/apply_delta.py."""
     made = delta.copy()
@@ -134,12 +165,30 @@ TRUTH: dict[str, tuple[str, Callable[[Given], Array]]] = {
     ),
     "ties": ("x.weight", lambda g: ties(g["src:base.weight"], (g["src:a.weight"], g["src:b.weight"]), 0.5)),
     "slerp": ("x.weight", lambda g: slerped(g["src:a.weight"], g["src:b.weight"], 0.3)),
+    "breadcrumbs": ("x.weight", lambda g: crumbs(g["src:base.weight"], (g["src:a.weight"], g["src:b.weight"]))),
+    "sce": ("x.weight", lambda g: sce(g["src:base.weight"], (g["src:a.weight"], g["src:b.weight"]))),
+    # Both models changed three elements, of which two are the same ones, and b alone the last.
+    "ram": (
+        "x.weight",
+        lambda g: np.append((g["src:a.weight"] + g["src:b.weight"])[:3] / 2, g["src:b.weight"][3]),
+    ),
+    "model_stock": ("x.weight", lambda g: stock(g["src:base.weight"], (g["src:a.weight"], g["src:b.weight"]))),
+    # Differences of 2, 0.5, 0, 4 with a t of 1: half of the way, all, all, a quarter.
+    "nearswap": ("x.weight", lambda _: np.array([2, 0.5, 1, 2], np.float32)),
+    # Only the last element changed, and the threshold of a tensor whose quartiles are 0 is 0.
+    "arcee_fusion": ("x.weight", lambda g: g["src:a.weight"]),
+    "nuslerp": ("x.weight", lambda g: slerped(g["src:a.weight"], g["src:b.weight"], 0.25)),
+    # The direction of 3/4 to the right and 1/4 upwards, as long as 3/4 of 3 and 1/4 of 1.
+    "multislerp": ("x.weight", lambda _: np.array([3, 1]) / np.sqrt(10) * 2.5),
+    # Half way on the circle, as long as the mean of 3 and 1.
+    "karcher": ("x.weight", lambda _: np.array([1, 1]) / np.sqrt(2) * 2),
 }
+ROUNDED = ("dora", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 
 
 def test_every_op_has_tensors_and_a_truth() -> None:
     assert set(INPUTS) == set(OPS)
-    assert set(TRUTH) | {"dare"} == set(OPS)
+    assert set(TRUTH) | {"dare", "della"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", TRUTH)
@@ -151,7 +200,7 @@ def test_the_example_makes_what_numpy_and_torch_make(name: str) -> None:
     wanted, made = truth(given), ran.made[target]
     assert made.shape == wanted.shape
     # The numbers are small enough to be exact, but where a root or a sine is taken.
-    np.testing.assert_allclose(made, wanted, rtol=0 if name not in ("dora", "slerp") else 1e-6, atol=0)
+    np.testing.assert_allclose(made, wanted, rtol=1e-6 if name in ROUNDED else 0, atol=0)
 
 
 def test_dare_keeps_or_drops_every_element_and_divides_by_the_density() -> None:
@@ -162,6 +211,23 @@ def test_dare_keeps_or_drops_every_element_and_divides_by_the_density() -> None:
     made = ran.made["x.weight"]
     assert all(any(made[place] == choice[place] for choice in choices) for place in range(len(made)))
     assert np.array_equal(made, run_example("dare").made["x.weight"])
+
+
+def test_della_keeps_or_drops_every_element_and_gives_the_norm_back() -> None:
+    ran = run_example("della")
+    base, a, b = (ran.sources["src"][f"{name}.weight"] for name in ("base", "a", "b"))
+    made = ran.made["x.weight"]
+    possible = []
+    for masks in np.ndindex(*(2,) * 8):
+        parts = [(model - base) * mask for model, mask in ((a, masks[:4]), (b, masks[4:]))]
+        whole = [np.abs(model - base).sum() for model in (a, b)]
+        parts = [d * (n / max(np.abs(d).sum(), 1e-9)) for d, n in zip(parts, whole, strict=True)]
+        sign = np.where(parts[0] + parts[1] >= 0, 1, -1)
+        agrees = [np.sign(part) == sign for part in parts]
+        total = sum(part * agree for part, agree in zip(parts, agrees, strict=True))
+        possible.append(base + total / np.maximum(agrees[0] * 1 + agrees[1], 1))
+    assert any(np.allclose(made, one, rtol=1e-6) for one in possible)
+    assert np.array_equal(made, run_example("della").made["x.weight"])
 
 
 def test_dare_keeps_the_part_that_it_says(tmp_path: Path) -> None:

@@ -101,11 +101,32 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
     "lora": lambda n: [Case({"scale": 0.5}, ((2, n), (3 * n, 2), (3 * n, n)))],
     "dora": lambda n: [Case({"scale": 0.5}, ((2, n), (3 * n, 2), (3 * n,), (3 * n, n)))],
     "task_arithmetic": lambda n: [Case({"weights": (0.5, 0.25)}, ((n, n),) * 3)],
-    "ties": lambda n: [Case({"density": 0.4, "scale": 1}, ((n, n),) * 3)],
-    "dare": lambda n: [
-        Case({"density": 0.4, "seed": 1, "sign_consensus": consensus, "salt": "x"}, ((n, n),) * 3)
-        for consensus in (False, True)
+    "ties": lambda n: [
+        Case({"density": 0.4, "scale": 1}, ((n, n),) * 3),
+        Case({"density": (0.0, 1.0, 0.2), "rescale": "l1", "normalize": False}, ((n, n),) * 4),
     ],
+    "dare": lambda n: [
+        Case({"density": 0.4, "seed": 1, "sign_consensus": consensus, "rescale": how, "salt": "x"}, ((n, n),) * 3)
+        for consensus, how in ((False, "density"), (True, "density"), (False, "l1"))
+    ],
+    "breadcrumbs": lambda n: [
+        Case({"density": 0.4, "gamma": 0.1, "sign_consensus": consensus}, ((n, n),) * 3) for consensus in (False, True)
+    ],
+    "della": lambda n: [
+        Case({"density": (0.4, 0.3), "epsilon": 0.1, "seed": 1, "salt": "x"}, ((2 * n, n),) * 3),
+        Case({"density": 0.4, "sign_consensus": False, "rescale": "none"}, ((n, 3, 2),) * 2),
+    ],
+    "sce": lambda n: [Case({"select_topk": 0.3}, ((n, n),) * 3), Case({}, ((n, n),) * 3)],
+    "ram": lambda n: [Case({"r": r, "epsilon": 1.0}, ((n, n),) * 4) for r in (0.0, 0.1)],
+    "model_stock": lambda n: [Case({"filter_wise": one}, ((n, 2 * n),) * 3) for one in (False, True)],
+    "nearswap": lambda n: [Case({"t": 0.3}, ((n, n),) * 2)],
+    "arcee_fusion": lambda n: [Case({}, ((n, 2 * n),) * 2), Case({}, ((n,),) * 2)],
+    "nuslerp": lambda n: [
+        *(Case({"weights": (0.3, 0.9), "along": along}, ((n, 2 * n),) * 2) for along in ("whole", "rows", "columns")),
+        *(Case({"along": along, "base": True}, ((n, n, 3),) * 3) for along in ("whole", "rows", "columns")),
+    ],
+    "multislerp": lambda n: [Case({"weights": (0.3, 0.9, 1)}, ((n, n),) * 3), Case({"base": True}, ((n, n),) * 3)],
+    "karcher": lambda n: [Case({}, ((n, n),) * 3)],
     "slerp": lambda n: [Case({"t": 0.3}, ((n, n),) * 2)],
 }  # fmt: skip
 

@@ -119,7 +119,7 @@ def test_selection_is_that_of_a_stable_sort(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         values[random.integers(0, numel, 3)] = [np.inf, -np.inf, 3e38]
     count = data.draw(st.integers(1, numel))
-    (kept,) = select(lambda _: ((part.start, 0, keys(values[part])) for part in parts(numel)), 1, count, numel)
+    (kept,) = select(lambda _: ((part.start, 0, keys(values[part])) for part in parts(numel)), [count], numel)
     expected = np.zeros(numel, bool)
     expected[np.argsort(-np.abs(values), kind="stable")[:count]] = True
     assert np.array_equal(kept.mask(keys(values), 0), expected)

@@ -166,6 +166,11 @@ class Matching:
             failures.append(_Failure(term, str(rule.target), error))
 
     @property
+    def used_cases(self) -> set[int]:
+        """The ids of the cases of settings that decided for a tensor."""
+        return self._finder.used_cases if self._finder is not None else set()
+
+    @property
     def _found(self) -> Finder:
         """Looks operands up."""
         if self._finder is None:

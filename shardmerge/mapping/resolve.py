@@ -14,6 +14,7 @@ from shardmerge.mapping.dropping import Dropped
 from shardmerge.mapping.lacking import misshapen, missing_tensors, unexpected_targets
 from shardmerge.mapping.left_over import (
     idle_drops,
+    idle_filters,
     idle_rules,
     nothing_matched,
     packed_operands,
@@ -94,6 +95,8 @@ def resolve(
         problems += misshapen(made, expectation)
     problems += idle_rules(work, missing)
     problems += unmatched(work, user_file)
+    if not problems:  # a rule that fails asks for no values
+        problems += idle_filters(work, rules)
     if not made and not problems:
         problems.append(nothing_matched(work, user_file))
     raise_all(problems)

@@ -25,6 +25,15 @@ _IDENTIFIER = "^[A-Za-z_][A-Za-z0-9_]*$"
 # A scalar is its text, whatever YAML would make of it.
 _TEXT: Schema = {"type": ["string", "number", "boolean"], "minLength": 1}
 _FORMULA: Schema = {"type": ["string", "number"], "minLength": 1}
+_POINTS: Schema = {"anyOf": [_FORMULA, {"type": "array", "minItems": 1, "items": _FORMULA}]}
+_CASE: Schema = {
+    "type": "object",
+    "properties": {"filter": _TEXT, "value": _POINTS},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+# A number; or points from the first layer to the last; or cases of which the first whose filter is in the name decides.
+_SETTING: Schema = {"anyOf": [_POINTS, _CASE, {"type": "array", "minItems": 1, "items": _CASE}]}
 _FLAG: Schema = {"type": "boolean"}
 _COUNT: Schema = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+$"}]}
 _VERSION: Schema = {"enum": [1, "1"], "description": "The version of this format."}
@@ -117,7 +126,7 @@ def _op(kind: OpKind) -> Schema:
     properties: dict[str, Schema] = {"op": {"const": kind.name}}
     properties["of"] = several if kind.many else one
     properties["for"] = _names_to(_IDENTIFIER, _FORMULA, "Captures of the target that count from 0 to a number.")
-    properties |= dict.fromkeys(kind.terms, one)
+    properties |= dict.fromkeys((*kind.optional_terms, *kind.terms), one)
     properties |= {param.name: _about(_param(param), param.about) for param in kind.params}
     needed = [param.name for param in kind.params if param.default is None and not param.optional]
     of = ("of",) if kind.takes_of else ()
@@ -129,9 +138,9 @@ def _param(param: Param) -> Schema:
         return {"enum": list(param.choices)}
     kinds: dict[ParamKind, Schema] = {
         "int": _FORMULA,
-        "number": _FORMULA,
+        "number": _SETTING,
         "ints": _either(_FORMULA, {"type": "array", "items": _FORMULA}),
-        "numbers": _either(_FORMULA, {"type": "array", "items": _FORMULA}),
+        "numbers": _either(_SETTING, {"type": "array", "items": _SETTING}),
         "flag": _FLAG,
         "text": _TEXT,
         "dtype": _TEXT,

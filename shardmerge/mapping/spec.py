@@ -10,6 +10,7 @@ from shardmerge.dtypes import DType
 from shardmerge.formulas import Formula
 from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.renaming import Renamings
+from shardmerge.mapping.settings import Varying
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.ops.contract import OpKind
 from shardmerge.targets.config_edits import ConfigEdits
@@ -90,11 +91,20 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A parameter of an op as written: text, and the formulas it holds where it is a number or a list of them."""
+    """A parameter of an op as written.
+
+    Attributes
+    ----------
+    formulas
+        What it holds where it is a number or a list of them.
+    settings
+        One a number, where it differs from tensor to tensor; then ``formulas`` are all that stand in them.
+    """
 
     text: str
     formulas: tuple[Formula, ...]
     mark: Mark
+    settings: tuple[Varying, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

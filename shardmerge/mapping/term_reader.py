@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from shardmerge.dtypes import float_dtype
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.node_reader import NodeReader
+from shardmerge.mapping.setting_reader import read_setting, varies
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Term
 from shardmerge.mapping.yaml_nodes import QUOTE_BRACES, Items, Mark, Node, Scalar, Table
 from shardmerge.ops.contract import OpKind, Param
@@ -60,7 +61,7 @@ def _op(reader: NodeReader, node: Table, known: frozenset[str] | None) -> OpTerm
         reader.add("unknown-op", f"there is no op `{word.text}`", word.mark, hint)
         return None
     params = {param.name: param for param in kind.params}
-    fields = reader.fields(node, ("op", "of", "for", *kind.terms, *params))
+    fields = reader.fields(node, ("op", "of", "for", *kind.optional_terms, *kind.terms, *params))
     _idle_params(reader, kind, fields)
     inputs = _inputs(reader, kind, fields, node.mark, known)
     arguments = {
@@ -68,6 +69,7 @@ def _op(reader: NodeReader, node: Table, known: frozenset[str] | None) -> OpTerm
         for name, value in fields.items()
         if name in params and (argument := _argument(reader, params[name], value)) is not None
     }
+    arguments |= {name: Argument("true", (), fields[name].mark) for name in kind.optional_terms if name in fields}
     for param in kind.params:
         if param.default is None and not param.optional and param.name not in fields:
             what = f"the op `{kind.name}` needs `{param.name}`: {param.about}"
@@ -89,7 +91,7 @@ def _idle_params(reader: NodeReader, kind: OpKind, fields: Mapping[str, Node]) -
 def _inputs(
     reader: NodeReader, kind: OpKind, fields: Mapping[str, Node], mark: Mark, known: frozenset[str] | None
 ) -> tuple[Term, ...] | None:
-    nodes: list[Node] = []
+    nodes = [fields[name] for name in kind.optional_terms if name in fields]
     for name in kind.terms:
         if name in fields:
             nodes.append(fields[name])
@@ -121,7 +123,26 @@ def _inputs(
     return found if len(found) == len(terms) and (found or not kind.takes_of) else None
 
 
+def _varying(reader: NodeReader, param: Param, node: Node) -> Argument | None:
+    """Reads a number, or one a model, that differs from tensor to tensor."""
+    single = param.kind == "number" or not isinstance(node, Items) or any(isinstance(one, Table) for one in node.nodes)
+    nodes = (node,) if single or not isinstance(node, Items) else node.nodes
+    settings = [read_setting(reader, one, param.name) for one in nodes]
+    found = tuple(setting for setting in settings if setting is not None)
+    formulas = tuple(formula for setting in found for formula in setting.formulas)
+    return Argument(param.name, formulas, node.mark, found) if len(found) == len(settings) else None
+
+
+def _differs(param: Param, node: Node) -> bool:
+    if param.kind == "number":
+        return varies(node)
+    several = isinstance(node, Items) and any(varies(one) for one in node.nodes)
+    return param.kind == "numbers" and (several or isinstance(node, Table))
+
+
 def _argument(reader: NodeReader, param: Param, node: Node) -> Argument | None:
+    if _differs(param, node):
+        return _varying(reader, param, node)
     if param.kind in ("ints", "numbers"):
         items = node.nodes if isinstance(node, Items) else (node,)
         texts = [reader.text(item, param.name) for item in items]

@@ -12,6 +12,7 @@ from shardmerge.compose import compose
 from shardmerge.errors import MappingError
 from shardmerge.formulas import Formula
 from shardmerge.mapping.dropping import Dropped
+from shardmerge.mapping.settings import LayerPlaces, value_of
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
 from shardmerge.mapping.variables import Variables
 from shardmerge.ops.contract import Param, ParamValue
@@ -36,13 +37,22 @@ class Operand:
 
 @dataclass(slots=True)
 class Finder:
-    """Finds operands by bindings; the names of a source are read once for each collecting template."""
+    """Finds operands by bindings; the names of a source are read once for each collecting template.
+
+    ``used_cases`` are the ids of cases of settings that decided for a tensor.
+    """
 
     catalogs: Mapping[str, Catalog]
     names: Mapping[str, Sequence[str]]
     variables: Variables
     gone: Dropped
+    used_cases: set[int] = field(default_factory=set)
     _groups: dict[int, dict[tuple[tuple[str, str], ...], list[tuple[str, str]]]] = field(default_factory=dict)
+    _counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def _layers(self) -> LayerPlaces:
+        return LayerPlaces(self.names, self._counts)
 
     def bindings(
         self, rule: Rule, term: OpTerm, spent: Collection[tuple[str, str]] = frozenset()
@@ -183,13 +193,29 @@ class Finder:
     def _values(self, term: OpTerm, bindings: Bindings, target: str) -> dict[str, ParamValue]:
         """Returns the op's parameters as numbers and texts; the salt makes random draws of two targets differ."""
         values: dict[str, ParamValue] = {"salt": hashlib.sha256(target.encode()).hexdigest()[:16]}
+        values |= {name: name in term.arguments for name in term.kind.optional_terms}
         for param in term.kind.params:
             argument = term.arguments.get(param.name)
-            if argument is not None:
+            if argument is not None and argument.settings:
+                values[param.name] = self._varying(param, argument, term, bindings, target)
+            elif argument is not None:
                 values[param.name] = self._value(param, argument, bindings)
             elif param.default is not None:
                 values[param.name] = param.default
         return values
+
+    def _varying(self, param: Param, argument: Argument, term: OpTerm, bindings: Bindings, target: str) -> ParamValue:
+        """Returns the numbers of one tensor; its layer is that of the first tensor that the op takes."""
+        first = next((one for one in references(term) if not one.template.collects), None)
+        place = self._layers.place(first.source, first.template.format(bindings)) if first is not None else 0.0
+        mark, numbers = str(argument.mark), []
+        for setting in argument.settings:
+            number, case = value_of(
+                setting, target, place, lambda one: self.variables.number(one, mark, bindings), param.name
+            )
+            self.used_cases.add(id(case))
+            numbers.append(float(number))
+        return tuple(numbers) if param.kind == "numbers" else numbers[0]
 
     def _value(self, param: Param, argument: Argument, bindings: Bindings) -> ParamValue:
         if param.kind in ("text", "dtype"):

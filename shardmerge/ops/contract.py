@@ -290,6 +290,8 @@ class OpKind:
         Why there is no inverse.
     takes_of
         Whether there is an ``of``; an op without makes its elements of nothing.
+    optional_terms
+        Parameters that are tensors and may be absent; they come first, and ``build`` finds true under their names.
     """
 
     name: str
@@ -302,3 +304,4 @@ class OpKind:
     inverse: Inverse | None = None
     lossy: str = ""
     takes_of: bool = True
+    optional_terms: tuple[str, ...] = ()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, State, result_dtype
-from shardmerge.ops.parts import CALL_BYTES, OVERFLOW_BYTES, PART, count_overflows, parts
+from shardmerge.ops.arrays import Array, numpy_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, State, Stream, result_dtype
+from shardmerge.ops.parts import CALL_BYTES, OVERFLOW_BYTES, PART, count_overflows, parts, rows_of_part
 from shardmerge.ops.pointwise import check_weights, infer_floats
 
 
 class Merge(Arithmetic):
-    """A base and models, of one shape."""
+    """A base and models, of one shape. A state that is ``InRows`` makes parts of whole rows."""
 
     __slots__ = ()
 
@@ -27,27 +28,39 @@ class Merge(Arithmetic):
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
         """Returns the bytes of a part's buffers and of its masks."""
-        return min(count, PART) * (room_bytes(inputs) + 2 * OVERFLOW_BYTES) + CALL_BYTES
+        return min(count, self.step(inputs)) * (room_bytes(inputs) + 2 * OVERFLOW_BYTES) + CALL_BYTES
+
+    def step(self, inputs: Sequence[Meta]) -> int:
+        """Returns the elements of a part, whole rows where the op makes them together."""
+        return rows_of_part(self.unit(inputs))
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills ``out`` from tiles as long as it, base first."""
         lost = 0
-        room = Room.of(len(out), out.dtype)
+        step = rows_of_part(state.row) if isinstance(state, InRows) else PART
+        room = Room.of(len(out), out.dtype, step)
         with np.errstate(all="ignore"):
-            for part in parts(len(out)):
+            for part in parts(len(out), step):
                 base, *models = (tile[part] for tile in tiles)
                 self._part(state, room.cut(base), models, start + part.start, out[part])
                 lost += count_overflows(out[part], (base, *models))
         return lost
 
     @property
-    @abstractmethod
     def given(self) -> tuple[float, ...]:
         """The weights as written: none, or one a model."""
+        return ()
 
     @abstractmethod
     def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
-        """Fills at most ``PART`` elements; their base is in ``room``."""
+        """Fills a part; its base is in ``room``."""
+
+
+@dataclass(frozen=True, slots=True)
+class InRows:
+    """State of a merge whose rows of so many elements are made together."""
+
+    row: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +85,9 @@ class Room:
     key: Array
 
     @classmethod
-    def of(cls, count: int, dtype: np.dtype[Any]) -> Room:
-        """Returns buffers for parts of so many elements."""
-        size = min(count, PART)
+    def of(cls, count: int, dtype: np.dtype[Any], step: int = PART) -> Room:
+        """Returns buffers for parts of so many elements, or of ``step`` where that is less."""
+        size = min(count, step)
         return cls(*(*np.empty((5, size), dtype), np.empty(size, np.float32)))
 
     def cut(self, base: Array) -> Room:
@@ -89,6 +102,18 @@ class Room:
         np.copyto(self.delta, model, casting="unsafe")
         np.subtract(self.delta, self.base, out=self.delta)
         return self.delta if weight == 1 else np.multiply(self.delta, self.delta.dtype.type(weight), out=self.delta)
+
+
+def read_deltas(inputs: Sequence[Stream], row: int = 1) -> Iterator[tuple[int, Room, tuple[Stream, ...], int]]:
+    """Yields first index, buffers with the base in them, the models, and the length of every part of the inputs."""
+    base, *models = inputs
+    numel = prod(base.meta.shape)
+    step = rows_of_part(row)
+    whole = Room.of(numel, numpy_dtype(result_dtype([one.meta for one in inputs])), step)
+    with np.errstate(all="ignore"):
+        for part in parts(numel, step):
+            count = part.stop - part.start
+            yield part.start, whole.cut(base.read(part.start, count)), tuple(models), count
 
 
 def room_bytes(inputs: Sequence[Meta]) -> int:

@@ -1,4 +1,4 @@
-"""Merges of fine-tuned models with their base: task arithmetic, TIES, DARE.
+"""Merges of fine-tuned models with their base: task arithmetic, TIES, DARE, Model Breadcrumbs, DELLA.
 
 A delta is a model less its base, in float32 (float64 where an input is), never stored. The semantics are those of
 mergekit 0.1.5 (``merge_methods/generalized_task_arithmetic.py``, ``sparsify.py``) where not said otherwise. mergekit
@@ -10,50 +10,36 @@ belong to the absolute position of an element, and the rest is one IEEE operatio
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from shardmerge.errors import MappingError
-from shardmerge.ops.arrays import Array, numpy_dtype
-from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
-from shardmerge.ops.deltas import Merge, Room, add_agreeing, room_bytes, weights_of
-from shardmerge.ops.params import integer
-from shardmerge.ops.parts import CALL_BYTES, PART, parts
-from shardmerge.ops.pointwise import number, numbers
-from shardmerge.ops.selection import Kept, keys, select, select_peak
+from shardmerge.ops.arrays import Array
+from shardmerge.ops.contract import Meta, Stream
+from shardmerge.ops.deltas import Room
+from shardmerge.ops.random_masks import DRAWING_BYTES, below, uniforms
+from shardmerge.ops.selection import Kept, kept, keys, select_peak
+from shardmerge.ops.task_vectors import TaskVectors, Trimmed, keys_of, one_a_model, shown
 
 
-@dataclass(frozen=True, slots=True)
-class TaskArithmetic(Merge):
-    """``base + sum(w_i * (model_i - base))`` (Ilharco et al., "Editing models with task arithmetic", 2023).
-
-    Attributes
-    ----------
-    given
-        One weight a model, or none for 1 each. Not normalised.
-    """
-
-    given: tuple[float, ...] = ()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskArithmetic(TaskVectors):
+    """``base + scale * sum(w_i * (model_i - base))`` (Ilharco et al., "Editing models with task arithmetic", 2023)."""
 
     @property
     def label(self) -> str:
         """``task arithmetic [0.5, 0.5]``."""
-        return f"task arithmetic {list(self.given) or 1}"
+        return f"task arithmetic {_weighted(self)}"
 
-    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
-        del state, start
-        out[...] = 0
-        for model, weight in zip(models, weights_of(self.given, len(models)), strict=True):
-            np.add(out, room.less_base(model, weight), out=out)
-        np.add(room.base, out, out=out)
+    def _mask(self, state: Trimmed, model: int, delta: Array, start: int, room: Room) -> Array | None:
+        del state, model, delta, start, room
+        return None
 
 
-@dataclass(frozen=True, slots=True)
-class Ties(Merge):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ties(TaskVectors):
     """Trim, elect sign, merge (Yadav et al., "TIES-Merging", 2023), as mergekit's ``ties``.
 
     Of each delta the ``max(1, floor(density * numel))`` largest by float32 magnitude are kept, the others are 0; among
@@ -64,209 +50,257 @@ class Ties(Merge):
     Attributes
     ----------
     density
-        From 0, nothing kept, to 1, everything.
-    given
-        One weight a model, or none for 1 each.
-    scale
-        ``lambda`` in the paper and in mergekit.
+        From 0, nothing kept, to 1, everything; one for all, or one a model.
     """
 
-    density: float
-    given: tuple[float, ...] = ()
-    scale: float = 1.0
+    density: tuple[float, ...] = (1.0,)
 
     @property
     def label(self) -> str:
         """``ties density 0.5 [0.5, 0.5] scale 1.0``."""
-        return f"ties density {self.density} {list(self.given) or 1} scale {self.scale}"
+        return f"ties density {shown(self.density)} {_weighted(self, always=True)}"
 
-    def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """Returns the bytes of one part of all inputs, of its buffers, and of a histogram a model."""
-        part = sum(meta.dtype.itemsize for meta in inputs) + room_bytes(inputs)
-        return PART * part + select_peak(len(inputs) - 1) + CALL_BYTES
+    def shares(self) -> dict[str, tuple[float, ...]]:
+        """The density."""
+        return {"density": self.density}
 
-    def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns what is kept of each delta: a threshold, and how far its equals are. Reads all inputs three times."""
-        numel = prod(inputs[0].meta.shape)
-        if self.density <= 0 or self.density >= 1 or not numel:
-            return None
-        kept = max(1, int(self.density * numel))
-        return select(lambda wanted: _all_keys(inputs, wanted), len(inputs) - 1, kept, numel)
+    def _counts(self, models: int, numel: int) -> list[int]:
+        return [max(1, int(d * numel)) if d > 0 else 0 for d in one_a_model(self.density, models)]
 
-    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
-        if self.density <= 0:
-            np.copyto(out, room.base)
-            return
-        weights = weights_of(self.given, len(models))
-        every: tuple[Kept | None, ...] = state if isinstance(state, tuple) else (None,) * len(models)
+    def _trimming_peak(self, inputs: Sequence[Meta]) -> int:
+        return select_peak(len(inputs) - 1) if any(0 < density < 1 for density in self.density) else 0
 
-        def delta(index: int) -> Array:
-            found, kept = room.less_base(models[index]), every[index]
-            if kept is not None:
-                np.multiply(found, kept.mask(keys(found, room.key), start), out=found)  # NaN stays NaN
-            np.multiply(found, found.dtype.type(weights[index]), out=found)
-            return found
+    def _select(self, inputs: Sequence[Stream]) -> tuple[object, ...]:
+        models, numel = len(inputs) - 1, prod(inputs[0].meta.shape)
+        return kept(keys_of(inputs, range(models)), self._counts(models, numel), numel)
 
-        add_agreeing(delta, weights, out, room, normalize=True)
-        np.multiply(out, out.dtype.type(self.scale), out=out)
-        np.add(room.base, out, out=out)
+    def _mask(self, state: Trimmed, model: int, delta: Array, start: int, room: Room) -> Array | None:
+        return _largest(state.kept[model], delta, start, room)
 
 
-@dataclass(frozen=True, slots=True)
-class Dare(Merge):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breadcrumbs(TaskVectors):
+    """Without the smallest and the largest changes (Davari and Belilovsky, "Model Breadcrumbs", 2023), as mergekit's.
+
+    Of each delta the ``floor(gamma * numel)`` largest by magnitude are outliers and go, or fewer where otherwise less
+    than ``floor(density * numel)`` would be left; of the others that many of the largest are kept.
+
+    Attributes
+    ----------
+    density, gamma
+        One for all, or one a model.
+    """
+
+    density: tuple[float, ...] = (1.0,)
+    gamma: tuple[float, ...] = (0.01,)
+
+    @property
+    def label(self) -> str:
+        """``breadcrumbs density 0.5 gamma 0.01 [0.5, 0.5]``; ``breadcrumbs ties`` with a consensus of signs."""
+        return (
+            f"{_named(self, 'breadcrumbs')} density {shown(self.density)} gamma {shown(self.gamma)} {_weighted(self)}"
+        )
+
+    def shares(self) -> dict[str, tuple[float, ...]]:
+        """Density and gamma."""
+        return {"density": self.density, "gamma": self.gamma}
+
+    def _trimming_peak(self, inputs: Sequence[Meta]) -> int:
+        return select_peak(2 * (len(inputs) - 1)) if any(density < 1 for density in self.density) else 0
+
+    def _select(self, inputs: Sequence[Stream]) -> tuple[object, ...]:
+        models, numel = len(inputs) - 1, prod(inputs[0].meta.shape)
+        shares = zip(one_a_model(self.density, models), one_a_model(self.gamma, models), strict=True)
+        above, outliers = zip(*(_band(density, gamma, numel) for density, gamma in shares), strict=True)
+        stream = keys_of(inputs, [*range(models)] * 2)
+        found = kept(stream, [*above, *outliers], numel)
+        return tuple(zip(found[:models], found[models:], strict=True))
+
+    def _mask(self, state: Trimmed, model: int, delta: Array, start: int, room: Room) -> Array | None:
+        found = state.kept[model]
+        assert isinstance(found, tuple)
+        above, outliers = found
+        mask, outside = _largest(above, delta, start, room), _largest(outliers, delta, start, room)
+        assert outside is not None
+        if mask is None:
+            return np.logical_not(outside, out=outside)
+        return np.greater(mask, outside, out=mask)
+
+    def _mask_bytes(self) -> int:
+        return 1
+
+
+def _band(density: float, gamma: float, numel: int) -> tuple[int, int]:
+    """Returns how many of the largest are kept or outliers, and how many outliers, as ``magnitude_outliers`` counts."""
+    if density >= 1:
+        return numel, 0
+    wanted = int(density * numel)
+    low = max(0, numel - wanted - int(gamma * numel))
+    return numel - low, numel - low - wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dare(TaskVectors):
     """Drop and rescale (Yu et al., "Language models are super Mario", 2024): mergekit's ``dare_linear``, ``dare_ties``.
 
-    Every element of a delta is kept with probability ``density``, and then divided by it, which keeps the expectation
-    (mergekit rescales to the L1 norm of the whole delta instead). The weighted deltas are added to the base; with
-    ``sign_consensus`` only those of the elected sign, as in TIES. No normalisation, as in mergekit.
+    Every element of a delta is kept with probability ``density``. With ``rescale: density`` it is then divided by that,
+    which keeps the expectation, as in the paper; with ``l1`` the delta gets its L1 norm back, as in mergekit. The
+    weighted deltas are added to the base; with ``sign_consensus`` only those of the elected sign, as in TIES.
 
-    Element p is kept where word ``p % 4`` of Philox4x64-10 at counter ``p // 4``, shifted right by 11, is below
-    ``density * 2**53``; the key is the first 16 bytes of SHA-256 of ``seed:salt:model``.
+    Element p is kept where its number of ``random_masks`` is below ``density * 2**53``.
 
     Attributes
     ----------
     density
-        Above 0, up to 1.
-    given
-        One weight a model, or none for 1 each.
+        Above 0, up to 1; one for all, or one a model.
     salt
         Makes the masks of two targets differ.
     """
 
-    density: float
-    given: tuple[float, ...] = ()
+    density: tuple[float, ...] = (1.0,)
     seed: int = 0
-    sign_consensus: bool = False
     salt: str = ""
+    rescale: str = "density"
 
     @property
     def label(self) -> str:
         """``dare density 0.5 [0.5, 0.5] seed 0 salt 0f1e2d``; ``dare ties`` with a consensus of signs."""
-        word = "dare ties" if self.sign_consensus else "dare"
-        return f"{word} density {self.density} {list(self.given) or 1} seed {self.seed} salt {self.salt}"
+        return f"{_named(self, 'dare')} density {shown(self.density)} {_weighted(self, 'density')} {_drawn(self)}"
+
+    def shares(self) -> dict[str, tuple[float, ...]]:
+        """The density."""
+        return {"density": self.density}
+
+    def _divisor(self, model: int) -> float:
+        density = self.density[model if len(self.density) > 1 else 0]
+        return density if self.rescale == "density" else 1.0
+
+    def _mask(self, state: Trimmed, model: int, delta: Array, start: int, room: Room) -> Array | None:
+        del state, room
+        density = self.density[model if len(self.density) > 1 else 0]
+        return None if density >= 1 else self.mask(model, start, len(delta))
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of a part's buffers, of its masks, one a model, and of random words, twice."""
-        return Merge.peak(self, inputs, count) + min(count, PART) * len(inputs) + 16 * _WORDS
+        """Returns the bytes of a part's buffers, its masks, and of random words."""
+        return TaskVectors.peak(self, inputs, count) + DRAWING_BYTES
 
-    def _part(self, state: State, room: Room, models: Sequence[Array], start: int, out: Array) -> None:
-        del state
-        weights = weights_of(self.given, len(models))
-        masks = [self.mask(model, start, len(out)) for model in range(len(models))]  # a delta may be asked for twice
-
-        def delta(index: int) -> Array:
-            found = room.less_base(models[index])
-            np.multiply(found, masks[index], out=found)
-            np.divide(found, found.dtype.type(self.density), out=found)
-            np.multiply(found, found.dtype.type(weights[index]), out=found)
-            return found
-
-        if self.sign_consensus:
-            add_agreeing(delta, weights, out, room, normalize=False)
-        else:
-            out[...] = 0
-            for index in range(len(models)):
-                np.add(out, delta(index), out=out)
-        np.add(room.base, out, out=out)
+    def _trimming_peak(self, inputs: Sequence[Meta]) -> int:
+        del inputs
+        return DRAWING_BYTES if self.rescale == "l1" else 0
 
     def mask(self, model: int, start: int, count: int) -> Array:
         """Returns which elements of a model's delta are kept, as booleans."""
-        key = int.from_bytes(hashlib.sha256(f"{self.seed}:{self.salt}:{model}".encode()).digest()[:16], "little")
-        generator, skipped = np.random.Philox(key=key, counter=start // 4), start % 4
-        mask, done = np.empty(count, np.bool_), 0
-        while done < count:
-            words = generator.random_raw(skipped + min(_WORDS, count - done))[skipped:]
-            np.right_shift(words, np.uint64(11), out=words)
-            np.less(words, np.uint64(self.density * (1 << 53)), out=mask[done : done + len(words)])
-            done, skipped = done + len(words), 0
+        mask = np.empty(count, np.bool_)
+        limit = below(self.density[model if len(self.density) > 1 else 0])
+        for done, numbers in uniforms(self.seed, self.salt, model, start, count):
+            np.less(numbers, limit, out=mask[done : done + len(numbers)])
         return mask
 
 
-# Random words drawn at a time, 64 KiB: numpy draws into new memory only.
-_WORDS = 8 << 10
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Della(TaskVectors):
+    """Drop by magnitude, and rescale (Deep et al., "DELLA-Merging", 2024): mergekit's ``della``, ``della_linear``.
+
+    In each row (axis 1; a vector is one row) the elements of a delta are ranked by magnitude. The smallest is kept with
+    probability ``density - epsilon``, the largest with ``density + epsilon``, those between in equal steps; the only
+    one of a row with ``density``. With ``rescale: l1`` the delta gets its L1 norm back, as in mergekit (the paper
+    divides each element by its own probability). Equal magnitudes rank by their place.
+
+    Attributes
+    ----------
+    density, epsilon
+        One for all, or one a model.
+    salt
+        Makes the masks of two targets differ.
+    """
+
+    density: tuple[float, ...] = (1.0,)
+    epsilon: tuple[float, ...] = (0.15,)
+    seed: int = 0
+    salt: str = ""
+    rescale: str = "l1"
+
+    @property
+    def label(self) -> str:
+        """``della density 0.5 epsilon 0.15 [0.5, 0.5] seed 0 salt 0f1e2d``; ``della linear`` without consensus."""
+        word = "della" if self.sign_consensus else "della linear"
+        shares = f"density {shown(self.density)} epsilon {shown(self.epsilon)}"
+        return f"{word} {shares} {_weighted(self, 'l1')} {_drawn(self)}"
+
+    def shares(self) -> dict[str, tuple[float, ...]]:
+        """Density and epsilon."""
+        return {"density": self.density, "epsilon": self.epsilon}
+
+    def unit(self, inputs: Sequence[Meta]) -> int:
+        """Returns the elements that are ranked together, along axis 1 and all behind it."""
+        shape = inputs[0].shape
+        return max(prod(shape[1:]) if len(shape) > 1 else prod(shape), 1)
+
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """Returns the bytes of a part's buffers, its masks, of ranks, and of random words."""
+        return TaskVectors.peak(self, inputs, count) + DRAWING_BYTES
+
+    def _trimming_peak(self, inputs: Sequence[Meta]) -> int:
+        del inputs
+        return DRAWING_BYTES if self.rescale == "l1" else 0
+
+    def _mask_bytes(self) -> int:
+        return _RANKING_BYTES
+
+    def _select(self, inputs: Sequence[Stream]) -> tuple[object, ...]:
+        """The shape of a row: tiles do not say."""
+        shape = inputs[0].meta.shape
+        across = shape[1] if len(shape) > 1 else prod(shape)
+        return (across,) * (len(inputs) - 1)
+
+    def _mask(self, state: Trimmed, model: int, delta: Array, start: int, room: Room) -> Array | None:
+        density, epsilon = (one[model if len(one) > 1 else 0] for one in (self.density, self.epsilon))
+        across = state.kept[model]
+        assert isinstance(across, int)
+        if density >= 1:
+            return None
+        mask = np.zeros(len(delta), np.bool_)
+        if density <= 0:
+            return mask
+        sizes = np.abs(delta, out=room.term).reshape(-1, across, state.row // across)
+        order = np.argsort(sizes, axis=1, kind="stable")
+        chances = np.empty(sizes.shape)
+        step = 2 * epsilon / (across - 1) if across > 1 else 0.0
+        ranked = (density - epsilon if across > 1 else density) + step * np.arange(across)
+        np.put_along_axis(chances, order, ranked[None, :, None], axis=1)
+        limits = np.multiply(chances, float(1 << 53), out=chances).reshape(-1)
+        for done, numbers in uniforms(self.seed, self.salt, model, start, len(delta)):
+            np.less(numbers, limits[done : done + len(numbers)], out=mask[done : done + len(numbers)])
+        return mask
 
 
-def _all_keys(inputs: Sequence[Stream], wanted: Collection[int]) -> Iterator[tuple[int, int, Array]]:
-    """Yields the first index, the model's number and the keys of its delta, for every part and model wanted."""
-    base, *models = inputs
-    numel = prod(base.meta.shape)
-    whole = Room.of(numel, numpy_dtype(result_dtype([one.meta for one in inputs])))
-    for part in parts(numel):
-        start, count = part.start, part.stop - part.start
-        room = whole.cut(base.read(start, count))
-        for index in sorted(wanted):
-            with np.errstate(all="ignore"):
-                found = keys(room.less_base(models[index].read(start, count)), room.key)
-            yield start, index, found
+# Bytes an element of `Della._mask`: the order and what sorting and `put_along_axis` keep of it, and the probabilities.
+_RANKING_BYTES = 8 + 8 + 8 + 8 + 8
 
 
-# --- parameters ---
+def _largest(found: object, delta: Array, start: int, room: Room) -> Array | None:
+    if found is None:
+        return None
+    assert isinstance(found, Kept)
+    return found.mask(keys(delta, room.key), start)
 
 
-def _density(values: Mapping[str, ParamValue], *, zero: bool) -> float:
-    density = number(values, "density")
-    if not 0 <= density <= 1 or (density == 0 and not zero):
-        raise MappingError("op-value", f"`density` is {density}", expected=f"{'' if zero else 'above 0, '}from 0 to 1")
-    return density
+# --- how the plan calls them ---
 
 
-def _dare(values: Mapping[str, ParamValue]) -> Dare:
-    return Dare(
-        _density(values, zero=False),
-        numbers(values, "weights"),
-        integer(values, "seed"),
-        bool(values["sign_consensus"]),
-        str(values["salt"]),
-    )
+def _named(op: TaskVectors, word: str) -> str:
+    return f"{word} ties" if op.sign_consensus else word
 
 
-_WEIGHTS = Param("weights", "numbers", "One a model of `of`. 1 each where absent.", optional=True)
-_LOSSY = "the models of a merge are not known"
+def _weighted(op: TaskVectors, rescale: str = "none", *, always: bool = False) -> str:
+    """Returns the weights, and whatever is not the usual."""
+    words = [str(list(op.given) or 1)]
+    words += [f"scale {op.scale}"] if always or op.scale != 1 else []
+    words += ["normalized"] if op.normalize and not isinstance(op, Ties) else []
+    words += ["not normalized"] if isinstance(op, Ties) and not op.normalize else []
+    words += [f"rescale {op.rescale}"] if op.rescale != rescale else []
+    return " ".join(words)
 
-KINDS = (
-    OpKind(
-        name="task_arithmetic",
-        about="Adds what several models learned to their base: `base + sum(w * (model - base))`, in float32 (Ilharco "
-        "et al., 2023). The weights are not normalised.",
-        example='x.weight: {op: task_arithmetic, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"], '
-        "weights: [0.5, 0.5]}",
-        params=(_WEIGHTS,),
-        build=lambda values: TaskArithmetic(numbers(values, "weights")),
-        terms=("base",),
-        many=True,
-        lossy=_LOSSY,
-    ),
-    OpKind(
-        name="ties",
-        about="TIES merging (Yadav et al., 2023): keeps the largest part of every delta, elects a sign for every "
-        "element, and averages the deltas of that sign. As in mergekit, weights are normalised per element. The "
-        "number kept is exact; among equal magnitudes the lowest index is kept.",
-        example='x.weight: {op: ties, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"], density: 0.5}',
-        params=(
-            Param("density", "number", "The part of each delta that is kept, from 0 to 1."),
-            _WEIGHTS,
-            Param("scale", "number", "What the merged delta is multiplied with.", 1),
-        ),
-        build=lambda values: Ties(_density(values, zero=True), numbers(values, "weights"), number(values, "scale")),
-        terms=("base",),
-        many=True,
-        lossy=_LOSSY,
-    ),
-    OpKind(
-        name="dare",
-        about="DARE merging (Yu et al., 2024): keeps a random part of every delta and divides it by `density`. The "
-        "numbers depend on `seed`, the target's name and the place in the tensor, and on nothing else. With "
-        "`sign_consensus` only deltas of the elected sign are added (mergekit's `dare_ties`).",
-        example='x.weight: {op: dare, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"], density: 0.5}',
-        params=(
-            Param("density", "number", "The probability that an element is kept, above 0, up to 1."),
-            _WEIGHTS,
-            Param("seed", "int", "Another seed gives other random numbers.", 0),
-            Param("sign_consensus", "flag", "Whether signs are elected as in TIES.", default=False),
-        ),
-        build=_dare,
-        terms=("base",),
-        many=True,
-        lossy=_LOSSY,
-    ),
-)
+
+def _drawn(op: Dare | Della) -> str:
+    return f"seed {op.seed} salt {op.salt}"

@@ -26,9 +26,14 @@ OVERFLOW_BYTES = 3
 CALL_BYTES = 256 << 10
 
 
-def parts(count: int) -> Iterator[slice]:
+def parts(count: int, step: int = PART) -> Iterator[slice]:
     """Yields the parts of so many elements."""
-    return (slice(low, min(low + PART, count)) for low in range(0, count, PART))
+    return (slice(low, min(low + step, count)) for low in range(0, count, step))
+
+
+def rows_of_part(row: int, part: int = PART) -> int:
+    """Returns the elements of a part that holds whole rows: at least one, whatever its length."""
+    return max(part // max(row, 1), 1) * max(row, 1)
 
 
 def count_overflows(out: Array, tiles: Sequence[Array]) -> int:

@@ -11,17 +11,15 @@ from shardmerge.ops import (
     heads,
     joining,
     lora,
-    merging,
+    merges,
     pointwise,
     rearranging,
-    spherical,
     vocabulary,
 )
 from shardmerge.ops.contract import OpKind
 
 _FAMILIES = (
-    rearranging, cutting, joining, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, merging,
-    spherical,
+    rearranging, cutting, joining, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, merges,
 )  # fmt: skip
 
 OPS: dict[str, OpKind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}

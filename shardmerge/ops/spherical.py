@@ -1,29 +1,38 @@
-"""Spherical interpolation between two tensors, with the semantics of mergekit 0.1.5 (``merge_methods/slerp.py``)."""
+"""Means and ways on a sphere, with the semantics of mergekit 0.1.5: slerp, nuslerp, multislerp, karcher.
+
+Roots, sines and arc cosines of single numbers are those of the platform's C library, in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import acos, prod, sin, sqrt
+from math import acos, cos, sin
 
 import numpy as np
 
+from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, State, Stream
-from shardmerge.ops.parts import CALL_BYTES, weighted_sum, weighted_sum_bytes
-from shardmerge.ops.pointwise import infer_floats, number
+from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue
+from shardmerge.ops.params import positive
+from shardmerge.ops.pointwise import check_weights, number, numbers
 from shardmerge.ops.shapes import odd_shape
+from shardmerge.ops.spanned import Factors, Gram, Spanned
 
-# Elements that are summed at once. Part of the result: float64 addition is not associative.
-_BLOCK = 1 << 16
+# The cosine above which two tensors count as parallel, and the norm below which one has no direction: mergekit's.
+_PARALLEL, _NO_NORM = 0.9995, 1e-8
+# nuslerp's: the smallest norm that a vector is divided by, and the sine below which two are parallel.
+_LEAST_NORM, _LEAST_SINE = 1e-7, 1e-8
+# multislerp's ``eps``.
+_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
-class Slerp(Arithmetic):
+class Slerp(Spanned):
     """From one tensor to the other along the great circle (Shoemake, 1985), as mergekit's ``slerp``.
 
-    The angle is that between the whole tensors as vectors; norms and product are summed in float64. Where the cosine is
-    above 0.9995 or below -0.9995 the result is linear. A tensor of norm below 1e-8 counts as one of norm 1.
+    The angle is that between the whole tensors as vectors. Where the cosine is above 0.9995 or below -0.9995 the result
+    is linear. A tensor of norm below 1e-8 counts as one of norm 1.
 
     Attributes
     ----------
@@ -40,59 +49,204 @@ class Slerp(Arithmetic):
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns float32 or float64, and the one shape."""
-        if len(inputs) != 2:
-            raise odd_shape(f"{self.label}: between how many tensors?", len(inputs), "2 tensors")
-        return infer_floats(self.label, inputs)
+        _check_two(self.label, len(inputs))
+        return Spanned.infer(self, inputs)
 
-    def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """Returns the bytes of one block of both, widened, and of their products."""
-        return _BLOCK * (sum(meta.dtype.itemsize for meta in inputs) + 3 * 8) + CALL_BYTES
-
-    def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns the factors of the two tensors; reads both once."""
-        first, second = inputs
-        squares = [0.0, 0.0, 0.0]
-        numel = prod(first.meta.shape)
-        wide = np.empty((3, min(numel, _BLOCK)))
-        with np.errstate(all="ignore"):
-            for start in range(0, numel, _BLOCK):
-                count = min(_BLOCK, numel - start)
-                block = _products(first.read(start, count), second.read(start, count), wide[:, :count])
-                squares = [total + part for total, part in zip(squares, block, strict=True)]
-        return _factors(self.t, *squares)
-
-    def peak(self, inputs: Sequence[Meta], count: int) -> int:
-        """Returns the bytes of a part and its masks."""
-        return weighted_sum_bytes(inputs, count)
-
-    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
-        """Fills ``out`` from tiles as long as it."""
-        assert isinstance(state, tuple)
-        return weighted_sum(state, tiles, out)
+    def factors(self, gram: Gram) -> Factors:
+        """Returns the two factors."""
+        norms = np.sqrt(_squares(gram))
+        norms[~(norms > _NO_NORM)] = 1
+        cosine = gram[0, 1] / norms[0] / norms[1]
+        # NaN: one of the tensors has one, and so has the result.
+        return _on_the_circle(self.t, cosine, linear=~(np.abs(cosine) <= _PARALLEL))
 
 
-def _products(left: Array, right: Array, wide: Array) -> tuple[float, float, float]:
-    """Returns the squared norms of two blocks and their scalar product, made in three float64 rows as long as they."""
-    x, y, product = wide
-    np.copyto(x, left, casting="unsafe")
-    np.copyto(y, right, casting="unsafe")
-    left_square = float(np.multiply(x, x, out=product).sum())
-    right_square = float(np.multiply(y, y, out=product).sum())
-    return left_square, right_square, float(np.multiply(x, y, out=product).sum())
+@dataclass(frozen=True, slots=True)
+class NuSlerp(Spanned):
+    """Spherical interpolation of whole tensors, rows or columns, or of deltas from a base: mergekit's ``nuslerp``.
+
+    ``t`` is the share of the second weight. Vectors are taken for parallel only where their angle is 0 in float64.
+    """
+
+    given: tuple[float, ...]
+    along: str = "whole"
+    from_base: bool = False
+
+    @property
+    def label(self) -> str:
+        """``nuslerp [0.5, 0.5]``, ``nuslerp [0.5, 0.5] rows from base``."""
+        words = [f"nuslerp {list(self.given) or 1}", *([self.along] if self.along != "whole" else [])]
+        return " ".join([*words, *(["from base"] if self.from_base else [])])
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns float32 or float64, and the one shape."""
+        _check_two(self.label, len(inputs) - self.from_base)
+        check_weights(self.label, self.given, 2)
+        return Spanned.infer(self, inputs)
+
+    def factors(self, gram: Gram) -> Factors:
+        """Returns the factors of both, for every pair of vectors."""
+        first, second = self.given or (1.0, 1.0)
+        t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
+        norms = np.maximum(np.sqrt(_squares(gram)), _LEAST_NORM)
+        cosine = np.clip(gram[0, 1] / norms[0] / norms[1], -1, 1)
+        return _on_the_circle(t, cosine, linear=~(1 - cosine * cosine > _LEAST_SINE**2))
 
 
-# The cosine above which two tensors count as parallel, and the norm below which one has no direction: mergekit's.
-_PARALLEL, _NO_NORM = 0.9995, 1e-8
+def _on_the_circle(t: float, cosine: Array, linear: Array) -> Factors:
+    """Returns both factors for every cosine; those of a straight line where that is asked for."""
+    angle = _each(acos, np.where(linear, 0, cosine))
+    sine = _each(sin, angle)
+    first = np.where(linear, 1 - t, _each(sin, (1 - t) * angle) / sine)
+    second = np.where(linear, t, _each(sin, t * angle) / sine)
+    return np.stack([first, second])
 
 
-def _factors(t: float, left: float, right: float, product: float) -> tuple[float, float]:
-    """Returns what both tensors are multiplied with, from their squared norms and their scalar product."""
-    norms = [root if (root := sqrt(square)) > _NO_NORM else 1.0 for square in (left, right)]
-    cosine = product / norms[0] / norms[1]
-    if not abs(cosine) <= _PARALLEL:  # NaN: one of the tensors has one, and so has the result
-        return 1 - t, t
-    angle = acos(cosine)
-    return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
+@dataclass(frozen=True, slots=True)
+class MultiSlerp(Spanned):
+    """The weighted mean of the directions, as long as the weighted mean of the lengths: mergekit's ``multislerp``.
+
+    mergekit projects the vectors onto the tangent space at the mean of their directions, adds them up there and goes
+    back; that sum is zero by the choice of the mean, so nothing of it is left but rounding.
+
+    Attributes
+    ----------
+    normalize
+        Whether weights are divided by their sum.
+    """
+
+    given: tuple[float, ...] = ()
+    normalize: bool = True
+    from_base: bool = False
+
+    @property
+    def label(self) -> str:
+        """``multislerp [0.5, 0.5]``."""
+        words = [f"multislerp {list(self.given) or 1}", *([] if self.normalize else ["not normalized"])]
+        return " ".join([*words, *(["from base"] if self.from_base else [])])
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns float32 or float64, and the one shape."""
+        check_weights(self.label, self.given, len(inputs) - self.from_base)
+        if self.normalize and self.given and not sum(self.given):
+            what = f"{self.label}: weights that add up to 0 cannot be divided by their sum"
+            raise MappingError("op-value", what, expected="a sum that is not 0, or `normalize: false`")
+        return Spanned.infer(self, inputs)
+
+    def factors(self, gram: Gram) -> Factors:
+        """Returns the factors of all.
+
+        Raises
+        ------
+        CheckpointError
+            ``no-mean``: the directions add up to nothing.
+        """
+        count = len(gram)
+        weights = np.array(self.given or (1.0,) * count)
+        if count == 1:
+            return np.ones((1, 1))
+        weights = weights / weights.sum() if self.normalize else weights
+        norms = np.sqrt(_squares(gram))[:, 0]
+        shares = weights / (norms + _EPSILON)
+        length = float(np.sqrt(max(_quadratic(gram[:, :, 0], shares), 0.0)))
+        if length < _EPSILON:
+            if count == 2:
+                return weights[:, None].copy()
+            raise CheckpointError(
+                "no-mean",
+                "the weighted directions of the tensors add up to nothing, so they have no mean",
+                found=f"weights {weights.tolist()}",
+                expected="a sum that is not zero",
+                hint="use other weights, or `op: linear`, which has no directions",
+            )
+        mean = float(np.sum(norms * weights))
+        return (shares / length * (mean * cos(_EPSILON)))[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Karcher(Spanned):
+    """The Karcher mean of the directions, by gradient steps on the sphere, as long as the mean of the lengths.
+
+    mergekit's ``karcher``: equal shares, from their normalised mean on, up to ``max_iter`` steps, until a step is
+    shorter than ``tol``. Inputs of norm up to ``tol`` have no direction.
+    """
+
+    max_iter: int = 10
+    tol: float = 1e-5
+
+    @property
+    def label(self) -> str:
+        """``karcher 10 1e-05``."""
+        return f"karcher {self.max_iter} {self.tol}"
+
+    def factors(self, gram: Gram) -> Factors:
+        """Returns the factors of all."""
+        count, norms = len(gram), np.sqrt(_squares(gram))[:, 0]
+        found = np.zeros(count)
+        valid = norms > self.tol
+        if count == 1 or np.isnan(norms).any():
+            return np.full((count, 1), 1.0 if count == 1 else np.nan)
+        if valid.any():
+            units = gram[valid][:, valid, 0] / norms[valid][:, None] / norms[valid]
+            found[valid] = self._mean(units) / norms[valid]
+        return (found * float(np.sum(norms / count)))[:, None]
+
+    def _mean(self, units: Array) -> Array:
+        """Returns the mean as factors of unit vectors, from their cosines."""
+        share = 1 / len(units)
+        mean = np.full(len(units), share)
+        length = _length(units, mean)
+        mean = mean / length if length >= self.tol else np.eye(len(units))[0]
+        for _ in range(self.max_iter):
+            tangent = np.zeros(len(units))
+            for index in range(len(units)):
+                dot = min(max(float(np.sum(units[index] * mean)), -1.0), 1.0)
+                angle = acos(dot)
+                if angle >= self.tol:
+                    step = np.eye(len(units))[index] - dot * mean
+                    tangent += share * (angle / sin(angle)) * step
+            size = _length(units, tangent)
+            if size < self.tol:
+                break
+            mean = cos(size) * mean + sin(size) * (tangent / size)
+            length = _length(units, mean)
+            mean = mean / length if length > self.tol else mean
+        return mean
+
+
+def _length(gram: Array, shares: Array) -> float:
+    """Returns the length of a sum of vectors with these scalar products."""
+    return float(np.sqrt(max(_quadratic(gram, shares), 0.0)))
+
+
+def _quadratic(gram: Array, shares: Array) -> float:
+    return float(np.sum(gram * shares[:, None] * shares))
+
+
+def _squares(gram: Gram) -> Array:
+    """Returns the squared lengths, [n, vectors]."""
+    return np.stack([gram[index, index] for index in range(len(gram))])
+
+
+def _each(function: Callable[[float], float], values: Array) -> Array:
+    """Returns a function of ``math`` of each number: numpy's own differ from processor to processor in the last bit."""
+    return np.array([function(value) for value in values.tolist()])
+
+
+def _check_two(label: str, count: int) -> None:
+    if count != 2:
+        raise odd_shape(f"{label}: between how many tensors?", count, "2 tensors")
+
+
+# --- parameters ---
+
+_Values = Mapping[str, ParamValue]
+_LOSSY = "the tensors of a merge are not known"
+_BASE = "base"
+
+
+def _has_base(values: _Values) -> bool:
+    return bool(values.get(_BASE, False))
 
 
 KINDS = (
@@ -105,4 +259,48 @@ KINDS = (
         many=True,
         lossy="the two tensors are not known",
     ),
-)
+    OpKind(
+        name="nuslerp",
+        about="Spherical interpolation between two tensors with a weight for each; of whole tensors, of rows or of "
+        "columns, and of what two models learned where a `base` is given. mergekit's `nuslerp`.",
+        example='x.weight: {op: nuslerp, of: ["src:a.weight", "src:b.weight"], weights: [0.75, 0.25]}',
+        params=(
+            Param("weights", "numbers", "Of both. 1 each where absent.", optional=True),
+            Param(
+                "along", "text", "What a vector is: the `whole` tensor, its `rows` (last axis) or `columns` (first).",
+                "whole", choices=("whole", "rows", "columns"),
+            ),
+        ),
+        build=lambda values: NuSlerp(numbers(values, "weights"), str(values["along"]), _has_base(values)),
+        optional_terms=(_BASE,),
+        many=True,
+        lossy=_LOSSY,
+    ),
+    OpKind(
+        name="multislerp",
+        about="The weighted mean of the directions of several tensors, as long as the weighted mean of their lengths; "
+        "of what models learned where a `base` is given. mergekit's `multislerp`.",
+        example='x.weight: {op: multislerp, of: ["src:a.weight", "src:b.weight"], weights: [0.75, 0.25]}',
+        params=(
+            Param("weights", "numbers", "One a tensor. 1 each where absent.", optional=True),
+            Param("normalize", "flag", "Whether the weights are divided by their sum.", default=True),
+        ),
+        build=lambda values: MultiSlerp(numbers(values, "weights"), bool(values["normalize"]), _has_base(values)),
+        optional_terms=(_BASE,),
+        many=True,
+        lossy=_LOSSY,
+    ),
+    OpKind(
+        name="karcher",
+        about="The Karcher mean: the direction that is nearest to those of all tensors on the sphere, as long as the "
+        "mean of their lengths. mergekit's `karcher`.",
+        example='x.weight: {op: karcher, of: ["src:a.weight", "src:b.weight"]}',
+        params=(
+            Param("max_iter", "int", "The most steps.", 10),
+            Param("tol", "number", "The length below which a step or a tensor counts as none.", 1e-5),
+        ),
+        build=lambda values: Karcher(positive(values, "max_iter")[0], number(values, "tol")),
+        many=True,
+        lossy=_LOSSY,
+    ),
+)  # fmt: skip

@@ -26,10 +26,13 @@ _FAMILIES: Mapping[str, tuple[str, ...]] = {
     "dora": ("Dora", "DoraOnto"),
     "joining": ("Concat", "Stack"),
     "lora": ("Lora",),
-    "merging": ("Dare", "TaskArithmetic", "Ties"),
+    "merging": ("Breadcrumbs", "Dare", "Della", "TaskArithmetic", "Ties"),
     "pointwise": ("AddTopLeft", "AssertEqual", "Linear"),
     "rearranging": ("Permute", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
-    "spherical": ("Slerp",),
+    "spherical": ("Karcher", "MultiSlerp", "NuSlerp", "Slerp"),
+    "stock": ("ModelStock",),
+    "swapping": ("ArceeFusion", "NearSwap"),
+    "agreement": ("Ram", "Sce"),
     "vocabulary": ("NewRows",),
 }
 _HOMES = {name: family for family, names in _FAMILIES.items() for name in names}

@@ -13,6 +13,7 @@ from tests.hint_rows import (
     faults,
     llava,
     mapping,
+    merges,
     models,
     names,
     ops,
@@ -28,7 +29,7 @@ from tests.hint_rows import (
 )
 from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
-_TEXTS = (mapping, names, ops, presets, output)
+_TEXTS = (mapping, merges, names, ops, presets, output)
 _INPUTS = (
     adapters,
     adapter_bases,
