@@ -1,8 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops and presets, their places in mkdocs.yml, the list of targets, the picture of layouts, and the files that a
-page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands in the page
-itself, so that who reads the repository sees it too.
+Pages of ops and presets, their places in mkdocs.yml, the lists of targets and of layouts, the picture of layouts, and
+the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands
+in the page itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from docs.layout_picture import picture
+from docs.layout_rows import layout_rows
 from docs.markdown import table
 from docs.op_pages import op_pages
 from docs.preset_pages import file_name, preset_pages
@@ -34,10 +35,12 @@ def generated() -> dict[Path, str]:
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
     shown = {path: _with_files(path.read_text("utf-8")) for path in written}
     reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
+    guide = ROOT / "docs" / "guides" / "layouts.md"
     return {
         **pages,
         **shown,
         reference: _with_targets(shown[reference]),
+        guide: _with_layouts(shown[guide]),
         configuration: _configuration(configuration.read_text("utf-8")),
     }
 
@@ -90,6 +93,11 @@ def _with_targets(text: str) -> str:
     rows = [(f"`{target.name}`", target.about) for target in TARGETS.values()]
     lines = "\n".join(["", *table(("target", "what it makes"), rows), "", ""])
     return _between(text, "<!-- generated: targets -->\n", lines, "<!-- end of targets -->\n")
+
+
+def _with_layouts(text: str) -> str:
+    lines = "\n".join(["", *layout_rows(), "", ""])
+    return _between(text, "<!-- generated: layouts -->\n", lines, "<!-- end of layouts -->\n")
 
 
 def _between(text: str, begin: str, inside: str, end: str) -> str:

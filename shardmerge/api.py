@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,8 +31,8 @@ from shardmerge.tensors import TensorEntry
 if TYPE_CHECKING:
     from shardmerge.execute.executors.contract import Progress
     from shardmerge.lazy import LazyCheckpoint
-    from shardmerge.mapping.guess import Proposal
     from shardmerge.mapping.preset_files import Preset
+    from shardmerge.mapping.proposal import Proposal
     from shardmerge.mapping.way_back import Forward
     from shardmerge.plan.reading import PlanText
     from shardmerge.publish.comparing import Difference
@@ -584,7 +583,7 @@ def init(
     mapping: str | Path | None = None,
     download: bool = False,
 ) -> Proposal:
-    """Returns a mapping to begin with, for a checkpoint whose layout is recognised by its names and shapes.
+    """Returns a mapping to begin with, for a checkpoint that is recognised by its names, shapes and config.json.
 
     Parameters
     ----------
@@ -600,24 +599,14 @@ def init(
     Raises
     ------
     MappingError
-        ``unknown-layout``, ``no-road``, ``several-roads``.
+        ``no-road``, ``several-roads``; ``unknown-layout``: there are no tensors.
     UsageError, CheckpointError
         As ``inspect``; ``unknown-source``: a base that the preset has no use for.
     """
-    from shardmerge.mapping.guess import Found, propose
+    from shardmerge.prepare.proposing import proposed
 
     folder = Path(mapping).parent if mapping is not None else Path()
-    found = {
-        name: Found(_relative(path, folder), inspect(path, download=download))
-        for name, path in {"": str(checkpoint), **(bases or {})}.items()
-    }
-    return propose(found.pop(""), found, to)
-
-
-def _relative(path: str, folder: Path) -> str:
-    """A path as it reads from a folder; absolute ones and hub ids stay."""
-    place = Path(path).expanduser()
-    return os.path.relpath(place, folder) if place.exists() and not place.is_absolute() else path
+    return proposed(str(checkpoint), bases or {}, to, folder, download=download)
 
 
 def _rule_lines(mapping: Path, rule: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help al
 # Rooms of shardmerge that are a large part of its own start-up.
 ROOMS = {
     "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
-    "shardmerge.mapping.adapters", "shardmerge.mapping.guess", "shardmerge.mapping.invert",
+    "shardmerge.mapping.adapters", "shardmerge.mapping.proposal", "shardmerge.mapping.invert",
     "shardmerge.mapping.node_reader", "shardmerge.mapping.preset_files", "shardmerge.mapping.reader",
     "shardmerge.mapping.resolve",
     "shardmerge.ops.registry", "shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.reading",

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import shardmerge as sm
 from shardmerge import api
-from shardmerge.mapping.fingerprints import LAYOUTS
-from shardmerge.mapping.guess import recognise, unsaid_numbers
-from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.layout_table import layouts
 from shardmerge.mapping.preset_files import list_presets, load_preset
 from shardmerge.mapping.reader import parse_spec
+from shardmerge.mapping.recognition import recognise
+from shardmerge.mapping.unsaid import unsaid_numbers
 from shardmerge.targets.registry import TARGETS
 from tests.conftest import GOLDEN, shardmerge
 
@@ -45,7 +45,7 @@ SAVED = {
 
 @pytest.mark.parametrize("path", SAVED)
 def test_what_tools_saved_is_recognised(path: str) -> None:
-    (layout,) = recognise(sm.inspect(GOLDEN / path))
+    (layout,) = recognise(sm.inspect(GOLDEN / path)).layouts
     assert layout.name.startswith(SAVED[path])
 
 
@@ -54,9 +54,9 @@ def test_what_shardmerge_made_is_recognised(tmp_path: Path) -> None:
     run = XTUNER / "frozen_z2" / "work_dirs" / "iter_2.pth"
     names = ["xtuner/llava-to-hf"]
     made = sm.convert(run, tmp_path / "legacy", use=names[0], bases=bases).path
-    found = {"legacy": recognise(sm.inspect(made))}
+    found = {"legacy": recognise(sm.inspect(made)).layouts}
     for preset in ("llava/hf-to-4.52", "llava/hf-to-5.6", "llava/hf-to-official"):
-        found[preset] = recognise(sm.inspect(sm.convert(made, tmp_path / preset[-4:], use=preset).path))
+        found[preset] = recognise(sm.inspect(sm.convert(made, tmp_path / preset[-4:], use=preset).path)).layouts
     assert {key: [layout.name[:60] for layout in layouts] for key, layouts in found.items()} == {
         "legacy": ["Hugging Face LLaVA, legacy names (transformers 4.36 to 4.51,"],
         "llava/hf-to-4.52": ["Hugging Face LLaVA, names of transformers 4.52 to 5.5"],
@@ -80,7 +80,10 @@ WRITTEN = {
         "model.mm_projector.0.weight": (4, 4),
         "model.image_newline": (4,),
     },
-    "Hugging Face CLIP vision tower": {"vision_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4)},
+    "Hugging Face CLIP vision tower": {
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight": (4, 4),
+        "vision_model.embeddings.class_embedding": (4,),
+    },
 }
 
 
@@ -91,14 +94,14 @@ def save(path: Path, shapes, dtype=torch.float32) -> Path:
 
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_names_alone(layout: str, tmp_path: Path) -> None:
-    (found,) = recognise(sm.inspect(save(tmp_path / "model.safetensors", WRITTEN[layout])))
+    (found,) = recognise(sm.inspect(save(tmp_path / "model.safetensors", WRITTEN[layout]))).layouts
     assert found.name.startswith(layout)
 
 
 def test_shapes_count_too(tmp_path: Path) -> None:
     """4-bit weights are flat bytes under the same names, and no LLaMA that a preset could convert."""
     shapes = {"model.layers.0.self_attn.q_proj.weight": (8, 1), "model.embed_tokens.weight": (8, 1)}
-    assert recognise(sm.inspect(save(tmp_path / "model.safetensors", shapes, torch.uint8))) == ()
+    assert recognise(sm.inspect(save(tmp_path / "model.safetensors", shapes, torch.uint8))).layouts == ()
 
 
 # --- the table ---
@@ -106,17 +109,14 @@ def test_shapes_count_too(tmp_path: Path) -> None:
 
 def test_the_table_is_sound() -> None:
     known = list_presets()
-    for layout in LAYOUTS:
-        for text in [name for tensor in layout.tensors for name in tensor.names] + list(layout.without):
-            assert Template.parse(text)
+    for layout in layouts():
         for road in layout.roads:
             assert road.preset in known, road.preset
             preset = load_preset(road.preset)
             assert not road.role or road.role in preset.roles
             assert road.to or (preset.target is not None and preset.target.name in TARGETS)
-        for want in layout.wants:
-            roads = [load_preset(road.preset) for road in layout.roads]
-            assert any(want.role in preset.roles for preset in roads)
+        roads = [load_preset(road.preset) for road in layout.roads]
+        assert all(any(role in preset.roles for preset in roads) for role in layout.needs)
 
 
 def test_numbers_that_a_preset_leaves_to_the_user() -> None:
@@ -232,11 +232,14 @@ def test_a_target_that_nothing_leads_to() -> None:
     assert "did you mean `hf/llama`" in error.hint
 
 
-def test_a_layout_that_nothing_knows(tmp_path: Path) -> None:
-    error = refused(save(tmp_path / "model.safetensors", {"encoder.weight": (2, 2)}))
+def test_no_tensors_no_layout(tmp_path: Path) -> None:
+    error = refused(save(tmp_path / "model.safetensors", {}))
     assert (error.code, error.exit_code) == ("unknown-layout", 1)
-    assert error.found == "encoder.weight"
-    assert "XTuner LLaVA" in error.expected
+
+
+def test_a_base_for_what_needs_none(tmp_path: Path) -> None:
+    clip = save(tmp_path / "model.safetensors", {"encoder.weight": (2, 2)})
+    assert refused(clip, bases={"base": str(clip)}).code == "unknown-source"
 
 
 def test_a_base_that_the_preset_has_no_use_for() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from shardmerge.errors import ShardmergeError
 from shardmerge.mapping import preset_files
-from shardmerge.mapping.layouts import foreign_presets, odd_layouts
+from shardmerge.mapping.other_layouts import foreign_presets, odd_layouts
 from shardmerge.mapping.preset_files import list_presets
 from shardmerge.mapping.reader import parse_spec
 from shardmerge.sources.opening import open_catalog

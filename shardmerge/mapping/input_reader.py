@@ -17,7 +17,7 @@ from shardmerge.mapping.spec import (
     Variable,
 )
 from shardmerge.mapping.term_reader import SOURCE_NAME, read_reference
-from shardmerge.mapping.yaml_nodes import Mark, Node, Scalar
+from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar
 
 
 def read_sources(reader: NodeReader, node: Node | None, mark: Mark) -> dict[str, SourceSpec]:
@@ -56,8 +56,14 @@ def _source(reader: NodeReader, key: Scalar, node: Node) -> SourceSpec:
         view,
         reader.text(fields["root"], "root") if "root" in fields else "",
         key.mark,
-        reader.text(fields["strip"], "strip") if "strip" in fields else "",
+        tuple(reader.text(one, "strip") for one in _one_or_more(fields.get("strip"))),
     )
+
+
+def _one_or_more(node: Node | None) -> tuple[Node, ...]:
+    if node is None:
+        return ()
+    return node.nodes if isinstance(node, Items) else (node,)
 
 
 def read_adapters(

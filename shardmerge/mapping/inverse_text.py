@@ -77,7 +77,7 @@ def _remarks(spec: Spec, *, exact: bool) -> Iterator[str]:
         yield "# Rows that the mapping added to the vocabulary stay, and rows that it cut off are gone."
     for source in spec.sources.values():
         if source.strip:
-            yield f"# The names of {source.name} come back without {source.strip!r}."
+            yield f"# The names of {source.name} come back without {', '.join(source.strip)}."
     for adapter in spec.adapters:
         yield f"# An adapter of {adapter.source.source}, if there was one, stays merged into {adapter.onto.source}."
     for drop in spec.drops:

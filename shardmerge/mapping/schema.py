@@ -197,7 +197,10 @@ _SOURCE = _object(
         "required": _about(_FLAG, "Whether it is an error if nothing is there."),
         "view": {"enum": ["fp32", "module"], "description": "DeepSpeed: master weights or the 16-bit module."},
         "root": _about(_TEXT, "Dotted path of the state dict inside a torch file."),
-        "strip": _about(_TEXT, "Taken off the front of every name, if every name has it."),
+        "strip": {
+            "anyOf": [_TEXT, {"type": "array", "items": _TEXT}],
+            "description": "Taken off the names that begin with it; words of torch's wrappers anywhere.",
+        },
     },
     "path",
 )

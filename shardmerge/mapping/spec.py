@@ -36,7 +36,8 @@ class SourceSpec:
     root
         Dotted path of the state dict inside a torch file; empty to find it.
     strip
-        Taken off the front of every name, which must have it: ``module.`` of DistributedDataParallel.
+        Taken off the names that begin with it, one after the other: ``module.`` of DistributedDataParallel. A word
+        of torch's own wrappers (``_orig_mod.``) is taken out wherever it stands.
     usual
         Prefixes that a preset knows: where nothing is said, the first that every name has is taken off.
     """
@@ -47,7 +48,7 @@ class SourceSpec:
     view: str = ""
     root: str = ""
     mark: Mark = _NOWHERE
-    strip: str = ""
+    strip: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
 
 

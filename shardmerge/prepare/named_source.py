@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.layouts import common_prefix
-from shardmerge.mapping.near import count, listed
+from shardmerge.mapping.near import listed, printable
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.shard_counts import settled
@@ -16,6 +16,7 @@ from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.opening import open_catalog
 from shardmerge.tensors import Catalog, of_source
+from shardmerge.tensors.wrapped_names import common_prefix, stripped
 
 
 def open_source(source: SourceSpec, folder: Path, options: Options) -> Catalog:
@@ -32,31 +33,45 @@ def _marked(catalog: Catalog, name: str) -> Catalog:
 
 
 def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
-    """Takes a prefix off all names. One that a preset expects may be absent; one of the user's must be there."""
-    without = [name for name in catalog.names() if not name.startswith(source.strip)]
-    if source.strip and (without or not catalog.entries):
-        raise _odd_strip(source, without)
-    prefix = source.strip or common_prefix(catalog.names(), source.usual)
-    if not prefix:
+    """Takes prefixes off names. One that a preset expects may be absent; one of the user's must be there."""
+    usual = common_prefix(catalog.names(), source.usual)
+    words = source.strip or ((usual,) if usual else ())
+    if not words:
         return catalog
-    entries = {
-        name.removeprefix(prefix): replace(entry, name=name.removeprefix(prefix))
-        for name, entry in catalog.entries.items()
-    }
-    aliases = {alias.removeprefix(prefix): owner.removeprefix(prefix) for alias, owner in catalog.aliases.items()}
-    absent = frozenset(name.removeprefix(prefix) for name in catalog.absent)
-    notes = (*catalog.notes, f"`{prefix}` is taken off every name")
-    names = {name: name.removeprefix(prefix) for name in catalog.names()}
+    names = {name: name for name in (*catalog.names(), *catalog.absent)}
+    for word in words:
+        taken = {name: stripped(short, (word,)) for name, short in names.items()}
+        if taken == names:
+            raise _odd_strip(source, word, list(names.values()))
+        names = taken
+    _check_apart(names, source)
+    entries = {names[name]: replace(entry, name=names[name]) for name, entry in catalog.entries.items()}
+    aliases = {names[alias]: names[owner] for alias, owner in catalog.aliases.items()}
+    absent = frozenset(names[name] for name in catalog.absent)
+    notes = (*catalog.notes, f"{' and '.join(f'`{word}`' for word in words)} is taken off every name that has it")
     told = catalog.optimizer.renamed(names) if catalog.optimizer is not None else None
     return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=notes, optimizer=told)
 
 
-def _odd_strip(source: SourceSpec, without: list[str]) -> MappingError:
+def _check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
+    seen: dict[str, str] = {}
+    for name, short in names.items():
+        if short in seen:
+            raise MappingError(
+                "strip-makes-one",
+                f"`strip` of {source.name} makes one name of two",
+                where=str(source.mark),
+                found=f"{printable(seen[short])} and {printable(name)}",
+            )
+        seen[short] = name
+
+
+def _odd_strip(source: SourceSpec, word: str, names: list[str]) -> MappingError:
     return MappingError(
         "strip-matches-nothing",
-        f"not every name of {source.name} begins with {source.strip!r}, which `strip` takes off",
+        f"no name of {source.name} begins with {word!r}, which `strip` takes off",
         where=str(source.mark),
-        found=f"{count(len(without), 'name')} without it: {listed(without, 3)}" if without else "no tensors at all",
+        found=listed(names, 3) if names else "no tensors at all",
         hint="leave `strip` out, and write the prefix into the rules of the names that have it",
     )
 

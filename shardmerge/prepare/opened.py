@@ -65,7 +65,7 @@ def _preset(name: str) -> Preset:
 
 def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
     from shardmerge.mapping.families import odd_families
-    from shardmerge.mapping.layouts import odd_layouts
+    from shardmerge.mapping.other_layouts import odd_layouts
     from shardmerge.mapping.preset_files import with_preset
 
     raise_all(odd_layouts(spec, preset, catalogs))

@@ -64,11 +64,7 @@ def _adapter_alone(catalog: Catalog) -> TargetError:
 
 def better_roads(catalog: Catalog) -> tuple[str, ...]:
     """Returns when a preset probably is what the user wants."""
-    if catalog.training_config and any(name.startswith("projector.model.") for name in catalog.entries):
-        return (
-            "this is an XTuner LLaVA and keeps XTuner's names: for a Hugging Face LLaVA add --use xtuner/llava-to-hf",
-        )
-    from shardmerge.mapping.layouts import foreign_presets
+    from shardmerge.mapping.other_layouts import foreign_presets
 
     found = foreign_presets(catalog)
     if not found:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.targets.known_models import known_model
 from shardmerge.tensors import Shape
-from shardmerge.tensors.wrapped_names import ANYWHERE, IN_FRONT, holds, without
+from shardmerge.tensors.wrapped_names import unwrapped_names
 
 # What a wrapped causal model begins with where it has no head of its own: no class of transformers names its parts so.
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -50,25 +50,13 @@ def unwrapped(config: Mapping[str, object], tensors: Mapping[str, Shape], where:
     where
         The config's file.
     """
-    names = {name: name for name in tensors}
-    prefixes: list[str] = []
-    for word in ANYWHERE:
-        if any(holds(name, word) for name in names.values()):
-            names = {name: without(clean, word) for name, clean in names.items()}
-            prefixes.append(word)
-    while front := next((one for one in IN_FRONT if names and _all_begin(names, one)), ""):
-        names = {name: clean.removeprefix(front) for name, clean in names.items()}
-        prefixes.append(front)
+    names, words = unwrapped_names(tensors)
     prefix = _prefix(config, {clean: tensors[name] for name, clean in names.items()}, where)
     outside = tuple(name for name, clean in names.items() if not clean.startswith(prefix))
     names = {name: clean.removeprefix(prefix) for name, clean in names.items() if name not in outside}
     if len(set(names.values())) < len(names):  # two copies of a model are no wrapper's doing
         return Unwrapped({name: name for name in tensors})
-    return Unwrapped(names, (*prefixes, *((prefix,) if prefix else ())), outside)
-
-
-def _all_begin(names: Mapping[str, str], prefix: str) -> bool:
-    return all(clean.startswith(prefix) for clean in names.values())
+    return Unwrapped(names, (*words, *((prefix,) if prefix else ())), outside)
 
 
 def _prefix(config: Mapping[str, object], shapes: Mapping[str, Shape], where: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, count
 
 # torch.compile (`OptimizedModule`), FSDP, and its activation checkpointing; none is ever a model's own attribute.
@@ -34,12 +34,21 @@ def without(name: str, word: str) -> str:
     return ("." + name).replace(f".{word}", ".")[1:]
 
 
-def unwrapping_rules(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the words of wrappers that names hold, and rules of a mapping that take them off all of them.
+def common_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
+    """Returns the first of some prefixes that every name has, ``""`` for none."""
+    every = list(names)
+    return next((one for one in prefixes if every and all(name.startswith(one) for name in every)), "")
 
-    No rules where there would be more than a note has room for, or where two names would become one. The source is
-    called ``src`` in them.
-    """
+
+def stripped(name: str, words: Iterable[str]) -> str:
+    """Returns a name without words: torch's own wherever they stand, all others in front, one after the other."""
+    for word in words:
+        name = without(name, word) if word in ANYWHERE else name.removeprefix(word)
+    return name
+
+
+def unwrapped_names(names: Collection[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Returns each name without wrappers' words, which may make two of them one; and the words, in that order."""
     clean = {name: name for name in names}
     words = []
     for word in ANYWHERE:
@@ -49,15 +58,25 @@ def unwrapping_rules(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str
     for front in _fronts(clean.values()):
         clean = {name: short.removeprefix(front) for name, short in clean.items()}
         words.append(front)
+    return clean, tuple(words)
+
+
+def unwrapping_rules(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the words of wrappers that names hold, and rules of a mapping that take them off all of them.
+
+    No rules where there would be more than a note has room for, or where two names would become one. The source is
+    called ``src`` in them.
+    """
+    clean, words = unwrapped_names(names)
     if not words or len(set(clean.values())) < len(clean) or not all(_PLAIN.fullmatch(name) for name in names):
-        return tuple(words), ()
+        return words, ()
     common = _common_front(clean)
     pairs = [("{rest...}", f"src:{common}{{rest...}}")] if common else _rules(names, words)
     found: dict[str, dict[str, None]] = {}
     for target, source in pairs:
         found.setdefault(target, {})[source] = None
     rules = tuple(_written(target, tuple(sources)) for target, sources in found.items())
-    return tuple(words), rules if 0 < len(rules) <= _MOST_RULES else ()
+    return words, rules if 0 < len(rules) <= _MOST_RULES else ()
 
 
 def _fronts(names: Collection[str]) -> tuple[str, ...]:

@@ -83,7 +83,6 @@ PRESETS = [
         "another-layout",
         without("--use", "llama/litgpt-to-hf"),
     ),
-    Row("an unknown layout", (*INIT, "$mixed"), "unknown-layout", ran),
     Row(
         "several roads",
         (*INIT, "$alone"),

@@ -1,0 +1,302 @@
+"""A mapping to begin with, for a checkpoint that was recognised. It plans, once its FILL_INs are filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from shardmerge.errors import MappingError, UsageError
+from shardmerge.mapping.grouped_names import group
+from shardmerge.mapping.layout_table import Layout, Want, has_name
+from shardmerge.mapping.near import count, did_you_mean, printable
+from shardmerge.mapping.pattern import escape
+from shardmerge.mapping.preset_files import Preset
+from shardmerge.mapping.recognition import Recognised
+from shardmerge.mapping.roads import AdapterRoad, PresetRoad, Way, choose, ways
+from shardmerge.mapping.unsaid import unsaid_numbers
+from shardmerge.targets.training_config import read_training_config
+from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors.wrapped_names import stripped
+
+_FILL_IN = "FILL_IN"
+_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
+_OWN, _ADAPTER, _BASE = "source", "adapter", "base"
+# Names beside a wrapped model that are dropped one by one; of more, all that begin alike.
+_MOST_DROPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A source as the mapping names it, and what it is."""
+
+    path: str
+    catalog: Catalog
+    recognised: Recognised
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedOn:
+    """The base that adapter_config.json names.
+
+    Attributes
+    ----------
+    name
+        As it says.
+    found
+        That base, where it is a directory here.
+    """
+
+    name: str = ""
+    found: Found | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A mapping to begin with.
+
+    Attributes
+    ----------
+    text
+        The mapping, as YAML with comments.
+    notes
+        What the user has to fill in or to decide.
+    """
+
+    text: str
+    notes: tuple[str, ...]
+
+
+def propose(
+    checkpoint: Found,
+    bases: Mapping[str, Found],
+    to: str = "",
+    out: str = "out/model",
+    trained_on: TrainedOn = TrainedOn(),  # noqa: B008  # frozen
+) -> Proposal:
+    """Returns a mapping for a checkpoint.
+
+    Parameters
+    ----------
+    checkpoint
+        What to convert.
+    bases
+        The other sources, by the preset's names for them; ``base`` for what an adapter was trained on.
+    to, out
+        As for ``choose``; and the output path to write down.
+    trained_on
+        The base of an adapter, where its config names one.
+
+    Raises
+    ------
+    MappingError
+        As ``choose``. ``unknown-layout``: there are no tensors.
+    UsageError
+        ``unknown-source``: a base that there is no use for.
+    """
+    if not checkpoint.catalog.entries:
+        what = "the checkpoint holds no tensors, and so no layout"
+        raise MappingError("unknown-layout", what, where=checkpoint.catalog.path)
+    way = choose(checkpoint.recognised, to, checkpoint.catalog.path)
+    own, others = _roles(way)
+    for name in bases:
+        if name not in others:
+            what = f"{_named(way)} has no use for a base {name!r}"
+            raise UsageError("unknown-source", what, expected=", ".join(others), hint=did_you_mean(name, others))
+    writer = _MappingWriter(way, own, {own: checkpoint, **bases}, trained_on)
+    return Proposal("\n".join(writer.lines(out)) + "\n", tuple(writer.notes()))
+
+
+def _roles(way: Way) -> tuple[str, list[str]]:
+    """Returns what the checkpoint is called in the mapping, and the other sources."""
+    if isinstance(way, PresetRoad):
+        return way.role, [role for role in way.preset.roles if role != way.role]
+    return (_ADAPTER, [_BASE]) if isinstance(way, AdapterRoad) else (_OWN, [])
+
+
+def _named(way: Way) -> str:
+    return f"the preset {way.preset.name}" if isinstance(way, PresetRoad) else f"a mapping to {way.to}"
+
+
+@dataclass(frozen=True, slots=True)
+class _MappingWriter:
+    way: Way
+    own: str
+    found: Mapping[str, Found]
+    trained_on: TrainedOn
+
+    @property
+    def checkpoint(self) -> Found:
+        return self.found[self.own]
+
+    def lines(self, out: str) -> Iterator[str]:
+        yield "# Written by `shardmerge init`. `shardmerge plan` shows what it does."
+        yield f"# Recognised: {self.checkpoint.recognised.title or 'nothing that is known here'}. To: {self.way.to}."
+        yield from (f"# Look at this: {note}" for note in self.notes())
+        for one in ways(self.checkpoint.recognised):
+            if isinstance(one, PresetRoad) and one != self.way:
+                yield f"# Another way from here: `use: {one.preset.name}`, {one.preset.title}."
+        yield "shardmerge: 1"
+        yield "sources:"
+        yield from self._sources()
+        yield "output:"
+        yield f"  path: {_quoted(out)}"
+        yield "  # dtype: bfloat16  # of all float tensors; each keeps its own where nothing is said"
+        if isinstance(self.way, PresetRoad):
+            yield from self._preset(self.way.preset)
+        elif isinstance(self.way, AdapterRoad):
+            yield from self._adapter(self.way.layout)
+        else:
+            yield from self._same_names()
+        yield from self._drops()
+
+    def _sources(self) -> Iterator[str]:
+        if isinstance(self.way, PresetRoad):
+            for name, role in self.way.preset.roles.items():
+                yield f"  # {role.about}"
+                yield from self._source(name)
+            return
+        if isinstance(self.way, AdapterRoad):
+            named = f"; adapter_config.json says {self.trained_on.name!r}" if self.trained_on.name else ""
+            yield f"  # the model that the adapter was trained on, with its config.json and tokenizer{named}"
+            yield from self._source(_BASE)
+        yield from self._source(self.own)
+
+    def _source(self, name: str) -> Iterator[str]:
+        found = self._given(name)
+        if found is not None:
+            title = found.recognised.title or "no layout that is known here"
+            yield f"  # {found.catalog.kind}, {count(len(found.catalog.entries), 'tensor')}: {title}"
+            strip = self._strip(name, found)
+            yield (
+                f"  {name}: {{path: {_quoted(found.path)}, strip: {strip}}}"
+                if strip
+                else f"  {name}: {_quoted(found.path)}"
+            )
+        elif self._reason(name):
+            yield f"  # Needed: {self._reason(name)}"
+            yield f"  {name}: {_FILL_IN}_{name}"
+        else:
+            yield f"  # {name}: PATH  # not needed, as far as the names tell"
+
+    def _given(self, name: str) -> Found | None:
+        own_base = self.trained_on.found if isinstance(self.way, AdapterRoad) and name == _BASE else None
+        return self.found.get(name, own_base)
+
+    def _strip(self, name: str, found: Found) -> str:
+        """Returns the prefixes that a source needs taken off, as YAML; nothing where its preset takes them off."""
+        known = self.way.preset.roles[name].strip if isinstance(self.way, PresetRoad) else ()
+        words = found.recognised.wrappers
+        return "" if set(words) <= set(known) else json.dumps(list(words))
+
+    def _preset(self, preset: Preset) -> Iterator[str]:
+        yield f"use: {preset.name}"
+        numbers = unsaid_numbers(preset)
+        if numbers:
+            yield "let:"
+            yield from (f"  {name}: {_FILL_IN}_{name}" for name in numbers)
+
+    def _adapter(self, layout: Layout) -> Iterator[str]:
+        names = f'"{_ADAPTER}:{layout.adapter}{{rest...}}"' if layout.adapter else _ADAPTER
+        alpha = "" if self._says_alpha() else f", alpha: {_FILL_IN}_alpha"
+        yield f"target: {{name: hf/model, text: {_BASE}}}  # config.json and tokenizer of the base"
+        yield "adapters:"
+        yield f"  - {{from: {names}, onto: {_BASE}{alpha}}}"
+        yield "tensors:"
+        yield '  "{rest...}": "base:{rest...}"'
+
+    def _says_alpha(self) -> bool:
+        catalog = self.checkpoint.catalog
+        return "adapter_config.json" in catalog.side_files or bool(catalog.training_config)
+
+    def _same_names(self) -> Iterator[str]:
+        recognised = self.checkpoint.recognised
+        foreign = recognised.layouts and not any(one.model_types for one in recognised.layouts)
+        if "config.json" in self.checkpoint.catalog.side_files and not foreign and not recognised.remarks:
+            yield f"target: {{name: hf/model, text: {self.own}}}  # config.json and tokenizer go along"
+        yield "tensors:"
+        tensors = dict(_without_wrappers(self.checkpoint))
+        for one in group(tensors):
+            yield from (f"  {line}" for line in one.lines(self.own, tensors))
+
+    def _drops(self) -> Iterator[str]:
+        recognised = self.checkpoint.recognised
+        outside = [stripped(name, recognised.wrappers) for name in recognised.outside]
+        if outside:
+            yield "drop:  # what stands beside the model"
+            few = len(outside) <= _MOST_DROPS
+            names = map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside))
+            yield from (f"  - {_quoted(f'{self.own}:{one}')}" for one in names)
+
+    def _reason(self, name: str) -> str:
+        """Returns why a source that is not given is needed, or ``""``."""
+        if not isinstance(self.way, PresetRoad):
+            return "the adapter is no model without it"
+        want = self.way.layout.needs.get(name)
+        if want is not None and self._holds(want):
+            return want.why
+        return "the preset cannot do without it" if self.way.preset.roles[name].required else ""
+
+    def _holds(self, want: Want) -> bool:
+        if want.unless_file and want.unless_file in self.checkpoint.catalog.side_files:
+            return False
+        return not (want.unless and has_name(want.unless, self.checkpoint.recognised.tensors))
+
+    def notes(self) -> Iterator[str]:
+        """Yields what is not decided yet."""
+        recognised = self.checkpoint.recognised
+        yield from recognised.remarks
+        if recognised.wrappers:
+            words = ", ".join(f"`{word}`" for word in recognised.wrappers)
+            yield f"the names are those of a wrapped model: {words} is taken off"
+        if recognised.outside:
+            names = ", ".join(printable(one) for one in recognised.outside[:3])
+            yield f"{count(len(recognised.outside), 'tensor')} beside the model dropped: {names}"
+        yield from self._missing()
+        rows = {name: number for name, found in self.found.items() if (number := vocabulary_rows(found.catalog))}
+        if len(set(rows.values())) > 1:
+            shown = ", ".join(f"{number:,} in {name}" for name, number in rows.items())
+            yield f"the vocabularies differ in rows: {shown}; `vocabulary: {{rows: N}}` says how many are wanted"
+        if len(recognised.layouts) > 1:
+            yield f"several layouts fit: {recognised.title}"
+
+    def _missing(self) -> Iterator[str]:
+        _, others = _roles(self.way)
+        for name in others:
+            if self._given(name) is None and self._reason(name):
+                yield f"the source `{name}` is missing: {self._reason(name)}{self._trained_on(name)}"
+        if isinstance(self.way, AdapterRoad) and not self._says_alpha():
+            yield "the adapter's `alpha` is missing: no file says it"
+        if isinstance(self.way, PresetRoad):
+            numbers = unsaid_numbers(self.way.preset)
+            yield from (f"`let: {{{name}: NUMBER}}` is missing: no file says it" for name in numbers)
+
+    def _trained_on(self, name: str) -> str:
+        """Returns what the adapter's or the training config says of a base."""
+        if name == _BASE and self.trained_on.name:
+            return f"; adapter_config.json names {self.trained_on.name!r}"
+        facts = read_training_config(self.checkpoint.catalog.training_config)
+        path = {"llm": facts.llm_path, "vision": facts.vision_path, _BASE: facts.llm_path}.get(name, "")
+        return f"; the training config names {path!r}" if path else ""
+
+
+def _without_wrappers(found: Found) -> Iterator[tuple[str, TensorEntry]]:
+    outside = frozenset(found.recognised.outside)
+    for name in found.catalog.names():
+        if name not in outside:
+            yield stripped(name, found.recognised.wrappers), found.catalog[name]
+
+
+def _all_alike(name: str) -> str:
+    first, dot, _ = name.partition(".")
+    return f"{escape(first)}.{{rest...}}" if dot else escape(name)
+
+
+def vocabulary_rows(catalog: Catalog) -> int:
+    """Returns the rows of a checkpoint's embedding where it lies in one tensor; 0 for none, or several ranks of it."""
+    rows = [catalog[name].shape[0] for name in catalog.names() if name.endswith(_EMBEDDINGS) and catalog[name].shape]
+    return rows[0] if len(rows) == 1 else 0
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
