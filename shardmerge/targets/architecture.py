@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from shardmerge.errors import MappingError, TargetError
 from shardmerge.formulas import Formula, FormulaValue
@@ -12,6 +13,7 @@ from shardmerge.targets.tables import ArchitectureTable, NameNode
 from shardmerge.tensors import Shape
 
 _Values = Mapping[str, FormulaValue]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,16 @@ class Architecture:
         return bool(self.values.get("tie_word_embeddings"))
 
     @property
+    def all_ties(self) -> dict[str, str]:
+        """The names that are another tensor's where the model is tied, with those."""
+        inside = self._inside(lambda part: part.all_ties)
+        return {name: prefix + owner for prefix, name, owner in inside} | dict(self.table.tied)
+
+    @property
     def ties(self) -> dict[str, str]:
-        """The names that are not there because they are others, with those; empty where the model is not tied."""
-        return dict(self.table.tied) if self.tied else {}
+        """Those that are not there because the model is tied."""
+        inside = self._inside(lambda part: part.ties)
+        return self.all_ties if self.tied else {name: prefix + owner for prefix, name, owner in inside}
 
     def size(self, key: str) -> int:
         """Returns a field or size that is a number."""
@@ -128,17 +137,24 @@ class Architecture:
         TargetError
             ``odd-config``: a size that is no size.
         """
+        return {name: shape for name, shape in self.files(kind).items() if name not in self.ties}
+
+    def files(self, kind: str = "") -> dict[str, Shape]:
+        """Returns the same with a head that is tied."""
         kind = kind or self.table.main_class
-        found = self.every(kind)
-        for name in self.ties:
-            found.pop(name, None)
         prefix = self.table.prefix if kind in self.table.bare else ""
-        return {name.removeprefix(prefix): shape for name, shape in found.items()}
+        return {name.removeprefix(prefix): shape for name, shape in self.every(kind).items()}
 
     def every(self, kind: str) -> dict[str, Shape]:
-        """Returns all names of a class and their shapes: with its prefix, and with a head that is tied."""
-        found = {name: shape for part in self.parts.values() for name, shape in part.tensors().items()}
+        """Returns the same with the prefix that all classes but the bare ones have."""
+        found = {name: shape for _, name, shape in self._inside(lambda part: part.files())}
         return found | dict(self._expanded((*self.table.tensors, *self.table.classes[kind]), "", self.values))
+
+    def _inside(self, of: Callable[[Architecture], Mapping[str, _T]]) -> Iterator[tuple[str, str, _T]]:
+        """Yields a part's prefix, a name of it here, and what it has under that name."""
+        for key, part in self.parts.items():
+            prefix = self.table.parts[key].prefix
+            yield from ((prefix, prefix + name, value) for name, value in of(part).items())
 
     def _expanded(self, nodes: Collection[NameNode], prefix: str, values: _Values) -> Iterator[tuple[str, Shape]]:
         for node in nodes:

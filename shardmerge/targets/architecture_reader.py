@@ -11,7 +11,7 @@ from shardmerge.formulas import Formula, FormulaValue
 from shardmerge.shown import shown
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.config_numbers import MAX_DIMENSION, MAX_LAYERS, JsonObject, dimension, finite, flag
-from shardmerge.targets.tables import ArchitectureTable, Default, find_table, model_types
+from shardmerge.targets.tables import ArchitectureTable, Default, InnerModel, find_table, model_types, no_table
 
 
 def read_architecture(config: Mapping[str, object], where: str, known: Collection[str] = ()) -> Architecture:
@@ -46,14 +46,13 @@ def read_architecture(config: Mapping[str, object], where: str, known: Collectio
     return _read(config, table, where)
 
 
-def nested(config: Mapping[str, object], key: str, model_type: str = "") -> JsonObject | None:
-    """Returns the config of a part, with its model type; None where there is none.
+def nested(config: Mapping[str, object], key: str) -> JsonObject | None:
+    """Returns the config of a part; None where there is none.
 
     Configs of 2022 also have ``vision_config_dict``, and ``CLIPConfig`` lets that one win.
     """
     both = [one for one in (config.get(key), config.get(f"{key}_dict")) if isinstance(one, dict)]
-    merged: JsonObject = {name: value for one in both for name, value in one.items()}
-    return ({"model_type": model_type} if model_type else {}) | merged if both else None
+    return {name: value for one in both for name, value in one.items()} if both else None
 
 
 def _check_classes(config: Mapping[str, object], table: ArchitectureTable, where: str) -> None:
@@ -73,19 +72,29 @@ def _check_classes(config: Mapping[str, object], table: ArchitectureTable, where
 
 
 def _read(config: Mapping[str, object], table: ArchitectureTable, where: str) -> Architecture:
-    parts = {
-        key: read_architecture(nested(config, key, part) or {"model_type": part}, where, (part,))
-        for key, part in table.parts.items()
-    }
-    made = Architecture(table, {"num_labels": _labels(config), "stacked": False}, parts, where)
+    parts = {key: _read_part(nested(config, key) or {}, part, where) for key, part in table.parts.items()}
+    made = Architecture(table, {"num_labels": _labels(config), "in_memory": False}, parts, where)
     for key, default in table.fields.items():
         made = replace(made, values={**made.values, key: _field(config, key, default, made)})
+    for key, listed in table.lengths.items():
+        value = config.get(listed)
+        made = made.changed(**{key: len(value) if isinstance(value, list) else 1})
     for key, size in table.sizes.items():
         made = replace(made, values={**made.values, key: made.whole(size)})
     for rule in table.must:
         if not made.value(rule):
             raise made.odd(rule, f"`{rule.text}` does not hold")
     return made
+
+
+def _read_part(stated: JsonObject, part: InnerModel, where: str) -> Architecture:
+    """Returns a model inside of another; of an encoder that has no table no more than the sizes that it states."""
+    config = {"model_type": part.usual["model_type"], **stated} if stated else part.usual
+    usual = (str(part.usual["model_type"]),)
+    if part.kind == "vision" and find_table(config["model_type"]) is None:
+        sizes = {key: value for key, value in config.items() if type(value) is int}
+        return Architecture(no_table(str(config["model_type"])), sizes, where=where)
+    return read_architecture(config, where, model_types(part.kind) if part.kind else usual)
 
 
 def _labels(config: Mapping[str, object]) -> FormulaValue:

@@ -15,8 +15,8 @@ VISIONS = ("clip_vision_model",)
 def unwrap(config: Mapping[str, object]) -> JsonObject:
     """Returns the vision part of a config: its nested ``vision_config`` where there is one, else the whole."""
     # The vision part of a full CLIP does not always say what it is.
-    part = nested(config, "vision_config", "clip_vision_model" if config.get("model_type") == "clip" else "")
-    return dict(config) if part is None else part
+    part, usual = nested(config, "vision_config"), {"model_type": "clip_vision_model"}
+    return dict(config) if part is None else (usual if config.get("model_type") == "clip" else {}) | part
 
 
 def read_vision(config: Mapping[str, object], where: str) -> Architecture:

@@ -52,10 +52,10 @@ def expect_model(request: Request) -> Expectation:
     """
     catalog, whole, where = _read(request, "config")
     model = read_architecture(whole, where, ("clip",))
-    dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
+    dtype, parts = request.dtype.torch if request.dtype else stored_dtype(whole), model.table.parts
     written = portable(whole, dtype) | {
         "architectures": ["CLIPModel"],
-        **{key: portable(nested(whole, key, part) or {}, dtype) for key, part in model.table.parts.items()},
+        **{key: portable({**part.usual, **(nested(whole, key) or {})}, dtype) for key, part in parts.items()},
     }
     for legacy in ("text_config_dict", "vision_config_dict", open_clip_config.PREPROCESSING):
         written.pop(legacy, None)

@@ -7,18 +7,19 @@ It is described by the config.json of the original InternVLChat. Names and confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.targets import rewritten_configs, tokenizer
 from shardmerge.targets.architecture import Architecture
-from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object, stored_dtype
+from shardmerge.targets.architecture_reader import read_architecture
+from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object, portable, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
-from shardmerge.targets.internvl_config import Encoder, check_whole, read_encoder, read_shuffle, vision_config
+from shardmerge.targets.internvl_config import check_whole, read_shuffle, vision_config
 from shardmerge.targets.options import bad_option, whole_number
 from shardmerge.targets.text_config import read_part, text_config
 from shardmerge.targets.vocabulary import check_ids
-from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.tensors import Catalog, SideFile
 
 _MAX_ID = 1 << 24
 # `<IMG_CONTEXT>`: the id in the published models' tokenizers, for weights that come without one.
@@ -42,18 +43,19 @@ def expect(request: Request) -> Expectation:
     if text_part.get("model_type") == "internlm2":
         text_part = rewritten_configs.from_internlm2(text_part, where)
     text = read_part(text_part, where)
-    encoder = read_encoder(_part(whole, "vision_config", where), whole, where)
+    vision = vision_config(_part(whole, "vision_config", where), whole, where)
+    encoder = read_architecture(vision, where)
     shuffle, shuffle_warnings = read_shuffle(whole, where)
     image_id, id_warnings = _image_id(request, catalog, text, where)
-    tied = text.tied
-    config = _config(request, whole, text_part, text, encoder, shuffle) | {"image_token_id": image_id}
-    head = "language_model.lm_head.weight"
+    config = _config(request, whole, text_part, text, vision) | {"image_token_id": image_id}
+    config["image_seq_length"] = encoder.patches // shuffle**2
+    model = read_architecture(config, where)
     return Expectation(
-        tensors=dict(_tensors(text, encoder, shuffle)),
-        tied={head: "language_model.model.embed_tokens.weight"} if tied else {},
+        tensors=model.tensors(),
+        tied=model.ties,
         side_files=(
             SideFile("config.json", (dump(config),)),
-            SideFile("preprocessor_config.json", (dump(_images(encoder, whole, where)),)),
+            SideFile("preprocessor_config.json", (dump(_images(encoder.image_size, whole, where)),)),
             *_copied(catalog, "generation_config.json"),
             *tokenizer.copies(catalog.side_files),
         ),
@@ -129,51 +131,6 @@ def _image_id(request: Request, catalog: Catalog, text: Architecture, where: str
     return assumed, (warning,)
 
 
-# ---- names and shapes
-
-
-def _tensors(text: Architecture, encoder: Encoder, factor: int) -> Iterator[tuple[str, Shape]]:
-    for name, shape in text.tensors().items():
-        yield f"language_model.{name}", shape
-    yield from vision_tensors(encoder, text.hidden_size, factor)
-
-
-def vision_tensors(encoder: Encoder, text_hidden: int, factor: int) -> Iterator[tuple[str, Shape]]:
-    """Yields the names and shapes of projector and encoder; a token takes in ``factor`` patches along each side."""
-    wide = encoder.hidden * factor**2
-    yield from _affine("multi_modal_projector.layer_norm", (wide,))
-    yield from _affine("multi_modal_projector.linear_1", (text_hidden, wide))
-    yield from _affine("multi_modal_projector.linear_2", (text_hidden, text_hidden))
-    hidden, prefix = encoder.hidden, "vision_tower.embeddings"
-    yield f"{prefix}.cls_token", (1, 1, hidden)
-    yield f"{prefix}.position_embeddings", (1, (encoder.image // encoder.patch) ** 2 + 1, hidden)
-    yield from _affine(f"{prefix}.patch_embeddings.projection", (hidden, 3, encoder.patch, encoder.patch))
-    for index in range(encoder.layers):
-        yield from _layer(f"vision_tower.encoder.layer.{index}", encoder)
-
-
-def _layer(prefix: str, encoder: Encoder) -> Iterator[tuple[str, Shape]]:
-    hidden = encoder.hidden
-    for name in ("q_proj", "k_proj", "v_proj"):
-        yield from _affine(f"{prefix}.attention.{name}", (hidden, hidden), bias=encoder.qkv_bias)
-    if encoder.qk_norm:
-        yield f"{prefix}.attention.q_norm.weight", (hidden,)
-        yield f"{prefix}.attention.k_norm.weight", (hidden,)
-    yield from _affine(f"{prefix}.attention.projection_layer", (hidden, hidden))
-    yield from _affine(f"{prefix}.mlp.fc1", (encoder.inner, hidden))
-    yield from _affine(f"{prefix}.mlp.fc2", (hidden, encoder.inner))
-    for name in ("layernorm_before", "layernorm_after"):
-        yield from _affine(f"{prefix}.{name}", (hidden,), bias=not encoder.rms)
-    yield f"{prefix}.lambda_1", (hidden,)
-    yield f"{prefix}.lambda_2", (hidden,)
-
-
-def _affine(name: str, shape: Shape, *, bias: bool = True) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", shape
-    if bias:
-        yield f"{name}.bias", shape[:1]
-
-
 # ---- files
 
 
@@ -182,32 +139,25 @@ def _config(
     whole: Mapping[str, object],
     text_part: Mapping[str, object],
     text: Architecture,
-    encoder: Encoder,
-    shuffle: int,
+    vision: Mapping[str, object],
 ) -> JsonObject:
     dtype = request.dtype.torch if request.dtype else stored_dtype(whole)
     language = {key: value for key, value in text_part.items() if key not in ("moe_config", "use_cache")}
     config: JsonObject = {
         "architectures": ["InternVLForConditionalGeneration"],
         "downsample_ratio": whole.get("downsample_ratio", 0.5),
-        "image_seq_length": (encoder.image // encoder.patch // shuffle) ** 2,
         "model_type": "internvl",
         "projector_hidden_act": "gelu",
         "text_config": text_config(language, text, text.vocab_size, dtype, ""),
         "tie_word_embeddings": text.tied,
-        "vision_config": vision_config(_vision_part(whole), encoder, dtype),
+        "vision_config": portable(vision, dtype),
         "vision_feature_layer": whole.get("select_layer", -1),
         "vision_feature_select_strategy": "default",
     }
     return config | ({"torch_dtype": dtype} if dtype else {})
 
 
-def _vision_part(whole: Mapping[str, object]) -> Mapping[str, object]:
-    value = whole.get("vision_config")
-    return value if isinstance(value, dict) else {}
-
-
-def _images(encoder: Encoder, whole: Mapping[str, object], where: str) -> JsonObject:
+def _images(size: int, whole: Mapping[str, object], where: str) -> JsonObject:
     """What the converter's image processor saves, with the numbers of tiles that the config says."""
     return {
         "crop_to_patches": False,
@@ -223,7 +173,7 @@ def _images(encoder: Encoder, whole: Mapping[str, object], where: str) -> JsonOb
         "processor_class": "InternVLProcessor",
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"height": encoder.image, "width": encoder.image},
+        "size": {"height": size, "width": size},
     }
 
 

@@ -6,11 +6,10 @@ Fields are those of OpenGVLab's ``configuration_internvl_chat.py`` and ``configu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.config_numbers import JsonObject, dimension, flag, layers, portable
+from shardmerge.targets.config_numbers import JsonObject, dimension, flag
 from shardmerge.targets.settings import refuse_unknown_around
 
 # Read here, or of no consequence for what the model computes: prompts, tiles, training.
@@ -31,20 +30,6 @@ _NORMS = ("layer_norm", "rms_norm")
 _QK_EPSILON = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Encoder:
-    """InternViT's sizes."""
-
-    hidden: int
-    inner: int
-    layers: int
-    patch: int
-    image: int
-    qkv_bias: bool
-    rms: bool
-    qk_norm: bool
-
-
 def check_whole(whole: Mapping[str, object], where: str) -> None:
     """Checks that a config is an InternVLChat's, with settings that are known.
 
@@ -60,8 +45,11 @@ def check_whole(whole: Mapping[str, object], where: str) -> None:
     refuse_unknown_around(whole, _WHOLE, "a plain internvl_chat", where)
 
 
-def read_encoder(config: Mapping[str, object], whole: Mapping[str, object], where: str) -> Encoder:
-    """Returns the sizes of InternViT. What is not said is as in InternViT-300M; the tensors would tell otherwise.
+def vision_config(config: Mapping[str, object], whole: Mapping[str, object], where: str) -> JsonObject:
+    """Returns the ``vision_config`` of transformers' InternVL for that of an InternVLChat.
+
+    All is stated, since the two have other defaults, and the heads are the one number of which no tensor tells. What is
+    not said is as in InternViT-300M; the tensors would tell otherwise.
 
     Raises
     ------
@@ -76,39 +64,21 @@ def read_encoder(config: Mapping[str, object], whole: Mapping[str, object], wher
     if qk_norm and config.get("layer_norm_eps", _QK_EPSILON) != _QK_EPSILON:
         found = f"qk_normalization with layer_norm_eps {shown(config['layer_norm_eps'])}"
         raise _unsupported(found, where, f"layer_norm_eps {_QK_EPSILON}")
-    return Encoder(
-        hidden=dimension(config, "hidden_size", 1024, where),
-        inner=dimension(config, "intermediate_size", 4096, where),
-        layers=layers(config, 24, where),
-        patch=dimension(config, "patch_size", 14, where),
-        image=dimension(whole, "force_image_size", dimension(config, "image_size", 448, where), where),
-        qkv_bias=flag({"qkv_bias": config.get("qkv_bias", True)}, "qkv_bias", where),
-        rms=norm == "rms_norm",
-        qk_norm=qk_norm,
-    )
-
-
-def vision_config(config: Mapping[str, object], encoder: Encoder, dtype: str) -> JsonObject:
-    """Returns the ``vision_config`` of transformers' InternVL.
-
-    All is stated, since the two have other defaults; the heads are the one number of which no tensor tells.
-    """
+    image = dimension(whole, "force_image_size", dimension(config, "image_size", 448, where), where)
+    patch = dimension(config, "patch_size", 14, where)
     kept = {key: value for key, value in config.items() if key not in _DROPPED}
     return (
         {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_attention_heads": 25}
-        | portable(kept, dtype)
+        | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "norm_type": norm}
+        | kept
         | {
-            "attention_bias": encoder.qkv_bias,
-            "hidden_size": encoder.hidden,
-            "image_size": [encoder.image, encoder.image],
-            "intermediate_size": encoder.inner,
+            "attention_bias": flag({"qkv_bias": config.get("qkv_bias", True)}, "qkv_bias", where),
+            "image_size": [image, image],
             "model_type": "internvl_vision",
-            "norm_type": "rms_norm" if encoder.rms else "layer_norm",
-            "num_hidden_layers": encoder.layers,
-            "patch_size": [encoder.patch, encoder.patch],
+            "patch_size": [patch, patch],
             "use_absolute_position_embeddings": True,
             "use_mean_pooling": True,
-            "use_qk_norm": encoder.qk_norm,
+            "use_qk_norm": qk_norm,
         }
     )
 

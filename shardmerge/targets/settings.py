@@ -13,7 +13,7 @@ from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 
 # `PreTrainedConfig` of transformers 4.51 to 5.23, and what versions before had: how to generate and to load.
-_ANY_MODEL = (
+ANY_MODEL = (
     "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention", "architectures",
     "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
     "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
@@ -66,7 +66,7 @@ def refuse_unknown(config: Mapping[str, object], model_type: str, also: Collecti
     TargetError
         ``unsupported-architecture``.
     """
-    odd = not_understood(config, (*_ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
+    odd = not_understood(config, (*ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
     if odd:
         raise unknown_settings(odd, f"a plain {model_type}", where)
 
@@ -90,7 +90,7 @@ def refuse_unknown_around(whole: Mapping[str, object], own: Collection[str], exp
     TargetError
         ``unsupported-architecture``.
     """
-    odd = not_understood(whole, (*_ANY_MODEL, *own))
+    odd = not_understood(whole, (*ANY_MODEL, *own))
     if odd:
         raise unknown_settings(odd, expected, where)
 

@@ -47,6 +47,25 @@ class NameNode:
 
 
 @dataclass(frozen=True, slots=True)
+class InnerModel:
+    """A model inside of another.
+
+    Attributes
+    ----------
+    usual
+        Its config where the whole says nothing of it, and its model type where it does not say that.
+    kind
+        Of the tables that it may have; ``""`` for the usual model type alone.
+    prefix
+        Of its names in the whole.
+    """
+
+    usual: Mapping[str, object]
+    kind: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class ArchitectureTable:
     """What a file says of an architecture.
 
@@ -55,7 +74,7 @@ class ArchitectureTable:
     model_type, title
         As configs name it, and for people.
     kind
-        ``text``, ``vision``; ``encoder`` for a text encoder, ``pair`` for both encoders in one.
+        ``text``, ``vision``; ``encoder`` for a text encoder, ``whole`` for what has parts.
     tokenizer
         The class that transformers takes where tokenizer_config.json names none.
     rope_theta
@@ -76,10 +95,16 @@ class ArchitectureTable:
         That are understood, and that no tensor shows.
     must
         What holds of the fields.
+    lengths
+        Sizes that are lengths of lists: of a field that may be one number instead.
     numbers
         Kinds of numbers in names, and how many there are.
     parts
-        Keys of configs inside of this one, with their model types; their names are names of this model.
+        By the key of their configs inside of this one.
+    in_memory
+        Ends of names that tell those that transformers 5 has in memory, and that its training saves, from the others.
+    renames
+        What names begin with in other versions, and here; the first that fits.
     prefix
         Of the names that all classes have in common.
     tensors
@@ -105,8 +130,11 @@ class ArchitectureTable:
     square: frozenset[str]
     other_fields: frozenset[str]
     must: tuple[Formula, ...]
+    lengths: Mapping[str, str]
     numbers: Mapping[str, Formula]
-    parts: Mapping[str, str]
+    parts: Mapping[str, InnerModel]
+    in_memory: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...]
     prefix: str
     tensors: tuple[NameNode, ...]
     classes: Mapping[str, tuple[NameNode, ...]]
@@ -143,6 +171,12 @@ def find_table(model_type: object) -> ArchitectureTable | None:
     return _table(model_type) if (_FOLDER / f"{model_type}.yaml").is_file() else None
 
 
+def no_table(model_type: str) -> ArchitectureTable:
+    """Returns the table of what has none: no field is known, and no tensor."""
+    about = {"model_type": model_type, "title": model_type, "kind": "", "tensors": {}, "classes": {"": {}}}
+    return _Reader("").table(about)
+
+
 @cache
 def _table(model_type: str) -> ArchitectureTable:
     import yaml
@@ -175,8 +209,11 @@ class _Reader:
             square=frozenset(_names(said.pop("square", []))),
             other_fields=frozenset(_names(said.pop("other_fields", []))),
             must=tuple(map(self._formula, _names(said.pop("must", [])))),
+            lengths={key: str(value) for key, value in _tree(said.pop("lengths", {})).items()},
             numbers={key: self._formula(value) for key, value in _tree(said.pop("numbers", {})).items()},
-            parts={key: str(value) for key, value in _tree(said.pop("parts", {})).items()},
+            parts={key: _part(_tree(value)) for key, value in _tree(said.pop("parts", {})).items()},
+            in_memory=tuple(_names(said.pop("in_memory", []))),
+            renames=tuple((key, str(value)) for key, value in _tree(said.pop("renames", {})).items()),
             prefix=str(said.pop("prefix", "")),
             tensors=tuple(self._nodes(_tree(said.pop("tensors")))),
             classes={name: tuple(self._nodes(_tree(more))) for name, more in _tree(said.pop("classes")).items()},
@@ -210,6 +247,10 @@ class _Reader:
 
     def _formula(self, text: object) -> Formula:
         return Formula.parse(str(text), self.where, conditions=True)
+
+
+def _part(said: _Tree) -> InnerModel:
+    return InnerModel(_tree(said["usual"]), str(said.get("kind", "")), str(said.get("prefix", "")))
 
 
 def _tree(value: object) -> _Tree:
