@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from docs.markdown import code, link, table
 from docs.preset_pages import file_name
-from shardmerge.mapping.layout_table import Layout, layouts
+from shardmerge.mapping.layout_table import Layout, layout_table
 
 _MOST_NAMES = 2
 
@@ -12,7 +12,7 @@ _MOST_NAMES = 2
 def layout_rows() -> list[str]:
     """Returns the lines of the table."""
     head = ("you have", "names such as", "`model_type`", "from there")
-    return table(head, [_row(one) for one in layouts()])
+    return table(head, [_row(one) for one in layout_table().layouts])
 
 
 def _row(one: Layout) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import shardmerge as sm
 from shardmerge import api
-from shardmerge.mapping.layout_table import layouts
+from shardmerge.mapping.layout_table import layout_table
 from shardmerge.mapping.preset_files import list_presets, load_preset
 from shardmerge.mapping.reader import parse_spec
 from shardmerge.mapping.recognition import recognise
@@ -109,7 +109,7 @@ def test_shapes_count_too(tmp_path: Path) -> None:
 
 def test_the_table_is_sound() -> None:
     known = list_presets()
-    for layout in layouts():
+    for layout in layout_table().layouts:
         for road in layout.roads:
             assert road.preset in known, road.preset
             preset = load_preset(road.preset)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import shardmerge as sm
 from shardmerge import api
 from shardmerge.dtypes import DTYPES
-from shardmerge.mapping.layout_table import layouts
+from shardmerge.mapping.layout_table import layout_table
 from shardmerge.mapping.recognition import recognise
 from shardmerge.tensors import Catalog, TensorEntry
 from tests.conftest import GOLDEN
@@ -133,7 +133,7 @@ def test_a_tool_keeps_its_layout_beside_a_config() -> None:
 
 
 def test_the_table_says_each_layout_once() -> None:
-    names = [one.name for one in layouts()]
+    names = [one.name for one in layout_table().layouts]
     assert len(set(names)) == len(names)
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
 from shardmerge.mapping.grouped_names import group
-from shardmerge.mapping.layout_table import Layout, Want, has_name
+from shardmerge.mapping.layout_table import Layout, Want, alike
 from shardmerge.mapping.near import count, did_you_mean, printable
 from shardmerge.mapping.pattern import escape
 from shardmerge.mapping.preset_files import Preset
 from shardmerge.mapping.recognition import Recognised
-from shardmerge.mapping.roads import AdapterRoad, PresetRoad, Way, choose, ways
+from shardmerge.mapping.roads import Route, choose, routes
 from shardmerge.mapping.unsaid import unsaid_numbers
 from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog, TensorEntry
@@ -21,7 +21,7 @@ from shardmerge.tensors.wrapped_names import stripped
 
 _FILL_IN = "FILL_IN"
 _EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
-_OWN, _ADAPTER, _BASE = "source", "adapter", "base"
+_BASE = "base"
 # Names beside a wrapped model that are dropped one by one; of more, all that begin alike.
 _MOST_DROPS = 12
 
@@ -97,95 +97,70 @@ def propose(
     if not checkpoint.catalog.entries:
         what = "the checkpoint holds no tensors, and so no layout"
         raise MappingError("unknown-layout", what, where=checkpoint.catalog.path)
-    way = choose(checkpoint.recognised, to, checkpoint.catalog.path)
-    own, others = _roles(way)
+    route = choose(checkpoint.recognised, to, checkpoint.catalog.path)
     for name in bases:
-        if name not in others:
-            what = f"{_named(way)} has no use for a base {name!r}"
-            raise UsageError("unknown-source", what, expected=", ".join(others), hint=did_you_mean(name, others))
-    writer = _MappingWriter(way, own, {own: checkpoint, **bases}, trained_on)
+        if name not in route.others:
+            what = f"{f'the preset {route.preset.name}' if route.preset else 'this mapping'} has no use for a base {name!r}"
+            raise UsageError(
+                "unknown-source", what, expected=", ".join(route.others), hint=did_you_mean(name, route.others)
+            )
+    named = {_BASE: trained_on.found} if route.merges and trained_on.found else {}
+    writer = _MappingWriter(route, {**named, route.role: checkpoint, **bases}, trained_on.name)
     return Proposal("\n".join(writer.lines(out)) + "\n", tuple(writer.notes()))
-
-
-def _roles(way: Way) -> tuple[str, list[str]]:
-    """Returns what the checkpoint is called in the mapping, and the other sources."""
-    if isinstance(way, PresetRoad):
-        return way.role, [role for role in way.preset.roles if role != way.role]
-    return (_ADAPTER, [_BASE]) if isinstance(way, AdapterRoad) else (_OWN, [])
-
-
-def _named(way: Way) -> str:
-    return f"the preset {way.preset.name}" if isinstance(way, PresetRoad) else f"a mapping to {way.to}"
 
 
 @dataclass(frozen=True, slots=True)
 class _MappingWriter:
-    way: Way
-    own: str
+    route: Route
     found: Mapping[str, Found]
-    trained_on: TrainedOn
+    base_name: str
 
     @property
     def checkpoint(self) -> Found:
-        return self.found[self.own]
+        return self.found[self.route.role]
 
     def lines(self, out: str) -> Iterator[str]:
+        title = self.checkpoint.recognised.title or "nothing that is known here"
         yield "# Written by `shardmerge init`. `shardmerge plan` shows what it does."
-        yield f"# Recognised: {self.checkpoint.recognised.title or 'nothing that is known here'}. To: {self.way.to}."
+        yield f"# Recognised: {title}. To: {self.route.to}."
         yield from (f"# Look at this: {note}" for note in self.notes())
-        for one in ways(self.checkpoint.recognised):
-            if isinstance(one, PresetRoad) and one != self.way:
-                yield f"# Another way from here: `use: {one.preset.name}`, {one.preset.title}."
+        others = (
+            one.preset for one in routes(self.checkpoint.recognised) if one.preset and one.preset != self.route.preset
+        )
+        yield from (f"# Another way from here: `use: {one.name}`, {one.title}." for one in others)
         yield "shardmerge: 1"
         yield "sources:"
-        yield from self._sources()
+        for name in self.route.preset.roles if self.route.preset else (*self.route.others, self.route.role):
+            yield from self._source(name)
         yield "output:"
         yield f"  path: {_quoted(out)}"
         yield "  # dtype: bfloat16  # of all float tensors; each keeps its own where nothing is said"
-        if isinstance(self.way, PresetRoad):
-            yield from self._preset(self.way.preset)
-        elif isinstance(self.way, AdapterRoad):
-            yield from self._adapter(self.way.layout)
+        if self.route.preset:
+            yield from self._preset(self.route.preset)
         else:
-            yield from self._same_names()
+            yield from self._adapter(self.route.layout) if self.route.layout else self._same_names()
         yield from self._drops()
 
-    def _sources(self) -> Iterator[str]:
-        if isinstance(self.way, PresetRoad):
-            for name, role in self.way.preset.roles.items():
-                yield f"  # {role.about}"
-                yield from self._source(name)
-            return
-        if isinstance(self.way, AdapterRoad):
-            named = f"; adapter_config.json says {self.trained_on.name!r}" if self.trained_on.name else ""
-            yield f"  # the model that the adapter was trained on, with its config.json and tokenizer{named}"
-            yield from self._source(_BASE)
-        yield from self._source(self.own)
-
     def _source(self, name: str) -> Iterator[str]:
-        found = self._given(name)
-        if found is not None:
+        if self.route.preset:
+            yield f"  # {self.route.preset.roles[name].about}"
+        elif name == _BASE:
+            yield "  # the model that the adapter was trained on, with its config.json and tokenizer"
+        if name in self.found:
+            found = self.found[name]
             title = found.recognised.title or "no layout that is known here"
             yield f"  # {found.catalog.kind}, {count(len(found.catalog.entries), 'tensor')}: {title}"
-            strip = self._strip(name, found)
-            yield (
-                f"  {name}: {{path: {_quoted(found.path)}, strip: {strip}}}"
-                if strip
-                else f"  {name}: {_quoted(found.path)}"
-            )
+            strip, path = self._strip(name, found), _quoted(found.path)
+            yield f"  {name}: {{path: {path}, strip: {strip}}}" if strip else f"  {name}: {path}"
         elif self._reason(name):
             yield f"  # Needed: {self._reason(name)}"
             yield f"  {name}: {_FILL_IN}_{name}"
         else:
             yield f"  # {name}: PATH  # not needed, as far as the names tell"
 
-    def _given(self, name: str) -> Found | None:
-        own_base = self.trained_on.found if isinstance(self.way, AdapterRoad) and name == _BASE else None
-        return self.found.get(name, own_base)
-
     def _strip(self, name: str, found: Found) -> str:
         """Returns the prefixes that a source needs taken off, as YAML; nothing where its preset takes them off."""
-        known = self.way.preset.roles[name].strip if isinstance(self.way, PresetRoad) else ()
+        known = self.route.preset.roles[name].strip if self.route.preset else ()
         words = found.recognised.wrappers
         return "" if set(words) <= set(known) else json.dumps(list(words))
 
@@ -197,7 +172,8 @@ class _MappingWriter:
             yield from (f"  {name}: {_FILL_IN}_{name}" for name in numbers)
 
     def _adapter(self, layout: Layout) -> Iterator[str]:
-        names = f'"{_ADAPTER}:{layout.adapter}{{rest...}}"' if layout.adapter else _ADAPTER
+        role = self.route.role
+        names = f'"{role}:{layout.adapter}{{rest...}}"' if layout.adapter else role
         alpha = "" if self._says_alpha() else f", alpha: {_FILL_IN}_alpha"
         yield f"target: {{name: hf/model, text: {_BASE}}}  # config.json and tokenizer of the base"
         yield "adapters:"
@@ -210,14 +186,14 @@ class _MappingWriter:
         return "adapter_config.json" in catalog.side_files or bool(catalog.training_config)
 
     def _same_names(self) -> Iterator[str]:
-        recognised = self.checkpoint.recognised
+        recognised, own = self.checkpoint.recognised, self.route.role
         foreign = recognised.layouts and not any(one.model_types for one in recognised.layouts)
         if "config.json" in self.checkpoint.catalog.side_files and not foreign and not recognised.remarks:
-            yield f"target: {{name: hf/model, text: {self.own}}}  # config.json and tokenizer go along"
+            yield f"target: {{name: hf/model, text: {own}}}  # config.json and tokenizer go along"
         yield "tensors:"
         tensors = dict(_without_wrappers(self.checkpoint))
         for one in group(tensors):
-            yield from (f"  {line}" for line in one.lines(self.own, tensors))
+            yield from (f"  {line}" for line in one.lines(own, tensors))
 
     def _drops(self) -> Iterator[str]:
         recognised = self.checkpoint.recognised
@@ -226,21 +202,21 @@ class _MappingWriter:
             yield "drop:  # what stands beside the model"
             few = len(outside) <= _MOST_DROPS
             names = map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside))
-            yield from (f"  - {_quoted(f'{self.own}:{one}')}" for one in names)
+            yield from (f"  - {_quoted(f'{self.route.role}:{one}')}" for one in names)
 
     def _reason(self, name: str) -> str:
         """Returns why a source that is not given is needed, or ``""``."""
-        if not isinstance(self.way, PresetRoad):
+        if self.route.preset is None or self.route.layout is None:
             return "the adapter is no model without it"
-        want = self.way.layout.needs.get(name)
+        want = self.route.layout.needs.get(name)
         if want is not None and self._holds(want):
             return want.why
-        return "the preset cannot do without it" if self.way.preset.roles[name].required else ""
+        return "the preset cannot do without it" if self.route.preset.roles[name].required else ""
 
     def _holds(self, want: Want) -> bool:
         if want.unless_file and want.unless_file in self.checkpoint.catalog.side_files:
             return False
-        return not (want.unless and has_name(want.unless, self.checkpoint.recognised.tensors))
+        return not (want.unless and alike(want.unless, self.checkpoint.recognised.tensors))
 
     def notes(self) -> Iterator[str]:
         """Yields what is not decided yet."""
@@ -261,20 +237,18 @@ class _MappingWriter:
             yield f"several layouts fit: {recognised.title}"
 
     def _missing(self) -> Iterator[str]:
-        _, others = _roles(self.way)
-        for name in others:
-            if self._given(name) is None and self._reason(name):
+        for name in self.route.others:
+            if name not in self.found and self._reason(name):
                 yield f"the source `{name}` is missing: {self._reason(name)}{self._trained_on(name)}"
-        if isinstance(self.way, AdapterRoad) and not self._says_alpha():
+        if self.route.merges and not self._says_alpha():
             yield "the adapter's `alpha` is missing: no file says it"
-        if isinstance(self.way, PresetRoad):
-            numbers = unsaid_numbers(self.way.preset)
-            yield from (f"`let: {{{name}: NUMBER}}` is missing: no file says it" for name in numbers)
+        for name in unsaid_numbers(self.route.preset) if self.route.preset else ():
+            yield f"`let: {{{name}: NUMBER}}` is missing: no file says it"
 
     def _trained_on(self, name: str) -> str:
         """Returns what the adapter's or the training config says of a base."""
-        if name == _BASE and self.trained_on.name:
-            return f"; adapter_config.json names {self.trained_on.name!r}"
+        if name == _BASE and self.base_name:
+            return f"; adapter_config.json names {self.base_name!r}"
         facts = read_training_config(self.checkpoint.catalog.training_config)
         path = {"llm": facts.llm_path, "vision": facts.vision_path, _BASE: facts.llm_path}.get(name, "")
         return f"; the training config names {path!r}" if path else ""

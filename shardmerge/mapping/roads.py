@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
@@ -11,72 +11,66 @@ from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
 from shardmerge.mapping.recognition import Recognised
 
-SAME_NAMES = "same-names"
-
 
 @dataclass(frozen=True, slots=True)
-class PresetRoad:
-    """A preset that leads away from a layout.
+class Route:
+    """A way from a layout: a preset, the merge of an adapter into its base, or rules that keep every name.
 
     Attributes
     ----------
-    layout, preset
-        From where, and by what.
-    to
-        What it makes.
+    to, title
+        What it makes, and how it is called for people.
     role
-        Which of the preset's sources the checkpoint is.
+        What the checkpoint is called in the mapping.
+    others
+        What its other sources are called.
+    layout
+        From where; None for the one that keeps names.
+    preset
+        None for the two that need none.
     """
 
-    layout: Layout
-    preset: Preset
     to: str
+    title: str
     role: str
+    others: tuple[str, ...] = ()
+    layout: Layout | None = None
+    preset: Preset | None = None
 
     @property
-    def title(self) -> str:
-        """For people."""
-        return self.preset.title
+    def names(self) -> tuple[str, ...]:
+        """What ``--to`` may say for it, the most exact first."""
+        return (self.preset.name, self.to) if self.preset else (self.to,)
+
+    @property
+    def merges(self) -> bool:
+        """Whether it merges an adapter without a preset."""
+        return self.layout is not None and self.preset is None
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRoad:
-    """An adapter, merged into the model it was trained on."""
-
-    layout: Layout
-    to: str = "hf/model"
-    title: str = "The adapter merged into the model it was trained on (`adapters:`)"
+_SAME_NAMES = Route("same-names", "Every tensor keeps its name, rules to edit", "source")
+_MERGED = "The adapter merged into the model it was trained on (`adapters:`)"
 
 
-@dataclass(frozen=True, slots=True)
-class SameNamesRoad:
-    """Every tensor keeps its name: for a cast, for a part, to be edited."""
-
-    to: str = SAME_NAMES
-    title: str = "Every tensor keeps its name, rules to edit"
-
-
-Way = PresetRoad | AdapterRoad | SameNamesRoad
-
-
-def ways(recognised: Recognised) -> tuple[Way, ...]:
+def routes(recognised: Recognised) -> tuple[Route, ...]:
     """Returns every way from here, that of the same names last."""
-    layouts = [one for one in recognised.layouts if not one.refused]
-    presets = (road for one in layouts for road in _presets(one))
-    return (*(AdapterRoad(one) for one in layouts if one.adapter is not None), *presets, SameNamesRoad())
+    readable = [one for one in recognised.layouts if not one.refused]
+    merges = (Route("hf/model", _MERGED, "adapter", ("base",), one) for one in readable if one.adapter is not None)
+    return (*merges, *(route for one in readable for route in _presets(one)), _SAME_NAMES)
 
 
-def _presets(layout: Layout) -> Iterator[PresetRoad]:
+def _presets(layout: Layout) -> Iterator[Route]:
     known = list_presets()
     for road in layout.roads:
         if road.preset in known:
             preset = load_preset(road.preset)
             to = road.to or (preset.target.name if preset.target else preset.name)
             role = road.role or next(name for name, about in preset.roles.items() if about.required)
-            yield PresetRoad(layout, preset, to, role)
+            others = tuple(name for name in preset.roles if name != role)
+            yield Route(to, preset.title, role, others, layout, preset)
 
 
-def choose(recognised: Recognised, to: str, where: str) -> Way:
+def choose(recognised: Recognised, to: str, where: str) -> Route:
     """Returns the one way that leads to ``to``.
 
     Parameters
@@ -95,15 +89,13 @@ def choose(recognised: Recognised, to: str, where: str) -> Way:
         ``no-road``: nothing goes to that target, or an adapter of a kind that nothing reads. ``several-roads``: more
         than one way is left, with all of them.
     """
-    refused = next((one for one in recognised.layouts if one.refused), None)
-    if refused is not None:
-        raise MappingError("no-road", f"nothing here reads a {refused.name}", where=where, hint=refused.refused)
-    every = ways(recognised)
-    if not to:
-        return _only(every, recognised, where)
-    left = [one for one in every if to in _names(one)]
+    for layout in recognised.layouts:
+        if layout.refused:
+            raise MappingError("no-road", f"nothing here reads a {layout.name}", where=where, hint=layout.refused)
+    every = routes(recognised)
+    left = [one for one in every if to in one.names] if to else _unasked(every, recognised)
     if not left:
-        known = list(dict.fromkeys(name for one in every for name in reversed(_names(one))))
+        known = list(dict.fromkeys(name for one in every for name in reversed(one.names)))
         raise MappingError(
             "no-road",
             f"nothing leads from this checkpoint to {to!r}",
@@ -112,29 +104,20 @@ def choose(recognised: Recognised, to: str, where: str) -> Way:
             expected=", ".join(known),
             hint=did_you_mean(to, known),
         )
-    return left[0] if len(left) == 1 else _several(left, recognised, where)
+    if len(left) > 1:
+        targets = [one.to for one in left]
+        lines = [f"--to {one.to if targets.count(one.to) == 1 else one.names[0]}: {one.title}" for one in left]
+        raise MappingError(
+            "several-roads",
+            "several conversions are possible, and nothing here decides which is wanted",
+            where=where,
+            found=recognised.title,
+            hint="say one of\n    " + "\n    ".join(lines),
+        )
+    return left[0]
 
 
-def _names(way: Way) -> tuple[str, ...]:
-    return (way.preset.name, way.to) if isinstance(way, PresetRoad) else (way.to,)
-
-
-def _only(every: tuple[Way, ...], recognised: Recognised, where: str) -> Way:
-    adapters = [one for one in every if isinstance(one, AdapterRoad)]
-    if len(adapters) == len(recognised.layouts) == 1:
-        return adapters[0]
-    return every[0] if len(every) <= 2 else _several(every, recognised, where)
-
-
-def _several(left: Iterable[Way], recognised: Recognised, where: str) -> Way:
-    """Raises ``several-roads``."""
-    left = tuple(left)
-    targets = [one.to for one in left]
-    lines = [f"--to {one.to if targets.count(one.to) == 1 else _names(one)[0]}: {one.title}" for one in left]
-    raise MappingError(
-        "several-roads",
-        "several conversions are possible, and nothing here decides which is wanted",
-        where=where,
-        found=recognised.title,
-        hint="say one of\n    " + "\n    ".join(lines),
-    )
+def _unasked(every: Sequence[Route], recognised: Recognised) -> Sequence[Route]:
+    """Returns what is left where nobody says which: an adapter goes into its base, and of two ways one keeps names."""
+    adapter = [one for one in every if one.merges and len(recognised.layouts) == 1]
+    return adapter or (every[:1] if len(every) <= 2 else every)

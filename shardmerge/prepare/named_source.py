@@ -11,6 +11,7 @@ from shardmerge.mapping.near import listed, printable
 from shardmerge.mapping.spec import SourceSpec
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.shard_counts import settled
+from shardmerge.prepare.unwrapping import renamed
 from shardmerge.sources.deepspeed_files import VIEWS
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.open_options import OpenOptions
@@ -45,12 +46,8 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
             raise _odd_strip(source, word, list(names.values()))
         names = taken
     _check_apart(names, source)
-    entries = {names[name]: replace(entry, name=names[name]) for name, entry in catalog.entries.items()}
-    aliases = {names[alias]: names[owner] for alias, owner in catalog.aliases.items()}
-    absent = frozenset(names[name] for name in catalog.absent)
-    notes = (*catalog.notes, f"{' and '.join(f'`{word}`' for word in words)} is taken off every name that has it")
-    told = catalog.optimizer.renamed(names) if catalog.optimizer is not None else None
-    return replace(catalog, entries=entries, aliases=aliases, absent=absent, notes=notes, optimizer=told)
+    note = f"{' and '.join(f'`{word}`' for word in words)} is taken off every name that has it"
+    return replace(renamed(catalog, names), notes=(*catalog.notes, note))
 
 
 def _check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
