@@ -100,7 +100,8 @@ def propose(
     route = choose(checkpoint.recognised, to, checkpoint.catalog.path)
     for name in bases:
         if name not in route.others:
-            what = f"{f'the preset {route.preset.name}' if route.preset else 'this mapping'} has no use for a base {name!r}"
+            reader = f"the preset {route.preset.name}" if route.preset else "this mapping"
+            what = f"{reader} has no use for a base {name!r}"
             raise UsageError(
                 "unknown-source", what, expected=", ".join(route.others), hint=did_you_mean(name, route.others)
             )
@@ -196,10 +197,12 @@ class _MappingWriter:
             yield from (f"  {line}" for line in one.lines(own, tensors))
 
     def _drops(self) -> Iterator[str]:
-        recognised = self.checkpoint.recognised
+        recognised, layout = self.checkpoint.recognised, self.route.layout
         outside = [stripped(name, recognised.wrappers) for name in recognised.outside]
+        front = (layout.adapter or "") if layout and self.route.merges else ""
+        outside += [name for name, _ in _without_wrappers(self.checkpoint) if not name.startswith(front)]
         if outside:
-            yield "drop:  # what stands beside the model"
+            yield "drop:  # what stands beside it"
             few = len(outside) <= _MOST_DROPS
             names = map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside))
             yield from (f"  - {_quoted(f'{self.route.role}:{one}')}" for one in names)
