@@ -585,6 +585,8 @@ def init(
 ) -> Proposal:
     """Returns a mapping to begin with, for a checkpoint that is recognised by its names, shapes and config.json.
 
+    A configuration of mergekit, known by its ``merge_method``, becomes the mapping that makes the same model.
+
     Parameters
     ----------
     checkpoint, download
@@ -606,6 +608,10 @@ def init(
     from shardmerge.prepare.proposing import proposed
 
     folder = Path(mapping).parent if mapping is not None else Path()
+    if Path(checkpoint).suffix in (".yml", ".yaml") and Path(checkpoint).is_file():
+        from shardmerge.prepare.merge_configs import proposed_merge
+
+        return proposed_merge(Path(checkpoint), folder, bases or to, download=download)
     return proposed(str(checkpoint), bases or {}, to, folder, download=download)
 
 

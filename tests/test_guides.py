@@ -16,6 +16,7 @@ import shardmerge
 from shardmerge.cli.main import cli
 from tests.conftest import GOLDEN
 from tests.test_docs import EXAMPLES
+from tests.test_mergekit_configs import EXAMPLES as MERGED
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -23,7 +24,7 @@ peft = pytest.importorskip("peft")
 State = dict[str, torch.Tensor]
 MEGATRON = "torch_dist_llama_tp2_pp2"
 
-# The examples that tests/test_docs.py and tests/test_config_edits.py run.
+# The examples that tests/test_docs.py, test_config_edits.py and test_mergekit_configs.py run.
 ELSEWHERE = {
     "fewer-layers.yaml",
     "text-model.yaml",
@@ -33,6 +34,7 @@ ELSEWHERE = {
     "xtuner-llava.yaml",
     "own-rules.yaml",
     "demo.yaml",
+    *(f"merge-{name}.yaml" for name in (*MERGED, "della")),
 }
 HERE = {
     "adapter-any-model.yaml", "adapter-export.yaml", "adapter-rename.yaml", "adapter-xtuner.yaml", "adapter.yaml",

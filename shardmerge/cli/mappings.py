@@ -50,7 +50,10 @@ def invert(mapping: str, source: str, out: str | None) -> None:
 @click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
 @click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:
-    """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing."""
+    """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing.
+
+    A configuration of mergekit (merge.yml) becomes the mapping that makes the same model.
+    """
     from shardmerge import api
 
     named = dict(pair(text) for text in bases)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import fsum, isfinite, prod
 
 import numpy as np
 
@@ -262,14 +262,28 @@ def _linear(word: str) -> Callable[[Mapping[str, ParamValue]], Linear]:
     return lambda values: Linear(numbers(values, "weights"), word)
 
 
+def _normalized(values: Mapping[str, ParamValue]) -> Linear:
+    weights = numbers(values, "weights")
+    total = fsum(weights)
+    if not values["normalize"] or not weights:
+        return Linear(weights, "linear")
+    if not total:
+        what = "weights that add up to 0 cannot be divided by their sum"
+        raise MappingError("op-value", what, found=str(list(weights)), expected="a sum that is not 0")
+    return Linear(tuple(weight / total for weight in weights), "linear")
+
+
 KINDS = (
     OpKind(
         name="linear",
-        about="A weighted sum of tensors, in float32. The weights are used as they are: they need not add up to 1. "
+        about="A weighted sum of tensors, in float32. The weights are used as they are, or divided by their sum. "
         "Without `weights` it is the average (Wortsman et al., *Model soups*, 2022).",
         example='x.weight: {op: linear, of: ["src:a.weight", "src:b.weight"], weights: [0.25, 0.75]}',
-        params=(Param("weights", "numbers", "One a tensor. 1/n each where absent.", optional=True),),
-        build=_linear("linear"),
+        params=(
+            Param("weights", "numbers", "One a tensor. 1/n each where absent.", optional=True),
+            Param("normalize", "flag", "Whether the weights are divided by their sum.", default=False),
+        ),
+        build=_normalized,
         many=True,
         lossy="the parts of a sum are not known",
     ),

@@ -31,7 +31,7 @@ def proposed(checkpoint: str, bases: Mapping[str, str], to: str, folder: Path, *
 
 def _found(path: str, *, folder: Path, download: bool) -> Found:
     catalog = inspect(path, download=download)
-    return Found(_relative(path, folder), catalog, recognise(catalog, read_config(catalog, SideFiles().read)))
+    return Found(relative(path, folder), catalog, recognise(catalog, read_config(catalog, SideFiles().read)))
 
 
 def _base_name(catalog: Catalog) -> str:
@@ -41,7 +41,7 @@ def _base_name(catalog: Catalog) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _relative(path: str, folder: Path) -> str:
+def relative(path: str, folder: Path) -> str:
     """A path as it reads from a folder; absolute ones and hub ids stay."""
     place = Path(path).expanduser()
     return os.path.relpath(place, folder) if place.exists() and not place.is_absolute() else path

@@ -13,6 +13,7 @@ from tests.hint_rows import (
     faults,
     llava,
     mapping,
+    mergekit,
     merges,
     models,
     names,
@@ -29,7 +30,7 @@ from tests.hint_rows import (
 )
 from tests.hint_rows.nothing_to_do import ELSEWHERE, NOTHING_TO_DO, OUT_OF_REACH
 
-_TEXTS = (mapping, merges, names, ops, presets, output)
+_TEXTS = (mapping, mergekit, merges, names, ops, presets, output)
 _INPUTS = (
     adapters,
     adapter_bases,

@@ -1,0 +1,39 @@
+"""`init` of a configuration of mergekit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardmerge.errors import UsageError
+from shardmerge.mapping.mergekit_config import is_mergekit
+from shardmerge.mapping.mergekit_mapping import propose_merge
+from shardmerge.mapping.proposal import Proposal
+from shardmerge.prepare.inspection import inspect
+from shardmerge.prepare.proposing import relative
+
+
+def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) -> Proposal:
+    """Returns the mapping of a configuration of mergekit, whose paths are relative to the current folder.
+
+    Parameters
+    ----------
+    folder
+        Where the mapping will lie.
+    idle
+        What was said besides, of which there is no use.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-layout``: another YAML file. ``no-effect``.
+    """
+    text = config.read_text("utf-8")
+    if not is_mergekit(text):
+        what = "a YAML file is no checkpoint, and this one no configuration of mergekit: it has no `merge_method`"
+        raise UsageError("unknown-layout", what, where=str(config), hint="name a checkpoint, or run a mapping")
+    if idle:
+        hint = "leave --base and --to out: the configuration names its models"
+        raise UsageError("no-effect", "a configuration of mergekit says all there is", where=str(config), hint=hint)
+    return propose_merge(
+        text, str(config), lambda path: relative(path, folder), lambda path: inspect(path, download=download)
+    )
