@@ -240,3 +240,50 @@ def test_a_preset_gets_the_names_without_wrappers(tmp_path: Path) -> None:
     (folder / "model_config.yaml").write_bytes((source.parent / "model_config.yaml").read_bytes())
     _, found = kept(tmp_path, folder / source.name, tmp_path / "out", to="hf/llama")
     assert same(found, load_file(GOLDEN / "layouts" / "litgpt_llama_gqa" / "truth" / "model.safetensors"))
+
+
+def test_a_plain_conversion_of_wrapped_names_points_to_init(tmp_path: Path) -> None:
+    state = {"module.transformer.h.0.attn.qkv.weight": (6, 2), "module.transformer.wte.weight": (4, 2)}
+    torch.save(drawn(state), tmp_path / "last.pt")
+    (warning,) = sm.convert(tmp_path / "last.pt", tmp_path / "out").plan.warnings
+    assert (
+        warning
+        == f"the names are those of a wrapped litgpt: `shardmerge init {tmp_path / 'last.pt'}` writes a mapping for it"
+    )
+
+
+# Of each format one, with tensors of every kind: what init writes for names that nobody knows, run as it stands.
+FORMATS = (
+    "zero/bag_z3_w3_bf16", "zero/bag_z1_w3_bf16", "dcp/fsdp2_bag_w3_fp32", "ranks/fsdp2_bag_w3_fp32",
+    "pipeline/pp2_tied_z1_w2_bf16", "parallel/moe_z2_ep2_w2_bf16", "universal/bag_z3_w3_bf16",
+    "distributed_safetensors/fsdp2_bag_w3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_every_format_is_kept(case: str, tmp_path: Path) -> None:
+    folder = GOLDEN / case
+    entry = json.loads((folder / "case.json").read_text("utf-8")).get("entry", "ckpt")
+    _, found = kept(tmp_path, folder / entry, tmp_path / "out", to="same-names")
+    truth = load_file(folder / "truth.safetensors")
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[name].float(), truth[name].float()) for name in truth)
+
+
+# Golden layouts that one preset leads away from, and what has to be filled in.
+ROADS = {
+    "internvl_qwen2": "", "litgpt_llama_gqa": "", "meta_llama3_tp4_gqa": "", "open_clip_published": "",
+    "megatron_tp2_pp2_gqa": "FILL_IN_base", "torch_dist_mixtral_ep2": "FILL_IN_base",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROADS)
+def test_the_preset_of_a_layout_gives_what_the_tool_gives(case: str, tmp_path: Path) -> None:
+    folder = GOLDEN / "layouts" / case
+    entry = json.loads((folder / "case.json").read_text("utf-8"))["entry"]
+    text = api.init(folder / entry, mapping=tmp_path / "m.yaml").text
+    assert [word for word in text.split() if word.startswith("FILL_IN")] == ([ROADS[case]] if ROADS[case] else [])
+    text = text.replace("FILL_IN_base", str(folder / "truth")).replace("out/model", "out")
+    (tmp_path / "m.yaml").write_text(text, "utf-8")
+    sm.run(tmp_path / "m.yaml", options=sm.Options(sync=False))
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "truth" / "model.safetensors"))

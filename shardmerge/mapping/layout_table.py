@@ -31,7 +31,7 @@ class KnownTensor:
 
     def is_in(self, tensors: Mapping[str, TensorEntry]) -> bool:
         """Tells whether it is among tensors, whose names have a 0 for every number."""
-        return any(self._fits(tensors[name]) for text in self.names for name in alike(text, tensors))
+        return any(self._fits(tensors[name]) for text in self.names for name in _alike(text, tensors))
 
     def _fits(self, entry: TensorEntry) -> bool:
         return self.rank is None or (len(entry.shape) == self.rank and entry.dtype.kind == "float")
@@ -39,10 +39,9 @@ class KnownTensor:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A source that a preset can do without and a layout cannot: why, and the tensor or file that it has instead."""
+    """A source that a preset can do without and a layout cannot: why, and the file that it may have instead."""
 
     why: str
-    unless: str = ""
     unless_file: str = ""
 
 
@@ -89,7 +88,7 @@ class Layout:
 
     def fits(self, tensors: Mapping[str, TensorEntry]) -> bool:
         """Tells whether a checkpoint has this layout; its names have a 0 for every number."""
-        return all(one.is_in(tensors) for one in self.has) and not any(alike(one, tensors) for one in self.without)
+        return all(one.is_in(tensors) for one in self.has) and not any(_alike(one, tensors) for one in self.without)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ def layout_table() -> LayoutTable:
     return LayoutTable(layouts, read["titles"], tuple(read["trainers"]))
 
 
-def alike(text: str, names: Mapping[str, object]) -> list[str]:
+def _alike(text: str, names: Mapping[str, object]) -> list[str]:
     """Returns those of some names, with a 0 for every number, that are like an entry of the table."""
     if "*" not in text:
         return [text] if text in names else []

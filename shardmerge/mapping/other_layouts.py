@@ -40,12 +40,15 @@ def odd_layouts(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog]) -> 
             yield _another_layout(preset, role, catalogs[role], templates)
 
 
-def foreign_presets(catalog: Catalog) -> tuple[str, ...]:
-    """Returns the presets that turn a checkpoint of another tool into another model, a Hugging Face one first."""
+def foreign_presets(catalog: Catalog) -> tuple[tuple[str, ...], str]:
+    """Returns the presets that turn a checkpoint of another tool into another model, a Hugging Face one first.
+
+    And what it is called, if something stands before its names that the first of them does not take off by itself.
+    """
     found = recognise(catalog)
     foreign = (one for one in found.layouts if not one.model_types and one.adapter is None)
     roads = tuple(road.preset for layout in foreign for road in layout.roads if not road.role)
-    return roads if roads and not _unknown_wrappers(roads[0], found.wrappers) else ()
+    return roads, found.title if roads and _unknown_wrappers(roads[0], found.wrappers) else ""
 
 
 def _unknown_wrappers(name: str, wrappers: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
 from shardmerge.mapping.grouped_names import group
-from shardmerge.mapping.layout_table import Layout, Want, alike
+from shardmerge.mapping.layout_table import Layout
 from shardmerge.mapping.near import count, did_you_mean, printable
 from shardmerge.mapping.pattern import escape
 from shardmerge.mapping.preset_files import Preset
@@ -212,14 +212,9 @@ class _MappingWriter:
         if self.route.preset is None or self.route.layout is None:
             return "the adapter is no model without it"
         want = self.route.layout.needs.get(name)
-        if want is not None and self._holds(want):
+        if want is not None and want.unless_file not in self.checkpoint.catalog.side_files:
             return want.why
         return "the preset cannot do without it" if self.route.preset.roles[name].required else ""
-
-    def _holds(self, want: Want) -> bool:
-        if want.unless_file and want.unless_file in self.checkpoint.catalog.side_files:
-            return False
-        return not (want.unless and alike(want.unless, self.checkpoint.recognised.tensors))
 
     def notes(self) -> Iterator[str]:
         """Yields what is not decided yet."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shardmerge.mapping.layout_table import Layout, layout_table
 from shardmerge.tensors import Catalog, TensorEntry
@@ -40,8 +40,6 @@ class Recognised:
         Names that stand beside the wrapped model.
     remarks
         Where config.json and the names say two things.
-    tensors
-        One for each name, with a 0 for every number, without wrappers.
     """
 
     layouts: tuple[Layout, ...]
@@ -49,7 +47,6 @@ class Recognised:
     wrappers: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
-    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +69,15 @@ def recognise(catalog: Catalog, config: Mapping[str, object] | None = None) -> R
         The config.json beside it; its ``model_type`` goes before the names.
     """
     config = config or {}
-    whole = {plain(name): catalog[name] for name in catalog.names()}
+    kinds = {name: plain(name) for name in catalog.names()}
+    whole = {kind: catalog[name] for kind, name in {kind: name for name, kind in kinds.items()}.items()}
     views = list(_views(whole, config))
     view = next((one for one in views if _is_known(one, config)), None)
     view = view or next((one for one in reversed(views[1:]) if _is_causal(one, config)), views[0])
     kept, remarks = _as_configured(_fitting(view), config)
-    outside = tuple(name for name in catalog.names() if plain(name) in view.outside)
+    outside = tuple(name for name, kind in kinds.items() if kind in view.outside)
     title = "; ".join(one.name for one in kept) or _title(config)
-    return Recognised(kept, title, view.wrappers, outside, remarks, view.tensors)
+    return Recognised(kept, title, view.wrappers, outside, remarks)
 
 
 def plain(name: str) -> str:

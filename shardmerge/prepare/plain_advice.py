@@ -66,9 +66,13 @@ def better_roads(catalog: Catalog) -> tuple[str, ...]:
     """Returns when a preset probably is what the user wants."""
     from shardmerge.mapping.other_layouts import foreign_presets
 
-    found = foreign_presets(catalog)
+    found, wrapped = foreign_presets(catalog)
     if not found:
         return ()
+    if wrapped:
+        return (
+            f"the names are those of a wrapped {wrapped}: `shardmerge init {catalog.path}` writes a mapping for it",
+        )
     from shardmerge.mapping.preset_files import load_preset
 
     needs = "".join(f" --base {name}=PATH" for name in _bases(load_preset(found[0])))
