@@ -4,8 +4,9 @@
 
 In each version that has it: the model is built (or, with ``--from``, loaded from what an older version saved) and
 saved, and its tensors as that version calls them in memory are written beside it, into memory.safetensors. Every value
-is drawn once, so that a tensor is known by its bytes whatever it is called. report.json says what is to be known
-besides: where the parts of a model are, and from 5.0 on how transformers' own tables fuse experts.
+is drawn once, so that a tensor is known by its bytes whatever it is called. What 5.x saves of a model that was built
+from a config is called otherwise again: fresh.safetensors. report.json says what is to be known besides: where the
+parts of a model are, and from 5.0 on how transformers' own tables fuse experts.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import argparse
 import copy
 import json
 import pathlib
-from typing import Any
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # tests that want the list alone need not wait for it
 
 TEXT: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -136,12 +137,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def build(name: str) -> PreTrainedModel | None:
     """Returns the model with random weights, None where this version has no such class."""
+    import torch
+    import transformers
+
     class_name, model_type, config = MODELS[name]
     cls = getattr(transformers, class_name, None)
     if cls is None:
         return None
     torch.manual_seed(sorted(MODELS).index(name))
-    model: PreTrainedModel = cls(AutoConfig.for_model(**{**copy.deepcopy(config), "model_type": model_type}))
+    model: PreTrainedModel = cls(
+        transformers.AutoConfig.for_model(**{**copy.deepcopy(config), "model_type": model_type})
+    )
     for tensor in model.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape) * 0.05)
     return model
@@ -149,6 +155,8 @@ def build(name: str) -> PreTrainedModel | None:
 
 def load(name: str, folder: pathlib.Path) -> PreTrainedModel | None:
     """Returns the model of a directory, None where this version has no such class."""
+    import transformers
+
     cls = getattr(transformers, MODELS[name][0], None)
     if cls is None:
         return None
@@ -160,8 +168,19 @@ def load(name: str, folder: pathlib.Path) -> PreTrainedModel | None:
     return loaded
 
 
+def save_fresh(model: PreTrainedModel, out: pathlib.Path) -> None:
+    """Writes what a model with these weights saves that was not loaded from a file."""
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh.save_pretrained(scratch)
+        shutil.copy(pathlib.Path(scratch) / "model.safetensors", out / "fresh.safetensors")
+
+
 def parts(model: PreTrainedModel) -> dict[str, str]:
     """Returns the prefix in memory of each model inside of the model, by its key in the config."""
+    from transformers import PreTrainedModel
+
     found = {}
     for path, module in model.named_modules():
         for key in ("text_config", "vision_config"):
@@ -200,6 +219,9 @@ def renamed_types() -> list[str]:
 
 def main() -> None:
     """Makes every model that this version has."""
+    import transformers
+    from safetensors.torch import save_file
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--from", dest="older", type=pathlib.Path, nargs="*", default=[])
@@ -216,6 +238,8 @@ def main() -> None:
         model.save_pretrained(out)
         state = {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(state, out / "memory.safetensors", metadata={"format": "pt"})
+        if folder and transformers.__version__ >= "5":
+            save_fresh(model, out)
         report[name] = {"parts": parts(model), "experts": experts(model), "from": str(folder or "")}
     if transformers.__version__ >= "5":
         report["renamed_types"] = renamed_types()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import shardmerge
 from shardmerge.cli.main import cli
 from tests.conftest import GOLDEN
+from tests.model_generations import build
 from tests.test_docs import EXAMPLES
 from tests.test_mergekit_configs import EXAMPLES as MERGED
 
@@ -41,7 +42,7 @@ HERE = {
     "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
     "merge-tasks.yaml",
-    "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "rest.yaml", "special-then-rest.yaml",
+    "merge-ties.yaml", "meta-ranks.yaml", "meta.yaml", "older-transformers.yaml", "rest.yaml", "special-then-rest.yaml",
     "stages.yaml", "types.yaml", "vocabulary-tokens.yaml",
     "vocabulary.yaml",
 }  # fmt: skip
@@ -86,6 +87,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _stages(checkpoints)
     _omni(models / "omni", checkpoints / "thinker")
     _tokenizer(models)
+    _in_memory(models / "qwen2-vl-5.x")
     shutil.copytree(GOLDEN / "layouts" / "meta_llama3_tp2_mha" / "source", checkpoints / "meta")
     shutil.copytree(GOLDEN / "layouts" / MEGATRON / "source", checkpoints / "megatron-dist")
     shutil.copytree(GOLDEN / "layouts" / MEGATRON / "truth", models / "megatron-base")
@@ -115,6 +117,13 @@ def _omni(whole: Path, tuned: Path) -> None:
         names = [f"{prefix}head.weight", f"{prefix}body.weight", *(["talker.weight"] if prefix else [])]
         save_file({name: torch.randn(2, 3) for name in names}, folder / "model.safetensors")
         (folder / "config.json").write_text('{"model_type": "omni"}')
+
+
+def _in_memory(folder: Path) -> None:
+    model = build("qwen2_vl")
+    model.save_pretrained(folder)
+    names = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(names, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _stages(folder: Path) -> None:
@@ -364,6 +373,37 @@ def test_meta_ranks(made: Path) -> None:
     ranks = [torch.load(out / f"consolidated.{r:02}.pth", weights_only=True) for r in range(2)]
     whole = state(made / "models" / "base")
     assert torch.equal(torch.cat([rank["output.weight"] for rank in ranks]), whole["lm_head.weight"])
+
+
+# --- another version of transformers ---
+
+
+def test_a_model_of_another_version(made: Path) -> None:
+    """What the installed version has in memory becomes what it saves itself, bit for bit, with a config of 4.51."""
+    out = run(made, "older-transformers.yaml")
+    wanted = build("qwen2_vl")
+    wanted.save_pretrained(made / "qwen2-vl-saved")
+    saved = load_file(made / "qwen2-vl-saved" / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert "visual.patch_embed.proj.weight" in found
+    assert set(found) == set(saved)
+    close(found, saved, rtol=0)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["hidden_size"], config["rope_theta"]) == (24, 5000.0)
+    assert not {"text_config", "rope_parameters", "dtype"} & set(config)
+
+
+def test_a_tensor_of_another_model_among_them(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made / "models" / "qwen2-vl-5.x", tmp_path / "models" / "qwen2-vl-5.x")
+    path = tmp_path / "models" / "qwen2-vl-5.x" / "model.safetensors"
+    save_file({**load_file(path), "value_head.weight": torch.ones(1)}, path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(shardmerge.ShardmergeError) as raised:
+        shardmerge.convert(Path("models/qwen2-vl-5.x"), Path("out"), use="hf/to-4.51")
+    page = (EXAMPLES.parent / "guides" / "generations.md").read_text("utf-8")
+    error = raised.value
+    assert f"error: {error.what} [{error.code}]" in page
+    assert all(f"{text}\n" in page for text in (error.found, error.expected, error.hint))
 
 
 # --- Megatron ---

@@ -55,12 +55,12 @@ def test_what_shardmerge_made_is_recognised(tmp_path: Path) -> None:
     names = ["xtuner/llava-to-hf"]
     made = sm.convert(run, tmp_path / "legacy", use=names[0], bases=bases).path
     found = {"legacy": recognise(sm.inspect(made)).layouts}
-    for preset in ("llava/hf-to-4.52", "llava/hf-to-5.6", "llava/hf-to-official"):
+    for preset in ("hf/to-4.52", "hf/to-5.6", "llava/hf-to-official"):
         found[preset] = recognise(sm.inspect(sm.convert(made, tmp_path / preset[-4:], use=preset).path)).layouts
     assert {key: [layout.name[:60] for layout in layouts] for key, layouts in found.items()} == {
         "legacy": ["Hugging Face LLaVA, legacy names (transformers 4.36 to 4.51,"],
-        "llava/hf-to-4.52": ["Hugging Face LLaVA, names of transformers 4.52 to 5.5"],
-        "llava/hf-to-5.6": ["Hugging Face LLaVA, names of transformers 5.6 and later"],
+        "hf/to-4.52": ["Hugging Face LLaVA, names of transformers 4.52 to 5.5"],
+        "hf/to-5.6": ["Hugging Face LLaVA, names of transformers 5.6 and later"],
         "llava/hf-to-official": ["official LLaVA (LlavaLlamaForCausalLM)"],
     }
 
@@ -219,11 +219,11 @@ def test_two_presets_for_one_target_are_listed_by_their_names(tmp_path: Path) ->
     bases = {"llm": str(XTUNER / "base_llm"), "vision": str(XTUNER / "base_clip")}
     run = XTUNER / "frozen_z2" / "work_dirs" / "iter_2.pth"
     made = sm.convert(run, tmp_path / "out", use="xtuner/llava-to-hf", bases=bases).path
-    error = refused(made, to="hf/llava")
+    error = refused(made, to="hf/names")
     assert error.code == "several-roads"
-    assert "--to llava/hf-to-4.52:" in error.hint
-    assert "--to llava/hf-to-5.6:" in error.hint
-    assert "use: llava/hf-to-5.6" in api.init(made, to="llava/hf-to-5.6").text
+    assert "--to hf/to-4.52:" in error.hint
+    assert "--to hf/to-5.6:" in error.hint
+    assert "use: hf/to-5.6" in api.init(made, to="hf/to-5.6").text
 
 
 def test_a_target_that_nothing_leads_to() -> None:

@@ -65,7 +65,7 @@ TABLE = {
     "open_clip_": Layout("clip/open-clip-to-hf", {"clip": ENTRY}),
     "llava15_official": Layout("llava/official-to-hf", {"llava": ENTRY, "vision": "truth"}, more=_OFFICIAL),
     "llava_next_official": Layout("llava/official-to-hf-next", {"llava": ENTRY, "vision": "truth"}, more=_OFFICIAL),
-    "llava_names_": Layout("llava/hf-to-legacy", {"hf": ENTRY}),
+    "llava_names_": Layout("hf/to-4.51", {"hf": ENTRY}),
     "phi3_to_llama_": Layout("llama/phi3-to-llama", {"phi": ENTRY}),
     "internvl_": Layout("internvl/original-to-hf", {"internvl": ENTRY}),
     "torch_dist_qwen3_moe": Layout("llama/megatron-dist-to-hf-qwen3-moe", _DIST),

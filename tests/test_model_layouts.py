@@ -307,12 +307,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("names", ["4.52", "5.6"])
 @pytest.mark.load
 def test_names_of_a_generation_load_where_they_should_and_come_back(llava: Path, names: str, tmp_path: Path) -> None:
-    there = sm.convert(llava, tmp_path / "there", use=f"llava/hf-to-{names}").path
+    there = sm.convert(llava, tmp_path / "there", use=f"hf/to-{names}").path
     for version in VERSIONS:
         loads = version.startswith("5.23") or (names == "4.52" and version.startswith("4.57"))
         if loads and ready(version):
             verify_load(there, str(interpreter(version)))
-    back = sm.convert(there, tmp_path / "back", use="llava/hf-to-legacy").path
+    back = sm.convert(there, tmp_path / "back", use="hf/to-4.51").path
     assert list(sm.diff(llava, back)) == []
 
 

@@ -279,9 +279,9 @@ def next_logits(folder: Path) -> torch.Tensor:
         return model.eval()(input_ids=ids, pixel_values=pixels, image_sizes=sizes).logits
 
 
-@pytest.mark.parametrize("names", ["legacy", "4.52", "5.6"])
+@pytest.mark.parametrize("names", ["4.51", "4.52", "5.6"])
 def test_a_renamed_llava_next_is_one(names: str, next_model: Path, tmp_path: Path) -> None:
-    out = sm.convert(next_model, tmp_path / "out", use=f"llava/hf-to-{names}").path
+    out = sm.convert(next_model, tmp_path / "out", use=f"hf/to-{names}").path
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["image_grid_pinpoints"]) == ("llava_next", [[28, 56], [56, 28]])
     assert torch.equal(next_logits(out), next_logits(next_model))
@@ -290,14 +290,14 @@ def test_a_renamed_llava_next_is_one(names: str, next_model: Path, tmp_path: Pat
 @pytest.mark.parametrize("dropped", ["hf:image_newline", "hf:model.image_newline"])
 def test_without_its_newline_it_is_refused_as_a_llava_next(dropped: str, next_model: Path, tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text(
-        f"shardmerge: 1\nsources: {{hf: {next_model}}}\noutput: {tmp_path / 'out'}\nuse: llava/hf-to-legacy\n"
+        f"shardmerge: 1\nsources: {{hf: {next_model}}}\noutput: {tmp_path / 'out'}\nuse: hf/to-4.51\n"
         f"drop: [{dropped}]\n"
     )
     names = safetensors.load_file(next_model / "model.safetensors")
     if dropped.removeprefix("hf:") in names:
         with pytest.raises(ShardmergeError, match="image_newline") as caught:
             sm.run(tmp_path / "m.yaml")
-        assert "llava_next" in str(caught.value)
+        assert caught.value.code == "incomplete-model"
 
 
 def test_a_llava_next_is_no_llava_1_5(next_model: Path, clip: Path, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ OTHERS = (
     "AyaVision",
     "InternVL",
 )
-RENAMES = ("llava/hf-to-legacy", "llava/hf-to-4.52", "llava/hf-to-5.6", "llava/hf-to-official")
+RENAMES = ("hf/to-4.51", "hf/to-4.52", "hf/to-5.6", "llava/hf-to-official")
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -53,6 +53,7 @@ def open_mapping(spec: Spec, folder: Path, options: Options) -> Opened:
 
         spec, catalogs = filled_in(spec, preset, catalogs, folder, options)
         spec = _combined(spec, preset, catalogs, sides)
+    spec = _named(spec, catalogs, sides)
     raise_all([*unused_variables(spec, own), *idle_sources(spec, preset, catalogs), *idle_files(spec, options)])
     return Opened(spec, catalogs, output_settings(spec.output, options), file_choice(spec.output, options), sides)
 
@@ -71,6 +72,14 @@ def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides
     raise_all(odd_layouts(spec, preset, catalogs))
     raise_all(odd_families(preset, catalogs, sides.read))
     return with_preset(spec, preset)
+
+
+def _named(spec: Spec, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
+    if spec.target is None or spec.target.name != "hf/names":
+        return spec
+    from shardmerge.mapping.generation_rules import with_generation
+
+    return with_generation(spec, spec.target, catalogs, sides.read)
 
 
 def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:

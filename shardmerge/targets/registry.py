@@ -15,6 +15,7 @@ _PLACES = {
     "xtuner/llava": ("llava_xtuner", "TARGET"),
     "hf/llama": ("language_model", "TARGET"),
     "hf/model": ("any_model", "TARGET"),
+    "hf/names": ("named_model", "TARGET"),
     "hf/clip": ("clip_model", "TARGET"),
     "hf/clip-vision": ("clip_model", "VISION_TARGET"),
     "hf/internvl": ("internvl", "TARGET"),

@@ -11,6 +11,7 @@ from tests.hint_rows import (
     distributed,
     distributed_safetensors,
     faults,
+    generations,
     llava,
     mapping,
     mergekit,
@@ -44,7 +45,7 @@ _INPUTS = (
     rank_pickles,
     torch_files,
 )
-_RESULTS = (models, targets, llava, faults, parts)
+_RESULTS = (models, targets, llava, generations, faults, parts)
 ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
 
 __all__ = ["ELSEWHERE", "NOTHING_TO_DO", "OUT_OF_REACH", "ROWS"]
