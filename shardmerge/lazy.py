@@ -14,8 +14,10 @@ from shardmerge.dtypes import DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
+from shardmerge.packed_names import packed_name
 from shardmerge.plan.value import Plan
 from shardmerge.storage.mapping import FileMaps
+from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog, Extent, FileStamp, Shape, TensorEntry, leaves
 from shardmerge.tensors.pieces import single_extent
@@ -247,7 +249,7 @@ class _EntryReader:
 
     def view(self, *, alignment: int = 1, writable: bool = False) -> memoryview | None:
         extent = self.extent()
-        if extent is None or extent.offset % alignment:
+        if extent is None or extent.offset % alignment or packed_name(extent.file):
             return None
         return self._maps.view(extent.file, extent.offset, extent.nbytes, writable=writable)
 
@@ -260,7 +262,7 @@ class _EntryReader:
 
 def _readers(stamps: Iterable[FileStamp]) -> Callable[[TensorEntry], _EntryReader]:
     """Returns what makes the readers of entries, all with the same open files."""
-    pool = FilePool()
+    pool = FilePool(open_file=source_opener())
     pool.opened = Pins(stamps).opened
     return partial(_EntryReader, pool, FileMaps(pool))
 

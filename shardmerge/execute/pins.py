@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.packed_names import container
 from shardmerge.storage.reading import SourceFile, file_system
 from shardmerge.tensors import FileStamp
 
@@ -56,7 +57,7 @@ class Pins:
 def _look(stamps: Iterable[FileStamp]) -> None:
     for stamp in stamps:
         try:
-            status = Path(stamp.path).stat()
+            status = Path(container(stamp.path)).stat()
         except OSError as error:
             raise source_changed(stamp, "it is gone") from error
         _compare(stamp, status)
@@ -71,7 +72,9 @@ def _compare(stamp: FileStamp, status: os.stat_result) -> None:
     if status.st_ctime_ns != stamp.ctime_ns:  # a program can set the time of modification, and not this one
         raise source_changed(stamp, f"{status.st_size} bytes, replaced or its attributes changed meanwhile")
     # FUSE file systems may make up the number of an inode whenever somebody asks anew.
-    if (status.st_dev, status.st_ino) != (stamp.device, stamp.inode) and "fuse" not in file_system(stamp.path):
+    if (status.st_dev, status.st_ino) != (stamp.device, stamp.inode) and "fuse" not in file_system(
+        container(stamp.path)
+    ):
         raise source_changed(stamp, "another file of the same size under its name")
 
 

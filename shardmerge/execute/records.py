@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import combine, crc32
+from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.tensors import Record
 
@@ -270,7 +271,7 @@ def _rest(one: RecordSums, pool: FilePool) -> Iterator[RecordSums]:
 def _damaged(  # the record, and both sides
     file: str, offset: int, nbytes: int, found: int, expected: int, read: ReadRecords
 ) -> CheckpointError:
-    with SourceFile(file) as source:
+    with source_opener()(file) as source:
         name = next((record.name for record in read(source) if record.offset == offset), "")
     return CheckpointError(
         DAMAGED,

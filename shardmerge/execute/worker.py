@@ -12,6 +12,7 @@ from shardmerge.execute.means import Device, Means
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import RecordNotes, RecordTables
 from shardmerge.plan.tasks import Task
+from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile
 
@@ -31,7 +32,7 @@ class Worker:
     """What one thread has of its own: kept from part to part, but for what it found."""
 
     def __init__(self, means: Means, pins: Pins, tables: RecordTables) -> None:
-        self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads)
+        self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads, open_file=source_opener())
         self.pool.opened = _both(pins.opened, tables.opened)
         self.assembler = Assembler(self.pool, means.tile, _casts_on(means.device))
         self.begin(tables)

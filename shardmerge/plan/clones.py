@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardmerge.packed_names import packed_name
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
 from shardmerge.plan.value import Plan
 from shardmerge.tensors import Extent, TensorEntry
@@ -75,8 +76,12 @@ def moved(plan: Plan, cloned: int) -> Moved:
 
 
 def whole_extent(entry: TensorEntry) -> Extent | None:
-    """Returns the one extent that holds a tensor byte for byte, or None: it has none, several, or another order."""
-    return single_extent(entry, 0, entry.numel) if entry.numel else None
+    """Returns the one extent of a file that holds a tensor byte for byte.
+
+    None where there is none, or several, another order, or bytes that have to be unpacked.
+    """
+    found = single_extent(entry, 0, entry.numel) if entry.numel else None
+    return None if found is None or packed_name(found.file) else found
 
 
 def clones(shard: PlannedShard) -> Iterator[Clone]:

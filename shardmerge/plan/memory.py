@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shardmerge.ops.contract import Arithmetic, Meta
+from shardmerge.packed_names import packed_name
 from shardmerge.tensors import Boxes, Columns, Made, Strided, TensorEntry, View
 from shardmerge.tensors.strides import block, direct, in_order, row_major
 
@@ -33,6 +36,16 @@ KEPT_TILINGS = 8
 # Tiles' worth of buffers that a worker keeps to use again: those of a cast, input and output. Fresh memory for every
 # tile cost a third of the time of a ZeRO-3 gather.
 KEPT_TILES = 2
+
+
+# Frames that a worker unpacks side by side, and what each takes beside its window: ``storage.packed`` keeps to both.
+OPEN_FRAMES, PER_FRAME = 4, 1 << 20
+
+
+def unpacking_peak(files: Iterable[str]) -> int:
+    """Returns the most bytes a worker keeps to unpack files that are frames of others; 0 where none are."""
+    windows = sorted((name.window for path in files if (name := packed_name(path))), reverse=True)
+    return sum(window + PER_FRAME for window in windows[:OPEN_FRAMES])
 
 
 def tile_elements(entry: TensorEntry, tile: int) -> int:

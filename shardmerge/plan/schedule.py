@@ -71,7 +71,9 @@ class Schedule:
         return self.processes * self.threads
 
 
-def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, processes: int = 64) -> Schedule:
+def schedule(
+    shards: Sequence[PlannedShard], *, budget: int, workers: int, processes: int = 64, frames: int = 0
+) -> Schedule:
     """Returns the most workers, and the largest tile, with which the planned peak stays within the budget.
 
     Parameters
@@ -84,6 +86,8 @@ def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, proce
         CPUs to be used; fewer are where so many do not fit, or find no work.
     processes
         Most of them; 1 where nothing may be forked.
+    frames
+        What each worker keeps to unpack compressed files, in bytes: see ``memory.unpacking_peak``.
 
     Raises
     ------
@@ -97,7 +101,7 @@ def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, proce
         tile = _first_tile(count * threads)
         while tile >= _SMALLEST_TILE:
             if tile not in needs:
-                needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0)
+                needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0) + frames
             own = _PER_PROCESS * count if count > 1 else 0
             peak = fixed + own + count * threads * needs[tile]
             if peak <= budget:
@@ -105,7 +109,7 @@ def schedule(shards: Sequence[PlannedShard], *, budget: int, workers: int, proce
             tile //= 2
     if not tensors:  # nothing to be made: what was made before is looked at, and published
         return Schedule(1, 1, _SMALLEST_TILE, fixed)
-    raise _too_small(tensors, fixed, budget)
+    raise _too_small(tensors, fixed + frames, budget)
 
 
 def _ways(shards: Sequence[PlannedShard], workers: int, most: int) -> Iterator[tuple[int, int]]:

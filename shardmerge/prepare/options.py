@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
+from shardmerge.plan.memory import unpacking_peak
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
@@ -18,6 +19,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.storage.limits import default_budget, default_workers, may_fork
 from shardmerge.storage.reading import IoMode
 from shardmerge.targets.expectation import FileChoice, FileMode, Format
+from shardmerge.tensors import FileStamp
 
 if TYPE_CHECKING:
     from shardmerge.execute.means import Device
@@ -110,11 +112,11 @@ class Prepared:
     @classmethod
     def of(cls, plan: Plan, out: Path | None, options: Options) -> Prepared:
         """Returns a plan with what its options grant; raises ``memory-budget`` where that is too little."""
-        return cls(plan, granted(plan.shards, options), out)
+        return cls(plan, granted(plan.shards, options, plan.files()), out)
 
 
-def granted(shards: Sequence[PlannedShard], options: Options) -> Schedule:
-    """Returns how some parts are carried out with what the caller, else the system, grants.
+def granted(shards: Sequence[PlannedShard], options: Options, files: Iterable[FileStamp]) -> Schedule:
+    """Returns how some parts, made of some files, are carried out with what the caller, else the system, grants.
 
     Raises
     ------
@@ -125,7 +127,8 @@ def granted(shards: Sequence[PlannedShard], options: Options) -> Schedule:
     budget = options.memory or default_budget(workers)
     # A CUDA context does not survive a fork, and a task of Ray makes one part.
     forks = options.device == "cpu" and options.engine == "here" and may_fork()
-    return schedule(shards, budget=budget, workers=workers, processes=workers if forks else 1)
+    frames = unpacking_peak(stamp.path for stamp in files)
+    return schedule(shards, budget=budget, workers=workers, processes=workers if forks else 1, frames=frames)
 
 
 def wanted_dtype(options: Options) -> DType | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
+from shardmerge.packed_names import container
 from shardmerge.storage.writing import free_bytes
 from shardmerge.tensors import FileStamp
 from shardmerge.tensors.file_roles import RECEIPT
@@ -76,7 +77,7 @@ def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite
 def _taken(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> OutputError | None:
     """Returns why what is there cannot make room."""
     resolved = out.resolve()
-    sources = (Path(stamp.path).resolve() for stamp in files)
+    sources = (Path(container(stamp.path)).resolve() for stamp in files)
     clash = next((path for path in sources if resolved in path.parents or path == resolved), None)
     if clash is not None:
         return OutputError(

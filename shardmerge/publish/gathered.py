@@ -12,13 +12,14 @@ from shardmerge.plan.value import Part, Plan
 from shardmerge.publish.making import read_receipt, receipt_path
 from shardmerge.publish.part_receipts import PartReceipt
 from shardmerge.publish.staging import Staging
+from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import explained
 
 
 def compared(plan: Plan, staging: Staging, outcome: Outcome, records: ReadRecords) -> RecordCounts:
     """Compares records; a part that is made of a damaged one is none, since a sound copy may have the same times."""
-    pool = FilePool()
+    pool = FilePool(open_file=source_opener())
     pool.opened = Pins(plan.files()).opened
     try:
         return compare_records(outcome.records, pool, records)

@@ -19,16 +19,20 @@ from typing import NamedTuple
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
+from shardmerge.packed_names import PackedName
 from shardmerge.sources.dcp_table import StoredChunk
 from shardmerge.sources.file_part import FilePart
 from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.zip_members import STORED, ZIP_MAGIC
+from shardmerge.storage.packed import MOST_RATIO, PackedFile, Unpackers, frame_window, packed_item
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Box, Extent, FileStamp, Strided
 from shardmerge.tensors.strides import in_order, span
 
 _HEAD = 1024
+# What torch says of an item that its ``ZStandard`` extension compressed (``_extension.py``), and a frame's own header.
+_ZSTD, _FRAME_HEAD = "stream.zstd/1", 18
 # Tensors of many axes have longer pickles: no torch tensor has more than 64 axes, of 18 bytes each here.
 _LONGEST_HEAD = 8192
 # Heads that are kept: a rank's chunks have as many shapes as the model has kinds of matrices.
@@ -63,13 +67,16 @@ class ItemFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, SourceFile] = {}
+        self._frames: dict[str, FileStamp] = {}
+        self._unpackers = Unpackers(1)
         self._known: dict[bytes, _Head] = {}
         self._last = 0
         self.paths: dict[str, str] = {}
 
     def stamps(self) -> Iterator[FileStamp]:
-        """Yields the stamp of every file that was opened."""
-        return (FileStamp.of(file.path, file.status) for file in self._files.values())
+        """Yields the stamp of every file that was opened, and of every frame in one."""
+        yield from (FileStamp.of(file.path, file.status) for file in self._files.values())
+        yield from self._frames.values()
 
     def close(self) -> None:
         """Closes all files."""
@@ -86,21 +93,42 @@ class ItemFiles:
             before the item does. ``packed-item``, ``item-format``: the item is compressed, or none that torch writes.
             ``item-mismatch``: it is another tensor.
         """
-        file = self.part(name, chunk)
+        size = dtype.itemsize
+        file = self._frame(name, chunk, prod(chunk.sizes) * size) if chunk.packed else self.part(name, chunk)
         head = self._head(file, chunk, name)
         if not _fits(head, dtype, chunk):
             raise _mismatch(head, dtype, chunk, self._where(name, chunk))
-        offset = chunk.begin + head.begin
-        size = dtype.itemsize
+        offset = head.begin + (0 if isinstance(file, PackedFile) else chunk.begin)
         if in_order(head.tensor.shape, head.tensor.strides):
             return Box(chunk.offsets, chunk.sizes, Extent(file.path, offset, prod(chunk.sizes) * size))
         extent = Extent(file.path, offset, span(head.tensor.shape, head.tensor.strides) * size)
         return Box(chunk.offsets, chunk.sizes, Strided(extent, head.tensor.shape, head.tensor.strides))
 
+    def object(self, name: str, chunk: StoredChunk, most: int) -> SourceFile:
+        """Returns a whole item as a file, of an object of at most so many bytes; raises as ``box``."""
+        return self._frame(name, chunk, 0).whole(most) if chunk.packed else self.part(name, chunk)
+
+    def read(self, name: str, chunk: StoredChunk, extent: Extent) -> bytes:
+        """Returns some bytes of the tensor of a chunk, of the extent that ``box`` gave."""
+        file = self._frame(name, chunk, extent.nbytes) if chunk.packed else self._files[chunk.file]
+        return file.read(extent.offset, extent.nbytes)
+
+    def _frame(self, name: str, chunk: StoredChunk, nbytes: int) -> PackedFile:
+        """Returns a compressed item as a file, which unpacks to more than so many bytes."""
+        where = self._where(name, chunk)
+        if chunk.packed != _ZSTD:
+            raise packed_item(where, chunk.packed, _ZSTD)
+        part = self.part(name, chunk)
+        if nbytes > chunk.length * MOST_RATIO:
+            raise packed_item(where, f"{chunk.length:,} bytes for {nbytes:,}", f"at most {MOST_RATIO:,} for one")
+        window = frame_window(part.start(_FRAME_HEAD), nbytes, where)
+        file = self._files[chunk.file]
+        packed = PackedName(file.path, chunk.begin, chunk.length, window)
+        self._frames[str(packed)] = FileStamp.of(str(packed), file.status, str((chunk.begin, chunk.length)).encode())
+        return PackedFile(file, packed, self._unpackers)
+
     def part(self, name: str, chunk: StoredChunk) -> FilePart:
-        """Returns a whole item as a file, of an object for example; raises as ``box``."""
-        if chunk.packed:
-            raise _packed(self._where(name, chunk), chunk.packed)
+        """Returns a whole item as a file, as it is stored; raises as ``box``."""
         file = self._open(name, chunk)
         if chunk.begin + chunk.length > file.size:
             raise _cut_short(file, chunk, name)
@@ -132,14 +160,14 @@ class ItemFiles:
     def _where(self, name: str, chunk: StoredChunk) -> str:
         return f"{self._folder / chunk.file}, byte {chunk.begin}, {name[:200]}"
 
-    def _head(self, file: FilePart, chunk: StoredChunk, name: str) -> _Head:
-        raw = file.read(0, min(_HEAD, chunk.length))
+    def _head(self, file: FilePart | PackedFile, chunk: StoredChunk, name: str) -> _Head:
+        raw = file.start(_HEAD)
         known = self._known.get(raw[: self._last])
         if known is not None:
             return known
         head = _head_of(raw)
-        if head is None and chunk.length > _HEAD:
-            raw = file.read(0, min(_LONGEST_HEAD, chunk.length))
+        if head is None:
+            raw = file.start(_LONGEST_HEAD)
             head = _head_of(raw)
         if head is None:
             raise _not_an_item(raw, self._where(name, chunk), self._files[chunk.file].read(0, min(16, file.size)))
@@ -148,6 +176,12 @@ class ItemFiles:
         self._last = head.begin
         self._known[raw[: head.begin]] = head
         return head
+
+
+def item_end(raw: bytes) -> int:
+    """Returns where the storage of an item ends, which begins with some bytes; 0 where they do not say it."""
+    head = _head_of(raw)
+    return 0 if head is None else head.begin + head.tensor.storage.numel * head.tensor.storage.dtype.itemsize
 
 
 def _head_of(raw: bytes) -> _Head | None:
@@ -205,7 +239,7 @@ def _fits(head: _Head, dtype: DType, chunk: StoredChunk) -> bool:
     return (
         (tensor.dtype, tensor.shape, tensor.offset, tensor.storage.key) == (dtype, chunk.sizes, 0, "0")
         and span(tensor.shape, tensor.strides) * dtype.itemsize <= nbytes
-        and head.begin + nbytes <= chunk.length
+        and (head.begin + nbytes <= chunk.length or bool(chunk.packed))
     )
 
 
@@ -229,16 +263,6 @@ def _cut_short(file: SourceFile, chunk: StoredChunk, name: str) -> CheckpointErr
         found=f"{file.size} bytes",
         expected=f"at least {chunk.begin + chunk.length} bytes",
         hint="copy the file again; a checkpoint still being written looks like this too",
-    )
-
-
-def _packed(where: str, packed: str) -> CheckpointError:
-    return CheckpointError(
-        "packed-item",
-        "the items of this checkpoint are compressed, so tensors cannot be read by byte range",
-        where=where,
-        found=packed,
-        hint="save again without the extension that compresses",
     )
 
 

@@ -286,13 +286,13 @@ class _MetadataMachine(StreamMachine):
         path, begin, length = (info.get(field) for field in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or not isinstance(path, str) or type(begin) is not int or type(length) is not int:
             raise damaged("an item has no name, file, offset or length")
-        if offset is None:
-            self.table.add_object(name, path, begin, length)
-            return
         packed = info.get("transform_descriptors")
+        words = ", ".join(map(str, packed)) if isinstance(packed, (list, tuple)) else str(packed or "")
+        if offset is None:
+            self.table.add_object(name, path, begin, length, words[:80])
+            return
         if not are_sizes(offset) or not (index is None or type(index) is int):
             raise damaged("an item's key is no place in a tensor", name[:200])
-        words = ", ".join(map(str, packed)) if isinstance(packed, (list, tuple)) else str(packed or "")
         self.table.item(name, tuple(offset), index, path, begin, length, words[:80])
 
 

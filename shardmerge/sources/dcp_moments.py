@@ -79,7 +79,7 @@ class _Optimizer:
         self._by_start: dict[str, list[str]] = {}  # settings, by all of their names up to the last dot
         for name in self._objects:
             self._by_start.setdefault(name[: name.rfind(".") + 1], []).append(name)
-        self._values: dict[tuple[str, int, int], PickleValue] = {}
+        self._values: dict[tuple[str, int, int, str], PickleValue] = {}
         self._start = self._prefix(weights)
         start, end = f"{self._start}state.", f".{kind}"
         self._check_kind(start)
@@ -127,8 +127,7 @@ class _Optimizer:
             held = entry.pieces[0].held if entry.numel == 1 and entry.dtype.name == "F32" else None
             if isinstance(held, Extent):
                 chunk = next(one for part in self.read if name in part.table.tensors for one in part.table.chunks(name))
-                item = self.items.part(name, chunk)
-                number: float = struct.unpack("<f", item.read(held.offset - item.begin, 4))[0]
+                number: float = struct.unpack("<f", self.items.read(name, chunk, held))[0]
                 return number
         value = self._value(name) if name in self._objects else None
         if isinstance(value, (int, float)):
@@ -182,14 +181,12 @@ class _Optimizer:
         """Returns an object as the inert values of its pickle."""
         place = self._objects[name]
         if place not in self._values:
-            file, begin, length = place
-            if length > _MOST_BYTES:
+            item = self.items.object(name, StoredChunk((), (), *place), _MOST_BYTES)
+            if item.size > _MOST_BYTES:
                 raise no_moments(
-                    self.where, f"{name[:200]} is an object of {length:,} bytes", f"at most {_MOST_BYTES:,}"
+                    self.where, f"{name[:200]} is an object of {item.size:,} bytes", f"at most {_MOST_BYTES:,}"
                 )
-            item = self.items.part(name, StoredChunk((), (), file, begin, length, ""))
-            held = read_torch_zip(item)
-            self._values[place] = interpret(held.pickle, where=f"{item.path}, byte {begin}")
+            self._values[place] = interpret(read_torch_zip(item).pickle, where=f"{item.path}, {name[:200]}")
         return self._values[place]
 
 

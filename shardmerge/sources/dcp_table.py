@@ -80,14 +80,14 @@ class ChunkTable:
     tensors
         By flat name.
     objects
-        Where an object lies, by its flat name: a file, and the item's first byte and bytes.
+        Where an object lies, by its flat name: a file, the item's first byte and bytes, and how it is transformed.
     dropped
         Names of tensors that were not kept.
     """
 
     def __init__(self, keep: Callable[[str], bool], keep_object: Callable[[str], bool]) -> None:
         self.tensors: dict[str, ChunkedTensor] = {}
-        self.objects: dict[str, tuple[str, int, int]] = {}
+        self.objects: dict[str, tuple[str, int, int, str]] = {}
         self.dropped: set[str] = set()
         self._keep, self._keep_object = keep, keep_object
         self._offsets, self._sizes = array("q"), array("q")
@@ -142,11 +142,11 @@ class ChunkTable:
         if packed:
             self._packed[chunk] = packed
 
-    def add_object(self, name: str, path: str, begin: int, length: int) -> None:
+    def add_object(self, name: str, path: str, begin: int, length: int, packed: str) -> None:
         """Says where an object lies."""
         if self._keep_object(name):
             _check_place(name, begin, length)
-            self.objects[name] = _checked(path), begin, length
+            self.objects[name] = _checked(path), begin, length, packed
 
     def _find(self, name: str, tensor: ChunkedTensor, offsets: Shape, index: int | None) -> int:
         axes = len(tensor.shape)

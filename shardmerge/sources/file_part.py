@@ -20,6 +20,10 @@ class FilePart(SourceFile):
         self._fd = -1
         self._file = file
 
+    def start(self, nbytes: int) -> bytes:
+        """Returns so many of the first bytes, fewer if the part ends."""
+        return self.read(0, min(nbytes, self.size))
+
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes of the part."""
         return self._file.read(self.begin + offset, nbytes)

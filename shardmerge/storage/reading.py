@@ -211,6 +211,8 @@ class FilePool:
         Whether pages leave the page cache soon after they were read.
     sharers
         How many pools share the descriptors that the process may have.
+    open_file
+        What opens a file by its path; of sources ``packed.source_opener``, for frames inside files.
 
     Attributes
     ----------
@@ -226,7 +228,15 @@ class FilePool:
         Called with path, first offset and number of bytes of what ``read_runs`` read.
     """
 
-    def __init__(self, io: IoMode = "pread", *, bounded: bool = False, sharers: int = 1) -> None:
+    def __init__(
+        self,
+        io: IoMode = "pread",
+        *,
+        bounded: bool = False,
+        sharers: int = 1,
+        open_file: Callable[[str], SourceFile] = SourceFile,
+    ) -> None:
+        self._open_file = open_file
         self.bytes_read = 0
         self.reads = 0
         self.opens = 0
@@ -253,7 +263,7 @@ class FilePool:
             if file is not None:
                 self._open.move_to_end(path)
                 return file
-            file = SourceFile(path)
+            file = self._open_file(path)
             if self.opened is not None:
                 self.opened(file)
             self._open[path] = file

@@ -26,6 +26,8 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
     ("staging-gone", "begins anew", "test_races.py::test_clean_and_a_run"),
     ("output-exists", "then publishes what is made", "test_races.py::test_clean_and_a_run"),
+    ("packed-item", "pip install", "test_packed_items.py::test_without_the_library_it_says_what_to_install"),
+    ("truncated-file", "or one is damaged", "test_packed_items.py::test_what_only_unpacking_shows_stops_the_run"),
     ("no-ray", "pip install", "test_executors.py::test_all_parts_get_receipts"),
     ("no-cluster", "or leave --address out", "test_executors.py::test_all_parts_get_receipts"),
     ("unwritable-output", "the disk loses", "test_io_errors.py::test_each_call_that_fails_ends_the_run"),
