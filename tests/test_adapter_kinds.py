@@ -169,13 +169,13 @@ def test_names_of_other_makes_are_called_by_theirs(run: Path, name: str, words: 
 
 def test_a_prefix_in_front_of_all_names_is_told(run: Path) -> None:
     """The hint is a line to paste."""
-    state = {f"module.{name}": tensor for name, tensor in load_file(run / "lora" / WEIGHTS).items()}
+    state = {f"mine.{name}": tensor for name, tensor in load_file(run / "lora" / WEIGHTS).items()}
     save_file(state, run / "run.safetensors")
     stderr = refused(run, adapter="run.safetensors", said=", alpha: 8")
     assert "[not-an-adapter]" in stderr
-    assert '`from: "run_safetensors:module.{rest...}"`' in stderr
+    assert '`from: "run_safetensors:mine.{rest...}"`' in stderr
     path = run / "mapping.yaml"
-    path.write_text(path.read_text().replace("from: run_safetensors", 'from: "run_safetensors:module.{rest...}"'))
+    path.write_text(path.read_text().replace("from: run_safetensors", 'from: "run_safetensors:mine.{rest...}"'))
     sm.run(path, options=sm.Options(sync=False))
     found = {name: array.tobytes() for name, array in read_all(sm.inspect(run / "out")).items()}
     shutil.rmtree(run / "out")

@@ -38,7 +38,8 @@ ELSEWHERE = {
     *(f"merge-{name}.yaml" for name in (*MERGED, "della")),
 }
 HERE = {
-    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-rename.yaml", "adapter-xtuner.yaml", "adapter.yaml",
+    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-own-base.yaml",
+    "adapter-rename.yaml", "adapter-xtuner.yaml", "adapter.yaml",
     "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
     "merge-tasks.yaml",
@@ -244,6 +245,18 @@ def test_an_adapter_by_other_names(made: Path) -> None:
     renamed = {called(name): tensor for name, tensor in state_of_base.items()}
     save_file(renamed, made / "models" / "renamed" / "model.safetensors")
     close(state(run(made, "adapter-rename.yaml")), {called(name): tensor for name, tensor in merged(made).items()})
+
+
+def test_a_run_with_its_own_base(made: Path) -> None:
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.get_peft_model(language_model(3), config)
+    (made / "work_dirs" / "run").mkdir(parents=True)
+    whole = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    torch.save(whole, made / "work_dirs" / "run" / "pytorch_model.bin")
+    close(state(run(made, "adapter-own-base.yaml")), dict(model.merge_and_unload().state_dict()))
 
 
 def test_two_adapters(made: Path) -> None:

@@ -9,6 +9,7 @@ from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.adapter_files import files_beside
 from shardmerge.mapping.adapter_layers import Layers
 from shardmerge.mapping.adapter_names import Places
+from shardmerge.mapping.adapter_types import as_replaced
 from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
@@ -82,6 +83,10 @@ class Base:
             return now, replace(before[place], source=self.name)
         grown = saved is not None and place.endswith((*_EMBEDDINGS, *_HEADS)) and saved.shape != now.shape
         return (saved if grown and saved is not None else now), None
+
+    def in_its_type(self, place: str, entry: TensorEntry) -> TensorEntry:
+        """Returns a tensor in the type of the one that it replaces."""
+        return as_replaced(entry, self.catalog[place])
 
     def refuse_clash(self, place: str, spec: AdapterSpec, *, replacing: bool = False) -> None:
         """Raises ``adapters-clash`` where an earlier adapter replaced the weight, or changed one of which this one

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from shardmerge.errors import MappingError
 from shardmerge.mapping.adapter_fit import Fit, wanted
 from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parts import PREFIX, AdapterTensors
+from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.adapter_search import head_of, renamings
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.renaming import Renamings, line, renamed
@@ -94,8 +94,6 @@ def _way(spec: AdapterSpec, names: Sequence[str], fits: Mapping[str, Fit], place
         return f"say which one is meant, in the adapter's line under `adapters:`: {lines}"
     if _fused(names, places):
         return f"name as `{onto}` the model with a tensor for each expert, as transformers before 5 saves it"
-    if all(name.startswith(PREFIX) for name in places.base.names()):
-        return f"{onto} is a training checkpoint itself: name the model that the run began with as the base"
     if spec.renames:
         return f"correct the line under `rename:` to names of {onto}"
     if rules := _proposed(names, fits, places):

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError
+from shardmerge.mapping.adapter_roots import PREFIX, inside
 from shardmerge.mapping.near import count, did_you_mean, listed, printable
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
 from shardmerge.tensors.packed import packed_weights
-
-PREFIX = "base_model.model."
 
 # What stands behind a module's name, with the adapter's own name or without it, and which part of an adapter it is.
 _NAMED = r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?"
@@ -74,6 +73,10 @@ class AdapterTensors:
     used: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
 
+    def trained_alone(self) -> AdapterTensors:
+        """Returns it without what is the base's too, for a base that is of the same checkpoint."""
+        return replace(self, whole={name: self.whole[name] for name in self.whole if name in self.trained})
+
 
 def foreign_names(names: Collection[str]) -> list[str]:
     """Returns those names that belong to an adapter of any make."""
@@ -107,20 +110,24 @@ class _Sort:
 
     def sort(self) -> None:
         packed = frozenset(packed_weights(self.catalog))
-        for name, rest in self._inside(self.catalog.names()):
+        found = self._inside()
+        for name in (one for one in self.catalog.names() if one in found):
+            rest = found[name]
             self.parts.used.add(name)
             entry = replace(self.catalog[name], source=self.spec.source.source)
             self._one(rest, entry, packed=name in packed or name.rpartition(".")[0] in packed)
-        for name, rest in self._inside(sorted(self.catalog.absent)):
+        for name in sorted(self.catalog.absent & set(found)):
+            rest = found[name]
             (self.empty if self._is_trained(rest) else self.parts.left_out).append(name)
         self._check()
 
-    def _inside(self, names: Collection[str] | Iterator[str]) -> Iterator[tuple[str, str]]:
-        """Yields the names below ``base_model.model`` of the source's template, and what stands behind that."""
-        for name in names:
-            bindings = self.spec.source.template.match(name)
-            if bindings is not None and (rest := bindings["rest"].removeprefix(PREFIX)) != bindings["rest"]:
-                yield name, rest
+    def _inside(self) -> dict[str, str]:
+        """Returns the names below the source's template, and what stands behind peft's prefix in each."""
+        template = self.spec.source.template
+        every = (*self.catalog.names(), *self.catalog.absent)
+        rests = {name: found["rest"] for name in every if (found := template.match(name)) is not None}
+        behind = dict(inside(tuple(rests.values()), said=template.text != "{rest...}"))
+        return {name: behind[rest] for name, rest in rests.items() if rest in behind}
 
     def _one(self, rest: str, entry: TensorEntry, *, packed: bool) -> None:
         for pattern, part in _PARTS:

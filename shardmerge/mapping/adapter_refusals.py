@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_parts import PREFIX, AdapterTensors, foreign_error, foreign_names
+from shardmerge.mapping.adapter_held import held_base
+from shardmerge.mapping.adapter_parts import AdapterTensors, foreign_error, foreign_names
+from shardmerge.mapping.adapter_roots import PREFIX
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.shown import inspecting
 from shardmerge.tensors import Catalog
-from shardmerge.tensors.packed import packed_weights, titles
+from shardmerge.tensors.packed import packed_places, packed_weights, titles
 
 
 def refuse_no_adapter(spec: AdapterSpec, adapter: Catalog, tensors: AdapterTensors) -> None:
@@ -41,16 +45,38 @@ def refuse_no_adapter(spec: AdapterSpec, adapter: Catalog, tensors: AdapterTenso
     )
 
 
-def packed_base(spec: AdapterSpec, base: Catalog, name: str) -> MappingError:
-    """Returns the error for a base whose weights are codes."""
+def refuse_own_adapter(spec: AdapterSpec, base: Catalog) -> None:
+    """Refuses a base that is a run itself, with an adapter that nobody merges.
+
+    Raises
+    ------
+    MappingError
+        ``base-with-adapter``.
+    """
+    onto = spec.onto.source
+    if held_base(base, spec.onto.template) is not None:
+        raise MappingError(
+            "base-with-adapter",
+            f"{onto} is a training checkpoint itself, with an adapter over its own base",
+            where=base.path,
+            hint=f"name the model that the run began with; or, to merge its own adapter first, write "
+            f"`{{from: {onto}, onto: {onto}}}` before this one under `adapters:`",
+        )
+
+
+def packed_base(spec: AdapterSpec, base: Catalog, places: Iterable[str]) -> Iterator[MappingError]:
+    """Yields the error for a base whose weights, at the first of these places that is one, are codes."""
     packed = packed_weights(base)
-    return MappingError(
-        "packed-weights",
-        f"{spec.onto.source} is quantized ({titles(packed, packed)}): an adapter cannot be added to packed "
-        f"weights such as {name}",
-        where=base.path,
-        hint="name the 16-bit model that it was quantized from; the adapter fits that one too",
-    )
+    every = packed_places(packed)
+    for name in (place for place in places if place in every):
+        yield MappingError(
+            "packed-weights",
+            f"{spec.onto.source} is quantized ({titles(packed, packed)}): an adapter cannot be added to packed "
+            f"weights such as {name}",
+            where=base.path,
+            hint="name the 16-bit model that it was quantized from; the adapter fits that one too",
+        )
+        return
 
 
 def explained(error: MappingError, module: str, spec: AdapterSpec) -> MappingError:

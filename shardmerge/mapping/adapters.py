@@ -5,24 +5,24 @@ A base's catalog comes back with the merged tensors under the base's own names, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete
+from shardmerge.mapping.adapter_held import held_base
 from shardmerge.mapping.adapter_homeless import idle_renames, without_base
 from shardmerge.mapping.adapter_modules import ModuleMerge
 from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
-from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_no_adapter
+from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_no_adapter, refuse_own_adapter
 from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
-from shardmerge.tensors.packed import packed_places, packed_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +44,47 @@ class Merged:
     configs: Mapping[str, JsonObject] = field(default_factory=dict)
 
 
-def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog], read: ReadSideFile) -> Merged:
+def merge_adapters(
+    specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog], read: ReadSideFile, *, typed: bool = False
+) -> Merged:
     """Returns the catalogs with every adapter merged into its base.
+
+    Parameters
+    ----------
+    specs, catalogs
+        Of the mapping; catalogs by source.
+    read
+        Reads a side file.
+    typed
+        Whether all floats of the output get a type of the user's: what was trained keeps its own until then.
 
     Raises
     ------
     MappingError
         All problems at once: ``not-an-adapter``, ``adapter-without-base``, ``adapter-incomplete``, ``unknown-alpha``,
         ``adapter-rank``, ``adapter-shape``, ``adapters-clash``, ``packed-weights``, ``op-shape``, ``tied-embeddings``,
+        ``base-with-adapter``,
         ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_adapter_settings`` and ``sort_adapter``.
     """
     bases: dict[str, Base] = {}
+    helds: dict[str, Catalog | None] = {}
     used = set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
     for spec in specs:
         name = spec.onto.source
         if spec.source.source not in catalogs or name not in catalogs:
             continue  # declared `required: false`, and not there
+        adapter, base = catalogs[spec.source.source], catalogs[name]
+        if name not in helds:
+            helds[name] = held_base(base, spec.onto.template, typed=typed) if adapter.path == base.path else None
+        held = helds[name] if adapter.path == base.path else None
         try:
-            before = bases[name] if name in bases else Base.of(name, catalogs[name], read)
-            work = _AdapterMerge(spec, catalogs[spec.source.source], before, read)
+            if name not in bases and adapter.path != base.path:
+                refuse_own_adapter(spec, base)
+            before = bases[name] if name in bases else Base.of(name, held or base, read)
+            work = _AdapterMerge(spec, adapter, before, read, own=held is not None, typed=typed)
             bases[name] = work.merged()
-            used |= {(spec.source.source, one) for one in work.parts.used}
+            used |= {(spec.source.source, one) for one in _taken(spec, adapter, work.parts, held)}
         except ShardmergeError as error:
             problems += error.each()
     raise_all(problems)
@@ -73,14 +92,23 @@ def merge_adapters(specs: Sequence[AdapterSpec], catalogs: Mapping[str, Catalog]
     return Merged(found, frozenset(used), {name: base.changes for name, base in bases.items() if base.changes})
 
 
+def _taken(spec: AdapterSpec, adapter: Catalog, parts: AdapterTensors, held: Catalog | None) -> Collection[str]:
+    """Returns the names of an adapter's source that are part of the base now; of one that holds it, all others are."""
+    if held is None:
+        return parts.used
+    return parts.used - set(held.names()) if spec.source.source == spec.onto.source else set(adapter.names())
+
+
 @dataclass(slots=True)
 class _AdapterMerge:
-    """One adapter on its way into its base."""
+    """One adapter on its way into its base, which is its ``own`` where its checkpoint holds it."""
 
     spec: AdapterSpec
     adapter: Catalog
     base: Base
     read: ReadSideFile
+    own: bool = False
+    typed: bool = False
     parts: AdapterTensors = field(default_factory=AdapterTensors)
     settings: AdapterSettings = field(default_factory=AdapterSettings)
 
@@ -89,6 +117,7 @@ class _AdapterMerge:
         if ADAPTER_CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
             self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         self.parts = sort_adapter(self.spec, self.adapter)
+        self.parts = self.parts.trained_alone() if self.own else self.parts
         if not self.parts.modules and not self.parts.whole:
             refuse_no_adapter(self.spec, self.adapter, self.parts)
             return self.base  # a checkpoint that may hold an adapter or not
@@ -140,16 +169,14 @@ class _AdapterMerge:
         self, base: Base, places: Places, problems: list[ShardmergeError], homeless: list[str]
     ) -> Iterator[tuple[str, TensorEntry]]:
         weights = [*self.parts.whole, *self._weights()]
-        packed = packed_places(packed_weights(base.catalog))
-        codes = next((one for name in weights if (one := places.find(name) or places.name(name)) in packed), None)
-        if codes is not None:
-            problems.append(packed_base(self.spec, self.base.catalog, codes))
+        if codes := [*packed_base(self.spec, base.catalog, (places.find(one) or places.name(one) for one in weights))]:
+            problems += codes
             return
         for name, entry in self.parts.whole.items():
             place = places.find(name)
             if place is not None:
                 problems += base.misfits(place, entry, self.spec, trained=name in self.parts.trained)
-                yield place, entry
+                yield place, entry if self.typed else base.in_its_type(place, entry)
             elif name in self.parts.trained:
                 homeless.append(name)
             elif not self._is_tied(entry):

@@ -50,9 +50,11 @@ def unmerged_adapters(work: Matching, made: Mapping[str, Assignment]) -> Iterato
     pairs = _left_over(work)
     if work.expectation is not None and not work.expectation.open:
         pairs += [(a.source, a.name) for target, a in made.items() if target not in work.expectation.tensors]
+    theirs = work.expectation.ignored if work.expectation is not None else {}
+    ignored = {(source, name) for source, names in theirs.items() for name in names}
     found: dict[str, list[str]] = defaultdict(list)
     for source, name in pairs:
-        if _is_adapter(name):
+        if _is_adapter(name) and (source, name) not in ignored:
             found[source].append(name)
     for source, names in found.items():
         yield MappingError(

@@ -111,19 +111,24 @@ class Matching:
         found = False
         template = reference.template
         check = not rule.target.surely_fits(template)
+        aside = self._aside(rule, reference.source)
         # Most names fail at once: the inline test saves a call for each of them.
         for name in [name for name in self.names(reference.source) if name.startswith(template.head)]:
             bindings = template.match(name)
             if bindings is None or (check and not rule.target.fits(bindings)):
                 continue
             found = True
-            if rule.rest and (reference.source, name) in self.spent:
+            if name in aside or (rule.rest and (reference.source, name) in self.spent):
                 continue
             if self.expectation is not None and not self.expectation.open:
                 self._note_packed(rule, [Operand(reference.source, name)])
             entry = of_source(self.catalogs[reference.source][name], reference.source)
             self._claim(rule, reference, self._target(rule, bindings), [Operand(reference.source, name)], entry)
         return found
+
+    def _aside(self, rule: Rule, source: str) -> Collection[str]:
+        """Returns names that a preset's rules leave alone: what the target itself has no place for."""
+        return self.expectation.ignored.get(source, ()) if self.expectation is not None and rule.optional else ()
 
     def _make(self, rule: Rule, term: OpTerm, failures: list[_Failure]) -> bool:
         """Claims a target for every combination of captures that the op finds its first tensors for."""

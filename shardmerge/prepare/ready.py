@@ -54,7 +54,7 @@ def make_ready(opened: Opened) -> Ready:
     spec, catalogs, sides = opened.spec, opened.catalogs, opened.sides
     needs, dropped = _needs(spec, catalogs, opened.output), find_dropped(spec.drops, catalogs)
     settled = dequantized(catalogs, needs, sides.read)
-    merged, used, changes = _merged(spec, settled.catalogs, dropped, sides)
+    merged, used, changes = _merged(spec, settled.catalogs, dropped, sides, typed=opened.output.dtype is not None)
     beside = {name: replace(one, side_files=merged[name].side_files) for name, one in settled.catalogs.items()}
     variables = Variables(beside, changed_reader(changes, sides.read), spec.variables)
     return Ready(opened, needs, dropped, settled, merged, used, beside, changes, variables)
@@ -70,7 +70,7 @@ def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputSettings) 
 
 
 def _merged(
-    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, sides: SideFiles
+    spec: Spec, catalogs: Mapping[str, Catalog], dropped: Dropped, sides: SideFiles, *, typed: bool
 ) -> tuple[dict[str, Catalog], frozenset[tuple[str, str]], dict[Extent, JsonObject]]:
     """Returns what is left of the catalogs, all adapters merged into their bases, the tensors so used up, and what the
     bases' config.json have to say otherwise.
@@ -81,7 +81,7 @@ def _merged(
     from shardmerge.mapping.adapters import merge_adapters
 
     try:
-        merged = merge_adapters(spec.adapters, left, sides.read)
+        merged = merge_adapters(spec.adapters, left, sides.read, typed=typed)
     except ShardmergeError as error:
         raise_all([_without_dropped_base(one, dropped) for one in error.each()])
         raise

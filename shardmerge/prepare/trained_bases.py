@@ -1,4 +1,4 @@
-"""The pretrained models that a training config names and the mapping does not: looked for, and opened."""
+"""Bases that the mapping does not name: those that a training config names, and the one that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import UsageError
+from shardmerge.mapping.adapter_held import held_base
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
-from shardmerge.tensors import Catalog
+from shardmerge.tensors import Catalog, of_source
+from shardmerge.tensors.file_roles import CONFIG
+from shardmerge.tensors.wrapped_names import ANYWHERE, without
+
+# The target that is an adapter.
+_ADAPTER = "peft/adapter"
 
 if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
@@ -44,6 +50,51 @@ def filled_in(
         catalog = open_source(found, folder, options)
         catalogs[name] = replace(catalog, warnings=(note, *catalog.warnings))
     return replace(spec, sources=sources), catalogs
+
+
+def with_own_base(spec: Spec, preset: Preset, catalogs: dict[str, Catalog]) -> tuple[Spec, Preset, dict[str, Catalog]]:
+    """Adds as the base of a preset's adapter its own checkpoint, where that is not named and the checkpoint holds it.
+
+    A checkpoint that is its own base and has no config.json becomes weights alone: there is nothing to be whole by.
+    """
+    for adapter in preset.adapters:
+        source, onto = adapter.source.source, adapter.onto.source
+        run = catalogs.get(source)
+        if run is None or not preset.roles[onto].required:
+            continue
+        own = onto in catalogs and catalogs[onto].path == run.path
+        if not own and (onto in spec.sources or held_base(run, adapter.onto.template) is None):
+            continue
+        words: tuple[str, ...] = ()
+        if onto not in catalogs:
+            words += (f"not named: the checkpoint of {source} holds it",)
+        base = catalogs.get(onto, replace(run, entries={n: of_source(e, onto) for n, e in run.entries.items()}))
+        if CONFIG not in base.side_files and held_base(base, adapter.onto.template) is not None:
+            words += ("there is no config.json: the weights alone are written, without one and without a tokenizer",)
+            preset = replace(preset, target=None)
+        catalogs = {**catalogs, onto: replace(base, warnings=(*words, *base.warnings))}
+        sources = {**spec.sources, onto: replace(spec.sources[source], name=onto)} if onto not in spec.sources else {}
+        spec = replace(spec, sources=sources or spec.sources)
+    return spec, preset, catalogs
+
+
+def without_words(preset: Preset, catalogs: dict[str, Catalog]) -> dict[str, Catalog]:
+    """Takes words of torch's wrappers out of the names of a run whose adapter is exported: peft knows none of them."""
+    source = preset.target.roles.get("trained", "") if preset.target and preset.target.name == _ADAPTER else ""
+    run = catalogs.get(source)
+    names = {name: _unwrapped(name) for name in run.names()} if run is not None else {}
+    if run is None or all(name == clean for name, clean in names.items()) or len(set(names.values())) < len(names):
+        return catalogs
+    entries = {names[name]: replace(entry, name=names[name]) for name, entry in run.entries.items()}
+    aliases = {names[alias]: names[owner] for alias, owner in run.aliases.items()}
+    absent = frozenset(_unwrapped(name) for name in run.absent)
+    return {**catalogs, source: replace(run, entries=entries, aliases=aliases, absent=absent)}
+
+
+def _unwrapped(name: str) -> str:
+    for word in ANYWHERE:
+        name = without(name, word)
+    return name
 
 
 def _find_base(text: str, folder: Path, trained: Path) -> Path | None:

@@ -31,6 +31,9 @@ _WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<l
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
 # Fields of a config beside the checkpoint whose values are checked; the others are kept as they are.
 _READ = ("lora_alpha", "r", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+# Rows of an embedding that were trained, and whatever else is no weight of the model.
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
+_OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter\.(?!base_layer\.)\w+)(?:\.|$)")
 # What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
 _BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
 
@@ -76,13 +79,17 @@ def saved_name(name: str) -> str:
     """
     if (match := _SAVED.fullmatch(name)) is not None:
         return f"{match['module']}.{match['leaf']}"
+    if (match := _TOKENS.fullmatch(name)) is not None:
+        return f"{match['module']}.token_adapter.trainable_tokens_delta"
     if (match := _PART.fullmatch(name)) is not None:
         leaf = "" if match["kind"] == "lora_magnitude_vector" else match["leaf"] or ""
         return f"{match['module']}.{match['kind']}{leaf}"
     return name
 
 
-def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = ()) -> dict[str, Shape]:
+def adapter_tensors(
+    catalog: Catalog, prefix: str = "", gone: Collection[str] = (), *, biases: str = "none"
+) -> dict[str, Shape]:
     """Returns the keys and shapes that peft saves for an adapter.
 
     Parameters
@@ -93,19 +100,36 @@ def adapter_tensors(catalog: Catalog, prefix: str = "", gone: Collection[str] = 
         What stands in front of ``base_model.model.``, e.g. ``llm.``.
     gone
         Names that the user drops.
+    biases
+        peft's ``bias``: ``none``, ``lora_only`` or ``all`` of the base's were trained.
     """
     start = prefix + ROOT
-    names = [
-        name
-        for name in catalog.names()
-        if name.startswith(start) and not _is_of_the_base(catalog, name) and name not in gone
-    ]
+    base = _of_the_base(catalog, start, biases=biases)
+    names = [name for name in catalog.names() if name.startswith(start) and name not in base and name not in gone]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
 
 
-def _is_of_the_base(catalog: Catalog, name: str) -> bool:
-    """Whether a tensor of a dump is the base's: wrapped by its name, or frozen by what DeepSpeed says of it."""
-    return name.endswith(_BASE) or catalog[name].origin.startswith("frozen")
+def _of_the_base(catalog: Catalog, start: str, *, biases: str = "none") -> frozenset[str]:
+    """Returns the tensors of a run that are its base's: what the files call frozen, and what peft has below an adapter.
+
+    Where a run's whole state holds the weights below its adapters and nothing says what was frozen, peft's rule is
+    that what no adapter has was: it unfreezes ``modules_to_save``, and biases where the config says so.
+    """
+    names = [name for name in catalog.names() if name.startswith(start)]
+    frozen = {name for name in names if catalog[name].origin.startswith("frozen")}
+    below = {name for name in names if name.endswith(_BASE)}
+    if frozen or not _holds_base(names):
+        return frozenset(frozen | below)
+    plain = {name for name in names if _OF_ADAPTERS.search(name) is None}
+    trained = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(biases, ())
+    return frozenset(below | {name for name in plain if not name.endswith(trained)})
+
+
+def _holds_base(names: Collection[str]) -> bool:
+    """Whether the weight below every adapter is there (before peft 0.6 without ``base_layer``)."""
+    there = set(names)
+    modules = {match["module"] for name in names if (match := _PART.fullmatch(name)) is not None}
+    return bool(modules) and all({f"{one}.base_layer.weight", f"{one}.weight"} & there for one in modules)
 
 
 def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str) -> JsonObject:
@@ -229,7 +253,7 @@ def expect(request: Request) -> Expectation:
     Raises
     ------
     TargetError
-        ``missing-source``, ``no-adapter``, ``adapter-alpha``, ``bad-option``, ``bad-json``.
+        ``missing-source``, ``no-adapter``, ``adapter-alpha``, ``adapter-tokens``, ``bad-option``, ``bad-json``.
     """
     source = request.roles.get("trained", "trained")
     catalog = request.catalogs.get(source)
@@ -239,12 +263,13 @@ def expect(request: Request) -> Expectation:
         )
     prefix = _prefix(request, catalog)
     raise_all(_unfit(catalog, prefix + ROOT))
-    tensors = adapter_tensors(catalog, prefix, request.gone("trained"))
+    biases = _biases(request, catalog)
+    tensors = adapter_tensors(catalog, prefix, request.gone("trained"), biases=biases)
     config = _config(request, catalog, tensors)
-    frozen = (name for name in catalog.names() if _is_of_the_base(catalog, name))
+    frozen = _of_the_base(catalog, prefix + ROOT, biases=biases)
     return Expectation(
         tensors=tensors,
-        ignored={source: frozenset(frozen)},
+        ignored={source: frozen},
         side_files=(SideFile(ADAPTER_CONFIG, (dump(config),)),),
         groups=(FileGroup(stem=STEM, sharded=False),),
     )
@@ -270,7 +295,14 @@ def _prefix(request: Request, catalog: Catalog) -> str:
 def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
     """Yields what keeps the tensors from being one whole adapter."""
     parts = [name for name in (*catalog.names(), *catalog.absent) if name.startswith(start)]
-    found = {name: match for name in parts if (match := _PART.fullmatch(name) or _WHOLE.fullmatch(name))}
+    found = {
+        name: match
+        for name in parts
+        if (match := _PART.fullmatch(name) or _WHOLE.fullmatch(name) or _TOKENS.fullmatch(name))
+    }
+    if odd := [name for name in parts if name not in found and _OF_ADAPTERS.search(name)]:
+        what = f"{len(odd)} tensors of the checkpoint are of an adapter that is no LoRA of peft: {shown(odd)}"
+        yield TargetError("unknown-adapter-tensor", what, where=catalog.path)
     adapters = sorted({match["adapter"] for match in found.values() if match["adapter"]})
     if len(adapters) > 1:
         yield TargetError(
@@ -304,6 +336,13 @@ def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[T
         )
 
 
+def _biases(request: Request, catalog: Catalog) -> str:
+    """Returns which biases a config beside the checkpoint says were trained."""
+    if ADAPTER_CONFIG not in catalog.side_files:
+        return "none"
+    return str(load_object(catalog.side_files[ADAPTER_CONFIG], request.read).get("bias"))
+
+
 def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
     """Returns adapter_config.json: the source's own where it has one, with the options over it."""
     own = load_object(catalog.side_files[ADAPTER_CONFIG], request.read) if ADAPTER_CONFIG in catalog.side_files else {}
@@ -311,6 +350,14 @@ def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) ->
     where = catalog.side_files[ADAPTER_CONFIG].file if own else catalog.path
     if own and _ranks(tensors):
         raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))
+    if not own.get("trainable_token_indices") and any(_TOKENS.fullmatch(name) for name in tensors):
+        raise TargetError(
+            "adapter-tokens",
+            "the run trained single tokens, and nobody says which",
+            where=where,
+            expected=f"trainable_token_indices in {ADAPTER_CONFIG}",
+            hint=f"put the {ADAPTER_CONFIG} of the run beside the checkpoint",
+        )
     alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated
     base = own.get("base_model_name_or_path")
     task = own.get("task_type")

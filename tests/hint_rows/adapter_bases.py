@@ -110,6 +110,16 @@ def training_as_base(folder: Path) -> None:
     shutil.copy(folder / "began_with/config.json", folder / "base")
 
 
+def tokens_alone(call: Call) -> Sequence[str]:
+    """The state of a run that trained tokens, without its config."""
+    model = trained(llama(), call.folder / "aside", trainable_token_indices=[1, 2])
+    (call.folder / "run").mkdir()
+    state = {name: one.contiguous() for name, one in model.state_dict().items()}
+    save_file(state, call.folder / "run/model.safetensors")
+    shutil.copy(call.folder / "aside/adapter_config.json", call.folder)
+    return ("convert", "run", "out", "--use", "peft/export", "--no-sync", "-q")
+
+
 def dropped(folder: Path) -> None:
     path = folder / "mapping.yaml"
     path.write_text(path.read_text() + 'drop: ["base:model.layers.0.self_attn.q_proj.weight"]\n')
@@ -162,8 +172,22 @@ BASES = [
     Row(
         "a training checkpoint as the base",
         run_of(then=training_as_base),
-        "adapter-without-base",
+        "base-with-adapter",
         told("the model that the run began with", "base: base", "base: began_with"),
+    ),
+    Row(
+        "an adapter onto a run with one of its own",
+        run_of(then=training_as_base),
+        "base-with-adapter",
+        lambda call: call.change("adapters: [", f"adapters: [{call.ticked()[0].replace('}', ', alpha: 8}')}, "),
+    ),
+    Row(
+        "trained tokens without their numbers",
+        tokens_alone,
+        "adapter-tokens",
+        by_hand(
+            "beside the checkpoint", lambda call: shutil.copy(call.folder / "adapter_config.json", call.folder / "run")
+        ),
     ),
     Row(
         "an adapter onto 4-bit weights",

@@ -136,8 +136,8 @@ def renamed(prefix: str, where: str) -> Callable[[Path], object]:
 
 
 def prefixed_run(folder: Path) -> None:
-    """The adapter with a wrapper's prefix, in a file of its own."""
-    renamed("module.", f"lora/{WEIGHTS}")(folder)
+    """The adapter with a prefix of somebody's own, in a file of its own."""
+    renamed("mine.", f"lora/{WEIGHTS}")(folder)
     (folder / "lora" / WEIGHTS).rename(folder / "run.safetensors")
     write_mapping(folder, ["from: run.safetensors, onto: base, alpha: 8"], "base", ["run.safetensors"])
 

@@ -1,0 +1,203 @@
+"""Checkpoints of LoRA runs that hold the frozen base beside the adapter: merged with nothing else, and exported.
+
+The judge is peft: what it merges in memory, and what it saves as the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import shardmerge as sm
+from shardmerge.dtypes import DTYPES
+from shardmerge.mapping.adapter_types import as_frozen
+from shardmerge.tensors import Catalog, Extent, TensorEntry, dense
+from tests.adapter_runs import WEIGHTS, assert_same, gpt2, llama, merged_state, refusal, saved, trained
+from tests.conftest import GOLDEN, read_all
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+State = dict[str, torch.Tensor]
+FAST = sm.Options(sync=False)
+
+
+def as_safetensors(state: State, folder: Path) -> None:
+    save_file({name: one.contiguous() for name, one in state.items()}, folder / "model.safetensors")
+
+
+def as_bin(state: State, folder: Path) -> None:
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def wrapped(state: State, folder: Path) -> None:
+    """DistributedDataParallel around activation checkpointing."""
+    inner = {name.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."): one for name, one in state.items()}
+    torch.save({f"module.{name}": one for name, one in inner.items()}, folder / "pytorch_model.bin")
+
+
+def as_dcp(state: State, folder: Path) -> None:
+    dcp.save({"model": state}, checkpoint_id=folder, no_dist=True)
+
+
+def before_base_layer(state: State, folder: Path) -> None:
+    """peft 0.5 and older: the weight below an adapter is called like any other."""
+    torch.save({name.replace(".base_layer.", "."): one for name, one in state.items()}, folder / "pytorch_model.bin")
+
+
+FORMATS = [as_safetensors, as_bin, wrapped, as_dcp, before_base_layer]
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
+    "plain": (llama, {}),
+    "head": (llama, {"modules_to_save": ["lm_head"]}),
+    "tokens": (llama, {"trainable_token_indices": [1, 5]}),
+    "biases": (lambda: llama(attention_bias=True), {"bias": "lora_only"}),
+    "all biases": (lambda: llama(attention_bias=True, mlp_bias=True), {"bias": "all"}),
+    "dora": (llama, {"use_dora": True}),
+    "embedding": (llama, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "conv1d": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+}
+CASES = [("plain", one) for one in FORMATS] + [(kind, as_bin) for kind in KINDS if kind != "plain"]
+
+
+def run_of(folder: Path, kind: str, write: Callable[[State, Path], None]) -> State:
+    """The whole state of a run as ``run``, its adapter as peft saves it as ``lora``; returns what peft merges."""
+    make, settings = KINDS[kind]
+    model = trained(make(), folder / "lora", **settings)
+    (folder / "run").mkdir()
+    write({name: one.detach().clone() for name, one in model.state_dict().items()}, folder / "run")
+    shutil.copy(folder / "lora" / "adapter_config.json", folder / "run")
+    return merged_state(model)
+
+
+@pytest.mark.parametrize(("kind", "write"), CASES)
+def test_merged_without_another_base(tmp_path: Path, kind: str, write: Callable[[State, Path], None]) -> None:
+    truth = run_of(tmp_path, kind, write)
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/merge", options=FAST)
+    assert_same(read_all(sm.inspect(tmp_path / "out")), truth)
+
+
+@pytest.mark.parametrize(("kind", "write"), CASES)
+def test_exported_without_its_base(tmp_path: Path, kind: str, write: Callable[[State, Path], None]) -> None:
+    run_of(tmp_path, kind, write)
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
+    wanted, found = load_file(tmp_path / "lora" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    wanted = {name: one for name, one in wanted.items() if not name.endswith("embed_tokens.base_layer.weight")}
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == KINDS[kind][1].get("trainable_token_indices")
+
+
+ONTO = ["t", '"t:{rest...}"', '"t:base_model.model.{rest...}"']
+
+
+@pytest.mark.parametrize("onto", ONTO)
+def test_onto_itself_in_a_mapping(tmp_path: Path, onto: str) -> None:
+    """Names of the result are those that ``onto`` makes."""
+    truth = run_of(tmp_path, "head", as_bin)
+    prefix = "base_model.model." if "base_model" in onto else ""
+    text = f"shardmerge: 1\nsources: {{t: run}}\noutput: out\nadapters: [{{from: t, onto: {onto}}}]\n"
+    (tmp_path / "mapping.yaml").write_text(f'{text}tensors: {{"{{rest...}}": "t:{prefix}{{rest...}}"}}\n')
+    sm.run(tmp_path / "mapping.yaml", options=FAST)
+    assert_same(read_all(sm.inspect(tmp_path / "out")), truth)
+
+
+def test_with_itself_as_the_base_and_its_config(tmp_path: Path) -> None:
+    truth = run_of(tmp_path, "plain", as_bin)
+    saved(llama(), tmp_path / "base")
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "run")
+    run = tmp_path / "run"
+    sm.convert(run, tmp_path / "out", use="peft/merge", bases={"base": str(run)}, options=FAST)
+    assert_same(read_all(sm.inspect(tmp_path / "out")), truth)
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"config.json", "shardmerge.json"}
+
+
+# --- DeepSpeed: masters of what was trained, beside what was frozen
+
+
+ZERO = GOLDEN / "zero"
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def zero_run(folder: Path, case: str) -> State:
+    """A golden run with an adapter_config.json, and W + 2 B A in float64 of what DeepSpeed's own script gathers."""
+    shutil.copytree(ZERO / case / "ckpt", folder / "run")
+    state = load_file(ZERO / case / "truth.safetensors")
+    rank = next(len(one) for name, one in state.items() if "lora_A" in name)
+    modules = sorted({name.split(".")[-4] for name in state if "lora_A" in name})
+    config = CONFIG | {"r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
+    (folder / "run" / "adapter_config.json").write_text(json.dumps(config))
+    found = {}
+    for name, tensor in state.items():
+        a, b = (state.get(name.replace("base_layer", f"lora_{half}.default")) for half in "AB")
+        adds = "base_layer" in name and a is not None and b is not None
+        if ".lora_" not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            found[plain] = tensor.double() + (2 * b.double() @ a.double() if adds else 0)
+    return found
+
+
+@pytest.mark.parametrize("case", ["lora_z2_w2_bf16", "lora_z3_w2_bf16"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_zero_run_is_of_one_type(tmp_path: Path, case: str, dtype: str | None) -> None:
+    """That of the frozen weights; in float32 no 16-bit rounding lies between."""
+    truth = zero_run(tmp_path, case)
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/merge", options=sm.Options(sync=False, dtype=dtype))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == set(truth)
+    assert {one.dtype for one in found.values()} == {torch.float32 if dtype else torch.bfloat16}
+    near = torch.finfo(torch.float32 if dtype else torch.bfloat16).eps
+    for name, tensor in truth.items():
+        assert (found[name].double() - tensor).abs().max() <= near * tensor.abs().max(), name
+
+
+def test_masters_get_the_type_of_what_was_frozen() -> None:
+    def entry(name: str, dtype: str, origin: str) -> TensorEntry:
+        size = DTYPES[dtype].itemsize
+        return TensorEntry(name, DTYPES[dtype], (4,), dense(Extent("f", 0, 4 * size), 4), origin)
+
+    made = [
+        entry("a", "BF16", "frozen parameters"),
+        entry("b", "F32", "fp32 partitions"),
+        entry("c", "F32", "frozen parameters"),
+    ]
+    found = as_frozen(Catalog("run", "DeepSpeed ZeRO-2", {one.name: one for one in made[:2]}))
+    assert {name: one.dtype.name for name, one in found.entries.items()} == {"a": "BF16", "b": "BF16"}
+    assert "1 trained tensor of F32 beside frozen ones of BF16" in found.warnings[0]
+    whole = Catalog("run", "DeepSpeed ZeRO-2", {one.name: one for one in made[1:]})
+    assert as_frozen(whole) is whole
+
+
+@pytest.mark.parametrize("case", ["exclude_frozen_z2_w2_bf16", "exclude_frozen_z3_w2_bf16"])
+def test_a_run_without_its_base_asks_for_one(tmp_path: Path, case: str) -> None:
+    """What is absent is not taken for frozen: nothing is merged into nothing."""
+    shutil.copytree(ZERO / case / "ckpt", tmp_path / "run")
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.convert(tmp_path / "run", tmp_path / "out", use="peft/merge", options=FAST)
+    assert "[missing-source]" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- refused
+
+
+def test_an_adapter_onto_a_run_with_its_own(tmp_path: Path) -> None:
+    run_of(tmp_path, "plain", as_bin)
+    text = "shardmerge: 1\nsources: {t: run, l: lora}\noutput: out\nadapters: [{from: l, onto: t}]\n"
+    (tmp_path / "mapping.yaml").write_text(text + 'tensors: {"{rest...}": "t:{rest...}"}\n')
+    assert "[base-with-adapter]" in refusal(tmp_path)
+
+
+def test_tokens_that_nobody_numbers_are_not_exported(tmp_path: Path) -> None:
+    run_of(tmp_path, "tokens", as_bin)
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
+    assert "[adapter-tokens]" in str(caught.value)
