@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.contender import Contender, ours, program
 from benchmarks.distributed import write_dcp
-from benchmarks.merges import model_config, write_lora
+from benchmarks.merges import METHODS, model_config, write_lora, write_merge
 from benchmarks.peers import commands
 from benchmarks.synthetic import LlamaShape, Shapes, llama_of, write_safetensors, write_zero
 
@@ -240,6 +240,28 @@ def _lora(key: str, nbytes: int) -> Case:
     )
 
 
+# ---- merges
+
+
+def _merge(method: str) -> Callable[[str, int], Case]:
+    def family(key: str, nbytes: int) -> Case:
+        models = 2 if method == "slerp" else 3
+        return Case(
+            key,
+            f"Merge {models} bf16 models of {nbytes / 4e9:.1g} B parameters with {method}",
+            "LLaMAs with random weights; the mapping is what `shardmerge init` makes of mergekit's configuration. "
+            "mergekit computes in bf16 here, as people run it, and shardmerge in float32, so the weights are not the "
+            "same to the bit; `tests/test_mergekit_configs.py` compares them in float32.",
+            lambda folder: write_merge(folder, _shape(nbytes), method),
+            {"linear": ("a", "b", "c"), "slerp": ("a", "b")}.get(method, ("base", "a", "b", "c")),
+            True,
+            _run_mapping,
+            {"mergekit": lambda source: [commands.mergekit_merge(source / "merge.yml")]},
+        )
+
+    return family
+
+
 def _run_mapping(source: Path) -> list[Contender]:
     return ours(
         lambda out: [*program(), "run", source / "mapping.yaml", "--out", out], "shardmerge run mapping.yaml --out OUT"
@@ -253,4 +275,5 @@ _FAMILIES: dict[str, Callable[[str, int], Case]] = {
     "rename": _rename,
     "hf-reshard": _reshard,
     "lora": _lora,
+    **{f"merge-{method.replace('_', '-')}": _merge(method) for method in METHODS},
 }

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.synthetic import LLAMA_3_8B, LlamaShape, Shapes, write_safetensors
+from shardmerge.api import init
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,10 +49,32 @@ def write_ties(folder: Path, shape: LlamaShape, *, fill: bool = False) -> Path:
     return _mapping(folder, _TIES)
 
 
-def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False) -> None:
+# What mergekit is told of each method; three models, or two and a base, as people write it.
+_METHODS = {
+    "linear": "models: [{a}, {b}, {c}]\nparameters: {{weight: 1.0}}\n",
+    "slerp": "models: [{a}, {b}]\nbase_model: {path}/a\nparameters: {{t: [0.3, 0.7]}}\n",
+    "ties": "models: [{a}, {b}, {c}]\nbase_model: {path}/base\nparameters: {{weight: 0.5, density: 0.5}}\n",
+    "dare_ties": "models: [{a}, {b}, {c}]\nbase_model: {path}/base\nparameters: {{weight: 0.5, density: 0.5}}\n",
+}
+METHODS = tuple(_METHODS)
+
+
+def write_merge(folder: Path, shape: LlamaShape, method: str) -> Path:
+    """Writes filled models, ``merge.yml`` for mergekit, and the mapping that ``shardmerge init`` makes of it."""
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        write_model(folder / name, shape, fill=True, seed=seed)
+    models = {name: f"{{model: {folder / name}}}" for name in "abc"}
+    text = f"merge_method: {method}\ndtype: bfloat16\n" + _METHODS[method].format(path=folder, **models)
+    (folder / "merge.yml").write_text(text, "utf-8")
+    mapping = folder / "mapping.yaml"
+    mapping.write_text(init(folder / "merge.yml", mapping=mapping).text, "utf-8")
+    return mapping
+
+
+def write_model(folder: Path, shape: LlamaShape, *, fill: bool = False, seed: int = 0) -> None:
     """Writes a LlamaForCausalLM directory that transformers loads."""
     folder.mkdir(parents=True)
-    write_safetensors(folder / "model.safetensors", shape.tensors(), fill=fill)
+    write_safetensors(folder / "model.safetensors", shape.tensors(), fill=fill, seed=seed)
     (folder / "config.json").write_text(model_config(shape), "utf-8")
 
 

@@ -501,3 +501,14 @@ def test_views_are_measured_and_what_is_refused_is_shown(tmp_path: Path) -> None
     assert all(re.fullmatch(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)", cell) for cell in (*small[1:], *large[1:3]))
     assert large[3:] == ["refused", ""]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare-ties"])
+def test_a_merge_is_written_for_both(method: str, tmp_path: Path) -> None:
+    """mergekit's own configuration, and the mapping that init makes of it."""
+    chosen = case(f"merge-{method}-1m")
+    chosen.prepare(tmp_path / "in")
+    assert all((tmp_path / "in" / name / "model.safetensors").is_file() for name in chosen.sources)
+    run = subprocess.run(chosen.ours(tmp_path / "in")[1].command(tmp_path / "out"), check=False, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -89,6 +89,19 @@ def mergekit(source: Path, config: Path) -> Contender:
     )
 
 
+def mergekit_merge(config: Path) -> Contender:
+    """Returns mergekit's merge of a configuration."""
+    python = environment.mergekit()
+    flags = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--lazy-unpickle")
+    return Contender(
+        "mergekit",
+        f"mergekit {environment.MERGEKIT}",
+        "peer",
+        lambda out: [python, python.with_name("mergekit-yaml"), config, out, *flags],
+        "mergekit-yaml merge.yml OUT --lazy-unpickle",
+    )
+
+
 def consolidate(source: Path) -> Contender:
     """Returns torch's consolidation of shards; their header says where each tensor goes; names stay."""
     return Contender(

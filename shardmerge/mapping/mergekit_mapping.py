@@ -63,7 +63,7 @@ def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Ope
         *(f"# Look at this: {note}" for note in writer.notes),
         "shardmerge: 1",
         *writer.sources.lines(),
-        f"output: {{path: {json.dumps(out)}{writer.dtype()}}}",
+        f"output: {{path: {json.dumps(out)}{writer.dtype()}{writer.card()}}}",
         f"target: {{name: hf/model, text: {writer.donor(wanted[0])}}}",
         "tensors:",
         *(line for target, made in rules.items() for line in written(json.dumps(target, ensure_ascii=False), made, 1)),
@@ -97,6 +97,10 @@ class _Writer:
         """Returns the type of the output as a key, nothing where none is said."""
         word = self.config.out_dtype or self.config.dtype
         return f", dtype: {word}" if word else ""
+
+    def card(self) -> str:
+        """Returns the key that asks for a card where no op says that models are merged."""
+        return ", card: true" if not method_of(self.config).op else ""
 
     def donor(self, config: MergeConfig) -> str:
         """Returns the source whose config.json and tokenizer the result has: the base, else the first model."""

@@ -33,7 +33,8 @@ def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:
     partial = reader.flag(fields["partial"], "partial") if "partial" in fields else False
     form, files = _format(reader, fields.get("format")), _files(reader, fields.get("files"))
     root = _root(reader, fields.get("root"))
-    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files, root)
+    card = reader.flag(fields["card"], "card") if "card" in fields else None
+    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files, root, card)
 
 
 def _files(reader: NodeReader, node: Node | None) -> FileChoice | None:

@@ -68,6 +68,8 @@ class OutputSpec:
         Which side files go along.
     root
         For ``dcp``: the keys under which a state dict holds the model, with dots between them; empty for none.
+    card
+        Whether a README.md says what was merged; None for where an op merges several sources.
     """
 
     path: str
@@ -79,6 +81,7 @@ class OutputSpec:
     partial: bool = False
     files: FileChoice | None = None
     root: str | None = None
+    card: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,7 @@ KEYS = (
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root")
+OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root", "card")
 FILES_KEYS = ("include", "exclude")
 ADAPTER_KEYS = ("from", "onto", "rename")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name")

@@ -12,6 +12,7 @@ from shardmerge.mapping.spec import Spec, TargetSpec
 from shardmerge.mapping.variables import Variables
 from shardmerge.prepare.dequantizing import as_plain
 from shardmerge.prepare.mapping_checks import target_of
+from shardmerge.prepare.merge_card import with_card
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.ready import Ready
 from shardmerge.targets.beside import with_side_files
@@ -29,7 +30,7 @@ def expectation_of(ready: Ready, catalogs: Mapping[str, Catalog]) -> Expectation
     if opened.spec.target is None:
         return None
     target = target_of(opened.spec.target)
-    made = target.expect(_request(ready, opened.spec.target, target, catalogs))
+    made = with_card(target.expect(_request(ready, opened.spec.target, target, catalogs)), ready)
     return with_changes(with_side_files(made, read, opened.files, opened.output.where), ready.changes, read)
 
 
@@ -72,6 +73,9 @@ def idle_words(spec: Spec, expectation: Expectation | None) -> Iterator[Shardmer
             where=spec.file,
             hint="add `target: {name: hf/llama, text: SOURCE}`, or the op `new_rows` for single tensors",
         )
+    if spec.target is None and spec.output is not None and spec.output.card:
+        hint = "add `target: {name: hf/model, text: SOURCE}`, or remove `card`"
+        yield MappingError("no-effect", "a card is for a target, and the mapping has none", where=spec.file, hint=hint)
     if spec.target is None or expectation is None:
         return
     if spec.vocabulary is not None and not expectation.resized:

@@ -46,5 +46,12 @@ ROWS = [
         "wrong-kind",
         told("`- value: NUMBER`", ", 2]", ", {value: 2}]"),
     ),
+    Row(
+        "a card of no target",
+        GQA.replace("output: out", "output: {path: out, card: true}")
+        + '  "{r...}": {op: scale, of: "m:{r...}", factor: 2}\n',
+        "no-effect",
+        told("`target: {name: hf/model, text: SOURCE}`", "tensors:", "target: {name: hf/model, text: m}\ntensors:"),
+    ),
     Row("no points", scaled("[]"), "wrong-kind", told("at least one number", "[]", "[2]")),
 ]
