@@ -235,3 +235,25 @@ def test_the_more_specific_line_counts(tmp_path: Path) -> None:
     again = merge(tmp_path, said=f', rename: {said}"lm_head.{{p}}": "language_model.lm_head.{{p}}"}}')
     assert {name: one.tobytes() for name, one in again.items()} == {name: one.tobytes() for name, one in found.items()}
     assert read_all(sm.inspect(tmp_path / "out")).keys() == found.keys()
+
+
+def test_what_transformers_renamed_within_a_layer(tmp_path: Path) -> None:
+    """The names of Mixtral's router changed behind the number of a layer: the table has it, heads alone do not."""
+    disk, memory = "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"
+    (tmp_path / "base").mkdir()
+    weights = {f"{disk}.weight": torch.randn(4, 8), "model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8)}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "mixtral"}')
+    pairs = {}
+    for module, rows in ((memory, 4), ("model.layers.0.self_attn.q_proj", 8)):
+        pairs[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, 8)
+        pairs[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, 2)
+    save_file(pairs, tmp_path / "lora.safetensors")
+    mapping = "shardmerge: 1\nsources: {base: base, lora: lora.safetensors}\noutput: out\n"
+    mapping += 'adapters: [{from: lora, onto: base, alpha: 2}]\ntensors: {"{rest...}": "base:{rest...}"}\n'
+    (tmp_path / "mapping.yaml").write_text(mapping)
+    sm.run(tmp_path / "mapping.yaml", options=sm.Options(sync=False))
+    found = read_all(sm.inspect(tmp_path / "out"))
+    pair = [pairs[f"base_model.model.{memory}.lora_{half}.weight"] for half in "AB"]
+    wanted = weights[f"{disk}.weight"] + pair[1] @ pair[0]
+    assert torch.allclose(torch.from_numpy(np.asarray(found[f"{disk}.weight"])), wanted, atol=1e-6)

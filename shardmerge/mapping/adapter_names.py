@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from shardmerge.mapping.adapter_fit import wanted
+from shardmerge.mapping.adapter_generations import known_renamings
 from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.adapter_search import head_of, renamings
 from shardmerge.mapping.renaming import Renamings, line, original, renamed
 from shardmerge.mapping.spec import AdapterSpec
+from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, Shape
 
 # Tied to the embedding, or of a model whose base was saved alone: it may be missing on disk.
@@ -34,18 +36,30 @@ class Places:
     ways: tuple[Renamings, ...] = ()
 
     @classmethod
-    def of(cls, spec: AdapterSpec, base: Catalog, parts: AdapterTensors) -> Places:
-        """Returns the places of an adapter's weights, by the one renaming that makes every one of them fit."""
+    def of(cls, spec: AdapterSpec, base: Catalog, parts: AdapterTensors, config: JsonObject) -> Places:
+        """Returns the places of an adapter's weights, by the one renaming that makes every one of them fit.
+
+        What transformers itself renamed goes before what names and shapes alone would allow.
+        """
         if spec.renames:
             return cls(spec, base, spec.renames)
         plain, needed = cls(spec, base), wanted(parts)
         settled = {name for name in needed if plain.find(name) is not None}
+        if len(settled) == len(needed):
+            return plain
+        free, inside = {*parts.trained, _HEAD}, plain.inside()
+        if ways := known_renamings(needed, free, inside, config):
+            return plain._by(ways, {*needed, *parts.whole})
         heads = {head_of(name) for name in settled}
         lost = {name: fit for name, fit in needed.items() if name not in settled and head_of(name) not in heads}
         if not lost:
             return plain
-        ways = renamings(lost, {*parts.trained, _HEAD}, plain.inside(), settled)
-        return replace(plain, rules=ways[0]) if len(ways) == 1 else replace(plain, ways=tuple(ways))
+        return plain._by(renamings(lost, free, inside, settled), {*needed, *parts.whole})
+
+    def _by(self, ways: Sequence[Renamings], names: Collection[str]) -> Places:
+        """Returns the places by the one way, or with all of them; without the rules that no name obeys."""
+        ways = [tuple(rule for rule in one if any(rule.old.match(name) for name in names)) for one in ways]
+        return replace(self, rules=ways[0]) if len(ways) == 1 else replace(self, ways=tuple(ways))
 
     def inside(self) -> dict[str, Shape]:
         """Returns the base's names below ``onto``, and their shapes."""

@@ -123,7 +123,7 @@ class _AdapterMerge:
             return self.base  # a checkpoint that may hold an adapter or not
         self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
         base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
-        places = Places.of(self.spec, base.catalog, self.parts)
+        places = Places.of(self.spec, base.catalog, self.parts, base.config)
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
         base = base.with_head(self.parts.whole, self.settings.config, places)
         places = replace(places, base=base.catalog)
