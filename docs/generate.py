@@ -1,8 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops and presets, their places in mkdocs.yml, the lists of targets and of layouts, the picture of layouts, and
-the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that file. It stands
-in the page itself, so that who reads the repository sees it too.
+Pages of ops and presets, their places in mkdocs.yml, the lists of targets, layouts and architectures, the picture of
+layouts, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that
+file. It stands in the page itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -21,6 +21,7 @@ from docs.preset_pages import file_name, preset_pages
 from shardmerge.mapping.preset_files import list_presets
 from shardmerge.ops.registry import OPS
 from shardmerge.targets.registry import TARGETS
+from shardmerge.targets.tables import every_table
 
 ROOT = Path(__file__).resolve().parent.parent
 _FOLDERS = ("ops", "presets")
@@ -35,12 +36,14 @@ def generated() -> dict[Path, str]:
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
     shown = {path: _with_files(path.read_text("utf-8")) for path in written}
     reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
-    guide = ROOT / "docs" / "guides" / "layouts.md"
+    guides = ROOT / "docs" / "guides"
+    guide, architectures = guides / "layouts.md", guides / "architectures.md"
     return {
         **pages,
         **shown,
         reference: _with_targets(shown[reference]),
         guide: _with_layouts(shown[guide]),
+        architectures: _with_architectures(shown[architectures]),
         configuration: _configuration(configuration.read_text("utf-8")),
     }
 
@@ -98,6 +101,14 @@ def _with_targets(text: str) -> str:
 def _with_layouts(text: str) -> str:
     lines = "\n".join(["", *layout_rows(), "", ""])
     return _between(text, "<!-- generated: layouts -->\n", lines, "<!-- end of layouts -->\n")
+
+
+def _with_architectures(text: str) -> str:
+    order = {"text": 0, "vision": 1, "encoder": 2, "whole": 3}
+    tables = sorted(every_table(), key=lambda one: (order[one.kind], one.title))
+    rows = [(one.title, f"`{one.model_type}`", ", ".join(f"`{kind}`" for kind in one.classes)) for one in tables]
+    lines = "\n".join(["", *table(("architecture", "model_type", "classes"), rows), "", ""])
+    return _between(text, "<!-- generated: architectures -->\n", lines, "<!-- end of architectures -->\n")
 
 
 def _between(text: str, begin: str, inside: str, end: str) -> str:

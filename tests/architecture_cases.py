@@ -17,6 +17,8 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+EAGER = "eager"  # Gemma 2 caps its attention in that alone, with some versions
+
 # Sizes of which no two are alike, so that a size read at a wrong place is seen.
 TEXT: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -177,6 +179,16 @@ CASES: dict[str, tuple[str, dict[str, tuple[dict[str, Any], ...]]]] = {
     }),
 }  # fmt: skip
 
+# Settings that no tensor shows, other than any class has them: a config that loses one gives other logits.
+NO_DEFAULTS: dict[str, Any] = {"rope_theta": 50.0, "rms_norm_eps": 1e-2}
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 5, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 4, "sliding_window_pattern": 2, "rope_local_base_freq": 20.0},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "deepseek_v3": {"routed_scaling_factor": 1.5},
+}
+
 
 def held(kind: str, config_class: str, sizes: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """Returns what the directory of a saved model holds, None where this version lacks the class, or refuses."""
@@ -207,11 +219,62 @@ def defaults(config_class: str) -> dict[str, Any] | None:
     return made().to_dict() if made else None
 
 
+def keep(folder: Path) -> None:
+    """Saves a causal model of each text family that this version has, and the logits of a few tokens."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    for model_type, (config_class, kinds) in CASES.items():
+        kind, cases = next(iter(kinds.items()))
+        if kind.endswith("ForCausalLM") and hasattr(transformers, kind):
+            torch.manual_seed(1)
+            sizes = cases[0] | NO_DEFAULTS | OWN_SETTINGS.get(model_type, {})
+            config = getattr(transformers, config_class)(**sizes, attn_implementation=EAGER)
+            model = getattr(transformers, kind)(config).eval()
+            for parameter in model.parameters():  # large enough that each setting shows in the logits
+                torch.nn.init.normal_(parameter, std=0.3)
+            model.save_pretrained(folder / model_type)
+            save_file({"logits": logits(model)}, folder / model_type / "logits.st")
+
+
+def logits(model: Any) -> Any:
+    """Returns what a model makes of a few tokens."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.arange(3, 40).reshape(1, -1)).logits.contiguous()
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Loads every directory in a folder; returns what is missing or left over, and how far the logits are off."""
+    import transformers
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, attn_implementation=EAGER
+        )
+        keys = [sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+        expected = load_file(place / "logits.st")["logits"]
+        found[place.name] = (keys, float((logits(model.eval()) - expected).abs().max() / expected.abs().max()))
+    return found
+
+
 def main() -> None:
-    """Writes what the installed version does."""
+    """Writes what the installed version does: ``[save FOLDER | load FOLDER]``."""
     import transformers
 
     transformers.logging.set_verbosity_error()
+    match sys.argv[1:]:
+        case ["load", folder]:
+            with contextlib.redirect_stdout(sys.stderr):
+                loaded = load(Path(folder))
+            sys.stdout.write(json.dumps(loaded))
+            return
+        case ["save", folder]:
+            keep(Path(folder))
     found: dict[str, Any] = {"cases": [], "defaults": {}}
     with tempfile.TemporaryDirectory() as top, contextlib.redirect_stdout(sys.stderr):
         for config_class, kinds in CASES.values():

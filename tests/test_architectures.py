@@ -1,11 +1,16 @@
 """Names and shapes computed from a config, against the models that transformers builds from it."""
 
+import json
+import re
+import shutil
 from math import prod
+from pathlib import Path
 
 import pytest
+import yaml
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import clip
+from shardmerge.targets import clip, tables
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.text_config import PARTS, read_part, text_config
 
@@ -232,3 +237,74 @@ def test_the_text_config_carries_no_traces_of_its_directory():
         "eos_token_id": [1, 2], "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 192,
     }  # fmt: skip
+
+
+# ---- the tables as files
+
+GUIDE = Path(__file__).parent.parent / "docs" / "examples" / "architectures"
+
+
+@pytest.mark.parametrize("path", [*tables.FOLDER.glob("*.yaml"), *GUIDE.glob("*.yaml")], ids=lambda path: path.stem)
+def test_a_file_says_each_key_once_and_speaks_of_what_it_has(path):
+    table = tables.read_table(path)
+    assert table.model_type == path.stem
+    keys = [line.split(":")[0] for line in path.read_text("utf-8").splitlines() if re.match(r"\w+:", line)]
+    assert len(set(keys)) == len(keys)
+    for prefix, names in doubled(yaml.compose(path.read_text("utf-8"))):
+        assert names == [], prefix
+    known = {*table.fields, *table.sizes, *table.lengths, *table.numbers, "num_labels", "in_memory"}
+    known |= {f"{key}.hidden_size" for key in table.parts}
+    nodes = [*table.tensors, *(node for more in table.classes.values() for node in more)]
+    formulas = [*table.must, *table.sizes.values(), *table.numbers.values(), *of_nodes(nodes)]
+    assert {name for formula in formulas for name in formula.names} <= known
+    assert {*table.null_fields, *table.zero, *table.square} <= set(table.fields)
+    assert not set(table.fields) & table.other_fields
+    assert table.bare <= set(table.classes)
+
+
+def doubled(node, prefix=""):
+    """Yields what stands twice in a table; PyYAML lets the last one win without a word."""
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value]
+        yield prefix, [name for name in names if names.count(name) > 1]
+        for key, value in node.value:
+            yield from doubled(value, f"{prefix}.{key.value}")
+
+
+def of_nodes(nodes):
+    for node in nodes:
+        yield from (node.condition,) if node.condition else ()
+        yield from node.shape or ()
+        yield from of_nodes(node.inside)
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False, "use_bias": False}, {"num_key_value_heads": 4}])
+def test_the_table_of_the_guide_is_right(change, monkeypatch, tmp_path):
+    """A file in the folder is all that a new architecture takes."""
+    folder = tmp_path / "architectures"
+    shutil.copytree(tables.FOLDER, folder)
+    shutil.copy(GUIDE / "starcoder2.yaml", folder)
+    monkeypatch.setattr(tables, "FOLDER", folder)
+    config = transformers.Starcoder2Config(**SMALL | {"model_type": "starcoder2"} | change)
+    stated = json.loads(config.to_json_string(use_diff=False))
+    model = transformers.Starcoder2ForCausalLM(config)
+    assert read_architecture(stated, "config.json").tensors() == saved(model, tmp_path)
+    assert read_architecture({"model_type": "starcoder2"}, "c").values["num_hidden_layers"] == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size 64, num_attention_heads 5"),
+        ({"mlp_only_layers": "0"}, "'0'"),
+        ({"mlp_only_layers": [0.5]}, "[0.5]"),
+        ({"decoder_sparse_step": 0}, "0"),
+        ({"num_experts": 1 << 13}, "8192"),
+        ({"num_hidden_layers": 5000}, "5000"),
+    ],
+)
+def test_what_is_said_of_a_field_that_cannot_be_used(change, said):
+    with pytest.raises(TargetError) as caught:
+        read_architecture(SMALL | {"model_type": "qwen3_moe"} | change, "models/config.json")
+    assert (caught.value.code, caught.value.where) == ("odd-config", "models/config.json")
+    assert said in caught.value.found

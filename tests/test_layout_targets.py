@@ -98,7 +98,7 @@ def test_from_litgpts_model_config(tmp_path, case):
 def test_from_a_phi_3(tmp_path):
     """The judge is the model: split by hand, the weights load into the LLaMA of our config."""
     names, theirs = truth("torchtune_phi3_gqa")
-    expectation = language_model.expect(request({"phi": catalog(theirs)}, roles={"text": "phi"}))
+    expectation = language_model.expect_llama(request({"phi": catalog(theirs)}, roles={"text": "phi"}))
     folder = written(expectation, tmp_path / "out")
     assert expectation.tensors == model_names(transformers.LlamaForCausalLM, folder)
     config = side_file(expectation, "config.json")
@@ -112,11 +112,11 @@ def test_from_a_phi_3(tmp_path):
 def test_a_phi_3_that_looks_back_a_little(tmp_path):
     base = json.loads((LAYOUTS / "torchtune_phi3_gqa" / "truth" / "config.json").read_text())
     phi = catalog(tmp_path / "phi", config=base | {"sliding_window": 2047})
-    (warning,) = language_model.expect(request({"text": phi})).warnings
+    (warning,) = language_model.expect_llama(request({"text": phi})).warnings
     assert "2047 tokens" in warning
     partial = catalog(tmp_path / "partial", config=base | {"partial_rotary_factor": 0.75})
     with pytest.raises(ShardmergeError) as caught:
-        language_model.expect(request({"text": partial}))
+        language_model.expect_llama(request({"text": partial}))
     assert caught.value.code == "unsupported-architecture"
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
+import shardmerge as sm
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.known_models import known_model
 from shardmerge.targets.settings import ANY_MODEL, not_understood
@@ -40,16 +43,27 @@ _LACKS = {
 
 
 @cache
+def kept() -> TemporaryDirectory[str]:
+    return TemporaryDirectory()
+
+
+@cache
 def made(version: str) -> dict[str, Any]:
-    """Returns what a version saves, asked once."""
+    """Returns what a version saves, asked once; a model of each text family is kept."""
     if version == OWN_CODE:
         saved: dict[str, Any] = json.loads(_GOLDEN.read_text("utf-8"))
         return saved
     if not ready(version):
         pytest.skip(f"transformers {version} is not installed: `make test` builds its environment")
-    done = subprocess.run(
-        [interpreter(version), "-I", _SCRIPT], capture_output=True, text=True, check=True, timeout=300
-    )
+    folder = Path(kept().name, version)
+    folder.mkdir()
+    return asked(version, "save", folder)
+
+
+def asked(version: str, verb: str, folder: Path) -> dict[str, Any]:
+    command = [interpreter(version), "-I", _SCRIPT, verb, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -119,3 +133,33 @@ def test_every_field_that_a_config_has_is_understood(version: str) -> None:
         assert table is not None
         understood = {*table.fields, *table.other_fields, *table.parts}
         assert not_understood(config, (*ANY_MODEL, *understood)) == {}, (kind, number)
+
+
+# ---- hf/text
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``hf/text`` makes of a model of each text family, of the oldest version and of the newest."""
+    top = tmp_path_factory.mktemp("written")
+    for version in (VERSIONS[0], VERSIONS[-1]):
+        made(version)
+        for source in sorted(Path(kept().name, version).iterdir()):
+            mapping = top / "mapping.yaml"
+            mapping.write_text(
+                f"shardmerge: 1\nsources: {{a: {source}}}\noutput: {source.name}-{version}\n"
+                'target: {name: hf/text, text: a}\ntensors: {"{rest...}": "a:{rest...}"}\n'
+            )
+            out = sm.run(mapping, options=sm.Options(sync=False)).path
+            shutil.copy(source / "logits.st", out / "logits.st")
+    mapping.unlink()
+    return top
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_hf_text_writes_what_every_version_loads_with_the_same_logits(version: str, written: Path) -> None:
+    """5.x saves rope, layer types and numbers of experts under names that 4.x does not read."""
+    found = asked(version, "load", written)
+    assert len(found) == 2 * len([table for table in every_table() if table.kind == "text" and not table.own_code])
+    odd = {name: result for name, result in found.items() if result[0] != [[], [], []] or not result[1] < 1e-5}
+    assert odd == {}

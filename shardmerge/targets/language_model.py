@@ -1,4 +1,8 @@
-"""The target ``hf/llama``: a directory that ``AutoModelForCausalLM.from_pretrained`` loads, of the LLaMA layout."""
+"""The targets ``hf/text`` and ``hf/llama``: a directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+Any text model that has a table (``targets/architectures/``). In the first, Phi-3 and InternLM2 keep their layout; in
+the second they are LLaMAs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,12 @@ from shardmerge.tensors import SideFile
 _MAX_CONTEXT = 1 << 26
 
 
-def expect(request: Request) -> Expectation:
+def expect_llama(request: Request) -> Expectation:
+    """Returns what the directory of a model of the LLaMA layout must hold; raises as ``expect``."""
+    return expect(request, as_llama=True)
+
+
+def expect(request: Request, *, as_llama: bool = False) -> Expectation:
     """Returns what the finished directory must hold.
 
     Raises
@@ -27,7 +36,7 @@ def expect(request: Request) -> Expectation:
         ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``, ``bad-yaml``, ``bad-option``,
         ``vocabulary-rows``, or what the tokenizer's files raise.
     """
-    text = _tied_or_not(request, read_text_source(request))
+    text = _tied_or_not(request, read_text_source(request, as_llama=as_llama))
     tokens_of = request.catalogs.get(request.roles.get("tokenizer", "tokenizer"), text.catalog)
     side_files = tokens_of.side_files
     warnings = text.warnings
@@ -51,6 +60,7 @@ def expect(request: Request) -> Expectation:
             *tokens.files,
         ),
         beside=tokens_of.side_files,
+        same_model=not as_llama and text.kind == "hf" and tokens_of is text.catalog,
         components=(described_by("model.", text.where),),
         warnings=warnings,
     )
@@ -77,6 +87,8 @@ def _config(request: Request, text: TextSource, counted: VocabularyRows) -> Json
     context = whole_number(request, "context", 0, most=_MAX_CONTEXT)
     if context:
         config["max_position_embeddings"] = context
+    if text.architecture.table.own_code and "auto_map" in text.config:
+        config["auto_map"] = text.config["auto_map"]
     return config | {"architectures": [text.architecture.table.main_class]}
 
 
@@ -104,17 +116,27 @@ def _tiktoken_warning(path: str) -> str:
     )
 
 
+_ROLES = {
+    "text": "what describes it: config.json, Meta's params.json, litgpt's model_config.yaml, Megatron's args",
+    "tokenizer": "the source with the tokenizer's files, where it is another",
+}
+_OPTIONS = {
+    "context": "`max_position_embeddings`, where the description does not say it (Meta's does not)",
+    "tie": "`keep`; `true`: the head is the embedding and is not written; `false`: it is written",
+}
+
+TEXT_TARGET = Target(
+    name="hf/text",
+    about="A language model of any known architecture for transformers, in its own layout.",
+    roles=_ROLES,
+    options=_OPTIONS,
+    expect=expect,
+)
+
 TARGET = Target(
     name="hf/llama",
-    about="A language model of the LLaMA layout for transformers: LLaMA, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, or "
-    "a Phi-3 split to it.",
-    roles={
-        "text": "what describes it: config.json, Meta's params.json, litgpt's model_config.yaml, Megatron's args",
-        "tokenizer": "the source with the tokenizer's files, where it is another",
-    },
-    options={
-        "context": "`max_position_embeddings`, where the description does not say it (Meta's does not)",
-        "tie": "`keep`; `true`: the head is the embedding and is not written; `false`: it is written",
-    },
-    expect=expect,
+    about="As `hf/text`, but for a Phi-3 or an InternLM2, which becomes a LLaMA: its fused layers are split.",
+    roles=_ROLES,
+    options=_OPTIONS,
+    expect=expect_llama,
 )

@@ -13,6 +13,7 @@ _PLACES = {
     "hf/llava-next": ("llava_next", "TARGET"),
     "official/llava": ("llava_official", "TARGET"),
     "xtuner/llava": ("llava_xtuner", "TARGET"),
+    "hf/text": ("language_model", "TEXT_TARGET"),
     "hf/llama": ("language_model", "TARGET"),
     "hf/model": ("any_model", "TARGET"),
     "hf/names": ("named_model", "TARGET"),

@@ -26,6 +26,19 @@ _INTERNLM_ONLY = ("architectures", "auto_map", "bias", "attn_implementation")
 _INTERNLM_2: JsonObject = {"vocab_size": 103168}
 
 
+def as_llama(config: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
+    """Returns the config of the LLaMA that a model is once its fused layers are split, and warnings.
+
+    Raises
+    ------
+    TargetError
+        ``unsupported-architecture`` for settings that LLaMA does not know.
+    """
+    if config.get("model_type") == "phi3":
+        return from_phi3(config, where)
+    return (from_internlm2(config, where) if config.get("model_type") == "internlm2" else config), ()
+
+
 def from_phi3(config: Mapping[str, object], where: str) -> tuple[JsonObject, tuple[str, ...]]:
     """Returns the config for a Phi-3 whose fused layers are split, and warnings (XTuner's ``convert_phi_to_llama.py``).
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
+from shardmerge.targets.tables import find_table
 
 # `PreTrainedConfig` of transformers 4.51 to 5.23, and what versions before had: how to generate and to load.
 ANY_MODEL = (
@@ -29,20 +30,6 @@ ANY_MODEL = (
     "use_bfloat16", "use_cache",
 )  # fmt: skip
 
-# What the configs of LLaMA, Mistral and Qwen2 have in common.
-_ANY_LLAMA = (
-    "attention_dropout", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
-    "max_position_embeddings", "max_sequence_length", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "vocab_size",
-)  # fmt: skip
-
-# `pretraining_tp` cuts a product into several sums, the same but for rounding.
-_OWN = {
-    "llama": ("attention_bias", "mlp_bias", "pretraining_tp"),
-    "mistral": ("sliding_window",),
-    "qwen2": ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "use_mrope"),
-}
-
 # Values that stand for "not there" or "as it is" under any name: a multiplier of 1, a cap of null, no experts.
 _IDLE = (None, False, 0, 1, "", "none", "default")
 
@@ -55,7 +42,7 @@ def refuse_unknown(config: Mapping[str, object], model_type: str, also: Collecti
     config
         Of a language model, under its keys.
     model_type
-        What it is going to be written as: ``llama``, ``mistral`` or ``qwen2``.
+        What it is going to be written as.
     also
         Keys that whoever rewrites the config has read, or that do not matter there.
     where
@@ -66,7 +53,9 @@ def refuse_unknown(config: Mapping[str, object], model_type: str, also: Collecti
     TargetError
         ``unsupported-architecture``.
     """
-    odd = not_understood(config, (*ANY_MODEL, *_ANY_LLAMA, *_OWN[model_type], *also))
+    table = find_table(model_type)
+    own = (*table.fields, *table.other_fields) if table else ()
+    odd = not_understood(config, (*ANY_MODEL, *own, *also))
     if odd:
         raise unknown_settings(odd, f"a plain {model_type}", where)
 

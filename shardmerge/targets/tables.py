@@ -15,7 +15,7 @@ from typing import TypeAlias, cast
 
 from shardmerge.formulas import Formula
 
-_FOLDER = Path(__file__).with_name("architectures")
+FOLDER = Path(__file__).with_name("architectures")
 
 Default: TypeAlias = "Formula | int | float | bool | tuple[int, ...] | None"
 _Tree: TypeAlias = Mapping[str, object]
@@ -155,7 +155,7 @@ class ArchitectureTable:
 @cache
 def model_types(kind: str = "") -> tuple[str, ...]:
     """Returns the model types that have a table, of one kind or all."""
-    every = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    every = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     return tuple(name for name in every if not kind or _table(name).kind == kind)
 
 
@@ -168,7 +168,7 @@ def find_table(model_type: object) -> ArchitectureTable | None:
     """Returns the table of what a config says as its ``model_type``; None where there is none."""
     if not isinstance(model_type, str) or not re.fullmatch(r"[a-z0-9_]{1,64}", model_type):
         return None
-    return _table(model_type) if (_FOLDER / f"{model_type}.yaml").is_file() else None
+    return _table(model_type) if (FOLDER / f"{model_type}.yaml").is_file() else None
 
 
 def no_table(model_type: str) -> ArchitectureTable:
@@ -179,12 +179,16 @@ def no_table(model_type: str) -> ArchitectureTable:
 
 @cache
 def _table(model_type: str) -> ArchitectureTable:
+    return read_table(FOLDER / f"{model_type}.yaml")
+
+
+def read_table(path: Path) -> ArchitectureTable:
+    """Returns what a file says."""
     import yaml
 
     # libyaml reads a table in under 1 ms, Python's reader in 15; a PyYAML that was built without it has the latter.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    file = _FOLDER / f"{model_type}.yaml"
-    return _Reader(file.name).table(yaml.load(file.read_bytes(), loader))
+    return _Reader(path.name).table(yaml.load(path.read_bytes(), loader))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,21 @@ def text_config(config: Mapping[str, object], text: Architecture, rows: int, dty
     stated: JsonObject = {"model_type": text.model_type, "tie_word_embeddings": text.tied, "vocab_size": rows}
     if "num_key_value_heads" in text.table.fields:
         stated["num_key_value_heads"] = text.kv_heads  # null is fine with 4.x, and refused by 5.x for mistral
+    if "num_experts" in text.table.fields:
+        stated["num_experts"] = text.count("expert")  # 5.x saves `num_local_experts`, which 4.x does not read
+    if "sliding_window_pattern" in text.table.other_fields:
+        stated |= _pattern(config)
     return nested | stated
+
+
+def _pattern(config: Mapping[str, object]) -> JsonObject:
+    """Returns what 4.51 has in the place of ``layer_types``: each of how many layers attends to all."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or "full_attention" not in kinds:
+        return {}
+    every = kinds.index("full_attention") + 1
+    alike = all((kind == "full_attention") == ((index + 1) % every == 0) for index, kind in enumerate(kinds))
+    return {"sliding_window_pattern": every} if alike else {}
 
 
 def with_v4_rope(config: Mapping[str, object], text: Architecture, where: str) -> JsonObject:
@@ -48,6 +62,12 @@ def with_v4_rope(config: Mapping[str, object], text: Architecture, where: str) -
     """
     plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if "rope_local_base_freq" in text.table.other_fields and isinstance(rope, dict):
+        rope, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+        if isinstance(local, dict) and local.keys() <= {"rope_theta", "rope_type"}:
+            plain |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+        else:
+            rope = [rope, local]
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise TargetError(
             "odd-config",

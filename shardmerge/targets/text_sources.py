@@ -33,7 +33,7 @@ class TextSource:
     where
         The file that says so.
     kind
-        Whose description it is: ``hf``, ``meta``, ``litgpt``, ``megatron``.
+        Whose description it is: ``hf``, ``hf-part`` (of a LLaVA's), ``meta``, ``litgpt``, ``megatron``.
     warnings
         What the description cannot carry over.
     """
@@ -46,8 +46,17 @@ class TextSource:
     warnings: tuple[str, ...] = ()
 
 
-def read_text_source(request: Request, default: str = "text") -> TextSource:
+def read_text_source(request: Request, default: str = "text", *, as_llama: bool = True) -> TextSource:
     """Returns the source that plays ``text``, or, where the mapping lacks it, the only one that describes itself.
+
+    Parameters
+    ----------
+    request
+        What the target is asked for.
+    default
+        The source where the mapping does not say it.
+    as_llama
+        Whether Phi-3 and InternLM2 are described as the LLaMA that they are once their fused layers are split.
 
     Raises
     ------
@@ -66,8 +75,8 @@ def read_text_source(request: Request, default: str = "text") -> TextSource:
             where=catalog.path if catalog else request.where,
             expected=f"a source `{name}` with config.json, {_PARAMS}, {_LITGPT} or Megatron's args",
         )
-    found = _read(catalog, request.read)
-    if found.kind == "hf":
+    found = _read(catalog, request.read, as_llama=as_llama)
+    if found.kind.startswith("hf"):
         for each in request.catalogs.values():
             megatron_args.check_config(found.config, found.architecture, each, found.where)
     return found
@@ -78,12 +87,15 @@ def _describes(catalog: Catalog) -> bool:
     return any(name in files for name in ("config.json", _PARAMS, _LITGPT)) or has_args(catalog)
 
 
-def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
+def _read(catalog: Catalog, read: ReadSideFile, *, as_llama: bool) -> TextSource:
     files = catalog.side_files
     warnings: tuple[str, ...] = ()
     if "config.json" in files:
-        kind, where = "hf", files["config.json"].file
-        config, warnings = _own(load_object(files["config.json"], read), where)
+        where = files["config.json"].file
+        whole = load_object(files["config.json"], read)
+        config = _own(whole, where)
+        kind = "hf" if config is whole else "hf-part"
+        config, warnings = rewritten_configs.as_llama(config, where) if as_llama else (config, ())
     elif _PARAMS in files:
         kind, where = "meta", files[_PARAMS].file
         rows, tied = foreign_configs.meta_rows(catalog), foreign_configs.meta_is_tied(catalog)
@@ -97,14 +109,9 @@ def _read(catalog: Catalog, read: ReadSideFile) -> TextSource:
     return TextSource(catalog, config, read_architecture(config, where, model_types("text")), where, kind, warnings)
 
 
-def _own(whole: JsonObject, where: str) -> tuple[JsonObject, tuple[str, ...]]:
+def _own(whole: JsonObject, where: str) -> JsonObject:
     """Returns the language model's config: the whole, or the part that a LLaVA has of it."""
     nested = whole.get("text_config")
     if official_config.is_official(whole):
-        return official_config.language_part(whole, where), ()
-    config = nested if isinstance(nested, dict) else whole
-    if config.get("model_type") == "phi3":
-        return rewritten_configs.from_phi3(config, where)
-    if config.get("model_type") == "internlm2":
-        return rewritten_configs.from_internlm2(config, where), ()
-    return config, ()
+        return official_config.language_part(whole, where)
+    return nested if isinstance(nested, dict) else whole
