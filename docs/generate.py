@@ -1,8 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops and presets, their places in mkdocs.yml, the lists of targets, layouts and architectures, the picture of
-layouts, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml -->`` is that
-file. It stands in the page itself, so that who reads the repository sees it too.
+Pages of ops, presets and adapters' fields, their places in mkdocs.yml, the lists of targets, layouts and architectures,
+the picture of layouts, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml
+-->`` is that file. It stands in the page itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from docs.adapter_page import adapter_page
 from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
 from docs.markdown import table
@@ -31,10 +32,10 @@ _SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
-    texts = {"guides/layouts.svg": picture(), **op_pages(), **preset_pages()}
+    texts = {"guides/layouts.svg": picture(), **op_pages(), **preset_pages(), **adapter_page()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
-    shown = {path: _with_files(path.read_text("utf-8")) for path in written}
+    shown = {path: _with_files(path.read_text("utf-8")) for path in written if path not in pages}
     reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
     guides = ROOT / "docs" / "guides"
     guide, architectures = guides / "layouts.md", guides / "architectures.md"

@@ -95,6 +95,7 @@ ARROWS = {
     "hf/to-5.6": ("llava", "5.6"),
     "peft/export": ("run", "peft"),
     "peft/merge": ("peft", "merged"),
+    "peft/extract": ("merged", "peft"),
     "clip/open-clip-to-hf": ("clip", "hf-clip"),
     "clip/hf-to-open-clip": ("hf-clip", "clip"),
     "clip/hf-to-vision": ("hf-clip", "vision"),

@@ -81,6 +81,7 @@ INPUTS: dict[str, Sources] = {
         "adapter": {**_LORA, "q.magnitude": row(10, 1)},
         "src": {"q.weight": np.array([[2, 2, 0], [2, 7, 4]], np.float32)},
     },
+    "lora_extract": {"src": {"base.q.weight": count(2, 3), "tuned.q.weight": 2 * count(2, 3)}},
     "task_arithmetic": {"src": _MODELS},
     "ties": {"src": _MODELS},
     "dare": {"src": _MODELS},

@@ -67,6 +67,8 @@ def _presets() -> dict[str, Make]:
     for name in TRAINED:
         sources = {"trained": case_of(name), **BASES}
         found |= {f"{use} {name}": preset(use, sources) for use in ("xtuner/llava-to-hf", "xtuner/llava-to-xtuner")}
+    tuned = {"tuned": XTUNER / "base_llm", "base": XTUNER / "base_llm"}
+    found["peft/extract"] = preset("peft/extract", tuned, {"let": {"rank": 4}})
     found["peft/export"] = preset("peft/export", {"trained": case_of("lora_llm")}, ALPHA)
     for ranks in (1, 2):
         more = {"let": {"ranks": ranks}}

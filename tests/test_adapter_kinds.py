@@ -151,19 +151,22 @@ def test_a_part_that_no_lora_has_is_refused(run: Path, name: str, words: str) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "code", "words"),
     [
-        ("lora_unet_down_blocks_0_attn.lora_down.weight", "kohya"), ("unet.down.0.lora.down.weight", "diffusers"),
-        ("model.layers.0.self_attn.q_proj.lora_a", "mlx"), ("model.layers.0.self_attn.q_proj.hada_w1_a", "LyCORIS"),
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", "without `base_model.model.`"),
+        ("lora_unet_down_blocks_0_attn.lora_down.weight", "adapter-without-base", "kohya"),
+        ("unet.down.0.lora.down.weight", "adapter-without-base", "unet.down.0"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "adapter-incomplete", "lora_B"),
+        ("model.layers.0.self_attn.q_proj.hada_w1_a", "unknown-adapter-tensor", "LyCORIS"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "adapter-incomplete", "lora_B"),
     ],
-)  # fmt: skip
-def test_names_of_other_makes_are_called_by_theirs(run: Path, name: str, words: str) -> None:
+)
+def test_half_of_an_adapter_of_another_make_is_none(run: Path, name: str, code: str, words: str) -> None:
+    """Whole ones are merged: tests/test_adapter_tools.py."""
     save_file({name: torch.zeros(4, 16)}, run / "lora" / WEIGHTS)
     with pytest.raises(sm.ShardmergeError) as caught:
         sm.convert(run / "lora", run / "out", bases={"base": str(run / "base")})
     for text in (refused(run), " ".join(str(caught.value).split())):
-        assert "[unknown-adapter-tensor]" in text
+        assert f"[{code}]" in text
         assert words in text
 
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftType
 
 import shardmerge as sm
-from shardmerge.targets import adapter_config
+from shardmerge.targets import adapter_fields
 from shardmerge.targets.adapter_config import read_adapter_config
 from tests.adapter_runs import (
     assert_same,
@@ -47,8 +47,23 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def test_every_field_of_the_installed_peft_is_listed() -> None:
     """A new peft with a new field shows here first; until then its users get a refusal by name."""
-    listed = adapter_config._HONOURED | set(adapter_config._IRRELEVANT) | set(adapter_config._REFUSED)
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= listed
+    listed = {*adapter_fields.HONOURED, *adapter_fields.IRRELEVANT, *adapter_fields.REFUSED}
+    for config in (LoraConfig, LoHaConfig, LoKrConfig):
+        assert {field.name for field in dataclasses.fields(config)} <= listed
+
+
+def test_every_tuner_of_the_installed_peft_is_listed() -> None:
+    listed = {*adapter_fields.MERGED_TUNERS, *adapter_fields.OTHER_TUNERS, *adapter_fields.BESIDE_TUNERS}
+    assert {one.value for one in PeftType} <= listed
+
+
+@pytest.mark.parametrize("kind", [*adapter_fields.OTHER_TUNERS, *adapter_fields.BESIDE_TUNERS, "OF_TOMORROW"])
+def test_another_tuner_is_refused_by_its_name(run: Path, kind: str) -> None:
+    change_config(run / "lora", peft_type=kind)
+    said = refused(run)
+    assert "[not-lora]" in said
+    assert kind in said
+    assert adapter_fields.BY_PEFT[:20] in said or adapter_fields.BESIDE[:20] in said
 
 
 def test_what_peft_writes_by_default_is_taken(made: Path) -> None:
@@ -58,9 +73,7 @@ def test_what_peft_writes_by_default_is_taken(made: Path) -> None:
 
 REFUSED = {
     "alora_invocation_tokens": [1, 2],
-    "layer_replication": [[0, 1], [0, 2]],
     "megatron_config": {"num_layers": 2},
-    "target_parameters": ["experts.down_proj"],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
@@ -82,7 +95,7 @@ def test_a_field_that_changes_the_sums_is_refused_by_name(run: Path, key: str) -
     merge(run)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "tomorrow"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga", "tomorrow"])
 def test_an_initialisation_that_changes_the_base_is_refused(run: Path, init: str) -> None:
     """The hint's second way: with the residual base, `init_lora_weights: true` is true."""
     change_config(run / "lora", init_lora_weights=init)

@@ -38,8 +38,8 @@ ELSEWHERE = {
     *(f"merge-{name}.yaml" for name in (*MERGED, "della")),
 }
 HERE = {
-    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-own-base.yaml",
-    "adapter-rename.yaml", "adapter-xtuner.yaml", "adapter.yaml",
+    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-extract.yaml", "adapter-own-base.yaml",
+    "adapter-rename.yaml", "adapter-weights.yaml", "adapter-xtuner.yaml", "adapter.yaml",
     "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
     "merge-tasks.yaml",
@@ -234,6 +234,27 @@ def test_an_adapter(made: Path) -> None:
     close(state(run(made, "adapter-any-model.yaml")), truth)
     rounded = {name: tensor.bfloat16() for name, tensor in truth.items()}
     close(state(run(made, "adapter.yaml")), rounded, rtol=1e-2)
+
+
+def test_half_of_an_adapter(made: Path) -> None:
+    base = load_file(made / "models" / "base" / "model.safetensors")
+    half = {name: (one + base[name]) / 2 for name, one in merged(made).items()}
+    close(state(run(made, "adapter-weights.yaml")), half)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_adapter_between_two_models(made: Path) -> None:
+    """A model that an adapter of rank 2 was merged into gives it back."""
+    base = transformers.LlamaForCausalLM.from_pretrained(made / "models" / "base")
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(base, config).merge_and_unload()
+    tuned.save_pretrained(made / "models" / "tuned")
+    adapter = run(made, "adapter-extract.yaml")
+    fresh = transformers.LlamaForCausalLM.from_pretrained(made / "models" / "base")
+    found = peft.PeftModel.from_pretrained(fresh, adapter).merge_and_unload().state_dict()
+    truth = tuned.state_dict()
+    assert max(float((found[name] - one).abs().max()) for name, one in truth.items()) < 1e-5
 
 
 def test_an_adapter_by_other_names(made: Path) -> None:

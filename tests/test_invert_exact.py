@@ -80,7 +80,14 @@ NO_WAY = {
     "llama/meta-to-hf": ("meta_llama3_tp2_gqa", "the sizes of what `concat` joins are not known"),
     "llama/torchtune-lora-to-hf": ("torchtune_llama3_lora", "`lora` is lossy"),
 }
-NO_WAY_OTHERS = {"llama/hf-to-meta", "llama/apply-delta", "peft/merge", "peft/export", "xtuner/llava-to-xtuner"}
+NO_WAY_OTHERS = {
+    "llama/hf-to-meta",
+    "llama/apply-delta",
+    "peft/merge",
+    "peft/export",
+    "peft/extract",
+    "xtuner/llava-to-xtuner",
+}
 
 
 def write_mapping(folder: Path, preset: str, sources: dict[str, Path], more: dict[str, object]) -> Path:

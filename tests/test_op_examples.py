@@ -115,6 +115,13 @@ def top_left(base: Array, delta: Array) -> Array:
     return made
 
 
+def leading_row(delta: Array) -> Array:
+    """``sqrt(s) v^T`` of the largest singular value, its largest component positive."""
+    _, lengths, rows = np.linalg.svd(delta.astype(np.float64))
+    made: Array = (np.sqrt(lengths[0]) * rows[:1] * np.sign(rows[0, np.abs(rows[0]).argmax()])).astype(np.float32)
+    return made
+
+
 # What the example makes of its tensors, which go in by name.
 TRUTH: dict[str, tuple[str, Callable[[Given], Array]]] = {
     "transpose": ("visual_projection.weight", lambda g: g["src:visual.proj"].T),
@@ -159,6 +166,7 @@ TRUTH: dict[str, tuple[str, Callable[[Given], Array]]] = {
         "q_proj.weight",
         lambda g: dora(g["src:q.weight"], g["adapter:q.lora_A"], g["adapter:q.lora_B"], g["adapter:q.magnitude"], 0.5),
     ),
+    "lora_extract": ("q.lora_A", lambda g: leading_row(g["src:tuned.q.weight"] - g["src:base.q.weight"])),
     "task_arithmetic": (
         "x.weight",
         lambda g: g["src:base.weight"] + sum(0.5 * (g[f"src:{m}.weight"] - g["src:base.weight"]) for m in "ab"),

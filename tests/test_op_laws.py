@@ -100,6 +100,9 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
     ],
     "lora": lambda n: [Case({"scale": 0.5}, ((2, n), (3 * n, 2), (3 * n, n)))],
     "dora": lambda n: [Case({"scale": 0.5}, ((2, n), (3 * n, 2), (3 * n,), (3 * n, n)))],
+    "lora_extract": lambda n: [
+        Case({"rank": 2, "take": take}, ((3 * n, 8), (3 * n, 8))) for take in ("A", "B")
+    ],
     "task_arithmetic": lambda n: [Case({"weights": (0.5, 0.25)}, ((n, n),) * 3)],
     "ties": lambda n: [
         Case({"density": 0.4, "scale": 1}, ((n, n),) * 3),

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from shardmerge.errors import MappingError
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_names import Places
+from shardmerge.mapping.adapter_parameters import unadapted_parameters
 from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.near import count, listed
+from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names, layer_of
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -29,9 +31,31 @@ def incomplete(
         named = f"{count(len(gone), 'module')} that {ADAPTER_CONFIG} names"
         what = f"{named} have no tensors, though their like in other layers do"
         yield _missing(what, gone, path)
+    if gone := sorted(unadapted_parameters(config, parts.modules, base, places)):
+        yield _missing(f"{ADAPTER_CONFIG} says target_parameters, and some have no tensors", gone, path)
     if gone := sorted(_left_unsaved(config, parts, base, places)):
         yield _missing(f"{ADAPTER_CONFIG} says modules_to_save, and their weights are not there", gone, path)
     yield from _magnitudes(config, parts, low_rank, path)
+
+
+def unweighable(weight: float, parts: AdapterTensors, spec: AdapterSpec) -> Iterator[MappingError]:
+    """Yields why an adapter cannot count by a ``weight``: what it replaces whole is there or is not."""
+    if weight == 1:
+        return
+    dora = [module for module, held in parts.modules.items() if "magnitude" in held]
+    tokens = [module for module, held in parts.modules.items() if "tokens" in held]
+    for what, names in (
+        ("DoRA gives rows their length, of which there is no part", dora),
+        ("modules_to_save and trained biases replace the base's, whole or not at all", sorted(parts.trained)),
+        ("trained tokens replace rows of the base, whole or not at all", tokens),
+    ):
+        if names:
+            yield MappingError(
+                "adapter-setting",
+                f"`weight: {weight:g}` cannot be: {what}: {listed(names, 3)}",
+                where=str(spec.mark),
+                hint="leave `weight:` out; or merge without it, and mix that model with the base by `op: linear`",
+            )
 
 
 def _missing(what: str, names: list[str], path: str) -> MappingError:

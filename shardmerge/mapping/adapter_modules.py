@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from shardmerge.compose import compose
-from shardmerge.errors import MappingError
+from shardmerge.compose import cast_to, compose
+from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_names import Places
+from shardmerge.mapping.adapter_parameters import ParameterMerge, parameter_of
+from shardmerge.mapping.adapter_products import is_lycoris, lycoris_rank, lycoris_weight, scaled_by_alpha
+from shardmerge.mapping.adapter_refusals import explained
 from shardmerge.mapping.adapter_settings import AdapterSettings
 from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
+from shardmerge.ops.rearranging import Permute
+from shardmerge.ops.residual import Residual
+from shardmerge.targets.adapter_config import AdapterConfig
 from shardmerge.tensors import TensorEntry
+
+_Modules = dict[str, dict[str, TensorEntry]]
+
+
+def whole_modules(modules: _Modules, config: AdapterConfig) -> _Modules:
+    """Returns the modules whose weight is adapted, without those of which it is a parameter of another name."""
+    return {module: parts for module, parts in modules.items() if parameter_of(module, config) is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +36,29 @@ class ModuleMerge:
     spec: AdapterSpec
     settings: AdapterSettings
     bases: Mapping[str, TensorEntry]
+
+    def all_made(
+        self,
+        base: Base,
+        places: Places,
+        modules: Mapping[str, Mapping[str, TensorEntry]],
+        problems: list[ShardmergeError],
+        homeless: list[str],
+    ) -> Iterator[tuple[str, TensorEntry]]:
+        """Yields what all modules change; adds what is wrong to ``problems``, and weights that no base has."""
+        parameters = ParameterMerge(self.spec, self.settings, base, places)
+        for module, parts in modules.items():
+            try:
+                if (parameter := parameter_of(module, self.settings.config)) is not None:
+                    yield from parameters.made(*parameter, parts)
+                elif (place := places.find(f"{module}.weight")) is not None:
+                    yield from self.made(base, places, module, place, parts)
+                else:
+                    homeless.append(f"{module}.weight")
+            except MappingError as error:
+                problems.append(explained(error, module, self.spec))
+                if error.code in ("unknown-alpha", "odd-pattern"):
+                    return  # the same for every module
 
     def made(
         self, base: Base, places: Places, module: str, place: str, parts: Mapping[str, TensorEntry]
@@ -45,6 +81,8 @@ class ModuleMerge:
             ``unknown-alpha``, ``odd-pattern``, ``op-shape``.
         """
         base.refuse_clash(place, self.spec)
+        if self.settings.config.alpha is not None:  # what a config or the mapping says stands in its place
+            parts = {part: entry for part, entry in parts.items() if part != "alpha"}
         now, untouched = base.weights(place, self.bases.get(f"{module}.weight"))
         origin = f"merged with {self.spec.source.source}"
         if "tokens" in parts:
@@ -54,13 +92,20 @@ class ModuleMerge:
                 raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
             yield place, replace(rows, name=place, origin=origin)
             return
+        if is_lycoris(parts):
+            rank = lycoris_rank(parts)
+            scale = self.settings.scale(module, rank, beside="alpha" in parts)
+            yield place, replace(lycoris_weight(now, module, parts, scale), name=place, origin=origin)
+            return
         embedding = "embedding_a" in parts or "embedding_b" in parts
         a, b = (parts.get(f"embedding_{part}" if embedding else part) for part in "ab")
         if a is None or b is None:
             missing = "lora_A" if a is None else "lora_B"
             raise MappingError("adapter-incomplete", f"{module} has no {missing}", found=", ".join(parts))
-        scale = self.settings.scale(module, a.shape[0] if a.shape else 0)
+        scale = self.settings.scale(module, a.shape[0] if a.shape else 0, beside="alpha" in parts)
+        a = scaled_by_alpha(a, parts)
         turned = embedding or self._is_turned(base, module, place, a, b)
+        now = now if embedding else self._after_start(now, untouched, module, a, scale, turned=turned)
         weight = merged_weight(now, untouched, a, b, parts.get("magnitude"), scale, turned=turned)
         yield place, replace(weight, name=place, origin=origin)
         if "b_bias" in parts:
@@ -73,6 +118,31 @@ class ModuleMerge:
                 )
             made = compose(Linear((1.0, scale)), [base.weights(bias)[0], parts["b_bias"]])
             yield bias, replace(made, name=bias, origin=origin)
+
+    def _after_start(
+        self,
+        now: TensorEntry,
+        untouched: TensorEntry | None,
+        module: str,
+        a: TensorEntry,
+        scale: float,
+        *,
+        turned: bool,
+    ) -> TensorEntry:
+        """The weight without what PiSSA or OLoRA took out of it before the run, in its own type, as in peft."""
+        init = self.settings.config.init
+        if not init:
+            return now
+        if untouched is not None or (init == "olora" and turned) or self.settings.weight != 1:
+            raise MappingError(
+                "adapter-setting",
+                f"{module}: init_lora_weights {init} took its start out of the base, which is no plain base any more",
+                expected="one adapter alone, with no `weight:`, over a base that no other has changed",
+                hint="merge it first, into the untouched base, in a run of its own",
+            )
+        turn = compose(Permute(), [now]) if turned else now
+        left = cast_to(compose(Residual(init, a.shape[0], scale), [turn]), now.dtype)
+        return compose(Permute(), [left]) if turned else left
 
     def _is_turned(self, base: Base, module: str, place: str, a: TensorEntry, b: TensorEntry) -> bool:
         if len(base.catalog[place].shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:

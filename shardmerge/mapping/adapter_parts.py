@@ -30,6 +30,8 @@ _PARTS = tuple(
         (rf"lora_embedding_A{_NAMED}", "embedding_a"),
         (rf"lora_embedding_B{_NAMED}", "embedding_b"),
         (rf"lora_magnitude_vector{_NAMED}(?:\.weight)?", "magnitude"),
+        (rf"(?P<lycoris>(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])){_NAMED}", ""),
+        (r"lora_alpha_beside(?P<adapter>)", "alpha"),
         (rf"token_adapter\.trainable_tokens_delta{_NAMED}", "tokens"),
     )
 )
@@ -53,7 +55,8 @@ class AdapterTensors:
     Attributes
     ----------
     modules
-        By module, then by part: ``a``, ``b``, ``b_bias``, ``embedding_a``, ``embedding_b``, ``magnitude``, ``tokens``.
+        By module, then by part: ``a``, ``b``, ``b_bias``, ``embedding_a``, ``embedding_b``, ``magnitude``,
+        ``tokens``, ``alpha`` and LyCORIS's under their own names.
     whole
         Weights and biases that take the place of the base's, by their names in the base.
     trained
@@ -132,8 +135,8 @@ class _Sort:
     def _one(self, rest: str, entry: TensorEntry, *, packed: bool) -> None:
         for pattern, part in _PARTS:
             if (match := pattern.fullmatch(rest)) is not None:
-                if self._is_meant(match["adapter"], entry):
-                    self.parts.modules[match["module"]][part] = entry
+                if self._is_meant(match["adapter"] or None, entry):
+                    self.parts.modules[match["module"]][part or match["lycoris"]] = entry
                 return
         if (saved := _SAVED.fullmatch(rest)) is not None:
             if self._is_meant(saved["adapter"], entry):
@@ -196,10 +199,19 @@ class _Sort:
             )
         if wanted and wanted not in self.adapters and self.parts.used:
             self._unknown(wanted, where)
+        self.foreign += self._mixed()
         if self.foreign:
             raise foreign_error(self.foreign, source, self.catalog.path)
         if self.empty:
             raise _empty_error(list(dict.fromkeys(self.empty)), source, self.catalog.path)
+
+    def _mixed(self) -> list[str]:
+        """LyCORIS's factors in a module that has LoRA's: no tool writes both."""
+        found = []
+        for parts in self.parts.modules.values():
+            other = [entry.name for part, entry in parts.items() if part.startswith(("hada_", "lokr_"))]
+            found += other if {"a", "b", "embedding_a", "embedding_b"} & parts.keys() else []
+        return found
 
     def _unknown(self, wanted: str, where: str) -> None:
         held = sorted(self.adapters)

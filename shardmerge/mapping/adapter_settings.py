@@ -6,7 +6,6 @@ tensors. What is not known is asked for, never assumed: peft's default alpha of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
@@ -14,10 +13,14 @@ from math import isfinite, sqrt
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, read_adapter_config
-from shardmerge.targets.config_numbers import load_object
+from shardmerge.targets.config_numbers import JsonObject, load_object, parsed_object
+from shardmerge.targets.name_expressions import matches
 from shardmerge.targets.training_config import LoraFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
-from shardmerge.tensors.file_roles import ADAPTER_CONFIG
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, ADAPTER_METADATA
+
+# The largest number that anybody could mean.
+_MOST = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +35,27 @@ class AdapterSettings:
         Where alpha is from, for people.
     turned
         The mapping's ``fan_in_fan_out``; None where it does not say.
+    weight
+        How often the adapter counts: the mapping's ``weight``, over alpha, its patterns and rsLoRA.
+    alpha_is_rank
+        Whether a module of which nothing says alpha has its rank for one: the rule of kohya and diffusers.
     """
 
     config: AdapterConfig = field(default_factory=AdapterConfig)
     said_by: str = ""
     turned: bool | None = None
+    weight: float = 1.0
+    alpha_is_rank: bool = False
 
-    def scale(self, module: str, rank: int) -> float:
-        """Returns the factor of ``B @ A`` for a module.
+    def scale(self, module: str, rank: int | None, *, beside: bool = False) -> float:
+        """Returns the factor of ``B @ A`` for a module, without its alpha where that stands ``beside`` its factors.
 
         Parameters
         ----------
         module
             Its name inside of the model, as peft sees it.
         rank
-            Rows of its A.
+            Rows of its A; None for a LoKr of two whole factors, which has none of its own.
 
         Raises
         ------
@@ -56,6 +65,10 @@ class AdapterSettings:
         """
         config = self.config
         claimed = _pattern(config.rank_pattern, module) or config.rank
+        if rank is None:
+            rank = int(claimed or 0)
+            if not rank:  # LyCORIS counts such a module once, whatever its alpha
+                return self.weight
         if claimed is not None and claimed != rank:
             raise MappingError(
                 "adapter-rank",
@@ -64,19 +77,30 @@ class AdapterSettings:
                 expected=f"r = {claimed:g} ({self.said_by})",
                 hint=f"put the adapter_config.json of the run there, or say `r: {rank}` under `adapters:`",
             )
+        if config.scale is not None:
+            return self.weight * config.scale
         alpha = _pattern(config.alpha_pattern, module)
         alpha = config.alpha if alpha is None else alpha
+        if alpha is None and (beside or self.alpha_is_rank):
+            return self.weight / rank if beside else self.weight
         if alpha is None:
             raise MappingError("unknown-alpha", "nothing says the adapter's alpha, and so how strongly it counts")
         if not isfinite(alpha):
             raise MappingError(
                 "odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha: NUMBER` under `adapters:`"
             )
-        return alpha / sqrt(rank) if config.rslora else alpha / rank
+        return self.weight * (alpha / sqrt(rank) if config.rslora else alpha / rank)
 
 
-def read_adapter_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFile) -> AdapterSettings:
-    """Returns what the adapter's own config says, and the mapping over it.
+def has_own_config(adapter: Catalog) -> bool:
+    """Whether adapter_config.json lies beside an adapter."""
+    return ADAPTER_CONFIG in adapter.side_files
+
+
+def read_adapter_settings(
+    spec: AdapterSpec, catalog: Catalog, read: ReadSideFile, *, alpha_is_rank: bool = False
+) -> AdapterSettings:
+    """Returns what the adapter's own config says, and the mapping over it; ``alpha_is_rank`` is its tool's rule.
 
     Raises
     ------
@@ -87,9 +111,21 @@ def read_adapter_settings(spec: AdapterSpec, catalog: Catalog, read: ReadSideFil
     if ADAPTER_CONFIG in catalog.side_files:
         extent = catalog.side_files[ADAPTER_CONFIG]
         found = AdapterSettings(read_adapter_config(load_object(extent, read), extent.file), ADAPTER_CONFIG)
+    elif ADAPTER_METADATA in catalog.facts:
+        text = str(catalog.facts[ADAPTER_METADATA])
+        found = AdapterSettings(
+            read_adapter_config(_of_part(text, spec, catalog.path), catalog.path), "the file's header"
+        )
     elif catalog.training_config:
         found = _from_training(spec, catalog)
-    return _overridden(found, spec)
+    return replace(_overridden(found, spec), alpha_is_rank=alpha_is_rank)
+
+
+def _of_part(text: str, spec: AdapterSpec, where: str) -> JsonObject:
+    """Returns the config of one model of a pipeline: ``unet.lora_alpha`` and its like, without the model's name."""
+    prefix = spec.source.template.text.partition("{")[0]
+    said = parsed_object(text.encode(), where)
+    return {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
 
 
 def _from_training(spec: AdapterSpec, catalog: Catalog) -> AdapterSettings:
@@ -114,17 +150,18 @@ def _overridden(found: AdapterSettings, spec: AdapterSpec) -> AdapterSettings:
     if "r" in numbers:
         config = replace(config, rank=int(numbers["r"]), rank_pattern={})
     config = replace(config, rslora=flags.get("rslora", config.rslora))
-    return AdapterSettings(config, "the mapping" if numbers else found.said_by, flags.get("fan_in_fan_out"))
+    weight = _said_number(said["weight"], "weight", spec, least=-_MOST) if "weight" in said else 1.0
+    return AdapterSettings(config, "the mapping" if numbers else found.said_by, flags.get("fan_in_fan_out"), weight)
 
 
-def _said_number(text: str, key: str, spec: AdapterSpec) -> float:
+def _said_number(text: str, key: str, spec: AdapterSpec, *, least: float = 0.0) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        what, hint = f"`{key}: {text}` is no positive number", f"say `{key}: NUMBER` under `adapters:`"
-        raise MappingError("odd-setting", what, where=str(spec.mark), hint=hint)
+        value = least
+    if not least < value < _MOST:
+        what = f"`{key}: {text}` is no {'number' if least else 'positive number'}"
+        raise MappingError("odd-setting", what, where=str(spec.mark), hint=f"say `{key}: NUMBER` under `adapters:`")
     return value
 
 
@@ -135,21 +172,17 @@ def _said_flag(text: str, key: str, spec: AdapterSpec) -> bool:
 
 
 def _pattern(patterns: Mapping[str, float], module: str) -> float | None:
-    r"""Returns the value of the first pattern that a module's name ends with, as peft's ``get_pattern_key``.
-
-    peft matches ``(.*\.)?(KEY)$`` with KEY a regular expression. Plain names, with ``^`` for a whole one, are what
-    people write; anything else is refused rather than matched, since a pattern may take for ever.
-    """
+    r"""Returns the value of the first pattern that fits a module, as peft's ``get_pattern_key``: ``(.*\.)?(KEY)$``."""
     for key, value in patterns.items():
-        plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.-]+", plain, re.ASCII):
+        try:
+            if matches(rf"(.*\.)?({key})$", module):
+                return value
+        except ValueError as error:
             raise MappingError(
                 "odd-pattern",
-                "a rank or alpha pattern is more than a module's name",
+                f"a rank or alpha pattern cannot be matched: {error}",
                 found=key[:80],
-                expected="names such as `self_attn.q_proj`",
-                hint=f'write a line for each module into {ADAPTER_CONFIG}, such as "{module}": {value}',
-            )
-        if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
-            return value
+                expected="a module's name, or a plain regular expression over names",
+                hint=f'write a line for each module into {ADAPTER_CONFIG}, such as "{module}": {value:g}',
+            ) from error
     return None

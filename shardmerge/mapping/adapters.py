@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardmerge.errors import MappingError, ShardmergeError, raise_all
+from shardmerge.errors import ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_checks import incomplete
+from shardmerge.mapping.adapter_checks import incomplete, unweighable
 from shardmerge.mapping.adapter_held import held_base
 from shardmerge.mapping.adapter_homeless import idle_renames, without_base
-from shardmerge.mapping.adapter_modules import ModuleMerge
+from shardmerge.mapping.adapter_makes import translated
+from shardmerge.mapping.adapter_modules import ModuleMerge, whole_modules
 from shardmerge.mapping.adapter_names import Places
 from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
-from shardmerge.mapping.adapter_refusals import explained, packed_base, refuse_no_adapter, refuse_own_adapter
-from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
+from shardmerge.mapping.adapter_refusals import packed_base, refuse_no_adapter, refuse_own_adapter
+from shardmerge.mapping.adapter_replication import replicated
+from shardmerge.mapping.adapter_settings import AdapterSettings, has_own_config, read_adapter_settings
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
-from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Merged:
 
     catalogs: dict[str, Catalog]
     used: frozenset[tuple[str, str]]
-    configs: Mapping[str, JsonObject] = field(default_factory=dict)
+    configs: Mapping[str, dict[str, object]] = field(default_factory=dict)
 
 
 def merge_adapters(
@@ -114,16 +114,21 @@ class _AdapterMerge:
 
     def merged(self) -> Base:
         """Returns the base with the adapter in it, as it is where there is nothing to merge and that is allowed."""
-        if ADAPTER_CONFIG in self.adapter.side_files:  # its kind explains names that no LoRA has
+        if has_own_config(self.adapter):  # its kind explains names that no LoRA has
             self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
-        self.parts = sort_adapter(self.spec, self.adapter)
+        found = translated(self.spec, self.adapter, self.base.catalog)
+        self.parts = sort_adapter(self.spec, found.catalog)
+        self.parts = replace(self.parts, used={found.names.get(name, name) for name in self.parts.used})
         self.parts = self.parts.trained_alone() if self.own else self.parts
         if not self.parts.modules and not self.parts.whole:
             refuse_no_adapter(self.spec, self.adapter, self.parts)
             return self.base  # a checkpoint that may hold an adapter or not
-        self.settings = read_adapter_settings(self.spec, self.adapter, self.read)
+        self.settings = read_adapter_settings(self.spec, self.adapter, self.read, alpha_is_rank=found.alpha_is_rank)
+        raise_all(unweighable(self.settings.weight, self.parts, self.spec))
         base = self.base.with_files(self.adapter, self.spec.source.source, self.read)
-        places = Places.of(self.spec, base.catalog, self.parts, base.config)
+        if self.settings.config.replication:
+            base = replicated(base, self.settings.config.replication, self.spec)
+        places = Places.of(self.spec, base.catalog, self._of_weights(), base.config)
         base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
         base = base.with_head(self.parts.whole, self.settings.config, places)
         places = replace(places, base=base.catalog)
@@ -141,7 +146,10 @@ class _AdapterMerge:
 
     def _weights(self) -> Iterator[str]:
         """Yields the names of the weights that get a product or new rows, as the adapter has them."""
-        return (f"{module}.weight" for module in self.parts.modules)
+        return (f"{module}.weight" for module in whole_modules(self.parts.modules, self.settings.config))
+
+    def _of_weights(self) -> AdapterTensors:
+        return replace(self.parts, modules=whole_modules(self.parts.modules, self.settings.config))
 
     def _trained_places(self, places: Places) -> frozenset[str]:
         low_rank = (f"{name}.weight" for name, parts in self.parts.modules.items() if set(parts) != {"tokens"})
@@ -151,6 +159,7 @@ class _AdapterMerge:
         done = count(len(self.parts.modules) + len(self.parts.whole), "module")
         alpha = self.settings.config.alpha
         said = f", alpha {alpha:g} from {self.settings.said_by}" if alpha is not None else ""
+        said += f", weight {self.settings.weight:g}" if self.settings.weight != 1 else ""
         yield f"{done} merged from {self.spec.source.source}{said}"
         yield from places.notes()
 
@@ -159,6 +168,8 @@ class _AdapterMerge:
         if (alpha := self.settings.config.alpha) is not None and alpha <= 0 and self.parts.modules:
             effect = "is taken off" if alpha else "changes nothing"
             yield f"{source}: lora_alpha is {alpha:g}: the adapter {effect}"
+        if not self.settings.weight:
+            yield f"{source}: its weight is 0: it changes nothing"
         if self.parts.left_out:
             yield (
                 f"{count(len(self.parts.left_out), 'frozen tensor')} of {source} without numbers (placeholders or "
@@ -181,18 +192,8 @@ class _AdapterMerge:
                 homeless.append(name)
             elif not self._is_tied(entry):
                 self.parts.used.discard(entry.name)  # a dump holds more than its adapter: rules may want a projector
-        module_merge = ModuleMerge(self.spec, self.settings, self.parts.bases).made
-        for module, parts in self.parts.modules.items():
-            place = places.find(f"{module}.weight")
-            if place is None:
-                homeless.append(f"{module}.weight")
-                continue
-            try:
-                yield from module_merge(base, places, module, place, parts)
-            except MappingError as error:
-                problems.append(explained(error, module, self.spec))
-                if error.code in ("unknown-alpha", "odd-pattern"):
-                    return  # the same for every module
+        merge = ModuleMerge(self.spec, self.settings, self.parts.bases)
+        yield from merge.all_made(base, places, self.parts.modules, problems, homeless)
 
     def _is_tied(self, entry: TensorEntry) -> bool:
         """Tells whether a tensor has a second name: a full dump has ``lm_head``, a base that ties it has not."""

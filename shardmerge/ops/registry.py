@@ -7,6 +7,7 @@ from shardmerge.ops import (
     cutting,
     dequantize,
     dora,
+    extract,
     fill,
     heads,
     joining,
@@ -19,7 +20,7 @@ from shardmerge.ops import (
 from shardmerge.ops.contract import OpKind
 
 _FAMILIES = (
-    rearranging, cutting, joining, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, merges,
+    rearranging, cutting, joining, heads, casts, dequantize, pointwise, fill, vocabulary, lora, dora, extract, merges,
 )  # fmt: skip
 
 OPS: dict[str, OpKind] = {kind.name: kind for family in _FAMILIES for kind in family.KINDS}

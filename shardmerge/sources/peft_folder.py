@@ -14,7 +14,7 @@ from shardmerge.sources.hf_folder import ReadShard
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")  # the last is mlx-lm's
 _FULL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LLAVA = "non_lora_trainables.bin"
 

@@ -19,6 +19,7 @@ from shardmerge.sources.lone_shard import refuse_slices
 from shardmerge.sources.strict_json import strict_json
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry, dense
+from shardmerge.tensors.file_roles import ADAPTER_METADATA
 
 # MAX_HEADER_SIZE of the reference parser, in bytes.
 _LARGEST_HEADER = 100_000_000
@@ -91,7 +92,8 @@ def read_safetensors(path: Path) -> Catalog:
     """
     header = read_header(path)
     refuse_slices(header.metadata, header.entries, str(path))
-    return Catalog(str(path), "safetensors", header.entries, files=(header.stamp,))
+    facts = {key: text for key, text in header.metadata.items() if key == ADAPTER_METADATA}
+    return Catalog(str(path), "safetensors", header.entries, files=(header.stamp,), facts=facts)
 
 
 def _header_length(file: SourceFile) -> int:

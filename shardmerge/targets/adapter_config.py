@@ -1,7 +1,7 @@
 """adapter_config.json by an allow-list: what a merge honours, what it may ignore, and nothing else.
 
-Fields are those of peft's ``LoraConfig`` from 0.1 to 0.21 (``peft/tuners/lora/config.py``), and what ms-swift adds. A
-field that is not listed here may change the sums; set to anything but nothing, it is refused by its name.
+Fields are those of peft's ``LoraConfig`` from 0.1 to 0.21 (``peft/tuners/lora/config.py``), of its LoHa and LoKr, and
+what ms-swift adds. The tables stand in ``adapter_fields``.
 """
 
 from __future__ import annotations
@@ -13,66 +13,14 @@ from math import isfinite
 
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.shown import shown
+from shardmerge.targets import adapter_fields as known
+from shardmerge.targets.adapter_fields import BESIDE, BY_PEFT
 from shardmerge.targets.config_numbers import JsonObject
+from shardmerge.targets.name_expressions import compiled, matches
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
-# Read below.
-_HONOURED = frozenset({
-    "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias",
-    "use_dora", "lora_bias", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "trainable_token_indices", "ensure_weight_tying", "peft_type", "task_type",
-})  # fmt: skip
-
-# Of no weight in a merge, and why.
-_IRRELEVANT: Mapping[str, str] = {
-    "auto_mapping": "which classes the run had",
-    "peft_version": "who wrote the file",
-    "transformers_version": "who wrote the file",
-    "base_model_name_or_path": "the user names the base",
-    "revision": "the same",
-    "inference_mode": "whether anything is trained",
-    "lora_dropout": "in training alone",
-    "merge_weights": "peft 0.1 and 0.2: whether its own eval() merges",
-    "megatron_core": "a package, used with megatron_config alone",
-    "qalora_group_size": "used with use_qalora alone",
-    "loftq_config": "how A and B began: init_lora_weights tells",
-    "eva_config": "the same; the ranks it chose stand in rank_pattern",
-    "corda_config": "how A and B began: init_lora_weights tells",
-    "lora_ga_config": "the same",
-    "velora_config": "what the backward pass keeps",
-    "runtime_config": "where DoRA's norms are computed",
-    "lora_dtype": "ms-swift: the type in training",
-    "lorap_lr_ratio": "ms-swift: a learning rate",
-    "lorap_emb_lr": "the same",
-}
-
-# What is known to be no sum with a base, and why, for people.
-_REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts after its invocation tokens alone, and merged always",
-    "layer_replication": "layer_replication builds a model of more layers than the base has",
-    "megatron_config": "megatron_config splits the layers over ranks, each file holding a part",
-    "target_parameters": "target_parameters adapts parameters such as fused experts, of which one pair serves all",
-    "use_qalora": "QA-LoRA adds to the zero points of packed weights",
-    "use_bdlora": "BD-LoRA stores A or B as the blocks of a diagonal",
-    "arrow_config": "Arrow chooses between adapters token by token",
-    "kasa_config": "KaSA cuts small singular values off the base before it adds",
-    "monteclora_config": "MonteCLoRA samples around A with parameters of its own",
-    "enable_lora": "enable_lora adapts parts of a fused layer",
-}
-_BY_PEFT = (
-    "let peft merge it, and convert MERGED: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
-    "ADAPTER).merge_and_unload().save_pretrained(MERGED)"
-)
-
-_BESIDE = (
-    "no merge can do it: load it beside its base, "
-    "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
-)
-# Of those above: what peft 0.19 merges into numbers that answer as the adapter does.
-_MERGED_BY_PEFT = frozenset({"target_parameters", "use_bdlora", "kasa_config", "monteclora_config"})
-
-# Initialisations that leave the base as it is, by `LoraLayer.update_layer`. A missing one is peft's default.
-_UNCHANGED = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# In front of an expression among names: no module's name begins so.
+EXPRESSION = "re:"
 _BIASES = (None, "none", "all", "lora_only")
 # The largest rank or alpha that anybody could mean; beyond it the file is damaged.
 _MOST = 1e9
@@ -87,7 +35,7 @@ class AdapterConfig:
     alpha, rank
         None where it does not say.
     targets
-        ``target_modules`` where they are a list of names; empty for an expression or none.
+        ``target_modules``: names, or an expression; empty for none, and for ``all-linear``.
     excluded, layers
         Modules and layer numbers that are not adapted though their names fit; ``layers`` is None for all.
     saved
@@ -100,6 +48,16 @@ class AdapterConfig:
         ``ensure_weight_tying``.
     task
         ``task_type``: ``CAUSAL_LM``, ``SEQ_CLS``, ...; empty where it does not say.
+    init
+        ``pissa`` or ``olora`` where the base lost something before the run, else empty.
+    parameters
+        ``target_parameters``.
+    peft_version
+        Of what wrote the file, ``(0, 21)``; empty where it does not say.
+    scale
+        The factor of ``B @ A`` itself, where the file says that: mlx-lm's.
+    replication
+        ``layer_replication``: layers ``[start, end)`` of the base behind each other; empty for the base's own.
     """
 
     alpha: float | None = None
@@ -116,6 +74,11 @@ class AdapterConfig:
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: bool = False
     task: str = ""
+    init: str = ""
+    parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] = ()
+    replication: tuple[tuple[int, int], ...] = ()
+    scale: float | None = None
 
 
 def read_adapter_config(config: JsonObject, where: str) -> AdapterConfig:
@@ -127,60 +90,94 @@ def read_adapter_config(config: JsonObject, where: str) -> AdapterConfig:
         All problems at once. ``not-lora``: another kind of adapter. ``adapter-setting``: a field that no merge can
         honour, or that is not known here. ``odd-setting``: a value of the wrong kind.
     """
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "", None):
-        raise MappingError(
-            "not-lora", "only LoRA adapters are merged", where=where, found=f"peft_type {shown(kind)}", hint=_BY_PEFT
-        )
+    if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
+        return _mlx_config(config, where)
+    _check_tuner(config.get("peft_type"), where)
     reader = _ConfigValues(config, where)
     found = reader.config()
     raise_all([*_refusals(config, where), *reader.problems])
     return found
 
 
+def _mlx_config(config: JsonObject, where: str) -> AdapterConfig:
+    """Reads the file that mlx-lm 0.32 writes (``tuner/utils.py``): its scale is the factor, with no rank below it."""
+    kind = config.get("fine_tune_type", "lora")
+    parameters = config.get("lora_parameters")
+    if kind not in ("lora", "dora") or not isinstance(parameters, dict):
+        raise MappingError(
+            "not-lora",
+            f"an adapter of mlx-lm of fine_tune_type {shown(kind)} is not merged",
+            where=where,
+            expected="fine_tune_type lora or dora, with lora_parameters",
+            hint="fuse it with mlx-lm itself (`mlx_lm.fuse`), and convert the result",
+        )
+    scale, rank = parameters.get("scale"), parameters.get("rank")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < _MOST:
+        raise _odd("lora_parameters.scale", scale, "a finite number", where)
+    found = rank if isinstance(rank, int) and not isinstance(rank, bool) else None
+    return AdapterConfig(rank=found, scale=float(scale), dora=kind == "dora")
+
+
+def _check_tuner(kind: object, where: str) -> None:
+    if kind in ("", None) or (isinstance(kind, str) and kind in known.MERGED_TUNERS):
+        return
+    name = str(kind)
+    beside = known.BESIDE_TUNERS.get(name)
+    reason = beside or known.OTHER_TUNERS.get(name)
+    raise MappingError(
+        "not-lora",
+        f"adapters of peft_type {shown(kind)} are not merged" + (f": {reason}" if reason else ""),
+        where=where,
+        expected=", ".join(known.MERGED_TUNERS),
+        hint=BESIDE if beside else BY_PEFT,
+    )
+
+
 def _refusals(config: JsonObject, where: str) -> Iterator[ShardmergeError]:
     for key, value in config.items():
-        if key in _HONOURED or key in _IRRELEVANT or _is_neutral(value):
+        if key in known.HONOURED or key in known.IRRELEVANT or _is_neutral(value):
             continue
-        known = _REFUSED.get(key)
+        reason = known.REFUSED.get(key)
         yield MappingError(
             "adapter-setting",
-            f"the adapter cannot be merged: {known}"
-            if known
+            f"the adapter cannot be merged: {reason}"
+            if reason
             else f"the adapter's config sets `{shown(key)[1:-1]}`, which is not known here and may change the sums",
             where=where,
             found=f"{shown(key)[1:-1]}: {shown(value)}",
             hint=_way_on(key),
         )
-    yield from _changed_base(config.get("init_lora_weights"), where)
+    yield from _lost_start(config.get("init_lora_weights"), where)
     if config.get("bias") not in _BIASES:
         yield _odd("bias", config.get("bias"), "none, all or lora_only", where)
+
+
+def _way_on(key: str) -> str:
+    if key in known.REFUSED:
+        return BY_PEFT if key in known.MERGED_BY_PEFT else BESIDE
+    return f"{BY_PEFT}; if it changes no weight, remove the line from {ADAPTER_CONFIG}"
 
 
 def _is_neutral(value: object) -> bool:
     return value is None or value is False or value in ({}, [], "")
 
 
-def _changed_base(init: object, where: str) -> Iterator[ShardmergeError]:
-    """PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ start by changing the base: ``B @ A`` belongs to what is left of it."""
-    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in (*_UNCHANGED, "true")):
+def _lost_start(init: object, where: str) -> Iterator[ShardmergeError]:
+    """Some initialisations change the base by what no file says: ``B @ A`` belongs to what is left of it."""
+    family = known.init_family(init)
+    if family in known.UNCHANGED or family in known.TAKEN_OUT:
         return
+    reason = known.LOST.get(family, "it is not known here and may have changed the base")
     yield MappingError(
         "adapter-setting",
-        f"init_lora_weights {shown(init)} changed the base before training, so `B @ A` may not be added to the base",
+        f"init_lora_weights {shown(init)}: `B @ A` may not be added to the base: {reason}",
         where=where,
         found=f"init_lora_weights: {shown(init)}",
-        expected="true, gaussian, eva or orthogonal, which leave the base as it is",
+        expected=", ".join((*known.UNCHANGED, *known.TAKEN_OUT)),
         hint="let peft write it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...); or "
         "name the residual model that it was trained on as the base, and set init_lora_weights to true in "
         f"{ADAPTER_CONFIG}",
     )
-
-
-def _way_on(key: str) -> str:
-    if key in _REFUSED:
-        return _BY_PEFT if key in _MERGED_BY_PEFT else _BESIDE
-    return f"{_BY_PEFT}; if it changes no weight, remove the line from {ADAPTER_CONFIG}"
 
 
 def _odd(key: str, value: object, expected: str, where: str) -> MappingError:
@@ -204,14 +201,13 @@ class _ConfigValues:
 
     def config(self) -> AdapterConfig:
         return AdapterConfig(
-            alpha=self._number("lora_alpha", self.values.get("lora_alpha")),
+            alpha=self._number(self._alpha_key(), self.values.get(self._alpha_key())),
             rank=self._rank("r", self.values.get("r")),
             rslora=bool(self._flag("use_rslora")),
             fan_in_fan_out=bool(self._flag("fan_in_fan_out")),
             rank_pattern=self._pattern("rank_pattern", self._rank),
             alpha_pattern=self._pattern("alpha_pattern", self._number),
-            # An expression is not matched: it may take for ever.
-            targets=() if isinstance(self.values.get("exclude_modules"), str) else self._names("target_modules"),
+            targets=self._targets(),
             excluded=self._names("exclude_modules"),
             layers=self._layers(),
             saved=self._names("modules_to_save"),
@@ -219,7 +215,15 @@ class _ConfigValues:
             tokens=self._tokens(),
             tied=bool(self._flag("ensure_weight_tying")),
             task=task if isinstance(task := self.values.get("task_type"), str) else "",
+            init=init if (init := known.init_family(self.values.get("init_lora_weights"))) in known.TAKEN_OUT else "",
+            parameters=self._names("target_parameters"),
+            peft_version=tuple(map(int, re.findall(r"\d{1,6}", str(self.values.get("peft_version") or ""))[:2])),
+            replication=self._replication(),
         )
+
+    def _alpha_key(self) -> str:
+        """LoHa and LoKr call it ``alpha``."""
+        return "lora_alpha" if self.values.get("peft_type") in ("LORA", "", None) else "alpha"
 
     def _odd(self, key: str, value: object, expected: str) -> None:
         self.problems.append(_odd(key, value, expected, self.where))
@@ -261,8 +265,36 @@ class _ConfigValues:
         return {name: number for name, number in found if number is not None}
 
     def _names(self, key: str) -> tuple[str, ...]:
+        """Names; an expression, which peft takes for all of a list, as one that begins with ``EXPRESSION``."""
         value = self.values.get(key)
+        if isinstance(value, str) and value and key in ("target_modules", "exclude_modules"):
+            return self._expression(key, value)
         return tuple(str(name) for name in value) if isinstance(value, list) else ()
+
+    def _expression(self, key: str, value: str) -> tuple[str, ...]:
+        if value == "all-linear":
+            return ()
+        try:
+            compiled(value)
+        except ValueError:
+            return ()
+        return (EXPRESSION + value,)
+
+    def _targets(self) -> tuple[str, ...]:
+        """What is missed where it has no tensors: nothing, where an expression that excludes some cannot be matched."""
+        excluded = self.values.get("exclude_modules")
+        return () if isinstance(excluded, str) and not self._names("exclude_modules") else self._names("target_modules")
+
+    def _replication(self) -> tuple[tuple[int, int], ...]:
+        value = self.values.get("layer_replication")
+        if not value:
+            return ()
+        pairs = value if isinstance(value, list) else []
+        found = tuple(tuple(pair) for pair in pairs if isinstance(pair, list) and all(map(_is_index, pair)))
+        if not pairs or len(found) != len(pairs) or not all(len(one) == 2 and one[0] < one[1] for one in found):
+            self._odd("layer_replication", value, "pairs of layer numbers, [start, end)")
+            return ()
+        return tuple((first, last) for first, last in found)
 
     def _layers(self) -> frozenset[int] | None:
         value = self.values.get("layers_to_transform")
@@ -292,7 +324,12 @@ def _is_index(value: object) -> bool:
 
 def last_names(module: str, names: tuple[str, ...]) -> bool:
     """Whether a module is one of some names, or ends with one, as peft's ``target_modules`` match."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(
+        matches(name.removeprefix(EXPRESSION), module)
+        if name.startswith(EXPRESSION)
+        else module == name or module.endswith(f".{name}")
+        for name in names
+    )
 
 
 def layer_of(module: str) -> int | None:

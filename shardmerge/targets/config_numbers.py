@@ -46,14 +46,19 @@ def load_object(extent: Extent, read: ReadSideFile) -> JsonObject:
             found=f"{extent.nbytes} bytes",
             expected=f"at most {MAX_JSON_BYTES} bytes",
         )
+    return parsed_object(read(extent), extent.file)
+
+
+def parsed_object(raw: bytes, where: str) -> JsonObject:
+    """Returns the JSON object that some bytes are; raises TargetError ``bad-json``."""
     try:
-        value = json.loads(read(extent).decode("utf-8-sig"))
+        value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise TargetError(
-            "bad-json", "a file beside the weights is not valid JSON", where=extent.file, found=str(error)
+            "bad-json", "a file beside the weights is not valid JSON", where=where, found=str(error)
         ) from error
     if not isinstance(value, dict):
-        raise TargetError("bad-json", "a JSON object was expected", where=extent.file, found=type(value).__name__)
+        raise TargetError("bad-json", "a JSON object was expected", where=where, found=type(value).__name__)
     return value
 
 

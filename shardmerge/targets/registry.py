@@ -22,6 +22,7 @@ _PLACES = {
     "hf/internvl": ("internvl", "TARGET"),
     "meta/llama": ("meta_llama", "TARGET"),
     "peft/adapter": ("peft_adapter", "TARGET"),
+    "peft/extracted": ("peft_extraction", "TARGET"),
 }
 
 

@@ -17,6 +17,8 @@ RECEIPT = "shardmerge.json"
 # What a model of transformers says of itself, and what an adapter of peft does.
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# Where diffusers keeps the same: in the header of a safetensors file, as JSON (0.34, `loaders/lora_base.py`).
+ADAPTER_METADATA = "lora_adapter_metadata"
 
 # Kinds of weights that are read, and those that are known and not read. A small file of these is weights, too.
 READ_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -91,9 +91,11 @@ def by_peft(call: Call) -> None:
 
 
 def another_kind(folder: Path) -> None:
-    """An adapter of LoHa in the place of the LoRA."""
+    """An adapter of MiSS in the place of the LoRA."""
     shutil.rmtree(folder / "lora")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), LoHaConfig(target_modules=["q_proj"]))
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(folder / "base"), MissConfig(r=4, target_modules=["q_proj"])
+    )
     shaken(model)
     model.save_pretrained(folder / "lora")
 
@@ -163,7 +165,7 @@ CONFIG = [
     ),
     Row(
         "an initialisation that changed the base",
-        run_of(then=lora(init_lora_weights="pissa")),
+        run_of(then=lora(init_lora_weights="corda")),
         "adapter-setting",
         by_hand(
             "set init_lora_weights to true", lambda call: change_config(call.folder / "lora", init_lora_weights=True)
@@ -188,8 +190,8 @@ CONFIG = [
         lambda call: call.change("onto: base", f"onto: base, {call.ticked()[0]}"),
     ),
     Row(
-        "a pattern that is an expression",
-        run_of(then=lora(rank_pattern={"layers\\..*q_proj": 4})),
+        "a pattern that looks around",
+        run_of(then=lora(rank_pattern={"(?=layers).*q_proj": 4})),
         "odd-pattern",
         by_hand("a line for each module", lambda call: change_config(call.folder / "lora", rank_pattern={"q_proj": 4})),
     ),

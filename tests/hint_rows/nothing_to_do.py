@@ -7,6 +7,7 @@ NOTHING_TO_DO: list[tuple[str, str, str]] = [
     ("unsafe-index", "do not use this checkpoint", "a warning of somebody hostile"),
     ("hostile-pickle", "do not open it with torch.load either", "a warning of somebody hostile"),
     ("internal-error", "SHARDMERGE_TRACEBACK=1", "a bug of ours is to be reported"),
+    ("not-lora", "no merge can do it", "the adapter is used with peft, and nothing is converted"),
     ("adapter-setting", "no merge can do it", "the adapter is used with peft, and nothing is converted"),
     ("adapter-without-base", "run the adapter beside its base", "the adapter is used with peft"),
     ("unknown-preset", "known here", "all are listed where they are 20 at most, and there are more"),
@@ -41,6 +42,43 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "--sources MAPPING makes every",
         "test_cloning.py::test_verify_says_what_it_did_not_check_and_sources_find_it",
     ),
+    ("adapter-setting", "leave `weight:` out", "test_adapter_maths.py::test_what_is_there_or_not_has_no_weight"),
+    (
+        "adapter-setting",
+        "merge it first, into the untouched base",
+        "test_adapter_maths.py::test_a_start_is_that_of_an_untouched_base",
+    ),
+    (
+        "adapter-setting",
+        "the model that the adapter was trained on",
+        "test_adapter_maths.py::test_replication_beyond_the_base_is_refused",
+    ),
+    ("adapters-clash", "merge it alone and first", "test_adapter_maths.py::test_replication_comes_first"),
+    (
+        "unknown-layer",
+        "let the peft that wrote it",
+        "test_adapter_maths.py::test_square_experts_of_an_older_peft_are_not_guessed",
+    ),
+    ("not-lora", "fuse it with mlx-lm itself", "test_adapter_tools.py::test_mlx_beyond_lora_is_refused_by_its_name"),
+    (
+        "unknown-adapter-tensor",
+        "merge it with .* itself",
+        "test_adapter_tools.py::test_parts_that_are_not_merged_are_named_with_their_tool",
+    ),
+    (
+        "adapter-without-base",
+        "the part of the pipeline",
+        "test_adapter_tools.py::test_flattened_names_of_another_base_are_said",
+    ),
+    (
+        "adapter-without-base",
+        "name as .* the model that the adapter was trained on",
+        "test_adapter_maths.py::test_parameters_that_no_base_has_are_refused",
+    ),
+    ("not-one-model", "the model that the training began with", "test_lora_extract.py::test_another_model_is_no_base"),
+    ("not-one-model", "if the training did not change them", "test_lora_extract.py::test_stacks_are_not_extracted"),
+    ("op-shape", "the model that the training began with", "test_lora_extract.py::test_another_model_is_no_base"),
+    ("op-shape", "or a smaller number", "test_lora_extract.py::test_a_rank_that_a_weight_does_not_have"),
 ]
 
 # They ask for a tool that cannot be had in a test.

@@ -1,0 +1,134 @@
+"""The way back of a LoRA: the factors of what a training changed, by a truncated SVD.
+
+``tuned - base = U S V^T``; ``A = sqrt(S_r) V_r^T`` and ``B = U_r sqrt(S_r)``, so that ``B @ A`` is the best product of
+its rank (Eckart and Young), at a scale of 1. The roots keep both of one size, as mergekit's ``mergekit-extract-lora``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from shardmerge.dtypes import DTYPES, DType
+from shardmerge.errors import MappingError
+from shardmerge.ops.arrays import Array
+from shardmerge.ops.blas import PRODUCT_BYTES, one_thread
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
+from shardmerge.ops.leading import Streamed, directions, directions_bytes, projected
+
+
+@dataclass(frozen=True, slots=True)
+class LoraExtract(Arithmetic):
+    """A ``[rank, in]`` or B ``[out, rank]`` of ``tuned - base``. Inputs: base, tuned, ``[out, in]``.
+
+    Attributes
+    ----------
+    rank
+        At most the smaller side of the weight.
+    take
+        ``A`` or ``B``.
+    """
+
+    rank: int
+    take: str
+
+    multiplies: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """``lora_extract A of rank 16``."""
+        return f"lora_extract {self.take} of rank {self.rank}"
+
+    @property
+    def own(self) -> DType | None:
+        """float32: what is left of a difference has more digits than the 16 bits of its weights."""
+        return DTYPES["F32"]
+
+    def infer(self, inputs: Sequence[Meta]) -> Meta:
+        """Returns the factor's shape."""
+        base, tuned = inputs
+        fits = base.shape == tuned.shape and len(base.shape) == 2 and {base.dtype.kind, tuned.dtype.kind} == {"float"}
+        if not fits:
+            raise MappingError(
+                "op-shape",
+                f"{self.label}: base and tuned are no float matrices of one shape",
+                found=f"base {list(base.shape)}, tuned {list(tuned.shape)}",
+                hint="name as the base the model that the training began with",
+            )
+        if not 0 < self.rank <= min(base.shape):
+            raise MappingError(
+                "op-shape",
+                f"{self.label}: the weight {list(base.shape)} has no such rank",
+                expected=f"at most {min(base.shape)}",
+                hint=f"say `--let rank={min(base.shape)}`, or a smaller number",
+            )
+        rows, columns = base.shape
+        return Meta(result_dtype(inputs), (self.rank, columns) if self.take == "A" else (rows, self.rank))
+
+    def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """Nothing: the factor is in the state."""
+        return (0, 0), (0, 0)
+
+    def state_peak(self, inputs: Sequence[Meta]) -> int:
+        """The search for the directions, and the factor."""
+        rows, columns = inputs[0].shape
+        return directions_bytes(inputs, self.rank) + 8 * self.rank * (rows + columns) + PRODUCT_BYTES
+
+    def prepare(self, inputs: Sequence[Stream]) -> State:
+        """Returns the factor."""
+        base, tuned = inputs
+        matrix = Streamed((tuned, base))
+        with np.errstate(all="ignore"), one_thread():
+            found = directions(matrix, self.rank)
+            roots = np.sqrt(found.lengths)
+            if found.right and self.take == "A":
+                return found.vectors * roots[:, None]
+            if not found.right and self.take == "B":
+                return found.vectors * roots
+            inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
+            if self.take == "A":
+                return projected(matrix, found.vectors) * inverse[:, None]
+            factor = np.empty((matrix.shape[0], self.rank))
+            for rows, block in matrix.blocks():
+                np.matmul(block, found.vectors.T, out=factor[rows])
+            factor *= inverse
+            return factor
+
+    def peak(self, inputs: Sequence[Meta], count: int) -> int:
+        """Nothing but what numpy takes for a copy."""
+        return 1 << 18
+
+    def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
+        """Fills any range."""
+        assert isinstance(state, np.ndarray)
+        np.copyto(out, state.reshape(-1)[start : start + len(out)], casting="unsafe")
+        return 0
+
+
+def _build(values: Mapping[str, ParamValue]) -> LoraExtract:
+    rank, take = values["rank"], values["take"]
+    assert isinstance(rank, int)
+    if take not in ("A", "B"):
+        raise MappingError("op-value", f"lora_extract has no part {take!r}", expected="take: A, or take: B")
+    return LoraExtract(rank, take)
+
+
+KINDS = (
+    OpKind(
+        name="lora_extract",
+        about="A factor of the best product of its rank for what a training changed: `B @ A` is nearest to "
+        "`of - base`. Made by numpy's LAPACK in float64, of one weight at a time: about `40 * n ** 2` bytes, with n "
+        "the smaller side. The preset `peft/extract` makes a whole adapter.",
+        example='q.lora_A: {op: lora_extract, base: "src:base.q.weight", of: "src:tuned.q.weight", rank: 1, take: A}',
+        params=(
+            Param("rank", "int", "Rows of A."),
+            Param("take", "text", "`A`, `[rank, in]`, or `B`, `[out, rank]`."),
+        ),
+        build=_build,
+        terms=("base",),
+        lossy="what the rank leaves out is gone",
+    ),
+)
