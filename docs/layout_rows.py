@@ -22,8 +22,6 @@ def _row(one: Layout) -> tuple[str, ...]:
 
 
 def _ways(one: Layout) -> str:
-    if one.refused:
-        return f"refused: {one.refused}"
     roads = [link(f"`{road.preset}`", f"../presets/{file_name(road.preset)}") for road in one.roads]
     merged = ["[`adapters:`](adapters.md)"] if one.adapter is not None else []
     return ", ".join([*merged, *roads]) or "its own names"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
     from shardmerge.lazy import LazyCheckpoint, LazyTensor
     from shardmerge.plan.value import Plan
-    from shardmerge.prepare.inspection import inspect
+    from shardmerge.prepare.inspection import inspect, layout_of
     from shardmerge.prepare.options import Options
     from shardmerge.publish.comparing import Difference
     from shardmerge.publish.results import Result
@@ -72,6 +72,7 @@ __all__ = [
     "convert",
     "diff",
     "inspect",
+    "layout_of",
     "open_checkpoint",
     "plan",
     "presets",
@@ -98,7 +99,7 @@ _MODULES = {
         "UsageError",
         "VerificationError",
     ),
-    "shardmerge.prepare.inspection": ("inspect",),
+    "shardmerge.prepare.inspection": ("inspect", "layout_of"),
     "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
     "shardmerge.plan.value": ("Plan",),
     "shardmerge.tensors": ("Catalog", "TensorEntry"),

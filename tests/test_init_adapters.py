@@ -122,21 +122,60 @@ def test_the_llm_of_an_xtuner_run(tmp_path: Path) -> None:
     sm.plan(tmp_path / "m.yaml")
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_that_holds_its_base(named: bool, tmp_path: Path) -> None:
+    """A whole state dict; peft 0.5 and older called the weight below an adapter like any other."""
+    base = made("MptForCausalLM")
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["Wqkv"], init_lora_weights=False))
+    state = {
+        name if named else name.replace(".base_layer", ""): one.clone() for name, one in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "last.pt")
+    proposal = written(tmp_path, tmp_path / "last.pt")
+    assert "Recognised: LoRA run that holds its frozen base" in proposal.text
+    assert "- {from: run, onto: run, alpha: FILL_IN_alpha}" in proposal.text
+    found = run(tmp_path, ("FILL_IN_alpha", "3"))
+    truth = model.merge_and_unload().state_dict()
+    assert close(found, {name: one for name, one in truth.items() if name in found})
+    assert "transformer.blocks.0.attn.Wqkv.weight" in found
+
+
 MLX = {"model.layers.0.self_attn.q_proj.lora_a": (4, 2), "model.layers.0.self_attn.q_proj.lora_b": (2, 4)}
 KOHYA = {"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": (2, 4), "lora_unet_down_blocks_0_attn1_to_q.alpha": ()}
-DIFFUSERS = {
-    "unet.down_blocks.0.attn1.to_q.lora_A.weight": (2, 4),
-    "unet.down_blocks.0.attn1.to_q.lora_B.weight": (4, 2),
-}
+DIFFUSERS = {"unet.blocks.0.attn1.to_q.lora_A.weight": (2, 4), "unet.blocks.0.attn1.to_q.lora_B.weight": (4, 2)}
 
 
 @pytest.mark.parametrize(("shapes", "name"), [(MLX, "mlx"), (KOHYA, "kohya"), (DIFFUSERS, "diffusers")])
 def test_adapters_of_others_are_called_by_their_name(
     shapes: dict[str, tuple[int, ...]], name: str, tmp_path: Path
 ) -> None:
-    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "adapters.safetensors")
-    with pytest.raises(sm.ShardmergeError) as raised:
-        api.init(tmp_path / "adapters.safetensors")
-    assert raised.value.code == "no-road"
-    assert name in raised.value.what
-    assert raised.value.hint
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "lora.safetensors")
+    text = api.init(tmp_path / "lora.safetensors").text
+    assert name in text.partition("Recognised: ")[2].splitlines()[0]
+    assert "onto: base" in text
+
+
+# Adapter, base, and what the tool itself merges (golden/make/make_adapters.py).
+TOOLS = {
+    "mlx_lora": ("adapter", "llama/model.safetensors", "truth"),
+    "mlx_dora": ("adapter", "llama/model.safetensors", "truth"),
+    "lycoris_locon": ("adapter.safetensors", "llama/model.safetensors", "truth"),
+    "lycoris_loha": ("adapter.safetensors", "llama/model.safetensors", "truth"),
+    "lycoris_lokr_conv": ("adapter.safetensors", "clip/model.safetensors", "truth"),
+    "kohya": ("pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet_truth"),
+    "diffusers_old": ("pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet_truth"),
+    "diffusers_new": ("pytorch_lora_weights.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet_truth"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_adapters_of_other_tools(tool: str, tmp_path: Path) -> None:
+    adapter, base, truth = TOOLS[tool]
+    folder = GOLDEN / "adapters"
+    given = folder / "bases" / base
+    text = written(tmp_path, folder / tool / adapter, bases={"base": str(given)}).text
+    assert tool.split("_", maxsplit=1)[0] in text.split("Recognised: ")[1].splitlines()[0].lower()
+    found, changed = run(tmp_path), load_file(folder / tool / f"{truth}.safetensors")
+    assert all(torch.allclose(found[name], one, rtol=1e-5, atol=1e-6) for name, one in changed.items())
+    untouched = load_file(given)
+    assert all(torch.equal(found[name], one) for name, one in untouched.items() if name not in changed)

@@ -207,9 +207,9 @@ def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) ->
 
     catalog = shardmerge.inspect(source, view=view, root=root, download=download)
     if as_json:
-        write_lines(explain.catalog_json(catalog))
+        write_lines(explain.catalog_json(catalog, shardmerge.layout_of(catalog)))
     else:
-        click.echo(explain.catalog_text(catalog))
+        click.echo(explain.catalog_text(catalog, shardmerge.layout_of(catalog)))
 
 
 @cli.command()

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from shardmerge.mapping.near import count
 from shardmerge.mapping.pattern import Template, escape
@@ -35,7 +36,7 @@ class NameGroup:
 
 def group(tensors: Mapping[str, TensorEntry]) -> tuple[NameGroup, ...]:
     """Returns groups of names such that each name is of exactly one; the smallest that are not too many."""
-    for template in (_by_module, _by_layer, _by_part):
+    for template in (partial(_by_number, words=1), partial(_by_number, words=0), _by_part):
         found: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
             found[template(name)].append(name)
@@ -45,33 +46,20 @@ def group(tensors: Mapping[str, TensorEntry]) -> tuple[NameGroup, ...]:
     return (NameGroup("{rest...}", tuple(tensors)),)
 
 
-def _by_module(name: str) -> str:
+def _by_number(name: str, words: int) -> str:
     """``model.layers.0.mlp.up.weight`` is of ``model.layers.{i:int}.mlp.{rest...}``; without a number, it is itself."""
     parts = name.split(".")
-    at = _first_number(parts)
+    at = next((at for at, one in enumerate(parts) if re.fullmatch(r"[0-9]{1,9}", one)), None)
     if at is None:
         return escape(name)
-    head = [escape(one) for one in parts[:at]]
-    return ".".join(
-        [*head, "{i:int}", *map(escape, parts[at + 1 : at + 2]), *(["{rest...}"] if parts[at + 2 :] else [])]
-    )
-
-
-def _by_layer(name: str) -> str:
-    parts = name.split(".")
-    at = _first_number(parts)
-    if at is None:
-        return escape(name)
-    return ".".join([*map(escape, parts[:at]), "{i:int}", *(["{rest...}"] if parts[at + 1 :] else [])])
+    front, behind = parts[:at], parts[at + 1 :]
+    rest = ["{rest...}"] if behind[words:] else []
+    return ".".join([*map(escape, front), "{i:int}", *map(escape, behind[:words]), *rest])
 
 
 def _by_part(name: str) -> str:
     first, dot, _ = name.partition(".")
     return f"{escape(first)}.{{rest...}}" if dot else escape(name)
-
-
-def _first_number(parts: list[str]) -> int | None:
-    return next((at for at, one in enumerate(parts) if re.fullmatch(r"[0-9]{1,9}", one)), None)
 
 
 def _with_words(groups: list[NameGroup]) -> Iterator[NameGroup]:

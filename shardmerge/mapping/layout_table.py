@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -47,11 +47,12 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Road:
-    """A preset, what it makes where it names no target, and which of its sources this is, ``""`` for the first."""
+    """A preset, what it makes where it names no target, which of its sources this is, and a file that must be there."""
 
     preset: str
     to: str = ""
     role: str = ""
+    beside: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,12 @@ class Layout:
         Presets from here, and the sources that are needed besides those that they say.
     adapter
         Of an adapter what stands before peft's own names; None for what is no adapter.
-    refused
-        Why nothing leads on.
+    alpha_inside
+        Whether an adapter's own tensors say how strongly it counts.
+    own_base
+        Whether it holds the model that it was trained on.
+    drops
+        Templates of what an adapter holds for another model than the first.
     """
 
     name: str
@@ -84,7 +89,13 @@ class Layout:
     roads: tuple[Road, ...]
     needs: Mapping[str, Want]
     adapter: str | None
-    refused: str
+    alpha_inside: bool
+    own_base: bool
+    drops: tuple[str, ...]
+
+    def open_roads(self, files: Collection[str]) -> tuple[Road, ...]:
+        """Returns the roads whose files lie beside the checkpoint."""
+        return tuple(one for one in self.roads if one.beside in ("", *files))
 
     def fits(self, tensors: Mapping[str, TensorEntry]) -> bool:
         """Tells whether a checkpoint has this layout; its names have a 0 for every number."""
@@ -114,7 +125,9 @@ def layout_table() -> LayoutTable:
             tuple(map(_road, one.get("roads", ()))),
             {role: Want(**want) for role, want in one.get("needs", {}).items()},
             one.get("adapter"),
-            one.get("refused", ""),
+            one.get("alpha_inside", False),
+            one.get("own_base", False),
+            tuple(one.get("drops", ())),
         )
         for one in read["layouts"]
     )
@@ -153,7 +166,7 @@ def _spelled_out(text: str) -> list[str]:
 
 
 def _road(text: str) -> Road:
-    """Reads ``PRESET to WORD`` or ``PRESET as ROLE``."""
+    """Reads ``PRESET to WORD``, ``PRESET as ROLE`` or ``PRESET with FILE``."""
     preset, *words = text.split()
     said = dict(zip(words[::2], words[1::2], strict=True))
-    return Road(preset, said.get("to", ""), said.get("as", ""))
+    return Road(preset, said.get("to", ""), said.get("as", ""), said.get("with", ""))

@@ -47,7 +47,7 @@ def foreign_presets(catalog: Catalog) -> tuple[tuple[str, ...], str]:
     """
     found = recognise(catalog)
     foreign = (one for one in found.layouts if not one.model_types and one.adapter is None)
-    roads = tuple(road.preset for layout in foreign for road in layout.roads if not road.role)
+    roads = tuple(road.preset for layout in foreign for road in layout.open_roads(found.files) if not road.role)
     return roads, found.title if roads and _unknown_wrappers(roads[0], found.wrappers) else ""
 
 
@@ -60,8 +60,8 @@ def _unknown_wrappers(name: str, wrappers: tuple[str, ...]) -> bool:
 
 def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: list[Template]) -> MappingError:
     found = recognise(catalog)
-    roads = [road.preset for one in found.layouts for road in one.roads if not road.role and road.preset != preset.name]
-    hint = " or ".join(f"`{name}`" for name in dict.fromkeys(roads[:3]))
+    roads = [road.preset for one in found.layouts for road in one.open_roads(found.files) if not road.role]
+    hint = " or ".join(f"`{name}`" for name in [one for one in dict.fromkeys(roads) if one != preset.name][:3])
     title = f"{found.title}: " if found.title else ""
     return MappingError(
         "another-layout",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
 from shardmerge.mapping.grouped_names import group
 from shardmerge.mapping.layout_table import Layout
 from shardmerge.mapping.near import count, did_you_mean, printable
-from shardmerge.mapping.pattern import escape
+from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.preset_files import Preset
 from shardmerge.mapping.recognition import Recognised
 from shardmerge.mapping.roads import Route, choose, routes
@@ -28,27 +28,19 @@ _MOST_DROPS = 12
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A source as the mapping names it, and what it is."""
+    """A source as the mapping names it, and what it is.
+
+    Attributes
+    ----------
+    base_name, base
+        What its adapter_config.json calls the model that it was trained on; and that one, where it is a directory here.
+    """
 
     path: str
     catalog: Catalog
     recognised: Recognised
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedOn:
-    """The base that adapter_config.json names.
-
-    Attributes
-    ----------
-    name
-        As it says.
-    found
-        That base, where it is a directory here.
-    """
-
-    name: str = ""
-    found: Found | None = None
+    base_name: str = ""
+    base: Found | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +59,7 @@ class Proposal:
     notes: tuple[str, ...]
 
 
-def propose(
-    checkpoint: Found,
-    bases: Mapping[str, Found],
-    to: str = "",
-    out: str = "out/model",
-    trained_on: TrainedOn = TrainedOn(),  # noqa: B008  # frozen
-) -> Proposal:
+def propose(checkpoint: Found, bases: Mapping[str, Found], to: str = "", out: str = "out/model") -> Proposal:
     """Returns a mapping for a checkpoint.
 
     Parameters
@@ -84,8 +70,6 @@ def propose(
         The other sources, by the preset's names for them; ``base`` for what an adapter was trained on.
     to, out
         As for ``choose``; and the output path to write down.
-    trained_on
-        The base of an adapter, where its config names one.
 
     Raises
     ------
@@ -105,8 +89,8 @@ def propose(
             raise UsageError(
                 "unknown-source", what, expected=", ".join(route.others), hint=did_you_mean(name, route.others)
             )
-    named = {_BASE: trained_on.found} if route.merges and trained_on.found else {}
-    writer = _MappingWriter(route, {**named, route.role: checkpoint, **bases}, trained_on.name)
+    named = {_BASE: checkpoint.base} if route.merges and checkpoint.base else {}
+    writer = _MappingWriter(route, {**named, route.role: checkpoint, **bases})
     return Proposal("\n".join(writer.lines(out)) + "\n", tuple(writer.notes()))
 
 
@@ -114,7 +98,6 @@ def propose(
 class _MappingWriter:
     route: Route
     found: Mapping[str, Found]
-    base_name: str
 
     @property
     def checkpoint(self) -> Found:
@@ -174,17 +157,20 @@ class _MappingWriter:
 
     def _adapter(self, layout: Layout) -> Iterator[str]:
         role = self.route.role
+        base = next(iter(self.route.others), role)
         names = f'"{role}:{layout.adapter}{{rest...}}"' if layout.adapter else role
         alpha = "" if self._says_alpha() else f", alpha: {_FILL_IN}_alpha"
-        yield f"target: {{name: hf/model, text: {_BASE}}}  # config.json and tokenizer of the base"
+        if base not in self.found or "config.json" in self.found[base].catalog.side_files:
+            yield f"target: {{name: hf/model, text: {base}}}  # its config.json and tokenizer go along"
         yield "adapters:"
-        yield f"  - {{from: {names}, onto: {_BASE}{alpha}}}"
+        yield f"  - {{from: {names}, onto: {base}{alpha}}}"
         yield "tensors:"
-        yield '  "{rest...}": "base:{rest...}"'
+        yield f'  "{{rest...}}": "{base}:{{rest...}}"'
 
     def _says_alpha(self) -> bool:
         catalog = self.checkpoint.catalog
-        return "adapter_config.json" in catalog.side_files or bool(catalog.training_config)
+        inside = self.route.layout is not None and self.route.layout.alpha_inside
+        return inside or "adapter_config.json" in catalog.side_files or bool(catalog.training_config)
 
     def _same_names(self) -> Iterator[str]:
         recognised, own = self.checkpoint.recognised, self.route.role
@@ -199,13 +185,15 @@ class _MappingWriter:
     def _drops(self) -> Iterator[str]:
         recognised, layout = self.checkpoint.recognised, self.route.layout
         outside = [stripped(name, recognised.wrappers) for name in recognised.outside]
-        front = (layout.adapter or "") if layout and self.route.merges else ""
-        outside += [name for name, _ in _without_wrappers(self.checkpoint) if not name.startswith(front)]
-        if outside:
+        names = [name for name, _ in _without_wrappers(self.checkpoint)]
+        if layout is not None and self.route.merges:
+            outside += [name for name in names if not name.startswith(layout.adapter or "")]
+        few = len(outside) <= _MOST_DROPS
+        drops = [*(map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside)))]
+        drops += _of_other_models(layout.drops if layout else (), names)
+        if drops:
             yield "drop:  # what stands beside it"
-            few = len(outside) <= _MOST_DROPS
-            names = map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside))
-            yield from (f"  - {_quoted(f'{self.route.role}:{one}')}" for one in names)
+            yield from (f"  - {_quoted(f'{self.route.role}:{one}')}" for one in drops)
 
     def _reason(self, name: str) -> str:
         """Returns why a source that is not given is needed, or ``""``."""
@@ -245,8 +233,8 @@ class _MappingWriter:
 
     def _trained_on(self, name: str) -> str:
         """Returns what the adapter's or the training config says of a base."""
-        if name == _BASE and self.base_name:
-            return f"; adapter_config.json names {self.base_name!r}"
+        if name == _BASE and self.checkpoint.base_name:
+            return f"; adapter_config.json names {self.checkpoint.base_name!r}"
         facts = read_training_config(self.checkpoint.catalog.training_config)
         path = {"llm": facts.llm_path, "vision": facts.vision_path, _BASE: facts.llm_path}.get(name, "")
         return f"; the training config names {path!r}" if path else ""
@@ -257,6 +245,12 @@ def _without_wrappers(found: Found) -> Iterator[tuple[str, TensorEntry]]:
     for name in found.catalog.names():
         if name not in outside:
             yield stripped(name, found.recognised.wrappers), found.catalog[name]
+
+
+def _of_other_models(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Returns the templates that match some names, where there are names besides."""
+    found = {text: sum(Template.parse(text).match(name) is not None for name in names) for text in templates}
+    return [text for text, number in found.items() if number] if sum(found.values()) < len(names) else []
 
 
 def _all_alike(name: str) -> str:

@@ -40,6 +40,8 @@ class Recognised:
         Names that stand beside the wrapped model.
     remarks
         Where config.json and the names say two things.
+    files
+        Names of the files beside it.
     """
 
     layouts: tuple[Layout, ...]
@@ -47,6 +49,7 @@ class Recognised:
     wrappers: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    files: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def recognise(catalog: Catalog, config: Mapping[str, object] | None = None) -> R
     kept, remarks = _as_configured(_fitting(view), config)
     outside = tuple(name for name, kind in kinds.items() if kind in view.outside)
     title = "; ".join(one.name for one in kept) or _title(config)
-    return Recognised(kept, title, view.wrappers, outside, remarks)
+    return Recognised(kept, title, view.wrappers, outside, remarks, frozenset(catalog.side_files))
 
 
 def plain(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
@@ -54,14 +54,19 @@ _MERGED = "The adapter merged into the model it was trained on (`adapters:`)"
 
 def routes(recognised: Recognised) -> tuple[Route, ...]:
     """Returns every way from here, that of the same names last."""
-    readable = [one for one in recognised.layouts if not one.refused]
-    merges = (Route("hf/model", _MERGED, "adapter", ("base",), one) for one in readable if one.adapter is not None)
-    return (*merges, *(route for one in readable for route in _presets(one)), _SAME_NAMES)
+    found = recognised.layouts
+    merges = (_merge(one) for one in found if one.adapter is not None)
+    return (*merges, *(route for one in found for route in _presets(one, recognised.files)), _SAME_NAMES)
 
 
-def _presets(layout: Layout) -> Iterator[Route]:
+def _merge(layout: Layout) -> Route:
+    role, others = ("run", ()) if layout.own_base else ("adapter", ("base",))
+    return Route("hf/model", _MERGED, role, others, layout)
+
+
+def _presets(layout: Layout, files: Collection[str]) -> Iterator[Route]:
     known = list_presets()
-    for road in layout.roads:
+    for road in layout.open_roads(files):
         if road.preset in known:
             preset = load_preset(road.preset)
             to = road.to or (preset.target.name if preset.target else preset.name)
@@ -86,12 +91,8 @@ def choose(recognised: Recognised, to: str, where: str) -> Route:
     Raises
     ------
     MappingError
-        ``no-road``: nothing goes to that target, or an adapter of a kind that nothing reads. ``several-roads``: more
-        than one way is left, with all of them.
+        ``no-road``: nothing goes to that target. ``several-roads``: more than one way is left, with all of them.
     """
-    for layout in recognised.layouts:
-        if layout.refused:
-            raise MappingError("no-road", f"nothing here reads a {layout.name}", where=where, hint=layout.refused)
     every = routes(recognised)
     left = [one for one in every if to in one.names] if to else _unasked(every, recognised)
     if not left:

@@ -126,12 +126,13 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
         yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {_way(tensor.entry)}  [{tensor.rule}]"
 
 
-def catalog_json(catalog: Catalog) -> Fields:
+def catalog_json(catalog: Catalog, layout: str) -> Fields:
     """Returns a catalog as JSON; ``tensors`` lists name, dtype (as in safetensors), shape and nbytes."""
     return Fields(
         {
             "schema": JSON_SCHEMA,
             "kind": catalog.kind,
+            "layout": layout,
             "path": catalog.path,
             "fingerprint": catalog.fingerprint(),
             "tensors": Rows(lambda: (_entry_row(name, catalog[name]) for name in catalog.names())),
@@ -148,8 +149,8 @@ def _entry_row(name: str, entry: TensorEntry) -> dict[str, object]:
     return {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape), "nbytes": entry.nbytes}
 
 
-def catalog_text(catalog: Catalog) -> str:
-    """Returns a catalog as a table: name, type, shape, bytes, where it lies."""
+def catalog_text(catalog: Catalog, layout: str) -> str:
+    """Returns a catalog as a table: what its layout is called, and name, type, shape, bytes, where it lies."""
     rows = [("tensor", "dtype", "shape", "bytes", "found in")]
     for name in catalog.names():
         entry = catalog[name]
@@ -161,7 +162,7 @@ def catalog_text(catalog: Catalog) -> str:
     tied = f", {len(catalog.aliases)} tied" if catalog.aliases else ""
     head = f"{catalog.kind}: {count} tensors{tied}, {human_bytes(total)}"
     notes = [f"warning: {text}" for text in catalog.warnings] + [f"note: {note}" for note in catalog.notes]
-    return "\n".join([head, *notes, "", *_table(rows)])
+    return "\n".join([head, *([f"layout: {layout}"] if layout else []), *notes, "", *_table(rows)])
 
 
 @dataclass(slots=True)

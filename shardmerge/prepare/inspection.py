@@ -8,7 +8,21 @@ from shardmerge.prepare.shard_counts import settled
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.opening import open_catalog
-from shardmerge.tensors import Catalog
+from shardmerge.storage.reading import SourceFile
+from shardmerge.tensors import Catalog, Extent
+
+
+def layout_of(catalog: Catalog) -> str:
+    """Returns what a checkpoint is, by its names, shapes and config.json, for people; ``""`` where nothing is known."""
+    from shardmerge.mapping.recognition import recognise
+    from shardmerge.prepare.beside_config import read_config
+
+    return recognise(catalog, read_config(catalog, _content)).title
+
+
+def _content(extent: Extent) -> bytes:
+    with SourceFile(Path(extent.file)) as file:
+        return file.read(extent.offset, extent.nbytes)
 
 
 def inspect(source: str | Path, *, view: DeepSpeedView = "fp32", root: str = "", download: bool = False) -> Catalog:

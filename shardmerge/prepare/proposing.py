@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from shardmerge.mapping.proposal import Found, Proposal, TrainedOn, propose
+from shardmerge.mapping.proposal import Found, Proposal, propose
 from shardmerge.mapping.recognition import recognise
+from shardmerge.prepare.beside_config import read_config
 from shardmerge.prepare.inspection import inspect
-from shardmerge.prepare.publishable import read_config
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.config_numbers import load_object
 from shardmerge.tensors import Catalog
@@ -23,10 +24,10 @@ def proposed(checkpoint: str, bases: Mapping[str, str], to: str, folder: Path, *
     own = found(checkpoint)
     named = {name: found(path) for name, path in bases.items()}
     base = _base_name(own.catalog)
-    place = next(
-        (one for one in (Path(base).expanduser(), Path(own.catalog.path) / base) if base and one.is_dir()), None
-    )
-    return propose(own, named, to, trained_on=TrainedOn(base, found(str(place)) if place else None))
+    places = (Path(base).expanduser(), Path(own.catalog.path) / base) if base else ()
+    place = next((str(one) for one in places if one.is_dir()), None)
+    own = replace(own, base_name=base, base=found(place) if place else None)
+    return propose(own, named, to)
 
 
 def _found(path: str, *, folder: Path, download: bool) -> Found:

@@ -6,7 +6,6 @@ comparison (``verify``).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,10 @@ from shardmerge.errors import MappingError, TargetError, raise_all
 from shardmerge.plan.moments import is_moment
 from shardmerge.plan.universal_layout import weight_at
 from shardmerge.plan.value import Plan
+from shardmerge.prepare.beside_config import parsed, read_config
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
-from shardmerge.targets.config_numbers import MAX_JSON_BYTES, JsonObject, dump
+from shardmerge.targets.config_numbers import JsonObject, dump
 from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
 from shardmerge.tensors.file_roles import CONFIG
@@ -87,7 +87,7 @@ def described(plan: Plan, read: ReadSideFile, conditions: Conditions | None = No
     conditions = conditions or Conditions()
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
-        config = _load(side, read) if name == CONFIG else None
+        config = parsed(side, read) if name == CONFIG else None
         entries = {stored: entry for place, stored, entry in _placed(plan) if place == folder}
         if config is not None and entries:
             yield describe(config, _origin(side, conditions.source), entries, editable=conditions.editable)
@@ -110,23 +110,6 @@ def describe(
     return Described(config, where, shapes, editable, bool(packed_weights(Catalog("", "", entries))))
 
 
-def read_config(catalog: Catalog, read: ReadSideFile) -> JsonObject | None:
-    """Returns the config.json beside a checkpoint, or None where there is none that says anything."""
-    extent = catalog.side_files.get(CONFIG)
-    return _load(SideFile(CONFIG, (extent,)), read) if extent is not None else None
-
-
-def _load(side: SideFile, read: ReadSideFile) -> JsonObject | None:
-    """Returns a config, or None for a file that says nothing that could be compared."""
-    if side.nbytes > MAX_JSON_BYTES:
-        return None
-    try:
-        value = json.loads(side.content(read))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _origin(side: SideFile, source: Catalog | None) -> str:
     """Returns the file that the user would correct: the one that is copied or edited, else the one to be written."""
     copied = next((part.file for part in side.parts if isinstance(part, Extent)), "")
@@ -140,7 +123,7 @@ def _origin(side: SideFile, source: Catalog | None) -> str:
 
 def _with_edits(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
     side = next((side for side in plan.side_files if side.name == CONFIG), None)
-    config = _load(side, read) if side is not None else None
+    config = parsed(side, read) if side is not None else None
     asked = conditions.edits != ConfigEdits()
     if config is None or side is None:
         if asked:

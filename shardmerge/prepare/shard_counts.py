@@ -51,7 +51,8 @@ def _is_confirmed(catalog: Catalog) -> bool:
 
 def _described(catalog: Catalog) -> Described | None:
     """Returns the shards beside their config.json; what reads that is imported where there is a doubt."""
-    from shardmerge.prepare.publishable import describe, read_config
+    from shardmerge.prepare.beside_config import read_config
+    from shardmerge.prepare.publishable import describe
     from shardmerge.prepare.side_files import SideFiles
     from shardmerge.tensors.file_roles import CONFIG
 
