@@ -600,3 +600,11 @@ def test_the_guide_shows_what_is_printed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def _numberless(line: str) -> str:
     return re.sub(r"plan \w+", "plan", re.sub(r"\d[\d.]*", "N", line.replace("...", str(Path.cwd()))))
+
+
+def test_the_table_of_a_checkpoint_is_read_and_not_left_behind(checkpoint: Path) -> None:
+    (checkpoint / ".hidden").write_text("by hand")
+    plan = api.prepare_conversion(checkpoint, options=sm.Options(files="all", sync=False)).plan
+    assert not {".metadata", "__0.metadata"} & {side.name for side in plan.side_files}
+    plan = api.prepare_conversion(checkpoint, options=sm.Options(sync=False)).plan
+    assert dict(plan.left_behind) == {".hidden": "a hidden file"}

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ResourceError
+from shardmerge.packed_names import PackedName
 from shardmerge.plan.schedule import Schedule, largest_first, schedule, share
 from shardmerge.plan.shard import PlannedShard
-from shardmerge.tensors import Extent, TensorEntry, dense
+from shardmerge.prepare.options import Options, granted
+from shardmerge.tensors import Extent, FileStamp, TensorEntry, dense
 from tests.small_plans import planned
 
 SIZES = st.lists(st.integers(0, 1 << 40), min_size=0, max_size=60)
@@ -92,3 +94,15 @@ def test_more_is_never_worse(
     if isinstance(less, Schedule):
         assert isinstance(more, Schedule)
         assert more.workers >= less.workers
+
+
+def test_what_headers_and_frames_take_is_planned(shards: tuple[PlannedShard, ...]) -> None:
+    """Of a `.metadata`, measured, four fifths of its bytes; of each frame that a worker has open, its window."""
+    options = Options(memory=2048 * MIB, workers=2)
+    plain = granted(shards, options, [FileStamp("/ck/__0_0.distcp", 64 * MIB, 1)])
+    table = [FileStamp("/ck/.metadata", 80 * MIB, 1), FileStamp("/ck/__3.metadata", 20 * MIB, 1)]
+    assert granted(shards, options, table).peak - plain.peak == 85 * MIB
+    frames = [FileStamp(str(PackedName("/ck/__0_0.distcp", n, 99, n * MIB)), 64 * MIB, 1) for n in range(1, 7)]
+    found = granted(shards, options, frames)
+    assert found.workers == plain.workers
+    assert found.peak - plain.peak == found.workers * (3 + 4 + 5 + 6 + 4) * MIB

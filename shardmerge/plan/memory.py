@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from shardmerge.ops.contract import Arithmetic, Meta
 from shardmerge.packed_names import packed_name
-from shardmerge.tensors import Boxes, Columns, Made, Strided, TensorEntry, View
+from shardmerge.tensors import Boxes, Columns, FileStamp, Made, Strided, TensorEntry, View
 from shardmerge.tensors.strides import block, direct, in_order, row_major
 
 # The largest tile, for up to four workers. fp32 to bf16 by two, 2 GiB in, whole process: 0.434 s with tiles of 2 MiB,
@@ -42,10 +42,21 @@ KEPT_TILES = 2
 OPEN_FRAMES, PER_FRAME = 4, 1 << 20
 
 
-def unpacking_peak(files: Iterable[str]) -> int:
+def unpacking_peak(files: Iterable[FileStamp]) -> int:
     """Returns the most bytes a worker keeps to unpack files that are frames of others; 0 where none are."""
-    windows = sorted((name.window for path in files if (name := packed_name(path))), reverse=True)
+    windows = sorted((name.window for stamp in files if (name := packed_name(stamp.path))), reverse=True)
     return sum(window + PER_FRAME for window in windows[:OPEN_FRAMES])
+
+
+# What a process keeps of a ``.metadata`` that it read, in bytes a byte of the file: arrays of chunks and of ranges, what
+# the interpreter noted, and memory that is not given back. Measured: 0.82 of 216 MB, 0.76 of 103. With it a run of
+# 128,000 parts (20 MB) took 75 MB of 83 planned, and without it of 66.
+_OF_METADATA = 0.85
+
+
+def opening_peak(files: Iterable[FileStamp]) -> int:
+    """Returns what reading the headers of some files takes, in bytes, where that is not little."""
+    return int(_OF_METADATA * sum(stamp.size for stamp in files if stamp.path.endswith(".metadata")))
 
 
 def tile_elements(entry: TensorEntry, tile: int) -> int:

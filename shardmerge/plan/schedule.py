@@ -3,7 +3,7 @@
 Nothing here changes a byte of the result. The memory law: measured peak <= planned peak <= budget, of all processes
 together. The planned peak is a sum of what is known before a byte is read:
 
-    interpreter and libraries  +  the plan itself  +  what each process has of its own
+    interpreter and libraries  +  headers and the plan itself  +  what each process has of its own
         +  threads of all processes x (a tile of output + what making it allocates)
 """
 
@@ -72,7 +72,13 @@ class Schedule:
 
 
 def schedule(
-    shards: Sequence[PlannedShard], *, budget: int, workers: int, processes: int = 64, frames: int = 0
+    shards: Sequence[PlannedShard],
+    *,
+    budget: int,
+    workers: int,
+    processes: int = 64,
+    frames: int = 0,
+    opening: int = 0,
 ) -> Schedule:
     """Returns the most workers, and the largest tile, with which the planned peak stays within the budget.
 
@@ -88,6 +94,8 @@ def schedule(
         Most of them; 1 where nothing may be forked.
     frames
         What each worker keeps to unpack compressed files, in bytes: see ``memory.unpacking_peak``.
+    opening
+        What is left of reading the sources' headers, in bytes: see ``memory.opening_peak``.
 
     Raises
     ------
@@ -95,7 +103,7 @@ def schedule(
         ``memory-budget``: even the smallest tile does not fit, with the number and the tensor.
     """
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    fixed = _RESERVED + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in tensors)
+    fixed = _RESERVED + opening + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in tensors)
     needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
     for count, threads in _ways(shards, workers, processes):
         tile = _first_tile(count * threads)

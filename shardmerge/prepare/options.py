@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
-from shardmerge.plan.memory import unpacking_peak
+from shardmerge.plan.memory import opening_peak, unpacking_peak
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
@@ -115,7 +115,7 @@ class Prepared:
         return cls(plan, granted(plan.shards, options, plan.files()), out)
 
 
-def granted(shards: Sequence[PlannedShard], options: Options, files: Iterable[FileStamp]) -> Schedule:
+def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[FileStamp]) -> Schedule:
     """Returns how some parts, made of some files, are carried out with what the caller, else the system, grants.
 
     Raises
@@ -127,8 +127,14 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Iterable[Fi
     budget = options.memory or default_budget(workers)
     # A CUDA context does not survive a fork, and a task of Ray makes one part.
     forks = options.device == "cpu" and options.engine == "here" and may_fork()
-    frames = unpacking_peak(stamp.path for stamp in files)
-    return schedule(shards, budget=budget, workers=workers, processes=workers if forks else 1, frames=frames)
+    return schedule(
+        shards,
+        budget=budget,
+        workers=workers,
+        processes=workers if forks else 1,
+        frames=unpacking_peak(files),
+        opening=opening_peak(files),
+    )
 
 
 def wanted_dtype(options: Options) -> DType | None:

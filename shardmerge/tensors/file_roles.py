@@ -37,7 +37,8 @@ FOREIGN_WEIGHTS = {
     ".pdparams": "Paddle",
     ".mlmodel": "Core ML",
 }
-_OTHER_BINARIES = (".pkl", ".pickle", ".zip", ".gz", ".tgz", ".7z", ".so", ".pyc")
+# The last: ``.metadata`` and ``__0.metadata`` of torch's distributed checkpoints, which say where weights lie.
+_OTHER_BINARIES = (".pkl", ".pickle", ".zip", ".gz", ".tgz", ".7z", ".so", ".pyc", ".metadata")
 
 # Downloads and saves that did not end: huggingface_hub, safetensors and rsync, aria2, browsers, wget.
 UNFINISHED = (".incomplete", ".tmp", ".partial", ".part", ".aria2", ".crdownload", ".download")
