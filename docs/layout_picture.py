@@ -65,6 +65,7 @@ BOXES = {
     "vision": Box("CLIP vision tower", _RIGHT, 17),
     "internvl": Box("original InternVL", _LEFT, 18),
     "hf-internvl": Box("Hugging Face InternVL", _MIDDLE, 18),
+    "internlm2": Box("the original with InternLM2", _RIGHT, 18),
 }
 
 ARROWS = {
@@ -100,6 +101,8 @@ ARROWS = {
     "clip/hf-to-open-clip": ("hf-clip", "clip"),
     "clip/hf-to-vision": ("hf-clip", "vision"),
     "internvl/original-to-hf": ("internvl", "hf-internvl"),
+    "internvl/hf-to-original": ("hf-internvl", "internvl"),
+    "internvl/hf-to-original-internlm2": ("hf-internvl", "internlm2"),
 }
 
 _STYLE = """

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llava_onevision": (
         "LlavaOnevisionForConditionalGeneration", "llava_onevision",
         {**PINS, "text_config": QWEN2, "vision_config": {**SIGLIP, "vision_use_head": False}},
+    ),
+    "llava_next_video": (
+        "LlavaNextVideoForConditionalGeneration", "llava_next_video",
+        {**PINS, "text_config": LLAMA, "vision_config": CLIP, "video_token_index": 8},
+    ),
+    "vipllava": (
+        "VipLlavaForConditionalGeneration", "vipllava",
+        {"text_config": LLAMA, "vision_config": CLIP, "image_token_index": 9, "vision_feature_layers": [-1, -2]},
     ),
     "gemma3": (
         "Gemma3ForConditionalGeneration", "gemma3",
@@ -205,6 +214,12 @@ def experts(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 def renamed_types() -> list[str]:
     """Returns the model types that this version has a table for, under the type or one of its classes."""
+    import transformers
+
+    if transformers.__version__ < "5":  # a table in the class; folders are called as types are
+        models = pathlib.Path(transformers.__file__).parent / "models"
+        filled = re.compile(r"_checkpoint_conversion_mapping = \{\s*[\"'r]")
+        return sorted({path.parent.name for path in models.glob("*/modeling_*.py") if filled.search(path.read_text())})
     from transformers import conversion_mapping
     from transformers.models.auto import modeling_auto
 
@@ -241,8 +256,7 @@ def main() -> None:
         if folder and transformers.__version__ >= "5":
             save_fresh(model, out)
         report[name] = {"parts": parts(model), "experts": experts(model), "from": str(folder or "")}
-    if transformers.__version__ >= "5":
-        report["renamed_types"] = renamed_types()
+    report["renamed_types"] = renamed_types()
     (given.out / "report.json").write_text(json.dumps(report, indent=1))
 
 

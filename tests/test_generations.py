@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 import shardmerge as sm
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.generations import generations, names_of, renamings
+from shardmerge.mapping.generations import generations, names_of
 from tests.load_environments import VERSIONS, interpreter, ready
 from tests.model_generations import MODELS
 
@@ -27,6 +28,17 @@ Saved = dict[str, Path]
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 load = pytest.mark.load
+
+# Others load alike: a table more, and no other code.
+UNLOADED = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "llava_next_video",
+    "vipllava",
+    "paligemma",
+    "qwen2_moe",
+    "olmoe",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def run(version: str, script: str, *arguments: object) -> str:
     command = [interpreter(version), "-W", "ignore", HERE / script, *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    one = os.environ | {"OMP_NUM_THREADS": "1"}  # threads only get in each other's way over tensors of a few bytes
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env=one)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -105,7 +118,7 @@ def test_what_newer_versions_have_in_memory_or_save_becomes_the_file_again(
 @load
 def test_results_load_and_compute_the_same_in_each_version(saved: Saved, tmp_path: Path) -> None:
     """0 missing, 0 unexpected, logits equal to the last bit, and the config means the same to that version."""
-    for case in MODELS:
+    for case in (case for case in MODELS if case not in UNLOADED):
         newest = source(saved, NEW, case, "memory", tmp_path)
         back = converted(newest, "4.51", tmp_path / f"{case}-back")
         middle = converted(newest, "4.52", tmp_path / f"{case}-middle")
@@ -132,20 +145,6 @@ def meant(config: dict[str, list[object]]) -> set[str]:
     # The middle version reads Qwen2-VL's text config flat as well as nested, and keeps what it read.
     nested = {key for key, (ours, _) in config.items() if ours is None} if len(config) > 10 else set()
     return set(config) - idle - nested
-
-
-@load
-@pytest.mark.parametrize("case", MODELS)
-def test_adapters_find_the_file_s_name_of_what_they_have_in_memory(saved: Saved, case: str) -> None:
-    """``renamings``: of the pairs that match a name of the file, one leads to the name in memory."""
-    home = first(saved, case)
-    pairs = renamings(json.loads((home / "config.json").read_text()))
-    on_disk = {value: name for name, value in tensors(home / "model.safetensors").items()}
-    for version, folder in saved.items():
-        for name, value in tensors(folder / case / "memory.safetensors").items() if (folder / case).is_dir() else ():
-            if value in on_disk and on_disk[value] != name:
-                made = {new.format(found) for old, new in pairs if (found := old.match(on_disk[value])) is not None}
-                assert name in made, (version, on_disk[value])
 
 
 # ---- what is not known
@@ -209,9 +208,12 @@ def test_a_model_that_was_renamed_in_ways_not_known_is_refused(tmp_path: Path) -
         model(tmp_path / "model", config, ["vision_tower.encoder.layer.0.attention.attention.query.weight"])
     )
     assert error.code == "unknown-renames"
-    with pytest.raises(MappingError):
-        names_of({"model_type": "dinov2"})
-    assert renamings({"model_type": "dinov2"}) == ()
+    for known in (
+        {"model_type": "dinov2"},
+        {"model_type": "clip", "vision_config": {"model_type": "clip_vision_model"}},
+    ):
+        with pytest.raises(MappingError):
+            names_of(known)
 
 
 def test_layers_with_rotary_embeddings_of_their_own_are_refused_for_4_x(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def of_case(case: str) -> tuple[dict[str, Path], dict[str, object]]:
     return sources_of(case), more
 
 
+def back_to(case: str) -> dict[str, Path]:
+    return {"hf": truth(case), "original": LAYOUTS / case / "source"}
+
+
 # preset, sources, what else the mapping says, the source that is wanted back
 BACK = [
     *(
@@ -66,6 +70,8 @@ BACK = [
     ("hf/to-4.52", {"hf": truth("llava_names_l2")}, {}, ""),
     ("hf/to-5.0", {"hf": truth("llava_names_l2")}, {}, ""),
     ("hf/to-5.6", {"hf": truth("llava_names_l2")}, {}, ""),
+    ("internvl/hf-to-original", back_to("internvl_qwen2"), {}, "hf"),
+    ("internvl/hf-to-original-internlm2", back_to("internvl_internlm2"), {}, "hf"),
     ("llava/hf-to-official", {"hf": truth("llava15_official")}, {}, ""),
     ("xtuner/llava-to-hf", FROZEN, {}, "trained"),
     ("xtuner/llava-to-hf", FROZEN, {}, "vision"),

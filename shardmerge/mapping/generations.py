@@ -20,7 +20,6 @@ from typing import TypeAlias, TypedDict
 import yaml
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.pattern import Template
 from shardmerge.targets.config_numbers import JsonObject
 
 # What a tensor is called, by generation; one that is not there has the name of the one before.
@@ -147,6 +146,9 @@ def names_of(config: JsonObject, where: str = "") -> ModelNames:
     model_type = _type(config)
     entry = tables["models"].get(model_type)
     if entry is None:
+        for one in _types_inside(config):  # of a model around renamed ones nobody measured what becomes
+            if one in tables["not_told"] or _renames(tables["parts"].get(one)):
+                raise _unknown_renames(f"{model_type} with a {one} inside", where)
         return ModelNames(model_type, {"": _part("", model_type, where)})
     parts = {"": ModelPart("", tuple(entry["names"]))}
     for name, (key, usual) in entry["parts"].items():
@@ -162,23 +164,6 @@ def generations() -> tuple[str, ...]:
     entries = [*tables["models"].values(), *tables["parts"].values()]
     labels = {label for entry in entries for row in entry["names"] for label in row if _is_version(label)}
     return tuple(sorted(labels | {one["since"] for entry in entries for one in entry.get("experts", ())}, key=_order))
-
-
-def renamings(config: JsonObject) -> tuple[tuple[Template, Template], ...]:
-    """Returns pairs of templates: what a file may call a tensor, and what a model has in memory, where they differ.
-
-    Every spelling of a file goes with every generation in memory. Experts that are fused in memory have no pair with
-    those of a file that are not; nor has any tensor of a model whose renames are not known here.
-    """
-    try:
-        names = names_of(config)
-    except MappingError:
-        return ()
-    memory = [names.every(names.generation(label)) for label in generations()]
-    found: dict[tuple[str, str], None] = {}
-    for on_disk, loaded in product(map(names.every, names.spellings()), memory):
-        found |= {(on_disk[key], name): None for key, name in loaded.items() if on_disk.get(key, name) != name}
-    return tuple((Template.parse(old), Template.parse(new)) for old, new in found)
 
 
 # ---- the file
@@ -214,19 +199,34 @@ def _part(name: str, model_type: str, where: str) -> ModelPart:
     """Returns what is known of a part; one whose names never changed keeps whatever names it has."""
     tables = _tables()
     if model_type in tables["not_told"]:
-        raise MappingError(
-            "unknown-renames",
-            f"transformers renamed tensors of a {model_type} between its versions, and how is not known here",
-            where=where,
-            expected=f"{', '.join(tables['models'])}, or a model whose names never changed",
-            hint="write the rules yourself, with `target: {name: hf/model, text: SOURCE}`",
-        )
+        raise _unknown_renames(model_type, where)
     entry = tables["parts"].get(model_type)
     # Words of a part are known as they stand inside of another model: alone, there is a prefix and a head.
-    if entry is None or (not name and all(len(row) == 1 for row in entry["names"])):
+    if entry is None or not (name or _renames(entry)):
         return ModelPart(name, ({OLDEST: "{rest...}"},))
     experts = tuple(FusedExperts(tuple(one["split"]), one["fused"], one["since"]) for one in entry.get("experts", ()))
     return ModelPart(name, tuple(entry["names"]), experts)
+
+
+def _renames(entry: _Entry | None) -> bool:
+    return entry is not None and ("experts" in entry or any(len(row) > 1 for row in entry["names"]))
+
+
+def _unknown_renames(what: str, where: str) -> MappingError:
+    return MappingError(
+        "unknown-renames",
+        f"transformers renamed tensors of a {what} between its versions, and how is not known here",
+        where=where,
+        expected=f"{', '.join(_tables()['models'])}, or a model whose names never changed",
+        hint="write the rules yourself, with `target: {name: hf/model, text: SOURCE}`",
+    )
+
+
+def _types_inside(config: Mapping[str, object]) -> Iterator[str]:
+    for value in config.values():
+        if isinstance(value, dict):
+            yield _type(value)
+            yield from _types_inside(value)
 
 
 def _type(config: Mapping[str, object]) -> str:

@@ -7,7 +7,7 @@ transformers call the same tensor otherwise (facts of 4.36 to 5.24) is brought t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from shardmerge.errors import TargetError
@@ -102,8 +102,14 @@ def _tabled(config: Mapping[str, object], names: Iterable[str], where: str) -> K
         if table.parts and error.code == "unsupported-architecture":
             return None
         raise
-    in_memory = any(name.endswith(table.in_memory) for name in names)
-    return _known(model.changed(in_memory=in_memory), kind, headless=not stated)
+    return _known(_as_named(model, frozenset(names)), kind, headless=not stated)
+
+
+def _as_named(model: Architecture, names: frozenset[str]) -> Architecture:
+    """Returns a model, and those inside of it, with the names that they have in memory where some are there."""
+    parts = {key: _as_named(part, names) for key, part in model.parts.items()}
+    in_memory = any(name.endswith(model.table.in_memory) for name in names)
+    return replace(model.changed(in_memory=in_memory), parts=parts)
 
 
 def _known(model: Architecture, kind: str, *, headless: bool = False) -> Known:

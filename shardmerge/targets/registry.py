@@ -20,6 +20,7 @@ _PLACES = {
     "hf/clip": ("clip_model", "TARGET"),
     "hf/clip-vision": ("clip_model", "VISION_TARGET"),
     "hf/internvl": ("internvl", "TARGET"),
+    "original/internvl": ("internvl_original", "TARGET"),
     "meta/llama": ("meta_llama", "TARGET"),
     "peft/adapter": ("peft_adapter", "TARGET"),
     "peft/extracted": ("peft_extraction", "TARGET"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
-from tests.following import Call, Row, change, under
-from tests.hint_rows.given import Given, mapped, stored
+from tests.following import Call, Row, by_hand, change, under
+from tests.hint_rows.given import LAYOUTS, Given, mapped, stored
+
+INTERNVL = LAYOUTS / "internvl_qwen2"
 
 ROPES = {kind: {"rope_theta": 1e4, "rope_type": "default"} for kind in ("full_attention", "sliding_attention")}
 
@@ -29,7 +33,34 @@ def asked(generation: str) -> Row:
     )
 
 
+def back_to_original(original: str) -> Given:
+    """An InternVL of transformers, and something that is called its original."""
+
+    def before(call: Call) -> None:
+        shutil.copytree(LAYOUTS / original, call.folder / "original")
+
+    text = f"sources: {{hf: {INTERNVL / 'truth'}, original: original}}\noutput: out\nuse: internvl/hf-to-original\n"
+    return mapped(text, before=before)
+
+
+def downloaded(call: Call) -> None:
+    shutil.rmtree(call.folder / "original")
+    shutil.copytree(INTERNVL / "source", call.folder / "original")
+
+
 ROWS = [
+    Row(
+        "an original InternVL that is none",
+        back_to_original("internvl_qwen2/truth"),
+        "unsupported-architecture",
+        by_hand("download the InternVLChatModel directory that the model was made of", downloaded),
+    ),
+    Row(
+        "the original of another InternVL",
+        back_to_original("internvl_internlm2/source"),
+        "contradiction",
+        by_hand("name the InternVLChatModel directory that the model was made of", downloaded),
+    ),
     asked("5.23"),
     asked("newest"),
     Row(

@@ -394,7 +394,8 @@ def main() -> None:
         run(given.work, pythons)
     versions = list(pythons)
     models = read(given.work, versions)
-    renamed = json.loads((given.work / versions[-1] / "report.json").read_text())["renamed_types"]
+    reports = [json.loads((given.work / version / "report.json").read_text()) for version in versions]
+    renamed = {name for report in reports for name in report["renamed_types"]}
     said = entries(models, versions, renamed)
     given.out.write_text(HEAD + yaml.safe_dump(said, sort_keys=False, width=150, default_flow_style=None), "utf-8")
     check(models)
