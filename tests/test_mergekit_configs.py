@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -57,7 +58,29 @@ def compare(found: dict[str, torch.Tensor], name: str) -> None:
         assert (apart <= 2 * step * tensor.double().abs() + CHAIN * work * size).all(), (key, float(apart.max()))
 
 
-@pytest.mark.parametrize("name", sorted(SAID))
+TOKENS = [name for name in SAID if "tokens" in SAID[name]]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_rows_of_tokens_are_those_of_mergekit(name: str, place: Path) -> None:
+    """By token: mergekit numbers new ones in the order of a hash table."""
+    shutil.copytree(FOLDER / "tokens", place / "tokens")
+    out = made(FOLDER / f"{name}.yml")
+    ids = transformers.AutoTokenizer.from_pretrained(out).get_vocab()
+    theirs = SAID[name]["tokens"]
+    assert ids.keys() == theirs.keys()
+    assert sorted(ids.values()) == list(range(len(ids)))
+    found = load_file(out / "model.safetensors")
+    order = [theirs[token] for token in sorted(ids, key=ids.__getitem__)]
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(found[key]) == len(ids)
+        RESULTS[f"{name}/{key}"] = RESULTS[f"{name}/{key}"][order]
+    compare(found, name)
+    assert json.loads((out / "config.json").read_text("utf-8"))["vocab_size"] == SAID[name]["vocab_size"]
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("name", sorted({*SAID} - {*TOKENS}))
 def test_a_configuration_makes_what_mergekit_makes(name: str, place: Path) -> None:
     out = made(FOLDER / f"{name}.yml")
     compare(load_file(out / "model.safetensors"), name)
@@ -110,8 +133,9 @@ def test_an_adapter_is_a_model(place: Path) -> None:
     ("text", "words"),
     [
         ("modules: {default: {models: []}}\n", "modules"),
-        ("tokenizer_source: union\n", "tokenizer"),
-        ("tokenizer: {source: base}\n", "tokenizer"),
+        ("tokenizer: {source: union, pad_to_multiple_of: 8}\n", "pad_to_multiple_of"),
+        ("tokenizer: {sauce: union}\n", "sauce"),
+        ("tokenizer: {tokens: {a: 3}}\n", "tokens"),
         ("chat_template: chatml\n", "chat_template"),
         ("base_model: {model: models/base, override_architecture: x}\n", "override_architecture"),
     ],
@@ -124,6 +148,23 @@ def test_what_a_mapping_cannot_say_is_named(text: str, words: str, place: Path) 
     assert caught.value.code == "not-sayable"
     assert words in caught.value.what
     assert caught.value.where.startswith("merge.yml:")
+
+
+def test_one_tokenizer_for_all_changes_nothing(place: Path) -> None:
+    shutil.copytree(FOLDER / "tokens", place / "tokens")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(place / "tokens" / "chat" / name, place / "tokens" / "code" / name)
+    Path("m.yml").write_text("models: [{model: tokens/chat}, {model: tokens/code}]\nmerge_method: karcher\n")
+    plain = api.init(Path("m.yml")).text
+    for source in ("union", "base", "tokens/chat"):
+        two = "models: [{model: tokens/chat}, {model: tokens/code}]\n"
+        Path("m.yml").write_text(f"{two}merge_method: karcher\ntokenizer_source: {source}\n")
+        assert api.init(Path("m.yml")).text == plain
+    Path("m.yml").write_text(
+        "models: [{model: tokens/chat}, {model: models/code}]\nmerge_method: karcher\ntokenizer_source: union\n"
+    )
+    with pytest.raises(ShardmergeError, match=r"has no tokenizer\.json"):
+        api.init(Path("m.yml"))
 
 
 def test_a_filter_of_numbers_is_not_guessed_at(place: Path) -> None:

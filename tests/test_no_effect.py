@@ -43,6 +43,7 @@ HF = "target: {name: hf/model, text: a}\n"
 
 # what it is, the mapping behind `shardmerge: 1`, the code
 IDLE = {
+    "a card without a target": ("sources: {a: a}\noutput: {path: o, card: true}\n" + ALL, "no-effect"),
     "view of safetensors": ("sources: {a: {path: a, view: module}}\noutput: o\n" + ALL, "no-effect"),
     "view of a torch file": (
         'sources: {a: {path: t.pth, view: module}}\noutput: o\ntensors: {"{n...}": "a:{n...}"}\n',
@@ -169,7 +170,11 @@ def test_every_key_of_a_mapping_is_in_a_table() -> None:
 def test_every_parameter_that_only_some_values_use_says_so() -> None:
     """`seed`, `row`: parameters of a way that another parameter chooses."""
     chosen = {(kind.name, param.name) for kind in OPS.values() for param in kind.params if param.only_with is not None}
-    choosing = {kind.name for kind in OPS.values() for param in kind.params if param.choices}
+    # These choose between ways that have no parameters of their own.
+    plain = {"rescale", "along"}
+    choosing = {
+        kind.name for kind in OPS.values() for param in kind.params if param.choices and param.name not in plain
+    }
     assert {name for name, _ in chosen} == choosing
     assert chosen == {("new_rows", "row"), ("new_rows", "seed")}
 

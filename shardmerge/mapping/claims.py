@@ -73,7 +73,7 @@ class Claims:
         """Returns what every target is made of, and the clashes: pairs of assignments, for each pair of rules."""
         for target, more in self._more.items():
             every = [self._first[target], *more]
-            best = [one for one in every if not any(self._beats(other, one) for other in every)]
+            best = [one for one in every if not any(self._beats(other.rule, one.rule) for other in every)]
             for other in best[1:]:
                 self._clash(best[0], other)
             self._first[target] = best[0]
@@ -101,12 +101,18 @@ class Claims:
                 found.setdefault((claim.assignment.source, _owner(claim)), []).append(claim)
         return tuple(_copies(source, name, group) for (source, name), group in found.items() if len(group) > 1)
 
-    def _beats(self, one: Claim, other: Claim) -> bool:
-        if one.rule.rest != other.rule.rest:
-            return other.rule.rest
-        key = (id(one.rule), id(other.rule))
+    def beaten(self, rule: Rule, target: str) -> bool:
+        """Tells whether another rule makes a target that goes before this one."""
+        first = self._first.get(target)
+        every = [*([first] if first is not None else []), *self._more.get(target, ())]
+        return any(self._beats(claim.rule, rule) for claim in every if claim.rule is not rule)
+
+    def _beats(self, one: Rule, other: Rule) -> bool:
+        if one.rest != other.rest:
+            return other.rest
+        key = (id(one), id(other))
         if key not in self._narrower:
-            self._narrower[key] = is_narrower(_target(one.rule), _target(other.rule))
+            self._narrower[key] = is_narrower(_target(one), _target(other))
         return self._narrower[key]
 
     def _clash(self, before: Claim, after: Claim) -> None:

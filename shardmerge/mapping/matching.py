@@ -74,6 +74,7 @@ class Matching:
     failed: set[str] = field(default_factory=set)
     problems: list[ShardmergeError] = field(default_factory=list)
     quantized: dict[str, tuple[Mark, dict[str, None]]] = field(default_factory=dict)
+    _failures: list[tuple[Rule, list[_Failure]]] = field(default_factory=list)
     _names: dict[str, Sequence[str]] = field(default_factory=dict)
     _indexes: dict[str, NameIndex] = field(default_factory=dict)
     _packed: dict[str, dict[str, Packed]] = field(default_factory=dict)
@@ -100,11 +101,18 @@ class Matching:
         # An op that lacks a tensor is passed over where a later candidate makes the target.
         left = [one for one in failures if one.error.code != "missing-operand" or not self.claims.by(rule, one.target)]
         for one in left:  # what the op would have used is not left over besides
-            self.failed.add(one.target)
             self.matched.update((operand.source, operand.name) for operand in one.operands)
-        self.problems += _failed(rule, left, self.near, self.catalogs)
+        if left:
+            self._failures.append((rule, left))
         if not found:
             self.idle.append(rule)
+
+    def settle_failures(self) -> None:
+        """Once all rules are applied: what an op cannot make is a problem where no narrower rule makes it."""
+        for rule, failures in self._failures:
+            left = [one for one in failures if not self.claims.beaten(rule, one.target)]
+            self.failed.update(one.target for one in left)
+            self.problems += _failed(rule, left, self.near, self.catalogs)
 
     def _take(self, rule: Rule, reference: Reference) -> bool:
         """Claims a target for every tensor that the reference matches."""

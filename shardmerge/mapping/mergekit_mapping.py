@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from shardmerge.mapping.mergekit_config import (
     MergeConfig,
@@ -18,6 +19,7 @@ from shardmerge.mapping.mergekit_config import (
 )
 from shardmerge.mapping.mergekit_terms import Moment, Written, method_of, term
 from shardmerge.mapping.mergekit_text import MergeSources, written
+from shardmerge.mapping.mergekit_vocabulary import JointVocabulary
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.pattern import escape
 from shardmerge.mapping.proposal import Proposal
@@ -26,12 +28,15 @@ from shardmerge.tensors.natural_order import natural_key
 
 # Opens a model by its path as the configuration writes it.
 Open = Callable[[str], Catalog]
+Joined = Callable[[MergeConfig, Mapping[str, Catalog]], JointVocabulary]
 _LAYER = re.compile(r"^(.*?)\.(\d{1,9})\.(.+)$")
 _EMBEDDING = re.compile(r"emb|wte|wpe")
 _ALL = "{rest...}"
 
 
-def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Open, out: str = "out/merged") -> Proposal:
+def propose_merge(  # two functions read files, which this room does not
+    text: str, file: str, paths: Callable[[str], str], opened: Open, joined: Joined, out: str = "out/merged"
+) -> Proposal:
     """Returns the mapping that makes what mergekit makes of a configuration.
 
     Parameters
@@ -41,7 +46,9 @@ def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Ope
     paths
         Returns how the mapping writes a path.
     opened
-        Opens a model; called only where layers are named.
+        Opens a model; called only where layers or tokenizers are named.
+    joined
+        Returns the vocabulary of a merge that asks for one, from its models by the names they have there.
 
     Raises
     ------
@@ -55,8 +62,8 @@ def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Ope
         names = [config.name or "one without a name" for config in wanted]
         raise not_sayable(f"{len(wanted)} results: {listed(names)}", configs[-1].mark, "write a file for each of them")
     for config in configs:
-        _check_tokenizer(config)
-    writer = _Writer(wanted[0], named, MergeSources(paths), opened)
+        _check_tokenizer(config, alone=len(configs) == 1)
+    writer = _Writer(wanted[0], named, MergeSources(paths), opened, joined)
     rules = dict(writer.rules())
     lines = [
         "# Written by `shardmerge init` from a configuration of mergekit. `shardmerge plan` shows what it does.",
@@ -65,6 +72,7 @@ def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Ope
         *writer.sources.lines(),
         f"output: {{path: {json.dumps(out)}{writer.dtype()}{writer.card()}}}",
         f"target: {{name: hf/model, text: {writer.donor(wanted[0])}}}",
+        *([writer.vocabulary] if writer.vocabulary else []),
         "tensors:",
         *(line for target, made in rules.items() for line in written(json.dumps(target, ensure_ascii=False), made, 1)),
         *writer.drops(),
@@ -72,10 +80,12 @@ def propose_merge(text: str, file: str, paths: Callable[[str], str], opened: Ope
     return Proposal("\n".join(lines) + "\n", tuple(writer.notes))
 
 
-def _check_tokenizer(config: MergeConfig) -> None:
-    for key, node in (("tokenizer", config.tokenizer), ("chat_template", config.chat_template)):
-        if node is not None:
-            raise not_sayable(f"`{key}`", node.mark, "leave it out: the tokenizer is that of the base")
+def _check_tokenizer(config: MergeConfig, *, alone: bool) -> None:
+    if config.chat_template is not None:
+        hint = "leave it out, and put chat_template.jinja into the result"
+        raise not_sayable("`chat_template`", config.chat_template.mark, hint)
+    if config.tokenizer is not None and not alone:
+        raise not_sayable("`tokenizer` in one of several merges", config.tokenizer.mark, "run them one by one")
 
 
 def _is_used(config: MergeConfig, configs: Sequence[MergeConfig]) -> bool:
@@ -89,7 +99,9 @@ class _Writer:
     named: Mapping[str, MergeConfig]
     sources: MergeSources
     opened: Open
+    joined: Joined
     notes: list[str] = field(default_factory=list)
+    vocabulary: str = ""
     _used: dict[str, set[str]] = field(default_factory=dict)
     _taken: dict[str, set[int]] = field(default_factory=dict)
 
@@ -113,8 +125,32 @@ class _Writer:
         parts = self._whole(self.config)
         if parts is not None:
             yield _ALL, term(self.config, parts, self._refer, Moment())
+            yield from self._embeddings(parts)
             return
+        if self.config.tokenizer is not None:
+            raise not_sayable("`tokenizer` of a merge of layers", self.config.tokenizer.mark, "leave it out")
         yield from self._layers()
+
+    def _embeddings(self, part: MergeSlice) -> Iterator[tuple[str, Written]]:
+        """Yields rules for the tensors over the vocabulary, where the models' tokenizers are made one."""
+        if self.config.tokenizer is None:
+            return
+        order = dict.fromkeys((*([self.config.base] if self.config.base else []), *(one.model for one in part.inputs)))
+        catalogs = {model: self.opened(ModelName.of(model).path) for model in order}
+        joint = self.joined(self.config, catalogs)
+        if not joint.changes:
+            return
+        names = {model: self.sources.name(model) for model in catalogs}
+        for name in joint.models[joint.origin].tensors:
+            refer = partial(joint.embedding, name=name, source=names)
+            made = term(self.config, part, refer, Moment(name, 0.0))
+            yield escape(name), made
+        rows = joint.models[joint.origin].rows
+        trim = ", trim: true" if len(joint.tokens) < rows else ""
+        tokens = f", tokens: {json.dumps(list(joint.new), ensure_ascii=False)}" if joint.new else ""
+        self.vocabulary = f"vocabulary: {{rows: {len(joint.tokens)}{trim}{tokens}}}"
+        if joint.new:
+            self.notes.append("tokens that the base lacks are added to its tokenizer as special ones")
 
     def _note(self, config: MergeConfig) -> None:
         op = method_of(config).op

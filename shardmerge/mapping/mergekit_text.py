@@ -66,7 +66,9 @@ def written(key: str, value: Written, depth: int) -> Iterator[str]:
 
 def _item(value: Written, depth: int) -> Iterator[str]:
     indent = "  " * depth
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(value.get("of", ""), str):
+        yield f"{indent}- {_flow(value)}"
+    elif isinstance(value, dict):
         lines = [line for name, one in value.items() for line in written(name, one, depth + 1)]
         yield f"{indent}- {lines[0].strip()}"
         yield from lines[1:]
@@ -78,6 +80,6 @@ def _flow(value: Written, *, tensor: bool = False) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_flow(one) for one in value)}]"
     if isinstance(value, dict):
-        inner = (f"{key}: {_flow(one) if key != 'filter' else json.dumps(one)}" for key, one in value.items())
+        inner = (f"{key}: {_flow(one, tensor=key in ('of', 'filter'))}" for key, one in value.items())
         return f"{{{', '.join(inner)}}}"
     return json.dumps(value, ensure_ascii=False) if tensor else value

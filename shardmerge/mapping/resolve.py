@@ -75,6 +75,7 @@ def resolve(
     work.spent = frozenset(work.matched)
     for rule in (one for one in rules if one.rest):
         work.apply(rule)
+    work.settle_failures()
     made, clashes = work.claims.settled()
     problems = [*work.problems, *map(_double_claim, clashes), *idle_drops(work)]
     # Codes and adapters that are left over make everything else look wrong besides.

@@ -9,7 +9,9 @@ from shardmerge.mapping.mergekit_config import is_mergekit
 from shardmerge.mapping.mergekit_mapping import propose_merge
 from shardmerge.mapping.proposal import Proposal
 from shardmerge.prepare.inspection import inspect
+from shardmerge.prepare.merge_tokens import joint_vocabulary
 from shardmerge.prepare.proposing import relative
+from shardmerge.prepare.side_files import SideFiles
 
 
 def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) -> Proposal:
@@ -34,6 +36,11 @@ def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) 
     if idle:
         hint = "leave --base and --to out: the configuration names its models"
         raise UsageError("no-effect", "a configuration of mergekit says all there is", where=str(config), hint=hint)
+    read = SideFiles().read
     return propose_merge(
-        text, str(config), lambda path: relative(path, folder), lambda path: inspect(path, download=download)
+        text,
+        str(config),
+        lambda path: relative(path, folder),
+        lambda path: inspect(path, download=download),
+        lambda merge, catalogs: joint_vocabulary(merge, catalogs, read),
     )

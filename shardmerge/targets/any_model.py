@@ -63,7 +63,7 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
     tokens = _tokens(request, catalog, size)
     counted = rows(request, size, tokens.ids.values())
     part["vocab_size"] = counted.count
-    tensors = {name: (counted.count, *shape[1:]) for name, shape in _over_vocabulary(catalog, size)}
+    tensors = {name: (counted.count, *shape[1:]) for name, shape in over_vocabulary(catalog, size)}
     if not tensors:
         source = request.roles.get("text", "text")
         raise TargetError(
@@ -94,7 +94,8 @@ def _tokens(request: Request, catalog: Catalog, size: int) -> TokenizerFiles:
     )
 
 
-def _over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]:
+def over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]:
+    """Yields the tensors that are known as embeddings or heads of so many rows."""
     for name in catalog.names():
         shape = catalog[name].shape
         if name.endswith(_VOCABULARY) and shape and shape[0] == size:

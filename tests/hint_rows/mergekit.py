@@ -24,6 +24,14 @@ def slices(*sources: str, method: str = "merge_method: passthrough\n") -> str:
     return "slices:\n" + "".join(f"  - sources: [{one}]\n" for one in sources) + method
 
 
+TOKENS = GOLDEN / "mergekit" / "tokens"
+
+
+def union(more: str) -> str:
+    said = f"tokenizer: {{source: union{', ' + more if more else ''}}}"
+    return f"models: [{{model: {TOKENS}/chat}}, {{model: {TOKENS}/code}}]\nmerge_method: karcher\n{said}\n"
+
+
 TWO = f"{STOCK}name: middle\n{PAIR}---\nbase_model: {BASE}\nmerge_method: linear\nparameters: {{weight: 1}}\n"
 UNEQUAL = f"{layers(CHAT, 0, 2)}, {layers(CODE, 0, 3)}"
 
@@ -176,5 +184,72 @@ ROWS = [
         raw(f"{STOCK}{PAIR}", "init", "mapping.yaml", "--to", "hf/llama"),
         "no-effect",
         lambda call: call.args.__delitem__(slice(2, 4)),
+    ),
+    Row(
+        "a chat template",
+        config(f"{STOCK}{PAIR}chat_template: chatml\n"),
+        "not-sayable",
+        told("leave it out", "chat_template: chatml\n", ""),
+    ),
+    Row(
+        "a tokenizer between merges",
+        config(f"{TWO}{PAIR}tokenizer_source: base\n".replace(CHAT, "middle", 2)),
+        "not-sayable",
+        told("one by one", f"---\nbase_model: {BASE}\nmerge_method: linear\nparameters: {{weight: 1}}\n", ""),
+        then="duplicate-key",
+    ),
+    Row(
+        "a tokenizer of layers",
+        config(slices(layers(CHAT, 0, 2)) + "tokenizer_source: base\n"),
+        "not-sayable",
+        told("leave it out", "tokenizer_source: base\n", ""),
+    ),
+    Row(
+        "a token of a model that is not merged",
+        config(union(f"tokens: {{a: {{source: {BASE}}}}}")),
+        "not-sayable",
+        told("name one of the models", f"source: {BASE}", f"source: {TOKENS}/chat"),
+    ),
+    Row(
+        "a token that its model lacks",
+        config(union(f'tokens: {{"<|tab|>": {{source: {TOKENS}/chat}}}}')),
+        "not-sayable",
+        told("a model that has it", f"source: {TOKENS}/chat}}", f"source: {TOKENS}/code}}"),
+    ),
+    Row(
+        "a tokenizer of another model",
+        config(union("").replace("source: union", f"source: {TOKENS}/code")),
+        "not-sayable",
+        told("write `base`", f"source: {TOKENS}/code", "source: base"),
+    ),
+    Row(
+        "a tokenizer with another key",
+        config(union("sauce: x")),
+        "not-sayable",
+        told("write `source`", ", sauce: x", ""),
+    ),
+    Row(
+        "a padded vocabulary",
+        config(union("pad_to_multiple_of: 8")),
+        "not-sayable",
+        told("leave it out", ", pad_to_multiple_of: 8", ""),
+    ),
+    Row(
+        "a token that is a number",
+        config(union("tokens: {a: 3}")),
+        "not-sayable",
+        told("`{source: MODEL}`", "a: 3", f"a: {{source: {TOKENS}/chat}}"),
+    ),
+    Row(
+        "a token of an unknown kind",
+        config(union("tokens: {a: {source: {kind: one}}}")),
+        "not-sayable",
+        told("`{source: {kind: zero}}`", "kind: one", "kind: zero"),
+    ),
+    Row(
+        "a merge of tokenizers without one",
+        config(f"{STOCK}{PAIR}tokenizer_source: union\n"),
+        "no-tokenizer",
+        told("leave `tokenizer` out", "tokenizer_source: union\n", ""),
     ),
 ]

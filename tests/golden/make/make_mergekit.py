@@ -22,7 +22,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts import multimerge
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LAYERS = 4
 TASKS = "base_model: models/base\ndtype: float32\n"
@@ -66,7 +68,8 @@ models:
         - value: 0.1
 merge_method: ties
 parameters: {normalize: true, int8_mask: true}
-""" + TASKS,
+"""
+    + TASKS,
     "ties-base-named": """\
 models:
   - model: models/base
@@ -76,7 +79,8 @@ models:
     parameters: {density: 0.5, weight: 0.5}
 merge_method: ties
 parameters: {normalize: false, rescale: true}
-""" + TASKS,
+"""
+    + TASKS,
     "breadcrumbs": f"{WEIGHTED}merge_method: breadcrumbs\nparameters: {{gamma: [0.01, 0.2]}}\n{TASKS}",
     "breadcrumbs_ties": f"{WEIGHTED}merge_method: breadcrumbs_ties\n{TASKS}",
     "dare_linear": f"{PAIR}merge_method: dare_linear\nparameters: {{weight: 0.5}}\n{TASKS}",
@@ -145,12 +149,60 @@ dtype: float32
 }
 
 
-def write_models(folder: Path) -> None:
-    """Writes the models: two that were trained from the base, by as much as its weights are large."""
-    config = LlamaConfig(
-        vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=LAYERS, num_attention_heads=2,
+WORDS = {
+    "base": ["<unk>", "<s>", "</s>", *"abcdefghij"],
+    "chat": ["<unk>", "<s>", "</s>", *"abcdefghij", "<|user|>", "<|both|>"],
+    "code": ["<unk>", "<s>", "</s>", *"abcdefghij", "<|both|>", "<|code|>", "<|tab|>"],
+}
+# Rows of the embeddings: the base and code have more than tokens.
+ROWS = {"base": 16, "chat": 15, "code": 20}
+TOKENS = """\
+models:
+  - {model: tokens/chat, parameters: {weight: 0.25}}
+  - {model: tokens/code, parameters: {weight: 0.75}}
+"""
+TOKEN_CONFIGS = {
+    "union": f"{TOKENS}merge_method: linear\nbase_model: tokens/base\nparameters: {{weight: 1.0}}\ntokenizer_source: union\ndtype: float32\n",
+    "union-ties": f"{TOKENS}merge_method: ties\nbase_model: tokens/base\ntokenizer: {{source: union}}\ndtype: float32\n",
+    "base-tokens": f"{TOKENS}merge_method: multislerp\nbase_model: tokens/base\ntokenizer_source: base\ndtype: float32\n",
+    "chosen": f"""{TOKENS}merge_method: linear
+parameters: {{weight: 1.0}}
+base_model: tokens/base
+tokenizer:
+  source: union
+  tokens:
+    <|both|>: {{source: tokens/code}}
+    <|user|>: {{source: {{kind: model_token, model: tokens/base, token: a}}, force: true}}
+    <|new|>: {{source: {{kind: zero}}}}
+dtype: float32
+""",
+}
+
+
+def write_token_models(folder: Path) -> None:
+    """Writes models with tokenizers: that of the base, and two that have more tokens, at other places."""
+    for seed, (name, words) in enumerate(WORDS.items()):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config_of(ROWS[name]))
+        model.load_state_dict({key: 0.1 * torch.randn_like(value) for key, value in model.state_dict().items()})
+        model.save_pretrained(folder / name)
+        inner = Tokenizer(WordLevel({word: place for place, word in enumerate(words) if place < 13}, unk_token="<unk>"))
+        made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        made.add_tokens(words[13:])
+        made.save_pretrained(folder / name)
+
+
+def config_of(vocab_size: int) -> LlamaConfig:
+    """Returns the config of a tiny model."""
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=8, intermediate_size=12, num_hidden_layers=LAYERS, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=False, max_position_embeddings=64,
     )  # fmt: skip
+
+
+def write_models(folder: Path) -> None:
+    """Writes the models: two that were trained from the base, by as much as its weights are large."""
+    config = config_of(24)
     torch.manual_seed(5)
     base = LlamaForCausalLM(config)
     drawn = {name: value + 0.05 * torch.randn_like(value) for name, value in base.state_dict().items()}
@@ -179,17 +231,24 @@ def main() -> None:
     out = parser.parse_args().out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     write_models(out / "models")
+    write_token_models(out / "tokens")
     results, said = {}, {}
     os.chdir(out)
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in CONFIGS.items():
+        for name, text in (CONFIGS | TOKEN_CONFIGS).items():
             (out / f"{name}.yml").write_text(text, "utf-8")
             made = Path(folder, name)
             merge(text, made)
-            tensors = load_file(made / "model.safetensors" if (made / "model.safetensors").is_file() else next(made.glob("*.safetensors")))
+            tensors = load_file(
+                made / "model.safetensors"
+                if (made / "model.safetensors").is_file()
+                else next(made.glob("*.safetensors"))
+            )
             results |= {f"{name}/{key}": value for key, value in tensors.items()}
             config = json.loads((made / "config.json").read_text("utf-8"))
-            said[name] = {key: config[key] for key in ("num_hidden_layers", "vocab_size", "dtype")}
+            words = AutoTokenizer.from_pretrained(made).get_vocab() if name in TOKEN_CONFIGS else {}
+            said[name] = {"tokens": words} if words else {}
+            said[name] |= {key: config[key] for key in ("num_hidden_layers", "vocab_size", "dtype")}
     save_file(results, out / "results.safetensors", {"mergekit": "0.1.5"})
     (out / "configs.json").write_text(json.dumps(said, indent=1) + "\n", "utf-8")
 
