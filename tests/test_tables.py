@@ -12,8 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
+from shardmerge.errors import ShardmergeError
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.known_models import known_model
 from shardmerge.targets.settings import ANY_MODEL, not_understood
@@ -163,3 +166,28 @@ def test_hf_text_writes_what_every_version_loads_with_the_same_logits(version: s
     assert len(found) == 2 * len([table for table in every_table() if table.kind == "text" and not table.own_code])
     odd = {name: result for name, result in found.items() if result[0] != [[], [], []] or not result[1] < 1e-5}
     assert odd == {}
+
+
+def test_layers_that_no_version_loads_may_be_there(tmp_path: Path) -> None:
+    """DeepSeek-V3 has its layers for multi-token prediction in the files; on loading they are ignored."""
+    made(VERSIONS[-1])
+    source = tmp_path / "source"
+    shutil.copytree(Path(kept().name, VERSIONS[-1], "deepseek_v3"), source)
+    tensors = load_file(source / "model.safetensors")
+    more = {name.replace("layers.2.", "layers.3."): one.clone() for name, one in tensors.items() if "layers.2." in name}
+    more["model.layers.3.eh_proj.weight"] = torch.ones(24, 48)
+    save_file(tensors | more, source / "model.safetensors", {"format": "pt"})
+    out = sm.convert(source, tmp_path / "out", options=sm.Options(sync=False))
+    assert load_file(out.path / "model.safetensors").keys() == tensors.keys() | more.keys()
+    assert any("layers.3." in warning for warning in out.plan.warnings)
+    (tmp_path / "mapping.yaml").write_text(
+        "shardmerge: 1\nsources: {a: source}\noutput: text\ntarget: {name: hf/text, text: a}\n"
+        'tensors: {"{rest...}": "a:{rest...}"}\n'
+    )
+    text = sm.run(tmp_path / "mapping.yaml", options=sm.Options(sync=False)).path
+    assert load_file(text / "model.safetensors").keys() == tensors.keys()
+    config = json.loads((source / "config.json").read_text("utf-8")) | {"num_nextn_predict_layers": 0}
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ShardmergeError) as refused:
+        sm.convert(source, tmp_path / "other", options=sm.Options(sync=False))
+    assert refused.value.code == "config-disagrees"

@@ -114,6 +114,19 @@ class Architecture:
         inside = self._inside(lambda part: part.ties)
         return self.all_ties if self.tied else {name: prefix + owner for prefix, name, owner in inside}
 
+    def unread(self, names: Collection[str]) -> tuple[str, ...]:
+        """Returns what those names begin with that files may have and no version of transformers loads."""
+        numbered = [
+            (f"{prefix}{index}.", sign)
+            for prefix, first, count, sign in self.table.unread
+            for index in range(*self._span(first, count))
+        ]
+        return tuple(prefix for prefix, sign in numbered if prefix + sign in names)
+
+    def _span(self, first: Formula, count: Formula) -> tuple[int, int]:
+        start, number = self.value(first), self.value(count)
+        return (start, start + number) if isinstance(start, int) and isinstance(number, int) else (0, 0)
+
     def size(self, key: str) -> int:
         """Returns a field or size that is a number."""
         return self.whole(Formula.parse(key))

@@ -39,20 +39,23 @@ class Known:
         ignored on loading.
     canonical
         Brings a name as a file has it to the form of ``tensors``.
+    unread
+        Prefixes inside of those, of what may be there and is not loaded.
     """
 
     tensors: Mapping[str, Shape]
     owned: tuple[str, ...]
     optional: Mapping[str, Shape] = field(default_factory=dict)
     canonical: Canonical = str
+    unread: tuple[str, ...] = ()
 
     def is_own(self, name: str) -> bool:
         """Whether a canonical name that the model does not have contradicts the config."""
-        return name.startswith(self.owned) and not name.endswith(_BUFFERS)
+        return name.startswith(self.owned) and not name.endswith(_BUFFERS) and not name.startswith(self.unread)
 
     def is_foreign(self, name: str) -> bool:
         """Whether a canonical name is of something else than the model."""
-        return not name.startswith(self.owned) and not name.endswith(_BUFFERS)
+        return not name.endswith(_BUFFERS) and not self.is_own(name)
 
 
 def known_model(config: Mapping[str, object], names: Iterable[str], where: str) -> Known | None:
@@ -102,7 +105,9 @@ def _tabled(config: Mapping[str, object], names: Iterable[str], where: str) -> K
         if table.parts and error.code == "unsupported-architecture":
             return None
         raise
-    return _known(_as_named(model, frozenset(names)), kind, headless=not stated)
+    there = frozenset(names)
+    known = _known(_as_named(model, there), kind, headless=not stated)
+    return replace(known, unread=model.unread(there))
 
 
 def _as_named(model: Architecture, names: frozenset[str]) -> Architecture:

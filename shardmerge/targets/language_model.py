@@ -19,6 +19,7 @@ from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, id_warnings, rows, tokenizer_files
 from shardmerge.tensors import SideFile
 
+_UNREAD = "no version of transformers loads it: `target: {name: hf/model, text: SOURCE}` keeps it"
 _MAX_CONTEXT = 1 << 26
 
 
@@ -61,6 +62,7 @@ def expect(request: Request, *, as_llama: bool = False) -> Expectation:
         ),
         beside=tokens_of.side_files,
         same_model=not as_llama and text.kind == "hf" and tokens_of is text.catalog,
+        left_out=dict.fromkeys(model.unread(text.catalog.entries), _UNREAD),
         components=(described_by("model.", text.where),),
         warnings=warnings,
     )

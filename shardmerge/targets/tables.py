@@ -67,55 +67,7 @@ class InnerModel:
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureTable:
-    """What a file says of an architecture.
-
-    Attributes
-    ----------
-    model_type, title
-        As configs name it, and for people.
-    kind
-        ``text``, ``vision``; ``encoder`` for a text encoder, ``whole`` for what has parts.
-    tokenizer
-        The class that transformers takes where tokenizer_config.json names none.
-    rope_theta
-        What its class takes where the config says none.
-    own_code
-        Whether its classes lie beside the weights (``auto_map``) and not in transformers.
-    fields
-        Of config.json, that tell names and shapes, in an order in which a default knows what is before it.
-    null_fields
-        What null means in a field, where it does not mean the default.
-    sizes
-        What is computed from the fields.
-    zero
-        Fields that may be 0.
-    square
-        Fields that may be a pair of equal numbers.
-    other_fields
-        That are understood, and that no tensor shows.
-    must
-        What holds of the fields.
-    lengths
-        Sizes that are lengths of lists: of a field that may be one number instead.
-    numbers
-        Kinds of numbers in names, and how many there are.
-    parts
-        By the key of their configs inside of this one.
-    in_memory
-        Ends of names that tell those that transformers 5 has in memory, and that its training saves, from the others.
-    renames
-        What names begin with in other versions, and here; the first that fits.
-    prefix
-        Of the names that all classes have in common.
-    tensors
-        The tree of those.
-    classes
-        By the name of a class what it has besides; the first is what loads a config that names none.
-    bare
-        Classes whose files have the names without the prefix.
-    tied
-        Where ``tie_word_embeddings`` holds: the name that is not there, and the one whose values it has.
-    """
+    """What a file says of an architecture: its keys, each of which ``docs/guides/architectures.md`` explains."""
 
     model_type: str
     title: str
@@ -134,6 +86,7 @@ class ArchitectureTable:
     numbers: Mapping[str, Formula]
     parts: Mapping[str, InnerModel]
     in_memory: tuple[str, ...]
+    unread: tuple[tuple[str, Formula, Formula, str], ...]
     renames: tuple[tuple[str, str], ...]
     prefix: str
     tensors: tuple[NameNode, ...]
@@ -217,6 +170,7 @@ class _Reader:
             numbers={key: self._formula(value) for key, value in _tree(said.pop("numbers", {})).items()},
             parts={key: _part(_tree(value)) for key, value in _tree(said.pop("parts", {})).items()},
             in_memory=tuple(_names(said.pop("in_memory", []))),
+            unread=tuple(self._unread(_tree(said.pop("unread", {})))),
             renames=tuple((key, str(value)) for key, value in _tree(said.pop("renames", {})).items()),
             prefix=str(said.pop("prefix", "")),
             tensors=tuple(self._nodes(_tree(said.pop("tensors")))),
@@ -238,6 +192,11 @@ class _Reader:
                 None if isinstance(value, dict) else tuple(self._shape(str(value))),
                 tuple(self._nodes(value)) if isinstance(value, dict) else (),
             )
+
+    def _unread(self, tree: _Tree) -> Iterator[tuple[str, Formula, Formula, str]]:
+        for prefix, said in tree.items():
+            first, count, sign = _names(said)
+            yield prefix, self._formula(first), self._formula(count), sign
 
     def _shape(self, text: str) -> Iterator[Formula]:
         """Yields the sizes of a shape; ``()`` is that of a single number."""
