@@ -6,6 +6,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 import shardmerge as sm
 from benchmarks.harness import answer
 from shardmerge import api
+from shardmerge.dtypes import DTYPES
 from shardmerge.packed_names import PackedName, packed_name
+from shardmerge.plan.torch_layout import lay_out_item
 from tests.conftest import GOLDEN
 from tests.counting import refusal
 from tests.scene import tree
@@ -195,6 +198,22 @@ def test_a_frame_that_lies_is_refused_while_planning(what: str, tmp_path: Path) 
     assert time.monotonic() - start < 2
     assert error.code == code
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frame_too_small_for_what_its_head_says_is_refused(tmp_path: Path) -> None:
+    """A tensor of 4 TiB, says .metadata, and the head of the item too; a frame of a KB unpacks to 32 MiB at most."""
+    shape = (1 << 20, 1 << 20)
+    with one_process():
+        dcp.save({"model": {"w": torch.ones(2, 2)}}, checkpoint_id=tmp_path / "plain")
+    table: Metadata = pickle.loads((tmp_path / "plain" / ".metadata").read_bytes())
+    said = table.state_dict_metadata["model.w"]
+    said.size, said.chunks[0] = torch.Size(shape), replace(said.chunks[0], sizes=torch.Size(shape))
+    (tmp_path / "plain" / ".metadata").write_bytes(pickle.dumps(table))
+    head = lay_out_item(DTYPES["F32"], shape).blobs[0][1]
+    source = packed(tmp_path / "plain", tmp_path / "ck", lambda raw: as_torch_does(head + raw))
+    error = refusal(lambda: sm.inspect(source))[0]
+    assert error.code == "packed-item"
+    assert "4,398,046,511,104" in error.found
 
 
 def with_more(raw: bytes) -> bytes:

@@ -48,8 +48,8 @@ def unpacking_peak(files: Iterable[FileStamp]) -> int:
     return sum(window + PER_FRAME for window in windows[:OPEN_FRAMES])
 
 
-# What a process keeps of a ``.metadata`` that it read, in bytes a byte of the file: arrays of chunks and of ranges, what
-# the interpreter noted, and memory that is not given back. Measured: 0.82 of 216 MB, 0.76 of 103. With it a run of
+# What a process keeps of a ``.metadata`` that it read, in bytes a byte of the file: arrays of chunks and of ranges,
+# what the interpreter noted, and memory that is not given back. Measured: 0.82 of 216 MB, 0.76 of 103. With it a run of
 # 128,000 parts (20 MB) took 75 MB of 83 planned, and without it of 66.
 _OF_METADATA = 0.85
 
