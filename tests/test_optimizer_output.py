@@ -277,3 +277,12 @@ def test_two_things_of_one_name_are_refused(tmp_path: Path) -> None:
     errors = refusal(lambda: sm.convert(tag, tmp_path / "out", options=OPTIONS))[0].each()
     assert {error.code for error in errors} == {"unusable-name"}
     assert "optim.param_groups.0.lr" in str(errors[0].found)
+
+
+def test_moments_are_not_held_against_the_config_of_the_model() -> None:
+    """A Trainer's checkpoint has config.json beside its tag."""
+    case = GOLDEN / "hf_trainer" / "checkpoint-2"
+    plan = api.prepare_conversion(case, options=OPTIONS).plan
+    assert any(tensor.name.startswith("exp_avg:") for tensor in plan.tensors())
+    assert any(side.name == "config.json" for side in plan.side_files)
+    assert not [text for text in plan.warnings if "not of the model" in text]
