@@ -257,3 +257,15 @@ def test_what_transformers_renamed_within_a_layer(tmp_path: Path) -> None:
     pair = [pairs[f"base_model.model.{memory}.lora_{half}.weight"] for half in "AB"]
     wanted = weights[f"{disk}.weight"] + pair[1] @ pair[0]
     assert torch.allclose(torch.from_numpy(np.asarray(found[f"{disk}.weight"])), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["_forward_module.model.", "pretrained_model.", "_orig_mod."])
+def test_a_wrapped_base_with_its_config_is_a_model_again(tmp_path: Path, prefix: str) -> None:
+    base = llama()
+    saved(base, tmp_path / "base")
+    truth = merged_state(trained(opened(base, tmp_path / "base"), tmp_path / "lora"))
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({prefix + name: one for name, one in load_file(path).items()}, path)
+    bases = {"base": str(tmp_path / "base")}
+    sm.convert(tmp_path / "lora", tmp_path / "out", use="peft/merge", bases=bases, options=sm.Options(sync=False))
+    assert_same(read_all(sm.inspect(tmp_path / "out")), truth)

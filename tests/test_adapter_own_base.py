@@ -18,7 +18,7 @@ from torch import nn
 
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
-from shardmerge.mapping.adapter_types import as_frozen
+from shardmerge.mapping.adapter_types import as_base, as_frozen
 from shardmerge.tensors import Catalog, Extent, TensorEntry, dense
 from tests.adapter_runs import WEIGHTS, assert_same, gpt2, llama, merged_state, refusal, saved, trained
 from tests.conftest import GOLDEN, read_all
@@ -170,6 +170,12 @@ def test_masters_get_the_type_of_what_was_frozen() -> None:
     found = as_frozen(Catalog("run", "DeepSpeed ZeRO-2", {one.name: one for one in made[:2]}))
     assert {name: one.dtype.name for name, one in found.entries.items()} == {"a": "BF16", "b": "BF16"}
     assert "1 trained tensor of F32 beside frozen ones of BF16" in found.warnings[0]
+    beside = as_base(
+        Catalog("run", "DeepSpeed ZeRO-2", {"b": made[1]}), Catalog("base", "safetensors", {"a": made[0]}), ()
+    )
+    assert beside["b"].dtype.name == "BF16"
+    live = Catalog("run", "torch zip", {"b": made[1]})
+    assert as_base(live, Catalog("base", "safetensors", {"a": made[0]}), ()) is live
     whole = Catalog("run", "DeepSpeed ZeRO-2", {one.name: one for one in made[1:]})
     assert as_frozen(whole) is whole
 

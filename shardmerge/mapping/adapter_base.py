@@ -9,7 +9,7 @@ from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.adapter_files import files_beside
 from shardmerge.mapping.adapter_layers import Layers
 from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_types import as_replaced
+from shardmerge.mapping.adapter_types import as_base, as_replaced
 from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
@@ -87,6 +87,10 @@ class Base:
     def in_its_type(self, place: str, entry: TensorEntry) -> TensorEntry:
         """Returns a tensor in the type of the one that it replaces."""
         return as_replaced(entry, self.catalog[place])
+
+    def beside(self, run: Catalog, merged: Collection[str]) -> Catalog:
+        """Returns what was trained beside an adapter, its ``merged`` tensors aside, in the type of this base."""
+        return as_base(run, self.before, merged)
 
     def refuse_clash(self, place: str, spec: AdapterSpec, *, replacing: bool = False) -> None:
         """Raises ``adapters-clash`` where an earlier adapter replaced the weight, or changed one of which this one

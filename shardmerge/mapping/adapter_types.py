@@ -7,6 +7,7 @@ weights. peft copies trained modules into those that they replace. So both get t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shardmerge.compose import cast_to
@@ -16,6 +17,7 @@ from shardmerge.tensors import Catalog, TensorEntry
 
 # How the reader of DeepSpeed's checkpoints calls parameters that had no optimizer.
 _FROZEN = "frozen"
+_WITH_MASTERS = "DeepSpeed"
 
 
 def is_frozen(entry: TensorEntry) -> bool:
@@ -31,13 +33,27 @@ def as_replaced(entry: TensorEntry, old: TensorEntry) -> TensorEntry:
 
 def as_frozen(catalog: Catalog) -> Catalog:
     """Returns the base that a run holds, all of it in the type of what was frozen; told where that changes some."""
-    dtype = _type_of_frozen(catalog)
-    if dtype is None:
+    frozen = [entry for entry in catalog.entries.values() if is_frozen(entry)]
+    return _without_masters(catalog, _type_of(frozen), frozenset())
+
+
+def as_base(run: Catalog, base: Catalog, merged: Collection[str]) -> Catalog:
+    """Returns a run with what it trained beside its adapter, such as a projector, in the type of its base.
+
+    ``merged`` are its tensors that are part of the base by now. What is no checkpoint of DeepSpeed has no masters.
+    """
+    if not run.kind.startswith(_WITH_MASTERS):
+        return run
+    return _without_masters(run, _type_of(base.entries.values()), merged)
+
+
+def _without_masters(catalog: Catalog, dtype: DType | None, merged: Collection[str]) -> Catalog:
+    if dtype is None or dtype.name not in ("BF16", "F16"):
         return catalog
     masters = {
         name: replace(cast_to(entry, dtype), name=name, origin=entry.origin)
         for name, entry in catalog.entries.items()
-        if entry.dtype.name == "F32" and dtype.name in ("BF16", "F16") and not is_frozen(entry)
+        if entry.dtype.name == "F32" and not is_frozen(entry) and name not in merged
     }
     if not masters:
         return catalog
@@ -48,9 +64,10 @@ def as_frozen(catalog: Catalog) -> Catalog:
     return replace(catalog, entries={**catalog.entries, **masters}, warnings=(*catalog.warnings, text))
 
 
-def _type_of_frozen(catalog: Catalog) -> DType | None:
+def _type_of(entries: Iterable[TensorEntry]) -> DType | None:
+    """Returns the float type that most elements have."""
     found: Counter[DType] = Counter()
-    for entry in catalog.entries.values():
-        if is_frozen(entry) and entry.dtype.kind == "float":
+    for entry in entries:
+        if entry.dtype.kind == "float":
             found[entry.dtype] += entry.numel
     return found.most_common(1)[0][0] if found else None

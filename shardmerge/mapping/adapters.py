@@ -89,6 +89,9 @@ def merge_adapters(
             problems += error.each()
     raise_all(problems)
     found = dict(catalogs) | {name: base.catalog for name, base in bases.items()}
+    for source, onto in {} if typed else {spec.source.source: spec.onto.source for spec in specs}.items():
+        if source not in bases and source in found and onto in bases:
+            found[source] = bases[onto].beside(found[source], {name for owner, name in used if owner == source})
     return Merged(found, frozenset(used), {name: base.changes for name, base in bases.items() if base.changes})
 
 

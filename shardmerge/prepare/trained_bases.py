@@ -12,6 +12,8 @@ from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
+from shardmerge.prepare.side_files import SideFiles
+from shardmerge.prepare.unwrapping import renamed, without_wrapper
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.tensors import Catalog, of_source
@@ -78,20 +80,27 @@ def with_own_base(spec: Spec, preset: Preset, catalogs: dict[str, Catalog]) -> t
     return spec, preset, catalogs
 
 
-def without_words(preset: Preset, catalogs: dict[str, Catalog]) -> dict[str, Catalog]:
-    """Takes words of torch's wrappers out of the names of a run whose adapter is exported: peft knows none of them."""
+def without_wrappers(preset: Preset, catalogs: dict[str, Catalog], sides: SideFiles) -> dict[str, Catalog]:
+    """Takes wrappers' words out of the bases of a preset's adapters, and out of a run whose adapter is exported.
+
+    config.json tells those of a base; of an adapter's names peft knows none of torch's.
+    """
+    onto = {one.onto.source for one in preset.adapters if preset.roles[one.onto.source].required} & set(catalogs)
+    found = {name: without_wrapper(catalogs[name], sides)[0] for name in onto if not _is_run(catalogs[name])}
     source = preset.target.roles.get("trained", "") if preset.target and preset.target.name == _ADAPTER else ""
-    run = catalogs.get(source)
-    names = {name: _unwrapped(name) for name in run.names()} if run is not None else {}
-    if run is None or all(name == clean for name, clean in names.items()) or len(set(names.values())) < len(names):
-        return catalogs
-    entries = {names[name]: replace(entry, name=names[name]) for name, entry in run.entries.items()}
-    aliases = {names[alias]: names[owner] for alias, owner in run.aliases.items()}
-    absent = frozenset(_unwrapped(name) for name in run.absent)
-    return {**catalogs, source: replace(run, entries=entries, aliases=aliases, absent=absent)}
+    if source in catalogs:
+        run = catalogs[source]
+        names = {name: _plain(name) for name in run.names()}
+        if len(set(names.values())) == len(names) and any(name != clean for name, clean in names.items()):
+            found[source] = renamed(run, names)
+    return catalogs | found
 
 
-def _unwrapped(name: str) -> str:
+def _is_run(catalog: Catalog) -> bool:
+    return any(".lora_" in name for name in catalog.names())
+
+
+def _plain(name: str) -> str:
     for word in ANYWHERE:
         name = without(name, word)
     return name
