@@ -304,6 +304,76 @@ def test_a_weight_is_a_number(tmp_path: Path, weight: str) -> None:
     assert "[odd-setting]" in refused(tmp_path, said=f", weight: {weight}")
 
 
+# --- several at once
+
+
+def two(folder: Path, first: dict[str, object], second: dict[str, object]) -> nn.Module:
+    base = llama()
+    saved(base, folder / "base")
+    trained(opened(base, folder / "base"), folder / "one", seed=1, **first)
+    trained(opened(base, folder / "base"), folder / "two", seed=2, **second)
+    return base
+
+
+def combined(base: nn.Module, folder: Path, weights: tuple[float, float], way: str) -> dict[str, torch.Tensor]:
+    """What ``add_weighted_adapter`` makes of two adapters."""
+    model = PeftModel.from_pretrained(opened(base, folder / "base"), folder / "one", adapter_name="one")
+    model.load_adapter(folder / "two", adapter_name="two")
+    model.add_weighted_adapter(["one", "two"], list(weights), "both", combination_type=way)
+    model.set_adapter("both")
+    return merged_state(model)
+
+
+def mixed(folder: Path, weights: tuple[float, float], way: str) -> None:
+    lines = [
+        f"from: {name}, onto: base, weight: {weight}, combination_type: {way}"
+        for name, weight in zip(("one", "two"), weights, strict=True)
+    ]
+    write_mapping(folder, lines, "base", ["one", "two"])
+
+
+SEVERAL = {
+    "same modules": ({}, {}),
+    "other modules": ({"target_modules": ["q_proj", "up_proj"]}, {"target_modules": ["q_proj", "v_proj"]}),
+    "other alphas": ({"lora_alpha": 3}, {"lora_alpha": 16, "alpha_pattern": {"q_proj": 2}}),
+    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5)])
+@pytest.mark.parametrize("way", ["linear", "cat"])
+def test_several_are_combined_as_in_peft(tmp_path: Path, case: str, weights: tuple[float, float], way: str) -> None:
+    base = two(tmp_path, *SEVERAL[case])
+    mixed(tmp_path, weights, way)
+    sm.run(tmp_path / "mapping.yaml", options=sm.Options(sync=False))
+    assert_same(read_all(sm.inspect(tmp_path / "out")), combined(base, tmp_path, weights, way))
+
+
+@pytest.mark.parametrize("way", ["svd", "ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune", "cats"])
+def test_a_combination_that_is_no_merge_is_refused_with_the_reason(tmp_path: Path, way: str) -> None:
+    two(tmp_path, {}, {})
+    mixed(tmp_path, (1, 1), way)
+    said = refusal(tmp_path)
+    assert f"combination_type {way}" in said
+    assert way == "cats" or ": it " in said
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"r": 2}, "[adapter-rank]"),
+        ({"use_rslora": True}, "rsLoRA"),
+        ({"use_dora": True}, "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "trained whole"),
+    ],
+)
+def test_linear_is_of_pairs_alone(tmp_path: Path, second: dict[str, object], words: str) -> None:
+    two(tmp_path, {}, second)
+    mixed(tmp_path, (1, 1), "linear")
+    assert words in refusal(tmp_path)
+
+
 # --- expressions, as peft reads them
 
 EXPRESSIONS = (

@@ -161,6 +161,7 @@ def test_every_key_of_a_mapping_is_in_a_table() -> None:
         "shardmerge", "use", "adapters", "shard_size", "format", "multiple", "tokens",
         # Settings of adapters stand instead of what a file says: tests/test_adapters.py.
         "r", "alpha", "rslora", "fan_in_fan_out", "name", "weight",
+        "combination_type",
     }  # fmt: skip
     keys = {*spec.KEYS, *spec.SOURCE_KEYS, *spec.OUTPUT_KEYS, *spec.VOCABULARY_KEYS, *spec.ADAPTER_SETTINGS}
     known = {"config", "files", "partial"}  # checked where they are explained

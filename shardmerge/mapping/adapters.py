@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from shardmerge.errors import ShardmergeError, raise_all
 from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.adapter_checks import incomplete, unweighable
-from shardmerge.mapping.adapter_held import held_base
 from shardmerge.mapping.adapter_homeless import idle_renames, without_base
+from shardmerge.mapping.adapter_jobs import jobs
 from shardmerge.mapping.adapter_makes import translated
 from shardmerge.mapping.adapter_modules import ModuleMerge, whole_modules
 from shardmerge.mapping.adapter_names import Places
@@ -67,17 +67,12 @@ def merge_adapters(
         ``unknown-layer``, ``adapter-vocabulary``, and those of ``read_adapter_settings`` and ``sort_adapter``.
     """
     bases: dict[str, Base] = {}
-    helds: dict[str, Catalog | None] = {}
     used = set[tuple[str, str]]()
     problems: list[ShardmergeError] = []
-    for spec in specs:
+    for job in jobs(specs, catalogs, read, problems, typed=typed):
+        spec, adapter, held = job.spec, job.adapter, job.held
         name = spec.onto.source
-        if spec.source.source not in catalogs or name not in catalogs:
-            continue  # declared `required: false`, and not there
-        adapter, base = catalogs[spec.source.source], catalogs[name]
-        if name not in helds:
-            helds[name] = held_base(base, spec.onto.template, typed=typed) if adapter.path == base.path else None
-        held = helds[name] if adapter.path == base.path else None
+        base = catalogs[name]
         try:
             if name not in bases and adapter.path != base.path:
                 refuse_own_adapter(spec, base)
@@ -85,6 +80,7 @@ def merge_adapters(
             work = _AdapterMerge(spec, adapter, before, read, own=held is not None, typed=typed)
             bases[name] = work.merged()
             used |= {(spec.source.source, one) for one in _taken(spec, adapter, work.parts, held)}
+            used |= job.also
         except ShardmergeError as error:
             problems += error.each()
     raise_all(problems)

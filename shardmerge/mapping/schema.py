@@ -249,6 +249,7 @@ _ADAPTER = _object(
         "alpha": _about(_TEXT, "alpha, where no file says it."),
         "rslora": _about(_TEXT, "Whether the scale is alpha / sqrt(r)."),
         "fan_in_fan_out": _about(_TEXT, "Whether the base stores [in, out]."),
+        "combination_type": _about(_TEXT, "`cat`, the sum, where nothing is said; or peft's `linear`."),
         "weight": _about(_TEXT, "How often it counts, 1 where nothing is said; negative takes it off."),
         "name": _about(_TEXT, "The adapter's name in peft, `default` where nothing is said."),
     },

@@ -182,7 +182,8 @@ class AdapterSpec:
     source, onto
         Where its tensors are, by the names that peft gives them inside of a ``{rest...}`` template, and whose they are.
     settings
-        ``r``, ``alpha``, ``rslora``, ``fan_in_fan_out``, ``name``, ``weight``: what the user says of it, as written.
+        ``r``, ``alpha``, ``rslora``, ``fan_in_fan_out``, ``name``, ``weight``, ``combination_type``: what
+        the user says of it, as written.
     optional
         Whether it may find nothing to merge: a preset's.
     renames
@@ -252,6 +253,6 @@ SOURCE_KEYS = ("path", "required", "view", "root", "strip")
 OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root", "card")
 FILES_KEYS = ("include", "exclude")
 ADAPTER_KEYS = ("from", "onto", "rename")
-ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name", "weight")
+ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name", "weight", "combination_type")
 CONFIG_KEYS = ("take", "remove", "set")
 VOCABULARY_KEYS = ("rows", "multiple", "new", "row", "seed", "trim", "tokens", "pad")

@@ -79,6 +79,21 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("not-one-model", "if the training did not change them", "test_lora_extract.py::test_stacks_are_not_extracted"),
     ("op-shape", "the model that the training began with", "test_lora_extract.py::test_another_model_is_no_base"),
     ("op-shape", "or a smaller number", "test_lora_extract.py::test_a_rank_that_a_weight_does_not_have"),
+    (
+        "adapter-setting",
+        "write `combination_type: cat`; or merge each",
+        "test_adapter_maths.py::test_a_combination_that_is_no_merge_is_refused_with_the_reason",
+    ),
+    (
+        "adapter-setting",
+        "write `combination_type: cat`, which adds",
+        "test_adapter_maths.py::test_linear_is_of_pairs_alone",
+    ),
+    (
+        "adapter-rank",
+        "write `combination_type: cat`, which needs",
+        "test_adapter_maths.py::test_linear_is_of_pairs_alone",
+    ),
 ]
 
 # They ask for a tool that cannot be had in a test.
