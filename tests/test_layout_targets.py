@@ -7,7 +7,7 @@ import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
-from shardmerge.targets import any_model, clip_model, foreign_configs, internvl, language_model, llava_next, meta_llama
+from shardmerge.targets import any_model, clip_model, foreign_configs, internvl, language_model, llava, meta_llama
 from shardmerge.targets.expectation import Request, Resize, Vocabulary
 from tests.target_files import catalog, content, read, save_tokenizer, side_file, written
 
@@ -418,7 +418,7 @@ def test_llava_next_loads_and_runs(tmp_path, names):
         "vision": catalog(tmp_path / "vision", config=NEXT_VISION),
     }
     roles = {"trained": "llava", "text": "llava", "vision": "vision"}
-    expectation = llava_next.expect(request(catalogs, DTYPES["F32"], roles=roles, names=names))
+    expectation = llava.NEXT_TARGET.expect(request(catalogs, DTYPES["F32"], roles=roles, names=names))
     newline = "image_newline" if names == "legacy" else "model.image_newline"
     assert expectation.tensors[newline] == (32,)
     folder = written(expectation, tmp_path / "out")

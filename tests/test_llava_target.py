@@ -65,7 +65,7 @@ model = dict(
 
 
 def expect(roles, catalogs, read, dtype, **more):
-    return llava.expect(Request(roles, more.pop("options", {}), catalogs, read, dtype, **more))
+    return llava.TARGET.expect(Request(roles, more.pop("options", {}), catalogs, read, dtype, **more))
 
 
 def trained(text="", names=()):
@@ -580,8 +580,8 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 
 def test_both_configs_are_looked_at(tmp_path, small):
-    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"model_type": "phi3"})
-    small["vision"] = catalog(tmp_path / "vision", config=SMALL_VISION | {"model_type": "siglip_vision_model"})
+    small["llm"] = catalog(tmp_path / "llm", config=SMALL_TEXT | {"model_type": "phi"})
+    small["vision"] = catalog(tmp_path / "vision", config=SMALL_VISION | {"model_type": "siglip2_vision_model"})
     assert [problem.where for problem in problems(small)] == [
         str(tmp_path / "llm" / "config.json"),
         str(tmp_path / "vision" / "config.json"),

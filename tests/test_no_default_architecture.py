@@ -19,7 +19,6 @@ from shardmerge.targets import (
     internvl,
     language_model,
     llava,
-    llava_next,
     llava_official,
     llava_xtuner,
     meta_llama,
@@ -104,22 +103,13 @@ def refusal(call: object) -> str:
 
 # ---- the language model inside of a LLaVA
 
-KNOWN = {"Llama": "llava_llama", "Mistral": "llava_mistral", "Qwen2": "llava_qwen"}
-CLASSES = {"Llama": "LlavaLlamaForCausalLM", "Mistral": "LlavaMistralForCausalLM", "Qwen2": "LlavaQwenForCausalLM"}
+# Qwen2 is `qwen` to LLaVA's own code.
+KNOWN = {
+    family: f"llava_{family.lower()}" for family in ("Llama", "Mistral", "Gemma", "Granite", "Olmo2", "Phi3", "Qwen3")
+} | {"Qwen2": "llava_qwen"}
+CLASSES = {family: f"Llava{family}ForCausalLM" for family in KNOWN} | {"Qwen2": "LlavaQwenForCausalLM"}
 # Names and shapes of a LLaMA, wholly or nearly.
-RELATIVES = (
-    "Gemma",
-    "Granite",
-    "Cohere",
-    "Olmo2",
-    "Qwen3",
-    "StableLm",
-    "Starcoder2",
-    "Helium",
-    "Arcee",
-    "SmolLM3",
-    "Phi3",
-)
+RELATIVES = ("Cohere", "StableLm", "Starcoder2", "Helium", "Arcee", "SmolLM3")
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -147,6 +137,13 @@ def test_any_other_family_is_refused_by_its_name(family: str, spelt: str) -> Non
     config |= {key: value for key, value in OFFICIAL.items() if key.startswith("mm_")}
     config |= {"model_type": spelt.format(family.lower()), "architectures": [f"Llava{family}ForCausalLM"]}
     assert family.lower() in refusal(lambda: language_part(config, "config.json")).lower()
+
+
+@pytest.mark.parametrize("family", [one for one in KNOWN if one != "Llama"])
+def test_a_class_of_another_family_than_the_model_type_of_llava(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")().to_dict()
+    config |= {"model_type": "llava_llama", "architectures": [CLASSES[family]], "mm_vision_tower": "x"}
+    assert CLASSES[family] in refusal(lambda: language_part(config, "config.json"))
 
 
 @pytest.mark.parametrize("config", [{"model_type": "llava"}, {"mm_vision_tower": "x"}, {"model_type": ["llava_llama"]}])
@@ -204,7 +201,7 @@ def test_a_class_of_another_family_than_the_model_type(model_type: str, named: s
 # ---- between image and language model
 
 
-def expect_llava(tmp_path: Path, config: Mapping[str, object], target: object = llava, **options: str) -> object:
+def expect_llava(tmp_path: Path, config: Mapping[str, object], target: object = llava.TARGET, **options: str) -> object:
     catalogs = {"llm": catalog(tmp_path / "llm", config=config), "vision": catalog(tmp_path / "vision", config=EYE)}
     return target.expect(Request({}, options, catalogs, read))  # type: ignore[attr-defined]
 
@@ -313,7 +310,6 @@ def test_a_llava_next_is_no_llava_1_5(next_model: Path, clip: Path, tmp_path: Pa
 OTHERS = (
     "VipLlava",
     "VideoLlava",
-    "LlavaOnevision",
     "LlavaNextVideo",
     "PaliGemma",
     "Mistral3",
@@ -329,18 +325,18 @@ def test_other_llavas_are_refused_by_their_name(kind: str, tmp_path: Path) -> No
     whole |= {"text_config": LLAMA, "vision_config": EYE, "image_token_index": 63}
     source = catalog(tmp_path / "hf", config=whole)
     roles = {"trained": "hf", "text": "hf", "vision": "hf"}
-    for target in (llava, llava_official):
+    for target in (llava.TARGET, llava_official):
         said = refusal(lambda target=target: target.expect(Request(roles, {}, {"hf": source}, read)))
         assert repr(whole["model_type"]) in said
     keep = Request(roles, {"vocabulary": "keep"}, {"hf": source}, read)
-    assert repr(whole["model_type"]) in refusal(lambda: llava.expect(keep))
+    assert repr(whole["model_type"]) in refusal(lambda: llava.TARGET.expect(keep))
 
 
 def test_a_setting_of_a_llava_that_would_be_lost(tmp_path: Path) -> None:
     whole = {"model_type": "llava", "text_config": LLAMA, "vision_config": EYE, "spatial_merge_size": 2}
     source = catalog(tmp_path / "hf", config=whole)
     roles = {"trained": "hf", "text": "hf", "vision": "hf"}
-    assert "spatial_merge_size" in refusal(lambda: llava.expect(Request(roles, {}, {"hf": source}, read)))
+    assert "spatial_merge_size" in refusal(lambda: llava.TARGET.expect(Request(roles, {}, {"hf": source}, read)))
 
 
 # ---- ids
@@ -351,7 +347,7 @@ def kept(tmp_path: Path, index: int, rows: int = 64, vocabulary: Vocabulary | No
     whole = {"model_type": "llava", "text_config": LLAMA | {"vocab_size": rows}, "vision_config": EYE}
     source = catalog(tmp_path / "hf", config=whole | {"image_token_index": index})
     roles = {"trained": "hf", "text": "hf", "vision": "hf"}
-    return llava.expect(Request(roles, {"vocabulary": "keep"}, {"hf": source}, read, vocabulary=vocabulary))
+    return llava.TARGET.expect(Request(roles, {"vocabulary": "keep"}, {"hf": source}, read, vocabulary=vocabulary))
 
 
 def test_the_image_token_is_that_of_the_tokenizer(tmp_path: Path) -> None:
@@ -728,20 +724,20 @@ _LLAMA_3_NEXT = {
     "rope_theta": 500000.0, "use_pos_skipping": False, "vision_tower_pretrained": None, "delay_load": True,
 }  # fmt: skip
 PUBLISHED = {
-    "llava-v1.5-7b": (_LLAVA_15, llava),
+    "llava-v1.5-7b": (_LLAVA_15, llava.TARGET),
     "llava-v1-0719": (
         _LLAVA_15
         | {"mm_use_im_start_end": True, "pretrain_mm_mlp_adapter": "./mm_projector.bin", "sep_image_conv_front": False},
-        llava,
+        llava.TARGET,
     ),
-    "llava-v1.6-vicuna-7b": (_LLAVA_15 | _TILES, llava_next),
+    "llava-v1.6-vicuna-7b": (_LLAVA_15 | _TILES, llava.NEXT_TARGET),
     "llava-v1.6-mistral-7b": (
         _LLAVA_15
         | _TILES
         | {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "sliding_window": None},
-        llava_next,
+        llava.NEXT_TARGET,
     ),
-    "llama3-llava-next-8b": (_LLAVA_15 | _TILES | _LLAMA_3_NEXT, llava_next),
+    "llama3-llava-next-8b": (_LLAVA_15 | _TILES | _LLAMA_3_NEXT, llava.NEXT_TARGET),
 }
 _EYE_336 = EYE | {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "num_attention_heads": 16}
 
@@ -803,31 +799,40 @@ def trained_with(tmp_path: Path, text: str, context: int = 64) -> dict[str, obje
         ("model = dict(type='xtuner.model.InternVL_V1_5')", "InternVL_V1_5"),
         ("model = dict(type='xtuner.model.SupervisedFinetune')", "SupervisedFinetune"),
         (
-            CONFIG.format("visual_encoder=dict(type='transformers.SiglipVisionModel.from_pretrained')"),
-            "SiglipVisionModel",
+            CONFIG.format("visual_encoder=dict(type='transformers.Blip2VisionModel.from_pretrained')"),
+            "Blip2VisionModel",
         ),
         (CONFIG.format("token_merge_ratio=4"), "token_merge_ratio"),
         (CONFIG.format("visual_select_layer=[-2, -5]"), "visual_select_layer"),
         (CONFIG.format("projector_depth=1 + 1"), "projector_depth"),
     ],
 )
-@pytest.mark.parametrize("target", [llava, llava_official, llava_xtuner], ids=["hf", "official", "xtuner"])
+@pytest.mark.parametrize("target", [llava.TARGET, llava_official, llava_xtuner], ids=["hf", "official", "xtuner"])
 def test_another_training_is_refused_by_name(target: object, text: str, named: str, tmp_path: Path) -> None:
     wanted = Request({}, {}, trained_with(tmp_path, text), read)  # type: ignore[arg-type]
     assert named in refusal(lambda: target.expect(wanted))  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("target", [llava.TARGET, llava_official], ids=["hf", "official"])
+def test_another_encoder_than_that_of_the_training(target: object, tmp_path: Path) -> None:
+    text = CONFIG.format("visual_encoder=dict(type='transformers.SiglipVisionModel.from_pretrained')")
+    with pytest.raises(TargetError) as caught:
+        target.expect(Request({}, {}, trained_with(tmp_path, text), read))  # type: ignore[attr-defined, arg-type]
+    assert (caught.value.code, caught.value.found) == ("contradiction", "CLIPVisionModel")
+    assert "SiglipVisionModel" in caught.value.expected
+
+
 def test_a_training_of_longer_texts(tmp_path: Path) -> None:
     text = CONFIG.format("max_position_embeddings=200")
     with pytest.raises(TargetError) as caught:
-        llava.expect(Request({}, {}, trained_with(tmp_path, text), read))  # type: ignore[arg-type]
+        llava.TARGET.expect(Request({}, {}, trained_with(tmp_path, text), read))  # type: ignore[arg-type]
     assert caught.value.code == "contradiction"
     said = json.loads("{" + caught.value.hint.partition(": ")[2] + "}")
     assert said["rope_scaling"] == {"type": "linear", "factor": 4.0}
     again = trained_with(tmp_path, text) | {"llm": catalog(tmp_path / "llm", config=LLAMA | said)}
-    assert llava.expect(Request({}, {}, again, read)).tensors  # type: ignore[arg-type]
+    assert llava.TARGET.expect(Request({}, {}, again, read)).tensors  # type: ignore[arg-type]
 
 
 def test_a_training_config_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    made = llava.expect(Request({}, {}, trained_with(tmp_path, "model = build()"), read))  # type: ignore[arg-type]
+    made = llava.TARGET.expect(Request({}, {}, trained_with(tmp_path, "model = build()"), read))  # type: ignore[arg-type]
     assert any("visual_select_layer" in one for one in made.warnings)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, llava_kinds, official_config
+from shardmerge.targets import llava_kinds, official_config, rewritten_configs, vision_tower
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Component, Request
@@ -24,9 +24,12 @@ from shardmerge.tensors import Catalog, ReadSideFile
 
 ROLES = {
     "text": "the pretrained language model, or a LLaVA that holds one: config.json and tokenizer files",
-    "vision": "the pretrained CLIP, or a Hugging Face LLaVA that holds one: config.json and preprocessor_config.json",
+    "vision": "the pretrained encoder, or a Hugging Face LLaVA with one: config.json and preprocessor_config.json",
     "trained": "the checkpoint; its training config says what was frozen and how the projector is wired",
 }
+
+# What a training config may name as its encoder's class; the source `vision` says of what kind it is.
+_ENCODERS = ("", "AutoModel", "CLIPVisionModel", "SiglipVisionModel", "Dinov2Model")
 
 _SOURCES = {"text": "llm", "vision": "vision", "trained": "trained"}
 
@@ -130,7 +133,7 @@ def find_players(request: Request, text_prefix: str, vision_prefix: str) -> Play
     Raises
     ------
     TargetError
-        ``unsupported-architecture``: XTuner trained another model than a LLaVA over CLIP, or with unknown settings.
+        ``unsupported-architecture``: XTuner trained another model than a LLaVA, or with unknown settings.
     """
     names = {**_SOURCES, **request.roles}
     trained = request.catalogs.get(names["trained"])
@@ -150,15 +153,15 @@ def find_players(request: Request, text_prefix: str, vision_prefix: str) -> Play
 
 def _check_training(model: ModelFacts, trained: Catalog | None) -> None:
     found = [f"the model {model.name}"] if model.name not in ("", "LLaVAModel") else []
-    found += [f"the encoder {model.vision}"] if model.vision not in ("", "AutoModel", "CLIPVisionModel") else []
+    found += [f"the encoder {model.vision}"] if model.vision not in _ENCODERS else []
     found += [f"the model's setting {name}" for name in model.odd]
     if found:
         raise TargetError(
             "unsupported-architecture",
-            "the training config describes another model than XTuner's LLaVA over a CLIP",
+            "the training config describes another model than XTuner's LLaVA",
             where=trained.path if trained else "",
             found=", ".join(found)[:200],
-            expected="the model LLaVAModel, the encoder CLIPVisionModel, and settings that are known",
+            expected=f"LLaVAModel, the encoder {' or '.join(filter(None, _ENCODERS))}, and settings that are known",
         )
 
 
@@ -186,6 +189,26 @@ def check_context(model: ModelFacts, text: TextBase) -> None:
         expected=f"max_position_embeddings {wanted}, as the training config says",
         hint=f'write into a copy of it: "rope_scaling": {{"type": "linear", "factor": {stretch}}}',
     )
+
+
+def check_encoder(model: ModelFacts, vision: VisionBase) -> None:
+    """Checks that the source of the encoder is of the class that the training config names.
+
+    Raises
+    ------
+    TargetError
+        ``contradiction``.
+    """
+    found = vision.architecture.table.main_class
+    if model.vision not in ("", "AutoModel", found):
+        raise TargetError(
+            "contradiction",
+            "the training had another kind of visual encoder than the source is",
+            where=vision.catalog.path,
+            found=found,
+            expected=f"{model.vision}, as the training config says",
+            hint="name the encoder that the training started from",
+        )
 
 
 def _named_tower(catalog: Catalog | None, read: ReadSideFile) -> str:
@@ -216,7 +239,7 @@ def _missing_source(part: PretrainedPart, catalog: Catalog | None) -> Shardmerge
     if catalog is not None and "config.json" in catalog.side_files:
         return None
     if catalog is None:
-        count = clip.published_tensor_count(part.path)
+        count = vision_tower.published_tensor_count(part.path)
         if count and part.frozen:
             what = f"{count} tensors of {part.prefix}* have no source: {part.reason}. Add `{part.line}`"
         else:
@@ -265,8 +288,14 @@ def _attempt(reads: Callable[[], _T], problems: list[ShardmergeError]) -> _T | N
         return None
 
 
-def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
+def read_text(catalog: Catalog, read: ReadSideFile, known: Collection[str] = ()) -> TextBase:
     """Reads the config of the part ``text``: a language model's own, or a LLaVA's.
+
+    Parameters
+    ----------
+    known
+        The model types that the target has names for; empty for those that transformers has, and InternLM2, which is a
+        LLaMA once its fused attention is split.
 
     Raises
     ------
@@ -279,14 +308,23 @@ def read_text(catalog: Catalog, read: ReadSideFile) -> TextBase:
     config = nested if isinstance(nested, dict) else whole
     if official_config.is_official(whole):
         config = official_config.language_part(whole, extent.file)
-    architecture = read_part(config, extent.file)
+    if config.get("model_type") == "internlm2" and not known:
+        config = rewritten_configs.from_internlm2(config, extent.file)
+    architecture = read_part(config, extent.file, known)
     if isinstance(nested, dict):
         llava_kinds.kind_of(whole, extent.file)
     return TextBase(catalog, whole, config, architecture, extent.file)
 
 
-def read_vision(part: PretrainedPart, catalogs: Mapping[str, Catalog], read: ReadSideFile) -> VisionBase:
-    """Reads the config of the part ``vision``: a CLIP's or its vision part's, or a Hugging Face LLaVA's.
+def read_vision(
+    part: PretrainedPart, catalogs: Mapping[str, Catalog], read: ReadSideFile, known: Collection[str] = ()
+) -> VisionBase:
+    """Reads the config of the part ``vision``: an encoder's, that of a pair it is part of, or a Hugging Face LLaVA's.
+
+    Parameters
+    ----------
+    known
+        The model types that the target has names for; empty for all that a Hugging Face LLaVA takes.
 
     Raises
     ------
@@ -308,5 +346,7 @@ def read_vision(part: PretrainedPart, catalogs: Mapping[str, Catalog], read: Rea
             expected=f"a source named `{part.source}` with the encoder's own config.json",
             hint=f"{part.source}: {_yaml_scalar(name)}",
         )
-    config = clip.unwrap(whole)
-    return VisionBase(catalog, whole, config, clip.read_vision(config, extent.file))
+    config = vision_tower.unwrap(whole)
+    return VisionBase(
+        catalog, whole, config, vision_tower.read_vision(config, extent.file, known or vision_tower.TOWERS)
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import clip, open_clip_config, tokenizer
+from shardmerge.targets import open_clip_config, tokenizer, vision_tower
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import nested, read_architecture
 from shardmerge.targets.config_numbers import JsonObject, dump, load_object, portable, stored_dtype
@@ -28,10 +28,10 @@ def expect_vision(request: Request) -> Expectation:
         ``missing-source``, ``unsupported-architecture``, ``odd-config``, ``bad-json``.
     """
     catalog, whole, where = _read(request, "vision")
-    config = clip.unwrap(whole)
-    vision = clip.read_vision(config, where)
+    config = vision_tower.unwrap(whole)
+    vision = vision_tower.read_vision(config, where, ("clip_vision_model",))
     dtype = request.dtype.torch if request.dtype else stored_dtype(config) or stored_dtype(whole)
-    written = clip.vision_config(config, dtype) | {"architectures": ["CLIPVisionModel"]}
+    written = vision_tower.vision_config(config, vision, dtype) | {"architectures": ["CLIPVisionModel"]}
     images, warnings = _images(catalog, whole, request.read, vision)
     return Expectation(
         tensors=vision.tensors(),
@@ -105,7 +105,7 @@ def _images(
     made = whole.get(open_clip_config.PREPROCESSING)
     if isinstance(made, dict):
         return SideFile("preprocessor_config.json", (dump(made),)), ()
-    images, warnings = clip.image_processor(catalog.side_files, read, vision)
+    images, warnings = vision_tower.image_processor(catalog.side_files, read, vision)
     return SideFile("preprocessor_config.json", (dump(images),)), warnings
 
 

@@ -29,6 +29,9 @@ _IMAGE_TOKEN = "<IMG_CONTEXT>"
 # ImageNet's mean and deviation, with which InternVL is trained.
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
+# The language models that InternVL 1.5 to 3 have, an InternLM2 as the LLaMA that it is.
+_TEXTS = ("llama", "mistral", "qwen2")
+
 
 def expect(request: Request) -> Expectation:
     """Returns what the finished directory must hold.
@@ -42,7 +45,7 @@ def expect(request: Request) -> Expectation:
     text_part = _part(whole, "llm_config", where)
     if text_part.get("model_type") == "internlm2":
         text_part = rewritten_configs.from_internlm2(text_part, where)
-    text = read_part(text_part, where)
+    text = read_part(text_part, where, _TEXTS)
     vision = vision_config(_part(whole, "vision_config", where), whole, where)
     encoder = read_architecture(vision, where)
     shuffle, shuffle_warnings = read_shuffle(whole, where)

@@ -131,7 +131,9 @@ def _known(model: Architecture, kind: str, *, headless: bool = False) -> Known:
 def _canonical(model: Architecture) -> Canonical:
     """Returns what brings a name to the form of the table."""
     encoders = [(model.table.parts[key].prefix, part.table) for key, part in model.parts.items()]
-    encoders = [(prefix, table) for prefix, table in encoders if prefix and table.kind != "text"]
+    # A DINOv2 that stands alone has no prefix to begin with.
+    with_prefix = (one for one in encoders if one[0] and one[1].main_class not in one[1].bare)
+    encoders = [(prefix, table) for prefix, table in with_prefix if table.kind != "text"]
 
     def canonical(name: str) -> str:
         old, new = next((pair for pair in model.table.renames if name.startswith(pair[0])), ("", ""))

@@ -1,4 +1,4 @@
-"""The target ``hf/llava``: a directory that ``LlavaForConditionalGeneration.from_pretrained`` loads.
+"""The targets ``hf/llava``, ``hf/llava-next`` and ``hf/llava-onevision``: directories that transformers loads.
 
 Config, tokenizer and processor files come from the pretrained text and vision models, edited as JSON. Names are the
 legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.23 all load.
@@ -6,29 +6,16 @@ legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.
 
 from __future__ import annotations
 
-from shardmerge.targets import clip, training_run
+from shardmerge.targets import training_run, vision_tower
 from shardmerge.targets.bases import ROLES
 from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.generation_config import generation_config
-from shardmerge.targets.llava_kinds import LLAVA, LlavaKind, pinpoints
+from shardmerge.targets.llava_kinds import IMAGE_TOKEN, LLAVA, NEXT, ONEVISION, VIDEO_TOKEN, LlavaKind, pinpoints
 from shardmerge.targets.llava_model import OPTIONS, LlavaModel, read_llava
-from shardmerge.targets.llava_tokens import IMAGE_TOKEN
 from shardmerge.targets.text_config import text_config
 from shardmerge.targets.training_run import processor_source, tokenizer_source
 from shardmerge.tensors import Shape, SideFile
-
-
-def expect(request: Request) -> Expectation:
-    """Returns what the finished LLaVA directory must hold.
-
-    Raises
-    ------
-    TargetError
-        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``contradiction``,
-        ``bad-option``, ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
-    """
-    return expect_kind(request, LLAVA)
 
 
 def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
@@ -39,7 +26,8 @@ def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
     Raises
     ------
     TargetError
-        As ``expect``.
+        ``missing-source``, ``projector-depth``, ``unsupported-architecture``, ``odd-config``, ``contradiction``,
+        ``bad-option``, ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
     """
     model = read_llava(request, kind)
     return assemble(model, request, config_json(model, request), *processor_files(model, request))
@@ -57,6 +45,7 @@ def assemble(
         tensors=_tensors(model),
         resized=model.rows.resized([names.embedding] if tied else [names.embedding, names.head]),
         tied={names.head: names.embedding} if tied else {},
+        left_out=model.left_out,
         side_files=(
             SideFile("config.json", (dump(config),)),
             generation_config(model.text, request, _pad(model)),
@@ -69,6 +58,7 @@ def assemble(
             *_tokenizer_warnings(model),
             *model.wiring.warnings,
             *_tower_warnings(model),
+            *_family_warnings(model),
             *warnings,
         ),
     )
@@ -110,24 +100,41 @@ def config_json(model: LlavaModel, request: Request) -> JsonObject:
     vision_dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
     config: JsonObject = {
         "architectures": [model.kind.architecture],
-        "image_seq_length": vision.architecture.patches + (wiring.strategy == "full"),
         "image_token_index": model.tokens.ids[IMAGE_TOKEN],
         "model_type": model.kind.model_type,
         "multimodal_projector_bias": wiring.bias,
         "projector_hidden_act": wiring.activation,
         "text_config": text_config(text.config, text.architecture, model.rows.count, text_dtype, text.where),
         "tie_word_embeddings": text.architecture.tied,
-        "vision_config": clip.vision_config(vision.config, vision_dtype),
+        "vision_config": vision_tower.vision_config(vision.config, vision.architecture, vision_dtype),
         "vision_feature_layer": list(wiring.layer) if isinstance(wiring.layer, tuple) else wiring.layer,
         "vision_feature_select_strategy": wiring.strategy,
     }
     if model.kind.newline:
         config["image_grid_pinpoints"] = _pinpoints(model)
+    if model.kind is ONEVISION:
+        config |= {"video_token_index": model.tokens.ids[VIDEO_TOKEN], "vision_aspect_ratio": _aspect_ratio(model)}
+    else:
+        config["image_seq_length"] = _image_tokens(model)
     return config | _pad(model) | ({"torch_dtype": text_dtype} if text_dtype else {})
 
 
+def _image_tokens(model: LlavaModel) -> int:
+    """Returns the tokens that the encoder makes of one image and the language model sees."""
+    vision = model.vision.architecture
+    with_class = vision_tower.kind_of_tower(vision).class_token
+    return vision.patches + (with_class - (model.wiring.strategy == "default"))
+
+
+def _aspect_ratio(model: LlavaModel) -> str:
+    """Returns how many tiles a OneVision cuts at most, under the key of the one or the other code."""
+    config = model.settings.config
+    stated = config.get("vision_aspect_ratio", config.get("image_aspect_ratio"))
+    return stated if isinstance(stated, str) else "anyres_max_9"
+
+
 def _pinpoints(model: LlavaModel) -> list[list[int]]:
-    return pinpoints(model.settings.config, model.vision.architecture.image_size, model.settings.where)
+    return pinpoints(model.settings.config, model.kind, model.vision.architecture.image_size, model.settings.where)
 
 
 def _pad(model: LlavaModel) -> JsonObject:
@@ -161,7 +168,7 @@ def _tokenizer_warnings(model: LlavaModel) -> tuple[str, ...]:
 def _tower_warnings(model: LlavaModel) -> tuple[str, ...]:
     """Two encoders of one width fit the same projector, and only one of them is the one that it was trained with."""
     started, vision = model.players.vision.path, model.vision
-    if not clip.is_another(started, vision.architecture):
+    if not vision_tower.is_another(started, vision.architecture):
         return ()
     sizes = f"{vision.architecture.num_layers} layers, images of {vision.architecture.image_size} pixels"
     return (
@@ -169,36 +176,66 @@ def _tower_warnings(model: LlavaModel) -> tuple[str, ...]:
     )
 
 
+# What a language model does only as `...ForCausalLM`, which a LLaVA has inside up to 4.51 and no longer from 4.52 on
+# (4.51.3, 4.57.1 and 5.23.0 compared), or otherwise in 5.x than in 4.x.
+_FAMILIES = {
+    "gemma": "transformers 4.x multiplies the image features of a LLaVA over Gemma by the root of `hidden_size`, 5.x "
+    "does not: load it with the one that it was trained with",
+    "gemma2": "transformers 4.x multiplies the image features of a LLaVA over Gemma 2 by the root of `hidden_size`, "
+    "5.x does not, and from 4.52 on `final_logit_softcapping` is not applied: load it with the one it was trained with",
+    "granite": "from transformers 4.52 on a LLaVA over Granite does not divide its logits by `logits_scaling`: the "
+    "order of the tokens is the same, a temperature means another one",
+}
+
+
+def _family_warnings(model: LlavaModel) -> tuple[str, ...]:
+    said = _FAMILIES.get(model.text.architecture.model_type)
+    return (said,) if said else ()
+
+
 def processor_files(model: LlavaModel, request: Request) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    """Returns preprocessor_config.json and processor_config.json, and warnings."""
+    """Returns preprocessor_config.json and processor_config.json, for OneVision one for videos too; and warnings."""
+    kind, vision = model.kind, model.vision.architecture
     files = processor_source(model.settings, model.vision.catalog)
-    images, warnings = clip.image_processor(files, request.read, model.vision.architecture)
-    if model.kind.newline:
-        images |= {
-            "aspect_ratio_setting": "anyres",
-            "image_grid_pinpoints": _pinpoints(model),
-            "image_processor_type": "LlavaNextImageProcessor",
-        }
-    # Without this file the processor of 4.51 to 5.23 loads and fails when called, and without the additional
-    # token, which is CLIP's class token, it counts one image token too few.
+    images, warnings = vision_tower.image_processor(files, request.read, vision)
+    images |= {"processor_class": kind.processor_class}
+    videos: JsonObject = images | {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+    videos.pop("image_processor_type", None)
+    if kind.newline:
+        images |= {"image_grid_pinpoints": _pinpoints(model), "image_processor_type": kind.image_processor}
     processor: JsonObject = {
         "image_token": IMAGE_TOKEN,
-        "num_additional_image_tokens": 1,
-        "patch_size": model.vision.architecture.patch_size,
-        "processor_class": model.kind.processor_class,
+        "processor_class": kind.processor_class,
         "vision_feature_select_strategy": model.wiring.strategy,
     }
-    two = (
-        SideFile("preprocessor_config.json", (dump(images | {"processor_class": model.kind.processor_class}),)),
-        SideFile("processor_config.json", (dump(processor),)),
+    if kind is ONEVISION:
+        videos.pop("crop_size", None)
+        images |= {"do_pad": True}
+        processor |= {"num_image_tokens": vision.patches, "video_token": VIDEO_TOKEN}
+        processor |= {"vision_aspect_ratio": _aspect_ratio(model)}
+    else:
+        if kind.newline:  # its tiles have the size of the crop, which SigLIP's own image processor has none of
+            square = {"height": vision.image_size, "width": vision.image_size}
+            images = {"aspect_ratio_setting": "anyres", "crop_size": square} | images
+        # Without this file the processor of 4.51 to 5.23 loads and fails when called, and without the additional
+        # token, which is the encoder's class token, it counts one image token too few.
+        class_token = int(vision_tower.kind_of_tower(vision).class_token)
+        processor |= {"num_additional_image_tokens": class_token, "patch_size": vision.patch_size}
+    made = {"preprocessor_config.json": images, "processor_config.json": processor}
+    made |= {"video_preprocessor_config.json": videos} if kind is ONEVISION else {}
+    return tuple(SideFile(name, (dump(content),)) for name, content in made.items()), warnings
+
+
+def _target(name: str, kind: LlavaKind) -> Target:
+    return Target(
+        name=name,
+        about=f"A {kind.title} for transformers: `{kind.architecture}.from_pretrained` loads it.",
+        roles=ROLES | training_run.ROLES,
+        options=OPTIONS,
+        expect=lambda request: expect_kind(request, kind),
     )
-    return two, warnings
 
 
-TARGET = Target(
-    name="hf/llava",
-    about="A LLaVA 1.5 for transformers: `LlavaForConditionalGeneration.from_pretrained` loads it.",
-    roles=ROLES | training_run.ROLES,
-    options=OPTIONS,
-    expect=expect,
-)
+TARGET = _target("hf/llava", LLAVA)
+NEXT_TARGET = _target("hf/llava-next", NEXT)
+ONEVISION_TARGET = _target("hf/llava-onevision", ONEVISION)

@@ -1,18 +1,22 @@
-"""The Hugging Face LLaVAs that are known: 1.5, and 1.6 (NeXT), which cuts a large image into tiles.
+"""The Hugging Face LLaVAs that are known, as one table: 1.5, 1.6 (NeXT) and OneVision.
 
-A NeXT has one tensor more, ``image_newline``, and a list of the resolutions that tiles may add up to. All others
-(``vipllava``, ``video_llava``, ``llava_onevision``, ``llava_next_video``, PaliGemma ...) have parts of the same names
-and put them together in another way.
+The latter two cut a large image into tiles: they have one tensor more, ``image_newline``, and a list of the resolutions
+that tiles may add up to. All others (``vipllava``, ``video_llava``, ``llava_next_video``, PaliGemma ...) have parts of
+the same names and put them together in another way.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.settings import refuse_unknown_around
+from shardmerge.targets.tables import find_table
+
+IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN = "<image>", "<pad>", "<video>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,33 +25,60 @@ class LlavaKind:
 
     Attributes
     ----------
+    title, preset
+        For people: its name, and the preset that makes it of LLaVA's own code.
     model_type, architecture, processor_class
         As its files name them.
-    newline
-        Whether it has ``image_newline``, and tiles.
+    image_processor
+        The class that cuts images into tiles; ``""`` for the encoder's own.
+    tokens
+        What its tokenizer needs.
+    merge, ratio
+        What LLaVA's own code calls the way in which it puts tiles together, and that in which it cuts them: a pattern.
     """
 
+    title: str
+    preset: str
     model_type: str
     architecture: str
     processor_class: str
-    newline: bool
+    image_processor: str
+    tokens: tuple[str, ...]
+    merge: str
+    ratio: str
+
+    @property
+    def newline(self) -> bool:
+        """Whether it has ``image_newline``, and tiles."""
+        return self.merge == "spatial_unpad"
+
+    def makes(self, merge: str, ratio: str) -> bool:
+        """Whether this is what LLaVA's own code does with such settings."""
+        return merge == self.merge and bool(re.fullmatch(self.ratio, ratio or ("anyres" if self.newline else "pad")))
 
 
-LLAVA = LlavaKind("llava", "LlavaForConditionalGeneration", "LlavaProcessor", newline=False)
-NEXT = LlavaKind("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcessor", newline=True)
-
-_KINDS = {kind.model_type: kind for kind in (LLAVA, NEXT)}
-
-# LlavaConfig and LlavaNextConfig from 4.36 to 5.23.
-_LLAVA = (
-    "ignore_index", "image_grid_pinpoints", "image_seq_length", "image_token_id", "image_token_index",
-    "initializer_range", "multimodal_projector_bias", "projector_hidden_act", "text_config",
-    "use_image_newline_parameter", "vision_config", "vision_feature_layer", "vision_feature_select_strategy",
-    "vocab_size",
+LLAVA = LlavaKind(
+    "LLaVA 1.5", "llava/official-to-hf", "llava", "LlavaForConditionalGeneration", "LlavaProcessor",
+    "", (IMAGE_TOKEN, PAD_TOKEN), "flat", "square|pad",
 )  # fmt: skip
+NEXT = LlavaKind(
+    "LLaVA-NeXT (1.6)", "llava/official-to-hf-next", "llava_next", "LlavaNextForConditionalGeneration",
+    "LlavaNextProcessor", "LlavaNextImageProcessor", (IMAGE_TOKEN, PAD_TOKEN), "spatial_unpad", "anyres",
+)  # fmt: skip
+ONEVISION = LlavaKind(
+    "LLaVA-OneVision", "llava/official-to-hf-onevision", "llava_onevision", "LlavaOnevisionForConditionalGeneration",
+    "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", (IMAGE_TOKEN, VIDEO_TOKEN), "spatial_unpad",
+    r"anyres_max_\d{1,3}",
+)  # fmt: skip
+KINDS = {kind.model_type: kind for kind in (LLAVA, NEXT, ONEVISION)}
 
-# Tiles of a 336 pixel encoder, height before width: what LlavaNextConfig has where a config says nothing.
+# What some LLaVA 1.5 on the hub have, too, and no code of theirs reads.
+_OF_TILES = ("image_grid_pinpoints", "use_image_newline_parameter")
+
+# Tiles of an encoder, height before width, where a config says nothing: as LlavaNextConfig has them.
 _TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+# LLaVA's own code also takes the first and the last of a range: "(1x1),...,(6x6)".
+_RANGE = re.compile(r"\((\d{1,2})x(\d{1,2})\),.*\((\d{1,2})x(\d{1,2})\)")
 
 
 def kind_of(whole: Mapping[str, object], where: str) -> LlavaKind:
@@ -59,21 +90,23 @@ def kind_of(whole: Mapping[str, object], where: str) -> LlavaKind:
         ``unsupported-architecture``: another model, or one with settings that nothing here understands.
     """
     stated = whole.get("model_type")
-    kind = _KINDS.get(stated) if isinstance(stated, str) else None
+    kind = KINDS.get(stated) if isinstance(stated, str) else None
     if kind is None:
         raise TargetError(
             "unsupported-architecture",
             "the model is not a LLaVA whose parts are known here",
             where=where,
             found=f"model_type {shown(stated)}",
-            expected=f"model_type {' or '.join(_KINDS)}",
+            expected=f"model_type {' or '.join(KINDS)}",
         )
-    refuse_unknown_around(whole, _LLAVA, f"a plain {kind.model_type}", where)
+    table = find_table(kind.model_type)
+    fields = (*table.fields, *table.other_fields, *table.parts, *_OF_TILES) if table else _OF_TILES
+    refuse_unknown_around(whole, fields, f"a plain {kind.model_type}", where)
     return kind
 
 
-def pinpoints(whole: Mapping[str, object], image_size: int, where: str) -> list[list[int]]:
-    """Returns the resolutions that a config lists, else those of LLaVA 1.6 for an encoder of this image size.
+def pinpoints(whole: Mapping[str, object], kind: LlavaKind, image_size: int, where: str) -> list[list[int]]:
+    """Returns the resolutions that a config lists, else those that the kind has for an encoder of this image size.
 
     Raises
     ------
@@ -82,7 +115,11 @@ def pinpoints(whole: Mapping[str, object], image_size: int, where: str) -> list[
     """
     stated = whole.get("image_grid_pinpoints")
     if stated is None:
-        return [[image_size * high, image_size * wide] for high, wide in _TILES]
+        tiles = _every_tile(1, 1, 6, 6) if kind is ONEVISION else _TILES
+        return [[image_size * high, image_size * wide] for high, wide in tiles]
+    match = _RANGE.fullmatch(stated) if isinstance(stated, str) else None
+    if match:
+        return [[image_size * high, image_size * wide] for high, wide in _every_tile(*map(int, match.groups()))]
     pairs = stated if isinstance(stated, list) else []
     if pairs and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_size, pair)) for pair in pairs):
         return pairs
@@ -93,6 +130,10 @@ def pinpoints(whole: Mapping[str, object], image_size: int, where: str) -> list[
         found=shown(stated),
         expected="a list of [height, width]",
     )
+
+
+def _every_tile(high: int, wide: int, highest: int, widest: int) -> tuple[tuple[int, int], ...]:
+    return tuple((one, other) for one in range(high, highest + 1) for other in range(wide, widest + 1))
 
 
 def _is_size(value: object) -> bool:

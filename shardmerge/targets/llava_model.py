@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
@@ -11,6 +12,7 @@ from shardmerge.targets.bases import (
     TextBase,
     VisionBase,
     check_context,
+    check_encoder,
     find_players,
     missing_sources,
     read_both,
@@ -19,9 +21,11 @@ from shardmerge.targets.expectation import Request
 from shardmerge.targets.llava_kinds import LlavaKind, kind_of
 from shardmerge.targets.llava_names import NAMES, LlavaNames
 from shardmerge.targets.llava_tokens import llava_tokens
+from shardmerge.targets.official_tower import cut_tower
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.training_run import RunSettings, read_run_settings, tokenizer_source
+from shardmerge.targets.vision_tower import TOWERS
 from shardmerge.targets.vocabulary import VocabularyRows, check_ids, rows
 from shardmerge.targets.wiring import Wiring, wire
 
@@ -50,6 +54,7 @@ class LlavaModel:
     pad_id: int | None
     rows: VocabularyRows
     settings: RunSettings
+    left_out: Mapping[str, str]
 
 
 def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
@@ -61,21 +66,25 @@ def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
         As ``llava.expect``.
     """
     names = NAMES[choice(request, "names", tuple(NAMES))]
-    players = find_players(request, names.language.removesuffix("model."), names.vision.removesuffix("vision_model."))
+    players = find_players(request, names.language.removesuffix("model."), names.vision)
     missing = missing_sources((players.text, players.vision), request.catalogs)
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
     text, vision = read_both(players, request)
     check_context(players.model, text)
+    check_encoder(players.model, vision)
     kind = _kind(request, kind, text)
     settings = read_run_settings(request, text)
-    official_config.check_images(settings.config, tiles=kind.newline, where=settings.where)
-    wiring = wire(players.facts, players.trained, settings.config, settings.where)
+    tower = vision.architecture.model_type
+    official_config.check_images(settings.config, kind, tower=tower, where=settings.where)
+    class_token = TOWERS[tower].class_token
+    wiring = wire(players.facts, players.trained, settings.config, settings.where, class_token=class_token)
     raise_all(_two_layers(wiring, players))
+    vision, wiring, left_out = cut_tower(vision, wiring, players.trained, names.vision)
     tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
     check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)
-    return LlavaModel(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings)
+    return LlavaModel(kind, names, players, text, vision, wiring, tokens, pad_id, counted, settings, left_out)
 
 
 def _kind(request: Request, kind: LlavaKind, text: TextBase) -> LlavaKind:

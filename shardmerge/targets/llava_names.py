@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LlavaNames:
-    """Where the parts of the model stand among the target names."""
+    """Where the parts of the model stand among the target names; ``without`` what the encoder's own begin with."""
 
     language: str
     head: str
     vision: str
     projector: str
     newline: str
+    without: str = ""
 
     @property
     def embedding(self) -> str:
@@ -25,8 +26,8 @@ class LlavaNames:
         return self.language + name.removeprefix("model.") if name.startswith("model.") else self.head
 
     def tower(self, name: str) -> str:
-        """Returns the target name of a tensor of the encoder, which has ``vision_model.`` in front."""
-        return self.vision + name.removeprefix("vision_model.")
+        """Returns the target name of a tensor of the encoder; CLIP's and SigLIP's have ``vision_model.`` in front."""
+        return self.vision + name.removeprefix(self.without)
 
 
 # Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
@@ -35,14 +36,14 @@ NAMES = {
     "legacy": LlavaNames(
         "language_model.model.",
         "language_model.lm_head.weight",
-        "vision_tower.vision_model.",
+        "vision_tower.",
         "multi_modal_projector.",
         "image_newline",
     ),
     "4.52": LlavaNames(
         "model.language_model.",
         "lm_head.weight",
-        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
         "model.multi_modal_projector.",
         "model.image_newline",
     ),
@@ -52,5 +53,6 @@ NAMES = {
         "model.vision_tower.",
         "model.multi_modal_projector.",
         "model.image_newline",
+        "vision_model.",
     ),
 }

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import clip, official_config
+from shardmerge.targets import official_config, vision_tower
 from shardmerge.targets.bases import (
     ROLES,
     Players,
     TextBase,
     VisionBase,
     check_context,
+    check_encoder,
     find_players,
     missing_sources,
     read_text,
@@ -39,10 +40,15 @@ _NEWLINE = "model.image_newline"
 
 # The classes of LLaVA's code by the language model they wrap, with the model_type that each registers.
 _CLASSES = {
+    "gemma": ("LlavaGemmaForCausalLM", "llava_gemma"),
     "llama": ("LlavaLlamaForCausalLM", "llava_llama"),
     "mistral": ("LlavaMistralForCausalLM", "llava_mistral"),
+    "mixtral": ("LlavaMixtralForCausalLM", "llava_mixtral"),
     "qwen2": ("LlavaQwenForCausalLM", "llava_qwen"),
 }
+
+# A SigLIP of LLaVA's code lacks its last layer.
+_TOWERS = ("clip_vision_model",)
 
 # LLaVA-NeXT's fields, kept where the text base is one.
 _KEPT = ("image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution",
@@ -103,10 +109,12 @@ def _read_model(request: Request) -> _Model:
     described = players.vision.source in request.catalogs
     parts = (players.text, players.vision) if tower or described else (players.text,)
     raise_all(missing_sources(parts, request.catalogs))
-    text = read_text(request.catalogs[players.text.source], request.read)
-    vision = read_vision(players.vision, request.catalogs, request.read) if tower or described else None
+    text = read_text(request.catalogs[players.text.source], request.read, _CLASSES)
+    vision = read_vision(players.vision, request.catalogs, request.read, _TOWERS) if tower or described else None
     check_context(players.model, text)
-    official_config.check_images(text.whole, tiles=None, where=text.where)
+    if vision is not None:
+        check_encoder(players.model, vision)
+    official_config.check_images(text.whole, None, tower=_TOWERS[0], where=text.where)
     wiring = wire(players.facts, players.trained, text.whole, text.where)
     raise_all(_odd_projector(wiring, players))
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
@@ -257,7 +265,7 @@ def _processor(model: _Model, request: Request) -> tuple[tuple[SideFile, ...], t
     if model.vision is None:
         return (), ()
     side_files = model.vision.catalog.side_files
-    images, warnings = clip.image_processor(side_files, request.read, model.vision.architecture)
+    images, warnings = vision_tower.image_processor(side_files, request.read, model.vision.architecture)
     return (SideFile("preprocessor_config.json", (dump(images),)),), warnings
 
 

@@ -1,4 +1,4 @@
-"""The tokens that a Hugging Face LLaVA needs: ``<image>``, and one for padding."""
+"""The tokens that a Hugging Face LLaVA needs: ``<image>``, and one for padding or for videos."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
 from shardmerge.targets.bases import TextBase
 from shardmerge.targets.expectation import Request
-from shardmerge.targets.llava_kinds import LlavaKind
+from shardmerge.targets.llava_kinds import IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN, LlavaKind
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Extent
 
-IMAGE_TOKEN = "<image>"
-PAD_TOKEN = "<pad>"
+# What LlavaOnevisionConfig has where a config does not say it.
+_VIDEO_ID = 151647
 
 
 def llava_tokens(
@@ -38,11 +38,12 @@ def llava_tokens(
         ``bad-option``, ``token-id``, or what the tokenizer's files raise.
     """
     if choice(request, "vocabulary", ("extend", "keep")) == "keep":
-        return _kept_tokens(request, text, side_files)
+        return _kept_tokens(request, text, side_files, kind)
     wanted = request.vocabulary
-    pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN
+    pad = wanted.pad if wanted and wanted.pad else PAD_TOKEN if PAD_TOKEN in kind.tokens else ""
     asked = wanted.tokens if wanted else ()
-    needed = [token for token in (IMAGE_TOKEN, pad) if token not in asked]
+    own = (token for token in kind.tokens if token != PAD_TOKEN)
+    needed = [token for token in (*own, pad) if token and token not in asked]
     files = tokenizer.add_tokens(
         side_files,
         request.read,
@@ -52,11 +53,12 @@ def llava_tokens(
         default_class=text.architecture.tokenizer_class,
         processor_class=kind.processor_class,
     )
-    return files, files.ids[pad]
+    stated = text.config.get("pad_token_id")
+    return files, files.ids[pad] if pad else stated if isinstance(stated, int) else None
 
 
 def _kept_tokens(
-    request: Request, text: TextBase, side_files: Mapping[str, Extent]
+    request: Request, text: TextBase, side_files: Mapping[str, Extent], kind: LlavaKind
 ) -> tuple[TokenizerFiles, int | None]:
     """Returns the tokenizer of a LLaVA as it is, with the ids that its config.json states."""
     image = text.whole.get("image_token_index", text.whole.get("image_token_id"))
@@ -81,5 +83,9 @@ def _kept_tokens(
             found=f"image_token_index {image}",
             expected=f"{known}, as the tokenizer has it",
         )
-    files = TokenizerFiles({IMAGE_TOKEN: image}, tokenizer.copies(side_files))
+    ids = {IMAGE_TOKEN: image}
+    if VIDEO_TOKEN in kind.tokens:
+        video = text.whole.get("video_token_index", text.whole.get("video_token_id"))
+        ids[VIDEO_TOKEN] = video if isinstance(video, int) else _VIDEO_ID
+    files = TokenizerFiles(ids, tokenizer.copies(side_files))
     return files, pad if isinstance(pad, int) else None

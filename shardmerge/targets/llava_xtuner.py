@@ -13,11 +13,12 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.shown import inspecting
-from shardmerge.targets import clip, peft_adapter, projector_code
+from shardmerge.targets import peft_adapter, projector_code, vision_tower
 from shardmerge.targets.bases import (
     ROLES,
     Players,
     check_context,
+    check_encoder,
     find_players,
     missing_sources,
     read_text,
@@ -28,7 +29,7 @@ from shardmerge.targets.expectation import Component, Expectation, FileGroup, Re
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, positive_number
 from shardmerge.targets.peft_adapter import AdapterFacts, holds_adapter
-from shardmerge.targets.text_config import text_config
+from shardmerge.targets.text_config import parts, text_config
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
@@ -135,7 +136,7 @@ def _language_model(request: Request, players: Players, trained: Catalog, form: 
         yield _adapter(request, players, trained, LLM_ADAPTER)
     if form != "whole":
         return
-    text = read_text(request.catalogs[players.text.source], request.read)
+    text = read_text(request.catalogs[players.text.source], request.read, parts())
     check_context(players.model, text)
     tokens = tokenizer_files(request, text.catalog.side_files, text.architecture)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values())
@@ -158,9 +159,11 @@ def _encoder(request: Request, players: Players, trained: Catalog, form: _Form) 
     if form != "whole":
         return
     vision = read_vision(players.vision, request.catalogs, request.read)
+    check_encoder(players.model, vision)
     dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
-    config = clip.vision_config(vision.config, dtype) | {"architectures": ["CLIPVisionModel"]}
-    images, warnings = clip.image_processor(vision.catalog.side_files, request.read, vision.architecture)
+    config = vision_tower.vision_config(vision.config, vision.architecture, dtype)
+    config |= {"architectures": [vision.architecture.table.main_class]}
+    images, warnings = vision_tower.image_processor(vision.catalog.side_files, request.read, vision.architecture)
     files = (SideFile("config.json", (dump(config),)), SideFile("preprocessor_config.json", (dump(images),)))
     yield _Branch(ENCODER, vision.architecture.tensors(), files, warnings=warnings)
 

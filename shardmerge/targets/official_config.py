@@ -13,22 +13,21 @@ from collections.abc import Mapping
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.config_numbers import JsonObject
+from shardmerge.targets.llava_kinds import KINDS, LlavaKind
 from shardmerge.targets.settings import refuse_unknown, unknown_settings
 
-# `llava` is also what code before 1.2, XTuner and LLaVA-NeXT write, over any language model.
+# The language models of LLaVA's code by what follows `llava_`, and in the names of its classes `Llava`. `llava` alone
+# is also what code before 1.2, XTuner and LLaVA-NeXT write, over any language model.
 _FAMILIES = {
-    "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llama": "llama", "mistral": "mistral",
-    "qwen2": "qwen2",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma3_text": "gemma3_text", "granite": "granite",
+    "llama": "llama", "mistral": "mistral", "mixtral": "mixtral", "olmo2": "olmo2", "phi3": "phi3", "qwen": "qwen2",
+    "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
-_CLASSES = {
-    "LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral", "LlavaQwenForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
-}  # fmt: skip
-
 # Fields of the multimodal part whose names do not begin with mm_, and what the training script notes.
 _OWN = (
     "delay_load", "force_sample", "freeze_backbone", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler",
-    "image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution", "lora_enable",
+    "image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution",
+    "image_token_index", "lora_enable",
     "pretrain_mm_mlp_adapter", "tokenizer_model_max_length", "tokenizer_padding_side", "tune_mm_mlp_adapter",
     "tune_mm_vision_resampler", "tune_mm_vision_tower", "unfreeze_mm_vision_tower", "use_mm_proj",
     "use_pos_skipping", "vision_tower_pretrained",
@@ -88,7 +87,7 @@ def language_part(config: Mapping[str, object], where: str) -> JsonObject:
 def _family(config: Mapping[str, object], where: str) -> str:
     """Returns the plain ``model_type``, of which all names that the config has must speak."""
     names = _names(config)
-    found = {_FAMILIES.get(name) or _CLASSES.get(name) for name in names if name != "llava"}
+    found = {_FAMILIES.get(_stem(name)) for name in names if name != "llava"}
     if len(found) == 1 and (kind := found.pop()) is not None:
         return kind
     raise TargetError(
@@ -96,22 +95,29 @@ def _family(config: Mapping[str, object], where: str) -> str:
         "the language model inside of this LLaVA is not one that is known here",
         where=where,
         found=f"model_type {shown(config.get('model_type'))}, architectures {shown(config.get('architectures'))}",
-        expected=", ".join(name for name in _CLASSES if name.startswith("Llava")),
+        expected=", ".join(f"Llava{name.title()}ForCausalLM" for name in _FAMILIES),
         hint=""
         if names[:1] != ["llava"] or names[1:]
         else 'add to config.json: "architectures": ["LlavaLlamaForCausalLM"], or the class that it is',
     )
 
 
-def check_images(config: Mapping[str, object], *, tiles: bool | None, where: str) -> None:
+def _stem(name: str) -> str:
+    """Returns the family in a model type or class: ``qwen`` of ``llava_qwen`` and ``LlavaQwenForCausalLM``."""
+    return re.sub(r"^llava_?|forcausallm$", "", name.lower())
+
+
+def check_images(config: Mapping[str, object], kind: LlavaKind | None, *, tower: str, where: str) -> None:
     """Checks that a config asks for nothing between image and language model that the target does not do.
 
     Parameters
     ----------
     config
         Of LLaVA's own code; anything else passes.
-    tiles
-        Whether the target cuts images into tiles (LLaVA-NeXT) or not (LLaVA 1.5); ``None`` where its config says so.
+    kind
+        Of the target; ``None`` where it has all of them.
+    tower
+        The model type of the encoder.
     where
         The file.
 
@@ -127,49 +133,38 @@ def check_images(config: Mapping[str, object], *, tiles: bool | None, where: str
         key: config[key] for key, usual in (("s2", False), ("use_mm_proj", True)) if config.get(key, usual) != usual
     }
     if odd:
-        raise unknown_settings(odd, "a projector of linear layers behind one CLIP, and nothing else", where)
-    _check_tower(config, where)
-    if tiles is not None:
-        _check_tiles(config, tiles=tiles, where=where)
+        raise unknown_settings(odd, "a projector of linear layers behind one encoder, and nothing else", where)
+    _check_tower(config, tower, where)
+    if kind is not None:
+        _check_kind(config, kind, where)
 
 
-def _check_tower(config: Mapping[str, object], where: str) -> None:
-    tower = config.get("mm_vision_tower")
-    if isinstance(tower, str) and (match := _OTHER_TOWERS.search(tower.rstrip("/").rsplit("/", 1)[-1])):
+def _check_tower(config: Mapping[str, object], tower: str, where: str) -> None:
+    stated = config.get("mm_vision_tower")
+    match = _OTHER_TOWERS.search(stated.rstrip("/").rsplit("/", 1)[-1]) if isinstance(stated, str) else None
+    if match and not tower.startswith(match[0].lower()):
         raise TargetError(
             "unsupported-architecture",
-            f"the visual encoder of this LLaVA is no CLIP: {match[0]}",
+            f"the visual encoder of this LLaVA is another than the target takes, or than the source has: {match[0]}",
             where=where,
-            found=f"mm_vision_tower {shown(tower)}",
-            expected="a CLIP, whose class is the only one that the target writes",
+            found=f"mm_vision_tower {shown(stated)}",
+            expected=f"an encoder of model_type {tower}",
         )
 
 
-def _check_tiles(config: Mapping[str, object], *, tiles: bool, where: str) -> None:
-    merge, usual = config.get("mm_patch_merge_type") or "flat", "anyres" if tiles else "square"
-    ratio = config.get("image_aspect_ratio") or usual
-    if not tiles and (merge != "flat" or ratio not in ("square", "pad")):
+def _check_kind(config: Mapping[str, object], kind: LlavaKind, where: str) -> None:
+    merge, ratio = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio") or ""
+    fitting = [one for one in KINDS.values() if one.makes(str(merge), str(ratio))]
+    if kind not in fitting:
+        own = fitting[0] if fitting else None
+        is_called = f"a {own.title} ({own.model_type})" if own else "no LLaVA that transformers has"
         raise TargetError(
             "unsupported-architecture",
-            "this is a LLaVA-NeXT (llava_next), which cuts images into tiles, and the target is a LLaVA 1.5, "
-            "which does not",
+            f"this is {is_called}, by how it cuts images into tiles, and the target is a {kind.title}",
             where=where,
             found=f"mm_patch_merge_type {shown(merge)}, image_aspect_ratio {shown(ratio)}",
-            expected="mm_patch_merge_type 'flat', image_aspect_ratio 'pad' or 'square'",
-            hint="take the preset of LLaVA-NeXT: `use: llava/official-to-hf-next`"
-            if merge == "spatial_unpad" and ratio in ("anyres", usual)
-            else "",
-        )
-    if tiles and (merge != "spatial_unpad" or ratio != "anyres"):
-        raise TargetError(
-            "unsupported-architecture",
-            "this LLaVA does not put its tiles together as a Hugging Face LLaVA-NeXT does",
-            where=where,
-            found=f"mm_patch_merge_type {shown(merge)}, image_aspect_ratio {shown(ratio)}",
-            expected="mm_patch_merge_type 'spatial_unpad', image_aspect_ratio 'anyres'",
-            hint="take the preset of LLaVA 1.5: `use: llava/official-to-hf`"
-            if merge == "flat" and ratio in (usual, "square", "pad")
-            else "",
+            expected=f"mm_patch_merge_type {kind.merge!r}, image_aspect_ratio {kind.ratio.replace('|', ' or ')}",
+            hint=f"take the preset of {own.title}: `use: {own.preset}`" if own else "",
         )
 
 

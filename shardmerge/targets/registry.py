@@ -10,7 +10,8 @@ from shardmerge.targets.expectation import Target
 # Name, module, and what the module calls it. A module is imported when its target is asked for: a mapping has one.
 _PLACES = {
     "hf/llava": ("llava", "TARGET"),
-    "hf/llava-next": ("llava_next", "TARGET"),
+    "hf/llava-next": ("llava", "NEXT_TARGET"),
+    "hf/llava-onevision": ("llava", "ONEVISION_TARGET"),
     "official/llava": ("llava_official", "TARGET"),
     "xtuner/llava": ("llava_xtuner", "TARGET"),
     "hf/text": ("language_model", "TEXT_TARGET"),

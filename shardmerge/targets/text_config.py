@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cache
 
 from shardmerge.errors import TargetError
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.config_numbers import JsonObject, portable
-
-# What the vision-language models here are made of.
-PARTS = ("llama", "mistral", "qwen2")
+from shardmerge.targets.tables import every_table
 
 
-def read_part(config: Mapping[str, object], where: str) -> Architecture:
-    """Returns the text model of a vision-language model.
+@cache
+def parts() -> tuple[str, ...]:
+    """Returns what vision-language models are made of: the language models that transformers itself has."""
+    return tuple(table.model_type for table in every_table() if table.kind == "text" and not table.own_code)
+
+
+def read_part(config: Mapping[str, object], where: str, known: Collection[str] = ()) -> Architecture:
+    """Returns the text model of a vision-language model, of any kind or one of those that are known.
 
     Raises
     ------
     TargetError
         ``unsupported-architecture``, ``odd-config``.
     """
-    try:
-        return read_architecture(config, where, PARTS)
-    except TargetError as error:
-        if config.get("model_type") == "phi3":
-            error.hint = "split its fused layers to the LLaMA layout first: --use llama/phi3-to-llama"
-        raise
+    return read_architecture(config, where, known or parts())
 
 
 def text_config(config: Mapping[str, object], text: Architecture, rows: int, dtype: str, where: str) -> JsonObject:
@@ -58,7 +58,7 @@ def with_v4_rope(config: Mapping[str, object], text: Architecture, where: str) -
     Transformers 5 saves ``rope_parameters`` only, which 4.x ignores without a word and takes theta 10000,
     where LLaMA-3 has 500000. The 4.x keys are read by both. Precedence as in 5.x
     (``convert_rope_params_to_dict``): ``rope_scaling`` before ``rope_parameters``, a theta inside of either
-    before the one beside it.
+    before the one beside it. Gemma 3 has one setting for each kind of layer, and a key for the local theta.
     """
     plain = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -81,6 +81,10 @@ def with_v4_rope(config: Mapping[str, object], text: Architecture, where: str) -
         value = scaling.pop(key, plain.get(key, default))
         if value is not None:
             plain[key] = value
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
         return plain
+    if text.model_type == "phi3":  # 4.x wants three keys, and the older name of the kind
+        plain |= {key: scaling.pop(key) for key in ("original_max_position_embeddings",) if key in scaling}
+        scaling = {key: scaling[key] for key in ("long_factor", "short_factor") if key in scaling} | {"type": kind}
     return plain | {"rope_scaling": scaling}

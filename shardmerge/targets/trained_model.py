@@ -38,6 +38,9 @@ _SETTINGS = (
     "pretrained_pth", "type", "use_activation_checkpointing", "visual_encoder", "visual_encoder_lora",
 )  # fmt: skip
 
+# What a setting has that does nothing: each token of an image is fed alone.
+_IDLE: Mapping[str, ConfigValue] = {"token_merge_ratio": 1}
+
 
 def read_model_facts(text: str) -> ModelFacts:
     """Returns which model a training config trains. Never raises, and never runs the text."""
@@ -58,5 +61,6 @@ def _class(section: Mapping[str, ConfigValue]) -> str:
 def _odd(model: Mapping[str, ConfigValue]) -> Iterator[str]:
     for key, value in model.items():
         unread = key in _NUMBERS and value is not None and config_integer(model, key) is None
-        if unread or (key not in _SETTINGS and value is not None and value is not False):
+        idle = value in (None, False) or value == _IDLE.get(key)
+        if unread or (key not in _SETTINGS and not idle):
             yield key

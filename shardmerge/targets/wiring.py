@@ -62,7 +62,14 @@ class Wiring:
         return len(self.layer) if isinstance(self.layer, tuple) else 1
 
 
-def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, object], where: str = "") -> Wiring:
+def wire(
+    facts: TrainingFacts,
+    trained: Catalog | None,
+    config: Mapping[str, object],
+    where: str = "",
+    *,
+    class_token: bool = True,
+) -> Wiring:
     """Returns the wiring: as the training config says, else as ``config`` says, else as LLaVA 1.5 has it.
 
     Parameters
@@ -74,6 +81,8 @@ def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, obj
         nothing.
     where
         Its file.
+    class_token
+        Whether the encoder has one. Without it LLaVA's own code and XTuner drop nothing, whatever the setting says.
 
     Raises
     ------
@@ -84,7 +93,7 @@ def wire(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, obj
     layer = facts.visual_select_layer if facts.visual_select_layer is not None else _layer(config, where)
     return Wiring(
         layer=-2 if layer is None else layer,
-        strategy=_strategy(config, where),
+        strategy=_strategy(config, where, class_token=class_token),
         depth=depth,
         told=told,
         activation=_activation(config, where),
@@ -117,13 +126,13 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _strategy(config: Mapping[str, object], where: str) -> Literal["default", "full"]:
+def _strategy(config: Mapping[str, object], where: str, *, class_token: bool) -> Literal["default", "full"]:
     key = _FEATURE if _FEATURE in config else "mm_vision_select_feature"
     stated = config.get(key)
     if stated is None:
-        return "default"
+        return "default" if class_token else "full"
     if isinstance(stated, str) and stated in _STRATEGIES:
-        return _STRATEGIES[stated]
+        return _STRATEGIES[stated] if class_token or key == _FEATURE else "full"
     raise _odd(key, stated, "`default` or `full`, in LLaVA's own code `patch` or `cls_patch`", where)
 
 
