@@ -153,11 +153,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_llava_through_the_names_of_all_versions(llava: Path, tmp_path: Path) -> None:
     """Any order of versions: each reads the names of all others."""
     last = llava
-    for step, names in enumerate(("4.52", "5.6", "4.52", "legacy", "5.6", "legacy")):
-        last = use_preset(f"llava/hf-to-{names}", {"hf": last}, tmp_path / f"step{step}")
+    for step, names in enumerate(("4.52", "5.6", "4.52", "4.51", "5.6", "4.51")):
+        last = use_preset(f"hf/to-{names}", {"hf": last}, tmp_path / f"step{step}")
         found = read_tensors(last)
         assert len(found) == len(read_tensors(llava))
-        assert ("lm_head.weight" in found) == (names != "legacy")
+        assert ("lm_head.weight" in found) == (names != "4.51")
     compare_bits(read_tensors(last), read_tensors(llava))
 
 
@@ -166,7 +166,7 @@ def test_transformers_own_names_are_made(case: str, names: str, tmp_path: Path) 
     """The source is what ``state_dict()`` of a loaded model is called in those versions."""
     if case not in CASES:
         pytest.skip("the golden case is not here")
-    found = read_tensors(use_preset(f"llava/hf-to-{names}", {"hf": truth(case)}, tmp_path / "out"))
+    found = read_tensors(use_preset(f"hf/to-{names}", {"hf": truth(case)}, tmp_path / "out"))
     compare_bits(found, read_tensors(LAYOUTS / case / "source"))
 
 
