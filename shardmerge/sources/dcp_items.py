@@ -170,7 +170,8 @@ class ItemFiles:
             raw = file.start(_LONGEST_HEAD)
             head = _head_of(raw)
         if head is None:
-            raise _not_an_item(raw, self._where(name, chunk), self._files[chunk.file].read(0, min(16, file.size)))
+            whole = self._files[chunk.file]
+            raise _not_an_item(raw, self._where(name, chunk), whole.read(0, min(16, whole.size)))
         if len(self._known) >= _MOST_HEADS:
             self._known.clear()
         self._last = head.begin
