@@ -18,7 +18,6 @@ from tests.conftest import read_all
 from tests.following import Call, Row, by_hand, ran
 from tests.hint_rows.given import (
     CONVERT,
-    LAYOUTS,
     Given,
     config,
     edited,
@@ -83,13 +82,11 @@ def encoder_without_weights(call: Call) -> None:
         shutil.copy(call.world["clip"] / name, call.folder / "clip")
 
 
-def split_first(call: Call) -> None:
-    """Converts the language model as the hint says."""
-    args = call.args
-    call.args = [*CONVERT, str(LAYOUTS / "phi3_to_llama_gqa/source"), "split", *call.hint.rpartition(": ")[2].split()]
-    assert call.attempt() == ()
-    call.args = args
-    call.change(str(LAYOUTS / "phi3_to_llama_gqa/source"), "split")
+def another_encoder(call: Call) -> None:
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(call.folder / "siglip")
 
 
 def without_newline(call: Call) -> None:
@@ -165,11 +162,10 @@ LLAVA = [
         told("leave `parts: all` out", ", parts: all", ""),
     ),
     Row(
-        "a language model of fused layers",
-        XTUNER.replace("$llm", str(LAYOUTS / "phi3_to_llama_gqa/source")),
-        "unsupported-architecture",
-        by_hand("--use llama/phi3-to-llama", split_first),
-        "shape-mismatch",
+        "another encoder than the training's",
+        mapped(XTUNER.replace("$clip", "siglip"), before=another_encoder),
+        "contradiction",
+        by_hand("name the encoder", lambda call: call.change("siglip", str(call.world["clip"]))),
     ),
     Row("a checkpoint without its projector", xtuner(no_projector), "missing-component", WHOLE),
     Row(
