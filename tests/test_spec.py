@@ -7,7 +7,7 @@ import pytest
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError, Problems, ShardmergeError, UsageError
 from shardmerge.mapping.near import NameIndex, did_you_mean, listed
-from shardmerge.mapping.preset_files import list_presets, load_preset, with_preset
+from shardmerge.mapping.preset_files import list_presets, load_preset, read_preset, with_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.spec import references
 from shardmerge.mapping.yaml_nodes import Mark
@@ -307,6 +307,12 @@ def test_the_xtuner_preset():
     }
     assert preset.target.name == "hf/llava"
     assert preset.target.roles == {"text": "llm", "vision": "vision", "trained": "trained"}
+
+
+def test_a_preset_is_found_by_the_name_that_it_had_before():
+    assert load_preset("llava/hf-to-legacy") == load_preset("hf/to-4.51")
+    assert read_preset("llava/hf-to-5.6") == read_preset("hf/to-5.6")
+    assert "llava/hf-to-legacy" not in list_presets()
 
 
 @pytest.mark.parametrize("name", ["xtuner/llava-to-fh", "../spec", "xtuner", ""])

@@ -75,19 +75,24 @@ class Preset:
     adapters: tuple[AdapterSpec, ...]
 
 
+# Names that presets had before; mappings that say them go on.
+_FORMER = {"llava/hf-to-legacy": "hf/to-4.51", "llava/hf-to-4.52": "hf/to-4.52", "llava/hf-to-5.6": "hf/to-5.6"}
+
+
 def list_presets() -> tuple[str, ...]:
     """Returns the names of all presets."""
     return tuple(sorted(_walk(_folder(), "")))
 
 
 def read_preset(name: str) -> str:
-    """Returns a preset's YAML text.
+    """Returns a preset's YAML text, by its name or one that it had before.
 
     Raises
     ------
     UsageError
         ``unknown-preset``.
     """
+    name = _FORMER.get(name, name)
     known = list_presets()
     if name not in known:
         hint = did_you_mean(name, known)
@@ -96,13 +101,14 @@ def read_preset(name: str) -> str:
 
 
 def load_preset(name: str) -> Preset:
-    """Returns a preset.
+    """Returns a preset, by its name or one that it had before.
 
     Raises
     ------
     UsageError
         ``unknown-preset``.
     """
+    name = _FORMER.get(name, name)
     text = read_preset(name)
     reader = NodeReader(f"{name}{_SUFFIX}")
     root = reader.table(read_yaml(text, reader.file), "a preset")

@@ -127,7 +127,8 @@ def _incomplete(missing: Sequence[str], count: int, described: Described, told: 
         INCOMPLETE,
         f"{_are(len(missing))} missing: {_few(missing)}",
         where=described.where,
-        found=f"{count - len(missing)} of {count} tensors" + "".join(f"; {one.detail}" for one in told[:3]),
+        found=f"{count - len(missing)} of {count} tensors of a {_model_type(described)}"
+        + "".join(f"; {one.detail}" for one in told[:3]),
         expected="; ".join(_says(one) for one in told[:3]),
         hint=_completing(described, told),
     )
@@ -224,6 +225,10 @@ def _loading_errors(described: Described, keys: LoadedKeys, says: str) -> Iterat
 
 
 # ---- words
+
+
+def _model_type(described: Described) -> str:
+    return shown(described.config.get("model_type") or "model", 60).strip("'")
 
 
 def _says(one: Contradiction) -> str:
