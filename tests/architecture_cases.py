@@ -177,6 +177,9 @@ CASES: dict[str, tuple[str, dict[str, tuple[dict[str, Any], ...]]]] = {
     "llava_next": ("LlavaNextConfig", {
         "LlavaNextForConditionalGeneration": (LLAVA | {"image_grid_pinpoints": [[28, 56]]},),
     }),
+    "llava_onevision": ("LlavaOnevisionConfig", {
+        "LlavaOnevisionForConditionalGeneration": (QWEN_SIGLIP | {"image_grid_pinpoints": [[28, 56]]},),
+    }),
 }  # fmt: skip
 
 # Settings that no tensor shows, other than any class has them: a config that loses one gives other logits.

@@ -299,7 +299,8 @@ OPEN = ("two-sources", "own-rules", "rest", "special-then-rest")
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "docs" / "examples").glob("*.yaml")), ids=str)
 def test_examples_have_an_inverse_or_say_why_not(path: Path) -> None:
     """Those that only move tensors have one; a merge, a sum or an adapter forgets what it was made of."""
-    lossy = ("linear", "slerp", "ties", "dare", "task_arithmetic", "stack")
+    merges = ("linear", "slerp", "ties", "dare", "task_arithmetic", "breadcrumbs", "della", "arcee_fusion", "karcher")
+    lossy = (*merges, "multislerp", "nearswap", "nuslerp", "ram", "sce", "model_stock", "stack")
     forgets = any(f"op: {word}" in path.read_text() for word in lossy)
     if not load_spec(path).rules:
         return

@@ -540,7 +540,7 @@ VOCABULARY = [
         "fewer rows than the tokens need",
         XTUNER + "vocabulary: {rows: 299, trim: true}\n",
         "vocabulary-rows",
-        "llava-to-hf.yaml:10:9",
+        "llava-to-hf.yaml:14:9",
         "{rows: 300}",
         ("{rows: 299, trim: true}", "{rows: 300}"),
     ),
@@ -601,7 +601,7 @@ PRESETS = [
         XTUNER.replace("$llm", "$x").replace("$clip", "$llm").replace("$x", "$clip"),
         "unsupported-architecture",
         "base_clip/config.json",
-        "expected: model_type llama",
+        "llama, mistral, mixtral",
         None,
     ),
     Mistake(

@@ -163,8 +163,15 @@ def example(name: str, folder: Path) -> tuple[Op, tuple[TensorEntry, ...]]:
             arrays = [rng.standard_normal(s).astype(numpy_dtype(d)) for s, d in zip(case.shapes, types, strict=True)]
             return op, tuple(store.put(array) for array in arrays)
     array = rng.standard_normal((4, 4)).astype(np.float32)
-    made = {"Widen": (DTYPES["F32"], DTYPES["F64"]), "DoraOnto": (0.5,)}[name]
-    return op_class(name)(*made), tuple(store.put(array) for _ in range(1 if name == "Widen" else 4))
+    made, count = {
+        "Widen": ((DTYPES["F32"], DTYPES["F64"]), 1),
+        "DoraOnto": ((0.5,), 4),
+        "LoHa": ((0.5,), 5),
+        "LoKr": ((0.5,), 3),
+        "ScaleBy": ((), 2),
+        "Residual": (("pissa", 2, 0.5), 1),
+    }[name]
+    return op_class(name)(*made), tuple(store.put(array) for _ in range(count))
 
 
 def entry(op: Op, bases: tuple[TensorEntry, ...]) -> TensorEntry:

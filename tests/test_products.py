@@ -109,7 +109,7 @@ def test_lora_takes_few_calls(width: int, height: int) -> None:
 def test_merges_take_few_calls() -> None:
     arrays = tuple(factors(8, 4096, 128, np.float32)[2] + np.float32(n) for n in range(3))
     assert calls_for_a_tile(Linear(), arrays, 1 << 19) <= 120
-    assert calls_for_a_tile(Ties(0.2), arrays, 1 << 19) <= 950
+    assert calls_for_a_tile(Ties(density=(0.2,)), arrays, 1 << 19) <= 950
 
 
 # ---- threads of the BLAS

@@ -25,7 +25,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(GOLDEN / "zero" / "llama_z2_w2_bf16" / "ckpt", tmp_path / "checkpoint-500")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^\$ shardmerge (.*)$", PAGE.read_text("utf-8"), flags=re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         shardmerge(*shlex.split(command))
     return tmp_path

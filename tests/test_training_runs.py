@@ -100,7 +100,8 @@ def test_the_tokenizer_of_the_run(world: Path, tmp_path: Path) -> None:
         ({"rms_norm_eps": 1e-6}, "contradiction", "rms_norm_eps"),
         ({"num_attention_heads": 8}, "contradiction", "num_attention_heads"),
         ({"model_type": "llava_mistral", "architectures": None}, "contradiction", "model_type"),
-        ({"model_type": "llava_gemma", "architectures": None}, "unsupported-architecture", "llava_gemma"),
+        ({"model_type": "llava_gemma", "architectures": None}, "contradiction", "model_type"),
+        ({"model_type": "llava_mpt", "architectures": None}, "unsupported-architecture", "llava_mpt"),
         (
             {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
             "unsupported-architecture",
