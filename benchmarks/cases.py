@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contender import Contender, ours, program
-from benchmarks.distributed import write_dcp
+from benchmarks.distributed import write_dcp, write_rank_pickles
 from benchmarks.merges import METHODS, model_config, write_lora, write_merge
 from benchmarks.peers import commands
 from benchmarks.synthetic import LlamaShape, Shapes, llama_of, write_safetensors, write_zero
@@ -26,6 +26,7 @@ DEFAULT = (
     "zero3-1g",
     "zero3-4g",
     "fsdp2-1g",
+    "ranks-1g",
     "rename-1g",
     "hf-reshard-1g",
     "lora-0.5b",
@@ -156,6 +157,23 @@ def _fsdp2(key: str, nbytes: int) -> Case:
     )
 
 
+def _ranks(key: str, nbytes: int) -> Case:
+    shape = _shape(nbytes)
+    return Case(
+        key,
+        f"FSDP2 of 8 ranks, a pickle a rank (verl), {_shown(nbytes)} of fp32 weights, to bf16",
+        "A LLaMA with random weights, cut into rows.",
+        lambda folder: write_rank_pickles(folder / "actor", shape.tensors(), 8, model_config(shape)),
+        ("actor",),
+        True,
+        lambda source: ours(
+            lambda out: [*program(), "convert", source / "actor", out, "--dtype", "bfloat16"],
+            "shardmerge convert IN OUT --dtype bfloat16",
+        ),
+        {"verl": lambda source: [commands.verl(source / "actor")]},
+    )
+
+
 # ---- the same values under other names
 
 
@@ -272,6 +290,7 @@ _FAMILIES: dict[str, Callable[[str, int], Case]] = {
     "zero2": _zero(2, 2),
     "zero3": _zero(3, 8),
     "fsdp2": _fsdp2,
+    "ranks": _ranks,
     "rename": _rename,
     "hf-reshard": _reshard,
     "lora": _lora,

@@ -1,8 +1,9 @@
-"""Checkpoints of torch's distributed checkpoint at full size: metadata and heads of items are true, data are holes."""
+"""Checkpoints of ranks at full size: torch's distributed checkpoint, whose data may be holes, and a pickle a rank."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -20,6 +23,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.synthetic import Shapes
 
@@ -104,3 +110,31 @@ def _saved(tensor: torch.Tensor) -> tuple[bytes, int]:
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     return buffer.getvalue(), buffer.tell()
+
+
+def write_rank_pickles(folder: Path, shapes: Shapes, world: int, config: str) -> Path:
+    """Writes what verl saves of a model on FSDP2, random fp32 weights, and returns its directory.
+
+    A file a rank, each with its rows of every tensor as DTensors; ``config`` is the model's config.json.
+    """
+    huggingface = folder / "huggingface"
+    huggingface.mkdir(parents=True)
+    (huggingface / "config.json").write_text(config, "utf-8")
+    # verl's merger loads a tokenizer and saves it beside the model.
+    Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")).save(str(huggingface / "tokenizer.json"))
+    (huggingface / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', "utf-8")
+    (folder / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": world}), "utf-8")
+    for rank in range(world):
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        try:
+            mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+            state = {}
+            for name, shape in shapes.items():
+                size = torch.Size(shape)
+                local = torch.randn(list(_rows(shape, world))[rank][1]) * 0.02
+                stride = torch.empty(size, device="meta").stride()
+                state[name] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=size, stride=stride)
+            torch.save(state, folder / f"model_world_size_{world}_rank_{rank}.pt")
+        finally:
+            dist.destroy_process_group()
+    return folder

@@ -94,6 +94,13 @@ GOALS: dict[str, tuple[Goal, ...]] = {
         OverFloor(1.3, synced=False),
         Resident(64),
     ),
+    "ranks-1g": (
+        Against("verl", "wall", 5),
+        Against("verl", "peak", 20),
+        OverFloor(1.3, synced=True),
+        OverFloor(1.3, synced=False),
+        Resident(64),
+    ),
     "rename-1g": (OverFloor(1.05, synced=True), OverFloor(1.05, synced=False), Resident(64)),
     "hf-reshard-1g": (Resident(64),),
 }

@@ -138,6 +138,20 @@ def dcp_to_torch(checkpoint: Path) -> Contender:
     )
 
 
+def verl(source: Path) -> Contender:
+    """Returns verl's merger of its own files, which writes bf16."""
+    python = environment.verl()
+    merge: list[str | Path] = [python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", source]
+    return Contender(
+        "verl",
+        f"verl {environment.VERL}: model_merger",
+        "peer",
+        lambda out: [*merge, "--target_dir", out],
+        "python -m verl.model_merger merge --backend fsdp --local_dir IN --target_dir OUT",
+        same_as="ours",
+    )
+
+
 def peft(source: Path) -> Contender:
     """Returns peft's merge, which rounds twice more than ours."""
     return Contender(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HOME = ROOT / ".envs"
 # A CPU build, named outright: a range may pull gigabytes of CUDA.
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
-DEEPSPEED, MERGEKIT, TORCH = "0.19.8", "0.1.5", "torch==2.13.0"
+DEEPSPEED, MERGEKIT, TORCH, VERL = "0.19.8", "0.1.5", "torch==2.13.0", "0.9.1"
 # What DeepSpeed needs to be built and imported; it comes without its own list, which has packages for GPUs.
 _NEEDED = (
     "numpy", "safetensors", "packaging", "wheel", "setuptools<81", "ninja", "psutil", "py-cpuinfo", "hjson", "msgpack",
@@ -47,6 +47,22 @@ def mergekit() -> Path:
         own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
         (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
         _install(python, f"mergekit=={MERGEKIT}")
+        (home / "ready").touch()
+    return home / "bin" / "python"
+
+
+def verl() -> Path:
+    """Returns the Python that has verl's merger, and shares torch and transformers with ours; raises as ``deepspeed``.
+
+    verl pins another transformers and wants GPUs' packages: it comes without its list, with what its merger imports.
+    """
+    home = HOME / "verl"
+    if not (home / "ready").is_file():
+        python = _bare(home)
+        own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+        _install(python, "ray", "tensordict", "accelerate", "codetiming", "hydra-core", "pandas", "datasets", "dill")
+        _install(python, "--no-deps", f"verl=={VERL}")
         (home / "ready").touch()
     return home / "bin" / "python"
 
