@@ -161,7 +161,7 @@ def _ranks(key: str, nbytes: int) -> Case:
     shape = _shape(nbytes)
     return Case(
         key,
-        f"FSDP2 of 8 ranks, a pickle a rank (verl), {_shown(nbytes)} of fp32 weights, to bf16",
+        f"verl, a pickle of each of 8 ranks, {_shown(nbytes)} of fp32 weights, to bf16",
         "A LLaMA with random weights, cut into rows.",
         lambda folder: write_rank_pickles(folder / "actor", shape.tensors(), 8, model_config(shape)),
         ("actor",),
