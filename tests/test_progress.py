@@ -123,6 +123,20 @@ def test_a_run_that_takes_its_time_tells_all_phases(source: Path) -> None:
     assert "publishing" in phases[-2:]  # while the directory is renamed, too
 
 
+def test_verifying_is_called_so_and_publishes_nothing(source: Path) -> None:
+    out = source.parent / "out"
+    shardmerge("convert", source, out)
+    limits = "progress._SOON = progress._LONGEST = progress._SHORTEST = 0.0"
+    done = subprocess.run(limited(limits, "verify", out), capture_output=True, text=True, check=True)
+    assert {line.partition(":")[0] for line in done.stderr.splitlines() if "resident" in line} == {"verifying out"}
+
+
+def test_a_share_tells_no_progress(source: Path) -> None:
+    done = shardmerge("run", _mapping(source), "--part", "0/2", "--log-json", code=2)
+    assert "[no-effect]" in done.stderr
+    assert "leave --log-json out" in done.stderr
+
+
 def test_a_quick_run_says_nothing(source: Path) -> None:
     assert shardmerge("convert", source, source.parent / "out").stderr == ""
 

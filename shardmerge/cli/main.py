@@ -106,6 +106,7 @@ def run(  # one parameter an option
     moved = [pair(text, "--root", "/old=/new") for text in roots]
     if part is not None:
         refuse_idle(given, "fresh", why="would remove what others have made: `shardmerge clean OUT` does, before all")
+        refuse_idle({"log_json": log_json}, "log_json", why="is for a whole run: a share tells no progress")
         state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
         show_part(state, as_json=as_json)
         return
@@ -233,7 +234,8 @@ def verify(  # one parameter an option
     if sources is None:
         why = "is for --sources MAPPING, which makes the tensors again"
         refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
-    with progress_bar(_size_of(directory), quiet=quiet or as_json, label="verify") as progress:
+    name, size = Path(directory).name, _size_of(directory)
+    with progress_bar(size, quiet=quiet or as_json, label=name, phase="verifying") as progress:
         verdict = shardmerge.verify(
             directory,
             sources=sources,

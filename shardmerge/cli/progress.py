@@ -52,7 +52,9 @@ def planning(label: str, *, quiet: bool, machine: bool = False) -> Iterator[None
 
 
 @contextmanager
-def progress_bar(total: int, *, quiet: bool, label: str, machine: bool = False) -> Iterator[Advance | None]:
+def progress_bar(
+    total: int, *, quiet: bool, label: str, phase: str = "writing", machine: bool = False
+) -> Iterator[Advance | None]:
     """Yields the function to call with bytes done, and now and then with 0; None where nobody watches.
 
     Parameters
@@ -61,13 +63,13 @@ def progress_bar(total: int, *, quiet: bool, label: str, machine: bool = False) 
         Bytes.
     quiet
         Nothing is to be said.
-    label
-        What is written, for people.
+    label, phase
+        To what it is done, and what: a result that is written is published with its last byte.
     machine
         JSON lines are asked for, quiet or not.
     """
     if machine or not (quiet or sys.stderr.isatty()):
-        yield _Told("writing", label, total, machine=machine).advance
+        yield _Told(phase, label, total, machine=machine).advance
     elif quiet:
         yield None
     else:

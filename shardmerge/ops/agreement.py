@@ -11,7 +11,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.contract import Meta, OpKind, Param, State, Stream
-from shardmerge.ops.deltas import Merge, Room, read_deltas, room_bytes
+from shardmerge.ops.deltas import Merge, Room, elect_sign, read_deltas, room_bytes
 from shardmerge.ops.parts import CALL_BYTES, PART, parts
 from shardmerge.ops.pointwise import number
 from shardmerge.ops.selection import Kept, kept, keys, select_peak
@@ -77,13 +77,7 @@ class Sce(Merge):
             found = room.less_base(models[index])
             return found if mask is None else np.multiply(found, mask, out=found)
 
-        out[...] = 0
-        for index in range(len(models)):
-            np.add(out, delta(index), out=out)
-        agrees = np.greater_equal(out, 0)
-        np.multiply(agrees, 2, out=room.sign, dtype=out.dtype, casting="unsafe")
-        np.subtract(room.sign, 1, out=room.sign)  # 1 or -1
-        out[...] = 0
+        agrees = elect_sign(delta, len(models), out, room)
         room.divisor[...] = 0
         for index, weight in enumerate(state.weights):
             found = delta(index)

@@ -126,6 +126,18 @@ def weights_of(given: tuple[float, ...], models: int) -> tuple[float, ...]:
     return given or (1.0,) * models
 
 
+def elect_sign(delta: Callable[[int], Array], models: int, out: Array, room: Room) -> Array:
+    """Fills the room's sign with 1 or -1, that of the sum of the deltas; ``out`` is 0 then. Returns a mask to use."""
+    out[...] = 0
+    for index in range(models):
+        np.add(out, delta(index), out=out)
+    agrees = np.greater_equal(out, 0)
+    np.multiply(agrees, 2, out=room.sign, dtype=out.dtype, casting="unsafe")
+    np.subtract(room.sign, 1, out=room.sign)
+    out[...] = 0
+    return agrees
+
+
 def add_agreeing(
     delta: Callable[[int], Array], weights: Sequence[float], out: Array, room: Room, *, normalize: bool
 ) -> None:
@@ -133,13 +145,7 @@ def add_agreeing(
 
     Masks are multiplied with: to add, or to set, where one is true takes numpy 4 to 6 ns an element, ten times as long.
     """
-    out[...] = 0
-    for index in range(len(weights)):
-        np.add(out, delta(index), out=out)
-    agrees = np.greater_equal(out, 0)
-    np.multiply(agrees, 2, out=room.sign, dtype=out.dtype, casting="unsafe")
-    np.subtract(room.sign, 1, out=room.sign)  # 1 or -1
-    out[...] = 0
+    agrees = elect_sign(delta, len(weights), out, room)
     room.divisor[...] = 0
     for index, weight in enumerate(weights):
         found = delta(index)
