@@ -95,6 +95,15 @@ device_option = click.option(
     default="cpu",
     help="Where to cast. cuda: needs torch, whose memory the plan does not count.",
 )
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+log_json_option = click.option("--log-json", is_flag=True, help="Progress as lines of JSON on stderr, for machines.")
+view_option = click.option(
+    "--view",
+    type=click.Choice(["fp32", "module"]),
+    default="fp32",
+    help="DeepSpeed: master weights or 16-bit.",
+)
+state_root_option = click.option("--root", default="", help="Dotted path of the state dict inside a torch file.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -1,0 +1,111 @@
+"""The commands that look at checkpoints, and compare them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+import shardmerge
+from shardmerge.cli.options import (
+    dumped,
+    json_option,
+    parsed,
+    plan_options,
+    quiet_option,
+    refuse_idle,
+    state_root_option,
+    view_option,
+    write_lines,
+)
+from shardmerge.cli.progress import progress_bar
+
+
+def add_checkpoint_commands(group: click.Group) -> None:
+    """Puts the commands of this module on the group."""
+    for command in (inspect, verify, diff):
+        group.add_command(command)
+
+
+@click.command()
+@click.argument("source", type=click.Path())
+@view_option
+@state_root_option
+@click.option("--download", is_flag=True, help="Fetch a hub id that is not in the local cache.")
+@json_option
+def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
+    """List what a checkpoint holds, from its headers alone."""
+    from shardmerge.plan import explain
+
+    catalog = shardmerge.inspect(source, view=view, root=root, download=download)
+    if as_json:
+        write_lines(explain.catalog_json(catalog, shardmerge.layout_of(catalog)))
+    else:
+        click.echo(explain.catalog_text(catalog, shardmerge.layout_of(catalog)))
+
+
+@click.command()
+@click.argument("directory", type=click.Path())
+@click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
+@click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
+@click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
+@plan_options
+@quiet_option
+@json_option
+def verify(  # one parameter an option
+    directory: str,
+    sources: str | None,
+    reference: str | None,
+    load: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Check a finished DIRECTORY: receipt, checksums, the reference reader; and what the options ask for."""
+    if sources is None:
+        why = "is for --sources MAPPING, which makes the tensors again"
+        refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
+    name, size = Path(directory).name, _size_of(directory)
+    with progress_bar(size, quiet=quiet or as_json, label=name, phase="verifying") as progress:
+        verdict = shardmerge.verify(
+            directory,
+            sources=sources,
+            reference=reference,
+            load=load,
+            options=parsed(given),
+            progress=progress,
+        )
+    if as_json:
+        found = {"checks": list(verdict.checks), "unchecked": list(verdict.unchecked), "tensors": verdict.tensors}
+        click.echo(dumped({"ok": True, **found}))
+        return
+    for check in verdict.checks:
+        click.echo(f"ok  {check}")
+    for rest in verdict.unchecked:
+        click.echo(f"not checked  {rest}")
+    if verdict.unchecked:
+        click.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
+
+
+@click.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@json_option
+def diff(a: str, b: str, as_json: bool) -> NoReturn:
+    """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ."""
+    found = list(shardmerge.diff(a, b))
+    if as_json:
+        rows = [{"name": d.name, "what": d.what, "detail": d.detail} for d in found]
+        click.echo(dumped({"equal": not found, "differences": rows}))
+    else:
+        for difference in found:
+            click.echo(f"{difference.name}: {difference.what}: {difference.detail}")
+        click.echo(f"{len(found)} differences" if found else "equal")
+    sys.exit(3 if found else 0)
+
+
+def _size_of(directory: str) -> int:
+    folder = Path(directory)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0

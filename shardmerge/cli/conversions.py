@@ -1,0 +1,251 @@
+"""The commands that plan, and carry out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardmerge.cli.cluster import say_waiting, show_part
+from shardmerge.cli.options import (
+    check_option,
+    device_option,
+    dumped,
+    engine_options,
+    json_option,
+    log_json_option,
+    pair,
+    parsed,
+    plan_options,
+    quiet_option,
+    refuse_idle,
+    refuse_idle_for_engine,
+    refuse_idle_for_plan,
+    root_option,
+    run_options,
+    state_root_option,
+    view_option,
+    write_lines,
+)
+from shardmerge.cli.progress import planning, progress_bar, warn
+
+if TYPE_CHECKING:
+    from shardmerge.api import Options, Prepared, Result
+
+_out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
+_use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
+_base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+_let = click.option("--let", "lets", multiple=True, metavar="NAME=VALUE", help="A number of the preset: ranks=8.")
+
+
+def add_conversion_commands(group: click.Group) -> None:
+    """Puts the commands of this module on the group."""
+    for command in (run, plan, convert):
+        group.add_command(command)
+
+
+@click.command()
+@click.argument("mapping", type=click.Path())
+@_out
+@root_option
+@plan_options
+@check_option
+@device_option
+@run_options
+@engine_options
+@click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
+@quiet_option
+@log_json_option
+@json_option
+def run(  # one parameter an option
+    mapping: str,
+    out: str | None,
+    roots: tuple[str, ...],
+    part: str | None,
+    quiet: bool,
+    log_json: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Carry out a mapping.yaml, or a plan, and publish the result, whole or not at all.
+
+    Run again after it was stopped, it goes on where it was.
+    """
+    from shardmerge import api
+
+    options = parsed(given)
+    refuse_idle_for_plan(mapping, given)
+    refuse_idle_for_engine(given, part)
+    moved = [pair(text, "--root", "/old=/new") for text in roots]
+    if part is not None:
+        refuse_idle(given, "fresh", why="would remove what others have made: `shardmerge clean OUT` does, before all")
+        refuse_idle({"log_json": log_json}, "log_json", why="is for a whole run: a share tells no progress")
+        state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
+        show_part(state, as_json=as_json)
+        return
+    with planning(mapping, quiet=quiet or as_json, machine=log_json):
+        prepared = api.prepare(Path(mapping), options, moved)
+    path = api.output_path(prepared, out, mapping)
+    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
+
+
+@click.command()
+@click.argument("mapping", type=click.Path())
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="FILE", help="Write the plan, for `run` to carry out: plan.json."
+)
+@root_option
+@plan_options
+@check_option
+@click.option("--tensors", is_flag=True, help="One line a tensor: where it comes from and why.")
+@json_option
+def plan(  # one parameter an option
+    mapping: str,
+    out: str | None,
+    roots: tuple[str, ...],
+    tensors: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Show what `run` would do: sources, every tensor, bytes, memory. Reads headers only."""
+    from shardmerge import api
+
+    refuse_idle_for_plan(mapping, given)
+    with planning(mapping, quiet=as_json):
+        prepared = api.prepare(Path(mapping), parsed(given), [pair(text, "--root", "/old=/new") for text in roots])
+    if out is not None:
+        api.write_plan(prepared, Path(out))
+    _show_plan(prepared, prepared.out, tensors=tensors, as_json=as_json)
+    if out is not None:
+        click.echo(f"written: {out}; to carry it out: shardmerge run {out}", err=True)
+
+
+@click.command()
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path())
+@_use
+@_base
+@_let
+@view_option
+@state_root_option
+@plan_options
+@check_option
+@device_option
+@run_options
+@click.option("--with-optimizer", is_flag=True, help="Take Adam's state along, to --format dcp or zero-universal.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@quiet_option
+@log_json_option
+@json_option
+def convert(  # noqa: PLR0913  # one parameter an option
+    source: str,
+    out: str,
+    use: str,
+    bases: tuple[str, ...],
+    lets: tuple[str, ...],
+    view: Any,  # noqa: ANN401  # click's Choice
+    root: str,
+    dry_run: bool,
+    quiet: bool,
+    log_json: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Convert a checkpoint SOURCE to the directory OUT; replaces zero_to_fp32.py.
+
+    Without --use every tensor keeps its name.
+    """
+    from shardmerge import api
+
+    options = parsed(given)
+    named = dict(pair(text) for text in bases)
+    let = dict(pair(text, "--let", "ranks=8") for text in lets)
+    with planning(source, quiet=quiet or as_json, machine=log_json):
+        prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
+    if dry_run:
+        _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
+        return
+    path = Path(out).expanduser().absolute()
+    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
+
+
+def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:
+    from shardmerge import api
+    from shardmerge.plan import explain
+
+    _warn(prepared)
+    cloned = 0 if out is None or tensors else api.clonable_bytes(prepared.plan, out.expanduser())
+    if as_json:
+        write_lines(explain.plan_json(prepared.plan, prepared.how, cloned))
+    elif tensors:
+        for line in explain.tensor_lines(prepared.plan):
+            click.echo(line)
+    else:
+        click.echo(explain.plan_text(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
+
+
+def _warn(prepared: Prepared, *, machine: bool = False) -> None:
+    for warning in prepared.plan.warnings:
+        warn(warning, machine=machine)
+
+
+def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool, log_json: bool) -> None:
+    from shardmerge import api
+    from shardmerge.plan import explain
+
+    _warn(prepared, machine=log_json)
+    started = time.monotonic()
+    total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
+    with progress_bar(total, quiet=quiet or as_json, label=out.name, machine=log_json) as progress:
+        result = api.carry_out(prepared, out, options, progress)
+    seconds = time.monotonic() - started
+    if as_json:
+        click.echo(dumped(_result_json(result, prepared, seconds)))
+        return
+    if options.device == "cuda":
+        warn("the planned peak does not count what torch and CUDA take", machine=log_json)
+    for name, count in sorted(result.outcome.overflows.items()):
+        warn(f"{count:,} values of {name} overflowed in the cast", machine=log_json)
+    if not quiet:
+        click.echo(explain.plan_text(result.plan, prepared.how, str(out), result.outcome.bytes_cloned))
+        click.echo(_said(result, seconds))
+        for rest in result.records.unchecked():
+            click.echo(f"not checked  {rest}")
+
+
+def _said(result: Result, seconds: float) -> str:
+    kept = len(result.plan.shards) - result.made
+    if not result.made:
+        return (
+            "all of it was made before: published" if result.outcome.checksums else "published already: nothing to do"
+        )
+    rate = (result.outcome.bytes_written + result.outcome.bytes_cloned) / max(seconds, 1e-9) / 1e9
+    before = f"; {kept} of {len(result.plan.shards)} files were made before" if kept else ""
+    return f"written in {seconds:.1f} s ({rate:.2f} GB/s){before}"
+
+
+def _result_json(result: Result, prepared: Prepared, seconds: float) -> dict[str, object]:
+    from shardmerge.plan import explain
+    from shardmerge.plan.clones import moved
+
+    return {
+        "path": str(result.path),
+        "plan": result.plan.id,
+        "tensors": sum(1 for _ in result.plan.tensors()),
+        "total_size": result.plan.tensor_bytes,
+        "parts_made": result.made,
+        "bytes_read": result.outcome.bytes_read,
+        "bytes_written": result.outcome.bytes_written,
+        **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
+        "clone_seconds": round(result.outcome.clone_seconds, 6),
+        "overflows": result.outcome.overflows,
+        "source_records": asdict(result.records),
+        "warnings": list(result.plan.warnings),
+        "checks": list(result.plan.checks),
+        "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
+        "planned_peak": prepared.how.peak,
+        "seconds": round(seconds, 3),
+    }
