@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from docs.markdown import code, link, table
 from docs.preset_pages import file_name
-from shardmerge.mapping.layout_table import Layout, layout_table
+from shardmerge.recognition.table import Layout, layout_table
 
 _MOST_NAMES = 2
 

@@ -30,14 +30,14 @@ from shardmerge.tensors import TensorEntry
 # Modules that one verb needs are imported where that verb is done: the others start without them.
 if TYPE_CHECKING:
     from shardmerge.execute.executors.contract import Progress
+    from shardmerge.inverse.way_back import Forward
     from shardmerge.lazy import LazyCheckpoint
     from shardmerge.mapping.preset_files import Preset
-    from shardmerge.mapping.proposal import Proposal
-    from shardmerge.mapping.way_back import Forward
     from shardmerge.plan.reading import PlanText
     from shardmerge.publish.comparing import Difference
     from shardmerge.publish.shares import Share
     from shardmerge.publish.verify import Verdict
+    from shardmerge.recognition.proposal import Proposal
 
 __all__ = [
     "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
@@ -536,7 +536,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
     UsageError
         ``unknown-source``.
     """
-    from shardmerge.mapping.invert import invert_spec
+    from shardmerge.inverse.inversion import invert_spec
     from shardmerge.mapping.preset_files import load_preset, with_preset
     from shardmerge.mapping.reader import load_spec
 
@@ -552,7 +552,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
 
 def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
     """Resolves a mapping and says what it makes, for a way back that is exact."""
-    from shardmerge.mapping.way_back import Forward
+    from shardmerge.inverse.way_back import Forward
     from shardmerge.prepare.preparation import plan_of
     from shardmerge.prepare.resolved import resolved
 

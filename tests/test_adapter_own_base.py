@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardmerge as sm
+from shardmerge.adapters.types import as_base, as_frozen
 from shardmerge.dtypes import DTYPES
-from shardmerge.mapping.adapter_types import as_base, as_frozen
 from shardmerge.tensors import Catalog, Extent, TensorEntry, dense
 from tests.adapter_runs import WEIGHTS, assert_same, gpt2, llama, merged_state, refusal, saved, trained
 from tests.conftest import GOLDEN, read_all

@@ -12,7 +12,10 @@ from statistics import median
 
 PACKAGE = Path(__file__).parent.parent / "shardmerge"
 # The rooms that are held to it.
-ROOMS = ("execute", "mapping", "ops", "plan", "prepare", "publish", "sources", "storage", "targets", "tensors")
+ROOMS = (
+    "adapters", "execute", "inverse", "mapping", "mergekit", "ops", "plan", "prepare", "publish", "recognition",
+    "sources", "storage", "targets", "tensors",
+)  # fmt: skip
 MOST_IMPORTS, USUAL_IMPORTS = 15, 7
 # The public door knows every verb; where a part is made, published and verified much comes together. None may join.
 MANY = (

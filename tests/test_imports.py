@@ -45,7 +45,7 @@ OF_CLICK = {"lzma", "shutil"}  # asks for the width of the terminal, for help al
 # Rooms of shardmerge that are a large part of its own start-up.
 ROOMS = {
     "shardmerge.execute.engine", "shardmerge.execute.gpu", "shardmerge.execute.making", "shardmerge.execute.regions",
-    "shardmerge.mapping.adapters", "shardmerge.mapping.proposal", "shardmerge.mapping.invert",
+    "shardmerge.adapters.merging", "shardmerge.recognition.proposal", "shardmerge.inverse.inversion",
     "shardmerge.mapping.node_reader", "shardmerge.mapping.preset_files", "shardmerge.mapping.reader",
     "shardmerge.mapping.resolve",
     "shardmerge.ops.registry", "shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.reading",
@@ -106,7 +106,9 @@ def test_help(folder: Path) -> None:
     found = imported("--help")
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
-    commands = {"bench", "cluster", "main", "mappings", "options", "progress"}
+    commands = {
+        "bench", "checkpoints", "cluster", "conversions", "main", "mappings", "options", "presets", "progress",
+    }  # fmt: skip
     assert ours == {
         "shardmerge.cli",
         "shardmerge.errors",

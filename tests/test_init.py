@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import shardmerge as sm
 from shardmerge import api
-from shardmerge.mapping.layout_table import layout_table
 from shardmerge.mapping.preset_files import list_presets, load_preset
 from shardmerge.mapping.reader import parse_spec
-from shardmerge.mapping.recognition import recognise
-from shardmerge.mapping.unsaid import unsaid_numbers
+from shardmerge.recognition.recognised import recognise
+from shardmerge.recognition.table import layout_table
+from shardmerge.recognition.unsaid import unsaid_numbers
 from shardmerge.targets.registry import TARGETS
 from tests.conftest import GOLDEN, shardmerge
 

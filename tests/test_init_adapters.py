@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge import api
-from shardmerge.mapping.proposal import Proposal
+from shardmerge.recognition.proposal import Proposal
 from tests.conftest import GOLDEN
 from tests.families import made
 

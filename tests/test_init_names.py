@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import shardmerge as sm
 from shardmerge import api
 from shardmerge.dtypes import DTYPES
-from shardmerge.mapping.layout_table import layout_table
-from shardmerge.mapping.recognition import recognise
+from shardmerge.recognition.recognised import recognise
+from shardmerge.recognition.table import layout_table
 from shardmerge.tensors import Catalog, TensorEntry
 from tests.conftest import GOLDEN
 from tests.families import made

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge import api
+from shardmerge.inverse.inversion import invert_spec
 from shardmerge.mapping.dropping import find_dropped
-from shardmerge.mapping.invert import invert_spec
 from shardmerge.mapping.preset_files import list_presets, load_preset, with_preset
 from shardmerge.mapping.reader import load_spec, parse_spec
 from shardmerge.mapping.resolve import resolve

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import shardmerge as sm
 from shardmerge import api
-from shardmerge.mapping.invert import invert_spec
+from shardmerge.inverse.inversion import invert_spec
 from shardmerge.mapping.preset_files import list_presets
 from shardmerge.mapping.reader import parse_spec
 from shardmerge.mapping.spec import Spec

@@ -14,9 +14,9 @@ import pytest
 
 from shardmerge.errors import ShardmergeError
 from shardmerge.mapping import preset_files
-from shardmerge.mapping.other_layouts import foreign_presets, odd_layouts
 from shardmerge.mapping.preset_files import list_presets
 from shardmerge.mapping.reader import parse_spec
+from shardmerge.recognition.other_layouts import foreign_presets, odd_layouts
 from shardmerge.sources.opening import open_catalog
 from shardmerge.tensors import Catalog
 from tests.conftest import GOLDEN

@@ -14,8 +14,8 @@ from shardmerge.tensors import Catalog, Extent
 
 def layout_of(catalog: Catalog) -> str:
     """Returns what a checkpoint is, by its names, shapes and config.json, for people; ``""`` where nothing is known."""
-    from shardmerge.mapping.recognition import recognise
     from shardmerge.prepare.beside_config import read_config
+    from shardmerge.recognition.recognised import recognise
 
     return recognise(catalog, read_config(catalog, _content)).title
 

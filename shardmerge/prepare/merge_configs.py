@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardmerge.errors import UsageError
-from shardmerge.mapping.mergekit_config import is_mergekit
-from shardmerge.mapping.mergekit_mapping import propose_merge
-from shardmerge.mapping.proposal import Proposal
+from shardmerge.mergekit.config import is_mergekit
+from shardmerge.mergekit.mapping import propose_merge
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.merge_tokens import joint_vocabulary
 from shardmerge.prepare.proposing import relative
 from shardmerge.prepare.side_files import SideFiles
+from shardmerge.recognition.proposal import Proposal
 
 
 def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) -> Proposal:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 
 from shardmerge.errors import UsageError
-from shardmerge.mapping.mergekit_config import MergeConfig, ModelName, not_sayable
-from shardmerge.mapping.mergekit_vocabulary import JointVocabulary, ModelVocabulary, TokenChoice
 from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, json_value
+from shardmerge.mergekit.config import MergeConfig, ModelName, not_sayable
+from shardmerge.mergekit.vocabulary import JointVocabulary, ModelVocabulary, TokenChoice
 from shardmerge.targets.any_model import over_vocabulary
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
 

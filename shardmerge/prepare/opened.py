@@ -67,8 +67,8 @@ def _preset(name: str) -> Preset:
 
 def _combined(spec: Spec, preset: Preset, catalogs: Mapping[str, Catalog], sides: SideFiles) -> Spec:
     from shardmerge.mapping.families import odd_families
-    from shardmerge.mapping.other_layouts import odd_layouts
     from shardmerge.mapping.preset_files import with_preset
+    from shardmerge.recognition.other_layouts import odd_layouts
 
     raise_all(odd_layouts(spec, preset, catalogs))
     raise_all(odd_families(preset, catalogs, sides.read))

@@ -64,7 +64,7 @@ def _adapter_alone(catalog: Catalog) -> TargetError:
 
 def better_roads(catalog: Catalog) -> tuple[str, ...]:
     """Returns when a preset probably is what the user wants."""
-    from shardmerge.mapping.other_layouts import foreign_presets
+    from shardmerge.recognition.other_layouts import foreign_presets
 
     found, wrapped = foreign_presets(catalog)
     if not found:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from shardmerge.mapping.proposal import Found, Proposal, propose
-from shardmerge.mapping.recognition import recognise
 from shardmerge.prepare.beside_config import read_config
 from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.side_files import SideFiles
+from shardmerge.recognition.proposal import Found, Proposal, propose
+from shardmerge.recognition.recognised import recognise
 from shardmerge.targets.config_numbers import load_object
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG

@@ -78,7 +78,7 @@ def _merged(
     left = dropped.left(catalogs)
     if not spec.adapters:
         return left, frozenset(), {}
-    from shardmerge.mapping.adapters import merge_adapters
+    from shardmerge.adapters.merging import merge_adapters
 
     try:
         merged = merge_adapters(spec.adapters, left, sides.read, typed=typed)

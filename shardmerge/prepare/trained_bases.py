@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.adapters.held import held_base
 from shardmerge.errors import UsageError
-from shardmerge.mapping.adapter_held import held_base
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
 from shardmerge.prepare.named_source import open_source

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from shardmerge.mapping.near import listed
-from shardmerge.mapping.recognition import recognise
 from shardmerge.prepare.beside_config import read_config
 from shardmerge.prepare.side_files import SideFiles
+from shardmerge.recognition.recognised import recognise
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.wrapped_names import stripped
 

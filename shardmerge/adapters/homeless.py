@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from shardmerge.adapters.fit import Fit, wanted
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.parts import AdapterTensors
+from shardmerge.adapters.search import head_of, renamings
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_fit import Fit, wanted
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parts import AdapterTensors
-from shardmerge.mapping.adapter_search import head_of, renamings
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.renaming import Renamings, line, renamed
 from shardmerge.mapping.spec import AdapterSpec

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardmerge.errors import MappingError, UsageError, raise_all
-from shardmerge.mapping.inverse_text import made_name, mapping_lines
+from shardmerge.inverse.text import made_name, mapping_lines
+from shardmerge.inverse.undoing import AT_HAND, Undoing
+from shardmerge.inverse.way_back import Forward, check_way_back
 from shardmerge.mapping.narrower import is_narrower
 from shardmerge.mapping.near import did_you_mean, listed
 from shardmerge.mapping.spec import Spec, references
-from shardmerge.mapping.undoing import AT_HAND, Undoing
-from shardmerge.mapping.way_back import Forward, check_way_back
 
 
 def invert_spec(spec: Spec, source: str = "", forward: Forward | None = None) -> str:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from shardmerge.mapping.mergekit_config import ModelName
-from shardmerge.mapping.mergekit_terms import Written
+from shardmerge.mergekit.config import ModelName
+from shardmerge.mergekit.terms import Written
 
 
 @dataclass(slots=True)

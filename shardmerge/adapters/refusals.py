@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from shardmerge.adapters.held import held_base
+from shardmerge.adapters.parts import AdapterTensors, foreign_error, foreign_names
+from shardmerge.adapters.roots import PREFIX
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_held import held_base
-from shardmerge.mapping.adapter_parts import AdapterTensors, foreign_error, foreign_names
-from shardmerge.mapping.adapter_roots import PREFIX
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.shown import inspecting

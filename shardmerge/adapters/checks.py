@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from shardmerge.adapters.base import Base
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.parameters import unadapted_parameters
+from shardmerge.adapters.parts import AdapterTensors
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parameters import unadapted_parameters
-from shardmerge.mapping.adapter_parts import AdapterTensors
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names, layer_of

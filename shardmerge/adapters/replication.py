@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from shardmerge.adapters.base import Base
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_base import Base
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.config_numbers import JsonObject

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import listed
-from shardmerge.mapping.recognition import recognise
 from shardmerge.mapping.spec import Spec, references
+from shardmerge.recognition.recognised import recognise
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.wrapped_names import common_prefix
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from shardmerge.mapping.mergekit_config import (
+from shardmerge.mapping.near import listed
+from shardmerge.mapping.pattern import escape
+from shardmerge.mergekit.config import (
     MergeConfig,
     MergeInput,
     MergeSlice,
@@ -17,12 +19,10 @@ from shardmerge.mapping.mergekit_config import (
     not_sayable,
     read_mergekit,
 )
-from shardmerge.mapping.mergekit_terms import Moment, Written, method_of, term
-from shardmerge.mapping.mergekit_text import MergeSources, written
-from shardmerge.mapping.mergekit_vocabulary import JointVocabulary
-from shardmerge.mapping.near import listed
-from shardmerge.mapping.pattern import escape
-from shardmerge.mapping.proposal import Proposal
+from shardmerge.mergekit.terms import Moment, Written, method_of, term
+from shardmerge.mergekit.text import MergeSources, written
+from shardmerge.mergekit.vocabulary import JointVocabulary
+from shardmerge.recognition.proposal import Proposal
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.natural_order import natural_key
 

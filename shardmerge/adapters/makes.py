@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from shardmerge.adapters.roots import PREFIX
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_roots import PREFIX
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.rearranging import Permute

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from shardmerge.adapters.base import Base
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.settings import AdapterSettings
+from shardmerge.adapters.weights import merged_weight
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_settings import AdapterSettings
-from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.cutting import Slice

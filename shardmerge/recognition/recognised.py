@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from shardmerge.mapping.layout_table import Layout, layout_table
+from shardmerge.recognition.table import Layout, layout_table
 from shardmerge.tensors import Catalog, TensorEntry
 from shardmerge.tensors.wrapped_names import ANYWHERE, IN_FRONT, unwrapped_names
 

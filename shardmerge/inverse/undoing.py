@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.formulas import Formula
+from shardmerge.inverse.way_back import Forward
 from shardmerge.mapping.captures import Capture
 from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.spec import Argument, OpTerm, Reference, Rule, Term, references
-from shardmerge.mapping.way_back import Forward
 from shardmerge.ops.contract import Gathered, Mirror, OpKind, Scattered
 from shardmerge.ops.registry import OPS
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
-from shardmerge.mapping.adapter_fit import Fit
+from shardmerge.adapters.fit import Fit
 from shardmerge.mapping.pattern import escape
 from shardmerge.mapping.renaming import Renaming, Renamings, renamed
 from shardmerge.tensors import Shape

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import copysign, sqrt
 
+from shardmerge.adapters.held import held_base
+from shardmerge.adapters.parts import AdapterTensors, sort_adapter
+from shardmerge.adapters.roots import PREFIX
+from shardmerge.adapters.settings import AdapterSettings, read_adapter_settings
 from shardmerge.compose import compose
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.adapter_held import held_base
-from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
-from shardmerge.mapping.adapter_roots import PREFIX
-from shardmerge.mapping.adapter_settings import AdapterSettings, read_adapter_settings
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear

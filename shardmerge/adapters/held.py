@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from shardmerge.mapping.adapter_roots import inside
-from shardmerge.mapping.adapter_types import as_frozen
+from shardmerge.adapters.roots import inside
+from shardmerge.adapters.types import as_frozen
 from shardmerge.mapping.pattern import Template
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.mergekit_config import (
+from shardmerge.mapping.near import did_you_mean
+from shardmerge.mapping.settings import interpolated
+from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.mergekit.config import (
     MergeConfig,
     MergeInput,
     MergeSlice,
@@ -17,10 +20,7 @@ from shardmerge.mapping.mergekit_config import (
     flag_of,
     not_sayable,
 )
-from shardmerge.mapping.mergekit_methods import FLAGS, KNOWN, METHODS, Method
-from shardmerge.mapping.near import did_you_mean
-from shardmerge.mapping.settings import interpolated
-from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.mergekit.methods import FLAGS, KNOWN, METHODS, Method
 from shardmerge.ops.registry import OPS
 
 # Text behind a key, a list of terms, or a term: what a mapping says, before it is written.

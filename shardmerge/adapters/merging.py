@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from shardmerge.adapters.base import Base
+from shardmerge.adapters.checks import incomplete, unweighable
+from shardmerge.adapters.homeless import idle_renames, without_base
+from shardmerge.adapters.jobs import jobs
+from shardmerge.adapters.makes import translated
+from shardmerge.adapters.modules import ModuleMerge, whole_modules
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.parts import AdapterTensors, sort_adapter
+from shardmerge.adapters.refusals import packed_base, refuse_no_adapter, refuse_own_adapter
+from shardmerge.adapters.replication import replicated
+from shardmerge.adapters.settings import AdapterSettings, has_own_config, read_adapter_settings
 from shardmerge.errors import ShardmergeError, raise_all
-from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_checks import incomplete, unweighable
-from shardmerge.mapping.adapter_homeless import idle_renames, without_base
-from shardmerge.mapping.adapter_jobs import jobs
-from shardmerge.mapping.adapter_makes import translated
-from shardmerge.mapping.adapter_modules import ModuleMerge, whole_modules
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parts import AdapterTensors, sort_adapter
-from shardmerge.mapping.adapter_refusals import packed_base, refuse_no_adapter, refuse_own_adapter
-from shardmerge.mapping.adapter_replication import replicated
-from shardmerge.mapping.adapter_settings import AdapterSettings, has_own_config, read_adapter_settings
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
+from shardmerge.adapters.fit import Fit
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_fit import Fit
 from shardmerge.mapping.generations import ModelNames, generations, names_of
 from shardmerge.mapping.renaming import Renaming, Renamings, renamed
 from shardmerge.targets.config_numbers import JsonObject

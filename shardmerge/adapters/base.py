@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from shardmerge.adapters.files import files_beside
+from shardmerge.adapters.layers import Layers
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.types import as_base, as_replaced
+from shardmerge.adapters.weights import with_rows
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.adapter_files import files_beside
-from shardmerge.mapping.adapter_layers import Layers
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_types import as_base, as_replaced
-from shardmerge.mapping.adapter_weights import with_rows
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.adapter_config import AdapterConfig, last_names
 from shardmerge.targets.config_numbers import JsonObject, load_object

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError, UsageError
-from shardmerge.mapping.grouped_names import group
-from shardmerge.mapping.layout_table import Layout
 from shardmerge.mapping.near import count, did_you_mean, printable
 from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.preset_files import Preset
-from shardmerge.mapping.recognition import Recognised
-from shardmerge.mapping.roads import Route, choose, routes
-from shardmerge.mapping.unsaid import unsaid_numbers
+from shardmerge.recognition.grouped_names import group
+from shardmerge.recognition.recognised import Recognised
+from shardmerge.recognition.roads import Route, choose, routes
+from shardmerge.recognition.table import Layout
+from shardmerge.recognition.unsaid import unsaid_numbers
 from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog, TensorEntry
 from shardmerge.tensors.wrapped_names import stripped

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from shardmerge.adapters.base import Base
+from shardmerge.adapters.names import Places
+from shardmerge.adapters.parameters import ParameterMerge, parameter_of
+from shardmerge.adapters.products import is_lycoris, lycoris_rank, lycoris_weight, scaled_by_alpha
+from shardmerge.adapters.refusals import explained
+from shardmerge.adapters.settings import AdapterSettings
+from shardmerge.adapters.weights import merged_weight
 from shardmerge.compose import cast_to, compose
 from shardmerge.errors import MappingError, ShardmergeError
-from shardmerge.mapping.adapter_base import Base
-from shardmerge.mapping.adapter_names import Places
-from shardmerge.mapping.adapter_parameters import ParameterMerge, parameter_of
-from shardmerge.mapping.adapter_products import is_lycoris, lycoris_rank, lycoris_weight, scaled_by_alpha
-from shardmerge.mapping.adapter_refusals import explained
-from shardmerge.mapping.adapter_settings import AdapterSettings
-from shardmerge.mapping.adapter_weights import merged_weight
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.ops.rearranging import Permute

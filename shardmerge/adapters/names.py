@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shardmerge.mapping.adapter_fit import wanted
-from shardmerge.mapping.adapter_generations import known_renamings
-from shardmerge.mapping.adapter_parts import AdapterTensors
-from shardmerge.mapping.adapter_search import head_of, renamings
+from shardmerge.adapters.fit import wanted
+from shardmerge.adapters.generations import known_renamings
+from shardmerge.adapters.parts import AdapterTensors
+from shardmerge.adapters.search import head_of, renamings
 from shardmerge.mapping.renaming import Renamings, line, original, renamed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.targets.config_numbers import JsonObject

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.layout_table import Layout
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.preset_files import Preset, list_presets, load_preset
-from shardmerge.mapping.recognition import Recognised
+from shardmerge.recognition.recognised import Recognised
+from shardmerge.recognition.table import Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from shardmerge.mapping.mergekit_config import not_sayable
-from shardmerge.mapping.mergekit_terms import Written
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.mergekit.config import not_sayable
+from shardmerge.mergekit.terms import Written
 
 # More pieces than this are another vocabulary, not a vocabulary with new tokens: a rule could not be read.
 _MOST_PIECES = 256

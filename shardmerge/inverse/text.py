@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from shardmerge.formulas import Formula
+from shardmerge.inverse.undoing import MadeName, Undoing, Undone, Way, names_of, ranges_of
+from shardmerge.inverse.way_back import Fence, Forward, fence
 from shardmerge.mapping.spec import Spec
-from shardmerge.mapping.undoing import MadeName, Undoing, Undone, Way, names_of, ranges_of
 from shardmerge.mapping.variables import ROOMS
-from shardmerge.mapping.way_back import Fence, Forward, fence
 from shardmerge.ops.registry import OPS
 
 _MADE = "made"

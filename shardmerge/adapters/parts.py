@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from shardmerge.adapters.roots import PREFIX, inside
 from shardmerge.errors import MappingError
-from shardmerge.mapping.adapter_roots import PREFIX, inside
 from shardmerge.mapping.near import count, did_you_mean, listed, printable
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias
 
-from shardmerge.mapping.adapter_parts import AdapterTensors
+from shardmerge.adapters.parts import AdapterTensors
 from shardmerge.tensors import Shape, TensorEntry
 
 Fit: TypeAlias = Callable[[str, Shape], bool]

@@ -1,0 +1,1 @@
+"""The way back: a mapping that undoes another one."""

@@ -1,0 +1,1 @@
+"""Merge configurations of mergekit as mappings."""

@@ -1,0 +1,1 @@
+"""What a checkpoint is, and the mappings that lead on from there."""
