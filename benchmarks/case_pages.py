@@ -44,12 +44,14 @@ def case_page(stem: str, result: Result) -> Iterator[str]:
 def case_plots(stem: str, result: Result) -> dict[str, str]:
     """Returns the plots of one case by name."""
     title, nbytes = result["case"]["title"], output_bytes(result)
-    rows = [Bar(_short(entry), nbytes / entry["wall"]["median"] / 1e9, entry["kind"]) for entry in result["contenders"]]
+    rows = [
+        Bar(short_title(entry), nbytes / entry["wall"]["median"] / 1e9, entry["kind"]) for entry in result["contenders"]
+    ]
     found = {f"{stem}-throughput.svg": bars(title, "GB/s of output, by the median", rows)}
     if _has_curves(result):
         lines = [
             Line(
-                _short(entry),
+                short_title(entry),
                 [(0.0, 0.0), *((t, (anonymous + mapped) / MIB) for t, anonymous, mapped in entry["curve"])],
             )
             for entry in result["contenders"]
@@ -84,7 +86,7 @@ def _summary_row(stem: str, result: Result) -> list[str]:
     if others:
         best = min(others, key=lambda entry: float(entry["wall"]["median"]))
         cells = [
-            _short(best),
+            short_title(best),
             f"{ratio(best, quick)['median']:.1f} x",
             f"{ratio(best, quick, 'peak')['median']:.0f} x the memory",
         ]
@@ -167,8 +169,8 @@ def _has_curves(result: Result) -> bool:
     return any(entry.get("curve") for entry in result["contenders"])
 
 
-def _short(entry: Entry) -> str:
-    """Returns the title as far as a plot has room for it."""
+def short_title(entry: Entry) -> str:
+    """Returns the title of a contender as far as a plot has room for it."""
     words = str(entry["title"]).split(" (")[0].split(", which")[0]
     return words if len(words) <= 58 else words.split(":")[0]
 

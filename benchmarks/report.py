@@ -1,4 +1,6 @@
-"""Renders docs/benchmarks.md and its plots from the result files: ``python -m benchmarks.report``. No measuring.
+"""Renders docs/benchmarks.md, the page of measurements behind it, and the plots, from the result files. No measuring.
+
+``python -m benchmarks.report`` writes them.
 
 Besides the cases of `benchmarks.run` any result file may carry ``tables`` (``title``, ``about``, ``columns``, ``rows``)
 and ``plots`` (``key``, ``title``, ``axes``, ``doubling``, ``series`` of ``label`` and ``points``), which are shown as
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
+from benchmarks.answers import answers
 from benchmarks.case_pages import case_page, case_plots, summary
+from benchmarks.headline import HEADLINE, picture
 from benchmarks.markdown import table
 from benchmarks.other_pages import origin, other_pages
 from benchmarks.plots import Line, curves
@@ -20,10 +24,12 @@ from benchmarks.reading import Result, cases, machines, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-PAGE, PLOTS = "benchmarks.md", "plots"
+ANSWERS, PAGE, PLOTS = "benchmarks.md", "benchmarks-details.md", "plots"
 
 _HEAD = """\
-# Benchmarks
+# All measurements
+
+The answers in short are on [Benchmarks](benchmarks.md).
 
 Written by `python -m benchmarks.report` from `benchmarks/results/*.json`, where every single run is. Take the ratios,
 not the absolute figures: those belong to the machine below. `shardmerge bench` measures yours.
@@ -78,7 +84,7 @@ _NOT_MEASURED = """\
 
 
 def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Writes the page and its plots, and removes plots of results that are gone."""
+    """Writes the pages and their plots, and removes plots of results that are gone."""
     wanted = files(results)
     for path in _left_over(wanted, docs):
         path.unlink()
@@ -95,10 +101,10 @@ def outdated(results: Path = RESULTS, docs: Path = DOCS) -> list[Path]:
 
 
 def files(results: Path) -> dict[str, str]:
-    """Returns the page and the plots, by their path below docs."""
+    """Returns the pages and the plots, by their path below docs."""
     found = read(results)
     plots = {f"{PLOTS}/{name}": text for name, text in _plots(found)}
-    return {PAGE: "\n".join(_page(found)), **plots}
+    return {ANSWERS: "\n".join(answers(found, PAGE)), PAGE: "\n".join(_page(found)), **plots}
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -110,6 +116,8 @@ def _left_over(wanted: Mapping[str, str], docs: Path) -> list[Path]:
 
 
 def _plots(found: Mapping[str, Result]) -> Iterator[tuple[str, str]]:
+    if HEADLINE in found:
+        yield "headline.svg", picture(found[HEADLINE])
     for stem, result in cases(found).items():
         yield from case_plots(stem, result).items()
     for stem, result in found.items():

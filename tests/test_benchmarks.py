@@ -50,7 +50,7 @@ def test_the_page_and_its_plots_are_what_the_results_say() -> None:
 
 
 def test_every_plot_of_the_page_is_there_and_is_xml() -> None:
-    page = (report.DOCS / report.PAGE).read_text("utf-8")
+    page = "".join((report.DOCS / name).read_text("utf-8") for name in (report.PAGE, report.ANSWERS))
     plots = sorted((report.DOCS / report.PLOTS).glob("*.svg"))
     assert plots
     for path in plots:
@@ -71,7 +71,7 @@ def test_free_tables_and_plots_of_any_result_are_shown(tmp_path: Path) -> None:
     }
     (tmp_path / "casts.json").write_text(json.dumps(found))
     written = report.files(tmp_path)
-    page = written["benchmarks.md"]
+    page = written[report.PAGE]
     for words in (
         "## Casts",
         "Pairs.",
@@ -125,7 +125,7 @@ PLAN = {"wall": 3.21, "cpu": 3.0, "peak": 200 * MIB, "printed": 2_500_000, "tens
 )
 def test_results_of_other_shapes_are_shown(stem: str, result: dict[str, object], words: str, tmp_path: Path) -> None:
     (tmp_path / f"{stem}.json").write_text(json.dumps(result))
-    page = report.files(tmp_path)["benchmarks.md"]
+    page = report.files(tmp_path)[report.PAGE]
     assert words in page
     assert f"`{stem}`, today, commit aaaaaaaaaaaa." in page
     assert {row[0] for row in goals.rows({stem: result})} == {f"`{stem}`"}
@@ -169,7 +169,7 @@ def test_what_is_outdated_or_left_over_is_found_and_written(tmp_path: Path) -> N
     results.mkdir()
     (docs / "plots").mkdir(parents=True)
     (docs / "plots" / "gone.svg").write_text("")
-    assert {path.name for path in report.outdated(results, docs)} == {"benchmarks.md", "gone.svg"}
+    assert {path.name for path in report.outdated(results, docs)} == {report.ANSWERS, report.PAGE, "gone.svg"}
     report.write(results, docs)
     assert report.outdated(results, docs) == []
     assert not (docs / "plots" / "gone.svg").exists()

@@ -27,8 +27,8 @@ from shardmerge.tensors import leaves
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
-# The page of benchmarks is written by `make bench`.
-PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "benchmarks.md")
+# The pages of benchmarks are written by `make bench`.
+PAGES = sorted(path for path in DOCS.rglob("*.md") if not path.name.startswith("benchmarks"))
 COMMANDS_PAGE = DOCS / "reference" / "commands.md"
 
 
