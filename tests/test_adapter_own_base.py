@@ -6,6 +6,7 @@ The judge is peft: what it merges in memory, and what it saves as the adapter.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +208,68 @@ def test_tokens_that_nobody_numbers_are_not_exported(tmp_path: Path) -> None:
     with pytest.raises(sm.ShardmergeError) as caught:
         sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
     assert "[adapter-tokens]" in str(caught.value)
+
+
+# --- a conversion that keeps every name
+
+
+def plain_words(run: Path, out: Path) -> str:
+    """What a conversion without a preset says, which publishes every tensor under its own name."""
+    held = sm.inspect(run)
+    result = sm.convert(run, out, options=FAST)
+    assert set(sm.inspect(out).names()) == set(held.names())
+    return " ".join(result.plan.warnings)
+
+
+def followed(words: str, run: Path, out: Path) -> list[Path]:
+    """The results of the commands that a warning names."""
+    uses = re.findall(r"--use (\S+)( --base base=MODEL)?", words.replace(";", " "))
+    made = []
+    for number, (use, base) in enumerate(uses):
+        bases = {"base": str(run.parent / "base")} if base else {}
+        sm.convert(run, out / str(number), use=use, bases=bases, options=FAST)
+        made.append(out / str(number))
+    return made
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_plain_conversion_says_that_an_adapter_is_inside(
+    tmp_path: Path, write: Callable[[State, Path], None]
+) -> None:
+    truth = run_of(tmp_path, "plain", write)
+    words = plain_words(tmp_path / "run", tmp_path / "plain")
+    assert "8 of 29 tensors are those of an adapter" in words
+    assert "alpha" not in words
+    merged, kept = followed(words, tmp_path / "run", tmp_path)
+    assert_same(read_all(sm.inspect(merged)), truth)
+    assert_same(read_all(sm.inspect(kept)), load_file(tmp_path / "lora" / WEIGHTS), 0)
+
+
+def test_a_plain_conversion_of_an_adapter_alone_asks_for_its_base(tmp_path: Path) -> None:
+    base = llama()
+    saved(base, tmp_path / "base")
+    model = trained(base, tmp_path / "lora")
+    (tmp_path / "run").mkdir()
+    as_bin({name: one for name, one in model.state_dict().items() if ".lora_" in name}, tmp_path / "run")
+    assert "adapter_config.json" in plain_words(tmp_path / "run", tmp_path / "plain")
+    shutil.copy(tmp_path / "lora" / "adapter_config.json", tmp_path / "run")
+    words = plain_words(tmp_path / "run", tmp_path / "again")
+    assert "Put the" not in words
+    merged, kept = followed(words, tmp_path / "run", tmp_path)
+    assert_same(read_all(sm.inspect(kept)), load_file(tmp_path / "lora" / WEIGHTS), 0)
+    assert_same(read_all(sm.inspect(merged)), merged_state(model))
+
+
+@pytest.mark.parametrize("run", ["zero/lora_z2_w2_bf16/ckpt", "ranks/fsdp2_lora_w2_fp32/actor"])
+def test_a_plain_conversion_of_ranks_says_it_too(tmp_path: Path, run: str) -> None:
+    assert "tensors are those of an adapter" in plain_words(GOLDEN / run, tmp_path / "plain")
+
+
+def test_a_run_beside_the_config_of_its_base_is_no_model(tmp_path: Path) -> None:
+    run_of(tmp_path, "plain", as_bin)
+    saved(llama(), tmp_path / "base")
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "run")
+    with pytest.raises(sm.ShardmergeError, match=r"unmerged-adapter") as caught:
+        sm.convert(tmp_path / "run", tmp_path / "out", options=sm.Options(sync=False, partial=True))
+    assert "--use peft/merge;" in caught.value.hint
+    assert not (tmp_path / "out").exists()

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardmerge.errors import TargetError, UsageError
+from shardmerge.mapping.adapter_roots import PREFIX
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.tensors import PEFT_ADAPTER, Catalog
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, CONFIG
 
 if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
+
+# Factors of LoRA as peft, kohya, diffusers and mlx-lm call them, and of LyCORIS.
+_FACTOR = re.compile(r"(?:^|[._])(?:lora[_.](?:a|b|down|up|embedding_a|embedding_b)|hada_w\d|lokr_w\d)(?:[._]|$)", re.I)
 
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
 
 
 def refuse_parts(source: SourceSpec, catalog: Catalog) -> None:
-    """Refuses what is no model on its own: an adapter, placeholders without data.
+    """Refuses what is no model on its own: an adapter, a model with one inside, placeholders without data.
 
     Raises
     ------
     TargetError
-        ``adapter-alone``.
+        ``adapter-alone``. ``unmerged-adapter``: config.json describes a model, and the tensors are a LoRA run's.
     MappingError
         ``placeholder``.
     """
     if catalog.kind == PEFT_ADAPTER:
         raise _adapter_alone(catalog)
+    if CONFIG in catalog.side_files and (parts := adapter_parts(catalog)):
+        what = f"{_counted(parts, catalog)}, and config.json describes the model without them"
+        raise TargetError("unmerged-adapter", what, where=catalog.path, hint=_adapter_roads(catalog))
     if catalog.absent:
         from shardmerge.mapping.refusals import placeholder_error
 
@@ -68,7 +77,9 @@ def better_roads(catalog: Catalog) -> tuple[str, ...]:
 
     found, wrapped = foreign_presets(catalog)
     if not found:
-        return ()
+        parts = adapter_parts(catalog)
+        words = f"every tensor keeps its name, and {_counted(parts, catalog)}: {_adapter_roads(catalog)}"
+        return (words,) if parts else ()
     if wrapped:
         return (
             f"the names are those of a wrapped {wrapped}: `shardmerge init {catalog.path}` writes a mapping for it",
@@ -77,6 +88,36 @@ def better_roads(catalog: Catalog) -> tuple[str, ...]:
 
     needs = "".join(f" --base {name}=PATH" for name in _bases(load_preset(found[0])))
     return (f"every tensor keeps its name: for a Hugging Face model add --use {found[0]}{needs}",)
+
+
+def adapter_parts(catalog: Catalog) -> list[str]:
+    """Returns the names that are factors of an adapter: peft's below its prefix, any tool's where no config.json is.
+
+    A model may have factors of its own, such as RWKV-7 and Phi-4-multimodal. Its config.json describes them.
+    """
+    model = CONFIG in catalog.side_files
+    return [name for name in catalog.names() if _FACTOR.search(name) and (PREFIX in name or not model)]
+
+
+def _counted(parts: list[str], catalog: Catalog) -> str:
+    return (
+        f"{len(parts)} of {len(catalog.entries)} tensors are those of an adapter, such as {parts[0]}" if parts else ""
+    )
+
+
+def _adapter_roads(catalog: Catalog) -> str:
+    """Returns the commands that make something of a run's adapter, for people."""
+    from shardmerge.mapping.adapter_held import held_base
+    from shardmerge.mapping.pattern import Template
+
+    parts = adapter_parts(catalog)
+    wrapped, factors = (any(word in name for name in parts) for word in (PREFIX, ".lora_A."))
+    base = "" if held_base(catalog, Template.parse("{rest...}")) is not None else " --base base=MODEL"
+    merge = f"to merge it into its model add --use {ADAPTER_PRESET}{base}"
+    keep = "; to keep it as an adapter add --use peft/export" if wrapped else ""
+    said = ADAPTER_CONFIG in catalog.side_files or catalog.training_config or not factors
+    alpha = "" if said else f". Put the {ADAPTER_CONFIG} of the run beside it first: the tensors do not say alpha"
+    return f"{merge}{keep}{alpha}"
 
 
 def _bases(preset: Preset) -> list[str]:
