@@ -30,7 +30,7 @@ except SystemExit as done:
 
 # Everything that is not the standard library's, by top-level name.
 LIBRARIES = {
-    "click", "numpy", "ml_dtypes", "yaml", "tqdm", "safetensors", "threadpoolctl", "torch", "transformers",
+    "click", "numpy", "ml_dtypes", "yaml", "rich", "tqdm", "safetensors", "threadpoolctl", "torch", "transformers",
     "huggingface_hub",
 }  # fmt: skip
 # Of the standard library what is slow to import and easily avoided. `inspect` and `ast` come with dataclasses and
@@ -107,7 +107,8 @@ def test_help(folder: Path) -> None:
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
     commands = {
-        "bench", "checkpoints", "cluster", "conversions", "main", "mappings", "options", "presets", "progress",
+        "bench", "checkpoints", "cluster", "colour", "conversions", "main", "mappings", "options", "presets",
+        "progress",
     }  # fmt: skip
     assert ours == {
         "shardmerge.cli",

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 import shardmerge
+from shardmerge.cli import colour
 from shardmerge.cli.options import (
     dumped,
     json_option,
@@ -82,11 +83,11 @@ def verify(  # one parameter an option
         click.echo(dumped({"ok": True, **found}))
         return
     for check in verdict.checks:
-        click.echo(f"ok  {check}")
+        colour.echo(f"ok  {check}")
     for rest in verdict.unchecked:
         click.echo(f"not checked  {rest}")
     if verdict.unchecked:
-        click.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
+        colour.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
 
 
 @click.command()

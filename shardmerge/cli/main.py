@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from types import FrameType
 import click
 
 import shardmerge
+from shardmerge.cli import colour
 from shardmerge.cli.bench import bench
 from shardmerge.cli.checkpoints import add_checkpoint_commands
 from shardmerge.cli.cluster import add_cluster_commands
@@ -25,7 +27,13 @@ _INTERNAL_ERROR = 70
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(shardmerge.__version__, prog_name="shardmerge")
-def cli() -> None:
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Default: in a terminal, unless NO_COLOR is set; FORCE_COLOR sets it everywhere.",
+)
+def cli(color: str) -> None:
     """Turns training checkpoints into Hugging Face models, tensor by tensor, in a few dozen MB of memory.
 
     \b
@@ -34,6 +42,7 @@ def cli() -> None:
     shardmerge convert global_step500/ out/ --dtype bfloat16
     shardmerge inspect work_dirs/iter_5198.pth
     """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
+    colour.choose(color)
 
 
 add_conversion_commands(cli)
@@ -88,10 +97,12 @@ def _guarded() -> int:
 def _failed(error: BaseException) -> int:
     """Says on stderr what happened, and on stdout where JSON was asked for; returns the exit code."""
     if isinstance(error, click.ClickException):
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        colour.echo(said.getvalue().rstrip(), err=True)
         return _answered(UsageError("bad-usage", error.format_message()), error.exit_code)
     found = _as_ours(error)
-    click.echo("\n".join(f"error: {text}" for text in _blocks(found)), err=True)
+    colour.echo("\n".join(f"error: {text}" for text in _blocks(found)), err=True)
     return _answered(found, _INTERNAL_ERROR if found.code == "internal-error" else found.exit_code)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from shardmerge.cli import colour
 from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 
 
@@ -60,7 +61,7 @@ def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, down
     proposal = api.init(checkpoint, bases=named, to=to, mapping=out, download=download)
     _write(proposal.text, out)
     for note in proposal.notes:
-        click.echo(f"note: {note}", err=True)
+        colour.echo(f"note: {note}", err=True)
 
 
 @click.command()

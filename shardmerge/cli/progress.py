@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from shardmerge.cli import colour
+
 # In seconds: what is over sooner is not told; the longest silence; the shortest time between two lines.
 _SOON, _LONGEST, _SHORTEST = 5.0, 30.0, 10.0
 # How much more has to be done before it is told sooner than the longest silence.
@@ -27,8 +29,7 @@ Advance = Callable[[int], None]
 
 def warn(text: str, *, machine: bool) -> None:
     """Says a warning on stderr, where JSON lines are asked for as one of them."""
-    line = json.dumps({"warning": text}) if machine else f"warning: {text}"
-    sys.stderr.write(f"{line}\n")
+    colour.echo(json.dumps({"warning": text}) if machine else f"warning: {text}", err=True)
 
 
 @contextmanager

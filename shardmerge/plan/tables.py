@@ -1,0 +1,40 @@
+"""A table as a value, and as plain text of whatever width it takes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows below a head.
+
+    Attributes
+    ----------
+    head
+        The title of each column.
+    rows
+        A cell a column.
+    right
+        Columns of numbers, which end below each other.
+    """
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    right: frozenset[int] = frozenset()
+
+    def lines(self) -> list[str]:
+        """Returns a line a row, columns two blanks apart, none at the end of a line."""
+        widths = [max(map(len, cells)) for cells in zip(self.head, *self.rows, strict=True)]
+        return [self._line(row, widths) for row in (self.head, *self.rows)]
+
+    def _line(self, row: tuple[str, ...], widths: Sequence[int]) -> str:
+        cells = (
+            cell.rjust(width) if column in self.right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
