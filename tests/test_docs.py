@@ -55,7 +55,7 @@ def options(command: click.Command) -> set[str]:
 
 # Options of other tools that pages speak of.
 FOREIGN = {"--save-format"}
-ALL_OPTIONS = {"--version"}.union(FOREIGN, *(options(command) for command in COMMANDS.values()))
+ALL_OPTIONS = options(cli).union(FOREIGN, *(options(command) for command in COMMANDS.values()))
 
 
 # --- the examples ---

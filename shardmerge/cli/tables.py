@@ -51,5 +51,7 @@ def _fitted(table: Table, columns: int) -> None:
         fitted.add_column(title, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in table.rows:
         fitted.add_row(*map(Text, row))  # text and no markup: names have brackets
-    system = "standard" if coloured else None
-    Console(file=sys.stdout, width=columns, force_terminal=coloured, color_system=system).print(fitted)
+    screen = Console(
+        file=sys.stdout, width=columns, force_terminal=coloured, color_system="standard" if coloured else None
+    )
+    screen.print(fitted)
