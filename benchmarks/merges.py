@@ -1,6 +1,6 @@
-"""Merges of true width at any depth: a LoRA into its base, and TIES of three models. Holes stand for the values.
+"""Merges of true width at any depth: a LoRA into its base, and three models into one. Holes stand for the values.
 
-python -m benchmarks.merges lora|ties DIRECTORY [--layers 32]     writes the inputs and a mapping.yaml
+python -m benchmarks.merges lora|linear|ties|dare|della DIRECTORY [--layers 32]     writes the inputs and a mapping.yaml
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.synthetic import LLAMA_3_8B, LlamaShape, Shapes, write_safetensors
@@ -24,13 +25,20 @@ tensors:
   "{rest...}": base:{rest...}
 """
 
-_TIES = """\
+_THREE = """\
 shardmerge: 1
-sources: {base: base, a: a, b: b, c: c}
+sources: {{{sources}a: a, b: b, c: c}}
 tensors:
-  "{rest...}":
-    {op: ties, base: "base:{rest...}", of: ["a:{rest...}", "b:{rest...}", "c:{rest...}"], density: 0.2}
+  "{{rest...}}":
+    {{op: {op}, {base}of: ["a:{{rest...}}", "b:{{rest...}}", "c:{{rest...}}"]{numbers}}}
 """
+# What a merge of three models says beside them; all but linear have a base.
+_NUMBERS = {
+    "linear": "",
+    "ties": ", density: 0.2",
+    "dare": ", density: 0.5, seed: 7",
+    "della": ", density: 0.5, epsilon: 0.2, seed: 7",
+}
 
 
 def write_lora(
@@ -42,11 +50,18 @@ def write_lora(
     return _mapping(folder, _LORA)
 
 
-def write_ties(folder: Path, shape: LlamaShape, *, fill: bool = False) -> Path:
+def write_ties(folder: Path, shape: LlamaShape) -> Path:
     """Writes a base and three models in bf16, and returns the mapping that merges them."""
-    for name in ("base", "a", "b", "c"):
-        write_model(folder / name, shape, fill=fill)
-    return _mapping(folder, _TIES)
+    return write_three(folder, shape, "ties")
+
+
+def write_three(folder: Path, shape: LlamaShape, op: str) -> Path:
+    """Writes three models in bf16, their base where the op has one, and returns the mapping that merges them."""
+    based = op != "linear"
+    for name in ("base", "a", "b", "c") if based else "abc":
+        write_model(folder / name, shape)
+    sources, base = ("base: base, ", 'base: "base:{rest...}", ') if based else ("", "")
+    return _mapping(folder, _THREE.format(op=op, sources=sources, base=base, numbers=_NUMBERS[op]))
 
 
 # What mergekit is told of each method; three models, or two and a base, as people write it.
@@ -119,7 +134,7 @@ def _mapping(folder: Path, text: str) -> Path:
 
 WRITERS: dict[str, Callable[[Path, LlamaShape], Path]] = {
     "lora": lambda folder, shape: write_lora(folder, shape, 512),
-    "ties": write_ties,
+    **{op: partial(write_three, op=op) for op in _NUMBERS},
 }
 
 

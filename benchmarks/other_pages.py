@@ -117,13 +117,18 @@ def _plan_sizes(seen: Entry) -> tuple[str, str]:
 
 def _merges(stem: str, result: Result) -> Iterator[str]:
     yield "## Memory of merges of a LLaMA-3-8B\n"
-    yield "One run each, from holes (all values are zeros), synced. The default budget is 256 MiB.\n"
+    yield (
+        "One run each, from holes (all values are zeros), synced. The default budget is 256 MiB. Those with a limit "
+        "ran in a memory control group of so many MiB, page cache included.\n"
+    )
     rows = []
     for run in result["runs"].values():
         figures = [f"{run[key] / 1e9:.1f}" for key in ("total_size", "bytes_read")]
         peaks = [f"{run[key] / MIB:.0f}" for key in ("peak", "planned_peak")]
-        rows.append([run["about"], run["layers"], *figures, f"{run['wall']:.0f}", *peaks])
-    yield from table(["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised"], rows)
+        limit = f"{run['limit'] / MIB:.0f}" if run.get("limit") else ""
+        rows.append([run["about"], run["layers"], *figures, f"{run['wall']:.0f}", *peaks, limit])
+    columns = ["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised", "limit MiB"]
+    yield from table(columns, rows)
     yield from sorted({origin(stem, run) for run in result["runs"].values()})
 
 

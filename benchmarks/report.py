@@ -63,7 +63,7 @@ _RUNNING = """\
 | `python -m benchmarks.sizes` | `sizes.json` | 10 min | 35 GB |
 | `python -m benchmarks.full_8b` | `full-8b.json` | 10 min | 51 GB |
 | `python -m benchmarks.lora` | `lora.json` | 4 min | 5 GB |
-| `python -m benchmarks.memory_8b` | `memory-8b.json` | 25 min a kind | 17 GB |
+| `python -m benchmarks.memory_8b` | `memory-8b.json` | 2 to 80 min a kind | 17 GB |
 | `python -m benchmarks.loops` | `loops.json` | 10 min | 3 GB |
 | `python -m benchmarks.windows` | `windows.json` | 10 min | 3 GB |
 | `python -m benchmarks.views` | `views.json` | 1 min | 1 GB |
