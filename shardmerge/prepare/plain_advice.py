@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardmerge.adapters.roots import PREFIX
 from shardmerge.errors import TargetError, UsageError
-from shardmerge.mapping.adapter_roots import PREFIX
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
 
 # Factors of LoRA as peft, kohya, diffusers and mlx-lm call them, and of LyCORIS.
-_FACTOR = re.compile(r"(?:^|[._])(?:lora[_.](?:a|b|down|up|embedding_a|embedding_b)|hada_w\d|lokr_w\d)(?:[._]|$)", re.I)
+_FACTOR = re.compile(
+    r"(?:^|[._])(?:lora[_.](?:a|b|down|up|embedding_a|embedding_b)|hada_w\d|lokr_w\d)(?:[._]|$)", re.IGNORECASE
+)
 
 # What `convert ADAPTER OUT --base base=MODEL` does.
 ADAPTER_PRESET = "peft/merge"
@@ -107,7 +109,7 @@ def _counted(parts: list[str], catalog: Catalog) -> str:
 
 def _adapter_roads(catalog: Catalog) -> str:
     """Returns the commands that make something of a run's adapter, for people."""
-    from shardmerge.mapping.adapter_held import held_base
+    from shardmerge.adapters.held import held_base
     from shardmerge.mapping.pattern import Template
 
     parts = adapter_parts(catalog)
