@@ -1,7 +1,7 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops, presets and adapters' fields, their places in mkdocs.yml, the lists of targets, layouts and architectures,
-the picture of layouts, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml
+Pages of ops, presets and adapters' fields, the lists of targets, layouts and architectures, the pictures of layouts and
+at the head of guides, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml
 -->`` is that file. It stands in the page itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
@@ -14,13 +14,12 @@ import re
 from pathlib import Path
 
 from docs.adapter_page import adapter_page
+from docs.flow_pictures import flow_pictures
 from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
 from docs.markdown import table
 from docs.op_pages import op_pages
-from docs.preset_pages import file_name, preset_pages
-from shardmerge.mapping.preset_files import list_presets
-from shardmerge.ops.registry import OPS
+from docs.preset_pages import preset_pages
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
 
@@ -32,11 +31,11 @@ _SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
-    texts = {"guides/layouts.svg": picture(), **op_pages(), **preset_pages(), **adapter_page()}
+    texts = {"guides/layouts.svg": picture(), **flow_pictures(), **op_pages(), **preset_pages(), **adapter_page()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
     shown = {path: _with_files(path.read_text("utf-8")) for path in written if path not in pages}
-    reference, configuration = ROOT / "docs" / "reference" / "mapping.md", ROOT / "mkdocs.yml"
+    reference = ROOT / "docs" / "reference" / "mapping.md"
     guides = ROOT / "docs" / "guides"
     guide, architectures = guides / "layouts.md", guides / "architectures.md"
     return {
@@ -45,7 +44,6 @@ def generated() -> dict[Path, str]:
         reference: _with_targets(shown[reference]),
         guide: _with_layouts(shown[guide]),
         architectures: _with_architectures(shown[architectures]),
-        configuration: _configuration(configuration.read_text("utf-8")),
     }
 
 
@@ -70,17 +68,6 @@ def main() -> None:
 
 def _left_over(wanted: dict[Path, str]) -> list[Path]:
     return [path for name in _FOLDERS for path in (ROOT / "docs" / name).glob("*.md") if path not in wanted]
-
-
-def _configuration(text: str) -> str:
-    lists = {
-        "ops": ["ops/index.md", *(f"ops/{name}.md" for name in OPS)],
-        "presets": ["presets/index.md", *(f"presets/{file_name(name)}" for name in list_presets())],
-    }
-    for name, paths in lists.items():
-        lines = "".join(f"      - {path}\n" for path in paths)
-        text = _between(text, f"      # generated: {name}\n", lines, f"      # end of {name}\n")
-    return text
 
 
 def _with_files(text: str) -> str:

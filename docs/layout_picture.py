@@ -112,7 +112,11 @@ _STYLE = """
   .preset { font: 11.5px monospace; fill: #33489e }
   rect { fill: #eef1fb; stroke: #5566aa }
   line { stroke: #5566aa; stroke-width: 1.4; marker-end: url(#end) }
-  .ground { fill: #fff; stroke: none }
+  .ground { fill: #fff; stroke: none } marker path { fill: #5566aa }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e4e6ea } .preset { fill: #a9b8ff } rect { fill: #22262f; stroke: #8a97d6 }
+    line { stroke: #8a97d6 } marker path { fill: #8a97d6 } .ground { fill: #16181d }
+  }
 """
 
 
@@ -134,7 +138,7 @@ def picture() -> str:
         'aria-label="Layouts as boxes, presets as arrows between them">',
         f"<style>{_STYLE}</style>",
         '<defs><marker id="end" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
-        '<path d="M0,0 L9,4 L0,8 Z" fill="#5566aa"/></marker></defs>',
+        '<path d="M0,0 L9,4 L0,8 Z"/></marker></defs>',
         f'<rect class="ground" width="{width}" height="{height:g}"/>',
         *(line for box in BOXES.values() for line in _box(box)),
         *(line for preset, ends in ARROWS.items() for line in _arrow(preset, *ends)),

@@ -79,3 +79,17 @@ def test_files_are_shown() -> None:
     for name, block in blocks:
         path = DOCS / name
         assert block == (path if path.is_file() else ROOT / name).read_text("utf-8"), name
+
+
+def test_every_guide_begins_with_its_picture() -> None:
+    for guide in (DOCS / "guides").glob("*.md"):
+        head = guide.read_text("utf-8").split("\n", 4)
+        assert head[2].endswith(f"](../pictures/{guide.stem}.svg)"), guide.name
+        assert (DOCS / "pictures" / f"{guide.stem}.svg").is_file()
+
+
+def test_every_picture_has_a_dark_scheme() -> None:
+    drawn = [path for path in DOCS.rglob("*.svg") if path.name != "logo.svg"]
+    assert len(drawn) > 30
+    for path in drawn:
+        assert "prefers-color-scheme: dark" in path.read_text("utf-8"), path.name
