@@ -9,7 +9,6 @@ from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError, TargetError
 from shardmerge.targets import llava
 from shardmerge.targets.expectation import Request, Resize, Vocabulary
-from shardmerge.targets.llava_names import NAMES
 from shardmerge.tensors import Catalog, TensorEntry
 from tests.target_files import catalog, read, save_tokenizer, side_file, written
 
@@ -17,7 +16,7 @@ torch = pytest.importorskip("torch")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-EMBEDDING, HEAD = NAMES["legacy"].embedding, NAMES["legacy"].head
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 ROLES = {"text": "llm", "vision": "vision", "trained": "trained"}
 
 # Meta-Llama-3-8B-Instruct and the vision part of clip-vit-large-patch14-336, as their config.json say.

@@ -7,6 +7,7 @@ legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.
 from __future__ import annotations
 
 from shardmerge.targets import training_run, vision_tower
+from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.bases import ROLES
 from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
@@ -15,7 +16,7 @@ from shardmerge.targets.llava_kinds import IMAGE_TOKEN, LLAVA, NEXT, ONEVISION, 
 from shardmerge.targets.llava_model import OPTIONS, LlavaModel, read_llava
 from shardmerge.targets.text_config import text_config
 from shardmerge.targets.training_run import processor_source, tokenizer_source
-from shardmerge.tensors import Shape, SideFile
+from shardmerge.tensors import SideFile
 
 
 def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
@@ -30,19 +31,12 @@ def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
         ``bad-option``, ``vocabulary-rows``, or what the tokenizer and JSON files raise; all of one stage together.
     """
     model = read_llava(request, kind)
-    return assemble(model, request, config_json(model, request), *processor_files(model, request))
-
-
-# ---- names and shapes
-
-
-def assemble(
-    model: LlavaModel, request: Request, config: JsonObject, files: tuple[SideFile, ...], warnings: tuple[str, ...]
-) -> Expectation:
-    """Returns the expectation of a Hugging Face LLaVA, given its config.json and its processor's files."""
+    config = config_json(model, request)
+    files, warnings = processor_files(model, request)
+    whole = read_architecture(config, model.text.where)
     names, tied = model.names, model.text.architecture.tied
     return Expectation(
-        tensors=_tensors(model),
+        tensors={names.name(name): shape for name, shape in whole.tensors().items()},
         resized=model.rows.resized([names.embedding] if tied else [names.embedding, names.head]),
         tied={names.head: names.embedding} if tied else {},
         left_out=model.left_out,
@@ -64,26 +58,20 @@ def assemble(
     )
 
 
-def _tensors(model: LlavaModel) -> dict[str, Shape]:
-    names, text, vision = model.names, model.text.architecture, model.vision.architecture
-    tensors = {names.text(name): shape for name, shape in text.changed(vocab_size=model.rows.count).tensors().items()}
-    tensors |= {names.tower(name): shape for name, shape in vision.tensors().items()}
-    hidden = text.hidden_size
-    for layer, columns in ((1, vision.hidden_size * model.wiring.layers), (2, hidden)):
-        tensors[f"{names.projector}linear_{layer}.weight"] = (hidden, columns)
-        if model.wiring.bias:
-            tensors[f"{names.projector}linear_{layer}.bias"] = (hidden,)
-    return tensors | ({names.newline: (hidden,)} if model.kind.newline else {})
-
-
 def _components(model: LlavaModel) -> tuple[Component, ...]:
     players = model.players
     remedy = (
         f"name the checkpoint of the training as `{players.trained_name}`: XTuner always saves the projector with it"
     )
     kind = model.kind.model_type
-    newline = Component(model.names.newline, f"every {kind} has it", f"name a checkpoint of a {kind} that has it")
-    parts = (players.text.component, players.vision.component, Component(model.names.projector, "", remedy))
+    newline = Component(
+        model.names.name("image_newline"), f"every {kind} has it", f"name a checkpoint of a {kind} that has it"
+    )
+    parts = (
+        players.text.component,
+        players.vision.component,
+        Component(model.names.name("multi_modal_projector."), "", remedy),
+    )
     return (*parts, newline) if model.kind.newline else parts
 
 
@@ -99,7 +87,7 @@ def config_json(model: LlavaModel, request: Request) -> JsonObject:
     text_dtype = request.dtype.torch if request.dtype else stored_dtype(text.config)
     vision_dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
     config: JsonObject = {
-        "architectures": [model.kind.architecture],
+        "architectures": [model.kind.table.main_class],
         "image_token_index": model.tokens.ids[IMAGE_TOKEN],
         "model_type": model.kind.model_type,
         "multimodal_projector_bias": wiring.bias,
@@ -229,7 +217,7 @@ def processor_files(model: LlavaModel, request: Request) -> tuple[tuple[SideFile
 def _target(name: str, kind: LlavaKind) -> Target:
     return Target(
         name=name,
-        about=f"A {kind.title} for transformers: `{kind.architecture}.from_pretrained` loads it.",
+        about=f"A {kind.table.title} for transformers: `{kind.table.main_class}.from_pretrained` loads it.",
         roles=ROLES | training_run.ROLES,
         options=OPTIONS,
         expect=lambda request: expect_kind(request, kind),

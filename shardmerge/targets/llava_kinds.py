@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.settings import refuse_unknown_around
-from shardmerge.targets.tables import find_table
+from shardmerge.targets.tables import ArchitectureTable, table_of
 
 IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN = "<image>", "<pad>", "<video>"
 
@@ -25,9 +25,9 @@ class LlavaKind:
 
     Attributes
     ----------
-    title, preset
-        For people: its name, and the preset that makes it of LLaVA's own code.
-    model_type, architecture, processor_class
+    preset
+        The one that makes it of LLaVA's own code.
+    model_type, processor_class
         As its files name them.
     image_processor
         The class that cuts images into tiles; ``""`` for the encoder's own.
@@ -37,15 +37,18 @@ class LlavaKind:
         What LLaVA's own code calls the way in which it puts tiles together, and that in which it cuts them: a pattern.
     """
 
-    title: str
     preset: str
     model_type: str
-    architecture: str
     processor_class: str
     image_processor: str
     tokens: tuple[str, ...]
     merge: str
     ratio: str
+
+    @property
+    def table(self) -> ArchitectureTable:
+        """Its names and shapes, its class, and what people call it."""
+        return table_of(self.model_type)
 
     @property
     def newline(self) -> bool:
@@ -58,17 +61,15 @@ class LlavaKind:
 
 
 LLAVA = LlavaKind(
-    "LLaVA 1.5", "llava/official-to-hf", "llava", "LlavaForConditionalGeneration", "LlavaProcessor",
-    "", (IMAGE_TOKEN, PAD_TOKEN), "flat", "square|pad",
+    "llava/official-to-hf", "llava", "LlavaProcessor", "", (IMAGE_TOKEN, PAD_TOKEN), "flat", "square|pad",
 )  # fmt: skip
 NEXT = LlavaKind(
-    "LLaVA-NeXT (1.6)", "llava/official-to-hf-next", "llava_next", "LlavaNextForConditionalGeneration",
-    "LlavaNextProcessor", "LlavaNextImageProcessor", (IMAGE_TOKEN, PAD_TOKEN), "spatial_unpad", "anyres",
+    "llava/official-to-hf-next", "llava_next", "LlavaNextProcessor", "LlavaNextImageProcessor",
+    (IMAGE_TOKEN, PAD_TOKEN), "spatial_unpad", "anyres",
 )  # fmt: skip
 ONEVISION = LlavaKind(
-    "LLaVA-OneVision", "llava/official-to-hf-onevision", "llava_onevision", "LlavaOnevisionForConditionalGeneration",
-    "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", (IMAGE_TOKEN, VIDEO_TOKEN), "spatial_unpad",
-    r"anyres_max_\d{1,3}",
+    "llava/official-to-hf-onevision", "llava_onevision", "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor",
+    (IMAGE_TOKEN, VIDEO_TOKEN), "spatial_unpad", r"anyres_max_\d{1,3}",
 )  # fmt: skip
 KINDS = {kind.model_type: kind for kind in (LLAVA, NEXT, ONEVISION)}
 
@@ -99,8 +100,8 @@ def kind_of(whole: Mapping[str, object], where: str) -> LlavaKind:
             found=f"model_type {shown(stated)}",
             expected=f"model_type {' or '.join(KINDS)}",
         )
-    table = find_table(kind.model_type)
-    fields = (*table.fields, *table.other_fields, *table.parts, *_OF_TILES) if table else _OF_TILES
+    table = kind.table
+    fields = (*table.fields, *table.other_fields, *table.parts, *_OF_TILES)
     refuse_unknown_around(whole, fields, f"a plain {kind.model_type}", where)
     return kind
 

@@ -19,7 +19,7 @@ from shardmerge.targets.bases import (
 )
 from shardmerge.targets.expectation import Request
 from shardmerge.targets.llava_kinds import LlavaKind, kind_of
-from shardmerge.targets.llava_names import NAMES, LlavaNames
+from shardmerge.targets.llava_names import GENERATIONS, LlavaNames, names_of
 from shardmerge.targets.llava_tokens import llava_tokens
 from shardmerge.targets.official_tower import cut_tower
 from shardmerge.targets.options import choice
@@ -65,8 +65,8 @@ def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
     TargetError
         As ``llava.expect``.
     """
-    names = NAMES[choice(request, "names", tuple(NAMES))]
-    players = find_players(request, names.language.removesuffix("model."), names.vision)
+    names = names_of(choice(request, "names", GENERATIONS), kind.table)
+    players = find_players(request, names.name("language_model."), names.name("vision_tower."))
     missing = missing_sources((players.text, players.vision), request.catalogs)
     if missing:
         raise_all([*_two_layers(wire(players.facts, players.trained, {}), players), *missing])
@@ -80,7 +80,7 @@ def read_llava(request: Request, kind: LlavaKind) -> LlavaModel:
     class_token = TOWERS[tower].class_token
     wiring = wire(players.facts, players.trained, settings.config, settings.where, class_token=class_token)
     raise_all(_two_layers(wiring, players))
-    vision, wiring, left_out = cut_tower(vision, wiring, players.trained, names.vision)
+    vision, wiring, left_out = cut_tower(vision, wiring, players.trained, names.name)
     tokens, pad_id = llava_tokens(request, text, tokenizer_source(settings, text), kind)
     counted = rows(request, text.architecture.vocab_size, tokens.ids.values(), multiple=_ROW_MULTIPLE)
     check_ids({**tokens.ids, "pad_token_id": pad_id}, counted.count, text.where)

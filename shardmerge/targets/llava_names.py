@@ -1,58 +1,41 @@
-"""The names of a Hugging Face LLaVA's parts, in three generations of transformers."""
+"""The names of a Hugging Face LLaVA: as every version of transformers loads them, or as a newer one has them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardmerge.targets.tables import ArchitectureTable
+
+GENERATIONS = ("legacy", "4.52", "5.6")
+# What 5.6 took out of CLIPVisionModel and SiglipVisionModel, besides what 4.52 moved.
+_FROM_5_6 = ("vision_tower.vision_model.", "model.vision_tower.")
+
 
 @dataclass(frozen=True, slots=True)
 class LlavaNames:
-    """Where the parts of the model stand among the target names; ``without`` what the encoder's own begin with."""
+    """Prefixes that are another in memory, with what they are there; the first that fits counts."""
 
-    language: str
-    head: str
-    vision: str
-    projector: str
-    newline: str
-    without: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+
+    def name(self, stored: str) -> str:
+        """Returns what a name, or the beginning of one, of the table is called."""
+        old, new = next((pair for pair in self.renames if stored.startswith(pair[0])), ("", ""))
+        return new + stored.removeprefix(old)
 
     @property
     def embedding(self) -> str:
         """The embedding's name."""
-        return f"{self.language}embed_tokens.weight"
+        return self.name("language_model.model.embed_tokens.weight")
 
-    def text(self, name: str) -> str:
-        """Returns the target name of a tensor of the language model."""
-        return self.language + name.removeprefix("model.") if name.startswith("model.") else self.head
-
-    def tower(self, name: str) -> str:
-        """Returns the target name of a tensor of the encoder; CLIP's and SigLIP's have ``vision_model.`` in front."""
-        return self.vision + name.removeprefix(self.without)
+    @property
+    def head(self) -> str:
+        """The head's name."""
+        return self.name("language_model.lm_head.weight")
 
 
-# Facts of 4.51, 4.52, 4.57 and 5.23, executed: 4.52 moved all parts under `model.` (transformers PR 37033), and 5.6
-# took `vision_model.` out of CLIPVisionModel.
-NAMES = {
-    "legacy": LlavaNames(
-        "language_model.model.",
-        "language_model.lm_head.weight",
-        "vision_tower.",
-        "multi_modal_projector.",
-        "image_newline",
-    ),
-    "4.52": LlavaNames(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-    ),
-    "5.6": LlavaNames(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-        "model.image_newline",
-        "vision_model.",
-    ),
-}
+def names_of(generation: str, table: ArchitectureTable) -> LlavaNames:
+    """Returns the names of a generation, the table's own for ``legacy``."""
+    if generation == "legacy":
+        return LlavaNames()
+    moved = tuple((stored, newer) for newer, stored in table.renames)
+    return LlavaNames((_FROM_5_6, *moved) if generation == "5.6" else moved)

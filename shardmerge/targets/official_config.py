@@ -157,14 +157,14 @@ def _check_kind(config: Mapping[str, object], kind: LlavaKind, where: str) -> No
     fitting = [one for one in KINDS.values() if one.makes(str(merge), str(ratio))]
     if kind not in fitting:
         own = fitting[0] if fitting else None
-        is_called = f"a {own.title} ({own.model_type})" if own else "no LLaVA that transformers has"
+        is_called = f"a {own.table.title} ({own.model_type})" if own else "no LLaVA that transformers has"
         raise TargetError(
             "unsupported-architecture",
-            f"this is {is_called}, by how it cuts images into tiles, and the target is a {kind.title}",
+            f"this is {is_called}, by how it cuts images into tiles, and the target is a {kind.table.title}",
             where=where,
             found=f"mm_patch_merge_type {shown(merge)}, image_aspect_ratio {shown(ratio)}",
             expected=f"mm_patch_merge_type {kind.merge!r}, image_aspect_ratio {kind.ratio.replace('|', ' or ')}",
-            hint=f"take the preset of {own.title}: `use: {own.preset}`" if own else "",
+            hint=f"take the preset of {own.table.title}: `use: {own.preset}`" if own else "",
         )
 
 

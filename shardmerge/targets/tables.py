@@ -109,19 +109,19 @@ class ArchitectureTable:
 def model_types(kind: str = "") -> tuple[str, ...]:
     """Returns the model types that have a table, of one kind or all."""
     every = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    return tuple(name for name in every if not kind or _table(name).kind == kind)
+    return tuple(name for name in every if not kind or table_of(name).kind == kind)
 
 
 def every_table() -> Iterator[ArchitectureTable]:
     """Yields all tables."""
-    yield from map(_table, model_types())
+    yield from map(table_of, model_types())
 
 
 def find_table(model_type: object) -> ArchitectureTable | None:
     """Returns the table of what a config says as its ``model_type``; None where there is none."""
     if not isinstance(model_type, str) or not re.fullmatch(r"[a-z0-9_]{1,64}", model_type):
         return None
-    return _table(model_type) if (FOLDER / f"{model_type}.yaml").is_file() else None
+    return table_of(model_type) if (FOLDER / f"{model_type}.yaml").is_file() else None
 
 
 def no_table(model_type: str) -> ArchitectureTable:
@@ -131,7 +131,8 @@ def no_table(model_type: str) -> ArchitectureTable:
 
 
 @cache
-def _table(model_type: str) -> ArchitectureTable:
+def table_of(model_type: str) -> ArchitectureTable:
+    """Returns the table of a model type that has one."""
     return read_table(FOLDER / f"{model_type}.yaml")
 
 
