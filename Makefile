@@ -10,25 +10,26 @@ TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 .PHONY: check test ray demo bench docs clean
 
 $(VENV)/pip.stamp: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
-	touch $@
+	@echo 'Setting up $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e .
+	@touch $@
 
 # The CPU build of torch where any of pip's indexes serves one, otherwise the build that there is.
 $(VENV)/test.stamp: $(VENV)/pip.stamp
-	$(BIN)/python -m pip install --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
+	@$(BIN)/python -m pip install -qq 'torch==$(TORCH)+cpu' 2>/dev/null || \
 		echo 'No index of pip serves a CPU build of torch $(TORCH): its default build may bring gigabytes of CUDA.'
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test,docs]'
-	touch $@
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[test,docs]'
+	@touch $@
 
 $(VENV)/check.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[check]'
-	touch $@
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[check]'
+	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/pip.stamp
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
-	touch $@
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[docs]'
+	@touch $@
 
 # Lint, types, import rules.
 check: $(VENV)/check.stamp
@@ -44,12 +45,12 @@ test: $(VENV)/test.stamp
 
 # The tests on a Ray cluster of three nodes. Ray takes 285 MB, which `make test` does without; once it is here, that runs them too.
 ray: $(VENV)/test.stamp
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[ray]'
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[ray]'
 	$(BIN)/python -m pytest -m ray
 
 # The main job on a small real checkpoint that ships in the repository.
 demo: $(VENV)/pip.stamp
-	$(BIN)/python docs/demo.py
+	@$(BIN)/python -m docs.demo
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.run
