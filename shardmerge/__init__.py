@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     )
     from shardmerge.lazy import LazyCheckpoint, LazyTensor
     from shardmerge.plan.value import Plan
-    from shardmerge.prepare.inspection import inspect, layout_of
+    from shardmerge.prepare.inspection import inspect, layout_of, matching
     from shardmerge.prepare.options import Options
     from shardmerge.publish.comparing import Difference
     from shardmerge.publish.results import Result
@@ -73,6 +73,7 @@ __all__ = [
     "diff",
     "inspect",
     "layout_of",
+    "matching",
     "open_checkpoint",
     "plan",
     "presets",
@@ -99,7 +100,7 @@ _MODULES = {
         "UsageError",
         "VerificationError",
     ),
-    "shardmerge.prepare.inspection": ("inspect", "layout_of"),
+    "shardmerge.prepare.inspection": ("inspect", "layout_of", "matching"),
     "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
     "shardmerge.plan.value": ("Plan",),
     "shardmerge.tensors": ("Catalog", "TensorEntry"),

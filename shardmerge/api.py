@@ -20,7 +20,7 @@ from shardmerge.errors import (
 from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.inspection import inspect, layout_of
+from shardmerge.prepare.inspection import inspect, layout_of, matching
 from shardmerge.prepare.options import Options, Prepared
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
-    "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of",
+    "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of", "matching",
     "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion", "prepare_mapping",
     "preset_text", "presets", "resident_bytes", "run", "run_part", "schema", "verify", "write_new", "write_plan",
 ]  # fmt: skip

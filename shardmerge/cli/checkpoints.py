@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from shardmerge.cli.options import (
     view_option,
     write_lines,
 )
-from shardmerge.cli.progress import progress_bar
+from shardmerge.cli.progress import planning, progress_bar
 
 
 def add_checkpoint_commands(group: click.Group) -> None:
@@ -32,19 +33,45 @@ def add_checkpoint_commands(group: click.Group) -> None:
 
 @click.command()
 @click.argument("source", type=click.Path())
+@click.argument("template", nargs=-1, metavar="[TEMPLATE]...")
+@click.option("--flat", is_flag=True, help="A line for every tensor, with the place where it was found.")
 @view_option
 @state_root_option
 @click.option("--download", is_flag=True, help="Fetch a hub id that is not in the local cache.")
+@quiet_option
 @json_option
-def inspect(source: str, view: Any, root: str, download: bool, as_json: bool) -> None:  # noqa: ANN401
-    """List what a checkpoint holds, from its headers alone."""
-    from shardmerge.plan import explain
+def inspect(
+    source: str,
+    template: tuple[str, ...],
+    flat: bool,
+    quiet: bool,
+    as_json: bool,
+    **opening: Any,  # noqa: ANN401
+) -> None:
+    """Show what a checkpoint holds, from its headers alone; of a TEMPLATE as mappings have it, the names it matches.
 
-    catalog = shardmerge.inspect(source, view=view, root=root, download=download)
+    \b
+    shardmerge inspect work_dirs/iter_5198.pth
+    shardmerge inspect models/Meta-Llama-3-8B 'model.layers.{i}.mlp.{rest...}'
+    """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
     if as_json:
-        write_lines(explain.catalog_json(catalog, shardmerge.layout_of(catalog)))
+        refuse_idle({"flat": flat}, "flat", why="is for people: --json lists every tensor")
+    with planning(Path(source).name, quiet=quiet or as_json, phase="reading headers"):
+        catalog = shardmerge.inspect(source, **opening)
+    from shardmerge.plan import catalog_text
+
+    names, layout = shardmerge.matching(catalog, template), shardmerge.layout_of(catalog)
+    if as_json:
+        write_lines(catalog_text.catalog_json(catalog, layout, names))
+    elif flat:
+        click.echo(catalog_text.catalog_table(catalog, layout, names))
     else:
-        click.echo(explain.catalog_text(catalog, shardmerge.layout_of(catalog)))
+        click.echo(catalog_text.catalog_text(catalog, layout, names, _width()))
+
+
+def _width() -> int:
+    """Returns the columns of the terminal, 0 where stdout is none."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
 
 
 @click.command()

@@ -33,15 +33,15 @@ def warn(text: str, *, machine: bool) -> None:
 
 
 @contextmanager
-def planning(label: str, *, quiet: bool, machine: bool = False) -> Iterator[None]:
-    """Says that a plan is made, while it is: headers of many files are read, on disks that may be slow.
+def planning(label: str, *, quiet: bool, machine: bool = False, phase: str = "planning") -> Iterator[None]:
+    """Says that a plan is made, or headers are read, while it is: of many files, on disks that may be slow.
 
     By a timer and no thread: with a second thread the process could not fork, and the plan would say so.
     """
     if (quiet and not machine) or any(signal.getitimer(signal.ITIMER_REAL)):
         yield
         return
-    told = _Told("planning", label, 0, machine=machine)
+    told = _Told(phase, label, 0, machine=machine)
     before = signal.signal(signal.SIGALRM, lambda *_: told.look())
     signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
     try:

@@ -1,4 +1,4 @@
-"""A plan or a catalog as text and as JSON. Pure."""
+"""A plan as text and as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, tensor_json
 from shardmerge.plan.value import Plan
-from shardmerge.tensors import Catalog, TensorEntry, composed, leaves
+from shardmerge.tensors import TensorEntry, composed, leaves
 
 if TYPE_CHECKING:
     from shardmerge.plan.schedule import Schedule
@@ -124,45 +124,6 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
     """Yields one line a tensor: its name, type, shape, and the whole way it takes."""
     for tensor in plan.tensors():
         yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {_way(tensor.entry)}  [{tensor.rule}]"
-
-
-def catalog_json(catalog: Catalog, layout: str) -> Fields:
-    """Returns a catalog as JSON; ``tensors`` lists name, dtype (as in safetensors), shape and nbytes."""
-    return Fields(
-        {
-            "schema": JSON_SCHEMA,
-            "kind": catalog.kind,
-            "layout": layout,
-            "path": catalog.path,
-            "fingerprint": catalog.fingerprint(),
-            "tensors": Rows(lambda: (_entry_row(name, catalog[name]) for name in catalog.names())),
-            "aliases": dict(catalog.aliases),
-            "absent": sorted(catalog.absent),
-            "notes": list(catalog.notes),
-            "warnings": list(catalog.warnings),
-            "files": [{"path": stamp.path, "nbytes": stamp.size} for stamp in catalog.files],
-        }
-    )
-
-
-def _entry_row(name: str, entry: TensorEntry) -> dict[str, object]:
-    return {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape), "nbytes": entry.nbytes}
-
-
-def catalog_text(catalog: Catalog, layout: str) -> str:
-    """Returns a catalog as a table: what its layout is called, and name, type, shape, bytes, where it lies."""
-    rows = [("tensor", "dtype", "shape", "bytes", "found in")]
-    for name in catalog.names():
-        entry = catalog[name]
-        owner = catalog.aliases.get(name)
-        where = f"tied to {owner}" if owner else entry.origin
-        rows.append((name, entry.dtype.name, str(list(entry.shape)), human_bytes(entry.nbytes), where))
-    total = sum(entry.nbytes for entry in catalog.entries.values())
-    count = len(catalog.entries)
-    tied = f", {len(catalog.aliases)} tied" if catalog.aliases else ""
-    head = f"{catalog.kind}: {count} tensors{tied}, {human_bytes(total)}"
-    notes = [f"warning: {text}" for text in catalog.warnings] + [f"note: {note}" for note in catalog.notes]
-    return "\n".join([head, *([f"layout: {layout}"] if layout else []), *notes, "", *_table(rows)])
 
 
 @dataclass(slots=True)

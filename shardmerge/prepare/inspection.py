@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from shardmerge.errors import UsageError
 from shardmerge.prepare.shard_counts import settled
+from shardmerge.shown import inspecting
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.opening import open_catalog
@@ -45,3 +48,45 @@ def inspect(source: str | Path, *, view: DeepSpeedView = "fp32", root: str = "",
         Nothing there, or nothing that can be read.
     """
     return settled(open_catalog(source, OpenOptions(view=view, root=root, download=download)))
+
+
+def matching(catalog: Catalog, templates: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of a checkpoint that one of the templates matches, in its order; without a template, all.
+
+    Parameters
+    ----------
+    catalog
+        The checkpoint.
+    templates
+        As a mapping writes them: ``model.layers.{i}.mlp.{rest...}``.
+
+    Raises
+    ------
+    MappingError
+        A template that is none, as in a mapping.
+    UsageError
+        ``unknown-tensor``: one that matches nothing.
+    """
+    if not templates:
+        return tuple(catalog.names())
+    from shardmerge.mapping.pattern import Template
+
+    parsed = [Template.parse(text) for text in templates]
+    found = [{name for name in catalog.names() if one.match(name) is not None} for one in parsed]
+    for template, names in zip(templates, found, strict=True):
+        if not names:
+            raise _matches_nothing(template, catalog)
+    return tuple(name for name in catalog.names() if any(name in names for names in found))
+
+
+def _matches_nothing(template: str, catalog: Catalog) -> UsageError:
+    from shardmerge.mapping.near import NameIndex, listed
+
+    below = any(name.startswith(f"{template}.") for name in catalog.names())
+    near = NameIndex(catalog.names()).near(template)
+    hint = f"leave it out: {inspecting(catalog.path)} lists the names"
+    if below:
+        hint = f"a template matches whole names; `{template}.{{rest...}}` matches those below it"
+    elif near:
+        hint = f"near names: {listed(near)}"
+    return UsageError("unknown-tensor", f"no tensor is called {template!r}", where=catalog.path, hint=hint)
