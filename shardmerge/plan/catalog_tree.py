@@ -13,7 +13,7 @@ from shardmerge.plan.explain import human_bytes
 from shardmerge.plan.name_patterns import NamePattern, is_number, name_patterns, segment_text
 from shardmerge.tensors import Shape, TensorEntry
 
-Kind: TypeAlias = tuple[Shape, DType]
+ShapeAndType: TypeAlias = tuple[Shape, DType]
 
 # A name is never cut shorter than this, however narrow the terminal.
 _SHORTEST = 24
@@ -25,12 +25,12 @@ class _Node:
     """A subtree: what is below it, and what it holds in all."""
 
     children: dict[str, _Node] = field(default_factory=dict)
-    patterns: list[NamePattern[Kind]] = field(default_factory=list)
+    patterns: list[NamePattern[ShapeAndType]] = field(default_factory=list)
     count: int = 0
     parameters: int = 0
     nbytes: int = 0
 
-    def add(self, pattern: NamePattern[Kind]) -> None:
+    def add(self, pattern: NamePattern[ShapeAndType]) -> None:
         shape, dtype = pattern.kind
         elements = pattern.count * prod(shape)
         self.count += pattern.count
@@ -63,7 +63,7 @@ def tree_lines(tensors: Iterable[tuple[str, TensorEntry]], width: int = 0) -> It
     yield from _aligned([row for label, node in root.children.items() for row in _rows(label, node, 0)], width)
 
 
-def _place(root: _Node, pattern: NamePattern[Kind]) -> None:
+def _place(root: _Node, pattern: NamePattern[ShapeAndType]) -> None:
     node = root
     for label in _labels(pattern):
         node = node.children.setdefault(label, _Node())
@@ -71,7 +71,7 @@ def _place(root: _Node, pattern: NamePattern[Kind]) -> None:
     node.patterns.append(pattern)
 
 
-def _labels(pattern: NamePattern[Kind]) -> list[str]:
+def _labels(pattern: NamePattern[ShapeAndType]) -> list[str]:
     """Returns the steps to a pattern: a number stays with the word before it, a parameter with its module."""
     labels: list[str] = []
     for choices in pattern.segments:
@@ -101,7 +101,7 @@ def _rows(label: str, node: _Node, depth: int) -> Iterator[_Row]:
             yield from _rows(name, child, depth + 1)
 
 
-def _row(label: str, pattern: NamePattern[Kind]) -> _Row:
+def _row(label: str, pattern: NamePattern[ShapeAndType]) -> _Row:
     whole = _Node()
     whole.add(pattern)
     count = f"{pattern.count:,} x" if pattern.count > 1 else ""
@@ -109,7 +109,7 @@ def _row(label: str, pattern: NamePattern[Kind]) -> _Row:
     return label, count, _kind(pattern.kind), human_count(whole.parameters), human_bytes(whole.nbytes), remark
 
 
-def _kind(kind: Kind) -> str:
+def _kind(kind: ShapeAndType) -> str:
     shape, dtype = kind
     return f"{list(shape)} {dtype}"
 
