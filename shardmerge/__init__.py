@@ -83,7 +83,8 @@ __all__ = [
 
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
-    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "plan", "presets", "run", "verify"),
+    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "presets", "run", "verify"),
+    "shardmerge.plan": ("plan",),  # a package that can be called: see there
     "shardmerge.prepare.options": ("Options",),
     "shardmerge.publish.results": ("Result",),
     "shardmerge.errors": (
@@ -111,22 +112,15 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 class _Door(ModuleType):
-    """The package: public names are imported when they are first asked for.
-
-    One of them, ``plan``, is a function and a room at once. Python binds a room to its package when it is imported,
-    whoever imports it, and that must not hide the function.
-    """
+    """The package: public names are imported when they are first asked for."""
 
     def __getattr__(self, name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_HOMES[name]), name)
+        home = import_module(_HOMES[name])
+        value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
         setattr(self, name, value)
         return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*__all__, *super().__dir__()})

@@ -21,7 +21,7 @@ from shardmerge.mapping.sizes import parse_size
 from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.inspection import inspect, layout_of, matching
-from shardmerge.prepare.options import Options, Prepared
+from shardmerge.prepare.options import Options, Prepared, chosen
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.storage.limits import resident_bytes
@@ -71,15 +71,24 @@ def open_checkpoint(
     return lazy_catalog(inspect(path, view=view, root=root, download=download))
 
 
-def plan(mapping: str | Path, options: Options | None = None) -> Plan:
+def plan(mapping: str | Path, options: Options | None = None, **choices: object) -> Plan:
     """Plans a mapping without reading tensor data.
+
+    Parameters
+    ----------
+    mapping
+        The YAML file, or a plan (``.json``) that was written down.
+    options
+        Overrides.
+    choices
+        Single options by name: ``plan("mapping.yaml", dtype="bfloat16")``.
 
     Raises
     ------
     ShardmergeError
         Everything that is wrong with a stage, at once.
     """
-    return prepare(Path(mapping), options or Options()).plan
+    return prepare(Path(mapping), chosen(options, choices)).plan
 
 
 def prepare(path: Path, options: Options, roots: Sequence[tuple[str, str]] = ()) -> Prepared:
@@ -275,6 +284,7 @@ def run(
     out: str | Path | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
+    **choices: object,
 ) -> Result:
     """Carries out a mapping and publishes the result.
 
@@ -288,6 +298,8 @@ def run(
         Overrides.
     progress
         Called with the bytes of every tile written.
+    choices
+        Single options by name: ``run("mapping.yaml", dtype="bfloat16", memory="256MiB")``.
 
     Raises
     ------
@@ -296,7 +308,7 @@ def run(
     ShardmergeError
         As ``plan``, and what the run meets. The output path is then as it was.
     """
-    options = options or Options()
+    options = chosen(options, choices)
     prepared = prepare(Path(mapping), options)
     return carry_out(prepared, output_path(prepared, out, str(mapping)), options, progress)
 
@@ -330,6 +342,7 @@ def convert(
     root: str = "",
     options: Options | None = None,
     progress: Progress | None = None,
+    **choices: object,
 ) -> Result:
     """Converts a checkpoint without a mapping file: every name as it is, or through a preset.
 
@@ -347,7 +360,7 @@ def convert(
         Numbers of the preset, as formulas.
     options
         dtype, shard size, memory, ...
-    progress
+    progress, choices
         As for ``run``.
 
     Raises
@@ -355,7 +368,7 @@ def convert(
     ShardmergeError
         As ``run``.
     """
-    options = options or Options()
+    options = chosen(options, choices)
     prepared = prepare_conversion(source, use=use, bases=bases, let=let, view=view, root=root, options=options)
     return carry_out(prepared, Path(out).expanduser().absolute(), options, progress)
 
@@ -421,6 +434,7 @@ def verify(
     load: bool = False,
     options: Options | None = None,
     progress: Progress | None = None,
+    **choices: object,
 ) -> Verdict:
     """Verifies a finished directory.
 
@@ -434,7 +448,7 @@ def verify(
         A checkpoint that must hold the same tensors with the same values.
     load
         Whether to load it with the installed transformers, in a child process.
-    options
+    options, choices
         Those of the run, where they were not the mapping's (``sources`` only).
     progress
         Called with the bytes of every tensor checked.
@@ -450,7 +464,7 @@ def verify(
     verdict = verify_directory(folder, progress)
     checks = list(verdict.checks)
     if sources is not None:
-        prepared = prepare(Path(sources), replace(options or Options(), workers=1))
+        prepared = prepare(Path(sources), replace(chosen(options, choices), workers=1))
         checks += verify_sources(folder, prepared.plan, prepared.how.tile, progress).checks
     if reference is not None:
         checks.append(_equals(folder, reference))

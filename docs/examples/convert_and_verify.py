@@ -3,11 +3,9 @@
 import sys
 
 import shardmerge
-from shardmerge.api import float_dtype
 
 source, out = sys.argv[1:3]
-options = shardmerge.Options(dtype=float_dtype("bfloat16"), shard_size=2_000_000_000)
-result = shardmerge.convert(source, out, options=options)
+result = shardmerge.convert(source, out, dtype="bfloat16", shard_size="2GB")
 print(len(result.outcome.checksums), "tensors,", result.plan.tensor_bytes, "bytes")
 for name, count in result.outcome.overflows.items():
     print("overflow:", name, count)

@@ -109,15 +109,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def parsed(given: dict[str, Any]) -> Options:
     """Returns what the options of everything that plans say."""
-    from shardmerge.api import Options, float_dtype, parse_size
+    from shardmerge.api import Options
 
     return Options(
-        dtype=float_dtype(given["dtype"]) if given["dtype"] else None,
-        shard_size=parse_size(given["shard_size"]) if given["shard_size"] else None,
+        dtype=given["dtype"] or None,
+        shard_size=given["shard_size"] or None,
         format=given["form"],
         root=given["dcp_root"],
         optimizer=given.get("with_optimizer", False),
-        memory=parse_size(given["max_memory"], binary=True) if given["max_memory"] else None,
+        memory=given["max_memory"] or None,
         workers=given["workers"],
         download=given["download"],
         io=given["io"],

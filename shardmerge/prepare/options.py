@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from shardmerge.dtypes import DTYPES, DType, float_dtype
+from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
 from shardmerge.plan.memory import opening_peak, unpacking_peak
@@ -16,8 +16,8 @@ from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
 from shardmerge.plan.shards import DEFAULT_SHARD_SIZE
 from shardmerge.plan.value import Plan
+from shardmerge.prepare.option_values import check_choice, check_flag, check_workers, element_type, no_option, size
 from shardmerge.storage.limits import default_budget, default_workers, may_fork
-from shardmerge.storage.reading import IoMode
 from shardmerge.targets.expectation import FileChoice, FileMode, Format
 from shardmerge.tensors import FileStamp
 
@@ -34,22 +34,34 @@ _MASTERS = DTYPES["F32"]
 # Who makes the parts of a plan.
 Engine: TypeAlias = Literal["here", "ray"]
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "format": get_args(Format),
+    "io": ("pread", "mmap"),
+    "files": get_args(FileMode),
+    "engine": get_args(Engine),
+    "device": ("cpu", "cuda"),
+    "check": ("transformers",),
+}
+_FLAGS = ("optimizer", "download", "sync", "partial", "fresh", "recheck", "overwrite")
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller may override or add to a mapping.
+    """What a caller may override or add to a mapping. Every value is what the command line takes, or its Python form.
 
     Attributes
     ----------
     dtype, shard_size
-        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``.
+        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``, or as
+        ``torch.bfloat16``; the size in bytes or as text, ``"5GB"``.
     format, root
         ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``, likewise; and for ``dcp`` the keys of the model in a
         state dict.
     optimizer
         Whether the moments of Adam go along, of a conversion that keeps every name, to ``zero-universal``.
     memory, workers
-        Budget in bytes, of all processes together, and CPUs to be used; None for the defaults of ``storage.limits``.
+        Budget of all processes together, in bytes or as text, ``"256MiB"``, and CPUs to be used, 1 to 64. None: what
+        the machine grants.
     download
         Whether hub ids may be downloaded.
     io
@@ -75,17 +87,22 @@ class Options:
     check
         ``transformers``: what will be written is loaded by its own class on the meta device, in a child process, before
         anything is written.
+
+    Raises
+    ------
+    UsageError
+        ``unknown-dtype``, ``bad-size``; ``bad-option``: another value that the option does not take.
     """
 
     dtype: DType | str | None = None
-    shard_size: int | None = None
+    shard_size: int | str | None = None
     format: Format | None = None
     root: str | None = None
     optimizer: bool = False
-    memory: int | None = None
+    memory: int | str | None = None
     workers: int | None = None
     download: bool = False
-    io: IoMode = "pread"
+    io: Literal["pread", "mmap"] = "pread"
     sync: bool = True
     device: Device = "cpu"
     partial: bool = False
@@ -96,6 +113,33 @@ class Options:
     engine: Engine = "here"
     address: str | None = None
     check: Check | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        check_workers(self.workers)
+        object.__setattr__(self, "dtype", element_type(self.dtype))
+        object.__setattr__(self, "shard_size", size(self.shard_size, "shard_size"))
+        object.__setattr__(self, "memory", size(self.memory, "memory", binary=True))
+
+
+def chosen(options: Options | None, choices: Mapping[str, object]) -> Options:
+    """Returns options with some replaced by those that a function was given by keyword.
+
+    Raises
+    ------
+    TypeError
+        A keyword that is no option, with the nearest one.
+    UsageError
+        As ``Options``.
+    """
+    known = [field.name for field in fields(Options)]
+    for name in choices:
+        if name not in known:
+            raise no_option(name, known)
+    return replace(options or Options(), **choices)  # type: ignore[arg-type]  # checked by Options itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +168,7 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[Fi
         ``memory-budget``.
     """
     workers = options.workers or default_workers()
-    budget = options.memory or default_budget(workers)
+    budget = size(options.memory, "memory") or default_budget(workers)
     # A CUDA context does not survive a fork, and a task of Ray makes one part.
     forks = options.device == "cpu" and options.engine == "here" and may_fork()
     return schedule(
@@ -139,7 +183,7 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[Fi
 
 def wanted_dtype(options: Options) -> DType | None:
     """Returns the type that the caller asks for, if he does."""
-    return float_dtype(options.dtype) if isinstance(options.dtype, str) else options.dtype
+    return element_type(options.dtype)
 
 
 def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings:
@@ -148,7 +192,7 @@ def output_settings(spec: OutputSpec | None, options: Options) -> OutputSettings
     return OutputSettings(
         _dtype(spec, options, form),
         spec.dtypes if spec else (),
-        options.shard_size or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
+        size(options.shard_size, "shard_size") or (spec.shard_size if spec else None) or DEFAULT_SHARD_SIZE,
         form,
         _root(spec, options, form),
         str(spec.mark) if spec else "",
