@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from shardmerge.dtypes import DType
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
+from shardmerge.mapping.near import did_you_mean
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.packed_names import packed_name
 from shardmerge.plan.value import Plan
@@ -20,12 +21,11 @@ from shardmerge.storage.mapping import FileMaps
 from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog, Extent, FileStamp, Shape, TensorEntry, leaves
+from shardmerge.tensors.indexing import Index, indexed
 from shardmerge.tensors.pieces import single_extent
 
 if TYPE_CHECKING:
     import torch
-
-Index: TypeAlias = "int | slice | ellipsis | tuple[int | slice | ellipsis, ...]"  # noqa: F821  # builtin of the stubs
 
 
 class _Reader(Protocol):
@@ -77,6 +77,25 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        """Returns the size of the first dimension."""
+        if not self.shape:
+            raise TypeError(f"{self.name!r} has no dimensions, so it has no len()")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Array]:
+        """Yields the rows, each read when it is asked for."""
+        return (self[row] for row in range(len(self)))
+
+    def __bool__(self) -> bool:
+        """Does as an array: of several elements there is no truth value."""
+        return bool(self.numpy())
 
     @property
     def mapped(self) -> bool:
@@ -141,6 +160,14 @@ class LazyTensor:
         data = None if copy else self._reader.view(alignment=self.dtype.itemsize, writable=True)
         return torch.frombuffer(self._read() if data is None else data, dtype=dtype).reshape(self.shape)
 
+    def __dlpack__(self, **asked: object) -> object:
+        """Gives the tensor to ``torch.as_tensor``, ``torch.tensor`` and ``from_dlpack``, of every type. Needs torch."""
+        return self.torch().__dlpack__(**asked)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Says that the tensor comes in the memory of the CPU."""
+        return 1, 0  # kDLCPU
+
     def _view(self) -> Array | None:
         """Returns a read-only view, or None where there can be none; what has no elements needs no file."""
         if not self.nbytes:
@@ -157,8 +184,14 @@ class LazyTensor:
         return data
 
     def __getitem__(self, index: Index) -> Array:
-        """Reads a basic slice: integers, slices, an ellipsis. Only the runs of elements it takes are read."""
-        ranges, kept = _ranges(index, self.shape)
+        """Reads a basic slice: integers, slices, an ellipsis. Only the runs of elements it takes are read.
+
+        Raises
+        ------
+        IndexError, TypeError
+            As numpy; TypeError also for lists, masks and new axes.
+        """
+        ranges, kept = indexed(index, self.shape)
         lengths = tuple(len(r) for r in ranges)
         found = np.empty(lengths, numpy_dtype(self.dtype))
         if found.size:
@@ -180,29 +213,16 @@ class LazyTensor:
         self._reader.read((start, row.data) for start, row in zip(starts, rows, strict=True))
 
 
-def _ranges(index: Index, shape: Shape) -> tuple[list[range], list[bool]]:
-    """Returns one range an axis, and whether the axis stays (a slice) or goes (an integer)."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1:
-        raise IndexError("an index can only have a single ellipsis ('...')")
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    at = items.index(Ellipsis)
-    missing = len(shape) - len(items) + 1
-    if missing < 0:
-        raise IndexError(f"too many indices: the tensor has {len(shape)} dimensions")
-    items[at : at + 1] = [slice(None)] * missing
-    found: list[range] = []
-    for item, size in zip(items, shape, strict=True):
-        if isinstance(item, slice):
-            found.append(range(*item.indices(size)))
-            continue
-        if not isinstance(item, (int, np.integer)):
-            raise TypeError("only integers, slices and an ellipsis can index a tensor that is not in memory")
-        if not -size <= item < size:
-            raise IndexError(f"index {item} is out of bounds for a dimension of size {size}")
-        found.append(range(int(item) % size, int(item) % size + 1))
-    return found, [isinstance(item, slice) for item in items]
+class NoSuchTensor(KeyError):
+    """A name that a checkpoint does not have, with the nearest ones where it is shown."""
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(name)
+        self._names = names
+
+    def __str__(self) -> str:
+        near = did_you_mean(str(self.args[0]), self._names)
+        return f"there is no tensor {self.args[0]!r}{f'; {near}' if near else ''}"
 
 
 class LazyCheckpoint(Mapping[str, LazyTensor]):
@@ -222,7 +242,13 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise NoSuchTensor(name, self._tensors) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
