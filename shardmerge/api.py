@@ -393,9 +393,10 @@ def prepare_conversion(
         if bases or let:
             what = "--base and --let need a preset that has a use for them"
             raise UsageError("no-preset", what, hint="add --use PRESET")
-        from shardmerge.prepare.conversion import prepare_plain
+        from shardmerge.prepare.conversion import same_names
 
-        return prepare_plain(SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE), options)
+        plain = SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE)
+        return same_names(plain, options).prepared(options)
     from shardmerge.mapping.near import did_you_mean
     from shardmerge.mapping.preset_files import load_preset
     from shardmerge.prepare.preparation import prepare
@@ -577,7 +578,7 @@ def _forward(spec: Spec, folder: Path) -> tuple[Spec, Forward]:
         raise MappingError("no-inverse", what, where=spec.file)
     made = {
         tensor.name: TensorEntry(tensor.name, tensor.dtype, tensor.shape, ())
-        for tensor in plan_of(found, options).tensors()
+        for tensor in plan_of(found, folder, options).tensors()
     }
     return found.spec, Forward(found.opened, found.merged, found.resolution, made, found.sides.read)
 

@@ -230,7 +230,7 @@ def test_what_the_trainer_keeps_beside_the_model_is_left_out_and_told(tmp_path: 
     result = sm.convert(tmp_path / "a", tmp_path / "out")
     assert load_file(result.path / "model.safetensors").keys() == state.keys()
     assert any("loss_mean" in warning for warning in result.plan.warnings)
-    assert [one.name for one in result.plan.unused] == ["_forward_module.loss_mean"]
+    assert [one.name for one in result.plan.unused] == ["loss_mean"]  # as a rule would name it
 
 
 def test_two_models_in_one_file_are_not_mixed(tmp_path: Path) -> None:

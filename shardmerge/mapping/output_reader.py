@@ -34,7 +34,8 @@ def read_output(reader: NodeReader, node: Node) -> OutputSpec | None:
     form, files = _format(reader, fields.get("format")), _files(reader, fields.get("files"))
     root = _root(reader, fields.get("root"))
     card = reader.flag(fields["card"], "card") if "card" in fields else None
-    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files, root, card)
+    optimizer = reader.flag(fields["optimizer"], "optimizer") if "optimizer" in fields else False
+    return OutputSpec(path, dtype, size, node.mark, dtypes, form, partial, files, root, card, optimizer)
 
 
 def _files(reader: NodeReader, node: Node | None) -> FileChoice | None:

@@ -229,6 +229,7 @@ _OUTPUT = _object(
             "type": "string",
             "description": "For `dcp`: the key of the model in a state dict, `model` if not said.",
         },
+        "optimizer": _about(_FLAG, "For `dcp` and `zero-universal`: whether the state of Adam goes along."),
         "card": _about(_FLAG, "Whether README.md says what was merged; by itself where models are merged."),
         "files": _about(_either({"enum": list(FILE_MODES)}, _FILES), "Which small files beside the weights go along."),
     },

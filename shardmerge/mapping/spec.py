@@ -70,6 +70,8 @@ class OutputSpec:
         For ``dcp``: the keys under which a state dict holds the model, with dots between them; empty for none.
     card
         Whether a README.md says what was merged; None for where an op merges several sources.
+    optimizer
+        Whether Adam's state goes along.
     """
 
     path: str
@@ -82,6 +84,7 @@ class OutputSpec:
     files: FileChoice | None = None
     root: str | None = None
     card: bool | None = None
+    optimizer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +253,19 @@ KEYS = (
 )  # fmt: skip
 # What its parts may say; `mapping.schema` has a line about each.
 SOURCE_KEYS = ("path", "required", "view", "root", "strip")
-OUTPUT_KEYS = ("path", "dtype", "shard_size", "format", "dtypes", "keep", "partial", "files", "root", "card")
+OUTPUT_KEYS = (
+    "path",
+    "dtype",
+    "shard_size",
+    "format",
+    "dtypes",
+    "keep",
+    "partial",
+    "files",
+    "root",
+    "card",
+    "optimizer",
+)
 FILES_KEYS = ("include", "exclude")
 ADAPTER_KEYS = ("from", "onto", "rename")
 ADAPTER_SETTINGS = ("r", "alpha", "rslora", "fan_in_fan_out", "name", "weight", "combination_type")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from itertools import takewhile
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice, takewhile
 
 from shardmerge.mapping.pattern import Template, escape
 
@@ -24,15 +24,16 @@ def drop_lines(source: str, names: Collection[str], kept: Collection[str], most:
     most
         More lines than this help nobody.
     """
+    return [f"- {_yaml_text(f'{source}:{template}')}" for template in islice(drop_templates(names, kept), most)]
+
+
+def drop_templates(names: Collection[str], kept: Collection[str]) -> Iterator[str]:
+    """Yields templates that cover some names and none of those that are kept: one for each first segment, if it can."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[name.partition(".")[0]].append(name)
-    lines: list[str] = []
     for group in groups.values():
-        lines += [f"- {_yaml_text(f'{source}:{template}')}" for template in _covering(group, kept)]
-        if len(lines) >= most:
-            break
-    return lines[:most]
+        yield from _covering(group, kept)
 
 
 def ticked(lines: Sequence[str]) -> str:

@@ -9,13 +9,12 @@ from pathlib import Path
 from shardmerge.compose import cast_to
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, raise_all
-from shardmerge.mapping.resolution import Resolution
-from shardmerge.mapping.spec import SourceSpec
-from shardmerge.plan.moments import KINDS, NO_MOMENTS, Moments
+from shardmerge.mapping.same_names import keeps_names
+from shardmerge.mapping.spec import Spec
+from shardmerge.plan.moments import KINDS, Moments
 from shardmerge.prepare.named_source import open_source
-from shardmerge.prepare.options import Options
-from shardmerge.prepare.side_files import SideFiles
-from shardmerge.prepare.unwrapping import without_wrapper
+from shardmerge.prepare.options import Options, output_settings
+from shardmerge.prepare.resolved import Resolved
 from shardmerge.shown import shown
 from shardmerge.sources.deepspeed_moments import no_moments
 from shardmerge.tensors import Catalog
@@ -24,27 +23,29 @@ from shardmerge.tensors.optimizer import OptimizerState, ParameterGroup
 _FORMATS = ("dcp", "zero-universal")
 # Kinds of catalogs whose readers know the moments.
 _SOURCES = ("DeepSpeed", "torch distributed checkpoint")
-_LEAVE_OUT = "leave --with-optimizer out: the optimizer then begins anew"
+_LEAVE_OUT = "leave --with-optimizer out (in a mapping, `optimizer`): the optimizer then begins anew"
 # What every Adam has; a resumed run would otherwise go on with other ones.
 _NEEDED = ("lr", "betas", "eps", "weight_decay")
 _DECOUPLED = "decoupled_weight_decay"
 
 
-def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, options: Options) -> Moments:
-    """Returns the moments of a source whose tensors keep their names, where they are asked for.
+def moments_of(found: Resolved, folder: Path, options: Options) -> Moments:
+    """Returns the moments of the source of a mapping that keeps its names.
 
     Raises
     ------
     UsageError
-        ``no-effect``: the format has no place for them. ``no-moments``: of the source no moments are read.
+        ``no-effect``: rules make other weights, or the format has no place for them. ``no-moments``: of the source no
+        moments are read.
     CheckpointError
         ``no-moments``: it has none, or says too little of the optimizer.
     """
-    if not options.optimizer:
-        return NO_MOMENTS
-    if options.format not in _FORMATS:
-        what = "--with-optimizer is for checkpoints that training goes on from: other formats hold no optimizer"
-        hint = "add --format dcp or --format zero-universal, or leave --with-optimizer out"
+    form = output_settings(found.spec.output, options).format
+    source, resolution = found.spec.sources[_keeping_names(found.spec)], found.resolution
+    opened = found.opened[source.name]
+    if form not in _FORMATS:
+        what = "the optimizer goes along to checkpoints that training goes on from: other formats hold none"
+        hint = f"add --format dcp or --format zero-universal, in a mapping `format: dcp`; or {_LEAVE_OUT}"
         raise UsageError("no-effect", what, hint=hint)
     if not opened.kind.startswith(_SOURCES):
         raise UsageError(
@@ -54,7 +55,7 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
             found=opened.kind,
             hint=_LEAVE_OUT,
         )
-    catalogs = {kind: _catalog(replace(source, view=kind), options) for kind in KINDS}
+    catalogs = {kind: open_source(replace(source, view=kind), folder, options) for kind in KINDS}
     raise_all(_misfits(opened, catalogs))
     kept = {
         kind: {name: one for name, one in catalog.entries.items() if name in resolution.assignments}
@@ -65,7 +66,7 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
         raise no_moments(opened.path, "AMSGrad has a third moment, without which it is another optimizer")
     optimizer = told.of(kept[KINDS[0]])
     files = tuple(dict.fromkeys(stamp for catalog in catalogs.values() for stamp in catalog.files))
-    if options.format != "dcp":
+    if form != "dcp":
         floats = {
             kind: {name: cast_to(one, DTYPES["F32"]) for name, one in mine.items()} for kind, mine in kept.items()
         }
@@ -74,8 +75,13 @@ def moments_of(source: SourceSpec, opened: Catalog, resolution: Resolution, opti
     return Moments(kept, optimizer, files, tuple(_warnings(optimizer)))
 
 
-def _catalog(source: SourceSpec, options: Options) -> Catalog:
-    return without_wrapper(open_source(source, Path(), options), SideFiles())[0]
+def _keeping_names(spec: Spec) -> str:
+    """Returns the only source, of which every tensor keeps its name."""
+    source = "" if spec.use else keeps_names(spec)
+    if not source:
+        what = "the optimizer goes along with weights that keep their names: rules make others"
+        raise UsageError("no-effect", what, hint=f"{_LEAVE_OUT}, or convert without --use")
+    return source
 
 
 def _misfits(opened: Catalog, catalogs: Mapping[str, Catalog]) -> Iterator[ShardmergeError]:

@@ -45,12 +45,13 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
         if taken == names:
             raise _odd_strip(source, word, list(names.values()))
         names = taken
-    _check_apart(names, source)
+    check_apart(names, source)
     note = f"{' and '.join(f'`{word}`' for word in words)} is taken off every name that has it"
     return replace(renamed(catalog, names), notes=(*catalog.notes, note))
 
 
-def _check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
+def check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
+    """Raises ``strip-makes-one`` where two names of a source would be one without their prefixes."""
     seen: dict[str, str] = {}
     for name, short in names.items():
         if short in seen:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from shardmerge.dtypes import DType
 from shardmerge.mapping.spec import Drop, OpTerm, Reference, Rule, Spec, dequantized_by, references
 from shardmerge.targets.quantization_config import QUANTIZATION_FILES
 from shardmerge.tensors import Catalog
@@ -35,10 +34,9 @@ class Needs:
     dropped: frozenset[tuple[str, str]] = frozenset()
 
 
-def needs_of_cast(name: str, catalog: Catalog, dtype: DType | None) -> Needs:
-    """Returns what a conversion that keeps every name needs: numbers for its cast alone."""
-    published = frozenset({name} if {CONFIG, *QUANTIZATION_FILES} & set(catalog.side_files) else ())
-    return Needs({name: f"the cast to {dtype}"} if dtype else {}, published)
+def says_codes(catalog: Catalog) -> bool:
+    """Tells whether a file beside a checkpoint may say that its weights are codes."""
+    return not {CONFIG, *QUANTIZATION_FILES}.isdisjoint(catalog.side_files)
 
 
 def needs_of(spec: Spec, catalogs: Mapping[str, Catalog], cast: str, published: Collection[str], closed: str) -> Needs:

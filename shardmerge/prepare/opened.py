@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +33,10 @@ class Opened:
     sides: SideFiles
 
 
-def open_mapping(spec: Spec, folder: Path, options: Options) -> Opened:
+def open_mapping(spec: Spec, folder: Path, options: Options, known: Mapping[str, Catalog]) -> Opened:
     """Opens the sources of a spec whose relative paths are relative to ``folder``; headers are read, no data.
+
+    Those that are ``known`` are open already.
 
     Raises
     ------
@@ -45,7 +47,7 @@ def open_mapping(spec: Spec, folder: Path, options: Options) -> Opened:
     own, sides = set(spec.variables), SideFiles()
     if preset is not None:
         spec = replace(spec, sources={name: _as_role(one, preset) for name, one in spec.sources.items()})
-    catalogs = _open_all(spec, folder, options)
+    catalogs = {**known, **_open_all([one for one in spec.sources.values() if one.name not in known], folder, options)}
     if spec.target is not None:
         raise_all(odd_roles(spec.target, catalogs))
     if preset is not None:
@@ -90,10 +92,10 @@ def _as_role(source: SourceSpec, preset: Preset) -> SourceSpec:
     return replace(source, usual=role.strip)
 
 
-def _open_all(spec: Spec, folder: Path, options: Options) -> dict[str, Catalog]:
+def _open_all(sources: Sequence[SourceSpec], folder: Path, options: Options) -> dict[str, Catalog]:
     catalogs: dict[str, Catalog] = {}
     problems: list[ShardmergeError] = []
-    for source in spec.sources.values():
+    for source in sources:
         try:
             catalogs[source.name] = open_source(source, folder, options)
         except UsageError as error:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from shardmerge.errors import UsageError
-from shardmerge.mapping.reader import load_spec
 from shardmerge.mapping.spec import COMMAND_LINE, OutputSpec, Spec
+from shardmerge.plan.moments import NO_MOMENTS, Moments
 from shardmerge.plan.planner import make_plan
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.agreed import agreed
@@ -25,27 +24,26 @@ _ANY_MODEL = "hf/model"
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
     """Plans a mapping.yaml. Relative paths in it are relative to its own directory."""
+    from shardmerge.mapping.reader import load_spec  # a conversion reads no mapping
+
     spec = load_spec(path)
     return prepare(spec, path.resolve().parent, options)
 
 
-def prepare(spec: Spec, folder: Path, options: Options) -> Prepared:
-    """Plans a spec whose relative paths are relative to ``folder``.
+def prepare(spec: Spec, folder: Path, options: Options, known: Mapping[str, Catalog] | None = None) -> Prepared:
+    """Plans a spec whose relative paths are relative to ``folder``; sources that are ``known`` are open already.
 
     Raises
     ------
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
-    if options.optimizer:
-        what = "the optimizer goes along with weights that keep their names: rules make others"
-        raise UsageError("no-effect", what, hint="leave --with-optimizer out, or convert without --use")
-    found = resolved(spec, folder, options)
-    return Prepared.of(plan_of(found, options), _output_path(spec.output, folder), options)
+    found = resolved(spec, folder, options, known)
+    return Prepared.of(plan_of(found, folder, options), _output_path(spec.output, folder), options)
 
 
-def plan_of(found: Resolved, options: Options) -> Plan:
-    """Returns the plan of a resolved mapping."""
+def plan_of(found: Resolved, folder: Path, options: Options) -> Plan:
+    """Returns the plan of a resolved mapping whose relative paths are relative to ``folder``."""
     spec = found.spec
     plan = make_plan(
         spec.target.name if spec.target else PLAIN,
@@ -54,20 +52,31 @@ def plan_of(found: Resolved, options: Options) -> Plan:
         found.resolution,
         found.expectation,
         output_settings(spec.output, options),
+        _moments(found, folder, options),
     )
     conditions = _conditions(spec, found.opened, options)
     return found.sides.pinned(agreed(plan, found.sides, conditions, options))
 
 
+def _moments(found: Resolved, folder: Path, options: Options) -> Moments:
+    output = found.spec.output
+    if not options.optimizer and not (output is not None and output.optimizer):
+        return NO_MOMENTS
+    from shardmerge.prepare.moments import moments_of
+
+    return moments_of(found, folder, options)
+
+
 def _conditions(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Conditions:
     """Returns what the mapping says of the directory beside its tensors."""
-    free = spec.target is not None and spec.target.name == _ANY_MODEL
+    target = spec.target.name if spec.target is not None else ""
+    free = target == _ANY_MODEL
     name = spec.target.roles.get("text", "text") if spec.target is not None else ""
     return Conditions(
         partial=options.partial or (spec.output is not None and spec.output.partial),
         edits=spec.config,
         counts=free or bool(spec.config.take),
-        source=catalogs.get(name) if free else None,
+        source=catalogs.get(name) if target in (_ANY_MODEL, PLAIN) else None,
         editable=spec.file != COMMAND_LINE.file,
     )
 

@@ -12,7 +12,7 @@ from shardmerge.mapping.variables import Variables
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.prepare.dequantizing import Dequantized, dequantized
 from shardmerge.prepare.mapping_checks import target_of
-from shardmerge.prepare.needs import Needs, needs_of
+from shardmerge.prepare.needs import Needs, needs_of, says_codes
 from shardmerge.prepare.opened import Opened
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.changed_config import changed_reader
@@ -66,7 +66,8 @@ def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputSettings) 
     target = target_of(spec.target) if spec.target else None
     closed = target.name if target is not None and not target.codes else ""
     published = {spec.target.roles.get("text", "text")} if spec.target and not closed else set[str]()
-    return needs_of(spec, catalogs, str(cast or ""), published & set(catalogs), closed)
+    published = {name for name in published if name in catalogs and says_codes(catalogs[name])}
+    return needs_of(spec, catalogs, str(cast or ""), published, closed)
 
 
 def _merged(

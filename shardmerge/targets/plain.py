@@ -1,29 +1,44 @@
-"""The target of a plain conversion: the same names, and the source's own side files."""
+"""The target ``state-dict``: the tensors as the rules make them, and the files beside a source as they are."""
 
 from __future__ import annotations
 
 import json
 
 from shardmerge.dtypes import DType
-from shardmerge.targets.expectation import Expectation
+from shardmerge.errors import TargetError
+from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.targets.quantization_config import without_quantization
-from shardmerge.tensors import Catalog, ReadSideFile, SideFile
+from shardmerge.tensors import Catalog, SideFile
+from shardmerge.tensors.file_roles import CONFIG
 
-# How a plan calls its target where there is none.
+# How a plan also calls its target where there is none.
 PLAIN = "state-dict"
 
 
-def expect_same(catalog: Catalog, read: ReadSideFile, dtype: DType | None) -> Expectation:
-    """Returns the expectation that every name, aliases included, arrives with its shape.
+def expect(request: Request) -> Expectation:
+    """Returns the files beside a source, config.json brought up to date; names and shapes are as the rules make them.
 
     Tied names are written as copies: a state dict without its config cannot say which of two names is the owner.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``: there is no such source, or it has neither tensors nor a config.json.
     """
-    tensors = {name: catalog[name].shape for name in catalog.names()}
-    changed = dtype is not None or catalog.dequantized
-    config = catalog.side_files.get("config.json")
-    content = (_updated(read(config), dtype, catalog) if changed else config) if config is not None else b""
-    made = (SideFile("config.json", (content,)),) if config is not None else ()
-    return Expectation(tensors, side_files=made, beside=catalog.side_files, same_model=True)
+    name = request.roles.get("text", "text")
+    catalog = request.catalogs.get(name)
+    if catalog is None or not (catalog.entries or CONFIG in catalog.side_files):
+        raise TargetError(
+            "missing-source",
+            f"the files of the source `{name}` should go along, and it has neither tensors nor a config.json",
+            where=catalog.path if catalog else request.where,
+            expected=f"a source named `{name}` with config.json",
+        )
+    config = catalog.side_files.get(CONFIG)
+    changed = request.dtype is not None or catalog.dequantized
+    content = () if config is None else (_updated(request.read(config), request.dtype, catalog) if changed else config,)
+    made = (SideFile(CONFIG, content),) if content else ()
+    return Expectation({}, side_files=made, beside=catalog.side_files, same_model=True, open=True)
 
 
 def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:
@@ -39,3 +54,13 @@ def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:
     if catalog.dequantized:
         config = without_quantization(config)
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+TARGET = Target(
+    name=PLAIN,
+    about="The tensors as the rules make them, beside the files of a source: config.json as it is, where it has one.",
+    roles={"text": "the source whose config.json, tokenizer and other files go along"},
+    options={},
+    expect=expect,
+    codes=True,
+)

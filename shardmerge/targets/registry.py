@@ -17,6 +17,7 @@ _PLACES = {
     "hf/text": ("language_model", "TEXT_TARGET"),
     "hf/llama": ("language_model", "TARGET"),
     "hf/model": ("any_model", "TARGET"),
+    "state-dict": ("plain", "TARGET"),
     "hf/names": ("named_model", "TARGET"),
     "hf/clip": ("clip_model", "TARGET"),
     "hf/clip-vision": ("clip_model", "VISION_TARGET"),
