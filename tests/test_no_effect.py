@@ -44,6 +44,7 @@ HF = "target: {name: hf/model, text: a}\n"
 # what it is, the mapping behind `shardmerge: 1`, the code
 IDLE = {
     "a card without a target": ("sources: {a: a}\noutput: {path: o, card: true}\n" + ALL, "no-effect"),
+    "optimizer of safetensors": ("sources: {a: a}\noutput: {path: o, optimizer: true}\n" + ALL, "no-effect"),
     "view of safetensors": ("sources: {a: {path: a, view: module}}\noutput: o\n" + ALL, "no-effect"),
     "view of a torch file": (
         'sources: {a: {path: t.pth, view: module}}\noutput: o\ntensors: {"{n...}": "a:{n...}"}\n',

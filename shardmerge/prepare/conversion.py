@@ -26,8 +26,8 @@ from shardmerge.tensors.wrapped_names import stripped
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
-    """A conversion as the mapping that it is.
+class WrittenMapping:
+    """A mapping that was written for a conversion.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Conversion:
         return replace(found, plan=replace(plan, warnings=(*plan.warnings, *self.advice))) if self.advice else found
 
 
-def same_names(source: SourceSpec, options: Options) -> Conversion:
+def same_names(source: SourceSpec, options: Options) -> WrittenMapping:
     """Returns the mapping that keeps every name, but for the prefixes of wrappers, which config.json has not."""
     catalog = open_source(source, Path(), options)
     refuse_parts(source, catalog)
@@ -69,4 +69,4 @@ def same_names(source: SourceSpec, options: Options) -> Conversion:
     target = TargetSpec(PLAIN, {"text": source.name}, COMMAND_LINE)
     rules = (same_name(source.name),)
     spec = Spec(COMMAND_LINE.file, {source.name: source}, None, "", target, rules, drops)
-    return Conversion(spec, {source.name: catalog}, better_roads(catalog))
+    return WrittenMapping(spec, {source.name: catalog}, better_roads(catalog))

@@ -41,7 +41,7 @@ def moments_of(found: Resolved, folder: Path, options: Options) -> Moments:
         ``no-moments``: it has none, or says too little of the optimizer.
     """
     form = output_settings(found.spec.output, options).format
-    source, resolution = found.spec.sources[_keeping_names(found.spec)], found.resolution
+    source, resolution = found.spec.sources[keeping_names(found.spec)], found.resolution
     opened = found.opened[source.name]
     if form not in _FORMATS:
         what = "the optimizer goes along to checkpoints that training goes on from: other formats hold none"
@@ -75,8 +75,8 @@ def moments_of(found: Resolved, folder: Path, options: Options) -> Moments:
     return Moments(kept, optimizer, files, tuple(_warnings(optimizer)))
 
 
-def _keeping_names(spec: Spec) -> str:
-    """Returns the only source, of which every tensor keeps its name."""
+def keeping_names(spec: Spec) -> str:
+    """Returns the only source, of which every tensor keeps its name; raises ``no-effect`` where rules make others."""
     source = "" if spec.use else keeps_names(spec)
     if not source:
         what = "the optimizer goes along with weights that keep their names: rules make others"

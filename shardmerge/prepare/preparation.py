@@ -38,6 +38,10 @@ def prepare(spec: Spec, folder: Path, options: Options, known: Mapping[str, Cata
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
+    if _with_moments(spec, options):
+        from shardmerge.prepare.moments import keeping_names
+
+        keeping_names(spec)
     found = resolved(spec, folder, options, known)
     return Prepared.of(plan_of(found, folder, options), _output_path(spec.output, folder), options)
 
@@ -59,12 +63,15 @@ def plan_of(found: Resolved, folder: Path, options: Options) -> Plan:
 
 
 def _moments(found: Resolved, folder: Path, options: Options) -> Moments:
-    output = found.spec.output
-    if not options.optimizer and not (output is not None and output.optimizer):
+    if not _with_moments(found.spec, options):
         return NO_MOMENTS
     from shardmerge.prepare.moments import moments_of
 
     return moments_of(found, folder, options)
+
+
+def _with_moments(spec: Spec, options: Options) -> bool:
+    return options.optimizer or (spec.output is not None and spec.output.optimizer)
 
 
 def _conditions(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -> Conditions:
