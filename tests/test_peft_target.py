@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shardmerge.errors import ShardmergeError
-from shardmerge.targets import peft_adapter
+from shardmerge.targets import peft_adapter, peft_export
 from shardmerge.targets.expectation import Request
 from shardmerge.targets.registry import TARGETS
 from tests.target_files import catalog, read, side_file, written
@@ -67,7 +67,7 @@ def test_peft_loads_what_it_trained(tmp_path, case):
     model = wrapped(ADAPTERS[case])
     options = {"alpha": "6", "rslora": str("use_rslora" in ADAPTERS[case]).lower(), "task_type": "CAUSAL_LM"}
     catalogs = {"trained": trained(model, tmp_path / "t", "llm.")}
-    expectation = peft_adapter.expect(Request({}, options, catalogs, read))
+    expectation = peft_export.expect(Request({}, options, catalogs, read))
     oracle = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     assert expectation.tensors == {name: tuple(tensor.shape) for name, tensor in oracle.items()}
     folder = written(expectation, tmp_path / "out")
@@ -88,7 +88,7 @@ def test_a_config_beside_the_adapter_is_kept(tmp_path):
     entries = trained(model, tmp_path / "x").entries
     tensors = {peft_adapter.saved_name(name): entry.shape for name, entry in entries.items()}
     adapter = catalog(tmp_path / "t", tensors, adapter_config=own)
-    expectation = peft_adapter.expect(Request({}, {"base": "org/base"}, {"trained": adapter}, read))
+    expectation = peft_export.expect(Request({}, {"base": "org/base"}, {"trained": adapter}, read))
     config = side_file(expectation, "adapter_config.json")
     assert (config["lora_alpha"], config["base_model_name_or_path"], config["extra"]) == (12, "org/base", 1)
     assert config["target_modules"] == LINEAR
@@ -106,7 +106,7 @@ def test_a_config_beside_the_adapter_is_kept(tmp_path):
 )  # fmt: skip
 def test_refusals(tmp_path, names, options, code):
     with pytest.raises(ShardmergeError) as caught:
-        peft_adapter.expect(Request({}, options, {"trained": catalog(tmp_path / "t", names)}, read))
+        peft_export.expect(Request({}, options, {"trained": catalog(tmp_path / "t", names)}, read))
     assert caught.value.code == code
 
 
@@ -139,9 +139,9 @@ def test_a_target_without_sources_says_what_it_lacks(name):
     ("names", "config", "code"),
     [
         ({"base_model.model.a.lora_A.one.weight": (2, 2), "base_model.model.a.lora_A.two.weight": (2, 2)}, {},
-         "several-adapters"),
+         "adapter-alpha"),
         ({"base_model.model.a.lora_A.one.weight": (2, 2), "base_model.model.b.modules_to_save.two.weight": (2, 2)}, {},
-         "several-adapters"),
+         "adapter-alpha"),
         ({"base_model.model.a.lora_A.weight": (2, 2), "base_model.model.a.lora_B.weight": (0,)}, {}, "empty-adapter"),
         ({"base_model.model.a.lora_A.weight": (2, 2)}, {"r": 4}, "adapter-rank"),
         ({"base_model.model.a.lora_A.weight": (2, 2)}, {"lora_alpha": float("nan")}, "odd-setting"),
@@ -152,7 +152,7 @@ def test_what_is_not_one_whole_adapter_is_not_exported(tmp_path, names, config, 
     own = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config
     source = catalog(tmp_path / "t", names, adapter_config=own)
     with pytest.raises(ShardmergeError) as caught:
-        peft_adapter.expect(Request({}, {}, {"trained": source}, read))
+        peft_export.expect(Request({}, {}, {"trained": source}, read))
     assert caught.value.code == code
 
 

@@ -49,7 +49,8 @@ def unmerged_adapters(work: Matching, made: Mapping[str, Assignment]) -> Iterato
     """Yields adapter tensors by source: those that no rule uses, and those that the target has no place for."""
     pairs = _left_over(work)
     if work.expectation is not None and not work.expectation.open:
-        pairs += [(a.source, a.name) for target, a in made.items() if target not in work.expectation.tensors]
+        placeless, told = made.keys() - work.expectation.tensors.keys(), tuple(work.expectation.left_out)
+        pairs += [(a.source, a.name) for t, a in made.items() if t in placeless and not t.startswith(told)]
     theirs = work.expectation.ignored if work.expectation is not None else {}
     ignored = {(source, name) for source, names in theirs.items() for name in names}
     found: dict[str, list[str]] = defaultdict(list)

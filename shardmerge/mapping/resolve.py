@@ -118,7 +118,7 @@ def _taken_back(work: Matching, made: dict[str, Assignment], expectation: Expect
         assignment = made.pop(target, None)
         if assignment is not None and assignment.source:
             left_out.add((assignment.source, assignment.name))
-    return left_out
+    return left_out - {(assignment.source, assignment.name) for assignment in made.values()}
 
 
 def _is_dropped(work: Matching, target: str) -> bool:

@@ -15,7 +15,7 @@ from shardmerge.sources.choosing import SENTENCE_MODULE
 from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
-from shardmerge.tensors.file_roles import comes_along, is_weights
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, comes_along, is_weights
 
 ReadShard: TypeAlias = Callable[[Path], Catalog]
 
@@ -126,6 +126,8 @@ def _inside(folder: Path) -> Iterator[Path]:
     """Yields the files of a folder that is part of a model; folders of runs, caches and other checkpoints are not."""
     if folder.name == "additional_chat_templates" or SENTENCE_MODULE.fullmatch(folder.name):
         yield from (path for path in sorted(folder.iterdir()) if _is_small(path))
+    elif (folder / ADAPTER_CONFIG).is_file():  # another adapter of the run, as peft saves it: what it says of itself
+        yield folder / ADAPTER_CONFIG
     elif folder.name.isidentifier() and (folder / "__init__.py").is_file():
         yield from (path for path in sorted(folder.rglob("*.py")) if _is_small(path))
 

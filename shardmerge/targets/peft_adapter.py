@@ -1,4 +1,4 @@
-"""The target ``peft/adapter``: the trained tensors of an adapter as a directory that peft loads.
+"""Names, shapes and adapter_config.json of an adapter as peft saves it.
 
 File names, keys and fields follow peft 0.11 to 0.21 (``get_peft_model_state_dict``, ``LoraConfig``).
 """
@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shardmerge.errors import TargetError, raise_all
-from shardmerge.shown import shown
-from shardmerge.targets.adapter_config import read_adapter_config
-from shardmerge.targets.config_numbers import JsonObject, dump, finite, flag, load_object
-from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
-from shardmerge.targets.options import positive_number, switch
-from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.errors import TargetError
+from shardmerge.targets.config_numbers import JsonObject
+from shardmerge.tensors import Catalog, Shape
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 ROOT = "base_model.model."
@@ -29,11 +25,9 @@ _PART = re.compile(
 )
 _WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
-# Fields of a config beside the checkpoint whose values are checked; the others are kept as they are.
-_READ = ("lora_alpha", "r", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
 # Rows of an embedding that were trained, and whatever else is no weight of the model.
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
-_OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter\.(?!base_layer\.)\w+)(?:\.|$)")
+OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter\.(?!base_layer\.)\w+)(?:\.|$)")
 # What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
 _BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
 
@@ -88,7 +82,7 @@ def saved_name(name: str) -> str:
 
 
 def adapter_tensors(
-    catalog: Catalog, prefix: str = "", gone: Collection[str] = (), *, biases: str = "none"
+    catalog: Catalog, prefix: str = "", gone: Collection[str] = (), *, biases: str = "none", adapter: str = ""
 ) -> dict[str, Shape]:
     """Returns the keys and shapes that peft saves for an adapter.
 
@@ -102,14 +96,34 @@ def adapter_tensors(
         Names that the user drops.
     biases
         peft's ``bias``: ``none``, ``lora_only`` or ``all`` of the base's were trained.
+    adapter
+        Which one, where the names of the run say it; what has no such name is of every one.
     """
     start = prefix + ROOT
-    base = _of_the_base(catalog, start, biases=biases)
-    names = [name for name in catalog.names() if name.startswith(start) and name not in base and name not in gone]
+    left = {*tensors_of_the_base(catalog, start, biases=biases), *gone}
+    if adapter:
+        left.update(name for name in catalog.names() if (adapter_of(name) or adapter) != adapter)
+    names = [name for name in catalog.names() if name.startswith(start) and name not in left]
     return {saved_name(name.removeprefix(prefix)): catalog[name].shape for name in names}
 
 
-def _of_the_base(catalog: Catalog, start: str, *, biases: str = "none") -> frozenset[str]:
+def adapter_of(name: str) -> str:
+    """Returns the name of the adapter that a parameter of a wrapped model is of, ``""`` where it says none."""
+    match = part_of(name)
+    return (match["adapter"] or "") if match is not None else ""
+
+
+def part_of(name: str) -> re.Match[str] | None:
+    """Returns module and adapter of a parameter that is part of an adapter, None for any other one."""
+    return _PART.fullmatch(name) or _WHOLE.fullmatch(name) or _TOKENS.fullmatch(name)
+
+
+def trained_tokens(names: Iterable[str]) -> bool:
+    """Whether single rows of an embedding are among what was trained."""
+    return any(_TOKENS.fullmatch(name) for name in names)
+
+
+def tensors_of_the_base(catalog: Catalog, start: str, *, biases: str = "none") -> frozenset[str]:
     """Returns the tensors of a run that are its base's: what the files call frozen, and what peft has below an adapter.
 
     Where a run's whole state holds the weights below its adapters and nothing says what was frozen, peft's rule is
@@ -120,7 +134,7 @@ def _of_the_base(catalog: Catalog, start: str, *, biases: str = "none") -> froze
     below = {name for name in names if name.endswith(_BASE)}
     if frozen or not _holds_base(names):
         return frozenset(frozen | below)
-    plain = {name for name in names if _OF_ADAPTERS.search(name) is None}
+    plain = {name for name in names if OF_ADAPTERS.search(name) is None}
     trained = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(biases, ())
     return frozenset(below | {name for name in plain if not name.endswith(trained)})
 
@@ -132,7 +146,7 @@ def _holds_base(names: Collection[str]) -> bool:
     return bool(modules) and all({f"{one}.base_layer.weight", f"{one}.weight"} & there for one in modules)
 
 
-def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str) -> JsonObject:
+def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str, adapter: str = "") -> JsonObject:
     """Returns adapter_config.json: ranks, modules and kinds as the tensors say, the rest as ``facts`` say.
 
     Raises
@@ -141,16 +155,18 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
         ``adapter-alpha`` where nobody says alpha, ``no-adapter`` where no tensor is one of LoRA, ``adapter-incomplete``
         where a module has half of a pair.
     """
-    ranks = _ranks(tensors)
+    ranks = adapter_ranks(tensors)
     if not ranks:
         raise TargetError("no-adapter", "the checkpoint has no tensor of a LoRA adapter", where=where)
     if facts.alpha is None:
+        named = f", adapter: {adapter}" if adapter else ""
+        beside = f"{adapter}/{ADAPTER_CONFIG}" if adapter else ADAPTER_CONFIG
         raise TargetError(
             "adapter-alpha",
-            "nobody says the adapter's alpha, and its weights cannot tell",
+            f"nobody says the alpha of the adapter{f' {adapter}' if adapter else ''}, and its weights cannot tell",
             where=where,
-            expected="`lora_alpha` in the training config or in adapter_config.json",
-            hint="say the run's in the target: `target: {name: peft/adapter, trained: SOURCE, alpha: 16}`",
+            expected=f"`lora_alpha` in the training config or in {beside}",
+            hint=f"say the run's in the target: `target: {{name: peft/adapter, trained: SOURCE{named}, alpha: 16}}`",
         )
     halves = _halves(tensors)
     if halves:
@@ -185,7 +201,7 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
     }
 
 
-def _ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
+def adapter_ranks(tensors: Mapping[str, Shape]) -> dict[str, int]:
     """Returns the rank of each adapted module. A is [r, in] for a linear layer, and for an embedding [r, rows]."""
     ranks: dict[str, int] = {}
     for name, shape in tensors.items():
@@ -242,146 +258,3 @@ def _whole_modules(tensors: Mapping[str, Shape]) -> list[str]:
     return sorted(
         {name.rsplit(".", 2)[-2] for name in _plain(tensors) if name.endswith(".weight") and "." in name[:-7]}
     )
-
-
-# ---- the target
-
-
-def expect(request: Request) -> Expectation:
-    """Returns what the adapter's directory must hold.
-
-    Raises
-    ------
-    TargetError
-        ``missing-source``, ``no-adapter``, ``adapter-alpha``, ``adapter-tokens``, ``bad-option``, ``bad-json``.
-    """
-    source = request.roles.get("trained", "trained")
-    catalog = request.catalogs.get(source)
-    if catalog is None:
-        raise TargetError(
-            "missing-source", "the mapping has no source for the adapter", expected=f"a source named `{source}`"
-        )
-    prefix = _prefix(request, catalog)
-    raise_all(_unfit(catalog, prefix + ROOT))
-    biases = _biases(request, catalog)
-    tensors = adapter_tensors(catalog, prefix, request.gone("trained"), biases=biases)
-    config = _config(request, catalog, tensors)
-    frozen = _of_the_base(catalog, prefix + ROOT, biases=biases)
-    return Expectation(
-        tensors=tensors,
-        ignored={source: frozen},
-        side_files=(SideFile(ADAPTER_CONFIG, (dump(config),)),),
-        groups=(FileGroup(stem=STEM, sharded=False),),
-    )
-
-
-def _prefix(request: Request, catalog: Catalog) -> str:
-    """Returns what stands in front of the adapter's names: as said, else what the names themselves have there."""
-    stated = request.options.get("under")
-    if stated is not None:
-        return stated if not stated or stated.endswith(".") else f"{stated}."
-    found = {name.split(ROOT, 1)[0] for name in catalog.names() if ".lora_" in name and ROOT in name}
-    if len(found) > 1:
-        raise TargetError(
-            "no-adapter",
-            "the checkpoint has more than one adapter",
-            where=catalog.path,
-            found=", ".join(sorted(repr(prefix) for prefix in found)),
-            hint=f"say which one: `target: {{name: peft/adapter, trained: SOURCE, under: {min(found)}}}`",
-        )
-    return next(iter(found), "")
-
-
-def _unfit(catalog: Catalog, start: str) -> Iterator[TargetError]:
-    """Yields what keeps the tensors from being one whole adapter."""
-    parts = [name for name in (*catalog.names(), *catalog.absent) if name.startswith(start)]
-    found = {
-        name: match
-        for name in parts
-        if (match := _PART.fullmatch(name) or _WHOLE.fullmatch(name) or _TOKENS.fullmatch(name))
-    }
-    if odd := [name for name in parts if name not in found and _OF_ADAPTERS.search(name)]:
-        what = f"{len(odd)} tensors of the checkpoint are of an adapter that is no LoRA of peft: {shown(odd)}"
-        yield TargetError("unknown-adapter-tensor", what, where=catalog.path)
-    adapters = sorted({match["adapter"] for match in found.values() if match["adapter"]})
-    if len(adapters) > 1:
-        yield TargetError(
-            "several-adapters",
-            f"the checkpoint holds {len(adapters)} adapters: {shown(adapters)}",
-            where=catalog.path,
-            hint="save the one that is meant: model.save_pretrained(OUT, selected_adapters=[NAME])",
-        )
-    empty = [name for name in found if name in catalog.absent or not catalog[name].numel]
-    if empty:
-        yield TargetError(
-            "empty-adapter",
-            f"{len(empty)} tensors of the adapter have no elements: placeholders [0], saved under ZeRO-3 before they "
-            f"were gathered: {shown(empty)}",
-            where=catalog.path,
-            hint="name the directory of the DeepSpeed checkpoint beside it: it has the numbers",
-        )
-
-
-def _agrees(own: JsonObject, ranks: Mapping[str, int], where: str) -> Iterator[TargetError]:
-    """Yields an error where a config beside the checkpoint is that of another run."""
-    said = read_adapter_config(own, where)
-    if said.rank is not None and not said.rank_pattern and set(ranks.values()) != {said.rank}:
-        yield TargetError(
-            "adapter-rank",
-            "adapter_config.json says another rank than the tensors have",
-            where=where,
-            found=", ".join(map(str, sorted(set(ranks.values()))[:5])),
-            expected=f"r = {said.rank}",
-            hint="config and tensors are of different runs: put the right adapter_config.json beside the checkpoint",
-        )
-
-
-def _biases(request: Request, catalog: Catalog) -> str:
-    """Returns which biases a config beside the checkpoint says were trained."""
-    if ADAPTER_CONFIG not in catalog.side_files:
-        return "none"
-    return str(load_object(catalog.side_files[ADAPTER_CONFIG], request.read).get("bias"))
-
-
-def _config(request: Request, catalog: Catalog, tensors: Mapping[str, Shape]) -> JsonObject:
-    """Returns adapter_config.json: the source's own where it has one, with the options over it."""
-    own = load_object(catalog.side_files[ADAPTER_CONFIG], request.read) if ADAPTER_CONFIG in catalog.side_files else {}
-    stated = positive_number(request, "alpha")
-    where = catalog.side_files[ADAPTER_CONFIG].file if own else catalog.path
-    if own and _ranks(tensors):
-        raise_all(_agrees({key: own[key] for key in _READ if key in own}, _ranks(tensors), where))
-    if not own.get("trainable_token_indices") and any(_TOKENS.fullmatch(name) for name in tensors):
-        raise TargetError(
-            "adapter-tokens",
-            "the run trained single tokens, and nobody says which",
-            where=where,
-            expected=f"trainable_token_indices in {ADAPTER_CONFIG}",
-            hint=f"put the {ADAPTER_CONFIG} of the run beside the checkpoint",
-        )
-    alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and own.get("lora_alpha") is not None else stated
-    base = own.get("base_model_name_or_path")
-    task = own.get("task_type")
-    facts = AdapterFacts(
-        alpha=alpha,
-        use_rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
-        base=request.options.get("base", base if isinstance(base, str) else ""),
-        task_type=request.options.get("task_type", task if isinstance(task, str) else ""),
-    )
-    made = adapter_config(tensors, facts, catalog.path)
-    changed = {key: made[key] for key in ("base_model_name_or_path", "lora_alpha", "task_type", "use_rslora")}
-    return made | own | changed if own else made
-
-
-TARGET = Target(
-    name="peft/adapter",
-    about="A LoRA adapter for peft: adapter_model and adapter_config.json.",
-    roles={"trained": "the checkpoint with the adapter's tensors"},
-    options={
-        "alpha": "`lora_alpha`, where the source has no adapter_config.json that says it",
-        "base": "`base_model_name_or_path`: hub id or path of the model that the adapter changes",
-        "rslora": "`true` where the scale is alpha / sqrt(r)",
-        "task_type": "peft's name of the task, e.g. `CAUSAL_LM`",
-        "under": "what stands in front of `base_model.model.`, e.g. `llm.`, where there is more than one adapter",
-    },
-    expect=expect,
-)

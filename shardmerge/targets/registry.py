@@ -24,7 +24,7 @@ _PLACES = {
     "hf/internvl": ("internvl", "TARGET"),
     "original/internvl": ("internvl_original", "TARGET"),
     "meta/llama": ("meta_llama", "TARGET"),
-    "peft/adapter": ("peft_adapter", "TARGET"),
+    "peft/adapter": ("peft_export", "TARGET"),
     "peft/extracted": ("peft_extraction", "TARGET"),
 }
 

@@ -134,21 +134,24 @@ PEFT = [
         ),
     ),
     Row(
-        "two adapters to be exported",
-        exported(
-            lora("one") | lora("two"),
-            ALPHA,
-            'tensors: {"{m...}.weight": "trained:{m...}.one.weight"}\ndrop: ["trained:{m...}.two.weight"]\n',
-            use="",
+        "an adapter of several whose alpha nobody says",
+        exported(lora("one") | lora("two"), "target: {name: peft/adapter, trained: trained}\n"),
+        "adapter-alpha",
+        lambda call: call.change(
+            "target: {name: peft/adapter, trained: trained}\n", f"{call.ticked()[0].replace('SOURCE', 'trained')}\n"
         ),
-        "several-adapters",
-        by_hand(
-            "selected_adapters",
-            lambda call: (
-                stored(call.folder / "ck/model.safetensors", lora("one")),
-                call.change('drop: ["trained:{m...}.two.weight"]\n', ""),
-            ),
-        ),
+    ),
+    Row(
+        "an adapter that is not there, to be exported",
+        exported(lora("one"), ALPHA.replace("alpha: 4", "alpha: 4, adapter: two")),
+        "unknown-adapter",
+        lambda call: call.change("adapter: two", call.ticked()[0]),
+    ),
+    Row(
+        "an adapter by name where names say none",
+        exported(lora(), ALPHA.replace("alpha: 4", "alpha: 4, adapter: two")),
+        "unknown-adapter",
+        by_hand("remove `adapter:`", lambda call: call.change(", adapter: two", "")),
     ),
     Row(
         "an adapter of placeholders to be exported",

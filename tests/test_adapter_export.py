@@ -1,0 +1,153 @@
+"""Several adapters of one run, exported: the judge is what ``PeftModel.save_pretrained`` writes, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+import shardmerge as sm
+from tests.adapter_runs import IDS, WEIGHTS, gpt2, llama, opened, saved, shaken
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+FAST = sm.Options(sync=False)
+Settings = dict[str, object]
+PLAIN: Settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Settings]]] = {
+    "plain": (llama, {"default": {}, "style": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]}}),
+    "no default": (llama, {"policy": {}, "reference": {"lora_alpha": 3, "use_rslora": True}}),
+    "dora": (llama, {"default": {"use_dora": True}, "style": {}, "facts": {"use_dora": True}}),
+    "embeddings": (llama, {"default": {}, "style": {"target_modules": ["embed_tokens", "q_proj"]}}),
+    "heads": (llama, {"default": {"modules_to_save": ["lm_head"]}, "style": {"modules_to_save": ["lm_head"]}}),
+    "tokens": (llama, {name: {"trainable_token_indices": [1, 5]} for name in ("default", "style")}),
+    "lora bias": (llama, {"default": {"lora_bias": True}, "style": {"lora_bias": True}}),
+    "conv1d": (gpt2, {name: {"target_modules": ["c_attn"], "fan_in_fan_out": True} for name in ("default", "style")}),
+    "alone": (llama, {"style": {}}),
+}
+
+
+def run_of(folder: Path, kind: str) -> PeftModel:
+    """A run of several adapters: what peft saves of it as ``saved``; its whole state, with the configs, as ``run``."""
+    make, adapters = KINDS[kind]
+    base = make()
+    saved(base, folder / "base")
+    base = opened(base, folder / "base")
+    first, *others = adapters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(**PLAIN | adapters[first]), adapter_name=first)
+        for name in others:
+            model.add_adapter(name, LoraConfig(**PLAIN | adapters[name]))
+        for number, name in enumerate(adapters):
+            model.set_adapter(name)
+            shaken(model, number)
+        model.save_pretrained(folder / "saved", save_embedding_layers=False)
+    (folder / "run").mkdir()
+    torch.save(model.state_dict(), folder / "run" / "pytorch_model.bin")
+    for path in folder.glob("saved/**/adapter_config.json"):
+        place = folder / "run" / path.relative_to(folder / "saved")
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(path, place)
+    return model
+
+
+def assert_saved(found: Path, truth: Path) -> None:
+    """The same tensors, and a config that says the same."""
+    ours, theirs = load_file(found / WEIGHTS), load_file(truth / WEIGHTS)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(ours[name], tensor), name
+    said, wanted = (json.loads((one / "adapter_config.json").read_text()) for one in (found, truth))
+    assert {key: said[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_are_saved_as_peft_saves_them(tmp_path: Path, kind: str) -> None:
+    model = run_of(tmp_path, kind)
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
+    truth = tmp_path / "saved" / ("style" if kind == "alone" else ".")
+    names = {path.relative_to(truth) for path in truth.glob(f"**/{WEIGHTS}")}
+    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob(f"**/{WEIGHTS}")} == names
+    for name in names:
+        assert_saved(tmp_path / "out" / name.parent, truth / name.parent)
+        adapter = "style" if kind == "alone" else str(name.parent).replace(".", "default")
+        again = PeftModel.from_pretrained(
+            opened(KINDS[kind][0](), tmp_path / "base"), tmp_path / "out" / name.parent, adapter_name=adapter
+        )
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def as_dcp(run: Path) -> None:
+    state = torch.load(run / "pytorch_model.bin")
+    (run / "pytorch_model.bin").unlink()
+    dcp.save({"model": state}, checkpoint_id=run, no_dist=True)
+
+
+def wrapped(run: Path) -> None:
+    state = torch.load(run / "pytorch_model.bin")
+    torch.save({f"module.{name}": one for name, one in state.items()}, run / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("change", [as_dcp, wrapped])
+def test_in_every_format(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    run_of(tmp_path, "plain")
+    change(tmp_path / "run")
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
+    for folder in (".", "style"):
+        assert_saved(tmp_path / "out" / folder, tmp_path / "saved" / folder)
+
+
+def exported(folder: Path, options: str) -> Path:
+    (folder / "m.yaml").write_text(
+        "shardmerge: 1\nsources: {trained: run}\noutput: out\nuse: peft/export\n"
+        f"target: {{name: peft/adapter, trained: trained{options}}}\n"
+    )
+    sm.run(folder / "m.yaml", options=FAST)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("plain", "default"), ("plain", "style"), ("no default", "reference")])
+def test_one_of_several_stands_at_the_top(tmp_path: Path, kind: str, name: str) -> None:
+    run_of(tmp_path, kind)
+    out = exported(tmp_path, f", adapter: {name}")
+    assert_saved(out, tmp_path / "saved" / ("." if name == "default" else name))
+    assert [path.parent for path in out.glob(f"**/{WEIGHTS}")] == [out]
+
+
+def refusal(folder: Path, options: str = "") -> str:
+    with pytest.raises(sm.ShardmergeError) as caught:
+        exported(folder, options)
+    assert not (folder / "out").exists()
+    return " ".join(str(caught.value).split())
+
+
+def test_the_config_of_one_adapter_is_not_that_of_another(tmp_path: Path) -> None:
+    """``adapter_config.json`` at the top is the default's: its alpha would scale the other adapter wrongly."""
+    run_of(tmp_path, "plain")
+    shutil.rmtree(tmp_path / "run" / "style")
+    said = refusal(tmp_path)
+    assert "[adapter-alpha]" in said
+    assert "style/adapter_config.json" in said
+    assert "adapter: style, alpha: 16" in said
+    (tmp_path / "run" / "adapter_config.json").unlink()
+    out = exported(tmp_path, ", adapter: style, alpha: 6")
+    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 6
+
+
+def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    run_of(tmp_path, "plain")
+    said = refusal(tmp_path, ", adapter: styel")
+    assert "[unknown-adapter]" in said
+    assert "default, style" in said
