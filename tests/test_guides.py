@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -443,24 +444,40 @@ def test_a_tensor_of_another_model_among_them(made: Path, tmp_path: Path, monkey
 # --- Megatron ---
 
 
-def shown(page: str, start: str) -> str:
-    """The block of a page that begins with some text, without the lines that stand for others."""
+def shown(page: str, start: str) -> list[str]:
+    """A block of a page that begins with some text, cut where lines stand for others."""
     text = (EXAMPLES.parent / "guides" / page).read_text("utf-8")
     block = text.partition(f"```{start}")[2].partition("\n```")[0]
-    return "\n".join(line for line in block.splitlines()[1:] if line != "...")
+    parts = re.split(r"^\.\.\.$", block.partition("\n")[2], flags=re.MULTILINE)
+    return [part.strip("\n") for part in parts if part.strip()]
 
 
-def planned(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+# Pages that show the plan of a mapping.
+PLANS = [
+    ("adapters.md", "adapter.yaml"),
+    ("layouts.md", "meta.yaml"),
+    ("mapping-language.md", "fused.yaml"),
+    ("megatron.md", "megatron-dist.yaml"),
+    ("vocabulary.md", "vocabulary.yaml"),
+    ("xtuner-llava.md", "adapter-xtuner.yaml"),
+]
+
+
+@pytest.mark.parametrize(("page", "mapping"), PLANS)
+def test_plans_are_shown_as_they_are_printed(
+    page: str, mapping: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(made)
-    cli(["plan", "megatron-dist.yaml"], standalone_mode=False)
-    return capsys.readouterr().out
+    cli(["plan", mapping], standalone_mode=False)
+    printed = capsys.readouterr().out
+    parts = shown(page, f"console\n$ shardmerge plan {mapping}")
+    assert sum(part.count("\n") for part in parts) >= 2
+    assert all(part in printed for part in parts)
 
 
-def test_megatron(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_megatron(made: Path) -> None:
     truth = load_file(GOLDEN / "layouts" / MEGATRON / "truth" / "model.safetensors")
     close(state(run(made, "megatron-dist.yaml")), truth, rtol=0)
-    text = planned(made, monkeypatch, capsys)
-    assert shown("megatron.md", "console\n$ shardmerge plan") in text
     warning = "rows 50 to 63 of the vocabulary are Megatron's padding, and are cut off"
     assert f"warning: {warning}" in (EXAMPLES.parent / "guides" / "megatron.md").read_text("utf-8")
     assert warning in shardmerge.plan(made / "megatron-dist.yaml").warnings

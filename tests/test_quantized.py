@@ -640,7 +640,7 @@ def test_the_warning_is_shown_to_who_wants_to_see_nothing(fp8: Path, tmp_path: P
     done = shardmerge("convert", fp8, tmp_path / "out", "--dtype", "bf16", "-q", "--no-sync")
     assert "14 float8 weights dequantized" in done.stderr
     planned = shardmerge("convert", fp8, tmp_path / "two", "--dtype", "bf16", "--dry-run").stdout
-    assert "dequantize blocks [64, 64]" in planned
+    assert "dequantized (blocks 64 x 64)" in planned
 
 
 def test_only_float8_with_scales_counts_as_such() -> None:

@@ -184,7 +184,9 @@ def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: 
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
     else:
-        click.echo(explain.plan_text(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
+        from shardmerge.cli.tables import show
+
+        show(explain.plan_blocks(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
 
 
 def _warn(prepared: Prepared, *, machine: bool = False) -> None:

@@ -161,7 +161,7 @@ class _Told:
             _write(self._line(seconds) + "\n")
 
     def _line(self, seconds: float) -> str:
-        from shardmerge.plan.explain import human_bytes
+        from shardmerge.plan.tables import human_bytes
 
         what = [f"{seconds:.0f} s"]
         if self.total:

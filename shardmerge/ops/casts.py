@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.ops.cast_blocks import PEAK
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Typed
 from shardmerge.ops.holding import holds
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ class Cast(Arithmetic):
     def label(self) -> str:
         """``cast F32 to BF16``."""
         return f"cast {self.source} to {self.target}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """Nothing: the types before and after tell it."""
+        del inputs
+        return ""
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the same shape in the target type."""

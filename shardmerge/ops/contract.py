@@ -48,18 +48,29 @@ class Meta:
 
 
 class Op(ABC):
-    """Anything done to tensors."""
+    """Anything done to tensors.
+
+    Attributes
+    ----------
+    like
+        Which input's type the result keeps where nobody asks for another: that of a base, not of its adapter.
+    """
 
     __slots__ = ()
+
+    like: ClassVar[int] = 0
 
     @property
     @abstractmethod
     def label(self) -> str:
         """How the plan calls it, parameters included: ``cast F32 to BF16``, ``split dim 0 [4096, 1024, 1024] 2``."""
 
-    @property
-    def way(self) -> str:
-        """What the tensors have in common that a plan counts together."""
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """What it does, for people: ``split in 3 (4096 + 1024 + 1024 rows)``; empty where types tell all of it.
+
+        Tensors with the same words are counted together: a part's number is not among them.
+        """
+        del inputs
         return self.label
 
     @abstractmethod
@@ -134,15 +145,12 @@ class Arithmetic(Op):
 
     Attributes
     ----------
-    like
-        Which input's type the result keeps where nobody asks for another: that of a base, not of its adapter.
     multiplies
         Whether products of matrices are made, for which numpy's BLAS is given one thread.
     """
 
     __slots__ = ()
 
-    like: ClassVar[int] = 0
     multiplies: ClassVar[bool] = False
 
     @property

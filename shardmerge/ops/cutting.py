@@ -9,9 +9,9 @@ from itertools import accumulate
 
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Gathered, Meta, Move, MoveLayout, OpKind, Param, Shape, ViewLayout
+from shardmerge.ops.contract import Gathered, Meta, Move, MoveLayout, OpKind, Param, Shape, Typed, ViewLayout
 from shardmerge.ops.params import DIM, TAKE, ParamValues, integer, integers, positive, take
-from shardmerge.ops.shapes import axis_of, odd_shape, row_major
+from shardmerge.ops.shapes import axis_of, axis_word, odd_shape, row_major
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,14 @@ class Slice(Move):
     def label(self) -> str:
         """``slice dim 0 [0:32000]``."""
         return f"slice dim {self.dim} [{self.start}:{'' if self.stop is None else self.stop}]"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``first 32000 of 32064 rows``, ``rows 4096:5120 of 6144``."""
+        (one,) = inputs
+        size = one.shape[self.dim]
+        start, stop, _ = slice(self.start, self.stop).indices(size)
+        word = axis_word(self.dim, len(one.shape))
+        return f"{word} {start}:{stop} of {size}" if start else f"first {stop} of {size} {word}"
 
     def _bounds(self, shape: Shape) -> tuple[int, int, int]:
         """Returns axis, start and stop, inside of the shape."""
@@ -91,6 +99,11 @@ class Split(_Part):
         """``split dim 0 [4096, 1024, 1024] part 0``."""
         return f"split dim {self.dim} {list(self.sizes)} part {self.take}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``split in 3 (4096 + 1024 + 1024 rows)``."""
+        word = axis_word(self.dim, len(inputs[0].shape))
+        return f"split in {len(self.sizes)} ({' + '.join(map(str, self.sizes))} {word})"
+
     def _slice(self, shape: Shape) -> Slice:
         axis = axis_of(self.dim, len(shape), self.label)
         if sum(self.sizes) != shape[axis]:
@@ -116,6 +129,10 @@ class Chunk(_Part):
         """``chunk dim 0 part 0 of 3``."""
         return f"chunk dim {self.dim} part {self.take} of {self.chunks}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``split in 3 equal parts (rows)``."""
+        return f"split in {self.chunks} equal parts ({axis_word(self.dim, len(inputs[0].shape))})"
+
     def _slice(self, shape: Shape) -> Slice:
         axis = axis_of(self.dim, len(shape), self.label)
         if shape[axis] % self.chunks:
@@ -138,10 +155,10 @@ class Unstack(Move):
         """``unstack dim 0 part 3 of 80``."""
         return f"unstack dim {self.dim} part {self.take} of {self.count}"
 
-    @property
-    def way(self) -> str:
-        """``unstack dim 0 of 80``: a stack has hundreds of parts."""
-        return f"unstack dim {self.dim} of {self.count}"
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``unstacked from 80``."""
+        del inputs
+        return f"unstacked from {self.count}"
 
     def _axis(self, shape: Shape) -> int:
         axis = axis_of(self.dim, len(shape), self.label)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.cast_blocks import PEAK as CONVERSION
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream, Typed
 from shardmerge.ops.shapes import odd_shape
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class Dequantize(Arithmetic):
     def label(self) -> str:
         """``dequantize``, ``dequantize blocks [128, 128]``."""
         return f"dequantize blocks {list(self.block)}" if self.block else "dequantize"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``dequantized``, ``dequantized (blocks 128 x 128)``."""
+        del inputs
+        return f"dequantized (blocks {' x '.join(map(str, self.block))})" if self.block else "dequantized"
 
     @property
     def own(self) -> DType:

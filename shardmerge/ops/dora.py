@@ -13,7 +13,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import one_thread
-from shardmerge.ops.contract import Meta, OpKind, State, result_dtype
+from shardmerge.ops.contract import Meta, OpKind, State, Typed, result_dtype
 from shardmerge.ops.lora import SCALE, scale_of
 from shardmerge.ops.low_rank import Factor, LowRank, check_factors, narrow, sum_bytes
 
@@ -30,6 +30,10 @@ class Dora(LowRank):
     def label(self) -> str:
         """``dora x 0.5``."""
         return f"dora x {self.scale:g}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``DoRA r 16 merged``."""
+        return f"DoRA r {inputs[0].shape[0]} merged"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the base's shape."""
@@ -75,6 +79,10 @@ class DoraOnto(LowRank):
     def label(self) -> str:
         """``dora x 0.5 onto changed rows``."""
         return f"dora x {self.scale:g} onto changed rows"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``DoRA r 16 merged``."""
+        return self._dora.words(inputs)
 
     @property
     def _dora(self) -> Dora:

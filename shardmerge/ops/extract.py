@@ -16,7 +16,7 @@ from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import PRODUCT_BYTES, one_thread
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, Typed, result_dtype
 from shardmerge.ops.leading import Streamed, directions, directions_bytes, projected
 
 
@@ -41,6 +41,11 @@ class LoraExtract(Arithmetic):
     def label(self) -> str:
         """``lora_extract A of rank 16``."""
         return f"lora_extract {self.take} of rank {self.rank}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``LoRA r 16 extracted``."""
+        del inputs
+        return f"LoRA r {self.rank} extracted"
 
     @property
     def own(self) -> DType | None:

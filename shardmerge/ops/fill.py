@@ -10,7 +10,7 @@ import numpy as np
 from shardmerge.dtypes import DTYPES, DType, float_dtype
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array, numpy_dtype
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Typed
 from shardmerge.ops.params import integers
 from shardmerge.ops.pointwise import number
 
@@ -35,6 +35,11 @@ class Fill(Arithmetic):
     def label(self) -> str:
         """``fill [1, 577, 1024] F32 0.0``."""
         return f"fill {list(self.shape)} {self.dtype} {self.value!r}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``filled with 0.0``."""
+        del inputs
+        return f"filled with {self.value!r}"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the parameters' own type and shape."""
@@ -63,6 +68,11 @@ class Arange(Arithmetic):
     def label(self) -> str:
         """``arange [1, 577]``."""
         return f"arange {list(self.shape)}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``counted from 0``."""
+        del inputs
+        return "counted from 0"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns I64 and the shape."""

@@ -27,6 +27,7 @@ from shardmerge.ops.contract import (
     Param,
     ParamValue,
     Scattered,
+    Typed,
     ViewLayout,
 )
 from shardmerge.ops.params import integers, positive, same, take
@@ -48,6 +49,11 @@ class GroupedSplit(Move):
     def label(self) -> str:
         """``grouped split 8 x [512, 128, 128] part 0``."""
         return f"grouped split {self.groups} x {list(self.sizes)} part {self.take}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``split in 3 (8 groups of 512 + 128 + 128 rows)``."""
+        del inputs
+        return f"split in {len(self.sizes)} ({self.groups} groups of {' + '.join(map(str, self.sizes))} rows)"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the shape of the part."""
@@ -86,6 +92,10 @@ class GroupedMerge(Move):
         """``grouped merge 8 x [512, 128, 128]``."""
         return f"grouped merge {self.groups} x {list(self.sizes)}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``3 joined (8 groups of 512 + 128 + 128 rows)``."""
+        return f"{len(inputs)} joined ({self.groups} groups of {' + '.join(map(str, self.sizes))} rows)"
+
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the shape with all rows."""
         first = inputs[0]
@@ -122,6 +132,11 @@ class Rotary(Move):
     def label(self) -> str:
         """``rotary permute 32 heads``."""
         return f"rotary {'unpermute' if self.inverse else 'permute'} {self.heads} heads"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``rotary rows reordered (32 heads)``."""
+        del inputs
+        return f"rotary rows reordered ({self.heads} heads)"
 
     def _box(self, rows: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns shape and strides of ``[heads, pairs or halves, ...]``, the two axes swapped."""

@@ -9,9 +9,9 @@ from math import prod
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import ColumnsLayout, Meta, Move, MoveLayout, OpKind, Param, Scattered
+from shardmerge.ops.contract import ColumnsLayout, Meta, Move, MoveLayout, OpKind, Param, Scattered, Typed
 from shardmerge.ops.params import DIM, ParamValues, integer, integers, positive
-from shardmerge.ops.shapes import axis_of, odd_shape
+from shardmerge.ops.shapes import axis_of, axis_word, odd_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Concat(Move):
     def label(self) -> str:
         """``concat dim 0``."""
         return f"concat dim {self.dim}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``3 joined (rows)``."""
+        return f"{len(inputs)} joined ({axis_word(self.dim, len(inputs[0].shape))})"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the common shape with the axis added up."""
@@ -75,6 +79,10 @@ class Stack(Move):
     def label(self) -> str:
         """``stack dim 0``."""
         return f"stack dim {self.dim}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``8 stacked``."""
+        return f"{len(inputs)} stacked"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the common shape with an axis as long as there are tensors."""

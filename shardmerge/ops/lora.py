@@ -16,7 +16,7 @@ import numpy as np
 
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import one_thread
-from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue, State, result_dtype
+from shardmerge.ops.contract import Meta, OpKind, Param, ParamValue, State, Typed, result_dtype
 from shardmerge.ops.low_rank import Factor, LowRank, check_factors, narrow
 
 
@@ -28,6 +28,10 @@ class Lora(LowRank):
     def label(self) -> str:
         """``lora x 0.5``."""
         return f"lora x {self.scale:g}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``LoRA r 16 merged``."""
+        return f"LoRA r {inputs[0].shape[0]} merged"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the base's shape."""

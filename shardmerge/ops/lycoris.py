@@ -15,7 +15,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import PRODUCT_BYTES, one_thread
-from shardmerge.ops.contract import Arithmetic, Meta, State, Stream, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, State, Stream, Typed, result_dtype
 from shardmerge.ops.low_rank import narrow
 
 # Rows that are made together: part of the bits.
@@ -130,6 +130,11 @@ class LoHa(_OntoRows):
         """``loha x 0.5``."""
         return f"loha x {self.scale:g}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``LoHa merged``."""
+        del inputs
+        return "LoHa merged"
+
     def product_shape(self, factors: Sequence[Meta]) -> tuple[int, int] | None:
         """``[out, in]`` of both products."""
         w1_a, w1_b, w2_a, w2_b = (meta.shape for meta in factors)
@@ -179,6 +184,11 @@ class LoKr(_OntoRows):
     def label(self) -> str:
         """``lokr x 0.5``."""
         return f"lokr x {self.scale:g}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``LoKr merged``."""
+        del inputs
+        return "LoKr merged"
 
     def product_shape(self, factors: Sequence[Meta]) -> tuple[int, int] | None:
         """``[a * c, b * d]``."""

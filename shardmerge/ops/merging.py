@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Meta, Stream
+from shardmerge.ops.contract import Meta, Stream, Typed
 from shardmerge.ops.deltas import Room
 from shardmerge.ops.random_masks import DRAWING_BYTES, below, uniforms
 from shardmerge.ops.selection import Kept, kept, keys, select_peak
@@ -167,6 +167,11 @@ class Dare(TaskVectors):
         """``dare density 0.5 [0.5, 0.5] seed 0 salt 0f1e2d``; ``dare ties`` with a consensus of signs."""
         return f"{_named(self, 'dare')} density {shown(self.density)} {_weighted(self, 'density')} {_drawn(self)}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """The label without what is drawn anew for each tensor."""
+        del inputs
+        return self.label.rpartition(" salt ")[0]
+
     def shares(self) -> dict[str, tuple[float, ...]]:
         """The density."""
         return {"density": self.density}
@@ -226,6 +231,11 @@ class Della(TaskVectors):
         word = "della" if self.sign_consensus else "della linear"
         shares = f"density {shown(self.density)} epsilon {shown(self.epsilon)}"
         return f"{word} {shares} {_weighted(self, 'l1')} {_drawn(self)}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """The label without what is drawn anew for each tensor."""
+        del inputs
+        return self.label.rpartition(" salt ")[0]
 
     def shares(self) -> dict[str, tuple[float, ...]]:
         """Density and epsilon."""

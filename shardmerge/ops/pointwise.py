@@ -14,7 +14,18 @@ import numpy as np
 
 from shardmerge.errors import CheckpointError, MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, Shape, State, Stream, result_dtype
+from shardmerge.ops.contract import (
+    Arithmetic,
+    Meta,
+    OpKind,
+    Param,
+    ParamValue,
+    Shape,
+    State,
+    Stream,
+    Typed,
+    result_dtype,
+)
 from shardmerge.ops.parts import (
     CALL_BYTES,
     OVERFLOW_BYTES,
@@ -108,6 +119,10 @@ class AssertEqual(Arithmetic):
     def label(self) -> str:
         """``assert equal``."""
         return "assert equal"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``4 copies compared``."""
+        return f"{len(inputs)} copies compared"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the first input's type and shape; floats may differ in type, all others may not."""

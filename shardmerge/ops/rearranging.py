@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Meta, Mirror, Move, MoveLayout, OpKind, Param, Shape, Texts, ViewLayout
+from shardmerge.ops.contract import Meta, Mirror, Move, MoveLayout, OpKind, Param, Shape, Texts, Typed, ViewLayout
 from shardmerge.ops.params import DIM, integer, integers, same
 from shardmerge.ops.shapes import axis_of, odd_shape, row_major
 
@@ -29,6 +29,11 @@ class Permute(Move):
     def label(self) -> str:
         """``permute [1, 0]``, or ``transpose``."""
         return f"permute {list(self.dims)}" if self.dims else "transpose"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``transposed``, ``dims permuted [2, 0, 1]``."""
+        del inputs
+        return f"dims permuted {list(self.dims)}" if len(self.dims) > 2 else "transposed"
 
     def _order(self, rank: int) -> tuple[int, ...]:
         dims = self.dims or tuple(range(rank))[::-1]
@@ -65,6 +70,10 @@ class Transpose(Move):
         """``transpose -2 -1``."""
         return f"transpose {self.dim0} {self.dim1}"
 
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``transposed``, ``dims -2 and -1 swapped``."""
+        return "transposed" if len(inputs[0].shape) == 2 else f"dims {self.dim0} and {self.dim1} swapped"
+
     def _permute(self, rank: int) -> Permute:
         order = list(range(rank))
         a, b = axis_of(self.dim0, rank, self.label), axis_of(self.dim1, rank, self.label)
@@ -88,6 +97,11 @@ class _InOrder(Move):
     """All elements of the input in their order, under another shape."""
 
     __slots__ = ()
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``reshaped``."""
+        del inputs
+        return "reshaped"
 
     def layout(self, inputs: Sequence[Meta]) -> MoveLayout:
         """All elements in their order."""

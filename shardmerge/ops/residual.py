@@ -15,7 +15,7 @@ import numpy as np
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
 from shardmerge.ops.blas import PRODUCT_BYTES, one_thread
-from shardmerge.ops.contract import Arithmetic, Meta, State, Stream, result_dtype
+from shardmerge.ops.contract import Arithmetic, Meta, State, Stream, Typed, result_dtype
 from shardmerge.ops.leading import Streamed, directions, directions_bytes, projected
 from shardmerge.ops.parts import count_overflows
 
@@ -56,6 +56,11 @@ class Residual(Arithmetic):
     def label(self) -> str:
         """``without pissa of rank 16``."""
         return f"without {self.init} of rank {self.rank}"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``start of the adapter taken off (pissa r 16)``."""
+        del inputs
+        return f"start of the adapter taken off ({self.init} r {self.rank})"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the shape as it is."""

@@ -23,3 +23,11 @@ def axis_of(dim: int, rank: int, what: str) -> int:
     if not -rank <= dim < rank:
         raise odd_shape(f"{what}: there is no dim {dim}", f"{rank} dimensions", f"a dim from {-rank} to {rank - 1}")
     return dim % rank
+
+
+def axis_word(dim: int, rank: int) -> str:
+    """Returns what people call what lies along an axis: ``rows``, ``columns``, ``dim 2``."""
+    axis = dim % rank
+    if axis == 0:
+        return "rows"
+    return "columns" if rank == 2 else f"dim {axis}"

@@ -14,7 +14,7 @@ import numpy as np
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import MappingError
 from shardmerge.ops.arrays import Array
-from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream
+from shardmerge.ops.contract import Arithmetic, Meta, OpKind, Param, ParamValue, State, Stream, Typed
 from shardmerge.ops.normals import NORMAL_BYTES, normals
 from shardmerge.ops.row_init import ROW_INITS, RowInit, row_init
 
@@ -54,6 +54,12 @@ class NewRows(Arithmetic):
         """``64 new rows (mean)``."""
         detail = {"copy": f" of row {self.row}", "normal": f", seed {self.seed}"}.get(self.how, "")
         return f"{self.rows} new rows ({self.how}{detail})"
+
+    def words(self, inputs: Sequence[Typed]) -> str:
+        """``new rows: mean``."""
+        del inputs
+        detail = {"copy": f" of row {self.row}", "normal": f", seed {self.seed}"}.get(self.how, "")
+        return f"new rows: {self.how}{detail}"
 
     def infer(self, inputs: Sequence[Meta]) -> Meta:
         """Returns the shape of the new rows."""

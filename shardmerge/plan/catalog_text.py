@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.catalog_tree import human_count, tree_lines
-from shardmerge.plan.explain import human_bytes
+from shardmerge.plan.tables import TextTable, human_bytes
 from shardmerge.tensors import Catalog, TensorEntry
 
 # Tied names that the tree tells of.
@@ -59,15 +59,14 @@ def catalog_text(catalog: Catalog, layout: str, names: Sequence[str], width: int
 
 def catalog_table(catalog: Catalog, layout: str, names: Sequence[str]) -> str:
     """Returns a catalog with a line for every tensor: name, type, shape, bytes, where it lies."""
-    rows = [("tensor", "dtype", "shape", "bytes", "found in")]
+    rows = []
     for name in names:
         entry = catalog[name]
         owner = catalog.aliases.get(name)
         where = f"tied to {owner}" if owner else entry.origin
         rows.append((name, entry.dtype.name, str(list(entry.shape)), human_bytes(entry.nbytes), where))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join([*_head(catalog, layout, names), *table])
+    table = TextTable(("tensor", "dtype", "shape", "bytes", "found in"), rows)
+    return "\n".join([*_head(catalog, layout, names), str(table)])
 
 
 def _head(catalog: Catalog, layout: str, names: Sequence[str]) -> Iterator[str]:

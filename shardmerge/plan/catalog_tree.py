@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.mapping.near import printable
-from shardmerge.plan.explain import human_bytes
 from shardmerge.plan.name_patterns import NamePattern, is_number, name_patterns, segment_text
+from shardmerge.plan.tables import human_bytes
 from shardmerge.tensors import Shape, TensorEntry
 
 ShapeAndType: TypeAlias = tuple[Shape, DType]

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
-from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, tensor_json
+from shardmerge.plan.origins import origins_table
+from shardmerge.plan.shard import PlannedShard, bytes_read, tensor_json
+from shardmerge.plan.tables import Block, TextTable, human_bytes
 from shardmerge.plan.value import Plan
-from shardmerge.tensors import TensorEntry, composed, leaves
+from shardmerge.tensors import TensorEntry, composed
 
 if TYPE_CHECKING:
     from shardmerge.plan.schedule import Schedule
-
-
-def human_bytes(count: int) -> str:
-    """Returns bytes in decimal units, as disks and the ecosystem count them: ``16.71 GB``."""
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
 
 
 def plan_json(plan: Plan, how: Schedule, cloned: int = 0) -> Fields:
@@ -98,6 +89,11 @@ def moved_text(how: Moved) -> str:
 
 
 def plan_text(plan: Plan, how: Schedule, out: str, cloned: int = 0) -> str:
+    """Returns the plan for people as one text; parameters as ``plan_blocks``."""
+    return "\n\n".join(map(str, plan_blocks(plan, how, out, cloned)))
+
+
+def plan_blocks(plan: Plan, how: Schedule, out: str, cloned: int = 0) -> Iterator[Block]:
     """Returns the plan for people: where every part of the model comes from, what it costs, what is left out.
 
     Parameters
@@ -107,17 +103,19 @@ def plan_text(plan: Plan, how: Schedule, out: str, cloned: int = 0) -> str:
     cloned
         Bytes that are not copied, since the file system shares them.
     """
-    blocks = [
-        _headline(plan, out),
-        _sources(plan),
-        "\n".join(f"warning: {warning}" for warning in plan.warnings),
-        "\n".join(f"checked: {check}" for check in plan.checks),
-        _groups_table(plan),
-        _files(plan),
-        _unused(plan),
-        _cost(plan, how, cloned),
-    ]
-    return "\n\n".join(block for block in blocks if block)
+    blocks = _blocks(plan, how, out, cloned)
+    return (block for block in blocks if block != "")
+
+
+def _blocks(plan: Plan, how: Schedule, out: str, cloned: int) -> Iterator[Block]:
+    yield _headline(plan, out)
+    yield from _sources(plan)
+    yield "\n".join(f"warning: {warning}" for warning in plan.warnings)
+    yield "\n".join(f"checked: {check}" for check in plan.checks)
+    yield origins_table(plan)
+    yield _files(plan)
+    yield _unused(plan)
+    yield _cost(plan, how, cloned)
 
 
 def tensor_lines(plan: Plan) -> Iterable[str]:
@@ -126,54 +124,15 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
         yield f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}  <- {_way(tensor.entry)}  [{tensor.rule}]"
 
 
-@dataclass(slots=True)
-class _Group:
-    """Tensors that share a component, a source and a way."""
-
-    count: int = 0
-    nbytes: int = 0
-
-
 def _headline(plan: Plan, out: str) -> str:
     count = sum(1 for _ in plan.tensors())
     shards = f"{len(plan.shards)} file" + ("s" if len(plan.shards) > 1 else "")
     return f"{plan.target} -> {out}\n{count} tensors, {human_bytes(plan.tensor_bytes)} in {shards}"
 
 
-def _sources(plan: Plan) -> str:
-    rows = [("source", "format", "path")]
-    rows += [(source.name, source.kind, source.path) for source in plan.sources]
-    notes = [f"note: {source.name}: {note}" for source in plan.sources for note in source.notes]
-    return "\n".join([*_table(rows), *notes])
-
-
-def _groups_table(plan: Plan) -> str:
-    groups: dict[tuple[str, str, str], _Group] = {}
-    for tensor in plan.tensors():
-        group = groups.setdefault(_group_key(tensor), _Group())
-        group.count += 1
-        group.nbytes += tensor.nbytes
-    rows = [("target", "tensors", "bytes", "from", "how")]
-    for (component, source, way), group in sorted(groups.items()):
-        rows.append((component, str(group.count), human_bytes(group.nbytes), source, way))
-    return "\n".join(_table(rows))
-
-
-def _group_key(tensor: PlannedTensor) -> tuple[str, str, str]:
-    head, dot, _ = tensor.name.partition(".")
-    component = f"{head}.*" if dot else tensor.name
-    sources = dict.fromkeys(f"{leaf.source} ({leaf.origin})" for leaf in leaves(tensor.entry))
-    ways = dict.fromkeys(_ops(tensor.entry))
-    return component, " + ".join(sources), " + ".join(ways) or "copy"
-
-
-def _ops(entry: TensorEntry) -> Iterator[str]:
-    """Yields the ops of an expression, the first one applied first."""
-    held = composed(entry)
-    if held is not None:
-        for base in held.bases:
-            yield from _ops(base)
-        yield held.recipe.way
+def _sources(plan: Plan) -> Iterator[Block]:
+    yield TextTable(("source", "format", "path"), [(source.name, source.kind, source.path) for source in plan.sources])
+    yield "\n".join(f"note: {source.name}: {note}" for source in plan.sources for note in source.notes)
 
 
 def _way(entry: TensorEntry) -> str:
@@ -225,8 +184,3 @@ def _cost(plan: Plan, how: Schedule, cloned: int) -> str:
         f"peak memory at most {how.peak / 2**20:.0f} MiB with {how.workers} workers{within}\n"
         f"plan {plan.id[:16]}"
     )
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

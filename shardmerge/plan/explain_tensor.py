@@ -8,9 +8,9 @@ from itertools import islice
 from shardmerge.errors import UsageError
 from shardmerge.json_rows import JSON_SCHEMA
 from shardmerge.mapping.near import NameIndex, printable
-from shardmerge.plan.explain import human_bytes
 from shardmerge.plan.memory import LARGEST_TILE, making_peak
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, bytes_read, is_copy
+from shardmerge.plan.tables import human_bytes
 from shardmerge.plan.value import Plan
 from shardmerge.tensors import Box, Boxes, Extent, Piece, Strided, TensorEntry, composed
 

@@ -1,13 +1,14 @@
-"""A table as a value, and as plain text of whatever width it takes. Pure."""
+"""A table as a value, and as plain text of whatever width it takes; sizes as people read them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TextTable:
     """Rows below a head.
 
     Attributes
@@ -38,3 +39,17 @@ class Table:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+# What a command shows: paragraphs and tables.
+Block: TypeAlias = str | TextTable
+
+
+def human_bytes(count: int) -> str:
+    """Returns bytes in decimal units, as disks and the ecosystem count them: ``16.71 GB``."""
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

@@ -130,8 +130,11 @@ class Recipe(Protocol):
         """How the plan calls it."""
 
     @property
-    def way(self) -> str:
-        """What the tensors have in common that a plan counts together."""
+    def like(self) -> int:
+        """Which input's type the result keeps where nobody asks for another."""
+
+    def words(self, inputs: Sequence[TensorEntry]) -> str:
+        """What it does, for people; empty where types tell all of it."""
 
 
 @dataclass(frozen=True, slots=True)
