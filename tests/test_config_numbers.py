@@ -89,4 +89,4 @@ def test_an_adapter_of_a_training_config(field: str, alpha: float | None, rslora
     text = f"model = dict(type='LLaVAModel', llm_lora=dict(r=8, {field}))"
     facts = read_training_config(text).llm_lora
     assert facts is not None
-    assert (facts.alpha, facts.use_rslora) == (alpha, rslora)
+    assert (facts.alpha, facts.rslora) == (alpha, rslora)

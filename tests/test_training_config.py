@@ -4,9 +4,9 @@ import tracemalloc
 
 import pytest
 
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.training_config import (
     MAX_CHARS,
-    LoraFacts,
     TrainingFacts,
     read_config_value,
     read_training_config,
@@ -101,9 +101,8 @@ def test_written_by_hand():
         vision_path="openai/clip-vit-large-patch14-336",
         visual_select_layer=-3,
         projector_depth=3,
-        llm_lora=LoraFacts(r=64, alpha=16),
+        llm_lora=AdapterConfig(rank=64, alpha=16),
         visual_encoder_lora=None,
-        quantized=True,
     )
 
 
@@ -118,7 +117,7 @@ def test_the_last_binding_of_the_model_counts():
 
 
 def test_an_adapter_that_cannot_be_read_is_still_an_adapter():
-    assert read_training_config("model = dict(llm_lora=make_lora(64))").llm_lora == LoraFacts()
+    assert read_training_config("model = dict(llm_lora=make_lora(64))").llm_lora == AdapterConfig()
 
 
 # As mmengine writes it: names that are no identifiers make a display, inside a call where a dict holds it.
@@ -154,14 +153,11 @@ model = dict(
 
 
 def test_everything_an_adapter_config_says():
-    assert read_training_config(DUMPED_LORA).llm_lora == LoraFacts(
-        r=8,
+    assert read_training_config(DUMPED_LORA).llm_lora == AdapterConfig(
+        rank=8,
         alpha=16,
-        use_rslora=True,
-        use_dora=True,
-        bias="lora_only",
+        rslora=True,
         fan_in_fan_out=True,
-        modules_to_save=("lm_head", "embed_tokens"),
         rank_pattern={"layers.0.self_attn.q_proj": 32},
         alpha_pattern={"layers.0.self_attn.q_proj": 64},
     )
@@ -172,13 +168,13 @@ def test_everything_an_adapter_config_says():
 )
 def test_a_scale_that_cannot_be_read_is_unknown(odd):
     facts = read_training_config(f"model = dict(llm_lora=dict(r=8, lora_alpha=16, {odd}))").llm_lora
-    assert facts == LoraFacts(r=8)
+    assert facts == AdapterConfig(rank=8)
 
 
 def test_the_golden_adapters(golden):
     facts = read_training_config((golden / "xtuner" / "lora_both" / "config.py").read_text("utf-8"))
-    assert facts.llm_lora == LoraFacts(r=4, alpha=8)
-    assert facts.visual_encoder_lora == LoraFacts(r=2, alpha=1)
+    assert facts.llm_lora == AdapterConfig(rank=4, alpha=8)
+    assert facts.visual_encoder_lora == AdapterConfig(rank=2, alpha=1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from shardmerge.adapters.types import as_base, as_replaced
 from shardmerge.adapters.weights import with_rows
 from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.adapter_config import AdapterConfig, last_names
+from shardmerge.targets.adapter_config import last_names
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import CONFIG

@@ -12,7 +12,8 @@ from shardmerge.adapters.parts import AdapterTensors
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.adapter_config import AdapterConfig, last_names, layer_of
+from shardmerge.targets.adapter_config import last_names, layer_of
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -18,7 +18,7 @@ from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.pointwise import Linear
 from shardmerge.ops.rearranging import Permute
 from shardmerge.ops.residual import Residual
-from shardmerge.targets.adapter_config import AdapterConfig
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.tensors import TensorEntry
 
 _Modules = dict[str, dict[str, TensorEntry]]

@@ -22,7 +22,7 @@ from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.cutting import Slice
 from shardmerge.ops.joining import Stack
 from shardmerge.ops.rearranging import Reshape
-from shardmerge.targets.adapter_config import AdapterConfig
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.tensors import TensorEntry
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 

@@ -12,10 +12,11 @@ from math import isfinite, sqrt
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.spec import AdapterSpec
-from shardmerge.targets.adapter_config import AdapterConfig, read_adapter_config
+from shardmerge.targets.adapter_config import read_adapter_config
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, load_object, parsed_object
 from shardmerge.targets.name_expressions import matches
-from shardmerge.targets.training_config import LoraFacts, read_training_config
+from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG, ADAPTER_METADATA
 
@@ -131,13 +132,8 @@ def _of_part(text: str, spec: AdapterSpec, where: str) -> JsonObject:
 def _from_training(spec: AdapterSpec, catalog: Catalog) -> AdapterSettings:
     facts = read_training_config(catalog.training_config)
     vision = spec.source.template.text.startswith("visual_encoder.")
-    lora: LoraFacts | None = facts.visual_encoder_lora if vision else facts.llm_lora
-    if lora is None:
-        return AdapterSettings()
-    config = AdapterConfig(
-        lora.alpha, lora.r, lora.use_rslora, lora.fan_in_fan_out, lora.rank_pattern, lora.alpha_pattern
-    )
-    return AdapterSettings(config, "the training config")
+    config = facts.visual_encoder_lora if vision else facts.llm_lora
+    return AdapterSettings(config, "the training config") if config is not None else AdapterSettings()
 
 
 def _overridden(found: AdapterSettings, spec: AdapterSpec) -> AdapterSettings:

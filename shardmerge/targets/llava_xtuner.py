@@ -8,12 +8,13 @@ has the part's directory in front: ``projector/model.0.weight``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.shown import inspecting
 from shardmerge.targets import peft_adapter, projector_code, vision_tower
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.bases import (
     ROLES,
     Players,
@@ -28,7 +29,7 @@ from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, positive_number
-from shardmerge.targets.peft_adapter import AdapterFacts, holds_adapter
+from shardmerge.targets.peft_adapter import holds_adapter
 from shardmerge.targets.text_config import parts, text_config
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.targets.wiring import wire
@@ -179,14 +180,8 @@ def _adapter(request: Request, players: Players, trained: Catalog, folder: str) 
     )
     tensors = peft_adapter.adapter_tensors(trained, prefix, request.gone("trained"))
     stated = positive_number(request, option)
-    facts = AdapterFacts(
-        alpha=lora.alpha if stated is None and lora else stated,
-        use_rslora=lora.use_rslora if lora else False,
-        base=part.path,
-        task_type=task,
-        alpha_pattern=lora.alpha_pattern if lora else {},
-        fan_in_fan_out=lora.fan_in_fan_out if lora else False,
-    )
+    known = lora or AdapterConfig()
+    facts = replace(known, alpha=known.alpha if stated is None else stated, task=task, base=part.path)
     config = peft_adapter.adapter_config(tensors, facts, trained.path)
     return _Branch(folder, tensors, (SideFile(ADAPTER_CONFIG, (dump(config),)),), peft_adapter.STEM)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from shardmerge.errors import TargetError
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.tensors import Catalog, Shape
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
@@ -30,34 +30,6 @@ _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\
 OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter\.(?!base_layer\.)\w+)(?:\.|$)")
 # What a full dump holds beside an adapter: the base's own weights under the names of the wrapped module.
 _BASE = (".base_layer.weight", ".original_module.weight", ".original_module.bias")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFacts:
-    """What the weights of an adapter do not say.
-
-    Attributes
-    ----------
-    alpha
-        ``lora_alpha``; ``None`` where nobody says.
-    use_rslora
-        The scale is ``alpha / sqrt(r)``, not ``alpha / r``.
-    base
-        Hub id or path of the model that it changes, ``""`` where nobody says.
-    task_type
-        peft's name of the task, ``""`` for none.
-    alpha_pattern
-        Other alphas, by the name of a module or a pattern of names.
-    fan_in_fan_out
-        The adapted weights are stored transposed, as in GPT-2.
-    """
-
-    alpha: float | None = None
-    use_rslora: bool = False
-    base: str = ""
-    task_type: str = ""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
 
 
 def holds_adapter(names: Iterable[str]) -> bool:
@@ -146,7 +118,7 @@ def _holds_base(names: Collection[str]) -> bool:
     return bool(modules) and all({f"{one}.base_layer.weight", f"{one}.weight"} & there for one in modules)
 
 
-def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str, adapter: str = "") -> JsonObject:
+def adapter_config(tensors: Mapping[str, Shape], facts: AdapterConfig, where: str, adapter: str = "") -> JsonObject:
     """Returns adapter_config.json: ranks, modules and kinds as the tensors say, the rest as ``facts`` say.
 
     Raises
@@ -195,9 +167,9 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterFacts, where: str
         "rank_pattern": odd,
         "revision": None,
         "target_modules": _targets(ranks),
-        "task_type": facts.task_type or None,
+        "task_type": facts.task or None,
         "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
-        "use_rslora": facts.use_rslora,
+        "use_rslora": facts.rslora,
     }
 
 

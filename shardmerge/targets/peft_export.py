@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
 from shardmerge.targets.adapter_config import read_adapter_config
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, dump, finite, flag, load_object
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import positive_number, switch
@@ -19,7 +20,6 @@ from shardmerge.targets.peft_adapter import (
     OF_ADAPTERS,
     ROOT,
     STEM,
-    AdapterFacts,
     adapter_config,
     adapter_of,
     adapter_ranks,
@@ -163,11 +163,11 @@ class _Exported:
         alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and said else stated
         base = own.get("base_model_name_or_path")
         task = own.get("task_type")
-        facts = AdapterFacts(
+        facts = AdapterConfig(
             alpha=alpha,
-            use_rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
+            rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
             base=request.options.get("base", base if isinstance(base, str) else ""),
-            task_type=request.options.get("task_type", task if isinstance(task, str) else ""),
+            task=request.options.get("task_type", task if isinstance(task, str) else ""),
         )
         made = adapter_config(tensors, facts, self.catalog.path, "" if self.alone else self.name)
         changed = {key: made[key] for key in ("base_model_name_or_path", "lora_alpha", "task_type", "use_rslora")}

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from shardmerge.errors import TargetError, raise_all
 from shardmerge.shown import shown
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import dump
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target
 from shardmerge.targets.options import whole_number
-from shardmerge.targets.peft_adapter import ROOT, STEM, AdapterFacts, adapter_config
+from shardmerge.targets.peft_adapter import ROOT, STEM, adapter_config
 from shardmerge.tensors import Catalog, Shape, SideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -36,10 +37,8 @@ def expect(request: Request) -> Expectation:
     names = [name for name in tuned.entries if name not in gone]
     raise_all(_misfits(names, tuned, base))
     tensors = {part: shape for name in names for part, shape in _parts(name, tuned[name].shape, rank)}
-    facts = AdapterFacts(
-        rank, base=request.options.get("base_model", ""), task_type=request.options.get("task_type", "")
-    )
-    config = adapter_config(tensors, facts, tuned.path)
+    task, base_model = (request.options.get(key, "") for key in ("task_type", "base_model"))
+    config = adapter_config(tensors, AdapterConfig(alpha=rank, task=task, base=base_model), tuned.path)
     needed = {name for name in names if len(tuned[name].shape) == 2}  # vectors are the tuned model's own
     return Expectation(
         tensors=tensors,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
+from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import is_finite
 
 MAX_CHARS = 4 << 20
@@ -43,40 +44,6 @@ ConfigValue: TypeAlias = (
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFacts:
-    """What is known of a LoRA adapter's config; keys are those of ``peft.LoraConfig``.
-
-    Attributes
-    ----------
-    r, alpha
-        Rank and ``lora_alpha``; ``None`` where the config does not say. ``alpha`` is ``None`` too where something else
-        that changes the scale (``use_rslora``, the patterns) is there and cannot be read.
-    use_rslora
-        The scale is ``alpha / sqrt(r)``, not ``alpha / r``.
-    use_dora
-        The merged weight is scaled to a trained magnitude.
-    bias
-        Which biases were trained: ``none``, ``all`` or ``lora_only``.
-    fan_in_fan_out
-        The adapted weights are stored transposed, as in GPT-2.
-    modules_to_save
-        Modules that were trained whole.
-    rank_pattern, alpha_pattern
-        Other ranks and alphas, by the name of a module or a pattern of names.
-    """
-
-    r: int | None = None
-    alpha: float | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    bias: str = "none"
-    fan_in_fan_out: bool = False
-    modules_to_save: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingFacts:
     """What is known of a training run; ``None`` or ``""`` is not known.
 
@@ -93,8 +60,6 @@ class TrainingFacts:
     llm_lora, visual_encoder_lora
         The part was trained as an adapter, which wins over its freeze flag; ``None`` where it was not. An adapter whose
         config cannot be read is one of which nothing is known.
-    quantized
-        The language model was loaded in 4 or 8 bits.
     """
 
     freeze_llm: bool | None = None
@@ -103,9 +68,8 @@ class TrainingFacts:
     vision_path: str = ""
     visual_select_layer: int | None = None
     projector_depth: int | None = None
-    llm_lora: LoraFacts | None = None
-    visual_encoder_lora: LoraFacts | None = None
-    quantized: bool = False
+    llm_lora: AdapterConfig | None = None
+    visual_encoder_lora: AdapterConfig | None = None
 
 
 def read_training_config(text: str) -> TrainingFacts:
@@ -126,7 +90,6 @@ def read_training_config(text: str) -> TrainingFacts:
         projector_depth=config_integer(model, "projector_depth"),
         llm_lora=_lora(model, "llm_lora"),
         visual_encoder_lora=_lora(model, "visual_encoder_lora"),
-        quantized=llm.get("quantization_config") is not None,
     )
 
 
@@ -171,23 +134,22 @@ def _item(value: ConfigValue, key: str) -> ConfigValue:
     return None
 
 
-def _lora(model: Mapping[str, ConfigValue], key: str) -> LoraFacts | None:
-    """Returns what is known of an adapter; the config may be anything that is not ``None``."""
+def _lora(model: Mapping[str, ConfigValue], key: str) -> AdapterConfig | None:
+    """Returns what is known of an adapter; the config may be anything that is not ``None``.
+
+    Alpha is ``None`` too where something else that changes the scale is there and cannot be read.
+    """
     if model.get(key) is None:
         return None
     section = part_of(model, key)
     ranks, alphas = _numbers(section, "rank_pattern"), _numbers(section, "alpha_pattern")
     rslora = _flag(section, "use_rslora") if "use_rslora" in section else False
-    saved = section.get("modules_to_save")
     alpha = _number(section, "lora_alpha") if rslora is not None else None
-    return LoraFacts(
-        r=config_integer(section, "r"),
+    return AdapterConfig(
         alpha=alpha if ranks is not None and alphas is not None else None,
-        use_rslora=rslora is True,
-        use_dora=_flag(section, "use_dora") or False,
-        bias=plain_text(section, "bias") or "none",
+        rank=config_integer(section, "r"),
+        rslora=rslora is True,
         fan_in_fan_out=_flag(section, "fan_in_fan_out") or False,
-        modules_to_save=tuple(name for name in saved if isinstance(name, str)) if isinstance(saved, tuple) else (),
         rank_pattern={name: rank for name, rank in (ranks or {}).items() if isinstance(rank, int)},
         alpha_pattern=alphas or {},
     )
