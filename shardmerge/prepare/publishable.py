@@ -14,10 +14,10 @@ from shardmerge.errors import MappingError, TargetError, raise_all
 from shardmerge.plan.moments import is_moment
 from shardmerge.plan.universal_layout import weight_at
 from shardmerge.plan.value import Plan
-from shardmerge.prepare.beside_config import parsed, read_config
+from shardmerge.prepare.beside_config import read_config
 from shardmerge.targets.agreement import INCOMPLETE, Described, differing_head, disagreements, surplus
 from shardmerge.targets.config_edits import ConfigEdits, counted, edited
-from shardmerge.targets.config_numbers import JsonObject, dump
+from shardmerge.targets.config_numbers import JsonObject, dump, readable_object
 from shardmerge.targets.stated_sizes import config_levels, contradictions
 from shardmerge.tensors import Catalog, Extent, Made, ReadSideFile, SideFile, TensorEntry, composed
 from shardmerge.tensors.file_roles import CONFIG
@@ -87,7 +87,7 @@ def described(plan: Plan, read: ReadSideFile, conditions: Conditions | None = No
     conditions = conditions or Conditions()
     for side in plan.side_files:
         folder, _, name = side.name.rpartition("/")
-        config = parsed(side, read) if name == CONFIG else None
+        config = readable_object(side, read) if name == CONFIG else None
         entries = {stored: entry for place, stored, entry in _placed(plan) if place == folder}
         if config is not None and entries:
             yield describe(config, _origin(side, conditions.source), entries, editable=conditions.editable)
@@ -123,7 +123,7 @@ def _origin(side: SideFile, source: Catalog | None) -> str:
 
 def _with_edits(plan: Plan, read: ReadSideFile, conditions: Conditions) -> Plan:
     side = next((side for side in plan.side_files if side.name == CONFIG), None)
-    config = parsed(side, read) if side is not None else None
+    config = readable_object(side, read) if side is not None else None
     asked = conditions.edits != ConfigEdits()
     if config is None or side is None:
         if asked:

@@ -12,6 +12,7 @@ from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
 from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object
 from shardmerge.targets.expectation import Expectation, Request, Target
+from shardmerge.targets.options import config_of
 from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import rows
@@ -32,23 +33,15 @@ def expect(request: Request) -> Expectation:
     TargetError
         ``missing-source``, ``bad-json``, ``odd-config``, ``vocabulary-rows``, or what the tokenizer's files raise.
     """
-    name = request.roles.get("text", "text")
-    catalog = request.catalogs.get(name)
-    if catalog is None or "config.json" not in catalog.side_files:
-        raise TargetError(
-            "missing-source",
-            f"no source has a config.json to copy, and `{name}` should",
-            where=catalog.path if catalog else request.where,
-            expected=f"a source named `{name}` with config.json",
-        )
-    config = load_object(catalog.side_files["config.json"], request.read)
+    catalog, extent = config_of(request, "text", "has a config.json to copy")
+    config = load_object(extent, request.read)
     if request.dtype:
         config["dtype" if "dtype" in config else "torch_dtype"] = request.dtype.torch
     if catalog.dequantized:
         config = without_quantization(config)
     if request.vocabulary is None:
         rewritten = request.dtype is not None or catalog.dequantized
-        content = dump(config, sort=False) if rewritten else catalog.side_files["config.json"]
+        content = dump(config, sort=False) if rewritten else extent
         made = SideFile("config.json", (content,))
         return Expectation({}, side_files=(made,), beside=catalog.side_files, same_model=True, open=True)
     return _resized(request, catalog, config)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.tensors import Extent, ReadSideFile
+from shardmerge.tensors import Extent, ReadSideFile, SideFile
 
 JsonObject: TypeAlias = dict[str, object]
 
@@ -60,6 +60,17 @@ def parsed_object(raw: bytes, where: str) -> JsonObject:
     if not isinstance(value, dict):
         raise TargetError("bad-json", "a JSON object was expected", where=where, found=type(value).__name__)
     return value
+
+
+def readable_object(side: SideFile, read: ReadSideFile) -> JsonObject | None:
+    """Returns the JSON object that a small side file holds, None for a file that says nothing that could be used."""
+    if side.nbytes > MAX_JSON_BYTES:
+        return None
+    try:
+        value = json.loads(side.content(read))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def dump(value: JsonObject, *, sort: bool = True) -> bytes:

@@ -16,7 +16,7 @@ from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.config_numbers import JsonObject, dimension, dump, load_object, portable, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
 from shardmerge.targets.internvl_config import check_whole, read_shuffle, vision_config
-from shardmerge.targets.options import bad_option, whole_number
+from shardmerge.targets.options import bad_option, config_of, whole_number
 from shardmerge.targets.text_config import read_part, text_config
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, SideFile
@@ -74,16 +74,8 @@ def expect(request: Request) -> Expectation:
 
 
 def _read(request: Request) -> tuple[Catalog, JsonObject, str]:
-    name = request.roles.get("config", "config")
-    catalog = request.catalogs.get(name)
-    if catalog is None or "config.json" not in catalog.side_files:
-        raise TargetError(
-            "missing-source",
-            f"no source says what the InternVL is, and `{name}` should",
-            where=catalog.path if catalog else request.where,
-            expected=f"a source named `{name}` with the config.json of an InternVLChat",
-        )
-    extent = catalog.side_files["config.json"]
+    said = "the config.json of an InternVLChat"
+    catalog, extent = config_of(request, "config", "says what the InternVL is", said)
     whole = load_object(extent, request.read)
     check_whole(whole, extent.file)
     return catalog, whole, extent.file

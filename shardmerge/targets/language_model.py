@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from shardmerge.compose import own_dtype
 from shardmerge.targets import megatron_args
-from shardmerge.targets.config_numbers import JsonObject, dump, load_object, stored_dtype
+from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Expectation, Request, Target, described_by
+from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, whole_number
 from shardmerge.targets.text_config import text_config
 from shardmerge.targets.text_sources import TextSource, read_text_source
@@ -21,6 +22,8 @@ from shardmerge.tensors import SideFile
 
 _UNREAD = "no version of transformers loads it: `target: {name: hf/model, text: SOURCE}` keeps it"
 _MAX_CONTEXT = 1 << 26
+# What of config.json says how to generate.
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def expect_llama(request: Request) -> Expectation:
@@ -57,7 +60,7 @@ def expect(request: Request, *, as_llama: bool = False) -> Expectation:
         tied=model.ties,
         side_files=(
             SideFile("config.json", (dump(_config(request, text, counted)),)),
-            *_generation_config(request, text),
+            *generation_config(text.catalog, text.config, request.read, tokens=_GENERATION),
             *tokens.files,
         ),
         beside=tokens_of.side_files,
@@ -98,17 +101,6 @@ def _stored(text: TextSource) -> str:
     """Returns the type of the weights, where they all have one."""
     types = {own_dtype(entry).torch for entry in text.catalog.entries.values() if entry.dtype.kind == "float"}
     return types.pop() if len(types) == 1 else ""
-
-
-def _generation_config(request: Request, text: TextSource) -> tuple[SideFile, ...]:
-    extent = text.catalog.side_files.get("generation_config.json")
-    if extent is not None:
-        config = load_object(extent, request.read)
-        config.pop("_from_model_config", None)  # lets transformers replace the file by what config.json says
-    else:
-        stated = {key: text.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = {key: value for key, value in stated.items() if value is not None}
-    return (SideFile("generation_config.json", (dump(config),)),) if config else ()
 
 
 def _tiktoken_warning(path: str) -> str:

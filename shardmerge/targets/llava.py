@@ -42,7 +42,7 @@ def expect_kind(request: Request, kind: LlavaKind) -> Expectation:
         left_out=model.left_out,
         side_files=(
             SideFile("config.json", (dump(config),)),
-            generation_config(model.text, request, _pad(model)),
+            *generation_config(model.text.catalog, model.text.config, request.read, _pad(model)),
             *model.tokens.files,
             *files,
         ),

@@ -90,7 +90,7 @@ def expect(request: Request) -> Expectation:
         left_out={} if model.tower else {TOWER: "LLaVA loads a frozen encoder by the name in config.json"},
         side_files=(
             SideFile("config.json", (dump(_config(model, request)),)),
-            generation_config(model.text, request, {}),
+            *generation_config(model.text.catalog, model.text.config, request.read),
             *model.tokens.files,
             *files,
         ),

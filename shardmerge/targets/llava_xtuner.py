@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.shown import inspecting
-from shardmerge.targets import peft_adapter, projector_code, vision_tower
+from shardmerge.targets import peft_adapter, vision_tower
 from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.bases import (
     ROLES,
@@ -25,14 +24,14 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
+from shardmerge.targets.config_numbers import dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice, positive_number
 from shardmerge.targets.peft_adapter import holds_adapter
+from shardmerge.targets.projector_code import projector_folder
 from shardmerge.targets.text_config import parts, text_config
 from shardmerge.targets.vocabulary import rows, tokenizer_files
-from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -145,10 +144,11 @@ def _language_model(request: Request, players: Players, trained: Catalog, form: 
     config = text_config(text.config, text.architecture, counted.count, dtype, text.where)
     config |= {"architectures": [text.architecture.table.main_class]}
     tied = text.architecture.tied
+    generation = generation_config(text.catalog, text.config, request.read)
     yield _Branch(
         "",
         text.architecture.changed(vocab_size=counted.count).tensors(),
-        (SideFile("config.json", (dump(config),)), generation_config(text, request, {}), *tokens.files),
+        (SideFile("config.json", (dump(config),)), *generation, *tokens.files),
         resized=tuple(counted.resized([EMBEDDING] if tied else [EMBEDDING, HEAD]).items()),
         tied=((HEAD, EMBEDDING),) if tied else (),
     )
@@ -187,48 +187,8 @@ def _adapter(request: Request, players: Players, trained: Catalog, folder: str) 
 
 
 def _projector(request: Request, players: Players, trained: Catalog) -> _Branch:
-    wiring = wire(players.facts, trained, {})
-    hidden, columns = _widths(request, trained)
-    depth = wiring.depth or 2
-    tensors: dict[str, Shape] = {}
-    for index in range(depth):
-        tensors[f"model.{2 * index}.weight"] = (hidden, hidden if index else columns)
-        tensors[f"model.{2 * index}.bias"] = (hidden,)
-    dtype = request.dtype.torch if request.dtype else _projector_dtype(trained)
-    config: JsonObject = {
-        "architectures": ["ProjectorModel"],
-        "auto_map": projector_code.AUTO_MAP,
-        "bias": True,
-        "depth": depth,
-        "hidden_act": "gelu",
-        "llm_hidden_size": hidden,
-        "model_type": "projector",
-        "visual_hidden_size": columns,
-    }
-    config |= {"torch_dtype": dtype} if dtype else {}
-    code = (SideFile(name, (text,)) for name, text in projector_code.FILES.items())
-    return _Branch(PROJECTOR, tensors, (SideFile("config.json", (dump(config),)), *code))
-
-
-_FIRST = ("projector.model.0.weight", "multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight")
-
-
-def _widths(request: Request, trained: Catalog) -> tuple[int, int]:
-    """Returns the widths of language model and encoder, as the trained projector's first layer has them."""
-    for name in _FIRST:
-        if name in trained and len(trained[name].shape) == 2:
-            return trained[name].shape[0], trained[name].shape[1]
-    raise TargetError(
-        "no-projector",
-        "the checkpoint has no projector, which XTuner saves with every LLaVA",
-        where=trained.path,
-        expected=" or ".join(_FIRST),
-        hint=f"name the checkpoint of the training; {inspecting(trained.path)} lists what this one holds",
-    )
-
-
-def _projector_dtype(trained: Catalog) -> str:
-    return next(trained[name].dtype.torch for name in _FIRST if name in trained)
+    tensors, files = projector_folder(players.facts, trained, request.dtype.torch if request.dtype else "")
+    return _Branch(PROJECTOR, tensors, files)
 
 
 TARGET = Target(

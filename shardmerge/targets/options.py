@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from shardmerge.errors import TargetError
 from shardmerge.targets.expectation import Request
+from shardmerge.tensors import Catalog, Extent
 
 _YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
 
@@ -74,6 +75,37 @@ def positive_number(request: Request, key: str) -> float | None:
     if not 0 < found < float("inf"):
         raise bad_option(request, key, value, "a positive number")
     return found
+
+
+def config_of(request: Request, role: str, lack: str, config: str = "config.json") -> tuple[Catalog, Extent]:
+    """Returns the source that plays a role, and its config.json.
+
+    Parameters
+    ----------
+    request
+        What the target is asked for.
+    role
+        The source of that name plays it where the mapping does not say.
+    lack
+        What is not known without it, for the message.
+    config
+        What is expected there, for the message.
+
+    Raises
+    ------
+    TargetError
+        ``missing-source``.
+    """
+    name = request.roles.get(role, role)
+    catalog = request.catalogs.get(name)
+    if catalog is not None and "config.json" in catalog.side_files:
+        return catalog, catalog.side_files["config.json"]
+    raise TargetError(
+        "missing-source",
+        f"no source {lack}, and `{name}` should",
+        where=catalog.path if catalog else request.where,
+        expected=f"a source named `{name}` with {config}",
+    )
 
 
 def bad_option(request: Request, key: str, value: str, expected: str) -> TargetError:

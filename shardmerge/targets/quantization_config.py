@@ -9,13 +9,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.dtypes import BY_TORCH_NAME, DTYPES, DType
-from shardmerge.targets.config_numbers import JsonObject
-from shardmerge.tensors import Catalog, ReadSideFile
+from shardmerge.targets.config_numbers import JsonObject, readable_object
+from shardmerge.tensors import Catalog, ReadSideFile, SideFile
 
 # Files of their own, and what a file without a word about its method is.
 QUANTIZATION_FILES = {
@@ -26,8 +25,6 @@ QUANTIZATION_FILES = {
 _KEYS = ("quantization_config", "compression_config", "quantization")
 # transformers; compressed-tensors; bitsandbytes; Quark; ModelOpt.
 _SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "exclude", "exclude_modules")
-# A config of a model is kilobytes; anything larger is refused where it is used.
-_LARGEST = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +85,7 @@ def _is_narrow(value: object) -> bool:
 
 def _object(catalog: Catalog, name: str, read: ReadSideFile) -> JsonObject:
     extent = catalog.side_files.get(name)
-    if extent is None or extent.nbytes > _LARGEST:
-        return {}
-    try:
-        value = json.loads(read(extent).decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return (readable_object(SideFile(name, (extent,)), read) or {}) if extent is not None else {}
 
 
 def _quantizations(config: JsonObject) -> Iterator[JsonObject]:
