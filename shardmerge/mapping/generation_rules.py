@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.errors import MappingError
-from shardmerge.mapping.captures import Capture
 from shardmerge.mapping.generations import FusedExperts, ModelNames, generations, names_of
 from shardmerge.mapping.near import listed
 from shardmerge.mapping.node_reader import NodeReader
 from shardmerge.mapping.pattern import Template
+from shardmerge.mapping.renaming import specific
 from shardmerge.mapping.rule_reader import read_rules
 from shardmerge.mapping.spec import Rule, Spec, TargetSpec
 from shardmerge.mapping.yaml_text import read_yaml
@@ -112,8 +112,8 @@ def spelled(names: ModelNames, told: list[str], source: str, path: str) -> Mappi
         ``unknown-names``.
     """
     best: tuple[int, Mapping[str, str], list[str]] | None = None
-    for spelling in sorted(names.spellings(), key=lambda one: -_literal(_patterns(names, one))):
-        patterns = [Template.parse(text) for text in _patterns(names, spelling)]
+    for spelling in sorted(names.spellings(), key=lambda one: -sum(map(specific, _patterns(names, one)))):
+        patterns = _patterns(names, spelling)
         strange = [name for name in told if not any(one.match(name) is not None for one in patterns)]
         if not strange:
             return spelling
@@ -132,15 +132,9 @@ def spelled(names: ModelNames, told: list[str], source: str, path: str) -> Mappi
     )
 
 
-def _patterns(names: ModelNames, spelling: Mapping[str, str]) -> list[str]:
+def _patterns(names: ModelNames, spelling: Mapping[str, str]) -> list[Template]:
     experts = (name for one, _ in names.experts(spelling) for name in (*one.split, one.fused))
-    return [*names.templates(spelling).values(), *experts]
-
-
-def _literal(patterns: Iterable[str]) -> int:
-    """Returns how much text of templates is no capture."""
-    parts = (part for text in patterns for part in Template.parse(text).parts)
-    return sum(len(part) for part in parts if not isinstance(part, Capture) and isinstance(part, str))
+    return [Template.parse(text) for text in (*names.templates(spelling).values(), *experts)]
 
 
 # ---- experts

@@ -11,7 +11,7 @@ from shardmerge.mapping.matching import Matching
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.refusals import packed_error, placeholder_error
 from shardmerge.mapping.resolution import Assignment
-from shardmerge.mapping.spec import OpTerm, Reference, Rule, references
+from shardmerge.mapping.spec import Reference, Rule, ops_of, references
 from shardmerge.mapping.suggest import drop_lines, ticked
 from shardmerge.shown import inspecting
 
@@ -102,13 +102,9 @@ def idle_rules(work: Matching, missing: Sequence[str]) -> Iterator[ShardmergeErr
 
 def idle_filters(work: Matching, rules: Sequence[Rule]) -> Iterator[MappingError]:
     """Yields the filters of settings that decide for no tensor."""
-    terms = [term for rule in rules if not rule.optional for term in rule.candidates]
-    while terms:
-        term = terms.pop(0)
-        if not isinstance(term, OpTerm):
-            continue
-        terms += term.inputs
-        for case in (case for one in term.arguments.values() for setting in one.settings for case in setting.cases):
+    terms = (term for rule in rules if not rule.optional for term in rule.candidates)
+    for op in (one for term in terms for one in ops_of(term)):
+        for case in (case for one in op.arguments.values() for setting in one.settings for case in setting.cases):
             if case.filter and id(case) not in work.used_cases:
                 yield MappingError(
                     "no-effect",

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardmerge.formulas import Formula
-from shardmerge.mapping.captures import Capture, TemplatePart
+from shardmerge.mapping.captures import Capture, TemplatePart, cut_at_dots
 from shardmerge.mapping.pattern import Template, segment_takes
 
 _SegmentParts: TypeAlias = tuple[TemplatePart, ...]
@@ -85,17 +85,8 @@ def _ends_fit(general: Template, narrow: Template) -> bool:
 
 
 def _segments(template: Template) -> list[_SegmentParts]:
-    segments: list[list[TemplatePart]] = [[]]
-    for part in template.parts:
-        if not isinstance(part, str):
-            segments[-1].append(part)
-            continue
-        for index, text in enumerate(part.split(".")):
-            if index:
-                segments.append([])
-            if text:
-                segments[-1].append(text)
-    return [tuple(segment) for segment in segments]
+    segments = cut_at_dots(tuple((0, part) for part in template.parts))
+    return [tuple(part for _, part in segment) for segment in segments]
 
 
 def _cut(segments: list[_SegmentParts]) -> tuple[list[_SegmentParts], bool, list[_SegmentParts]]:

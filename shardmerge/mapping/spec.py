@@ -144,13 +144,23 @@ def references(term: Term) -> Iterator[Reference]:
         yield from references(one)
 
 
+def ops_of(term: Term) -> Iterator[OpTerm]:
+    """Yields every op of a term, the outer ones first."""
+    if isinstance(term, OpTerm):
+        yield term
+        for one in term.inputs:
+            yield from ops_of(one)
+
+
 def dequantized_by(term: Term) -> Iterator[Reference]:
     """Yields the references that an op ``dequantize`` of a term reads: codes are what it is for."""
-    if isinstance(term, OpTerm):
-        for one in term.inputs:
-            if isinstance(one, Reference) and term.kind.name == "dequantize":
-                yield one
-            yield from dequantized_by(one)
+    inputs = (one for op in ops_of(term) if op.kind.name == "dequantize" for one in op.inputs)
+    return (one for one in inputs if isinstance(one, Reference))
+
+
+def formulas_of(term: Term) -> Iterator[Formula]:
+    """Yields every formula that a parameter of a term's ops is."""
+    return (formula for op in ops_of(term) for argument in op.arguments.values() for formula in argument.formulas)
 
 
 @dataclass(frozen=True, slots=True)

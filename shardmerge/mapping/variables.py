@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shardmerge.errors import MappingError, ShardmergeError
 from shardmerge.formulas import Formula, FormulaValue, Number
 from shardmerge.mapping.near import NameIndex, did_you_mean
-from shardmerge.mapping.spec import OpTerm, Spec, Term, Variable
+from shardmerge.mapping.spec import Spec, Variable, formulas_of
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG, CONFIG
@@ -167,20 +167,10 @@ def formula_names(spec: Spec) -> Iterator[str]:
     for rule in spec.rules:
         for formula in (*rule.ranges.values(), *rule.target.formulas):
             yield from formula.names
-        for term in rule.candidates:
-            yield from _term_names(term)
+        for formula in (one for term in rule.candidates for one in formulas_of(term)):
+            yield from formula.names
     if spec.target is not None:
         yield from spec.target.roles.values()  # options of a target may be variables
-
-
-def _term_names(term: Term) -> Iterator[str]:
-    if not isinstance(term, OpTerm):
-        return
-    for argument in term.arguments.values():
-        for formula in argument.formulas:
-            yield from formula.names
-    for one in term.inputs:
-        yield from _term_names(one)
 
 
 def _load(extent: Extent, read: ReadSideFile) -> JsonObject:

@@ -36,7 +36,7 @@ class NameGroup:
 
 def group(tensors: Mapping[str, TensorEntry]) -> tuple[NameGroup, ...]:
     """Returns groups of names such that each name is of exactly one; the smallest that are not too many."""
-    for template in (partial(_by_number, words=1), partial(_by_number, words=0), _by_part):
+    for template in (partial(_by_number, words=1), partial(_by_number, words=0), by_part):
         found: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
             found[template(name)].append(name)
@@ -57,7 +57,8 @@ def _by_number(name: str, words: int) -> str:
     return ".".join([*map(escape, front), "{i:int}", *map(escape, behind[:words]), *rest])
 
 
-def _by_part(name: str) -> str:
+def by_part(name: str) -> str:
+    """Returns the template of all names that begin with the same word."""
     first, dot, _ = name.partition(".")
     return f"{escape(first)}.{{rest...}}" if dot else escape(name)
 

@@ -10,7 +10,7 @@ from shardmerge.errors import MappingError, UsageError
 from shardmerge.mapping.near import count, did_you_mean, printable
 from shardmerge.mapping.pattern import Template, escape
 from shardmerge.mapping.preset_files import Preset
-from shardmerge.recognition.grouped_names import group
+from shardmerge.recognition.grouped_names import by_part, group
 from shardmerge.recognition.recognised import Recognised
 from shardmerge.recognition.roads import Route, choose, routes
 from shardmerge.recognition.table import Layout
@@ -189,7 +189,7 @@ class _MappingWriter:
         if layout is not None and self.route.merges:
             outside += [name for name in names if not name.startswith(layout.adapter or "")]
         few = len(outside) <= _MOST_DROPS
-        drops = [*(map(escape, outside) if few else dict.fromkeys(map(_all_alike, outside)))]
+        drops = [*(map(escape, outside) if few else dict.fromkeys(map(by_part, outside)))]
         drops += _of_other_models(layout.drops if layout else (), names)
         if drops:
             yield "drop:  # what stands beside it"
@@ -251,11 +251,6 @@ def _of_other_models(templates: Sequence[str], names: Sequence[str]) -> list[str
     """Returns the templates that match some names, where there are names besides."""
     found = {text: sum(Template.parse(text).match(name) is not None for name in names) for text in templates}
     return [text for text, number in found.items() if number] if sum(found.values()) < len(names) else []
-
-
-def _all_alike(name: str) -> str:
-    first, dot, _ = name.partition(".")
-    return f"{escape(first)}.{{rest...}}" if dot else escape(name)
 
 
 def vocabulary_rows(catalog: Catalog) -> int:

@@ -14,7 +14,7 @@ from shardmerge.errors import TargetError
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import nested, read_architecture
 from shardmerge.targets.config_numbers import dimension
-from shardmerge.targets.tables import ArchitectureTable, every_table, find_table
+from shardmerge.targets.tables import ArchitectureTable, find_table
 from shardmerge.tensors import Shape
 
 Canonical: TypeAlias = Callable[[str], str]
@@ -190,8 +190,3 @@ _CLASSES: dict[str, _WeightsReader] = {
     "LlavaMistralForCausalLM": _official_llava("mistral"),
     "LlavaQwenForCausalLM": _official_llava("qwen2"),
 }
-
-
-def known_classes() -> tuple[str, ...]:
-    """Returns the names of all classes that are known."""
-    return (*_CLASSES, *(kind for table in every_table() for kind in table.classes))

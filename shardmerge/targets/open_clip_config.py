@@ -11,6 +11,7 @@ from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.config_numbers import JsonObject, dimension, finite, layers
 from shardmerge.targets.settings import not_understood
+from shardmerge.targets.vision_tower import TOWERS, standard_processor
 
 PREPROCESSING = "_preprocessing"
 
@@ -33,8 +34,6 @@ _USUAL: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 _EPSILON = 1e-5
 
-_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_STD = [0.26862954, 0.26130258, 0.27577711]
 _RESAMPLING = {"bicubic": 3, "bilinear": 2, "nearest": 0}
 
 
@@ -150,17 +149,9 @@ def _square(config: Mapping[str, object], key: str, default: int, where: str) ->
 
 def _preprocessing(stated: object, image: int) -> JsonObject:
     config = stated if isinstance(stated, dict) else {}
-    return {
-        "crop_size": {"height": image, "width": image},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": config.get("mean", _MEAN),
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": config.get("std", _STD),
+    usual = standard_processor(TOWERS["clip_vision_model"], image)
+    return usual | {
+        "image_mean": config.get("mean", usual["image_mean"]),
+        "image_std": config.get("std", usual["image_std"]),
         "resample": _RESAMPLING.get(str(config.get("interpolation", "bicubic")), 3),
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": image},
     }

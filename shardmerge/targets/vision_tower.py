@@ -108,7 +108,7 @@ def image_processor(
             f"the vision source has no preprocessor_config.json: {kind.title}'s standard one is written, for images "
             f"of {vision.image_size} pixels. Check it if the training used another image processor"
         )
-        return _standard_processor(kind, vision.image_size), (warning,)
+        return standard_processor(kind, vision.image_size), (warning,)
     found.pop("feature_extractor_type", None)  # the name of 2022
     stated = found.get("image_processor_type")
     # Fast and Pil name backends of single transformers versions; every version finds its own from the plain
@@ -127,7 +127,7 @@ def _own_processor(side_files: Mapping[str, Extent], read: ReadSideFile) -> Json
     return None
 
 
-def _standard_processor(kind: TowerKind, size: int) -> JsonObject:
+def standard_processor(kind: TowerKind, size: int) -> JsonObject:
     """Returns what an image processor of this kind saves."""
     square = {"height": size, "width": size}
     return {
