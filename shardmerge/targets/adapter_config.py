@@ -16,7 +16,7 @@ from shardmerge.shown import shown
 from shardmerge.targets import adapter_fields as known
 from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.adapter_fields import BESIDE, BY_PEFT
-from shardmerge.targets.config_numbers import JsonObject
+from shardmerge.targets.config_numbers import JsonObject, is_whole
 from shardmerge.targets.name_expressions import compiled, matches
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -60,8 +60,7 @@ def _mlx_config(config: JsonObject, where: str) -> AdapterConfig:
     scale, rank = parameters.get("scale"), parameters.get("rank")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < _MOST:
         raise _odd("lora_parameters.scale", scale, "a finite number", where)
-    found = rank if isinstance(rank, int) and not isinstance(rank, bool) else None
-    return AdapterConfig(rank=found, scale=float(scale), dora=kind == "dora")
+    return AdapterConfig(rank=rank if is_whole(rank) else None, scale=float(scale), dora=kind == "dora")
 
 
 def _check_tuner(kind: object, where: str) -> None:
@@ -247,10 +246,11 @@ class _ConfigValues:
         if value is None or value == []:
             return None
         numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-            self._odd("layers_to_transform", value, "a list of layer numbers")
-            return None
-        return frozenset(number for number in numbers if isinstance(number, int))
+        found = frozenset(number for number in numbers if is_whole(number))
+        if all(map(is_whole, numbers)):
+            return found
+        self._odd("layers_to_transform", value, "a list of layer numbers")
+        return None
 
     def _tokens(self) -> dict[str, tuple[int, ...]]:
         value = self.values.get("trainable_token_indices")
@@ -265,7 +265,7 @@ class _ConfigValues:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole(value) and value >= 0
 
 
 def last_names(module: str, names: tuple[str, ...]) -> bool:

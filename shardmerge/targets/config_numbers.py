@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import isfinite
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
@@ -85,7 +85,7 @@ def dimension(config: Mapping[str, object], key: str, default: int, where: str, 
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+    if not is_size(value) or value > limit:
         raise TargetError(
             "odd-config",
             f"`{key}` in config.json cannot be used",
@@ -94,6 +94,16 @@ def dimension(config: Mapping[str, object], key: str, default: int, where: str, 
             expected=f"an integer from 1 to {limit}",
         )
     return value
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Tells whether a value is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Tells whether a value is a whole number above 0."""
+    return is_whole(value) and value > 0
 
 
 def layers(config: Mapping[str, object], default: int, where: str) -> int:

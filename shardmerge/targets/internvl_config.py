@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.config_numbers import JsonObject, dimension, flag
+from shardmerge.targets.config_numbers import JsonObject, dimension, flag, is_whole
 from shardmerge.targets.settings import refuse_unknown_around
 
 # Read here, or of no consequence for what the model computes: prompts, tiles, training.
@@ -103,7 +103,7 @@ def read_shuffle(whole: Mapping[str, object], where: str) -> tuple[int, tuple[st
             expected="one over a whole number, e.g. 0.5",
         )
     layer = whole.get("select_layer", -1)
-    if isinstance(layer, bool) or not isinstance(layer, int):
+    if not is_whole(layer):
         raise TargetError("odd-config", "`select_layer` in config.json cannot be used", where=where, found=shown(layer))
     version = whole.get("ps_version")
     if version not in (None, "v2"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from shardmerge.errors import TargetError
+from shardmerge.targets import official_config
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import nested, read_architecture
 from shardmerge.targets.config_numbers import dimension
@@ -162,7 +163,7 @@ def _official_llava(text_type: str) -> Callable[[Mapping[str, object], frozenset
         plain = {key: value for key, value in config.items() if key != "architectures"}  # the class is LLaVA's own
         model = read_architecture({**plain, "model_type": text_type}, where)
         text = _known(model, model.table.main_class)
-        projector = dict(_official_projector(config, model.hidden_size, where))
+        projector = _official_projector(config, model.hidden_size, where)
         owned = ("model.layers.", "model.mm_projector." if projector else "model.norm.", "lm_head.")
         return Known({**text.tensors, **projector}, owned, text.optional)
 
@@ -170,19 +171,12 @@ def _official_llava(text_type: str) -> Callable[[Mapping[str, object], frozenset
 
 
 def _official_projector(config: Mapping[str, object], hidden: int, where: str) -> dict[str, Shape]:
-    """Returns the tensors of ``mlpNx_gelu``: N linear layers, an activation between two."""
-    kind, width = config.get("mm_projector_type"), config.get("mm_hidden_size")
-    if not isinstance(kind, str) or not kind.startswith("mlp") or not kind.endswith("x_gelu") or width is None:
+    """Returns the tensors of ``mlpNx_gelu``; none where the config does not say N or the width of the encoder."""
+    kind, depth = config.get("mm_projector_type", "linear"), official_config.projector_depth(config)
+    if kind == "linear" or depth is None or config.get("mm_hidden_size") is None:
         return {}
-    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
-    if not depth.isdecimal() or len(depth) > 1:
-        return {}
-    tensors: dict[str, Shape] = {}
-    for index in range(int(depth)):
-        columns = hidden if index else dimension(config, "mm_hidden_size", hidden, where)
-        tensors[f"model.mm_projector.{2 * index}.weight"] = (hidden, columns)
-        tensors[f"model.mm_projector.{2 * index}.bias"] = (hidden,)
-    return tensors
+    columns = dimension(config, "mm_hidden_size", hidden, where)
+    return official_config.projector_tensors("model.mm_projector.", depth, columns, hidden)
 
 
 _CLASSES: dict[str, _WeightsReader] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
+from shardmerge.targets.config_numbers import is_size
 from shardmerge.targets.settings import refuse_unknown_around
 from shardmerge.targets.tables import ArchitectureTable, table_of
 
@@ -122,7 +123,7 @@ def pinpoints(whole: Mapping[str, object], kind: LlavaKind, image_size: int, whe
     if match:
         return [[image_size * high, image_size * wide] for high, wide in _every_tile(*map(int, match.groups()))]
     pairs = stated if isinstance(stated, list) else []
-    if pairs and all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_size, pair)) for pair in pairs):
+    if pairs and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_size, pair)) for pair in pairs):
         return pairs
     raise TargetError(
         "odd-config",
@@ -135,7 +136,3 @@ def pinpoints(whole: Mapping[str, object], kind: LlavaKind, image_size: int, whe
 
 def _every_tile(high: int, wide: int, highest: int, widest: int) -> tuple[tuple[int, int], ...]:
     return tuple((one, other) for one in range(high, highest + 1) for other in range(wide, widest + 1))
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

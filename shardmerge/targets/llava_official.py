@@ -6,7 +6,6 @@ it was not trained: LLaVA then loads it from ``mm_vision_tower``. No token is ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
@@ -23,7 +22,7 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
+from shardmerge.targets.config_numbers import JsonObject, dump, is_size, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.generation_config import generation_config
 from shardmerge.targets.options import choice
@@ -169,7 +168,7 @@ def _columns(players: Players, text: TextBase, vision: VisionBase | None) -> int
         if players.trained is not None and name in players.trained and len(players.trained[name].shape) == 2:
             return players.trained[name].shape[1]
     stated = text.whole.get("mm_hidden_size")
-    if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
+    if is_size(stated):
         return stated
     raise TargetError(
         "missing-source",
@@ -199,7 +198,7 @@ def _tower_warnings(model: _Model) -> tuple[str, ...]:
 
 def _tensors(model: _Model) -> dict[str, Shape]:
     tensors = model.text.architecture.changed(vocab_size=model.rows.count).tensors()
-    tensors |= dict(_projector(model))
+    tensors |= _projector(model)
     if model.tower and model.vision is not None:
         tensors |= {f"{TOWER}{name}": shape for name, shape in model.vision.architecture.tensors().items()}
     if _is_next(model.text) or "unpad" in str(model.text.whole.get("mm_patch_merge_type", "")):
@@ -207,12 +206,11 @@ def _tensors(model: _Model) -> dict[str, Shape]:
     return tensors
 
 
-def _projector(model: _Model) -> Iterator[tuple[str, Shape]]:
+def _projector(model: _Model) -> dict[str, Shape]:
     hidden = model.text.architecture.hidden_size
-    for index in range(model.depth):
-        prefix = PROJECTOR if _is_linear(model) else f"{PROJECTOR}{2 * index}."
-        yield f"{prefix}weight", (hidden, hidden if index else model.columns)
-        yield f"{prefix}bias", (hidden,)
+    if _is_linear(model):
+        return {f"{PROJECTOR}weight": (hidden, model.columns), f"{PROJECTOR}bias": (hidden,)}
+    return official_config.projector_tensors(PROJECTOR, model.depth, model.columns, hidden)
 
 
 def _is_linear(model: _Model) -> bool:

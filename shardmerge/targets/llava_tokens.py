@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
 from shardmerge.targets.bases import TextBase
+from shardmerge.targets.config_numbers import is_whole
 from shardmerge.targets.expectation import Request
 from shardmerge.targets.llava_kinds import IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN, LlavaKind
 from shardmerge.targets.options import choice
@@ -63,7 +64,7 @@ def _kept_tokens(
     """Returns the tokenizer of a LLaVA as it is, with the ids that its config.json states."""
     image = text.whole.get("image_token_index", text.whole.get("image_token_id"))
     pad = text.whole.get("pad_token_id", text.config.get("pad_token_id"))
-    if not isinstance(image, int) or isinstance(image, bool):
+    if not is_whole(image):
         raise TargetError(
             "bad-option",
             "`vocabulary: keep` needs a text source that is a Hugging Face LLaVA",

@@ -14,6 +14,7 @@ from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.config_numbers import JsonObject, dimension, layers
 from shardmerge.targets.foreign_configs import LLAMA_3_CONTEXT, LLAMA_3_ROPE, not_llama, real
+from shardmerge.targets.text_config import rope_scaling
 from shardmerge.tensors import Catalog
 
 # Arguments that make another model than LLaMA's, with every value that does not.
@@ -238,14 +239,8 @@ def _other_keys(
         if stated and own[key] != made[key]:
             yield key, own[key], made[key]
     scaled = "rope_scaling" in made
-    if "use_rope_scaling" in catalog.facts and scaled != _is_scaled(config):
+    if "use_rope_scaling" in catalog.facts and scaled != bool(rope_scaling(config)):
         yield "rope_scaling", config.get("rope_scaling"), made.get("rope_scaling")
-
-
-def _is_scaled(config: Mapping[str, object]) -> bool:
-    """Tells whether a config stretches the rotary embedding, in the keys of transformers 4 or 5."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    return isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"
 
 
 def _other_sizes(model: Architecture, made: JsonObject, catalog: Catalog) -> Iterator[tuple[str, object, object]]:

@@ -17,6 +17,7 @@ from shardmerge.targets.config_numbers import JsonObject, dump
 from shardmerge.targets.expectation import Expectation, FileGroup, Request, Target, described_by
 from shardmerge.targets.foreign_configs import feed_forward_width, llama_3_scaling
 from shardmerge.targets.options import choice, whole_number
+from shardmerge.targets.text_config import rope_scaling
 from shardmerge.targets.text_sources import TextSource, read_text_source
 from shardmerge.targets.vocabulary import VocabularyRows, rows
 from shardmerge.tensors import Shape, SideFile
@@ -105,7 +106,7 @@ def _check(text: TextSource, ranks: int, counted: VocabularyRows, *, by_columns:
 def _check_arithmetic(text: TextSource) -> None:
     """Checks what params.json has no field for: Meta's code has one activation and one stretched rotary embedding."""
     odd: JsonObject = {}
-    scaling = _scaling(text.config)
+    scaling = rope_scaling(text.config)
     usual = llama_3_scaling(text.architecture.hidden_size)
     if scaling and (scaling | {"factor": 8.0} != usual | {"factor": 8.0} or scaling["factor"] not in _FACTORS):
         odd["rope_scaling"] = scaling
@@ -120,15 +121,6 @@ def _check_arithmetic(text: TextSource) -> None:
             found=shown(odd),
             expected=f"hidden_act 'silu', and no rope_scaling or {shown(usual)}",
         )
-
-
-def _scaling(config: JsonObject) -> JsonObject:
-    """Returns ``rope_scaling`` under the names of transformers 4.43 and later, empty for none."""
-    nested = config.get("rope_scaling") or config.get("rope_parameters")
-    found = dict(nested) if isinstance(nested, dict) else {}
-    kind = found.pop("type", "default")
-    found = {"rope_type": kind} | {key: value for key, value in found.items() if key != "rope_theta"}
-    return {} if found["rope_type"] == "default" else found
 
 
 def _tensors(model: Architecture, vocabulary: int, ranks: int, *, by_columns: bool) -> Iterator[tuple[str, Shape]]:
@@ -171,7 +163,7 @@ def params(text: TextSource, vocabulary: int) -> JsonObject:
         "rope_theta": nested.get("rope_theta", text.config.get("rope_theta", 10000.0)),
         "vocab_size": vocabulary,
     }
-    scaling = _scaling(text.config)
+    scaling = rope_scaling(text.config)
     if scaling:
         if scaling["factor"] != llama_3_scaling(model.hidden_size)["factor"]:
             made["rope_scale_factor"] = scaling["factor"]

@@ -15,6 +15,7 @@ from shardmerge.shown import shown
 from shardmerge.targets.config_numbers import JsonObject
 from shardmerge.targets.llava_kinds import KINDS, LlavaKind
 from shardmerge.targets.settings import refuse_unknown, unknown_settings
+from shardmerge.tensors import Shape
 
 # The language models of LLaVA's code by what follows `llava_`, and in the names of its classes `Llava`. `llava` alone
 # is also what code before 1.2, XTuner and LLaVA-NeXT write, over any language model.
@@ -178,3 +179,12 @@ def projector_depth(config: Mapping[str, object]) -> int | None:
         return 1
     match = _MLP.fullmatch(kind) if isinstance(kind, str) else None
     return int(match[1]) if match else None
+
+
+def projector_tensors(prefix: str, depth: int, columns: int, hidden: int) -> dict[str, Shape]:
+    """Returns the names and shapes of a chain of linear layers; each activation between two has a number as well."""
+    tensors: dict[str, Shape] = {}
+    for index in range(depth):
+        tensors[f"{prefix}{2 * index}.weight"] = (hidden, hidden if index else columns)
+        tensors[f"{prefix}{2 * index}.bias"] = (hidden,)
+    return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 from shardmerge.errors import TargetError
 from shardmerge.shown import inspecting
 from shardmerge.targets.config_numbers import JsonObject, dump
+from shardmerge.targets.official_config import projector_tensors
 from shardmerge.targets.training_config import TrainingFacts
 from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
@@ -83,10 +84,6 @@ def projector_folder(
     """
     first = _first(trained)
     (hidden, columns), depth = trained[first].shape, wire(facts, trained, {}).depth or 2
-    tensors: dict[str, Shape] = {}
-    for index in range(depth):
-        tensors[f"model.{2 * index}.weight"] = (hidden, hidden if index else columns)
-        tensors[f"model.{2 * index}.bias"] = (hidden,)
     config: JsonObject = {
         "architectures": ["ProjectorModel"],
         "auto_map": _AUTO_MAP,
@@ -99,6 +96,7 @@ def projector_folder(
         "visual_hidden_size": columns,
     }
     code = (SideFile(name, (text,)) for name, text in _FILES.items())
+    tensors = projector_tensors("model.", depth, columns, hidden)
     return tensors, (SideFile("config.json", (dump(config),)), *code)
 
 

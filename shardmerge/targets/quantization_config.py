@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardmerge.dtypes import BY_TORCH_NAME, DTYPES, DType
-from shardmerge.targets.config_numbers import JsonObject, readable_object
+from shardmerge.targets.config_numbers import JsonObject, is_size, readable_object
 from shardmerge.tensors import Catalog, ReadSideFile, SideFile
 
 # Files of their own, and what a file without a word about its method is.
@@ -127,8 +127,7 @@ def _block(found: JsonObject) -> tuple[int, ...]:
 def _sizes(value: object) -> tuple[int, ...]:
     """Returns two positive whole numbers, or nothing."""
     sizes = value if isinstance(value, list) and len(value) == 2 else []
-    right = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-    return tuple(sizes) if right else ()
+    return tuple(sizes) if all(map(is_size, sizes)) else ()
 
 
 def _dtype(config: JsonObject) -> DType:

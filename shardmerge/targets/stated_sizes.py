@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from shardmerge.targets.config_numbers import is_whole
 from shardmerge.tensors import Shape
 
 KeyPath: TypeAlias = tuple[str, ...]
@@ -98,7 +99,7 @@ class ConfigLevel:
     def integer(self, key: str) -> int | None:
         """Returns a size, or None where the key is absent or says something else."""
         value = self.values.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if is_whole(value) else None
 
 
 def config_levels(config: Mapping[str, object]) -> tuple[ConfigLevel, ...]:

@@ -88,3 +88,12 @@ def with_v4_rope(config: Mapping[str, object], text: Architecture, where: str) -
         plain |= {key: scaling.pop(key) for key in ("original_max_position_embeddings",) if key in scaling}
         scaling = {key: scaling[key] for key in ("long_factor", "short_factor") if key in scaling} | {"type": kind}
     return plain | {"rope_scaling": scaling}
+
+
+def rope_scaling(config: Mapping[str, object]) -> JsonObject:
+    """Returns how a config stretches the rotary embedding, in the words of 4.43 and later; empty where it does not."""
+    nested = config.get("rope_scaling") or config.get("rope_parameters")
+    found = dict(nested) if isinstance(nested, dict) else {}
+    kind = found.pop("type", "default")
+    found = {"rope_type": kind} | {key: value for key, value in found.items() if key != "rope_theta"}
+    return {} if found["rope_type"] == "default" else found

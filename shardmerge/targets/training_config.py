@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from shardmerge.targets.adapter_facts import AdapterConfig
-from shardmerge.targets.config_numbers import is_finite
+from shardmerge.targets.config_numbers import is_finite, is_whole
 
 MAX_CHARS = 4 << 20
 
@@ -179,7 +179,7 @@ def _flag(section: Mapping[str, ConfigValue], key: str) -> bool | None:
 def config_integer(part: Mapping[str, ConfigValue], key: str) -> int | None:
     """Returns a number of a config, ``None`` where there is none."""
     value = part.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if is_whole(value) else None
 
 
 def _number(section: Mapping[str, ConfigValue], key: str) -> float | None:

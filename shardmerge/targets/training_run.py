@@ -14,7 +14,7 @@ from shardmerge.targets import official_config
 from shardmerge.targets.bases import TextBase
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Request
-from shardmerge.targets.text_config import read_part, with_v4_rope
+from shardmerge.targets.text_config import read_part, rope_scaling, with_v4_rope
 from shardmerge.targets.tokenizer import has_tokenizer
 from shardmerge.tensors import Catalog, Extent
 
@@ -93,20 +93,12 @@ def _check_language_model(run: RunSettings, text: TextBase) -> None:
     models = (found, text.architecture)
     one, other = (each.changed(vocab_size=1, tie_word_embeddings=False, num_labels=1) for each in models)
     odd = [key for key in _STATED if key in ours and key in theirs and ours[key] != theirs[key]]
-    odd += ["rope_scaling"] if _scaling(ours) != _scaling(theirs) else []
+    odd += ["rope_scaling"] if rope_scaling(ours) != rope_scaling(theirs) else []
     if one != other:
         odd = [key for key in _SIZES if ours.get(key) != theirs.get(key)] or ["num_key_value_heads", "head_dim"]
     if odd:
         what = "the run had another language model than the source has"
         raise _contradiction(what, odd, replace(run, config=ours), RunSettings(theirs, text.where, {}))
-
-
-def _scaling(config: JsonObject) -> JsonObject:
-    """Returns ``rope_scaling`` with the newer name of its kind; empty for none."""
-    stated = config.get("rope_scaling")
-    found = dict(stated) if isinstance(stated, dict) else {}
-    kind = found.pop("type", None)
-    return {"rope_type": kind} | found if kind is not None else found
 
 
 def _contradiction(what: str, keys: list[str], first: RunSettings, other: RunSettings) -> TargetError:

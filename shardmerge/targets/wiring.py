@@ -10,6 +10,7 @@ from typing import Literal
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets import official_config
+from shardmerge.targets.config_numbers import is_whole
 from shardmerge.targets.training_config import TrainingFacts
 from shardmerge.tensors import Catalog
 
@@ -115,15 +116,11 @@ def _unsaid(facts: TrainingFacts, trained: Catalog | None, config: Mapping[str, 
 def _layer(config: Mapping[str, object], where: str) -> int | tuple[int, ...] | None:
     key = _LAYER if _LAYER in config else "mm_vision_select_layer"
     stated = config.get(key)
-    if stated is None or _whole(stated):
-        return stated if isinstance(stated, int) else None
-    if isinstance(stated, list) and stated and all(map(_whole, stated)):
+    if stated is None or is_whole(stated):
+        return stated
+    if isinstance(stated, list) and stated and all(map(is_whole, stated)):
         return tuple(stated)
     raise _odd(key, stated, "a number, or a list of numbers", where)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _strategy(config: Mapping[str, object], where: str, *, class_token: bool) -> Literal["default", "full"]:
