@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from shardmerge.plan.value import Plan
     from shardmerge.prepare.inspection import inspect, layout_of, matching
     from shardmerge.prepare.options import Options
-    from shardmerge.publish.comparing import Difference
+    from shardmerge.publish.closeness import Closeness, Distance
+    from shardmerge.publish.comparing import Comparison, Difference
     from shardmerge.publish.results import Result
     from shardmerge.publish.verify import Verdict
     from shardmerge.tensors import Catalog, TensorEntry
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Catalog",
     "CheckpointError",
+    "Closeness",
+    "Comparison",
     "Difference",
+    "Distance",
     "InterruptedRunError",
     "LazyCheckpoint",
     "LazyTensor",
@@ -105,7 +109,8 @@ _MODULES = {
     "shardmerge.lazy": ("LazyCheckpoint", "LazyTensor"),
     "shardmerge.plan.value": ("Plan",),
     "shardmerge.tensors": ("Catalog", "TensorEntry"),
-    "shardmerge.publish.comparing": ("Difference",),
+    "shardmerge.publish.closeness": ("Closeness", "Distance"),
+    "shardmerge.publish.comparing": ("Comparison", "Difference"),
     "shardmerge.publish.verify": ("Verdict",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from shardmerge.lazy import LazyCheckpoint
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.plan.reading import PlanText
-    from shardmerge.publish.comparing import Difference
+    from shardmerge.publish.closeness import Closeness
+    from shardmerge.publish.comparing import Comparison, Sides
     from shardmerge.publish.shares import Share
     from shardmerge.publish.verify import Verdict
     from shardmerge.recognition.proposal import Proposal
@@ -43,7 +44,8 @@ __all__ = [
     "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
     "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of", "matching",
     "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion", "prepare_mapping",
-    "preset_text", "presets", "resident_bytes", "run", "run_part", "schema", "verify", "write_new", "write_plan",
+    "preset_text", "presets", "resident_bytes", "run", "run_part", "schema", "sides", "verify", "write_new",
+    "write_plan",
 ]  # fmt: skip
 
 _YAML, _PLAN = (".yaml", ".yml"), ".json"
@@ -432,6 +434,7 @@ def verify(
     *,
     sources: str | Path | None = None,
     reference: str | Path | None = None,
+    how: Closeness | None = None,
     load: bool = False,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -446,54 +449,95 @@ def verify(
     sources
         The mapping that made it: every tensor is made again and compared bit for bit.
     reference
-        A checkpoint that must hold the same tensors with the same values.
+        A checkpoint that must hold the same tensors with the same values, or a mapping that makes them.
+    how
+        What counts as equal to the reference; None: the same type, shape and values.
     load
         Whether to load it with the installed transformers, in a child process.
     options, choices
         Those of the run, where they were not the mapping's (``sources`` only).
     progress
-        Called with the bytes of every tensor checked.
+        Called with the bytes of every tensor checked, and of every tensor compared.
 
     Raises
     ------
     VerificationError
         All that differs, at once.
     """
+    from shardmerge.publish.closeness import Closeness
     from shardmerge.publish.verify import Verdict, verify_directory, verify_load, verify_sources
 
-    folder = Path(directory)
+    folder, how = Path(directory), how or Closeness()
     verdict = verify_directory(folder, progress)
     checks = list(verdict.checks)
     if sources is not None:
         prepared = prepare(Path(sources), replace(chosen(options, choices), workers=1))
         checks += verify_sources(folder, prepared.plan, prepared.how.tile, progress).checks
     if reference is not None:
-        checks.append(_equals(folder, reference))
+        checks.append(_equals(folder, reference, how, progress))
     if load:
         found = verify_load(folder)
         checks.append(f"transformers {found.version} loads {found.keys.kind}: 0 missing, unexpected, mismatched")
-    compared = sources is not None or reference is not None
+    compared = sources is not None or (reference is not None and how == Closeness())
     return Verdict(tuple(checks), verdict.tensors, verdict.nbytes, () if compared else verdict.unchecked)
 
 
-def _equals(folder: Path, reference: str | Path) -> str:
-    found = list(diff(folder, reference))
+def _equals(folder: Path, reference: str | Path, how: Closeness, progress: Progress | None) -> str:
+    found = sides(folder, reference, how).compare(progress)
     if found:
-        first = "; ".join(f"{d.name}: {d.what} ({d.detail})" for d in found[:5])
+        worst = "; ".join(f"{d.name}: {d.what} ({d.detail})" for d in found.differences[:5])
         raise VerificationError(
             "reference-differs",
-            f"{len(found)} differences from the reference",
+            f"the directory differs from the reference: {found.summary}",
             where=str(reference),
-            found=first,
+            found=worst,
+            hint=f"`{_diff_command(folder, reference, how)}` lists all differences, the worst first",
         )
-    return f"equal to {reference}"
+    tolerated = f" ({found.summary})" if found.close else ""
+    return f"equal to {reference}" + (f", {how}{tolerated}" if str(how) else "")
 
 
-def diff(a: str | Path, b: str | Path, progress: Progress | None = None) -> Iterator[Difference]:
-    """Yields the differences between two checkpoints of any format."""
-    from shardmerge.publish.comparing import compare
+def _diff_command(folder: Path, reference: str | Path, how: Closeness) -> str:
+    from shlex import join
 
-    return compare(inspect(a), inspect(b), progress)
+    options = [("--rtol", how.rtol), ("--atol", how.atol), ("--cast", how.target)]
+    given = [text for option, value in options if value for text in (option, str(value))]
+    return join(["shardmerge", "diff", str(folder), str(reference), "--all", *given, *["--headers"] * how.headers])
+
+
+def diff(a: str | Path, b: str | Path, progress: Progress | None = None, *, how: Closeness | None = None) -> Comparison:
+    """Compares two checkpoints of any format, in memory that does not grow with them.
+
+    Parameters
+    ----------
+    a, b
+        As for ``inspect``; or the path of a mapping, whose tensors are made as they are compared and never written.
+    progress
+        Called with the bytes of A that were compared.
+    how
+        What counts as equal; None: the same type, shape and values.
+
+    Returns
+    -------
+    Comparison
+        The differences, the worst first, and how many tensors are equal.
+
+    Raises
+    ------
+    ShardmergeError
+        As ``inspect``, or as ``plan`` for a mapping.
+    """
+    from shardmerge.publish.closeness import Closeness
+
+    return sides(a, b, how or Closeness()).compare(progress)
+
+
+def sides(a: str | Path, b: str | Path, how: Closeness) -> Sides:
+    """Reads the headers of what ``diff`` compares."""
+    from shardmerge.publish.comparing import Sides
+
+    left, right = (plan(one) if Path(one).suffix in _YAML else inspect(one) for one in (a, b))
+    return Sides(left, right, how)
 
 
 def presets() -> tuple[Preset, ...]:

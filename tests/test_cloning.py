@@ -209,6 +209,8 @@ def test_verify_says_what_it_did_not_check_and_sources_find_it(sharing: Path) ->
     assert "[tensor-differs]" in failed.stderr
     failed = shardmerge("verify", sharing / "out", "--reference", path, "--json")
     assert json.loads(failed.stdout)["unchecked"] == []
+    for loose in (["--headers"], ["--atol", "1"]):
+        assert "not checked" in shardmerge("verify", sharing / "out", "--reference", path, *loose).stdout
 
 
 def test_a_source_that_is_locked_or_linked_is_cloned(sharing: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import shardmerge
 from shardmerge.cli import colour
 from shardmerge.cli.options import (
+    closeness_options,
     dumped,
     json_option,
     parsed,
@@ -23,6 +25,9 @@ from shardmerge.cli.options import (
     write_lines,
 )
 from shardmerge.cli.progress import planning, progress_bar
+
+if TYPE_CHECKING:
+    from shardmerge import Closeness, Comparison, Difference
 
 
 def add_checkpoint_commands(group: click.Group) -> None:
@@ -78,6 +83,7 @@ def _width() -> int:
 @click.argument("directory", type=click.Path())
 @click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
+@closeness_options
 @click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
 @plan_options
 @quiet_option
@@ -95,12 +101,14 @@ def verify(  # one parameter an option
     if sources is None:
         why = "is for --sources MAPPING, which makes the tensors again"
         refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
-    name, size = Path(directory).name, _size_of(directory)
+    how = _closeness(given, reference)
+    name, size = Path(directory).name, _size_of(directory) * (1 + (sources is not None) + (reference is not None))
     with progress_bar(size, quiet=quiet or as_json, label=name, phase="verifying") as progress:
         verdict = shardmerge.verify(
             directory,
             sources=sources,
             reference=reference,
+            how=how,
             load=load,
             options=parsed(given),
             progress=progress,
@@ -120,18 +128,74 @@ def verify(  # one parameter an option
 @click.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
+@closeness_options
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="How many differences to show. Default: 20.")
+@click.option("--all", "every", is_flag=True, help="Show all differences.")
+@quiet_option
 @json_option
-def diff(a: str, b: str, as_json: bool) -> NoReturn:
-    """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ."""
-    found = list(shardmerge.diff(a, b))
+def diff(
+    a: str,
+    b: str,
+    limit: int | None,
+    every: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> NoReturn:
+    """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ.
+
+    A or B may be a mapping.yaml: its tensors are made as they are compared, and never written.
+
+    \b
+    shardmerge diff out/model reference/model --rtol 1e-3
+    shardmerge diff out/model mapping.yaml --cast bfloat16 --limit 5
+    """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
+    from shardmerge.api import sides
+
+    _refuse_two_limits(limit, every, as_json)
+    how = shardmerge.Closeness(**given)
+    with planning(f"{Path(a).name} and {Path(b).name}", quiet=quiet or as_json, phase="reading headers"):
+        both = sides(a, b, how)
+    with progress_bar(both.nbytes, quiet=quiet or as_json, label=Path(a).name, phase="comparing") as progress:
+        found = both.compare(progress)
     if as_json:
-        rows = [{"name": d.name, "what": d.what, "detail": d.detail} for d in found]
-        click.echo(dumped({"equal": not found, "differences": rows}))
+        click.echo(dumped(_comparison_json(found)))
     else:
-        for difference in found:
-            click.echo(f"{difference.name}: {difference.what}: {difference.detail}")
-        click.echo(f"{len(found)} differences" if found else "equal")
+        most = len(found) if every else 20 if limit is None else limit
+        for one in found.differences[:most]:
+            click.echo(f"{one.name}: {one.what}: {one.detail}")
+        if len(found) > most:
+            click.echo(f"... and {len(found) - most:,} more; --all shows them")
+        click.echo(found.summary)
     sys.exit(3 if found else 0)
+
+
+def _refuse_two_limits(limit: int | None, every: bool, as_json: bool) -> None:
+    given = {"limit": limit is not None, "all": every}
+    if as_json:
+        refuse_idle(given, "limit", "all", why="is for people: --json lists all differences")
+    if every:
+        refuse_idle(given, "limit", why="and --all contradict each other")
+
+
+def _comparison_json(found: Comparison) -> dict[str, object]:
+    rows = [{"name": d.name, "what": d.what, "detail": d.detail, **_numbers(d)} for d in found]
+    counts = {what.replace(" ", "_").lower(): count for what, count in found.counts.items()}
+    return {"equal": not rows, "counts": counts, "differences": rows}
+
+
+def _numbers(one: Difference) -> dict[str, object]:
+    if one.distance is not None:
+        return asdict(one.distance)
+    return {"after_cast": one.after_cast or None} if one.what == "dtype" else {}
+
+
+def _closeness(given: dict[str, Any], reference: str | None) -> Closeness:
+    """Takes what counts as equal out of the options."""
+    own = {name: given.pop(name) for name in ("rtol", "atol", "cast", "headers")}
+    if reference is None:
+        refuse_idle(own, *own, why="is for --reference PATH, which compares values")
+    return shardmerge.Closeness(**own)
 
 
 def _size_of(directory: str) -> int:

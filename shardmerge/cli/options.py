@@ -51,6 +51,20 @@ def plan_options(function: _Command) -> _Command:
     return function
 
 
+def closeness_options(function: _Command) -> _Command:
+    """What counts as equal."""
+    for option in reversed(
+        [
+            click.option("--rtol", type=float, default=0.0, help="Relative tolerance: |a - b| <= atol + rtol * |b|."),
+            click.option("--atol", type=float, default=0.0, help="Absolute tolerance."),
+            click.option("--cast", metavar="DTYPE", help="Cast floats of both sides first: bfloat16, float16, ..."),
+            click.option("--headers", is_flag=True, help="Names, types and shapes only; no data is read."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
 def run_options(function: _Command) -> _Command:
     """The options of everything that writes a result."""
     for option in reversed(
