@@ -17,6 +17,7 @@ from shardmerge.mapping.near import did_you_mean
 from shardmerge.ops.arrays import Array, as_array, numpy_dtype
 from shardmerge.packed_names import packed_name
 from shardmerge.plan.value import Plan
+from shardmerge.shown import Displayed
 from shardmerge.storage.mapping import FileMaps
 from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool
@@ -71,7 +72,7 @@ class LazyTensor:
         self._reader = reader
 
     def __repr__(self) -> str:
-        return f"LazyTensor({self.name!r}, {self.dtype}, {list(self.shape)}, {self.origin!r})"
+        return f"LazyTensor({self.name!r}, {self.dtype} {list(self.shape)}, {self.origin!r})"
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +226,7 @@ class NoSuchTensor(KeyError):
         return f"there is no tensor {self.args[0]!r}{f'; {near}' if near else ''}"
 
 
-class LazyCheckpoint(Mapping[str, LazyTensor]):
+class LazyCheckpoint(Displayed, Mapping[str, LazyTensor]):
     """A checkpoint, or the result of a merge, as a mapping of names to tensors that read when asked.
 
     Attributes
@@ -255,9 +256,6 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-    def __repr__(self) -> str:
-        return f"<{self.kind}: {len(self)} tensors, {sum(t.nbytes for t in self.values()):,} bytes>"
 
 
 class _EntryReader:

@@ -7,6 +7,8 @@ piece and the making ends with the room for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from types import ModuleType
 
 # Characters of a value in an error's line.
 _ROOM = 120
@@ -67,3 +69,22 @@ def _collection(
                 yield ": "
                 yield from _pieces(value[item], most, depth - 1)
     yield end
+
+
+class Displayed:
+    """A public value that is shown in a few lines, and as HTML in a notebook.
+
+    How, ``shardmerge.display`` knows, which knows all of these values; they do not know it.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(_display().text(self))
+
+    def _repr_html_(self) -> str:
+        return str(_display().html(self))
+
+
+def _display() -> ModuleType:
+    return import_module("shardmerge.display")

@@ -26,6 +26,7 @@ from shardmerge.mapping.spec import (
 )
 from shardmerge.mapping.yaml_nodes import Node
 from shardmerge.mapping.yaml_text import read_yaml
+from shardmerge.shown import Displayed
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11; the annotations are never evaluated
@@ -60,8 +61,8 @@ class PresetRole:
     model_types: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
+@dataclass(frozen=True, slots=True, repr=False)
+class Preset(Displayed):
     """A preset as its file says it."""
 
     name: str

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.mapping.near import printable
-from shardmerge.plan.name_patterns import NamePattern, is_number, name_patterns, segment_text
+from shardmerge.plan.name_patterns import Kind, NamePattern, is_number, name_patterns, segment_text
 from shardmerge.plan.tables import human_bytes
 from shardmerge.tensors import Shape, TensorEntry
 
@@ -65,22 +65,22 @@ def tree_lines(tensors: Iterable[tuple[str, TensorEntry]], width: int = 0) -> It
 
 def _place(root: _Node, pattern: NamePattern[ShapeAndType]) -> None:
     node = root
-    for label in _labels(pattern):
+    for label in labels(pattern):
         node = node.children.setdefault(label, _Node())
         node.add(pattern)
     node.patterns.append(pattern)
 
 
-def _labels(pattern: NamePattern[ShapeAndType]) -> list[str]:
+def labels(pattern: NamePattern[Kind]) -> list[str]:
     """Returns the steps to a pattern: a number stays with the word before it, a parameter with its module."""
-    labels: list[str] = []
+    found: list[str] = []
     for choices in pattern.segments:
         text = printable(segment_text(choices))
-        if labels and is_number(choices):
-            labels[-1] += f".{text}"
+        if found and is_number(choices):
+            found[-1] += f".{text}"
         else:
-            labels.append(text)
-    return [*labels[:-2], ".".join(labels[-2:])]
+            found.append(text)
+    return [*found[:-2], ".".join(found[-2:])]
 
 
 # Name, number of tensors, type and shape, parameters, bytes, remark.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
+from shardmerge.shown import Displayed
 from shardmerge.tensors import Extent, FileStamp, SideFile
 
 
@@ -71,8 +72,8 @@ class Part:
     files: tuple[FileStamp, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(Displayed):
     """Everything execution needs to know.
 
     Attributes

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from shardmerge.execute.records import RecordCounts
 from shardmerge.plan.value import Plan
+from shardmerge.shown import Displayed
 
 if TYPE_CHECKING:
     from shardmerge.execute.engine import Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+@dataclass(frozen=True, slots=True, repr=False)
+class Result(Displayed):
     """A published directory.
 
     Attributes

@@ -20,13 +20,14 @@ from shardmerge.prepare.publishable import PARTIAL, describe
 from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
 from shardmerge.publish.receipt import FORMAT
 from shardmerge.publish.second_opinion import reference_problems
+from shardmerge.shown import Displayed
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors.file_roles import CONFIG, RECEIPT
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verdict(Displayed):
     """What was checked, for people and JSON; a failure is raised, so a verdict is always good.
 
     Attributes

@@ -9,6 +9,7 @@ from os import stat_result
 from typing import NamedTuple, TypeAlias
 
 from shardmerge.json_rows import Rows, canonical_text
+from shardmerge.shown import Displayed
 from shardmerge.tensors.entries import Extent, TensorEntry
 from shardmerge.tensors.optimizer import OptimizerState
 
@@ -70,8 +71,8 @@ class FileStamp:
         return cls(path, status.st_size, times[0], digest, status.st_dev, status.st_ino, times[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Catalog:
+@dataclass(frozen=True, slots=True, repr=False)
+class Catalog(Displayed):
     """A checkpoint, reduced to what its headers say.
 
     Attributes

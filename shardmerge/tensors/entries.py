@@ -186,7 +186,7 @@ Composed: TypeAlias = View | Columns | Made
 Held: TypeAlias = Extent | Strided | Boxes | Composed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TensorEntry:
     """A tensor that a checkpoint holds.
 
@@ -211,6 +211,10 @@ class TensorEntry:
     pieces: Sequence[Piece]
     origin: str = ""
     source: str = ""
+
+    def __repr__(self) -> str:
+        pieces = f"{len(self.pieces):,} piece{'' if len(self.pieces) == 1 else 's'}"
+        return f"TensorEntry({self.name!r}, {self.dtype} {list(self.shape)}, {self.origin!r}, {pieces})"
 
     @property
     def numel(self) -> int:
