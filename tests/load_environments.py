@@ -1,4 +1,4 @@
-"""Builds one environment a version of transformers, and one of DeepSpeed, for the tests that load results with them.
+"""Builds one environment a version of transformers, and one of DeepSpeed and of mergekit, for the tests that need them.
 
 Each gets its own library and shares torch with the environment that runs this script, through a .pth file. A
 version that cannot be installed is said loudly, and the tests that need it are skipped with the same words.
@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 VERSIONS = ("4.51.3", "4.57.1", "5.23.0")
-DEEPSPEED = "0.19.8"
+DEEPSPEED, MERGEKIT = "0.19.8", "0.1.5"
 ROOT = Path(__file__).parent.parent / ".envs"
 
 # What DeepSpeed imports, and what its setup.py wants.
@@ -47,6 +47,8 @@ def build(version: str, library: str = "transformers") -> None:
         of_python = os.environ | {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}  # compiles nothing
         command = [*install, "--no-build-isolation", "--no-deps", f"deepspeed=={version}"]
         subprocess.run(command, check=True, env=of_python)
+    elif library == "mergekit":
+        subprocess.run([*install, f"mergekit=={version}"], check=True)
     else:
         subprocess.run([*install, f"transformers=={version}", "pillow"], check=True)
     (home / "ready").touch()
@@ -54,7 +56,8 @@ def build(version: str, library: str = "transformers") -> None:
 
 def main() -> None:
     """Builds what is missing."""
-    for library, version in (*(("transformers", version) for version in VERSIONS), ("deepspeed", DEEPSPEED)):
+    others = (("deepspeed", DEEPSPEED), ("mergekit", MERGEKIT))
+    for library, version in (*(("transformers", version) for version in VERSIONS), *others):
         if ready(version, library):
             continue
         print(f"building the environment of {library} {version}", flush=True)

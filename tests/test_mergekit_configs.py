@@ -136,7 +136,7 @@ def test_an_adapter_is_a_model(place: Path) -> None:
         ("tokenizer: {source: union, pad_to_multiple_of: 8}\n", "pad_to_multiple_of"),
         ("tokenizer: {sauce: union}\n", "sauce"),
         ("tokenizer: {tokens: {a: 3}}\n", "tokens"),
-        ("chat_template: chatml\n", "chat_template"),
+        ("chat_template: chatmi\n", "chatmi"),
         ("base_model: {model: models/base, override_architecture: x}\n", "override_architecture"),
     ],
 )

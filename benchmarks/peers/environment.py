@@ -41,7 +41,7 @@ def deepspeed() -> Path:
 
 def mergekit() -> Path:
     """Returns the Python that has mergekit, and shares torch and transformers with ours; raises as ``deepspeed``."""
-    home = HOME / "mergekit"
+    home = HOME / f"mergekit-{MERGEKIT}"  # as the tests call it
     if not (home / "ready").is_file():
         python = _bare(home)
         own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"

@@ -29,13 +29,21 @@ from shardmerge.tensors.natural_order import natural_key
 # Opens a model by its path as the configuration writes it.
 Open = Callable[[str], Catalog]
 Joined = Callable[[MergeConfig, Mapping[str, Catalog]], JointVocabulary]
+# Returns the chat template that a merge asks for, from its models.
+Templated = Callable[[MergeConfig, Mapping[str, Catalog]], str]
 _LAYER = re.compile(r"^(.*?)\.(\d{1,9})\.(.+)$")
 _EMBEDDING = re.compile(r"emb|wte|wpe")
 _ALL = "{rest...}"
 
 
-def propose_merge(  # two functions read files, which this room does not
-    text: str, file: str, paths: Callable[[str], str], opened: Open, joined: Joined, out: str = "out/merged"
+def propose_merge(  # three functions read files, which this room does not
+    text: str,
+    file: str,
+    paths: Callable[[str], str],
+    opened: Open,
+    joined: Joined,
+    templated: Templated,
+    out: str = "out/merged",
 ) -> Proposal:
     """Returns the mapping that makes what mergekit makes of a configuration.
 
@@ -49,6 +57,8 @@ def propose_merge(  # two functions read files, which this room does not
         Opens a model; called only where layers or tokenizers are named.
     joined
         Returns the vocabulary of a merge that asks for one, from its models by the names they have there.
+    templated
+        Returns the chat template of a merge that asks for one, likewise.
 
     Raises
     ------
@@ -65,13 +75,14 @@ def propose_merge(  # two functions read files, which this room does not
         _check_tokenizer(config, alone=len(configs) == 1)
     writer = _Writer(wanted[0], named, MergeSources(paths), opened, joined)
     rules = dict(writer.rules())
+    template = templated(wanted[0], writer.catalogs()) if wanted[0].chat_template is not None else ""
     lines = [
         "# Written by `shardmerge init` from a configuration of mergekit. `shardmerge plan` shows what it does.",
         *(f"# Look at this: {note}" for note in writer.notes),
         "shardmerge: 1",
         *writer.sources.lines(),
         f"output: {{path: {json.dumps(out)}{writer.dtype()}{writer.card()}}}",
-        f"target: {{name: hf/model, text: {writer.donor(wanted[0])}}}",
+        f"target: {{name: hf/model, text: {writer.donor(wanted[0])}{_template(template)}}}",
         *([writer.vocabulary] if writer.vocabulary else []),
         "tensors:",
         *(line for target, made in rules.items() for line in written(json.dumps(target, ensure_ascii=False), made, 1)),
@@ -81,11 +92,14 @@ def propose_merge(  # two functions read files, which this room does not
 
 
 def _check_tokenizer(config: MergeConfig, *, alone: bool) -> None:
-    if config.chat_template is not None:
-        hint = "leave it out, and put chat_template.jinja into the result"
-        raise not_sayable("`chat_template`", config.chat_template.mark, hint)
-    if config.tokenizer is not None and not alone:
-        raise not_sayable("`tokenizer` in one of several merges", config.tokenizer.mark, "run them one by one")
+    for key, node in (("chat_template", config.chat_template), ("tokenizer", config.tokenizer)):
+        if node is not None and not alone:
+            raise not_sayable(f"`{key}` in one of several merges", node.mark, "run them one by one")
+
+
+def _template(text: str) -> str:
+    """Returns the key of a chat template, in quotes that keep its lines; nothing where there is none."""
+    return f", chat_template: {json.dumps(text, ensure_ascii=False)}" if text else ""
 
 
 def _is_used(config: MergeConfig, configs: Sequence[MergeConfig]) -> bool:
@@ -131,12 +145,17 @@ class _Writer:
             raise not_sayable("`tokenizer` of a merge of layers", self.config.tokenizer.mark, "leave it out")
         yield from self._layers()
 
+    def catalogs(self) -> dict[str, Catalog]:
+        """Returns all models of the merge, the base first."""
+        inputs = (one.model for part in self.config.slices for one in part.inputs)
+        order = dict.fromkeys((*([self.config.base] if self.config.base else []), *inputs))
+        return {model: self.opened(ModelName.of(model).path) for model in order}
+
     def _embeddings(self, part: MergeSlice) -> Iterator[tuple[str, Written]]:
         """Yields rules for the tensors over the vocabulary, where the models' tokenizers are made one."""
         if self.config.tokenizer is None:
             return
-        order = dict.fromkeys((*([self.config.base] if self.config.base else []), *(one.model for one in part.inputs)))
-        catalogs = {model: self.opened(ModelName.of(model).path) for model in order}
+        catalogs = self.catalogs()
         joint = self.joined(self.config, catalogs)
         if not joint.changes:
             return

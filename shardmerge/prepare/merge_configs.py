@@ -8,6 +8,7 @@ from shardmerge.errors import UsageError
 from shardmerge.mergekit.config import is_mergekit
 from shardmerge.mergekit.mapping import propose_merge
 from shardmerge.prepare.inspection import inspect
+from shardmerge.prepare.merge_templates import chat_template
 from shardmerge.prepare.merge_tokens import joint_vocabulary
 from shardmerge.prepare.proposing import relative
 from shardmerge.prepare.side_files import SideFiles
@@ -43,4 +44,5 @@ def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) 
         lambda path: relative(path, folder),
         lambda path: inspect(path, download=download),
         lambda merge, catalogs: joint_vocabulary(merge, catalogs, read),
+        lambda merge, catalogs: chat_template(merge, catalogs, read),
     )

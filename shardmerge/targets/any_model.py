@@ -42,9 +42,16 @@ def expect(request: Request) -> Expectation:
     if request.vocabulary is None:
         rewritten = request.dtype is not None or catalog.dequantized
         content = dump(config, sort=False) if rewritten else extent
-        made = SideFile("config.json", (content,))
-        return Expectation({}, side_files=(made,), beside=catalog.side_files, same_model=True, open=True)
+        made = (SideFile("config.json", (content,)), *_template(request))
+        return Expectation({}, side_files=made, beside=catalog.side_files, same_model=True, open=True)
     return _resized(request, catalog, config)
+
+
+def _template(request: Request) -> Iterator[SideFile]:
+    """Yields the chat template that the mapping states; loaders look for that file first."""
+    text = request.options.get("chat_template")
+    if text:
+        yield SideFile("chat_template.jinja", (text.encode("utf-8"),))
 
 
 def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectation:
@@ -68,7 +75,9 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
             f'`NAME: {{op: concat, of: ["{source}:NAME", {{op: new_rows, of: "{source}:NAME", '
             f"rows: {max(counted.count - size, 1)}}}]}}`",
         )
-    made = (SideFile("config.json", (dump(config, sort=False),)), *tokens.files)
+    template = tuple(_template(request))
+    others = (file for file in tokens.files if not template or file.name != template[0].name)
+    made = (SideFile("config.json", (dump(config, sort=False),)), *others, *template)
     resized = counted.resized(tensors)
     return Expectation(tensors, resized=resized, side_files=made, beside=catalog.side_files, same_model=True, open=True)
 
@@ -99,7 +108,7 @@ TARGET = Target(
     name="hf/model",
     about="A Hugging Face directory of any architecture: names and shapes as the rules make them.",
     roles={"text": "the source whose config.json and tokenizer files are copied"},
-    options={},
+    options={"chat_template": "a Jinja text that takes the place of the tokenizer's chat template"},
     expect=expect,
     codes=True,
 )

@@ -186,10 +186,10 @@ ROWS = [
         lambda call: call.args.__delitem__(slice(2, 4)),
     ),
     Row(
-        "a chat template",
-        config(f"{STOCK}{PAIR}chat_template: chatml\n"),
+        "a chat template of an unknown name",
+        config(f"{STOCK}{PAIR}chat_template: chatmi\n"),
         "not-sayable",
-        told("leave it out", "chat_template: chatml\n", ""),
+        told("chatml", "chatmi", "chatml"),
     ),
     Row(
         "a tokenizer between merges",
