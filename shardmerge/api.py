@@ -24,7 +24,6 @@ from shardmerge.prepare.inspection import inspect, layout_of, matching
 from shardmerge.prepare.options import Options, Prepared, chosen
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
-from shardmerge.storage.limits import resident_bytes
 from shardmerge.tensors import TensorEntry
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.
@@ -44,7 +43,7 @@ __all__ = [
     "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
     "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of", "matching",
     "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion", "prepare_mapping",
-    "preset_text", "presets", "resident_bytes", "run", "run_part", "schema", "sides", "verify", "write_new",
+    "preset_text", "presets", "run", "run_part", "schema", "sides", "verify", "write_new",
     "write_plan",
 ]  # fmt: skip
 

@@ -248,6 +248,9 @@ def test_verify_has_the_same_measure_and_its_hint_lists_all(tmp_path: Path) -> N
 )  # fmt: skip
 def test_what_cannot_be_asked(two: tuple[Path, Path], code: str, options: tuple[str, ...]) -> None:
     assert f"[{code}]" in shardmerge("diff", *two, *options, code=2).stderr
+    if options[0] == "--headers":  # as the hint says: one or the other
+        shardmerge("diff", *two, options[0], code=3)
+        shardmerge("diff", *two, *options[1:], code=3)
 
 
 # Runs the command line, and then says the most memory that the process ever had, in KiB.

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import re
 import struct
-import subprocess
-import sys
-import termios
 from math import prod
 from pathlib import Path
 
@@ -20,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.conftest import GOLDEN, shardmerge
+from tests.terminal import in_terminal, plain
 
 DOCS = Path(__file__).parent.parent / "docs"
 XTUNER = GOLDEN / "xtuner" / "frozen_z2" / "work_dirs" / "iter_2.pth"
@@ -115,31 +110,14 @@ def test_flat_and_json_are_two_answers(model: Path) -> None:
     assert "[no-effect]" in shardmerge("inspect", model / "model.pt", "--flat", "--json", code=2).stderr
 
 
-def in_terminal(columns: int, *arguments: str | Path) -> list[str]:
-    """Returns the lines that a command prints in a terminal of so many columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    done = subprocess.Popen([sys.executable, "-m", "shardmerge", *arguments], stdout=theirs)
-    os.close(theirs)
-    text = b""
-    try:
-        while piece := os.read(ours, 1 << 16):
-            text += piece
-    except OSError:  # Linux's word for the end
-        pass
-    os.close(ours)
-    assert done.wait() == 0
-    return text.decode().splitlines()
-
-
 @pytest.mark.parametrize("case", [XTUNER, MIXTRAL / "source"], ids=["xtuner", "mixtral"])
 def test_a_terminal_of_80_columns_is_enough(case: Path) -> None:
     wide = shardmerge("inspect", case).stdout.splitlines()
-    narrow = in_terminal(72, "inspect", case)
+    narrow = plain(in_terminal("inspect", case, columns=72)).splitlines()
     assert max(map(len, wide[3:])) > 72
     assert max(map(len, narrow[3:])) <= 72
     assert [line.split()[-4:] for line in narrow] == [line.split()[-4:] for line in wide]
-    assert in_terminal(200, "inspect", case) == wide
+    assert plain(in_terminal("inspect", case, columns=200)).splitlines() == wide
 
 
 LLAMA_3_8B = {"hidden": 4096, "intermediate": 14336, "layers": 32, "vocabulary": 128256, "kv": 1024}

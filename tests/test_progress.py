@@ -131,6 +131,34 @@ def test_verifying_is_called_so_and_publishes_nothing(source: Path) -> None:
     assert {line.partition(":")[0] for line in done.stderr.splitlines() if "resident" in line} == {"verifying out"}
 
 
+ALL_IS_TOLD = "progress._SOON = progress._LONGEST = progress._SHORTEST = 0.0; progress._LOOK = 0.001"
+
+
+def test_reading_headers_and_comparing_are_called_so(source: Path) -> None:
+    out = source.parent / "out"
+    shardmerge("convert", source, out)
+    done = subprocess.run(limited(ALL_IS_TOLD, "diff", source, out), capture_output=True, text=True, check=True)
+    told = [line.partition(":")[0] for line in done.stderr.splitlines() if "resident" in line]
+    assert list(dict.fromkeys(told)) == ["reading headers model and out", "comparing model"]
+    assert "100 % of 4.19 MB" in done.stderr
+    done = subprocess.run(limited(ALL_IS_TOLD, "inspect", out), capture_output=True, text=True, check=True)
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {"reading headers out"}
+    for command in (["inspect", out], ["diff", source, out], ["verify", out, "--reference", source]):
+        done = subprocess.run(limited(ALL_IS_TOLD, *command, "-q"), capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+
+
+def test_a_reference_is_a_part_of_what_is_verified(source: Path) -> None:
+    """The bytes of the directory once for its checksums, once for each comparison."""
+    out = source.parent / "out"
+    shardmerge("run", _mapping(source), "--out", out)
+    command = ["verify", out, "--reference", source, "--sources", _mapping(source)]
+    done = subprocess.run(limited(ALL_IS_TOLD, *command), capture_output=True, text=True, check=True)
+    shares = [int(found) for found in re.findall(r"(\d+) % of", done.stderr)]
+    assert shares == sorted(shares)
+    assert 98 <= shares[-1] <= 100
+
+
 def test_a_share_tells_no_progress(source: Path) -> None:
     done = shardmerge("run", _mapping(source), "--part", "0/2", "--log-json", code=2)
     assert "[no-effect]" in done.stderr

@@ -69,9 +69,9 @@ def inspect(
     if as_json:
         write_lines(catalog_text.catalog_json(catalog, layout, names))
     elif flat:
-        click.echo(catalog_text.catalog_table(catalog, layout, names))
+        colour.echo(catalog_text.catalog_table(catalog, layout, names))
     else:
-        click.echo(catalog_text.catalog_text(catalog, layout, names, _width()))
+        colour.echo(catalog_text.catalog_text(catalog, layout, names, _width()))
 
 
 def _width() -> int:

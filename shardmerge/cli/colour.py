@@ -21,6 +21,7 @@ _RULES = (
     (re.compile(r"(?:(?<=^)|(?<=^  ))(?:hint|note)(?=: )"), "1;36"),
     (re.compile(r"^ok(?=  )"), "1;32"),
     (re.compile(r"(?<= )\^+$"), "1;31"),  # below a line of a mapping
+    (re.compile(r"(?<= )\^ differs(?=, )"), "1;33"),  # below a line of a tree of tensors
 )
 _chosen = ["auto"]
 

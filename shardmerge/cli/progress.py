@@ -161,10 +161,10 @@ class _Told:
             _write(self._line(seconds) + "\n")
 
     def _line(self, seconds: float) -> str:
-        from shardmerge.plan.tables import human_bytes
-
         what = [f"{seconds:.0f} s"]
         if self.total:
+            from shardmerge.plan.tables import human_bytes  # planning has no total: its timer may interrupt this import
+
             rate, left = self._speed(seconds)
             what = [f"{100 * self.done / self.total:.0f} % of {human_bytes(self.total)}", f"{rate / 1e9:.2f} GB/s"]
             what += [f"{_duration(left)} left"] if left is not None else []
@@ -191,9 +191,15 @@ def _duration(seconds: float) -> str:
 
 
 def _resident() -> int:
-    from shardmerge.api import resident_bytes
+    """Returns the resident memory of this process, or 0 where /proc does not tell.
 
-    return resident_bytes()
+    It imports nothing: the timer of planning interrupts imports, and a module in the middle of one cannot be used.
+    """
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _write(text: str) -> None:

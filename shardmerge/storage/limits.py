@@ -58,15 +58,6 @@ def bounds_cache(moved: int) -> bool:
     return moved > min(cgroup_limit() or physical, physical)
 
 
-def resident_bytes() -> int:
-    """Returns the resident memory of this process, or 0 where /proc does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
 def cgroup_limit() -> int | None:
     """Returns the memory limit of this process's cgroup (v1 or v2) in bytes, or None where there is none."""
     limits = [_read_limit(path) for path in _limit_files()]

@@ -16,6 +16,14 @@ NOTHING_TO_DO: list[tuple[str, str, str]] = [
 
 # Tests that follow them with means that a row has not: the file and the name.
 ELSEWHERE: list[tuple[str, str, str]] = [
+    ("unknown-tensor", "leave it out", "test_inspect.py::test_a_template_that_matches_nothing"),
+    ("unknown-tensor", "matches those below it", "test_inspect.py::test_a_template_that_matches_nothing"),
+    (
+        "reference-differs",
+        "the worst first",
+        "test_comparing.py::test_verify_has_the_same_measure_and_its_hint_lists_all",
+    ),
+    ("no-effect", "leave out either `headers`", "test_comparing.py::test_what_cannot_be_asked"),
     ("cannot-check", "leave --check out", "test_load_check.py::test_a_class_that_cannot_be_loaded_without_values"),
     ("no-transformers", "install it beside", "test_load_check.py::test_each_package_that_is_not_there_is_named"),
     ("no-huggingface-hub", "pip install", "test_hub.py::test_a_snapshot_without_its_weights_is_completed"),
