@@ -18,10 +18,10 @@ from shardmerge.errors import (
     VerificationError,
 )
 from shardmerge.mapping.sizes import parse_size
-from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, Variable
+from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.inspection import inspect, layout_of, matching
-from shardmerge.prepare.options import Options, Prepared, chosen
+from shardmerge.prepare.options import Options, Prepared, SavedMapping, chosen
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
 from shardmerge.tensors import TensorEntry
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardmerge.lazy import LazyCheckpoint
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.plan.reading import PlanText
+    from shardmerge.prepare.conversion import WrittenMapping
     from shardmerge.publish.closeness import Closeness
     from shardmerge.publish.comparing import Comparison, Sides
     from shardmerge.publish.shares import Share
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from shardmerge.recognition.proposal import Proposal
 
 __all__ = [
-    "Options", "Prepared", "Result", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert", "diff",
-    "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of", "matching",
-    "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion", "prepare_mapping",
-    "preset_text", "presets", "run", "run_part", "schema", "sides", "verify", "write_new",
-    "write_plan",
+    "Options", "Prepared", "Result", "SavedMapping", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert",
+    "diff", "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of",
+    "matching", "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion",
+    "prepare_mapping", "preset_text", "presets", "run", "run_part", "schema", "sides",
+    "verify", "write_new", "write_plan",
 ]  # fmt: skip
 
 _YAML, _PLAN = (".yaml", ".yml"), ".json"
@@ -341,6 +342,9 @@ def convert(
     let: Mapping[str, str] | None = None,
     view: DeepSpeedView = "fp32",
     root: str = "",
+    strip: Sequence[str] = (),
+    config: str | Path = "",
+    save_mapping: str | Path | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
     **choices: object,
@@ -359,6 +363,12 @@ def convert(
         The preset's other sources, by name.
     let
         Numbers of the preset, as formulas.
+    strip
+        Prefixes to take off the names of the source, one after the other: ``module.``
+    config
+        A directory, or a hub id, from which config.json, tokenizer and the files beside them come instead.
+    save_mapping
+        A file that is not there yet: the mapping that makes the same result.
     options
         dtype, shard size, memory, ...
     progress, choices
@@ -370,7 +380,19 @@ def convert(
         As ``run``.
     """
     options = chosen(options, choices)
-    prepared = prepare_conversion(source, use=use, bases=bases, let=let, view=view, root=root, options=options)
+    saved = SavedMapping(Path(save_mapping), Path(out)) if save_mapping is not None else None
+    prepared = prepare_conversion(
+        source,
+        use=use,
+        bases=bases,
+        let=let,
+        view=view,
+        root=root,
+        strip=strip,
+        config=config,
+        options=options,
+        saved=saved,
+    )
     return carry_out(prepared, Path(out).expanduser().absolute(), options, progress)
 
 
@@ -382,50 +404,44 @@ def prepare_conversion(
     let: Mapping[str, str] | None = None,
     view: DeepSpeedView = "fp32",
     root: str = "",
+    strip: Sequence[str] = (),
+    config: str | Path = "",
     options: Options | None = None,
+    saved: SavedMapping | None = None,
 ) -> Prepared:
-    """Plans what ``convert`` would do."""
+    """Plans what ``convert`` would do, and writes its mapping to a file where that is asked for."""
     options = options or Options()
+    own = SourceSpec("source", str(source), view=view, root=root, strip=tuple(strip), mark=COMMAND_LINE)
+    written = _written(own, use, bases or {}, let or {}, str(config), options)
+    found = written.looked_at(options)
+    prepared = written.prepared(found, options)
+    if saved is not None:
+        from shardmerge.prepare.saved_mapping import mapping_text
+
+        text = mapping_text(written.spec, found.spec, saved.out, options, saved.path.parent, saved.command)
+        if not (saved.path.is_file() and saved.path.read_bytes() == text.encode()):  # a run that goes on wrote it
+            write_new(saved.path, text)
+    return prepared
+
+
+def _written(
+    source: SourceSpec, use: str, bases: Mapping[str, str], let: Mapping[str, str], config: str, options: Options
+) -> WrittenMapping:
+    """Returns the mapping that is written for a conversion."""
     if not use and bases:
         from shardmerge.prepare.plain_advice import ADAPTER_PRESET, is_adapter
 
-        use = ADAPTER_PRESET if is_adapter(source, options) else ""
-    if not use:
-        if bases or let:
-            what = "--base and --let need a preset that has a use for them"
-            raise UsageError("no-preset", what, hint="add --use PRESET")
-        from shardmerge.prepare.conversion import same_names
+        use = ADAPTER_PRESET if is_adapter(source.path, options) else ""
+    if use:
+        from shardmerge.prepare.preset_conversion import through_preset
 
-        plain = SourceSpec("source", str(source), view=view, root=root, mark=COMMAND_LINE)
-        return same_names(plain, options).prepared(options)
-    from shardmerge.mapping.near import did_you_mean
-    from shardmerge.mapping.preset_files import load_preset
-    from shardmerge.prepare.preparation import prepare
+        return through_preset(use, source, bases, let, config)
+    if bases or let:
+        what = "--base and --let need a preset that has a use for them"
+        raise UsageError("no-preset", what, hint="add --use PRESET")
+    from shardmerge.prepare.conversion import same_names
 
-    preset = load_preset(use)
-    first = next(name for name, role in preset.roles.items() if role.required)
-    sources = {first: SourceSpec(first, str(source), view=view, root=root, mark=COMMAND_LINE)}
-    for name, path in (bases or {}).items():
-        if name not in preset.roles:
-            others = [role for role in preset.roles if role != first]
-            what, hint = f"the preset {use} has no source {name!r}", did_you_mean(name, others)
-            raise UsageError("unknown-source", what, expected=", ".join(others), hint=hint)
-        sources[name] = SourceSpec(name, path, mark=COMMAND_LINE)
-    spec = Spec(COMMAND_LINE.file, sources, None, use, None, (), (), _variables(let or {}, preset))
-    return prepare(spec, Path(), options)
-
-
-def _variables(let: Mapping[str, str], preset: Preset) -> dict[str, Variable]:
-    from shardmerge.formulas import Formula
-    from shardmerge.mapping.near import did_you_mean
-
-    found = {}
-    for name, text in let.items():
-        if name not in preset.variables:
-            hint = did_you_mean(name, preset.variables) or f"leave --let {name}={text} out"
-            raise UsageError("unknown-value", f"the preset {preset.name} has no number {name!r}", hint=hint)
-        found[name] = Variable(Formula.parse(text, f"--let {name}"), COMMAND_LINE)
-    return found
+    return same_names(source, config, options)
 
 
 def verify(

@@ -12,6 +12,8 @@ import click
 from shardmerge.cli.cluster import say_waiting, show_part
 from shardmerge.cli.options import (
     check_option,
+    command_line,
+    config_option,
     device_option,
     dumped,
     engine_options,
@@ -26,14 +28,16 @@ from shardmerge.cli.options import (
     refuse_idle_for_plan,
     root_option,
     run_options,
+    save_mapping_option,
     state_root_option,
+    strip_option,
     view_option,
     write_lines,
 )
 from shardmerge.cli.progress import planning, progress_bar, warn
 
 if TYPE_CHECKING:
-    from shardmerge.api import Options, Prepared, Result
+    from shardmerge.api import Options, Prepared, Result, SavedMapping
 
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
@@ -131,6 +135,9 @@ def plan(  # one parameter an option
 @_let
 @view_option
 @state_root_option
+@strip_option
+@config_option
+@save_mapping_option
 @plan_options
 @check_option
 @device_option
@@ -148,6 +155,9 @@ def convert(  # noqa: PLR0913  # one parameter an option
     lets: tuple[str, ...],
     view: Any,  # noqa: ANN401  # click's Choice
     root: str,
+    strip: tuple[str, ...],
+    config: str,
+    save_mapping: str | None,
     dry_run: bool,
     quiet: bool,
     log_json: bool,
@@ -164,12 +174,33 @@ def convert(  # noqa: PLR0913  # one parameter an option
     named = dict(pair(text) for text in bases)
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
     with planning(source, quiet=quiet or as_json, machine=log_json):
-        prepared = api.prepare_conversion(source, use=use, bases=named, let=let, view=view, root=root, options=options)
+        prepared = api.prepare_conversion(
+            source,
+            use=use,
+            bases=named,
+            let=let,
+            view=view,
+            root=root,
+            strip=strip,
+            config=config,
+            options=options,
+            saved=_saved(save_mapping, out),
+        )
+    if save_mapping is not None:
+        click.echo(f"written: {save_mapping}; to make the same result: shardmerge run {save_mapping}", err=True)
     if dry_run:
         _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
         return
     path = Path(out).expanduser().absolute()
     _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
+
+
+def _saved(path: str | None, out: str) -> SavedMapping | None:
+    if path is None:
+        return None
+    from shardmerge.api import SavedMapping
+
+    return SavedMapping(Path(path), Path(out), command_line(click.get_current_context(), "save_mapping", "dry_run"))
 
 
 def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: bool) -> None:

@@ -118,6 +118,15 @@ view_option = click.option(
     help="DeepSpeed: master weights or 16-bit.",
 )
 state_root_option = click.option("--root", default="", help="Dotted path of the state dict inside a torch file.")
+strip_option = click.option(
+    "--strip", multiple=True, metavar="PREFIX", help="Take a prefix off the names of SOURCE: module. May be repeated."
+)
+config_option = click.option(
+    "--config", default="", metavar="DIR", help="Take config.json, tokenizer and so on from a directory or hub id."
+)
+save_mapping_option = click.option(
+    "--save-mapping", type=click.Path(), metavar="FILE", help="Write the mapping that makes the same result."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -182,6 +191,24 @@ def pair(text: str, option: str = "--base", example: str = "vision=clip/") -> tu
             hint=f"{option} NAME={text.lstrip('=') or 'PATH'}, such as {option} {example}",
         )
     return name, value
+
+
+def command_line(context: click.Context, *without: str) -> str:
+    """Returns the command as it was called, without some of its options, for a shell."""
+    import shlex
+
+    words = ["shardmerge", str(context.info_name)]
+    for option in context.command.params:
+        name, value = str(option.name), context.params[str(option.name)]
+        if context.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE or name in without:
+            continue
+        if isinstance(option, click.Argument):
+            words.append(str(value))
+        elif isinstance(option, click.Option) and option.is_flag:
+            words.append(option.opts[-1])
+        else:
+            words += [word for one in (value if option.multiple else (value,)) for word in (option.opts[0], str(one))]
+    return shlex.join(words)
 
 
 def dumped(value: Mapping[str, object]) -> str:

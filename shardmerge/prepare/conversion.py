@@ -9,20 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shardmerge.mapping.pattern import Template
 from shardmerge.mapping.same_names import same_name
-from shardmerge.mapping.spec import COMMAND_LINE, Drop, SourceSpec, Spec, TargetSpec
-from shardmerge.mapping.suggest import drop_templates
+from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec, Spec, TargetSpec
 from shardmerge.prepare.beside_config import read_config
-from shardmerge.prepare.named_source import check_apart, open_source
+from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options, Prepared
 from shardmerge.prepare.plain_advice import better_roads, nothing_to_convert, refuse_parts
-from shardmerge.prepare.preparation import prepare
+from shardmerge.prepare.preparation import look_at, prepared_of
+from shardmerge.prepare.resolved import Resolved
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.prepare.unwrapping import unwrapped, wrapper_of
+from shardmerge.prepare.unwrapping import wrapper_of
 from shardmerge.targets.plain import PLAIN
 from shardmerge.tensors import Catalog
-from shardmerge.tensors.wrapped_names import stripped
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +41,39 @@ class WrittenMapping:
     known: Mapping[str, Catalog] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
 
-    def prepared(self, options: Options) -> Prepared:
-        """Plans it."""
-        found = prepare(self.spec, Path(), options, self.known)
-        plan = found.plan
-        return replace(found, plan=replace(plan, warnings=(*plan.warnings, *self.advice))) if self.advice else found
+    def looked_at(self, options: Options) -> Resolved:
+        """Returns what it comes to."""
+        return look_at(self.spec, Path(), options, self.known)
+
+    def prepared(self, found: Resolved, options: Options) -> Prepared:
+        """Returns its plan."""
+        made = prepared_of(found, Path(), options)
+        plan = made.plan
+        return replace(made, plan=replace(plan, warnings=(*plan.warnings, *self.advice))) if self.advice else made
 
 
-def same_names(source: SourceSpec, options: Options) -> WrittenMapping:
-    """Returns the mapping that keeps every name, but for the prefixes of wrappers, which config.json has not."""
+def same_names(source: SourceSpec, config: str, options: Options) -> WrittenMapping:
+    """Returns the mapping that keeps every name, but for the prefixes of wrappers, which config.json has not.
+
+    ``config`` is where config.json and the files beside it come from; empty for the source itself.
+    """
     catalog = open_source(source, Path(), options)
     refuse_parts(source, catalog)
     if not catalog.entries:
         raise nothing_to_convert(source, catalog)
-    words, outside = wrapper_of(catalog, read_config(catalog, SideFiles().read))
-    drops: tuple[Drop, ...] = ()
-    if words:
-        names = {name: stripped(name, words) for name in catalog.names()}
-        check_apart(names, source)
-        catalog = unwrapped(catalog, names, words, outside)
-        source = replace(source, strip=(*source.strip, *words))
-        beside = {names[name] for name in outside}
-        templates = drop_templates(sorted(beside), set(names.values()) - beside)
-        drops = tuple(Drop(source.name, Template.parse(text), COMMAND_LINE) for text in templates)
     target = TargetSpec(PLAIN, {"text": source.name}, COMMAND_LINE)
-    rules = (same_name(source.name),)
-    spec = Spec(COMMAND_LINE.file, {source.name: source}, None, "", target, rules, drops)
-    return WrittenMapping(spec, {source.name: catalog}, better_roads(catalog))
+    spec = Spec(COMMAND_LINE.file, {source.name: source}, None, "", target, (same_name(source.name),), ())
+    known: dict[str, Catalog] = {}
+    beside = catalog
+    if config:
+        from shardmerge.prepare.config_elsewhere import SOURCE, with_config
+
+        spec, beside = with_config(spec, config, options)
+        known[SOURCE] = beside
+    words, outside = wrapper_of(catalog, read_config(beside, SideFiles().read))
+    if words:
+        from shardmerge.prepare.wrapped_source import without_words
+
+        spec, catalog = without_words(spec, source, catalog, words, outside)
+    advice = better_roads(replace(catalog, side_files=beside.side_files))
+    return WrittenMapping(spec, {source.name: catalog, **known}, advice)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import listed, printable
-from shardmerge.mapping.spec import SourceSpec
+from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.shard_counts import settled
 from shardmerge.prepare.unwrapping import renamed
@@ -42,7 +42,7 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
     names = {name: name for name in (*catalog.names(), *catalog.absent)}
     for word in words:
         taken = {name: stripped(short, (word,)) for name, short in names.items()}
-        if taken == names:
+        if taken == names or any(short.startswith(".") or not short for short in taken.values()):
             raise _odd_strip(source, word, list(names.values()))
         names = taken
     check_apart(names, source)
@@ -57,21 +57,42 @@ def check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
         if short in seen:
             raise MappingError(
                 "strip-makes-one",
-                f"`strip` of {source.name} makes one name of two",
+                f"{_said(source)} makes one name of two",
                 where=str(source.mark),
                 found=f"{printable(seen[short])} and {printable(name)}",
+                expected=f"two names, and both become {printable(short)}",
             )
         seen[short] = name
 
 
 def _odd_strip(source: SourceSpec, word: str, names: list[str]) -> MappingError:
+    """Says what is wrong with a prefix that no name has, or that ends within a name's segment."""
+    meant = _meant(word, names)
+    has = any(name.startswith(word) for name in names)
+    what = f"{word!r} ends before a dot" if has else f"no name of {source.name} begins with {word!r}"
+    option = source.mark == COMMAND_LINE
+    hint = "leave `strip` out, and write the prefix into the rules of the names that have it"
+    if meant:
+        hint = f"--strip {meant}" if option else f"strip: [{meant}]"
+    elif option:
+        hint = "leave --strip out: the names are as they should be, or begin with something else"
     return MappingError(
         "strip-matches-nothing",
-        f"no name of {source.name} begins with {word!r}, which `strip` takes off",
+        f"{what}, which {_said(source)} takes off",
         where=str(source.mark),
         found=listed(names, 3) if names else "no tensors at all",
-        hint="leave `strip` out, and write the prefix into the rules of the names that have it",
+        hint=hint,
     )
+
+
+def _said(source: SourceSpec) -> str:
+    return "--strip" if source.mark == COMMAND_LINE else f"`strip` of {source.name}"
+
+
+def _meant(word: str, names: list[str]) -> str:
+    """Returns the prefix that was meant by one without its dot, or with a wildcard; ``""`` where none is known."""
+    prefix = f"{word.rstrip('*').rstrip('.')}."
+    return prefix if prefix != word and any(name.startswith(prefix) for name in names) else ""
 
 
 def _located(text: str, folder: Path) -> Path | str:

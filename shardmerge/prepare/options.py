@@ -143,6 +143,15 @@ def chosen(options: Options | None, choices: Mapping[str, object]) -> Options:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedMapping:
+    """Where the mapping of a conversion is written, where that one's result goes, and the command it comes from."""
+
+    path: Path
+    out: Path
+    command: str = "Written by shardmerge.convert."
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A plan, how it would be carried out here, and where its result goes.
 

@@ -38,12 +38,21 @@ def prepare(spec: Spec, folder: Path, options: Options, known: Mapping[str, Cata
     ShardmergeError
         Everything that is wrong with a stage (sources, target, mapping) at once, before a data byte is read.
     """
+    return prepared_of(look_at(spec, folder, options, known), folder, options)
+
+
+def look_at(spec: Spec, folder: Path, options: Options, known: Mapping[str, Catalog] | None = None) -> Resolved:
+    """Returns what a spec comes to, short of a plan; raises as ``prepare``."""
     if _with_moments(spec, options):
         from shardmerge.prepare.moments import keeping_names
 
         keeping_names(spec)
-    found = resolved(spec, folder, options, known)
-    return Prepared.of(plan_of(found, folder, options), _output_path(spec.output, folder), options)
+    return resolved(spec, folder, options, known)
+
+
+def prepared_of(found: Resolved, folder: Path, options: Options) -> Prepared:
+    """Returns the plan of a resolved spec, and where its result goes."""
+    return Prepared.of(plan_of(found, folder, options), _output_path(found.spec.output, folder), options)
 
 
 def plan_of(found: Resolved, folder: Path, options: Options) -> Plan:

@@ -45,4 +45,4 @@ def _base_name(catalog: Catalog) -> str:
 def relative(path: str, folder: Path) -> str:
     """A path as it reads from a folder; absolute ones and hub ids stay."""
     place = Path(path).expanduser()
-    return os.path.relpath(place, folder) if place.exists() and not place.is_absolute() else path
+    return os.path.relpath(place, folder.resolve()) if place.exists() and not place.is_absolute() else path

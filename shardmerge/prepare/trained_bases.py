@@ -20,6 +20,8 @@ from shardmerge.tensors import Catalog, of_source
 from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.wrapped_names import ANYWHERE, without
 
+# Stands for the place in a file where a training config names a source.
+TRAINING_CONFIG = Mark("training config", 1, 1)
 # The target that is an adapter.
 _ADAPTER = "peft/adapter"
 
@@ -46,7 +48,7 @@ def filled_in(
         place = _find_base(path, folder, Path(trained.path))
         if place is None and not (options.download and is_hub_id(path)):
             continue
-        found = SourceSpec(name, str(place or path), mark=Mark("training config", 1, 1))
+        found = SourceSpec(name, str(place or path), mark=TRAINING_CONFIG)
         sources[name] = found
         note = f"not in the mapping: taken from the training config, which names {path!r}"
         catalog = open_source(found, folder, options)
