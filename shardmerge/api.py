@@ -722,7 +722,7 @@ def write_new(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        hint = "give another -o, or remove it yourself"
+        hint = "name another file, or remove this one yourself"
         raise OutputError("output-exists", "the file is there already", where=str(path), hint=hint) from error
     except OSError as error:
         raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(path)) from error

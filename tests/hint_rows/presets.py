@@ -117,7 +117,7 @@ PRESETS = [
         "a mapping that is there already",
         made(lambda call: (call.folder / "there.yaml").write_text("x"), *INIT, "$meta", "-o", "there.yaml"),
         "output-exists",
-        argument("there.yaml", "other.yaml", "give another -o"),
+        argument("there.yaml", "other.yaml", "name another file"),
     ),
 ]
 
