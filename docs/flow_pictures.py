@@ -100,6 +100,11 @@ FLOWS = {
         ("shardmerge plan -o", "every output byte decided"),
         [("plan.json", "carried out now, later, elsewhere")],
     ),
+    "report": Flow(
+        [("out/model/", "and its receipt, shardmerge.json"), ("run --report", "bytes and memory over time")],
+        ("shardmerge report", "where each byte is from"),
+        [("model.report.html", "one file, no network")],
+    ),
     "cluster": Flow(
         [("mapping.yaml", "or plan.json")],
         ("run --part I/N", "on any number of nodes"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
-    from shardmerge.api import clean, convert, diff, open_checkpoint, plan, presets, run, verify
+    from shardmerge.api import clean, convert, diff, open_checkpoint, plan, presets, report, run, verify
     from shardmerge.errors import (
         CheckpointError,
         InterruptedRunError,
@@ -81,13 +81,14 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "presets",
+    "report",
     "run",
     "verify",
 ]
 
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
-    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "presets", "run", "verify"),
+    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "presets", "report", "run", "verify"),
     "shardmerge.plan": ("plan",),  # a package that can be called: see there
     "shardmerge.prepare.options": ("Options",),
     "shardmerge.publish.results": ("Result",),

@@ -39,13 +39,15 @@ if TYPE_CHECKING:
     from shardmerge.publish.shares import Share
     from shardmerge.publish.verify import Verdict
     from shardmerge.recognition.proposal import Proposal
+    from shardmerge.reports.run import Run
+    from shardmerge.reports.timeline import Timeline
 
 __all__ = [
     "Options", "Prepared", "Result", "SavedMapping", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert",
     "diff", "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of",
     "matching", "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion",
-    "prepare_mapping", "preset_text", "presets", "run", "run_part", "schema", "sides",
-    "verify", "write_new", "write_plan",
+    "prepare_mapping", "preset_text", "presets", "report", "report_path", "reported_run", "run", "run_part", "schema",
+    "sides", "verify", "write_new", "write_plan",
 ]  # fmt: skip
 
 _YAML, _PLAN = (".yaml", ".yml"), ".json"
@@ -268,6 +270,55 @@ def finish(
     options = options or Options()
     prepared = prepare(Path(mapping), options, roots)
     return finish_plan(prepared.plan, output_path(prepared, out, str(mapping)), options)
+
+
+def report(directory: str | Path, path: str | Path | None = None, run: Run | None = None) -> Path:
+    """Writes a report of a published directory: one HTML file that says where every byte is from.
+
+    Parameters
+    ----------
+    directory
+        What ``run`` or ``convert`` published.
+    path
+        The file, which ends in ``.html``; an earlier report there is replaced. Default: ``DIRECTORY.report.html``,
+        beside it.
+    run
+        What only the run knows: see ``reported_run``. Without it the report is that of the receipt alone.
+
+    Returns
+    -------
+    path
+        Where it was written.
+
+    Raises
+    ------
+    UsageError
+        ``no-receipt``: not a directory that shardmerge made. ``bad-report-path``, ``missing-path``.
+    VerificationError
+        ``damaged-receipt``.
+    OutputError
+        ``output-exists``: what is there is no report. ``unwritable-output``.
+    """
+    from shardmerge.reports.writing import write_report
+
+    folder = Path(directory).expanduser().absolute()
+    place = report_path(folder, path)
+    write_report(folder, place, run)
+    return place
+
+
+def report_path(out: Path, given: str | Path | None) -> Path:
+    """Returns where the report of an output path goes; raises as ``report`` where it cannot go there."""
+    from shardmerge.reports.writing import report_path as placed
+
+    return placed(out, given)
+
+
+def reported_run(timeline: Timeline, result: Result, prepared: Prepared) -> Run | None:
+    """Returns what a report says of a run; None for one that found its result published."""
+    from shardmerge.reports.run import run_of
+
+    return run_of(timeline, result, prepared.how)
 
 
 def clean(out: str | Path) -> tuple[Path, ...]:

@@ -108,7 +108,7 @@ def test_help(folder: Path) -> None:
     ours = {name for name in found if name.startswith("shardmerge.")}
     commands = {
         "bench", "checkpoints", "cluster", "colour", "conversions", "main", "mappings", "options", "presets",
-        "progress",
+        "progress", "report",
     }  # fmt: skip
     assert ours == {
         "shardmerge.cli",

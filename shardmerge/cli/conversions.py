@@ -35,6 +35,7 @@ from shardmerge.cli.options import (
     write_lines,
 )
 from shardmerge.cli.progress import planning, progress_bar, warn
+from shardmerge.cli.report import RunReport, asked_report, refuse_report, report_option
 
 if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, Result, SavedMapping
@@ -61,6 +62,7 @@ def add_conversion_commands(group: click.Group) -> None:
 @run_options
 @engine_options
 @click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
+@report_option
 @quiet_option
 @log_json_option
 @json_option
@@ -87,13 +89,15 @@ def run(  # one parameter an option
     if part is not None:
         refuse_idle(given, "fresh", why="would remove what others have made: `shardmerge clean OUT` does, before all")
         refuse_idle({"log_json": log_json}, "log_json", why="is for a whole run: a share tells no progress")
+        refuse_report(given, "is for a whole run: `shardmerge report OUT` makes one of its result")
         state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
         show_part(state, as_json=as_json)
         return
+    report = asked_report(given)
     with planning(mapping, quiet=quiet or as_json, machine=log_json):
         prepared = api.prepare(Path(mapping), options, moved)
     path = api.output_path(prepared, out, mapping)
-    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
+    _carry_out(prepared, path, options, report, quiet=quiet, as_json=as_json, log_json=log_json)
 
 
 @click.command()
@@ -144,6 +148,7 @@ def plan(  # one parameter an option
 @run_options
 @click.option("--with-optimizer", is_flag=True, help="Take Adam's state along, to --format dcp or zero-universal.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@report_option
 @quiet_option
 @log_json_option
 @json_option
@@ -173,6 +178,9 @@ def convert(  # noqa: PLR0913  # one parameter an option
     options = parsed(given)
     named = dict(pair(text) for text in bases)
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
+    if dry_run:
+        refuse_report(given, "is for a run, and --dry-run makes none")
+    report = asked_report(given)
     with planning(source, quiet=quiet or as_json, machine=log_json):
         prepared = api.prepare_conversion(
             source,
@@ -192,7 +200,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
         _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
         return
     path = Path(out).expanduser().absolute()
-    _carry_out(prepared, path, options, quiet=quiet, as_json=as_json, log_json=log_json)
+    _carry_out(prepared, path, options, report, quiet=quiet, as_json=as_json, log_json=log_json)
 
 
 def _saved(path: str | None, out: str) -> SavedMapping | None:
@@ -225,18 +233,31 @@ def _warn(prepared: Prepared, *, machine: bool = False) -> None:
         warn(warning, machine=machine)
 
 
-def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, as_json: bool, log_json: bool) -> None:
+def _carry_out(
+    prepared: Prepared,
+    out: Path,
+    options: Options,
+    report: RunReport | None,
+    *,
+    quiet: bool,
+    as_json: bool,
+    log_json: bool,
+) -> None:
     from shardmerge import api
     from shardmerge.plan import explain
 
     _warn(prepared, machine=log_json)
+    if report:
+        report.begin(prepared, out)
     started = time.monotonic()
     total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
     with progress_bar(total, quiet=quiet or as_json, label=out.name, machine=log_json) as progress:
-        result = api.carry_out(prepared, out, options, progress)
+        result = api.carry_out(prepared, out, options, report.watching(progress) if report else progress)
     seconds = time.monotonic() - started
+    written = report.write(result, prepared) if report else None
     if as_json:
-        click.echo(dumped(_result_json(result, prepared, seconds)))
+        more = {"report": str(written)} if written else {}
+        click.echo(dumped(_result_json(result, prepared, seconds) | more))
         return
     if options.device == "cuda":
         warn("the planned peak does not count what torch and CUDA take", machine=log_json)
@@ -247,6 +268,8 @@ def _carry_out(prepared: Prepared, out: Path, options: Options, *, quiet: bool, 
         click.echo(_said(result, seconds))
         for rest in result.records.unchecked():
             click.echo(f"not checked  {rest}")
+        if written:
+            click.echo(f"report  {written}")
 
 
 def _said(result: Result, seconds: float) -> str:

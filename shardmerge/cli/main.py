@@ -20,6 +20,7 @@ from shardmerge.cli.conversions import add_conversion_commands
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import dumped
 from shardmerge.cli.presets import presets
+from shardmerge.cli.report import report
 from shardmerge.errors import InterruptedRunError, PublishedError, ResourceError, ShardmergeError, UsageError
 
 _INTERNAL_ERROR = 70
@@ -50,6 +51,7 @@ add_checkpoint_commands(cli)
 add_commands(cli)
 add_cluster_commands(cli)
 cli.add_command(presets)
+cli.add_command(report)
 cli.add_command(bench)
 
 

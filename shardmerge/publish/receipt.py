@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Outcome
 from shardmerge.plan.identity import SCHEMA
 from shardmerge.plan.shard import PlannedShard, tensor_json
 from shardmerge.plan.value import Plan
 from shardmerge.publish.part_receipts import patched_blobs
+from shardmerge.tensors.file_roles import RECEIPT
 
 FORMAT = "shardmerge receipt"
 
@@ -85,3 +88,35 @@ def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:
     for _, blob in patched_blobs(shard, outcome):
         digest.update(blob)
     return digest.hexdigest()
+
+
+def read_receipt(folder: Path) -> Mapping[str, object]:
+    """Reads the receipt of a published directory.
+
+    Raises
+    ------
+    UsageError
+        ``no-receipt``: not a directory that shardmerge made.
+    VerificationError
+        ``damaged-receipt``.
+    """
+    path = folder / RECEIPT
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            "no-receipt",
+            f"there is no {RECEIPT}: shardmerge did not make this directory",
+            where=str(folder),
+            hint="to compare it with another checkpoint: shardmerge diff A B",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(folder, f"the receipt is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise damaged(folder, "the receipt is not one of ours")
+    return value
+
+
+def damaged(folder: Path, what: str) -> VerificationError:
+    """Returns the error of a receipt that cannot be used."""
+    return VerificationError("damaged-receipt", what, where=str(folder / RECEIPT))

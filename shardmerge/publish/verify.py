@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, ShardmergeError, UsageError, VerificationError, raise_all
+from shardmerge.errors import CheckpointError, ShardmergeError, VerificationError, raise_all
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
@@ -18,7 +18,7 @@ from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
 from shardmerge.prepare.publishable import PARTIAL, describe
 from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
-from shardmerge.publish.receipt import FORMAT
+from shardmerge.publish.receipt import read_receipt
 from shardmerge.publish.second_opinion import reference_problems
 from shardmerge.shown import Displayed
 from shardmerge.storage.reading import FilePool
@@ -58,7 +58,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     VerificationError
         All that differs, at once.
     """
-    receipt = _receipt(folder)
+    receipt = read_receipt(folder)
     shards = _table(receipt, "shards")
     tensors = _table(receipt, "tensors")
     raise_all(_file_problems(folder, receipt))
@@ -87,7 +87,7 @@ def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | Non
     VerificationError
         ``plan-differs``: sources or mapping are not those of the run. ``tensor-differs``: with the tensor and byte.
     """
-    recorded = _receipt(folder).get("plan")
+    recorded = read_receipt(folder).get("plan")
     if recorded != plan.id:
         raise VerificationError(
             "plan-differs",
@@ -133,24 +133,6 @@ def verify_load(folder: Path, python: str = sys.executable) -> Answer:
             expected="no missing, unexpected or mismatched keys",
         )
     return answer
-
-
-def _receipt(folder: Path) -> Mapping[str, object]:
-    path = folder / RECEIPT
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            "no-receipt",
-            f"there is no {RECEIPT}: shardmerge did not make this directory",
-            where=str(folder),
-            hint="to compare it with another checkpoint: shardmerge diff A B",
-        ) from None
-    except ValueError as error:
-        raise VerificationError("damaged-receipt", f"the receipt is not JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise VerificationError("damaged-receipt", "the receipt is not one of ours", where=str(path))
-    return value
 
 
 def _table(receipt: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:

@@ -58,6 +58,27 @@ def bounds_cache(moved: int) -> bool:
     return moved > min(cgroup_limit() or physical, physical)
 
 
+def family_bytes() -> int:
+    """Returns the resident memory of this process and its children; pages that they share with it count once.
+
+    0 where /proc does not tell.
+    """
+    pages = (_text(Path("/proc/self/statm")) or "0 0").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") + sum(map(_own_bytes, _children()))
+
+
+def _children() -> Iterator[int]:
+    """Yields the ids of this process's children; none where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
+    for task in _listed("/proc/self/task"):
+        yield from map(int, _text(Path("/proc/self/task", task, "children")).split())
+
+
+def _own_bytes(pid: int) -> int:
+    """Returns the memory that a process shares with no other; 0 for one that has ended."""
+    lines = (line.split() for line in _text(Path(f"/proc/{pid}/smaps_rollup")).splitlines())
+    return sum(int(line[1]) << 10 for line in lines if line[0] in ("Private_Clean:", "Private_Dirty:"))
+
+
 def cgroup_limit() -> int | None:
     """Returns the memory limit of this process's cgroup (v1 or v2) in bytes, or None where there is none."""
     limits = [_read_limit(path) for path in _limit_files()]
@@ -95,6 +116,13 @@ def _read_limit(path: Path) -> int | None:
     text = _text(path)
     # v2 writes "max", v1 a number near 2**63, for no limit.
     return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208  # names are all that is wanted
+    except OSError:
+        return []
 
 
 def _text(path: Path) -> str:

@@ -26,6 +26,7 @@ from tests.hint_rows import (
     presets,
     quantized,
     rank_pickles,
+    reports,
     targets,
     torch_files,
 )
@@ -45,7 +46,7 @@ _INPUTS = (
     rank_pickles,
     torch_files,
 )
-_RESULTS = (models, targets, llava, generations, faults, parts)
+_RESULTS = (models, targets, llava, generations, faults, parts, reports)
 ROWS: list[Row] = [row for module in (*_TEXTS, *_INPUTS, *_RESULTS) for row in module.ROWS]
 
 __all__ = ["ELSEWHERE", "NOTHING_TO_DO", "OUT_OF_REACH", "ROWS"]
