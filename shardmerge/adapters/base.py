@@ -17,12 +17,8 @@ from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.tensors import Catalog, ReadSideFile, TensorEntry
 from shardmerge.tensors.file_roles import CONFIG
+from shardmerge.tensors.vocabulary_names import EMBEDDINGS, HEADS, OVER_VOCABULARY
 
-# Input embeddings and heads over the vocabulary, as transformers calls them, by the end of their names.
-_EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight",
-)  # fmt: skip
-_HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
 _HEAD = "lm_head.weight"
 # Language models whose head is `lm_head` beside one of these embeddings (LLaMA and its kin, GPT-2, OPT, BLOOM, Falcon).
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -82,7 +78,7 @@ class Base:
         if place in self.changed_by:
             before = self.before if place in self.before else self.catalog
             return now, replace(before[place], source=self.name)
-        grown = saved is not None and place.endswith((*_EMBEDDINGS, *_HEADS)) and saved.shape != now.shape
+        grown = saved is not None and place.endswith(OVER_VOCABULARY) and saved.shape != now.shape
         return (saved if grown and saved is not None else now), None
 
     def in_its_type(self, place: str, entry: TensorEntry) -> TensorEntry:
@@ -107,7 +103,7 @@ class Base:
         if earlier:
             yield _clash(place, earlier, spec)
         old = self.catalog[place].shape
-        grows = trained and place.endswith((*_EMBEDDINGS, *_HEADS)) and entry.shape[1:] == old[1:] and entry.shape
+        grows = trained and place.endswith(OVER_VOCABULARY) and entry.shape[1:] == old[1:] and entry.shape
         if entry.shape != old and not grows:
             yield MappingError(
                 "adapter-shape",
@@ -119,7 +115,7 @@ class Base:
             )
 
     def token_rows(
-        self, now: TensorEntry, rows: TensorEntry, module: str, tokens: Mapping[str, tuple[int, ...]], *, origin: str
+        self, now: TensorEntry, rows: TensorEntry, module: str, tokens: Mapping[str, tuple[int, ...]]
     ) -> TensorEntry:
         """Returns an embedding with the rows of ``trainable_token_indices``.
 
@@ -141,7 +137,7 @@ class Base:
             )
         return with_rows(now, rows, ids)
 
-    def untied(self, trained: Collection[str], whole: Collection[str], config: AdapterConfig, places: Places) -> Base:
+    def untied(self, trained: Collection[str], config: AdapterConfig, places: Places) -> Base:
         """Returns the base with a head of its own, where an adapter trained a tied embedding or its head alone.
 
         peft leaves the other one as it was (its live model; transformers' ``tie_word_embeddings`` becomes false), so
@@ -152,11 +148,11 @@ class Base:
         MappingError
             ``tied-embeddings``: the names of the two are not known.
         """
-        ends = (*_EMBEDDINGS, _HEAD)
+        ends = (*EMBEDDINGS, _HEAD)
         touched = [place for place in trained if place.endswith(ends)]
         if not touched or not self._is_tied():
             return self._apart() if touched else self
-        embeddings = [name for name in self.catalog.names() if name.endswith(_EMBEDDINGS)]
+        embeddings = [name for name in self.catalog.names() if name.endswith(EMBEDDINGS)]
         if config.tied and not any(place.endswith(_HEAD) for place in touched):
             return self  # ensure_weight_tying: the head follows
         head = places.name(_HEAD)
@@ -176,9 +172,10 @@ class Base:
 
     def _apart(self) -> Base:
         """Embedding and head of an untied model may be one storage in a torch file: each becomes its own."""
-        ends = (*_EMBEDDINGS, *_HEADS)
         own = {
-            alias: replace(self.catalog[alias], name=alias) for alias in self.catalog.aliases if alias.endswith(ends)
+            alias: replace(self.catalog[alias], name=alias)
+            for alias in self.catalog.aliases
+            if alias.endswith(OVER_VOCABULARY)
         }
         aliases = {alias: name for alias, name in self.catalog.aliases.items() if alias not in own}
         return replace(self, catalog=replace(self.catalog, entries={**self.catalog.entries, **own}, aliases=aliases))
@@ -192,8 +189,8 @@ class Base:
         said = self.changes.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
         if isinstance(said, bool):
             return said
-        aliased = any(name.endswith((*_EMBEDDINGS, *_HEADS)) for name in self.catalog.aliases)
-        headless = not any(name.endswith(_HEADS) for name in self.catalog.entries)
+        aliased = any(name.endswith(OVER_VOCABULARY) for name in self.catalog.aliases)
+        headless = not any(name.endswith(HEADS) for name in self.catalog.entries)
         return (aliased or headless) and self._architecture().endswith(_WITH_HEAD)
 
     def with_head(self, whole: Mapping[str, TensorEntry], config: AdapterConfig, places: Places) -> Base:
@@ -255,16 +252,15 @@ class Base:
 
     def of_new_rows(self, entries: Mapping[str, TensorEntry]) -> Base:
         """Returns the base whose config says the rows that some new tensors brought; see ``changed``."""
-        ends = (*_EMBEDDINGS, *_HEADS)
         grown = {
             name: entry.shape[0]
             for name, entry in entries.items()
-            if name.endswith(ends) and name in self.before and entry.shape != self.before[name].shape
+            if name.endswith(OVER_VOCABULARY) and name in self.before and entry.shape != self.before[name].shape
         }
         if not grown:
             return self
         before = {self.before[name].shape[0] for name in grown}
-        every = {name: self.catalog[name].shape[0] for name in self.catalog.entries if name.endswith(ends)}
+        every = {name: self.catalog[name].shape[0] for name in self.catalog.entries if name.endswith(OVER_VOCABULARY)}
         rows = {every[name] for name in every if name in grown or every[name] in before}
         if len(rows) != 1 or not self._says_rows():
             raise MappingError(

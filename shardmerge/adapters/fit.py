@@ -8,14 +8,9 @@ from typing import TypeAlias
 
 from shardmerge.adapters.parts import AdapterTensors
 from shardmerge.tensors import Shape, TensorEntry
+from shardmerge.tensors.vocabulary_names import OVER_VOCABULARY
 
 Fit: TypeAlias = Callable[[str, Shape], bool]
-
-# Rows over a vocabulary, which may have grown in the run.
-_VOCABULARY = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight",
-    "lm_head.weight", "embed_out.weight", "lm_head.bias",
-)  # fmt: skip
 
 
 def wanted(parts: AdapterTensors) -> dict[str, Fit]:
@@ -26,7 +21,8 @@ def wanted(parts: AdapterTensors) -> dict[str, Fit]:
 
 
 def _replaces(entry: TensorEntry, name: str, shape: Shape) -> bool:
-    return entry.shape == shape or (name.endswith(_VOCABULARY) and entry.shape[1:] == shape[1:])
+    """A vocabulary may have grown in the run."""
+    return entry.shape == shape or (name.endswith(OVER_VOCABULARY) and entry.shape[1:] == shape[1:])
 
 
 def _fits(held: Mapping[str, TensorEntry], name: str, shape: Shape) -> bool:
@@ -41,4 +37,4 @@ def _fits(held: Mapping[str, TensorEntry], name: str, shape: Shape) -> bool:
     if len(shape) != 2 or len(a.shape) > 2:
         return bool(shape) and (len(a.shape) == 2 or b.shape[0] == shape[0])  # fused experts, and convolutions
     sides = (b.shape[0], a.shape[1])
-    return shape in (sides, sides[::-1]) or (name.endswith(_VOCABULARY) and sides[1] == shape[1])
+    return shape in (sides, sides[::-1]) or (name.endswith(OVER_VOCABULARY) and sides[1] == shape[1])

@@ -8,10 +8,9 @@ A LoRA run that saves its whole state (DeepSpeed by default, torch's distributed
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
-from shardmerge.adapters.roots import inside
+from shardmerge.adapters.roots import behind
 from shardmerge.adapters.types import as_frozen
 from shardmerge.mapping.pattern import Template
 from shardmerge.tensors import PEFT_ADAPTER, Catalog, TensorEntry
@@ -38,7 +37,7 @@ def held_base(catalog: Catalog, onto: Template, *, typed: bool = False) -> Catal
     """
     if catalog.kind == PEFT_ADAPTER:
         return None
-    plain = dict(_plain_names(catalog, onto))
+    plain = behind(catalog, onto)
     adapted = {match["module"] for rest in plain.values() if (match := _ADAPTED.match(rest)) is not None}
     base = {name: _BELOW.sub(".", rest) for name, rest in plain.items() if _ADAPTED.match(rest) is None}
     have = {rest.rpartition(".")[0] for name, rest in base.items() if name not in catalog.absent}
@@ -48,13 +47,6 @@ def held_base(catalog: Catalog, onto: Template, *, typed: bool = False) -> Catal
     names |= {name: name for name in (*catalog.names(), *catalog.absent) if name not in plain}
     found = _renamed(catalog, names)
     return found if typed else as_frozen(found)
-
-
-def _plain_names(catalog: Catalog, onto: Template) -> Iterator[tuple[str, str]]:
-    every = (*catalog.names(), *catalog.absent)
-    rests = {name: found["rest"] for name in every if (found := onto.match(name)) is not None}
-    behind = dict(inside(tuple(rests.values()), said=onto.text != "{rest...}"))
-    return ((name, behind[rest]) for name, rest in rests.items() if rest in behind)
 
 
 def _renamed(catalog: Catalog, names: dict[str, str]) -> Catalog:

@@ -18,6 +18,7 @@ from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.spec import AdapterSpec
 from shardmerge.ops.rearranging import Permute
 from shardmerge.tensors import Catalog, TensorEntry
+from shardmerge.tensors.vocabulary_names import is_embedding
 
 # What stands in front of kohya's flattened names, one for each model of a pipeline.
 _FLAT = re.compile(
@@ -35,7 +36,6 @@ _DOWN_UP = re.compile(
 )
 _MLX = re.compile(r"(?P<module>.+)\.(?P<part>lora_a|lora_b|m)")
 _BARE = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(?P<end>(?:\.[^.]+)?\.weight)")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _kohya(spec: AdapterSpec, adapter: Catalog, base: Catalog, inside: Mapping[s
     chosen = {name: match for name, match in matches.items() if match["model"] in mine}
     homeless = list(dict.fromkeys(match["flat"] for match in chosen.values() if match["flat"] not in modules))
     if not chosen or homeless:
-        raise _no_base(spec, adapter, homeless or [match["flat"] for match in matches.values()], sorted(mine))
+        raise _no_base(spec, homeless or [match["flat"] for match in matches.values()], sorted(mine))
     odd = [name for name, match in chosen.items() if match["end"] not in _FLAT_ENDS]
     if odd:
         raise _odd_parts("kohya or LyCORIS", odd, adapter.path)
@@ -135,7 +135,7 @@ def _mlx(spec: AdapterSpec, adapter: Catalog, base: Catalog, inside: Mapping[str
     names, entries = {}, {}
     for name, match in matches.items():
         module, part = match["module"], match["part"]
-        rows = module.rpartition(".")[2] in _EMBEDDINGS
+        rows = is_embedding(module)
         # Linear: W + (b^T a^T) of a [in, r], b [r, out]. An embedding: W + (a b) of a [rows, r], b [r, dims].
         kind = {"lora_a": "lora_B" if rows else "lora_A", "lora_b": "lora_A" if rows else "lora_B"}.get(part)
         names[name] = f"{module}.{kind}.weight" if kind else f"{module}.lora_magnitude_vector"
@@ -169,7 +169,7 @@ def _renamed(
     return Translated(catalog, {to: name for name, to in new.items()}, tool, alpha_is_rank)
 
 
-def _no_base(spec: AdapterSpec, adapter: Catalog, flat: list[str], models: list[str]) -> MappingError:
+def _no_base(spec: AdapterSpec, flat: list[str], models: list[str]) -> MappingError:
     onto = spec.onto.source
     what = f"of {listed(models)} " if models else ""
     return MappingError(

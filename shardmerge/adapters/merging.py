@@ -128,7 +128,7 @@ class _AdapterMerge:
         if self.settings.config.replication:
             base = replicated(base, self.settings.config.replication, self.spec)
         places = Places.of(self.spec, base.catalog, self._of_weights(), base.config)
-        base = base.untied(self._trained_places(places), self.parts.trained, self.settings.config, places)
+        base = base.untied(self._trained_places(places), self.settings.config, places)
         base = base.with_head(self.parts.whole, self.settings.config, places)
         places = replace(places, base=base.catalog)
         problems: list[ShardmergeError] = list(

@@ -87,7 +87,7 @@ class ModuleMerge:
         origin = f"merged with {self.spec.source.source}"
         if "tokens" in parts:
             base.refuse_clash(place, self.spec, replacing=True)
-            rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens, origin=origin)
+            rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens)
             if len(parts) > 1:
                 raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
             yield place, replace(rows, name=place, origin=origin)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from shardmerge.adapters.roots import PREFIX, inside
+from shardmerge.adapters.roots import PREFIX, behind
 from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, did_you_mean, listed, printable
 from shardmerge.mapping.spec import AdapterSpec
@@ -113,7 +113,7 @@ class _Sort:
 
     def sort(self) -> None:
         packed = frozenset(packed_weights(self.catalog))
-        found = self._inside()
+        found = behind(self.catalog, self.spec.source.template)
         for name in (one for one in self.catalog.names() if one in found):
             rest = found[name]
             self.parts.used.add(name)
@@ -123,14 +123,6 @@ class _Sort:
             rest = found[name]
             (self.empty if self._is_trained(rest) else self.parts.left_out).append(name)
         self._check()
-
-    def _inside(self) -> dict[str, str]:
-        """Returns the names below the source's template, and what stands behind peft's prefix in each."""
-        template = self.spec.source.template
-        every = (*self.catalog.names(), *self.catalog.absent)
-        rests = {name: found["rest"] for name in every if (found := template.match(name)) is not None}
-        behind = dict(inside(tuple(rests.values()), said=template.text != "{rest...}"))
-        return {name: behind[rest] for name, rest in rests.items() if rest in behind}
 
     def _one(self, rest: str, entry: TensorEntry, *, packed: bool) -> None:
         for pattern, part in _PARTS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from shardmerge.mapping.pattern import Template
+from shardmerge.tensors import Catalog
 from shardmerge.tensors.wrapped_names import ANYWHERE, IN_FRONT, without
 
 # peft's own: the attribute of PeftModel, and that of the tuner in it.
@@ -18,7 +20,15 @@ _LIVE = re.compile(rf"{_KINDS}\.(?!weight$|bias$)[^.]+(?:\.|$)|.+\.modules_to_sa
 _SAVED = re.compile(rf"{_KINDS}(?:\.weight)?")
 
 
-def inside(names: Collection[str], *, said: bool = False) -> Iterator[tuple[str, str]]:
+def behind(catalog: Catalog, template: Template) -> dict[str, str]:
+    """Returns the names of a file that a template takes, and what they are called behind all prefixes."""
+    every = (*catalog.names(), *catalog.absent)
+    rests = {name: found["rest"] for name in every if (found := template.match(name)) is not None}
+    short = dict(_inside(tuple(rests.values()), said=template.text != "{rest...}"))
+    return {name: short[rest] for name, rest in rests.items() if rest in short}
+
+
+def _inside(names: Collection[str], *, said: bool) -> Iterator[tuple[str, str]]:
     """Yields the names that are those of modules, and what they are called behind all prefixes.
 
     Parameters

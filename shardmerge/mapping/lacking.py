@@ -91,7 +91,7 @@ def misshapen(made: Mapping[str, Assignment], expectation: Expectation) -> Itera
             where=str(cases[0][0].rule.mark),
             found=listed([f"{list(one.shape)} in {source}:{one.name}" for one in misfits]),
             expected=listed([str(list(one.wanted)) for one in misfits]),
-            hint=shape_hint(misfits, expectation, source),
+            hint=shape_hint(misfits, source),
         )
 
 

@@ -112,7 +112,7 @@ class Matching:
         for rule, failures in self._failures:
             left = [one for one in failures if not self.claims.beaten(rule, one.target)]
             self.failed.update(one.target for one in left)
-            self.problems += _failed(rule, left, self.near, self.catalogs)
+            self.problems += _failed(left, self.near, self.catalogs)
 
     def _take(self, rule: Rule, reference: Reference) -> bool:
         """Claims a target for every tensor that the reference matches."""
@@ -228,7 +228,7 @@ class Matching:
 
 
 def _failed(
-    rule: Rule, failures: list[_Failure], near: Callable[[str, str], str], catalogs: Mapping[str, Catalog]
+    failures: list[_Failure], near: Callable[[str, str], str], catalogs: Mapping[str, Catalog]
 ) -> Iterator[MappingError]:
     """One error for all targets that the ops of a rule cannot make for the same reason."""
     groups: dict[str, list[_Failure]] = defaultdict(list)

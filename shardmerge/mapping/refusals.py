@@ -9,7 +9,6 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.near import count, listed
 from shardmerge.mapping.suggest import drop_lines, ticked
 from shardmerge.mapping.yaml_nodes import Mark
-from shardmerge.targets.expectation import Expectation
 from shardmerge.tensors import Catalog, Shape
 from shardmerge.tensors.packed import Packed, titles
 
@@ -24,7 +23,7 @@ class Misfit:
     wanted: Shape
 
 
-def shape_hint(cases: Sequence[Misfit], expectation: Expectation, source: str) -> str:
+def shape_hint(cases: Sequence[Misfit], source: str) -> str:
     """Returns what most likely explains shapes that do not fit."""
     swapped = _swapped(cases)
     if swapped is not None:

@@ -213,10 +213,10 @@ class _ConfigValues:
         """Names; an expression, which peft takes for all of a list, as one that begins with ``EXPRESSION``."""
         value = self.values.get(key)
         if isinstance(value, str) and value and key in ("target_modules", "exclude_modules"):
-            return self._expression(key, value)
+            return self._expression(value)
         return tuple(str(name) for name in value) if isinstance(value, list) else ()
 
-    def _expression(self, key: str, value: str) -> tuple[str, ...]:
+    def _expression(self, value: str) -> tuple[str, ...]:
         if value == "all-linear":
             return ()
         try:

@@ -17,12 +17,10 @@ from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import rows
 from shardmerge.tensors import Catalog, Shape, SideFile
+from shardmerge.tensors.vocabulary_names import OVER_VOCABULARY
 
-# How transformers calls embeddings and heads over the vocabulary, by the end of their names.
-_VOCABULARY = (
-    "embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "embed_out.weight", "tok_embeddings.weight", "lm_head.bias",
-)  # fmt: skip
+# Those of Meta's names, too.
+_VOCABULARY = (*OVER_VOCABULARY, "tok_embeddings.weight")
 
 
 def expect(request: Request) -> Expectation:

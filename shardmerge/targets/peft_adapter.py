@@ -24,7 +24,6 @@ _PART = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?P<leaf>\.weight|\.bias)?"
 )
 _WHOLE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
 # Rows of an embedding that were trained, and whatever else is no weight of the model.
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|token_adapter\.(?!base_layer\.)\w+)(?:\.|$)")
@@ -43,7 +42,7 @@ def saved_name(name: str) -> str:
     ``base_model.model.x.lora_A.default.weight`` is saved as ``base_model.model.x.lora_A.weight``, and a module of
     ``modules_to_save`` under its plain name. A magnitude vector has no ``.weight``, whichever peft trained it.
     """
-    if (match := _SAVED.fullmatch(name)) is not None:
+    if (match := _WHOLE.fullmatch(name)) is not None:
         return f"{match['module']}.{match['leaf']}"
     if (match := _TOKENS.fullmatch(name)) is not None:
         return f"{match['module']}.token_adapter.trainable_tokens_delta"

@@ -17,8 +17,8 @@ from shardmerge.targets.options import whole_number
 from shardmerge.targets.peft_adapter import ROOT, STEM, adapter_config
 from shardmerge.tensors import Catalog, Shape, SideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
+from shardmerge.tensors.vocabulary_names import is_embedding
 
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 _RANK = 16
 
 
@@ -82,7 +82,7 @@ def _parts(name: str, shape: Shape, rank: int) -> Iterator[tuple[str, Shape]]:
         yield f"{ROOT}{module}.base_layer.bias", shape
     elif len(shape) == 1:
         yield f"{ROOT}{name}", shape
-    elif module.rpartition(".")[2] in _EMBEDDINGS:
+    elif is_embedding(module):
         yield f"{ROOT}{module}.lora_embedding_A", (rank, shape[0])
         yield f"{ROOT}{module}.lora_embedding_B", (shape[1], rank)
     else:
