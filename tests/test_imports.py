@@ -51,7 +51,7 @@ ROOMS = {
     "shardmerge.ops.registry", "shardmerge.plan.identity", "shardmerge.plan.planner", "shardmerge.plan.reading",
     "shardmerge.plan.schedule", "shardmerge.plan.writing", "shardmerge.publish.running", "shardmerge.publish.shares",
     "shardmerge.sources.opening",
-    "shardmerge.targets.bases", "shardmerge.targets.llava",
+    "shardmerge.targets.llava.bases", "shardmerge.targets.llava.hf",
     "shardmerge.targets.training_config", "shardmerge.publish.verify",
 }  # fmt: skip
 READING = {"shardmerge.sources.opening"}
@@ -168,7 +168,7 @@ def test_a_target_is_imported_when_it_is_asked_for() -> None:
         "from shardmerge.targets.registry import TARGETS\n"
         "TARGETS['peft/adapter']\n"
         "assert 'shardmerge.targets.peft_adapter' in sys.modules\n"
-        "assert not {'shardmerge.targets.llava', 'shardmerge.targets.tokenizer'} & set(sys.modules)\n"
+        "assert not {'shardmerge.targets.llava.hf', 'shardmerge.targets.tokenizer'} & set(sys.modules)\n"
         "assert all(TARGETS[name].name == name for name in TARGETS)\n"
     )
     succeed(measure([sys.executable, "-c", program]))

@@ -7,8 +7,9 @@ import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
-from shardmerge.targets import any_model, clip_model, foreign_configs, internvl, language_model, llava, meta_llama
+from shardmerge.targets import any_model, clip_model, foreign_configs, internvl, language_model, meta_llama
 from shardmerge.targets.expectation import Request, Resize, Vocabulary
+from shardmerge.targets.llava import hf as llava
 from tests.target_files import catalog, content, read, save_tokenizer, side_file, written
 
 torch = pytest.importorskip("torch")

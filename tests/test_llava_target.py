@@ -7,8 +7,8 @@ import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError, TargetError
-from shardmerge.targets import llava
 from shardmerge.targets.expectation import Request, Resize, Vocabulary
+from shardmerge.targets.llava import hf as llava
 from shardmerge.tensors import Catalog, TensorEntry
 from tests.target_files import catalog, read, save_tokenizer, side_file, written
 

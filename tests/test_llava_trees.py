@@ -7,8 +7,9 @@ import pytest
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import ShardmergeError
-from shardmerge.targets import llava_official, llava_xtuner
 from shardmerge.targets.expectation import Request, Vocabulary
+from shardmerge.targets.llava import official as llava_official
+from shardmerge.targets.llava import xtuner as llava_xtuner
 from tests.target_files import catalog, read, save_tokenizer, side_file, written
 
 torch = pytest.importorskip("torch")

@@ -14,17 +14,12 @@ import pytest
 
 import shardmerge as sm
 from shardmerge.errors import ShardmergeError, TargetError
-from shardmerge.targets import (
-    clip_model,
-    internvl,
-    language_model,
-    llava,
-    llava_official,
-    llava_xtuner,
-    meta_llama,
-)
+from shardmerge.targets import clip_model, internvl, language_model, meta_llama
 from shardmerge.targets.expectation import Request, Vocabulary
-from shardmerge.targets.official_config import language_part
+from shardmerge.targets.llava import hf as llava
+from shardmerge.targets.llava import official as llava_official
+from shardmerge.targets.llava import xtuner as llava_xtuner
+from shardmerge.targets.llava.official_config import language_part
 from shardmerge.targets.settings import refuse_unknown
 from tests.conftest import GOLDEN
 from tests.target_files import catalog, read, save_tokenizer, side_file

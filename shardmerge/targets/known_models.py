@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import official_config
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import nested, read_architecture
 from shardmerge.targets.config_numbers import dimension
+from shardmerge.targets.llava import official_config
 from shardmerge.targets.tables import ArchitectureTable, find_table
 from shardmerge.tensors import Shape
 

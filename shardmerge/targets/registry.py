@@ -9,11 +9,11 @@ from shardmerge.targets.expectation import Target
 
 # Name, module, and what the module calls it. A module is imported when its target is asked for: a mapping has one.
 _PLACES = {
-    "hf/llava": ("llava", "TARGET"),
-    "hf/llava-next": ("llava", "NEXT_TARGET"),
-    "hf/llava-onevision": ("llava", "ONEVISION_TARGET"),
-    "official/llava": ("llava_official", "TARGET"),
-    "xtuner/llava": ("llava_xtuner", "TARGET"),
+    "hf/llava": ("llava.hf", "TARGET"),
+    "hf/llava-next": ("llava.hf", "NEXT_TARGET"),
+    "hf/llava-onevision": ("llava.hf", "ONEVISION_TARGET"),
+    "official/llava": ("llava.official", "TARGET"),
+    "xtuner/llava": ("llava.xtuner", "TARGET"),
     "hf/text": ("language_model", "TEXT_TARGET"),
     "hf/llama": ("language_model", "TARGET"),
     "hf/model": ("any_model", "TARGET"),

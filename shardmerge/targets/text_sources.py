@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.errors import TargetError
-from shardmerge.targets import foreign_configs, megatron_args, official_config, rewritten_configs
+from shardmerge.targets import foreign_configs, megatron_args, rewritten_configs
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.architecture_reader import read_architecture
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Request
+from shardmerge.targets.llava import official_config
 from shardmerge.targets.megatron_args import has_args
 from shardmerge.targets.tables import model_types
 from shardmerge.targets.yaml_files import load_yaml

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import official_config
-from shardmerge.targets.bases import TextBase
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Request
+from shardmerge.targets.llava import official_config
+from shardmerge.targets.llava.bases import TextBase
 from shardmerge.targets.text_config import read_part, rope_scaling, with_v4_rope
 from shardmerge.targets.tokenizer import has_tokenizer
 from shardmerge.tensors import Catalog, Extent

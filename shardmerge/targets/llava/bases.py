@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import llava_kinds, official_config, rewritten_configs, vision_tower
+from shardmerge.targets import rewritten_configs, vision_tower
 from shardmerge.targets.architecture import Architecture
 from shardmerge.targets.config_numbers import JsonObject, load_object
 from shardmerge.targets.expectation import Component, Request
+from shardmerge.targets.llava import kinds, official_config
+from shardmerge.targets.llava.trained_model import ModelFacts, read_model_facts
 from shardmerge.targets.text_config import read_part
-from shardmerge.targets.trained_model import ModelFacts, read_model_facts
 from shardmerge.targets.training_config import TrainingFacts, read_training_config
 from shardmerge.tensors import Catalog, ReadSideFile
 
@@ -312,7 +313,7 @@ def read_text(catalog: Catalog, read: ReadSideFile, known: Collection[str] = ())
         config = rewritten_configs.from_internlm2(config, extent.file)
     architecture = read_part(config, extent.file, known)
     if isinstance(nested, dict):
-        llava_kinds.kind_of(whole, extent.file)
+        kinds.kind_of(whole, extent.file)
     return TextBase(catalog, whole, config, architecture, extent.file)
 
 

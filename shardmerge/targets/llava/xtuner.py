@@ -14,7 +14,10 @@ from typing import Literal, TypeAlias
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.targets import peft_adapter, vision_tower
 from shardmerge.targets.adapter_facts import AdapterConfig
-from shardmerge.targets.bases import (
+from shardmerge.targets.config_numbers import dump, stored_dtype
+from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
+from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.llava.bases import (
     ROLES,
     Players,
     check_context,
@@ -24,12 +27,9 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.config_numbers import dump, stored_dtype
-from shardmerge.targets.expectation import Component, Expectation, FileGroup, Request, Resize, Target
-from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.llava.projector import projector_folder
 from shardmerge.targets.options import choice, positive_number
 from shardmerge.targets.peft_adapter import holds_adapter
-from shardmerge.targets.projector_code import projector_folder
 from shardmerge.targets.text_config import parts, text_config
 from shardmerge.targets.vocabulary import rows, tokenizer_files
 from shardmerge.tensors import Catalog, Shape, SideFile

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from shardmerge.targets.bases import VisionBase
-from shardmerge.targets.wiring import Wiring
+from shardmerge.targets.llava.bases import VisionBase
+from shardmerge.targets.llava.wiring import Wiring
 from shardmerge.tensors import Catalog
 
 _TOWER = "model.vision_tower.vision_tower.vision_model."

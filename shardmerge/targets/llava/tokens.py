@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.targets import tokenizer
-from shardmerge.targets.bases import TextBase
 from shardmerge.targets.config_numbers import is_whole
 from shardmerge.targets.expectation import Request
-from shardmerge.targets.llava_kinds import IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN, LlavaKind
+from shardmerge.targets.llava.bases import TextBase
+from shardmerge.targets.llava.kinds import IMAGE_TOKEN, PAD_TOKEN, VIDEO_TOKEN, LlavaKind
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import check_ids

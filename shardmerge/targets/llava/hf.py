@@ -6,16 +6,17 @@ legacy ones unless asked otherwise: the only layout that transformers 4.51 to 5.
 
 from __future__ import annotations
 
-from shardmerge.targets import training_run, vision_tower
+from shardmerge.targets import vision_tower
 from shardmerge.targets.architecture_reader import read_architecture
-from shardmerge.targets.bases import ROLES
 from shardmerge.targets.config_numbers import JsonObject, dump, stored_dtype
 from shardmerge.targets.expectation import Component, Expectation, Request, Target
 from shardmerge.targets.generation_config import generation_config
-from shardmerge.targets.llava_kinds import IMAGE_TOKEN, LLAVA, NEXT, ONEVISION, VIDEO_TOKEN, LlavaKind, pinpoints
-from shardmerge.targets.llava_model import OPTIONS, LlavaModel, read_llava
+from shardmerge.targets.llava import training_run
+from shardmerge.targets.llava.bases import ROLES
+from shardmerge.targets.llava.kinds import IMAGE_TOKEN, LLAVA, NEXT, ONEVISION, VIDEO_TOKEN, LlavaKind, pinpoints
+from shardmerge.targets.llava.model import OPTIONS, LlavaModel, read_llava
+from shardmerge.targets.llava.training_run import processor_source, tokenizer_source
 from shardmerge.targets.text_config import text_config
-from shardmerge.targets.training_run import processor_source, tokenizer_source
 from shardmerge.tensors import SideFile
 
 

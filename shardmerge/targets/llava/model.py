@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import official_config
-from shardmerge.targets.bases import (
+from shardmerge.targets.expectation import Request
+from shardmerge.targets.llava import official_config
+from shardmerge.targets.llava.bases import (
     Players,
     TextBase,
     VisionBase,
@@ -17,17 +18,16 @@ from shardmerge.targets.bases import (
     missing_sources,
     read_both,
 )
-from shardmerge.targets.expectation import Request
-from shardmerge.targets.llava_kinds import LlavaKind, kind_of
-from shardmerge.targets.llava_names import GENERATIONS, LlavaNames, names_of
-from shardmerge.targets.llava_tokens import llava_tokens
-from shardmerge.targets.official_tower import cut_tower
+from shardmerge.targets.llava.kinds import LlavaKind, kind_of
+from shardmerge.targets.llava.names import GENERATIONS, LlavaNames, names_of
+from shardmerge.targets.llava.official_tower import cut_tower
+from shardmerge.targets.llava.tokens import llava_tokens
+from shardmerge.targets.llava.training_run import RunSettings, read_run_settings, tokenizer_source
+from shardmerge.targets.llava.wiring import Wiring, wire
 from shardmerge.targets.options import choice
 from shardmerge.targets.tokenizer import TokenizerFiles
-from shardmerge.targets.training_run import RunSettings, read_run_settings, tokenizer_source
 from shardmerge.targets.vision_tower import TOWERS
 from shardmerge.targets.vocabulary import VocabularyRows, check_ids, rows
-from shardmerge.targets.wiring import Wiring, wire
 
 # XTuner rounds a vocabulary up to this many rows when its new tokens do not fit (`to_huggingface_llava`).
 _ROW_MULTIPLE = 64

@@ -9,8 +9,8 @@ from typing import Literal
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets import official_config
 from shardmerge.targets.config_numbers import is_whole
+from shardmerge.targets.llava import official_config
 from shardmerge.targets.training_config import TrainingFacts
 from shardmerge.tensors import Catalog
 

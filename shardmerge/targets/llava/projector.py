@@ -9,9 +9,9 @@ from __future__ import annotations
 from shardmerge.errors import TargetError
 from shardmerge.shown import inspecting
 from shardmerge.targets.config_numbers import JsonObject, dump
-from shardmerge.targets.official_config import projector_tensors
+from shardmerge.targets.llava.official_config import projector_tensors
+from shardmerge.targets.llava.wiring import wire
 from shardmerge.targets.training_config import TrainingFacts
-from shardmerge.targets.wiring import wire
 from shardmerge.tensors import Catalog, Shape, SideFile
 
 # The first layer's weight by the names of XTuner, of Hugging Face's LLaVA and of LLaVA's own code.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.config_numbers import JsonObject
-from shardmerge.targets.llava_kinds import KINDS, LlavaKind
+from shardmerge.targets.llava.kinds import KINDS, LlavaKind
 from shardmerge.targets.settings import refuse_unknown, unknown_settings
 from shardmerge.tensors import Shape
 

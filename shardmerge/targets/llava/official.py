@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
-from shardmerge.targets import official_config, vision_tower
-from shardmerge.targets.bases import (
+from shardmerge.targets import vision_tower
+from shardmerge.targets.config_numbers import JsonObject, dump, is_size, stored_dtype
+from shardmerge.targets.expectation import Component, Expectation, Request, Target
+from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.llava import official_config
+from shardmerge.targets.llava.bases import (
     ROLES,
     Players,
     TextBase,
@@ -22,14 +26,11 @@ from shardmerge.targets.bases import (
     read_text,
     read_vision,
 )
-from shardmerge.targets.config_numbers import JsonObject, dump, is_size, stored_dtype
-from shardmerge.targets.expectation import Component, Expectation, Request, Target
-from shardmerge.targets.generation_config import generation_config
+from shardmerge.targets.llava.wiring import Wiring, wire
 from shardmerge.targets.options import choice
 from shardmerge.targets.text_config import text_config
 from shardmerge.targets.tokenizer import TokenizerFiles
 from shardmerge.targets.vocabulary import VocabularyRows, rows, tokenizer_files
-from shardmerge.targets.wiring import Wiring, wire
 from shardmerge.tensors import Shape, SideFile
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -1,0 +1,1 @@
+"""LLaVAs: of Hugging Face, of LLaVA's own code, and as XTuner keeps them."""
