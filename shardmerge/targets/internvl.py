@@ -18,6 +18,7 @@ from shardmerge.targets.expectation import Expectation, Request, Target, describ
 from shardmerge.targets.internvl_config import check_whole, read_shuffle, vision_config
 from shardmerge.targets.options import bad_option, config_of, whole_number
 from shardmerge.targets.text_config import read_part, text_config
+from shardmerge.targets.vision_tower import TowerKind, standard_processor
 from shardmerge.targets.vocabulary import check_ids
 from shardmerge.tensors import Catalog, SideFile
 
@@ -27,7 +28,9 @@ _IMAGE_IDS = {"qwen2": 151667, "llama": 92546}
 _IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 # ImageNet's mean and deviation, with which InternVL is trained.
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_IMAGES = TowerKind(
+    "InternViT", False, "GotOcr2ImageProcessor", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=False
+)
 
 # The language models that InternVL 1.5 to 3 have, an InternLM2 as the LLaMA that it is.
 _TEXTS = ("llama", "mistral", "qwen2")
@@ -154,21 +157,11 @@ def _config(
 
 def _images(size: int, whole: Mapping[str, object], where: str) -> JsonObject:
     """What the converter's image processor saves, with the numbers of tiles that the config says."""
-    return {
+    return standard_processor(_IMAGES, size) | {
         "crop_to_patches": False,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": _MEAN,
-        "image_processor_type": "GotOcr2ImageProcessor",
-        "image_std": _STD,
         "max_patches": dimension(whole, "max_dynamic_patch", 12, where),
         "min_patches": dimension(whole, "min_dynamic_patch", 1, where),
         "processor_class": "InternVLProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": size, "width": size},
     }
 
 

@@ -19,7 +19,13 @@ from shardmerge.targets.tables import ArchitectureTable, find_table
 from shardmerge.tensors import Shape
 
 Canonical: TypeAlias = Callable[[str], str]
-_WeightsReader: TypeAlias = "Callable[[Mapping[str, object], frozenset[str], str], Known | None]"
+
+# LLaVA's own classes, and the language model in each.
+_OFFICIAL = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
 
 # Buffers that earlier versions saved and that every version ignores.
 _BUFFERS = (".inv_freq", ".position_ids", ".masked_bias")
@@ -79,10 +85,11 @@ def known_model(config: Mapping[str, object], names: Iterable[str], where: str) 
     if "quantization_config" in config:  # other shapes
         return None
     stated = config.get("architectures")
-    make = _CLASSES.get(stated[0]) if isinstance(stated, list) and stated and isinstance(stated[0], str) else None
-    if make is None:
+    kind = stated[0] if isinstance(stated, list) and stated else None
+    text = _OFFICIAL.get(kind) if isinstance(kind, str) else None
+    if text is None:
         return _tabled(config, names, where)
-    return None if "auto_map" in config else make(config, frozenset(names), where)
+    return None if "auto_map" in config else _official_llava(config, text, where)
 
 
 # ---- models with a table
@@ -156,18 +163,14 @@ def _inside(table: ArchitectureTable, name: str) -> str:
 # ---- LLaVA's own code
 
 
-def _official_llava(text_type: str) -> Callable[[Mapping[str, object], frozenset[str], str], Known]:
-    """Returns the reader of the LLaVA repository's own class, whose encoder is another directory's, mostly."""
-
-    def read(config: Mapping[str, object], names: frozenset[str], where: str) -> Known:
-        plain = {key: value for key, value in config.items() if key != "architectures"}  # the class is LLaVA's own
-        model = read_architecture({**plain, "model_type": text_type}, where)
-        text = _known(model, model.table.main_class)
-        projector = _official_projector(config, model.hidden_size, where)
-        owned = ("model.layers.", "model.mm_projector." if projector else "model.norm.", "lm_head.")
-        return Known({**text.tensors, **projector}, owned, text.optional)
-
-    return read
+def _official_llava(config: Mapping[str, object], text_type: str, where: str) -> Known:
+    """Returns what the LLaVA repository's own class has; its encoder is another directory's, mostly."""
+    plain = {key: value for key, value in config.items() if key != "architectures"}  # the class is LLaVA's own
+    model = read_architecture({**plain, "model_type": text_type}, where)
+    text = _known(model, model.table.main_class)
+    projector = _official_projector(config, model.hidden_size, where)
+    owned = ("model.layers.", "model.mm_projector." if projector else "model.norm.", "lm_head.")
+    return Known({**text.tensors, **projector}, owned, text.optional)
 
 
 def _official_projector(config: Mapping[str, object], hidden: int, where: str) -> dict[str, Shape]:
@@ -177,10 +180,3 @@ def _official_projector(config: Mapping[str, object], hidden: int, where: str) -
         return {}
     columns = dimension(config, "mm_hidden_size", hidden, where)
     return official_config.projector_tensors("model.mm_projector.", depth, columns, hidden)
-
-
-_CLASSES: dict[str, _WeightsReader] = {
-    "LlavaLlamaForCausalLM": _official_llava("llama"),
-    "LlavaMistralForCausalLM": _official_llava("mistral"),
-    "LlavaQwenForCausalLM": _official_llava("qwen2"),
-}
