@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import shardmerge as sm
-from tests.adapter_runs import IDS, WEIGHTS, gpt2, llama, opened, saved, shaken
+from tests.adapter_runs import IDS, WEIGHTS, gpt2, llama, opened, saved, shaken, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 FAST = sm.Options(sync=False)
@@ -151,3 +151,121 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
     said = refusal(tmp_path, ", adapter: styel")
     assert "[unknown-adapter]" in said
     assert "default, style" in said
+
+
+# --- several made one
+
+
+def two(folder: Path, first: Settings, second: Settings, make: Callable[[], nn.Module] = llama) -> nn.Module:
+    base = make()
+    saved(base, folder / "base")
+    trained(opened(base, folder / "base"), folder / "one", seed=1, **first)
+    trained(opened(base, folder / "base"), folder / "two", seed=2, **second)
+    return base
+
+
+def weighted(base: nn.Module, folder: Path, weights: tuple[float, float], way: str) -> tuple[Path, PeftModel]:
+    """What peft makes of the two, and saves."""
+    model = PeftModel.from_pretrained(opened(base, folder / "base"), folder / "one", adapter_name="one")
+    model.load_adapter(folder / "two", adapter_name="two")
+    model.add_weighted_adapter(["one", "two"], list(weights), "both", combination_type=way)
+    model.save_pretrained(folder / "truth", selected_adapters=["both"], save_embedding_layers=False)
+    model.set_adapter("both")
+    return folder / "truth" / "both", model.eval()
+
+
+def combined(folder: Path, weights: tuple[float, float], way: str) -> Path:
+    lines = (
+        f"{{from: {name}, onto: trained, weight: {weight}, combination_type: {way}}}"
+        for name, weight in zip(("trained", "two"), weights, strict=True)
+    )
+    return written(folder, f"adapters: [{', '.join(lines)}]")
+
+
+def written(folder: Path, adapters: str) -> Path:
+    (folder / "m.yaml").write_text(
+        f"shardmerge: 1\nsources: {{trained: one, two: two}}\noutput: out\nuse: peft/export\n{adapters}\n"
+    )
+    sm.run(folder / "m.yaml", options=FAST)
+    return folder / "out"
+
+
+PAIRS: dict[str, tuple[Callable[[], nn.Module], Settings, Settings]] = {
+    "same modules": (llama, {}, {"lora_alpha": 4}),
+    "other modules": (llama, {"target_modules": ["q_proj", "up_proj"]}, {"target_modules": ["q_proj", "v_proj"]}),
+    "other alphas": (llama, {"lora_alpha": 3}, {"lora_alpha": 16, "alpha_pattern": {"q_proj": 2}}),
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens"]}),
+    "conv1d": (gpt2, *[{"target_modules": ["c_attn"], "fan_in_fan_out": True}] * 2),
+    "ranks": (llama, {}, {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]}),
+    "rank pattern": (llama, {"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
+}
+# peft 0.21 drops the pattern of what it makes so, and cannot load it again. Here the pattern stays, its scale is on A.
+SCALED_APART = ("rank pattern", "linear")
+COMBINED = [(kind, way) for kind in PAIRS for way in ("cat", "linear") if (kind, way) != ("ranks", "linear")]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.3), (1.0, -0.5), (-1.0, -2.0)])
+@pytest.mark.parametrize(("kind", "way"), COMBINED)
+def test_two_adapters_become_one_as_in_peft(tmp_path: Path, kind: str, way: str, weights: tuple[float, float]) -> None:
+    make, first, second = PAIRS[kind]
+    base = two(tmp_path, first, second, make)
+    truth, live = weighted(base, tmp_path, weights, way)
+    out = combined(tmp_path, weights, way)
+    ours, theirs = load_file(out / WEIGHTS), load_file(truth / WEIGHTS)
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].shape == tensor.shape, name
+        exact = way == "cat" and set(weights) == {1.0}
+        close = (ours[name] - tensor).abs().max() < 1e-6 or (kind, way) == SCALED_APART
+        assert torch.equal(ours[name], tensor) if exact else close, name
+    model = PeftModel.from_pretrained(opened(base, tmp_path / "base"), out).eval()
+    with torch.no_grad():
+        assert (model(IDS).logits - live(IDS).logits).abs().max() < 1e-5
+
+
+def test_an_adapter_that_is_named_as_onto_alone_counts_once(tmp_path: Path) -> None:
+    base = two(tmp_path, {}, {})
+    truth, _ = weighted(base, tmp_path, (1.0, 1.0), "cat")
+    out = written(tmp_path, "adapters: [{from: two, onto: trained}]")
+    assert {name: one.tolist() for name, one in load_file(out / WEIGHTS).items()} == {
+        name: one.tolist() for name, one in load_file(truth / WEIGHTS).items()
+    }
+
+
+def test_rslora_is_catenated_at_its_own_scale(tmp_path: Path) -> None:
+    """peft's own combination keeps ``use_rslora`` and counts the root of the rank twice; both active are right."""
+    base = two(tmp_path, {"use_rslora": True}, {"use_rslora": True, "r": 2})
+    out = combined(tmp_path, (1.0, 1.0), "cat")
+    model = PeftModel.from_pretrained(opened(base, tmp_path / "base"), tmp_path / "one", adapter_name="one")
+    model.load_adapter(tmp_path / "two", adapter_name="two")
+    model.base_model.set_adapter(["one", "two"])
+    again = PeftModel.from_pretrained(opened(base, tmp_path / "base"), out).eval()
+    with torch.no_grad():
+        assert (model.eval()(IDS).logits - again(IDS).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("second", "way", "words"),
+    [
+        ({"r": 2}, "linear", "[adapter-rank]"),
+        ({"use_rslora": True}, "linear", "rsLoRA"),
+        ({"use_dora": True}, "cat", "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "cat", "trained whole"),
+        ({}, "svd", "rounds the sum to a rank"),
+        ({}, "ties", "prunes A and B apart"),
+    ],
+)
+def test_what_is_no_one_adapter_is_refused_by_name(tmp_path: Path, second: Settings, way: str, words: str) -> None:
+    two(tmp_path, {}, second)
+    with pytest.raises(sm.ShardmergeError) as caught:
+        combined(tmp_path, (1.0, 1.0), way)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_ways_at_once_are_an_error(tmp_path: Path) -> None:
+    two(tmp_path, {}, {})
+    with pytest.raises(sm.ShardmergeError, match="say two combination_type"):
+        written(
+            tmp_path, "adapters: [{from: trained, onto: trained, combination_type: linear}, {from: two, onto: trained}]"
+        )

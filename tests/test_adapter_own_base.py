@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import shardmerge as sm
 from shardmerge.adapters.types import as_base, as_frozen
@@ -273,3 +276,36 @@ def test_a_run_beside_the_config_of_its_base_is_no_model(tmp_path: Path) -> None
         sm.convert(tmp_path / "run", tmp_path / "out", options=sm.Options(sync=False, partial=True))
     assert "--use peft/merge;" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+# --- one pickle a rank
+
+
+def sharded_rank(rank: int, folder: Path) -> None:
+    """A rank of FSDP2 over a peft model: the state dict as verl saves it, and what verl says of the LoRA."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = trained(llama(), alpha_pattern={})
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.save(model.state_dict(), folder / "actor" / f"model_world_size_2_rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_rank_files_of_a_lora_are_merged_and_exported(tmp_path: Path) -> None:
+    """verl has no adapter_config.json: its ``lora_train_meta.json`` says alpha."""
+    (tmp_path / "actor").mkdir()
+    multiprocessing.spawn(sharded_rank, (tmp_path,), nprocs=2)
+    meta = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    (tmp_path / "actor" / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": 2}))
+    (tmp_path / "actor" / "lora_train_meta.json").write_text(json.dumps(meta))
+    model = trained(llama(), tmp_path / "lora")
+    words = plain_words(tmp_path / "actor", tmp_path / "plain")
+    assert "alpha" not in words
+    merged, kept = followed(words, tmp_path / "actor", tmp_path)
+    assert_same(read_all(sm.inspect(kept)), load_file(tmp_path / "lora" / WEIGHTS), 0)
+    config = json.loads((kept / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 8, "CAUSAL_LM")
+    assert_same(read_all(sm.inspect(merged)), merged_state(model))

@@ -39,7 +39,8 @@ ELSEWHERE = {
     *(f"merge-{name}.yaml" for name in (*MERGED, "della")),
 }
 HERE = {
-    "adapter-any-model.yaml", "adapter-export.yaml", "adapter-extract.yaml", "adapter-own-base.yaml",
+    "adapter-any-model.yaml", "adapter-combined.yaml", "adapter-export.yaml",
+    "adapter-extract.yaml", "adapter-own-base.yaml",
     "adapter-rename.yaml", "adapter-weights.yaml", "adapter-xtuner.yaml", "adapter.yaml",
     "adapters-two.yaml",
     "experts.yaml", "fused.yaml", "megatron-dist.yaml", "merge-dare.yaml", "merge-linear.yaml", "merge-slerp.yaml",
@@ -289,6 +290,17 @@ def test_two_adapters(made: Path) -> None:
             place = name.removeprefix("base_model.model.").replace(".lora_A", "")
             truth[place] += 16 / 4 * facts[name.replace("lora_A", "lora_B")] @ a
     close(state(run(made, "adapters-two.yaml")), truth)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_adapters_made_one(made: Path) -> None:
+    base = transformers.LlamaForCausalLM.from_pretrained(made / "models" / "base")
+    model = peft.PeftModel.from_pretrained(base, made / "models" / "lora", adapter_name="style")
+    model.add_adapter("facts", peft.LoraConfig(r=2, lora_alpha=6, target_modules=["up_proj"], init_lora_weights=False))
+    model.save_pretrained(made / "models", selected_adapters=["facts"])
+    model.add_weighted_adapter(["style", "facts"], [0.5, 1.0], "both", combination_type="cat")
+    truth = peft.get_peft_model_state_dict(model, adapter_name="both")
+    close(load_file(run(made, "adapter-combined.yaml") / "adapter_model.safetensors"), truth)
 
 
 def test_a_run_of_xtuner(made: Path) -> None:

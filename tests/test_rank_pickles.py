@@ -100,7 +100,7 @@ def test_tied_weights_are_one() -> None:
 
 def test_a_lora_among_the_ranks_is_told() -> None:
     catalog = sm.inspect(GOLDEN / "ranks/fsdp2_lora_w2_fp32/actor")
-    assert dict(catalog.facts) == {"lora_r": 2, "lora_alpha": 4}
+    assert dict(catalog.facts) == {"lora_r": 2, "lora_alpha": 4, "lora_task_type": "CAUSAL_LM"}
     assert any("lora_train_meta.json" in note for note in catalog.notes)
 
 

@@ -17,8 +17,8 @@ from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, load_object, parsed_object
 from shardmerge.targets.name_expressions import matches
 from shardmerge.targets.training_config import read_training_config
-from shardmerge.tensors import Catalog, ReadSideFile
-from shardmerge.tensors.file_roles import ADAPTER_CONFIG, ADAPTER_METADATA
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Fact, ReadSideFile
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, ADAPTER_METADATA, LORA_META
 
 # The largest number that anybody could mean.
 _MOST = 1e9
@@ -117,9 +117,22 @@ def read_adapter_settings(
         found = AdapterSettings(
             read_adapter_config(_of_part(text, spec, catalog.path), catalog.path), "the file's header"
         )
+    elif "lora_alpha" in catalog.facts:
+        found = AdapterSettings(_stated(catalog.facts), "the combination" if _is_combined(catalog) else LORA_META)
     elif catalog.training_config:
         found = _from_training(spec, catalog)
     return replace(_overridden(found, spec), alpha_is_rank=alpha_is_rank)
+
+
+def _is_combined(catalog: Catalog) -> bool:
+    return catalog.kind == PEFT_ADAPTER
+
+
+def _stated(facts: Mapping[str, Fact]) -> AdapterConfig:
+    """What verl's ``lora_train_meta.json`` says, or a combination of adapters."""
+    numbers = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    rank, turned = numbers.get("lora_r"), facts.get("lora_fan_in_fan_out") is True
+    return AdapterConfig(numbers.get("lora_alpha"), int(rank) if rank else None, fan_in_fan_out=turned)
 
 
 def _of_part(text: str, spec: AdapterSpec, where: str) -> JsonObject:

@@ -117,8 +117,12 @@ def _adapter_roads(catalog: Catalog) -> str:
     base = "" if held_base(catalog, Template.parse("{rest...}")) is not None else " --base base=MODEL"
     merge = f"to merge it into its model add --use {ADAPTER_PRESET}{base}"
     keep = "; to keep it as an adapter add --use peft/export" if wrapped else ""
-    said = ADAPTER_CONFIG in catalog.side_files or catalog.training_config or not factors
-    alpha = "" if said else f". Put the {ADAPTER_CONFIG} of the run beside it first: the tensors do not say alpha"
+    told = ADAPTER_CONFIG in catalog.side_files or "lora_alpha" in catalog.facts or catalog.training_config
+    alpha = (
+        ""
+        if told or not factors
+        else f". Put the {ADAPTER_CONFIG} of the run beside it first: the tensors do not say alpha"
+    )
     return f"{merge}{keep}{alpha}"
 
 

@@ -17,7 +17,7 @@ from shardmerge.prepare.opened import Opened
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.targets.changed_config import changed_reader
 from shardmerge.targets.config_numbers import JsonObject
-from shardmerge.tensors import Catalog, Extent
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,14 @@ def make_ready(opened: Opened) -> Ready:
     needs, dropped = _needs(spec, catalogs, opened.output), find_dropped(spec.drops, catalogs)
     settled = dequantized(catalogs, needs, sides.read)
     merged, used, changes = _merged(spec, settled.catalogs, dropped, sides, typed=opened.output.dtype is not None)
-    beside = {name: replace(one, side_files=merged[name].side_files) for name, one in settled.catalogs.items()}
+    beside = {name: _for_targets(one, merged[name]) for name, one in settled.catalogs.items()}
     variables = Variables(beside, changed_reader(changes, sides.read), spec.variables)
     return Ready(opened, needs, dropped, settled, merged, used, beside, changes, variables)
+
+
+def _for_targets(opened: Catalog, merged: Catalog) -> Catalog:
+    """A base has the shapes that it was opened with; an adapter is what it became with the others combined with it."""
+    return merged if merged.kind == PEFT_ADAPTER else replace(opened, side_files=merged.side_files)
 
 
 def _needs(spec: Spec, catalogs: Mapping[str, Catalog], output: OutputSettings) -> Needs:
@@ -79,15 +84,17 @@ def _merged(
     left = dropped.left(catalogs)
     if not spec.adapters:
         return left, frozenset(), {}
+    from shardmerge.adapters.combining import onto_adapters
     from shardmerge.adapters.merging import merge_adapters
 
     try:
-        merged = merge_adapters(spec.adapters, left, sides.read, typed=typed)
+        specs, left, joined = onto_adapters(spec.adapters, left, sides.read)
+        merged = merge_adapters(specs, left, sides.read, typed=typed)
     except ShardmergeError as error:
         raise_all([_without_dropped_base(one, dropped) for one in error.each()])
         raise
     changes = {catalogs[name].side_files["config.json"]: changed for name, changed in merged.configs.items()}
-    return merged.catalogs, merged.used, changes
+    return merged.catalogs, merged.used | joined, changes
 
 
 def _without_dropped_base(error: ShardmergeError, dropped: Dropped) -> ShardmergeError:

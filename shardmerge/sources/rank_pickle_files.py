@@ -18,7 +18,6 @@ from shardmerge.shown import shown
 from shardmerge.storage.reading import SourceFile
 
 FSDP_CONFIG = "fsdp_config.json"
-LORA = "lora_train_meta.json"
 _ITEMS = "metadata.pkl"
 
 # Numbers as they are written, without zeros in front: two names are never one rank.

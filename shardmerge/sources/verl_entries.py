@@ -11,8 +11,9 @@ from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, beside_numbered
 from shardmerge.sources.rank_files import TRACKER
-from shardmerge.sources.rank_pickle_files import LORA, actor_folder, read_object
+from shardmerge.sources.rank_pickle_files import actor_folder, read_object
 from shardmerge.tensors import Catalog, Fact
+from shardmerge.tensors.file_roles import LORA_META
 
 
 def step_model(step: Path) -> tuple[Path, Remarks] | None:
@@ -37,14 +38,16 @@ def newest_step(folder: Path) -> tuple[Path, Remarks] | None:
 
 def with_lora(catalog: Catalog, folder: Path) -> Catalog:
     """Returns the catalog with what ``lora_train_meta.json`` says: a LoRA is among the weights that it changes."""
-    stated = read_object(folder / LORA)
+    stated = read_object(folder / LORA_META)
     facts: dict[str, Fact] = {
         f"lora_{name.removeprefix('lora_')}": value
         for name in ("r", "lora_alpha")
         if isinstance(value := stated.get(name), int | float)
     }
+    if isinstance(task := stated.get("task_type"), str):
+        facts["lora_task_type"] = task
     if not facts:
         return catalog
     said = ", ".join(f"{name} {value}" for name, value in facts.items())
-    note = f"{LORA} says that a LoRA is among these tensors, beside the weights that it changes: {said}"
+    note = f"{LORA_META} says that a LoRA is among these tensors, beside the weights that it changes: {said}"
     return replace(catalog, notes=(*catalog.notes, note), facts={**catalog.facts, **facts})

@@ -161,15 +161,19 @@ class _Exported:
         stated = positive_number(request, "alpha")
         said = own.get("lora_alpha") is not None
         alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and said else stated
+        facts = self.catalog.facts
+        if alpha is None and isinstance(told := facts.get("lora_alpha"), int | float):
+            alpha = float(told)  # verl's, or of a combination
         base = own.get("base_model_name_or_path")
-        task = own.get("task_type")
-        facts = AdapterConfig(
+        task = own.get("task_type", facts.get("lora_task_type"))
+        stand = AdapterConfig(
             alpha=alpha,
+            fan_in_fan_out=facts.get("lora_fan_in_fan_out") is True,
             rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
             base=request.options.get("base", base if isinstance(base, str) else ""),
             task=request.options.get("task_type", task if isinstance(task, str) else ""),
         )
-        made = adapter_config(tensors, facts, self.catalog.path, "" if self.alone else self.name)
+        made = adapter_config(tensors, stand, self.catalog.path, "" if self.alone else self.name)
         changed = {key: made[key] for key in ("base_model_name_or_path", "lora_alpha", "task_type", "use_rslora")}
         return made | own | changed if own else made
 

@@ -19,6 +19,8 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # Where diffusers keeps the same: in the header of a safetensors file, as JSON (0.34, `loaders/lora_base.py`).
 ADAPTER_METADATA = "lora_adapter_metadata"
+# What verl writes beside the ranks of a LoRA run: r, lora_alpha and task_type.
+LORA_META = "lora_train_meta.json"
 
 # Kinds of weights that are read, and those that are known and not read. A small file of these is weights, too.
 READ_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
