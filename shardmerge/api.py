@@ -176,11 +176,17 @@ def clonable_bytes(plan: Plan, out: Path) -> int:
     return by_trying(plan.shards, out)
 
 
-def carry_out(prepared: Prepared, out: Path, options: Options, progress: Progress | None = None) -> Result:
+def carry_out(
+    prepared: Prepared,
+    out: Path,
+    options: Options,
+    progress: Progress | None = None,
+    publishing: Callable[[], object] = bool,
+) -> Result:
     """Carries out a plan and publishes the result as ``out``: see ``publish.running.carry_out``."""
     from shardmerge.publish.running import carry_out as carried
 
-    return carried(prepared.plan, out, options, progress)
+    return carried(prepared.plan, out, options, progress, publishing)
 
 
 def run_part(  # one parameter an option

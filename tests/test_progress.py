@@ -81,7 +81,7 @@ def test_a_log_is_never_silent_for_longer_than_half_a_minute(
 def test_a_line_says_how_far_it_is_how_fast_and_how_long_it_takes(
     clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with progress.progress_bar(100 * 10**9, quiet=False, label="llava") as advance:
+    with progress.progress_bar(100 * 10**9, quiet=False, label="llava", after="syncing") as advance:
         assert advance is not None
         clock.now += 4.9
         advance(5 * 10**9)
@@ -98,10 +98,12 @@ def test_a_line_says_how_far_it_is_how_fast_and_how_long_it_takes(
         assert said(capfd)[0].startswith("writing llava: 40 % of ")
         clock.now += 10
         advance(60 * 10**9)
-        assert said(capfd)[0].startswith("publishing llava: 0 s, ")
+        assert said(capfd)[0].startswith("syncing llava: 0 s, ")
         clock.now += 30
         advance(0)
-        assert said(capfd)[0].startswith("publishing llava: 30 s, ")
+        assert said(capfd)[0].startswith("syncing llava: 30 s, ")
+        advance.begin("publishing")
+        assert said(capfd)[0].startswith("publishing llava: 0 s, ")
 
 
 def test_how_long_is_said_in_units_that_fit() -> None:
@@ -117,9 +119,9 @@ def test_a_run_that_takes_its_time_tells_all_phases(source: Path) -> None:
         limited(limits, "convert", source, source.parent / "out", "--dtype", "bfloat16", "--shard-size", "100KB"),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if line.endswith(" MiB resident")]
     phases = [line.split()[0] for line in lines]
-    assert sorted(set(phases), key=phases.index) == ["planning", "writing", "publishing"]
+    assert sorted(set(phases), key=phases.index) == ["planning", "writing", "syncing", "publishing"]
     assert "publishing" in phases[-2:]  # while the directory is renamed, too
 
 
@@ -165,18 +167,25 @@ def test_a_share_tells_no_progress(source: Path) -> None:
     assert "leave --log-json out" in done.stderr
 
 
-def test_a_quick_run_says_nothing(source: Path) -> None:
-    assert shardmerge("convert", source, source.parent / "out").stderr == ""
+def test_a_quick_run_tells_no_progress(source: Path) -> None:
+    lines = shardmerge("convert", source, source.parent / "out").stderr.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("planned peak ")
 
 
 def test_json_lines(source: Path) -> None:
     done = shardmerge("convert", source, source.parent / "out", "--log-json", "--json", "--shard-size", "1MB")
     rows = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [row["phase"] for row in rows] == ["planning", "writing", "publishing"]
+    assert [row["phase"] for row in rows] == ["planning", "writing", "syncing", "publishing"]
     assert rows[1]["total"] == 16 * 4 * 256 * 256
     assert json.loads(done.stdout)["parts_made"] > 1
     again = shardmerge("run", _mapping(source), "--log-json", "-q").stderr
-    assert [json.loads(line)["phase"] for line in again.splitlines()] == ["planning", "writing", "publishing"]
+    assert [json.loads(line)["phase"] for line in again.splitlines()] == [
+        "planning",
+        "writing",
+        "syncing",
+        "publishing",
+    ]
 
 
 def test_warnings_are_json_lines_too(source: Path) -> None:

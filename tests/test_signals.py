@@ -130,7 +130,7 @@ def _unconfirmed(scene: Scene, runs: Machine, ran: Ran) -> None:
     assert "published before" not in ran.err
     assert scene.seen(PLAIN) == "new"
     again = runs.run(*scene.command(PLAIN)[:-1])  # without --json
-    assert "published already: nothing to do" in again.out
+    assert "there already, nothing to do\n" in again.out
     scene.published(PLAIN)
 
 

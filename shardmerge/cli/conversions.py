@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardmerge.cli import colour
 from shardmerge.cli.cluster import say_waiting, show_part
 from shardmerge.cli.options import (
+    Reporting,
     check_option,
     command_line,
     config_option,
@@ -31,6 +33,7 @@ from shardmerge.cli.options import (
     save_mapping_option,
     state_root_option,
     strip_option,
+    verbose_option,
     view_option,
     write_lines,
 )
@@ -38,7 +41,7 @@ from shardmerge.cli.progress import planning, progress_bar, warn
 from shardmerge.cli.report import RunReport, asked_report, refuse_report, report_option
 
 if TYPE_CHECKING:
-    from shardmerge.api import Options, Prepared, Result, SavedMapping
+    from shardmerge.api import Options, Prepared, SavedMapping
 
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 _use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
@@ -64,14 +67,16 @@ def add_conversion_commands(group: click.Group) -> None:
 @click.option("--part", metavar="I/N|any", help="Make a share of the files, as one of several that do: 0/8, or any.")
 @report_option
 @quiet_option
+@verbose_option
 @log_json_option
 @json_option
-def run(  # one parameter an option
+def run(  # noqa: PLR0913  # one parameter an option
     mapping: str,
     out: str | None,
     roots: tuple[str, ...],
     part: str | None,
     quiet: bool,
+    verbose: bool,
     log_json: bool,
     as_json: bool,
     **given: Any,  # noqa: ANN401
@@ -82,22 +87,23 @@ def run(  # one parameter an option
     """
     from shardmerge import api
 
-    options = parsed(given)
+    options, reporting = parsed(given), Reporting.of(quiet, verbose, log_json, as_json)
     refuse_idle_for_plan(mapping, given)
     refuse_idle_for_engine(given, part)
     moved = [pair(text, "--root", "/old=/new") for text in roots]
     if part is not None:
         refuse_idle(given, "fresh", why="would remove what others have made: `shardmerge clean OUT` does, before all")
-        refuse_idle({"log_json": log_json}, "log_json", why="is for a whole run: a share tells no progress")
+        told = {"log_json": log_json, "verbose": verbose}
+        refuse_idle(told, *told, why="is for a whole run: a share tells no progress")
         refuse_report(given, "is for a whole run: `shardmerge report OUT` makes one of its result")
         state = api.run_part(mapping, part, out, options, roots=moved, waiting=None if quiet else say_waiting)
         show_part(state, as_json=as_json)
         return
     report = asked_report(given)
-    with planning(mapping, quiet=quiet or as_json, machine=log_json):
+    with planning(mapping, quiet=reporting.silent, machine=log_json):
         prepared = api.prepare(Path(mapping), options, moved)
     path = api.output_path(prepared, out, mapping)
-    _carry_out(prepared, path, options, report, quiet=quiet, as_json=as_json, log_json=log_json)
+    _carry_out(prepared, path, options, reporting, report)
 
 
 @click.command()
@@ -150,6 +156,7 @@ def plan(  # one parameter an option
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
 @report_option
 @quiet_option
+@verbose_option
 @log_json_option
 @json_option
 def convert(  # noqa: PLR0913  # one parameter an option
@@ -165,6 +172,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
     save_mapping: str | None,
     dry_run: bool,
     quiet: bool,
+    verbose: bool,
     log_json: bool,
     as_json: bool,
     **given: Any,  # noqa: ANN401
@@ -175,13 +183,13 @@ def convert(  # noqa: PLR0913  # one parameter an option
     """
     from shardmerge import api
 
-    options = parsed(given)
+    options, reporting = parsed(given), Reporting.of(quiet, verbose, log_json, as_json)
     named = dict(pair(text) for text in bases)
     let = dict(pair(text, "--let", "ranks=8") for text in lets)
     if dry_run:
         refuse_report(given, "is for a run, and --dry-run makes none")
     report = asked_report(given)
-    with planning(source, quiet=quiet or as_json, machine=log_json):
+    with planning(source, quiet=reporting.silent, machine=log_json):
         prepared = api.prepare_conversion(
             source,
             use=use,
@@ -200,7 +208,7 @@ def convert(  # noqa: PLR0913  # one parameter an option
         _show_plan(prepared, Path(out), tensors=False, as_json=as_json)
         return
     path = Path(out).expanduser().absolute()
-    _carry_out(prepared, path, options, report, quiet=quiet, as_json=as_json, log_json=log_json)
+    _carry_out(prepared, path, options, reporting, report)
 
 
 def _saved(path: str | None, out: str) -> SavedMapping | None:
@@ -223,9 +231,14 @@ def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: 
         for line in explain.tensor_lines(prepared.plan):
             click.echo(line)
     else:
-        from shardmerge.cli.tables import show
+        _print_plan(prepared, out, cloned)
 
-        show(explain.plan_blocks(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
+
+def _print_plan(prepared: Prepared, out: Path | None, cloned: int = 0) -> None:
+    from shardmerge.cli.tables import show
+    from shardmerge.plan import explain
+
+    show(explain.plan_blocks(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
 
 
 def _warn(prepared: Prepared, *, machine: bool = False) -> None:
@@ -233,75 +246,40 @@ def _warn(prepared: Prepared, *, machine: bool = False) -> None:
         warn(warning, machine=machine)
 
 
-def _carry_out(
-    prepared: Prepared,
-    out: Path,
-    options: Options,
-    report: RunReport | None,
-    *,
-    quiet: bool,
-    as_json: bool,
-    log_json: bool,
-) -> None:
+def _carry_out(prepared: Prepared, out: Path, options: Options, reporting: Reporting, report: RunReport | None) -> None:
     from shardmerge import api
-    from shardmerge.plan import explain
+    from shardmerge.cli import outcomes
 
-    _warn(prepared, machine=log_json)
+    _begin(prepared, out, reporting)
     if report:
         report.begin(prepared, out)
     started = time.monotonic()
     total = sum(tensor.nbytes for tensor in prepared.plan.tensors())
-    with progress_bar(total, quiet=quiet or as_json, label=out.name, machine=log_json) as progress:
-        result = api.carry_out(prepared, out, options, report.watching(progress) if report else progress)
+    after, machine = "syncing" if options.sync else "", reporting.log_json
+    with progress_bar(total, quiet=reporting.silent, label=out.name, machine=machine, after=after) as progress:
+        publishing = partial(progress.begin, "publishing") if progress else bool
+        result = api.carry_out(prepared, out, options, report.watching(progress) if report else progress, publishing)
     seconds = time.monotonic() - started
     written = report.write(result, prepared) if report else None
-    if as_json:
+    if reporting.as_json:
         more = {"report": str(written)} if written else {}
-        click.echo(dumped(_result_json(result, prepared, seconds) | more))
+        click.echo(dumped(outcomes.result_json(result, prepared, seconds) | more))
         return
-    if options.device == "cuda":
-        warn("the planned peak does not count what torch and CUDA take", machine=log_json)
-    for name, count in sorted(result.outcome.overflows.items()):
-        warn(f"{count:,} values of {name} overflowed in the cast", machine=log_json)
-    if not quiet:
-        click.echo(explain.plan_text(result.plan, prepared.how, str(out), result.outcome.bytes_cloned))
-        click.echo(_said(result, seconds))
-        for rest in result.records.unchecked():
-            click.echo(f"not checked  {rest}")
+    for text in outcomes.doubts(result, options):
+        warn(text, machine=machine)
+    if not reporting.quiet:
+        colour.echo("\n".join(outcomes.summary(result, prepared, options, seconds)))
         if written:
             click.echo(f"report  {written}")
 
 
-def _said(result: Result, seconds: float) -> str:
-    kept = len(result.plan.shards) - result.made
-    if not result.made:
-        return (
-            "all of it was made before: published" if result.outcome.checksums else "published already: nothing to do"
-        )
-    rate = (result.outcome.bytes_written + result.outcome.bytes_cloned) / max(seconds, 1e-9) / 1e9
-    before = f"; {kept} of {len(result.plan.shards)} files were made before" if kept else ""
-    return f"written in {seconds:.1f} s ({rate:.2f} GB/s){before}"
+def _begin(prepared: Prepared, out: Path, reporting: Reporting) -> None:
+    from shardmerge import api
+    from shardmerge.cli import outcomes
 
-
-def _result_json(result: Result, prepared: Prepared, seconds: float) -> dict[str, object]:
-    from shardmerge.plan import explain
-    from shardmerge.plan.clones import moved
-
-    return {
-        "path": str(result.path),
-        "plan": result.plan.id,
-        "tensors": sum(1 for _ in result.plan.tensors()),
-        "total_size": result.plan.tensor_bytes,
-        "parts_made": result.made,
-        "bytes_read": result.outcome.bytes_read,
-        "bytes_written": result.outcome.bytes_written,
-        **explain.moved_json(moved(result.plan, result.outcome.bytes_cloned)),
-        "clone_seconds": round(result.outcome.clone_seconds, 6),
-        "overflows": result.outcome.overflows,
-        "source_records": asdict(result.records),
-        "warnings": list(result.plan.warnings),
-        "checks": list(result.plan.checks),
-        "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
-        "planned_peak": prepared.how.peak,
-        "seconds": round(seconds, 3),
-    }
+    _warn(prepared, machine=reporting.log_json)
+    if reporting.verbose:
+        _print_plan(prepared, out, api.clonable_bytes(prepared.plan, out))
+        colour.echo("")
+    elif not (reporting.silent or reporting.log_json):
+        colour.echo(outcomes.intention(prepared, out), err=True)

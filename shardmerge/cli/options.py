@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -109,7 +110,8 @@ device_option = click.option(
     default="cpu",
     help="Where to cast. cuda: needs torch, whose memory the plan does not count.",
 )
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Show the whole plan before it is carried out.")
 log_json_option = click.option("--log-json", is_flag=True, help="Progress as lines of JSON on stderr, for machines.")
 view_option = click.option(
     "--view",
@@ -128,6 +130,30 @@ save_mapping_option = click.option(
     "--save-mapping", type=click.Path(), metavar="FILE", help="Write the mapping that makes the same result."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@dataclass(frozen=True, slots=True)
+class Reporting:
+    """What a run says: nothing, the usual lines, the whole plan too; as JSON for machines."""
+
+    quiet: bool
+    verbose: bool
+    log_json: bool
+    as_json: bool
+
+    @classmethod
+    def of(cls, quiet: bool, verbose: bool, log_json: bool, as_json: bool) -> Reporting:
+        """Returns what the options say, or refuses ``--verbose`` where nothing is shown to people."""
+        if verbose and (quiet or as_json):
+            with_what = "--quiet" if quiet else "--json"
+            what = f"--verbose has no effect with {with_what}"
+            raise UsageError("no-effect", what, hint="leave --verbose out")
+        return cls(quiet, verbose, log_json, as_json)
+
+    @property
+    def silent(self) -> bool:
+        """Whether people are told nothing on the way."""
+        return self.quiet or self.as_json
 
 
 def parsed(given: dict[str, Any]) -> Options:

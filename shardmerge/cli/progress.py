@@ -14,8 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from shardmerge.cli import colour
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # In seconds: what is over sooner is not told; the longest silence; the shortest time between two lines.
 _SOON, _LONGEST, _SHORTEST = 5.0, 30.0, 10.0
@@ -23,8 +27,6 @@ _SOON, _LONGEST, _SHORTEST = 5.0, 30.0, 10.0
 _SHARE = 0.05
 # How often planning looks at the clock, in seconds; in a terminal a line is replaced as often.
 _LOOK = 0.5
-
-Advance = Callable[[int], None]
 
 
 def warn(text: str, *, machine: bool) -> None:
@@ -52,11 +54,24 @@ def planning(label: str, *, quiet: bool, machine: bool = False, phase: str = "pl
         told.wipe()
 
 
+Advance = Callable[[int], None]
+
+
+class Watch(Protocol):
+    """Whoever shows what is done."""
+
+    def __call__(self, nbytes: int) -> None:
+        """Counts bytes; called now and then with 0 too."""
+
+    def begin(self, phase: str) -> None:
+        """Says that a phase without bytes begins."""
+
+
 @contextmanager
-def progress_bar(
-    total: int, *, quiet: bool, label: str, phase: str = "writing", machine: bool = False
-) -> Iterator[Advance | None]:
-    """Yields the function to call with bytes done, and now and then with 0; None where nobody watches.
+def progress_bar(  # what is told, and to whom
+    total: int, *, quiet: bool, label: str, phase: str = "writing", after: str = "", machine: bool = False
+) -> Iterator[Watch | None]:
+    """Yields what is told of bytes done and of phases; None where nobody watches.
 
     Parameters
     ----------
@@ -65,31 +80,48 @@ def progress_bar(
     quiet
         Nothing is to be said.
     label, phase
-        To what it is done, and what: a result that is written is published with its last byte.
+        To what it is done, and what.
+    after
+        The phase that begins with the last byte, if any.
     machine
         JSON lines are asked for, quiet or not.
     """
     if machine or not (quiet or sys.stderr.isatty()):
-        yield _Told(phase, label, total, machine=machine).advance
+        yield _Told(phase, label, total, machine=machine, after=after)
     elif quiet:
         yield None
     else:
-        with _bar(total, label) as advance:
-            yield advance
+        with _bar(total, label, phase, after) as bar:
+            yield bar
 
 
 @contextmanager
-def _bar(total: int, label: str) -> Iterator[Advance]:
+def _bar(total: int, label: str, phase: str, after: str) -> Iterator[Watch]:
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr, mininterval=0.2) as bar:
+    tqdm.monitor_interval = 0  # its thread: a process with a second one cannot fork
+    desc = f"{phase} {label}"
+    with tqdm(total=total, unit="B", unit_scale=True, desc=desc, file=sys.stderr, mininterval=0.2, leave=False) as bar:
+        yield _Bar(bar, label, after)
 
-        def advance(nbytes: int) -> None:
-            if bar.update(nbytes):  # only when it redraws: /proc is not free
-                bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident", refresh=False)
 
-        yield advance
-        bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident")
+@dataclass(slots=True)
+class _Bar:
+    """A bar in a terminal, which goes when all is done; what comes after the last byte is a line in its place."""
+
+    bar: tqdm[NoReturn]
+    label: str
+    after: str
+
+    def __call__(self, nbytes: int) -> None:
+        if self.bar.update(nbytes):  # only when it redraws: /proc is not free
+            self.bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident", refresh=False)
+        if self.after and self.bar.n >= (self.bar.total or 0):
+            self.begin(self.after)
+
+    def begin(self, phase: str) -> None:
+        self.after = ""
+        self.bar.set_description_str(f"{phase} {self.label}")
 
 
 @dataclass(slots=True)
@@ -104,12 +136,15 @@ class _Told:
         Bytes; no total for a phase that has none.
     machine
         JSON lines, from the first moment on.
+    after
+        The phase that begins with the last byte, if any.
     """
 
     phase: str
     label: str
     total: int
     machine: bool
+    after: str = ""
     done: int = 0
     _began: float = 0.0
     _said: float = 0.0
@@ -121,14 +156,18 @@ class _Told:
         if self.machine:
             self._say()
 
-    def advance(self, nbytes: int) -> None:
-        """Counts bytes; with the last of them the phase ends, and what publishes the result begins."""
+    def __call__(self, nbytes: int) -> None:
+        """Counts bytes; with the last of them the next phase begins."""
         self.done += nbytes
-        if not nbytes or self.done < self.total or self.phase != "writing":
+        if self.after and self.done >= self.total:
+            self.begin(self.after)
+        else:
             self.look()
-            return
+
+    def begin(self, phase: str) -> None:
+        """Begins a phase without bytes; it is told where the last one was."""
         spoken = self.machine or self._said > self._began
-        self.phase, self.total = "publishing", 0
+        self.phase, self.total, self.after = phase, 0, ""
         self._begin()
         if spoken:
             self._say()

@@ -9,7 +9,7 @@ from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
 from shardmerge.plan.origins import origins_table
 from shardmerge.plan.shard import PlannedShard, bytes_read, tensor_json
-from shardmerge.plan.tables import Block, TextTable, human_bytes
+from shardmerge.plan.tables import Block, TextTable, counted, human_bytes
 from shardmerge.plan.value import Plan
 from shardmerge.tensors import TensorEntry, composed
 
@@ -126,8 +126,8 @@ def tensor_lines(plan: Plan) -> Iterable[str]:
 
 def _headline(plan: Plan, out: str) -> str:
     count = sum(1 for _ in plan.tensors())
-    shards = f"{len(plan.shards)} file" + ("s" if len(plan.shards) > 1 else "")
-    return f"{plan.target} -> {out}\n{count} tensors, {human_bytes(plan.tensor_bytes)} in {shards}"
+    shards = counted(len(plan.shards), "file")
+    return f"{plan.target} -> {out}\n{counted(count, 'tensor')}, {human_bytes(plan.tensor_bytes)} in {shards}"
 
 
 def _sources(plan: Plan) -> Iterator[Block]:

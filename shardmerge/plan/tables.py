@@ -53,3 +53,8 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+def counted(count: int, what: str) -> str:
+    """Returns a number of things: ``1 file``, ``45,395 tensors``."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

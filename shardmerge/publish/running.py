@@ -28,10 +28,25 @@ if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
 
 
-def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None = None) -> Result:
+def carry_out(
+    plan: Plan,
+    out: Path,
+    options: Options,
+    progress: Progress | None = None,
+    publishing: Callable[[], object] = bool,
+) -> Result:
     """Runs a plan and publishes the result as ``out``.
 
     What an earlier run of the same plan made is kept. What is published already is left as it is.
+
+    Parameters
+    ----------
+    plan, out, options
+        What, where, and how.
+    progress
+        See ``execute.executors.contract``; called with 0 while the result is published.
+    publishing
+        Called once all parts are made.
 
     Raises
     ------
@@ -40,7 +55,8 @@ def carry_out(plan: Plan, out: Path, options: Options, progress: Progress | None
         Whatever is raised but a ``PublishedError``, ``out`` is as it was.
     """
     goal = Goal.of(plan, out, fresh=options.fresh)
-    return _published(goal, partial(_make_missing, plan, out, options, progress), options, progress)
+    make = partial(_make_missing, plan, out, options, progress)
+    return _published(goal, make, options, progress, publishing=publishing)
 
 
 def carry_out_share(
@@ -128,7 +144,13 @@ class _Marking:
 
 
 def _published(
-    goal: Goal, make: Callable[[], int], options: Options, progress: Progress | None = None, *, recheck: bool = False
+    goal: Goal,
+    make: Callable[[], int],
+    options: Options,
+    progress: Progress | None = None,
+    *,
+    publishing: Callable[[], object] = bool,
+    recheck: bool = False,
 ) -> Result:
     """Has parts made and publishes the result; what fails because somebody else has done so did not fail."""
     if goal.reached():
@@ -137,6 +159,7 @@ def _published(
     how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
     try:
         made = make()
+        publishing()
         outcome, records = patiently(how, partial(progress, 0) if progress else bool, last=True)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
