@@ -238,6 +238,30 @@ def test_names_in_memory(tmp_path, small, names):
         assert any(name.startswith(component.prefix) for name in expectation.tensors)
 
 
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        ("legacy", "vision_tower.vision_model."),
+        ("4.52", "model.vision_tower.vision_model."),
+        ("5.6", "model.vision_tower."),
+    ],
+)
+def test_what_a_shorter_siglip_leaves_out(tmp_path, small, names, prefix):
+    """LLaVA's own code takes off the last layer and the head, and nothing is written in their place."""
+    sizes = {key: SMALL_VISION[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    siglip = transformers.SiglipVisionConfig(num_hidden_layers=3, image_size=28, patch_size=14, **sizes)
+    small["vision"] = catalog(tmp_path / "siglip", config=siglip.to_dict())
+    own = "model.vision_tower.vision_tower.vision_model.encoder.layers"
+    small["trained"] = trained(names=[f"{own}.{index}.layer_norm1.weight" for index in range(2)])
+    expectation = expect(ROLES, small, read, None, options={"names": names})
+    with torch.device("meta"):
+        whole = {name.removeprefix("vision_model.") for name in transformers.SiglipVisionModel(siglip).state_dict()}
+    gone = {name for name in whole if name.startswith(("encoder.layers.2.", "head."))}
+    assert {name for name in whole if (prefix + name).startswith(tuple(expectation.left_out))} == gone
+    assert {prefix + name for name in whole - gone} <= set(expectation.tensors)
+    assert not any(name.startswith(tuple(expectation.left_out)) for name in expectation.tensors)
+
+
 @pytest.mark.parametrize("names", ["legacy", "4.52", "5.6"])
 def test_each_layout_loads(tmp_path, small, names):
     save_file = pytest.importorskip("safetensors.torch").save_file
