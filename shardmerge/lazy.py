@@ -28,6 +28,8 @@ from shardmerge.tensors.pieces import single_extent
 if TYPE_CHECKING:
     import torch
 
+    from shardmerge.feeds import CheckpointReader, TorchState
+
 
 class _Reader(Protocol):
     """Something that gives the elements of a tensor, row-major."""
@@ -153,7 +155,7 @@ class LazyTensor:
         CheckpointError
             As ``numpy()``.
         """
-        import torch  # noqa: PLC0415  # 200 MiB that no conversion needs
+        import torch  # 200 MiB that no conversion needs
 
         dtype = getattr(torch, self.dtype.torch)
         if not self.nbytes:
@@ -256,6 +258,21 @@ class LazyCheckpoint(Displayed, Mapping[str, LazyTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def torch(self) -> TorchState:
+        """Returns a state dict of torch tensors, each read when it is taken. Needs torch.
+
+        For ``LlamaForCausalLM.from_pretrained(None, config=config, state_dict=checkpoint.torch())``.
+        """
+        from shardmerge.feeds import TorchState
+
+        return TorchState(self)
+
+    def storage_reader(self) -> CheckpointReader:
+        """Returns a reader for ``torch.distributed.checkpoint.load(state, storage_reader=...)``. Needs torch."""
+        from shardmerge.feeds import CheckpointReader
+
+        return CheckpointReader(self)
 
 
 class _EntryReader:

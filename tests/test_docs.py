@@ -175,14 +175,16 @@ PYTHON = {
     ),
     "plan_elsewhere.py": (["rename.yaml", "models", "moved"], "same plan: True\npublished: out 1 file\n"),
     "merge_in_memory.py": (["two-sources.yaml"], "head.weight torch.bfloat16 (2, 4) <- trained:head.weight"),
+    "load_sharded.py": (["models/base"], "tensors, of which encoder.bias sums to"),
     "catch_errors.py": (["checkpoints/last.pth"], "readable: torch zip"),
 }
 
 
 def test_every_python_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PYTHON)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PYTHON, "load_model.py"}  # tests/test_feeds.py runs it
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # said where there is one process
 @pytest.mark.parametrize("name", PYTHON)
 def test_python_examples_run(
     name: str, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
