@@ -133,7 +133,7 @@ def test_an_adapter_is_a_model(place: Path) -> None:
     ("text", "words"),
     [
         ("modules: {default: {models: []}}\n", "modules"),
-        ("tokenizer: {source: union, pad_to_multiple_of: 8}\n", "pad_to_multiple_of"),
+        ("tokenizer: {source: union, pad_to_multiple_of: -8}\n", "pad_to_multiple_of"),
         ("tokenizer: {sauce: union}\n", "sauce"),
         ("tokenizer: {tokens: {a: 3}}\n", "tokens"),
         ("chat_template: chatmi\n", "chatmi"),

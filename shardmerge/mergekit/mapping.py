@@ -165,9 +165,9 @@ class _Writer:
             made = term(self.config, part, refer, Moment(name, 0.0))
             yield escape(name), made
         rows = joint.models[joint.origin].rows
-        trim = ", trim: true" if len(joint.tokens) < rows else ""
+        trim = ", trim: true" if joint.rows < rows else ""
         tokens = f", tokens: {json.dumps(list(joint.new), ensure_ascii=False)}" if joint.new else ""
-        self.vocabulary = f"vocabulary: {{rows: {len(joint.tokens)}{trim}{tokens}}}"
+        self.vocabulary = f"vocabulary: {{rows: {joint.rows}{trim}{tokens}}}"
         if joint.new:
             self.notes.append("tokens that the base lacks are added to its tokenizer as special ones")
 

@@ -63,6 +63,8 @@ class JointVocabulary:
     ----------
     new
         Tokens that the tokenizer of ``origin`` lacks.
+    pad
+        Rows behind those of the tokens, the mean of which each model has there.
     """
 
     origin: str
@@ -71,14 +73,20 @@ class JointVocabulary:
     models: Mapping[str, ModelVocabulary]
     base: str
     choices: Mapping[str, TokenChoice] = field(default_factory=dict)
+    pad: int = 0
     mark: Mark = field(default_factory=lambda: Mark("", 1, 1))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the result."""
+        return len(self.tokens) + self.pad
 
     @property
     def changes(self) -> bool:
         """Whether any model's rows are not those of the result."""
         own = self.models[self.origin]
         same = all(one.ids == own.ids and one.rows == len(self.tokens) for one in self.models.values())
-        return bool(self.new or self.choices) or not same
+        return bool(self.new or self.choices or self.pad) or not same
 
     def embedding(self, model: str, name: str, source: Mapping[str, str]) -> Written:
         """Returns a tensor of a model with the rows of the result.
@@ -92,11 +100,15 @@ class JointVocabulary:
         if len(runs) > _MOST_PIECES:
             what = f"tokenizers with little in common: {model} would be put together of {len(runs)} pieces"
             raise not_sayable(what, self.mark)
-        wide = any(len(rows) > 1 for rows, _ in runs)
+        wide = self.pad > 0 or any(len(rows) > 1 for rows, _ in runs)
         parts = [self._piece(rows, count, name, source, wide=wide) for rows, count in runs]
-        if len(runs) == 1 and runs[0] == (((model, 0),), self.models[model].rows):
+        if not self.pad and runs == [(((model, 0),), self.models[model].rows)]:
             return f"{source[model]}:{name}"
-        return parts[0] if len(parts) == 1 else {"op": "concat", "of": parts}
+        body: Written = parts[0] if len(parts) == 1 else {"op": "concat", "of": parts}
+        if not self.pad:
+            return body
+        mean: Written = {"op": "new_rows", "of": body, "rows": str(self.pad)}
+        return {"op": "concat", "of": [*parts, {"op": "cast", "of": mean, "dtype": "float32"}]}
 
     def _piece(self, rows: TokenRows, count: int, name: str, source: Mapping[str, str], *, wide: bool) -> Written:
         dtype, shape = self.models[self.origin].tensors[name]

@@ -32,7 +32,7 @@ def joint_vocabulary(config: MergeConfig, catalogs: Mapping[str, Catalog], read:
     """
     node = config.tokenizer
     assert node is not None  # asked for only where it is said
-    source, tokens, mark = _said(node)
+    source, tokens, multiple, mark = _said(node)
     first = config.base or next(iter(catalogs))
     models = {model: _model(model, catalog, read) for model, catalog in catalogs.items()}
     for other in (one.model for one in tokens.values() if one.model and one.model not in models):
@@ -44,25 +44,29 @@ def joint_vocabulary(config: MergeConfig, catalogs: Mapping[str, Catalog], read:
     known = _in_order(models[origin], mark)
     others = (token for one in models.values() for token in _by_id(one)) if source == "union" else ()
     new = [token for token in dict.fromkeys((*others, *tokens)) if token not in models[origin].ids]
-    return JointVocabulary(origin, [*known, *new], new, models, config.base, tokens, mark)
+    pad = -(len(known) + len(new)) % multiple
+    return JointVocabulary(origin, [*known, *new], new, models, config.base, tokens, pad, mark)
 
 
-def _said(node: Node) -> tuple[str, dict[str, TokenChoice], Mark]:
+def _said(node: Node) -> tuple[str, dict[str, TokenChoice], int, Mark]:
+    """Returns the source, what is said of single tokens, and of which number the rows are a multiple."""
     if isinstance(node, Scalar):
-        return node.text, {}, node.mark
+        return node.text, {}, 1, node.mark
     fields = {key.text: value for key, value in node.entries} if isinstance(node, Table) else {}
     odd = sorted({*fields} - {*_KEYS}) or ([] if fields else ["a tokenizer that is a list"])
     if odd or isinstance(node, Items):
         raise not_sayable(f"`tokenizer: {', '.join(odd)}`", node.mark, "write `source`, `tokens`")
-    if "pad_to_multiple_of" in fields and json_value(fields["pad_to_multiple_of"]) is not None:
-        what = "`pad_to_multiple_of`, rows that are made before the merge"
-        raise not_sayable(what, fields["pad_to_multiple_of"].mark, "leave it out, and add `vocabulary: {multiple: N}`")
+    multiple = json_value(fields["pad_to_multiple_of"]) if "pad_to_multiple_of" in fields else None
+    if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
+        what = f"`pad_to_multiple_of: {multiple}`"
+        raise not_sayable(what, fields["pad_to_multiple_of"].mark, "write a number of rows, as 64")
     source = json_value(fields["source"]) if "source" in fields else "union"
     tokens = json_value(fields["tokens"]) if "tokens" in fields else {}
     if not isinstance(source, str) or not isinstance(tokens or {}, dict):
         raise not_sayable("this `tokenizer`", node.mark)
     assert isinstance(tokens, dict | None)
-    return source, {token: _choice(value, node.mark) for token, value in (tokens or {}).items()}, node.mark
+    chosen = {token: _choice(value, node.mark) for token, value in (tokens or {}).items()}
+    return source, chosen, multiple or 1, node.mark
 
 
 def _choice(value: object, mark: Mark) -> TokenChoice:

@@ -229,10 +229,10 @@ ROWS = [
         told("write `source`", ", sauce: x", ""),
     ),
     Row(
-        "a padded vocabulary",
-        config(union("pad_to_multiple_of: 8")),
+        "a vocabulary padded to nothing",
+        config(union("pad_to_multiple_of: 0")),
         "not-sayable",
-        told("leave it out", ", pad_to_multiple_of: 8", ""),
+        told("as 64", "pad_to_multiple_of: 0", "pad_to_multiple_of: 64"),
     ),
     Row(
         "a token that is a number",
