@@ -109,6 +109,17 @@ def test_numbers_inside_numbers() -> None:
     assert texts(patterns) == ["layers.{0,2}.experts.0-7.w{1,3}.weight", "layers.1.experts.{0-4,6-7}.w{1,3}.weight"]
 
 
+def test_numbers_with_zeros_before_them_are_words() -> None:
+    assert texts(name_patterns([("w.007", ""), ("w.008", ""), ("w.9", ""), ("w.10", "")])) == ["w.00{7,8}", "w.9-10"]
+
+
+def test_modules_of_an_adapter_stand_together_inside_their_layer_only() -> None:
+    names = [f"layers.{i}.attn.{p}_proj.lora_A.default.weight" for i in range(2) for p in "qk"]
+    assert texts(name_patterns((one, "") for one in names)) == ["layers.0-1.attn.{q,k}_proj.lora_A.default.weight"]
+    towers = [("llm.model.embed.weight", ""), ("vision.model.embed.weight", "")]
+    assert texts(name_patterns(towers)) == ["llm.model.embed.weight", "vision.model.embed.weight"]
+
+
 def test_words_are_cut_where_a_part_of_a_word_ends() -> None:
     assert segment_text(("input_layernorm", "post_attention_layernorm")) == "{input,post_attention}_layernorm"
     assert segment_text(("weight", "height")) == "{weight,height}"

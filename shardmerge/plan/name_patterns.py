@@ -1,7 +1,7 @@
 """Names of tensors as few patterns: ``layers.0-31.mlp.{gate,up}_proj.weight``. Pure.
 
 A pattern is a product: for every segment of a name the texts it may have. Tensors share one if they have the same type
-and shape, and names that differ in numbers only, or in a word of the last two segments. A pattern stands for all names
+and shape, and names that differ in numbers only, or in a word near their end. A pattern stands for all names
 of its product, no more and no fewer: what is missing or different gets a pattern of its own.
 """
 
@@ -25,8 +25,9 @@ Choices: TypeAlias = tuple[str, ...]
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 # A kind that so few of a pattern's names have, beside one of another, is worth a second look: one of four.
 _RARE = 3
-# Words stand together in these segments, counted from the end: `{q,k}_proj.weight`, `norm.{weight,bias}`.
-_WORDS = (-1, -2)
+# Words stand together in these segments, counted from the end: `{q,k}_proj.weight`, `norm.{weight,bias}`, and inside a
+# layer `{q,k}_proj.lora_A.default.weight`.
+_WORDS, _WORDS_OF_LAYER = (-1, -2), (-3, -4)
 # More texts of a segment than these are not spelt out.
 _MOST_TEXTS = 8
 
@@ -77,7 +78,7 @@ def name_patterns(kinds: Iterable[tuple[str, Kind]]) -> list[NamePattern[Kind]]:
         skeleton, found = _apart(name)
         numbers[skeleton][kind].append(found)
     patterns = [one for skeleton, by_kind in numbers.items() for one in _of_skeleton(skeleton, by_kind)]
-    for at in _WORDS:
+    for at in (*_WORDS, *_WORDS_OF_LAYER):
         patterns = _braced(patterns, at)
     return patterns
 
@@ -141,11 +142,17 @@ def _braced(patterns: list[NamePattern[Kind]], at: int) -> list[NamePattern[Kind
     """Puts patterns together that differ in the words of one segment only."""
     found: dict[Hashable, tuple[NamePattern[Kind], list[str]]] = {}
     for index, one in enumerate(patterns):
-        worded = len(one.segments) >= -at and not is_number(one.segments[at])
+        worded = len(one.segments) >= -at and _is_worded(one.segments, at)
         key = (*_around(one, at), one.kind, one.usual) if worded else index
         _, words = found.setdefault(key, (one, []))
         words.extend(one.segments[at] if worded else ())
     return [_with_words(one, at, tuple(words)) for one, words in found.values()]
+
+
+def _is_worded(segments: tuple[Choices, ...], at: int) -> bool:
+    if at in _WORDS:
+        return not is_number(segments[at])
+    return any(map(is_number, segments[:at])) and not any(map(is_number, segments[at:]))
 
 
 def _around(one: NamePattern[Kind], at: int) -> tuple[tuple[Choices, ...], tuple[Choices, ...]]:
