@@ -124,7 +124,8 @@ def _merges(stem: str, result: Result) -> Iterator[str]:
     rows = []
     for run in result["runs"].values():
         figures = [f"{run[key] / 1e9:.1f}" for key in ("total_size", "bytes_read")]
-        peaks = [f"{run[key] / MIB:.0f}" for key in ("peak", "planned_peak")]
+        # Of the largest process, or what all of them together had at once, without file pages.
+        peaks = [f"{size / MIB:.0f}" for size in (max(run["peak"], run["anonymous"]), run["planned_peak"])]
         limit = f"{run['limit'] / MIB:.0f}" if run.get("limit") else ""
         rows.append([run["about"], run["layers"], *figures, f"{run['wall']:.0f}", *peaks, limit])
     columns = ["", "layers", "written GB", "read GB", "wall s", "peak MiB", "what the plan promised", "limit MiB"]
