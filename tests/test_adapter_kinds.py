@@ -6,6 +6,7 @@ The judge is peft on the same input, and transformers for what is loaded; otherw
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +24,8 @@ from transformers import (
     BertForMaskedLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import shardmerge as sm
@@ -593,3 +597,42 @@ def test_another_module_that_the_base_lacks_is_named(tmp_path: Path) -> None:
     body |= {name: one for name, one in base_state(model).items() if name != "score.weight"}
     save_file(body, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     assert_same(merge(tmp_path, base="other"), merged_state(model))
+
+
+def test_single_experts_onto_fused_ones_by_the_route_that_the_error_names(tmp_path: Path) -> None:
+    """An adapter of transformers before 5, whose experts were modules, and a base saved as transformers 5 has it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "head_dim": 8}
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **counts, num_experts_per_tok=1)).eval()
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
+    model.save_pretrained(tmp_path / "single")
+    state = load_file(tmp_path / "single" / "model.safetensors")
+    alike = nn.Module()
+    for name, weight in state.items():
+        if ".experts." in name:
+            placed(alike, name.removesuffix(".weight"), weight)
+    adapter = trained(alike, tmp_path / "lora", target_modules=["gate_proj", "up_proj", "down_proj"])
+    truth = state | merged_state(adapter)
+    said = refused(tmp_path)
+    assert "experts fused" in said
+    command = re.search(r"`shardmerge convert (\S+) SPLIT --use (\S+)`", said)
+    assert command is not None
+    sm.convert(command[1], tmp_path / "split", use=command[2], options=sm.Options(sync=False))
+    assert_same(merge(tmp_path, base="split"), truth)
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    sm.convert(tmp_path / "out", tmp_path / "fused", use="hf/to-5.0", options=sm.Options(sync=False))
+    found = read_all(sm.inspect(tmp_path / "fused"))
+    assert_same({name: found[name] for name in again}, again, 0)
+
+
+def placed(root: nn.Module, path: str, weight: torch.Tensor) -> None:
+    """A linear layer at a path, with the modules on the way."""
+    *way, last = path.split(".")
+    for word in way:
+        if not hasattr(root, word):
+            root.add_module(word, nn.Module())
+        root = getattr(root, word)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight.clone()
+    root.add_module(last, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 
 from shardmerge.adapters.fit import Fit, wanted
 from shardmerge.adapters.names import Places
@@ -13,6 +14,7 @@ from shardmerge.errors import MappingError
 from shardmerge.mapping.near import NameIndex, count, listed
 from shardmerge.mapping.renaming import Renamings, line, renamed
 from shardmerge.mapping.spec import AdapterSpec
+from shardmerge.tensors.file_roles import CONFIG
 
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.")
 # One tensor for all experts of a layer, as transformers 5 holds them in memory and others on disk.
@@ -93,7 +95,9 @@ def _way(spec: AdapterSpec, names: Sequence[str], fits: Mapping[str, Fit], place
         lines = " or ".join(f"`{line(one)}`" for one in places.ways[:4])
         return f"say which one is meant, in the adapter's line under `adapters:`: {lines}"
     if _fused(names, places):
-        return f"name as `{onto}` the model with a tensor for each expert, as transformers before 5 saves it"
+        command = f"shardmerge convert {quote(places.base.path)} SPLIT --use hf/to-4.51"
+        split = f"split them first, by `{command}`, and " if CONFIG in places.base.side_files else ""
+        return f"{split}name as `{onto}` the model with a tensor for each expert, as transformers before 5 saves it"
     if spec.renames:
         return f"correct the line under `rename:` to names of {onto}"
     if rules := _proposed(names, fits, places):
