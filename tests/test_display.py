@@ -61,11 +61,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "verdict": shardmerge.verify(result.path),
         "tensor": shardmerge.open_checkpoint(folder / "mapping.yaml")["lm_head.weight"],
         "entry": catalog["lm_head.weight"],
+        "comparison": shardmerge.diff(result.path, folder / "one.safetensors"),
         "huge": HUGE,
     }
 
 
-VALUES = ["plan", "result", "catalog", "checkpoint", "preset", "verdict", "tensor", "entry", "huge"]
+VALUES = ["plan", "result", "catalog", "checkpoint", "preset", "verdict", "comparison", "tensor", "entry", "huge"]
 CARDS = [name for name in VALUES if name not in ("tensor", "entry")]
 
 

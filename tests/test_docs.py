@@ -175,6 +175,10 @@ PYTHON = {
     ),
     "plan_elsewhere.py": (["rename.yaml", "models", "moved"], "same plan: True\npublished: out 1 file\n"),
     "merge_in_memory.py": (["two-sources.yaml"], "head.weight torch.bfloat16 (2, 4) <- trained:head.weight"),
+    "tour.py": (
+        ["two-sources.yaml", "models/base", "out/tour"],
+        "after a cast: 0 differences\nreport: tour.report.html\n",
+    ),
     "load_sharded.py": (["models/base"], "tensors, of which encoder.bias sums to"),
     "catch_errors.py": (["checkpoints/last.pth"], "readable: torch zip"),
 }
@@ -312,3 +316,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     for name in shardmerge.__all__:
         if name != "__version__":
             assert re.search(rf"\.{name}$|`{name}`", page, flags=re.MULTILINE), name
+
+
+def test_every_public_name_is_in_an_example_that_runs() -> None:
+    texts = [(EXAMPLES / name).read_text("utf-8") for name in PYTHON]
+    used = {name for text in texts for name in re.findall(r"\bshardmerge\.(\w+)", text)}
+    assert set(shardmerge.__all__) <= used

@@ -13,6 +13,7 @@ from shardmerge.plan.catalog_tree import human_count
 from shardmerge.plan.shard import PlannedTensor, is_copy
 from shardmerge.plan.tables import human_bytes
 from shardmerge.plan.value import Plan
+from shardmerge.publish.comparing import Comparison
 from shardmerge.publish.results import Result
 from shardmerge.publish.verify import Verdict
 from shardmerge.tensors import Catalog, leaves
@@ -96,6 +97,12 @@ def _(preset: Preset) -> Card:
     rules = tuple(rule.target.text for rule in preset.rules)
     title = f"Preset {preset.name}: {preset.title}"
     return Card(title, tuple(fact for fact in facts if fact[1]), items=(_counted(len(rules), "rule"), rules))
+
+
+@card.register
+def _(found: Comparison) -> Card:
+    title = f"Comparison: {_counted(len(found), 'difference')}, {found.equal:,} equal, {found.close:,} close"
+    return Card(title, tuple((one.name, f"{one.what}: {one.detail}") for one in found.differences))
 
 
 @card.register

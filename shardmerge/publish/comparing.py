@@ -13,6 +13,7 @@ from shardmerge.execute.pins import Pins
 from shardmerge.ops.arrays import Array, as_array
 from shardmerge.plan.value import Plan
 from shardmerge.publish.closeness import Closeness, Distance, cast, castable
+from shardmerge.shown import Displayed
 from shardmerge.storage.packed import source_opener
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog, FileStamp, TensorEntry
@@ -50,8 +51,8 @@ class Difference:
 _Group: TypeAlias = tuple[Difference, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Displayed):
     """What a comparison found. It iterates over the differences; if there are none, it is empty.
 
     Attributes

@@ -1,0 +1,52 @@
+"""Every public name once: python tour.py MAPPING CHECKPOINT OUT."""
+
+import sys
+
+import shardmerge
+
+mapping, checkpoint, out = sys.argv[1:4]
+
+# Values to look at, made from headers alone.
+catalog: shardmerge.Catalog = shardmerge.inspect(checkpoint)
+entry: shardmerge.TensorEntry = next(iter(catalog.entries.values()))
+print("inspect:", catalog.kind, "layout:", shardmerge.layout_of(catalog) or "unknown", "first:", entry.name)
+print("matching:", shardmerge.matching(catalog, ["{layer}.weight"]))
+print("presets:", len(shardmerge.presets()), "in version", shardmerge.__version__)
+
+# A plan, what it makes, and a result that is verified.
+options = shardmerge.Options(dtype="bfloat16", memory="256MiB", overwrite=True)
+plan: shardmerge.Plan = shardmerge.plan(mapping, options)
+result: shardmerge.Result = shardmerge.run(mapping, out, options)
+verdict: shardmerge.Verdict = shardmerge.verify(result.path)
+print("run:", verdict.tensors, "tensors, as planned:", result.plan.id == plan.id)
+print("cleaned:", len(shardmerge.clean(out)), "unfinished runs")
+
+# The same tensors without writing them, and how they differ from others.
+merged: shardmerge.LazyCheckpoint = shardmerge.open_checkpoint(mapping)
+tensor: shardmerge.LazyTensor = next(iter(merged.values()))
+print("open_checkpoint:", tensor.name, tensor[...].shape)
+converted = shardmerge.convert(out, f"{out}-fp32", dtype="float32", overwrite=True)
+found: shardmerge.Comparison = shardmerge.diff(result.path, converted.path)
+worst: shardmerge.Difference = found.differences[0]
+distance: shardmerge.Distance | None = worst.distance
+print("diff:", worst.what, "of", len(found), "tensors; largest difference", distance.max_abs if distance else 0.0)
+same = shardmerge.diff(result.path, converted.path, how=shardmerge.Closeness(cast="bfloat16"))
+print("after a cast:", len(same), "differences")
+print("report:", shardmerge.report(result.path).name)
+
+# Errors: one tree; the class says what kind, the code what exactly.
+refused = (shardmerge.CheckpointError, shardmerge.MappingError, shardmerge.TargetError, shardmerge.OutputError)
+assert all(issubclass(kind, shardmerge.RefusedError) for kind in refused)
+others = (
+    shardmerge.UsageError,
+    shardmerge.VerificationError,
+    shardmerge.ResourceError,
+    shardmerge.InterruptedRunError,
+    shardmerge.PublishedError,
+    shardmerge.Problems,
+)
+assert all(issubclass(kind, shardmerge.ShardmergeError) for kind in others)
+try:
+    shardmerge.plan("no-such.yaml")
+except shardmerge.ShardmergeError as error:
+    print("error:", error.code, error.exit_code)
