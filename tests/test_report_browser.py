@@ -123,6 +123,22 @@ def test_nothing_is_wider_than_the_window(tab: Tab, page: Path, curves: Path, si
         assert tab.errors == []
 
 
+OVERLAPS = """(() => {
+  const texts = [...document.querySelectorAll('svg.narrow.flow text, svg.wide.flow text')]
+    .filter((one) => one.getClientRects().length).map((one) => [one.textContent, one.getBoundingClientRect()]);
+  return texts.flatMap(([name, a], place) => texts.slice(place + 1)
+    .filter(([, b]) => a.left < b.right && b.left < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom)
+    .map(([other]) => [name, other]));
+})()"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_names_in_the_flow_lie_over_each_other(tab: Tab, page: Path, size: str) -> None:
+    tab.view(SIZES[size])
+    tab.open(page)
+    assert tab.ask(OVERLAPS) == []
+
+
 CONTRAST = """(() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
   const light = (color) => {

@@ -30,8 +30,8 @@ _HEIGHT = 300
 # The smallest height of a bar that has bytes: it should be seen.
 _LEAST = 2.0
 _COLOURS = 8
-# Characters of the text above a bar are about so wide.
-_CHARACTER = 7.2
+# Characters of the text above a bar are at most about so wide. The one in the middle takes room on both sides of it.
+_CHARACTER = 8.8
 
 
 def streams(tensors: Sequence[Origin]) -> dict[tuple[str, str, str], float]:
@@ -193,7 +193,7 @@ def _band(left: _Bar, right: _Bar, nbytes: float) -> str:
 def _bar_svg(bar: _Bar, column: int, width: int, count: int | None, colour: int | None) -> str:
     anchor, x = (("start", bar.x), ("middle", bar.x + _BAR / 2), ("end", bar.x + _BAR))[column]
     detail = human_bytes(round(bar.nbytes)) + (f" · {count:,}" if count else "")
-    name = bar.name if len(bar.name) <= (room := int(width / 3 / _CHARACTER)) else _cut(bar.name, room)
+    name = bar.name if len(bar.name) <= (room := int((width / 2 - 8) / 1.5 / _CHARACTER)) else _cut(bar.name, room)
     mark = "bar" if colour is None else f"bar c{colour}"
     return (
         f'<rect class="{mark}" x="{bar.x:.1f}" y="{bar.y:.1f}" width="{_BAR}" height="{bar.height:.1f}" rx="2"/>'

@@ -86,7 +86,7 @@ def flow(found: Provenance) -> str:
     return (
         '<section aria-labelledby="flow"><h2 id="flow">Where the bytes come from</h2>'
         "<p>From each source, through what was done, to the parts of the model. Widths are bytes of the result; "
-        "the second number is the number of tensors.</p>"
+        "the second number counts tensors.</p>"
         '<div class="columns" aria-hidden="true"><span>source</span><span>operation</span><span>result</span></div>'
         f"\n{pictures}\n<details><summary>The same as a table</summary>{same}</details></section>"
     )
