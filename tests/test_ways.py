@@ -147,3 +147,17 @@ def test_a_wide_terminal_shows_what_a_pipe_gets(names: Path) -> None:
     assert plain(shown) == shardmerge("plan", names).stdout
     assert "\x1b[1mfrom " in shown
     assert not CONTROL.search(in_terminal("--color", "never", "plan", names, columns=80))
+
+
+def test_words_of_usual_length_are_whole_at_80_columns() -> None:
+    """The widest column gives way, down to its longest word, or to a third of the screen if that is longer."""
+    program = (
+        "from shardmerge.cli.tables import show_table; from shardmerge.plan.tables import TextTable\n"
+        "row = ('trained (fp32 partitions, group 0) + other', 'multi_modal_projector.*', '45,395', 'a_name_' * 9)\n"
+        "show_table(TextTable(('from', 'target', 'tensors', 'how'), [row], frozenset({2})))\n"
+    )
+    shown = plain(in_terminal(program=("-c", program), columns=80))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(word in shown for word in ("partitions,", "multi_modal_projector.*", " 45,395"))
+    at = shown.splitlines()[0].index("how")
+    assert "".join(line[at:].strip() for line in shown.splitlines()[1:]) == "a_name_" * 9

@@ -144,10 +144,8 @@ class Reporting:
     @classmethod
     def of(cls, quiet: bool, verbose: bool, log_json: bool, as_json: bool) -> Reporting:
         """Returns what the options say, or refuses ``--verbose`` where nothing is shown to people."""
-        if verbose and (quiet or as_json):
-            with_what = "--quiet" if quiet else "--json"
-            what = f"--verbose has no effect with {with_what}"
-            raise UsageError("no-effect", what, hint="leave --verbose out")
+        why = "shows the plan, and --quiet and --json show none"
+        refuse_idle({"verbose": verbose and (quiet or as_json)}, "verbose", why=why)
         return cls(quiet, verbose, log_json, as_json)
 
     @property
