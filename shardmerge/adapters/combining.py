@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import copysign, sqrt
 
 from shardmerge.adapters.parts import AdapterTensors, sort_adapter
+from shardmerge.adapters.refusals import refuse_no_adapter
 from shardmerge.adapters.roots import PREFIX
 from shardmerge.adapters.settings import AdapterSettings, read_adapter_settings
 from shardmerge.compose import cast_to, compose
@@ -130,13 +131,15 @@ def combined(specs: Sequence[AdapterSpec], way: str, catalogs: Mapping[str, Cata
     ------
     MappingError
         ``adapter-setting``: more than pairs of A and B. ``adapter-rank``: ``linear`` of unequal shapes.
-        ``adapter-incomplete``, ``unknown-alpha`` and those of reading the adapters.
+        ``not-an-adapter``, ``adapter-incomplete``, ``unknown-alpha`` and those of reading the adapters.
     """
     members = []
     for spec in specs:
         catalog = catalogs[spec.source.source]
         settings = read_adapter_settings(spec, catalog, read)
         parts = sort_adapter(spec, catalog)
+        if not parts.modules:
+            refuse_no_adapter(spec, catalog, parts)
         _refuse_more_than_pairs(spec, parts, settings, way)
         members.append((parts, settings))
     ranks = [max(_ranks(parts)) for parts, _ in members]

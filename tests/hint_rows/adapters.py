@@ -117,6 +117,20 @@ def several(said: str, adapters: Sequence[str] = ("policy", "reference")) -> Giv
     return given
 
 
+def two_runs(*lines: str, **second: object) -> Given:
+    """Two LoRA runs on a base as ``one`` and ``two``, and a mapping that merges them."""
+
+    def given(call: Call) -> Sequence[str]:
+        base = llama()
+        saved(base, call.folder / "base")
+        trained(opened(base, call.folder / "base"), call.folder / "one")
+        trained(opened(base, call.folder / "base"), call.folder / "two", seed=2, **second)
+        write_mapping(call.folder, list(lines), "base", ["one", "two"])
+        return RUN
+
+    return given
+
+
 def square(folder: Path) -> None:
     """A GPT-2 without config.json and without a layer that tells which way round its layers are."""
     state = load_file(folder / "base/model.safetensors")
@@ -272,5 +286,21 @@ PARTS = [
         ran,
     ),
 ]
+TOGETHER = [
+    Row(
+        "adapters combined in two ways",
+        two_runs("from: one, onto: base", "from: one, onto: one, combination_type: linear", "from: two, onto: one"),
+        "adapter-setting",
+        told("the same `combination_type:`", "from: two, onto: one", "from: two, onto: one, combination_type: linear"),
+        words="the same",
+    ),
+    Row(
+        "a DoRA onto an adapter",
+        two_runs("from: one, onto: base", "from: two, onto: one", use_dora=True),
+        "adapter-setting",
+        told("name the model as `onto`, with `combination_type: cat`", "onto: one", "onto: base"),
+        words="name the model",
+    ),
+]
 
-ROWS = [*CONFIG, *PARTS]
+ROWS = [*CONFIG, *PARTS, *TOGETHER]

@@ -93,11 +93,6 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "test_adapter_maths.py::test_a_combination_that_is_no_merge_is_refused_with_the_reason",
     ),
     (
-        "adapter-setting",
-        "write `combination_type: cat`, which adds",
-        "test_adapter_maths.py::test_linear_is_of_pairs_alone",
-    ),
-    (
         "adapter-rank",
         "write `combination_type: cat`, which needs",
         "test_adapter_maths.py::test_linear_is_of_pairs_alone",
