@@ -25,7 +25,7 @@ def answers(found: Mapping[str, Result], details: str) -> Iterator[str]:
     yield "# Benchmarks\n"
     yield f"Short answers. Every run, spread and machine stands in [All measurements]({details}).\n"
     if HEADLINE in measured:
-        yield f"**{headline(measured[HEADLINE])}**\n"
+        yield f"{headline(measured[HEADLINE])}\n"
         yield "![Memory over time, DeepSpeed and shardmerge](plots/headline.svg)\n"
     yield "## Beside other tools\n"
     yield "Medians. The other tools do not wait for the disk, so shardmerge does not either here (`--no-sync`).\n"

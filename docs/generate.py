@@ -13,6 +13,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.headline import HEADLINE, headline
+from benchmarks.reading import read
+from benchmarks.report import RESULTS
 from docs.adapter_page import adapter_page
 from docs.flow_pictures import flow_pictures
 from docs.layout_picture import picture
@@ -44,6 +47,7 @@ def generated() -> dict[Path, str]:
         reference: _with_targets(shown[reference]),
         guide: _with_layouts(shown[guide]),
         architectures: _with_architectures(shown[architectures]),
+        ROOT / "README.md": _with_headline((ROOT / "README.md").read_text("utf-8")),
     }
 
 
@@ -97,6 +101,12 @@ def _with_architectures(text: str) -> str:
     rows = [(one.title, f"`{one.model_type}`", ", ".join(f"`{kind}`" for kind in one.classes)) for one in tables]
     lines = "\n".join(["", *table(("architecture", "model_type", "classes"), rows), "", ""])
     return _between(text, "<!-- generated: architectures -->\n", lines, "<!-- end of architectures -->\n")
+
+
+def _with_headline(text: str) -> str:
+    result = read(RESULTS)[HEADLINE]
+    line = f"{headline(result)} [How it was measured](docs/benchmarks.md)\n"
+    return _between(text, "<!-- generated: headline -->\n", f"\n{line}\n", "<!-- end of headline -->\n")
 
 
 def _between(text: str, begin: str, inside: str, end: str) -> str:
