@@ -31,8 +31,8 @@ def headline(result: Result) -> str:
     faster = sorted(ratio(peer, mine)["median"] for peer in peers(result))
     memory = min(ratio(peer, mine, "peak")["median"] for peer in peers(result))
     return (
-        f"**{faster[0]:.0f} to {faster[-1]:.0f} times faster than DeepSpeed's own converters, in 1/{memory:.0f} of their "
-        "memory**: "
+        f"**{faster[0]:.0f} to {faster[-1]:.0f} times faster than DeepSpeed's own converters, "
+        f"in 1/{memory:.0f} of their memory**: "
         f"{result['case']['title']}, medians of {result['rounds']} runs."
     )
 
