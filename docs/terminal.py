@@ -56,7 +56,7 @@ class Recorder:
     columns, rows
         The size of the terminal, in characters.
     folder
-        Where the commands run.
+        Where the commands run; it is shown as ``~/llava``.
     environment
         What is set besides.
     """
@@ -86,7 +86,7 @@ class Recorder:
         )
         os.close(theirs)
         for text in _read(ours, process):
-            self._show(text)
+            self._show(text.replace(str(self._folder), "~/llava"))
         os.close(ours)
         return process.wait()
 
