@@ -12,6 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  # numpy learns bfloat16
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from docs.terminal import Recorder, picture, recording, shardmerge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,18 @@ def _mistake(folder: Path) -> None:
     (folder / "mapping.yaml").write_text(text.replace("vision:", "vison:"), "utf-8")
 
 
+def _train_on(folder: Path) -> None:
+    """Writes ``tuned``: the language model with another dtype, and other values in two tensors."""
+    source = folder / "base_llm"
+    shutil.copytree(source, folder / "tuned")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        tensors[name][:2] += 0.25
+    save_file(
+        {name: values.astype(np.float32) for name, values in tensors.items()}, folder / "tuned" / "model.safetensors"
+    )
+
+
 _RUN = "shardmerge run mapping.yaml"
 
 SCENES = {
@@ -52,7 +68,7 @@ SCENES = {
             ("plan", ("shardmerge plan mapping.yaml",), None),
             ("inspect", ("shardmerge inspect iter_2.pth",), None),
             ("error", (_RUN,), _mistake),
-            ("diff", (f"{_RUN} --quiet", "shardmerge diff out/llava base_llm"), None),
+            ("diff", ("shardmerge diff base_llm tuned --limit 6",), _train_on),
         )
     },
 }

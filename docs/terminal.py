@@ -208,8 +208,8 @@ def _motion(frames: Sequence[Frame], hold: float) -> str:
     """Each screen is seen from its second until that of the next; the last one to the end."""
     total = frames[-1].second + hold
     rules = [
-        ".frame{visibility:hidden}"
-        "@media print,(prefers-reduced-motion: reduce){.frame:last-of-type{visibility:visible}}"
+        ".frame{visibility:hidden}.frame:last-of-type{visibility:visible}"
+        "@media print,(prefers-reduced-motion: reduce){.frame{animation:none!important}}"
     ]
     for number, frame in enumerate(frames):
         begin = 100 * frame.second / total
