@@ -20,6 +20,7 @@ import shardmerge as sm
 from shardmerge.dtypes import DTYPES
 from shardmerge.publish.closeness import Closeness, Distance
 from tests.conftest import GOLDEN, shardmerge
+from tests.terminal import in_terminal, plain
 
 DOCS = Path(__file__).parent.parent / "docs"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -291,3 +292,13 @@ def test_the_pages_show_what_is_printed(tmp_path: Path, monkeypatch: pytest.Monk
     command = "shardmerge diff out/model reference/model"
     printed = shardmerge(*command.split()[1:], code=3, env={**os.environ, "PYTHONPATH": str(DOCS.parent)}).stdout
     assert f"$ {command}\n{printed}```" in (DOCS / "reference" / "commands.md").read_text("utf-8")
+
+
+def test_a_terminal_breaks_lines_at_blanks(tmp_path: Path) -> None:
+    name = "model.layers.0.post_attention_layernorm.weight"
+    for side, values in (("a", torch.ones(40)), ("b", torch.full((40,), 1.0625).double())):
+        save_file({name: values}, tmp_path / f"{side}.safetensors")
+    shown = plain(in_terminal("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", code=3)).splitlines()
+    said = " ".join(" ".join(shown).split())
+    assert f"{name}: values: 40 of 40 elements (100 %), by at most 0.0625 (relative 0.059)" in said
+    assert all(len(line) <= 80 for line in shown)

@@ -151,6 +151,7 @@ def diff(
     shardmerge diff out/model mapping.yaml --cast bfloat16 --limit 5
     """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
     from shardmerge.api import sides
+    from shardmerge.cli import tables
 
     _refuse_two_limits(limit, every, as_json)
     how = shardmerge.Closeness(**given)
@@ -163,7 +164,7 @@ def diff(
     else:
         most = len(found) if every else 20 if limit is None else limit
         for one in found.differences[:most]:
-            click.echo(f"{one.name}: {one.what}: {one.detail}")
+            tables.write(f"{one.name}: {one.what}: {one.detail}")
         if len(found) > most:
             click.echo(f"... and {len(found) - most:,} more; --all shows them")
         click.echo(found.summary)

@@ -21,7 +21,12 @@ def show(blocks: Iterable[Block]) -> None:
         if isinstance(block, TextTable):
             show_table(block)
         else:
-            colour.echo(_wrapped(block))
+            write(block)
+
+
+def write(text: str) -> None:
+    """Writes text to stdout; in a terminal, lines that are too long are broken at blanks."""
+    colour.echo(_wrapped(text))
 
 
 def show_table(table: TextTable) -> None:
