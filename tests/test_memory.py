@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import Measured, answer, measure
+from tests.conftest import GOLDEN
+from tests.terminal import in_terminal, plain
 
 synthetic = pytest.importorskip("benchmarks.synthetic", reason="torch writes the checkpoints")
 
@@ -229,6 +232,17 @@ def test_the_law_for_checkpoints_that_training_goes_on_from(
     assert isinstance(planned, int)
     assert done.peak <= planned
     shutil.rmtree(tmp_path / "out")
+
+
+def test_the_law_for_the_mapping_that_loads_most_modules(tmp_path: Path) -> None:
+    """In a terminal, whose bar takes memory too. Its tensors are tiny, so all of it is what is not a tile."""
+    mapping = (GOLDEN.parent.parent / "docs" / "examples" / "demo.yaml").read_text("utf-8")
+    (tmp_path / "m.yaml").write_text(mapping.replace("../../tests/golden", str(GOLDEN)), "utf-8")
+    shown = plain(in_terminal("run", tmp_path / "m.yaml", "--out", tmp_path / "out"))
+    planned, peak = (re.search(rf"{words} (\d+) MiB", shown) for words in ("planned peak", "peak memory"))
+    assert planned is not None
+    assert peak is not None
+    assert int(peak[1]) <= int(planned[1]) - 8  # two workers' tiles, which are not used here
 
 
 @pytest.mark.parametrize("budget", ["1MiB", "40MiB"])

@@ -99,10 +99,10 @@ def test_more_is_never_worse(
 def test_what_headers_and_frames_take_is_planned(shards: tuple[PlannedShard, ...]) -> None:
     """Of a `.metadata`, measured, four fifths of its bytes; of each frame that a worker has open, its window."""
     options = Options(memory=2048 * MIB, workers=2)
-    plain = granted(shards, options, [FileStamp("/ck/__0_0.distcp", 64 * MIB, 1)])
+    plain = granted(shards, options, [FileStamp("/ck/__0_0.distcp", 64 * MIB, 1)], "state-dict")
     table = [FileStamp("/ck/.metadata", 80 * MIB, 1), FileStamp("/ck/__3.metadata", 20 * MIB, 1)]
-    assert granted(shards, options, table).peak - plain.peak == 85 * MIB
+    assert granted(shards, options, table, "state-dict").peak - plain.peak == 85 * MIB
     frames = [FileStamp(str(PackedName("/ck/__0_0.distcp", n, 99, n * MIB)), 64 * MIB, 1) for n in range(1, 7)]
-    found = granted(shards, options, frames)
+    found = granted(shards, options, frames, "state-dict")
     assert found.workers == plain.workers
     assert found.peak - plain.peak == found.workers * (3 + 4 + 5 + 6 + 4) * MIB

@@ -235,10 +235,12 @@ def _show_plan(prepared: Prepared, out: Path | None, *, tensors: bool, as_json: 
 
 
 def _print_plan(prepared: Prepared, out: Path | None, cloned: int = 0) -> None:
+    from shardmerge.cli.outcomes import shown_path
     from shardmerge.cli.tables import show
     from shardmerge.plan import explain
 
-    show(explain.plan_blocks(prepared.plan, prepared.how, str(out or "(no output path)"), cloned))
+    place = shown_path(out) if out else "(no output path)"
+    show(explain.plan_blocks(prepared.plan, prepared.how, place, cloned))
 
 
 def _warn(prepared: Prepared, *, machine: bool = False) -> None:

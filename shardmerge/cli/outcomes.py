@@ -27,7 +27,7 @@ def intention(prepared: Prepared, out: Path) -> str:
     more = [f"{len(named) - _MOST_NAMED + 1} more"] if len(named) > _MOST_NAMED else []
     processes = f" in {how.processes} processes" if how.processes > 1 else ""
     return (
-        f"{plan.target} -> {_place(out)}: {_size(plan)}\n"
+        f"{plan.target} -> {shown_path(out)}: {_size(plan)}\n"
         f"from {', '.join([*named[: _MOST_NAMED - len(more)], *more])}\n"
         f"planned peak {_mebibytes(how.peak)}, {how.workers} workers{processes}"
     )
@@ -35,7 +35,7 @@ def intention(prepared: Prepared, out: Path) -> str:
 
 def summary(result: Result, prepared: Prepared, options: Options, seconds: float) -> Iterator[str]:
     """Yields what a run did: where the result is, how it was made and at what cost, and what to do next."""
-    place = _place(result.path)
+    place = shown_path(result.path)
     yield f"published {place}: {_size(result.plan)}"
     yield ", ".join(_made(result, prepared, options, seconds)) if result.made else _kept(result)
     yield f"next: shardmerge verify {_quoted(place)}"
@@ -94,7 +94,7 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB"
 
 
-def _place(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """Returns a path as people write it: below the current directory without the way to that."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path != here and path.is_relative_to(here) else str(path)

@@ -95,7 +95,7 @@ def schedule(
     frames
         What each worker keeps to unpack compressed files, in bytes: see ``memory.unpacking_peak``.
     opening
-        What is left of reading the sources' headers, in bytes: see ``memory.opening_peak``.
+        What planning leaves besides, in bytes: see ``memory.opening_peak`` and ``memory.target_peak``.
 
     Raises
     ------

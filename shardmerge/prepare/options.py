@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from shardmerge.dtypes import DTYPES, DType
 from shardmerge.errors import MappingError, ShardmergeError, UsageError
 from shardmerge.mapping.spec import OutputSpec
-from shardmerge.plan.memory import opening_peak, unpacking_peak
+from shardmerge.plan.memory import opening_peak, target_peak, unpacking_peak
 from shardmerge.plan.planner import OutputSettings
 from shardmerge.plan.schedule import Schedule, schedule
 from shardmerge.plan.shard import PlannedShard
@@ -165,10 +165,10 @@ class Prepared:
     @classmethod
     def of(cls, plan: Plan, out: Path | None, options: Options) -> Prepared:
         """Returns a plan with what its options grant; raises ``memory-budget`` where that is too little."""
-        return cls(plan, granted(plan.shards, options, plan.files()), out)
+        return cls(plan, granted(plan.shards, options, plan.files(), plan.target), out)
 
 
-def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[FileStamp]) -> Schedule:
+def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[FileStamp], target: str) -> Schedule:
     """Returns how some parts, made of some files, are carried out with what the caller, else the system, grants.
 
     Raises
@@ -186,7 +186,7 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[Fi
         workers=workers,
         processes=workers if forks else 1,
         frames=unpacking_peak(files),
-        opening=opening_peak(files),
+        opening=opening_peak(files) + target_peak(target),
     )
 
 

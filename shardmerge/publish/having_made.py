@@ -37,11 +37,12 @@ def have_made(  # noqa: PLR0913  # what, where, and how
     *,
     files: Sequence[FileStamp] = (),
     more: int = 0,
+    target: str = "state-dict",
     made_by: Callable[[Make], Make] | None = None,
 ) -> None:
     """Checks all that can be checked before anything is written, makes the staging directory, and has parts made."""
     shards, files = [part.shard for part in todo], files or todo[0].files
-    how = granted(shards, options, files)  # before another thread is started: only a process without may fork
+    how = granted(shards, options, files, target)  # before another thread is started: only a process without may fork
     needed = sum(shard.nbytes for shard in shards) + more - clonable_bytes(shards, out)
     check_output(files, out, needed, overwrite=options.overwrite)
     check_device(options.device)

@@ -197,7 +197,7 @@ def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | 
     if progress is not None:
         progress(_tensor_bytes(every) - _tensor_bytes(todo))
     try:
-        have_made(todo, staging, out, options, progress, files=plan.files(), more=sides)
+        have_made(todo, staging, out, options, progress, files=plan.files(), more=sides, target=plan.target)
     except BaseException:
         staging.give_up()
         raise
