@@ -115,13 +115,17 @@ class _Bar:
 
     def __call__(self, nbytes: int) -> None:
         if self.bar.update(nbytes):  # only when it redraws: /proc is not free
-            self.bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident", refresh=False)
+            self._weigh()
         if self.after and self.bar.n >= (self.bar.total or 0):
             self.begin(self.after)
 
     def begin(self, phase: str) -> None:
         self.after = ""
+        self._weigh()
         self.bar.set_description_str(f"{phase} {self.label}")
+
+    def _weigh(self) -> None:
+        self.bar.set_postfix_str(f"{_resident() / 2**20:.0f} MiB resident", refresh=False)
 
 
 @dataclass(slots=True)
