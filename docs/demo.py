@@ -26,17 +26,19 @@ def main() -> None:
     """Converts the small run, then a gigabyte; says what came of both."""
     for name in ("demo", "demo-1g", "demo-1g-source"):
         shutil.rmtree(OUT / name, ignore_errors=True)
+    (OUT / "demo.report.html").unlink(missing_ok=True)
     OUT.mkdir(exist_ok=True)
     _say("1. A LLaVA trained in XTuner, visual encoder frozen: the checkpoint holds 25 tensors, none of the encoder")
     _run("inspect", TRAINED)
     _say("2. The plan: where every tensor comes from. Nothing is read or written yet")
     _run("plan", MAPPING)
     _say("3. The conversion, and a check of every byte against the sources")
-    _run("run", MAPPING, "--quiet")
+    _run("run", MAPPING, "--report")
     _run("verify", "out/demo", "--sources", MAPPING)
     _load()
     _say("4. A gigabyte of fp32 weights to bf16")
     _gigabyte()
+    print("\nout/demo holds the model, out/demo.report.html says where every byte is from: open it in a browser.")
 
 
 def _gigabyte() -> None:

@@ -70,7 +70,7 @@ def test_quiet_says_nothing(place: Path) -> None:
 def test_verbose_shows_the_plan(place: Path) -> None:
     plan = shardmerge("plan", "m.yaml").stdout
     done = shardmerge("run", "m.yaml", "-v")
-    assert done.stdout.startswith(plan.replace("-> out", f"-> {place / 'out'}") + "\n" + "published out: ")
+    assert done.stdout.startswith(plan + "\n" + "published out: ")
     assert done.stderr == ""
 
 
