@@ -1,4 +1,4 @@
-"""Fills a state dict from a checkpoint or mapping by torch's DCP: python load_sharded.py CHECKPOINT."""
+"""Fills a state dict from a checkpoint or mapping with DCP: python load_sharded.py CHECKPOINT."""
 
 import sys
 
@@ -7,8 +7,16 @@ import torch.distributed.checkpoint as dcp
 
 import shardmerge
 
+
+def empty(tensor: shardmerge.LazyTensor) -> torch.Tensor:
+    """Returns the memory for a tensor."""
+    return torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.torch))
+
+
 checkpoint = shardmerge.open_checkpoint(sys.argv[1])
-# With FSDP: state = model.state_dict() after fully_shard(model); the names must be those of the checkpoint.
-state = {name: torch.empty(one.shape, dtype=getattr(torch, one.dtype.torch)) for name, one in checkpoint.items()}
-dcp.load(state, storage_reader=checkpoint.storage_reader(), no_dist=True)  # without no_dist where there are ranks
-print(len(state), "tensors, of which", sorted(state)[0], "sums to", float(state[sorted(state)[0]].float().sum()))
+# With FSDP: state = model.state_dict() after fully_shard(model), with the names of the checkpoint.
+state = {name: empty(tensor) for name, tensor in checkpoint.items()}
+# With several ranks, omit no_dist.
+dcp.load(state, storage_reader=checkpoint.storage_reader(), no_dist=True)
+first = sorted(state)[0]
+print(len(state), "tensors, of which", first, "sums to", float(state[first].float().sum()))

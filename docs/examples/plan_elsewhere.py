@@ -1,4 +1,4 @@
-"""Writes a plan, moves its sources, and carries it out there: python plan_elsewhere.py MAPPING SOURCES NEW_PLACE."""
+"""Runs a plan on a copy of its sources: python plan_elsewhere.py MAPPING SOURCES COPY."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Reads two rows of every matrix, whatever the size of the checkpoint: python read_rows.py CHECKPOINT."""
+"""Reads two rows of every matrix and nothing else: python read_rows.py CHECKPOINT."""
 
 import sys
 

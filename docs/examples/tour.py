@@ -6,14 +6,15 @@ import shardmerge
 
 mapping, checkpoint, out = sys.argv[1:4]
 
-# Values to look at, made from headers alone.
+# Values that are made from headers alone.
 catalog: shardmerge.Catalog = shardmerge.inspect(checkpoint)
 entry: shardmerge.TensorEntry = next(iter(catalog.entries.values()))
-print("inspect:", catalog.kind, "layout:", shardmerge.layout_of(catalog) or "unknown", "first:", entry.name)
+layout = shardmerge.layout_of(catalog) or "unknown"
+print("inspect:", catalog.kind, "layout:", layout, "first:", entry.name)
 print("matching:", shardmerge.matching(catalog, ["{layer}.weight"]))
 print("presets:", len(shardmerge.presets()), "in version", shardmerge.__version__)
 
-# A plan, what it makes, and a result that is verified.
+# A plan, its result, and a verification.
 options = shardmerge.Options(dtype="bfloat16", memory="256MiB", overwrite=True)
 plan: shardmerge.Plan = shardmerge.plan(mapping, options)
 result: shardmerge.Result = shardmerge.run(mapping, out, options)
@@ -21,7 +22,7 @@ verdict: shardmerge.Verdict = shardmerge.verify(result.path)
 print("run:", verdict.tensors, "tensors, as planned:", result.plan.id == plan.id)
 print("cleaned:", len(shardmerge.clean(out)), "unfinished runs")
 
-# The same tensors without writing them, and how they differ from others.
+# The same tensors without writing them, and a comparison.
 merged: shardmerge.LazyCheckpoint = shardmerge.open_checkpoint(mapping)
 tensor: shardmerge.LazyTensor = next(iter(merged.values()))
 print("open_checkpoint:", tensor.name, tensor[...].shape)
@@ -29,13 +30,19 @@ converted = shardmerge.convert(out, f"{out}-fp32", dtype="float32", overwrite=Tr
 found: shardmerge.Comparison = shardmerge.diff(result.path, converted.path)
 worst: shardmerge.Difference = found.differences[0]
 distance: shardmerge.Distance | None = worst.distance
-print("diff:", worst.what, "of", len(found), "tensors; largest difference", distance.max_abs if distance else 0.0)
+largest = distance.max_abs if distance else 0.0
+print("diff:", worst.what, "of", len(found), "tensors; largest difference", largest)
 same = shardmerge.diff(result.path, converted.path, how=shardmerge.Closeness(cast="bfloat16"))
 print("after a cast:", len(same), "differences")
 print("report:", shardmerge.report(result.path).name)
 
-# Errors: one tree; the class says what kind, the code what exactly.
-refused = (shardmerge.CheckpointError, shardmerge.MappingError, shardmerge.TargetError, shardmerge.OutputError)
+# Errors: the class states the kind, the code the exact error.
+refused = (
+    shardmerge.CheckpointError,
+    shardmerge.MappingError,
+    shardmerge.TargetError,
+    shardmerge.OutputError,
+)
 assert all(issubclass(kind, shardmerge.RefusedError) for kind in refused)
 others = (
     shardmerge.UsageError,
