@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardmerge as sm
+from shardmerge import api
+from shardmerge.ops.contract import State, Stream
 from shardmerge.ops.extract import LoraExtract
 from tests.adapter_runs import IDS, WEIGHTS, llama, merged_state, opened, saved, trained
 from tests.conftest import read_all
@@ -54,12 +57,16 @@ def test_a_difference_of_a_low_rank_comes_back(shape: tuple[int, int]) -> None:
 
 def extract(folder: Path, *words: str, base: Path | None = None, tuned: Path | None = None) -> Path:
     """The adapter of ``base`` and ``tuned`` in a folder, by the preset."""
-    head = "shardmerge: 1\noutput: adapter\nuse: peft/extract\n"
-    sources = f"sources: {{base: {base or folder / 'base'}, tuned: {tuned or folder / 'tuned'}}}\n"
-    path = folder / "extract.yaml"
-    path.write_text(head + sources + "\n".join(words), "utf-8")
+    path = mapping_of(folder, base or folder / "base", tuned or folder / "tuned", *words)
     sm.run(path, options=sm.Options(sync=False))
     return folder / "adapter"
+
+
+def mapping_of(folder: Path, base: Path, tuned: Path, *words: str) -> Path:
+    head = "shardmerge: 1\noutput: adapter\nuse: peft/extract\n"
+    path = folder / "extract.yaml"
+    path.write_text(head + f"sources: {{base: {base}, tuned: {tuned}}}\n" + "\n".join(words), "utf-8")
+    return path
 
 
 def moved(model: nn.Module, scale: float = 0.01) -> nn.Module:
@@ -154,6 +161,74 @@ def test_the_same_inputs_make_the_same_bytes(tmp_path: Path) -> None:
         places = {"base": GOLDEN / "bases" / "llama", "tuned": GOLDEN / "mergekit_extract" / "tuned"}
         found.append((extract(tmp_path / name, "let: {rank: 4}", **places) / WEIGHTS).read_bytes())
     assert found[0] == found[1]
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was searched for directions, one line a search."""
+    found: list[str] = []
+    prepare = LoraExtract.prepare
+
+    def counted(op: LoraExtract, inputs: Sequence[Stream]) -> State:
+        found.append(f"{inputs[0].meta.shape}")
+        return prepare(op, inputs)
+
+    monkeypatch.setattr(LoraExtract, "prepare", counted)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_pair_of_factors_is_searched_for_once(tmp_path: Path, searches: list[str], workers: int) -> None:
+    """Whatever the threads, from a plan in a file as well, and by `verify --sources`, which makes all of it again."""
+    path = mapping_of(tmp_path, GOLDEN / "bases" / "llama", GOLDEN / "mergekit_extract" / "tuned", "let: {rank: 4}")
+    api.write_plan(api.prepare_mapping(path, sm.Options()), tmp_path / "plan.json", tmp_path / "adapter")
+    sm.run(tmp_path / "plan.json", options=sm.Options(sync=False, workers=workers))
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    pairs = sum("lora_A" in name or "lora_embedding_A" in name for name in weights)
+    assert len(searches) == pairs > 14
+    sm.verify(tmp_path / "adapter", sources=path)
+    assert len(searches) == 2 * pairs
+
+
+def test_factors_in_files_apart_are_those_of_one_file(tmp_path: Path, searches: list[str]) -> None:
+    """Each file is a part that another process may make: the search is made for each, and gives the same."""
+    rng = torch.Generator().manual_seed(0)
+    for name in ("base", "tuned"):
+        save_file({"q.weight": torch.randn(200, 120, generator=rng)}, tmp_path / f"{name}.safetensors")
+    rules = [
+        f'{take}: {{op: lora_extract, base: "base:q.weight", of: "tuned:q.weight", rank: 3, take: {take}}}'
+        for take in "AB"
+    ]
+    found = []
+    for size in ("3KB", "1GB"):
+        text = "shardmerge: 1\nsources: {base: base.safetensors, tuned: tuned.safetensors}\n"
+        text += f"output: {{path: out{size}, shard_size: {size}}}\ntensors: {{{', '.join(rules)}}}\n"
+        (tmp_path / "m.yaml").write_text(text, "utf-8")
+        sm.run(tmp_path / "m.yaml", options=sm.Options(sync=False))
+        files = sorted((tmp_path / f"out{size}").glob("*.safetensors"))
+        found.append((len(files), {name: one.tolist() for file in files for name, one in load_file(file).items()}))
+    assert [count for count, _ in found] == [2, 1]
+    assert found[0][1] == found[1][1]
+    assert len(searches) == 3
+
+
+def test_states_of_one_tensor_stay_apart(tmp_path: Path, searches: list[str]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for name in ("base", "tuned"):
+        save_file({key: torch.randn(20, 12, generator=rng) for key in ("k", "q")}, tmp_path / f"{name}.safetensors")
+    q, k = (f'{{op: lora_extract, base: "base:{key}", of: "tuned:{key}", rank: 3, take: A}}' for key in "qk")
+    low, high = (f'{{op: ties, base: "base:q", of: ["tuned:q"], density: {density}}}' for density in (0.2, 0.8))
+    rules = f"q: {q}, k: {k}, both: {{op: linear, of: [{q}, {k}], weights: [1, 1]}}, low: {low}, high: {high}"
+    rules += f", sum: {{op: linear, of: [{low}, {high}], weights: [1, 1]}}"
+    text = "shardmerge: 1\nsources: {base: base.safetensors, tuned: tuned.safetensors}\noutput: out\n"
+    (tmp_path / "m.yaml").write_text(f"{text}tensors: {{{rules}}}\n", "utf-8")
+    sm.run(tmp_path / "m.yaml", options=sm.Options(sync=False))
+    found = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert torch.equal(found["both"], found["q"] + found["k"])
+    assert torch.equal(found["sum"], found["low"] + found["high"])
+    assert not torch.equal(found["q"], found["k"])
+    assert not torch.equal(found["low"], found["high"])
+    assert len(searches) == 4
 
 
 def refused(folder: Path, *words: str, **places: Path) -> str:

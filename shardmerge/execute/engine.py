@@ -26,7 +26,7 @@ from shardmerge.execute.records import RecordSums, RecordTables, joined_sums
 from shardmerge.execute.worker import Worker
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
-from shardmerge.plan.tasks import Task, tasks
+from shardmerge.plan.tasks import Task, batches
 from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.writing import OutputFile
@@ -148,7 +148,7 @@ class _Making:
         self._workers = workers
         self._counters = counters
         self._stopped = stopped
-        self._queue: deque[Task] = deque()
+        self._queue: deque[list[Task]] = deque()
         self._failure: BaseException | None = None
 
     def made(self) -> Outcome:
@@ -160,7 +160,7 @@ class _Making:
         cloned = clone_shard(self._shard, self._file, self._workers[0].pool)
         clone_seconds = time.monotonic() - started
         self._counters[0] += sum(one.nbytes for one in cloned)
-        self._queue.extend(tasks(self._shard, self._means.tile, cloned))
+        self._queue.extend(batches(self._shard, self._means.tile, cloned))
         self._run_threads()
         return self._outcome(cloned, clone_seconds)
 
@@ -193,10 +193,10 @@ class _Making:
         try:
             while self._queue:
                 try:
-                    task = self._queue.popleft()
+                    batch = self._queue.popleft()
                 except IndexError:  # another thread took the last one
                     return
-                if not worker.carry(task, self._file, done):
+                if not worker.carry(batch, self._file, done):
                     return
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             self._failure = self._failure or error

@@ -65,7 +65,7 @@ class Assembler:
         self._maker: Maker | None = None
 
     def forget(self) -> None:
-        """Lets the states of ops go; called when a tensor is done."""
+        """Lets the states of ops go; called when a tensor is done, or several that share one."""
         if self._maker is not None:
             self._maker.forget()
 

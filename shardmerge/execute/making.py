@@ -93,8 +93,20 @@ class Maker:
 
     def _state(self, held: Made, op: Arithmetic) -> State:
         if id(held) not in self._states:
-            self._states[id(held)] = (held, op.prepare([_Stream(self._assembler, base) for base in held.bases]))
+            state = self._shared(held, op)
+            if state is None:
+                state = op.prepare([_Stream(self._assembler, base) for base in held.bases])
+            self._states[id(held)] = (held, state)
         return self._states[id(held)][1]
+
+    def _shared(self, held: Made, op: Arithmetic) -> State:
+        """The state that was found for another part of the same, where there is one."""
+        others = (
+            state
+            for other, state in self._states.values()
+            if state is not None and arithmetic(other).preparing == op.preparing and other.bases == held.bases
+        )
+        return next(others, None)
 
 
 class _Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from shardmerge.execute.checksum import crc32
@@ -46,12 +46,17 @@ class Worker:
         self.overflows: Counter[str] = Counter()
         self.sums: list[tuple[str, int, int, int]] = []  # tensor, offset in the file, bytes, CRC-32; one a task
 
-    def carry(self, task: Task, file: OutputFile, done: Callable[[int], bool]) -> bool:
+    def carry(self, batch: Iterable[Task], file: OutputFile, done: Callable[[int], bool]) -> bool:
+        """Makes and writes some tasks that share a state; returns whether there may be others."""
+        going = all(self._carry(task, file, done) for task in batch)
+        self.assembler.forget()
+        return going
+
+    def _carry(self, task: Task, file: OutputFile, done: Callable[[int], bool]) -> bool:
         """Makes and writes a task, tile by tile; returns whether there may be another."""
         assembler, tensor, size = self.assembler, task.tensor, task.tensor.dtype.itemsize
         before, checksum = assembler.overflowed, 0
-        for start in range(task.start, task.start + task.count, task.step):
-            count = min(task.step, task.start + task.count - start)
+        for start, count in task.tiles():
             data = assembler.view(tensor.entry, start, count)
             file.write(tensor.offset + start * size, data)
             checksum = crc32(data, checksum)
@@ -63,7 +68,6 @@ class Worker:
         self.sums.append((tensor.name, tensor.offset + task.start * size, task.count * size, checksum))
         if assembler.overflowed > before:
             self.overflows[tensor.name] += assembler.overflowed - before
-        assembler.forget()
         return True
 
 

@@ -158,6 +158,11 @@ class Arithmetic(Op):
         """The type the result keeps where nobody asks for another, where no input has it; None for that of ``like``."""
         return None
 
+    @property
+    def preparing(self) -> Op:
+        """What ``prepare`` goes by: ops for which it is equal have one state where they have the same inputs."""
+        return self
+
     def unit(self, inputs: Sequence[Meta]) -> int:
         """Returns how many elements are made together; ranges begin at its multiples.
 
@@ -179,7 +184,9 @@ class Arithmetic(Op):
         return 0
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns what must be known of the whole inputs; called once a tensor. Reads in blocks of fixed size."""
+        """Returns what must be known of the whole inputs; called once for tensors of one state that
+        are made together. Reads in blocks of fixed size.
+        """
         del inputs
         return None
 

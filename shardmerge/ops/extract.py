@@ -7,7 +7,7 @@ its rank (Eckart and Young), at a scale of 1. The roots keep both of one size, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -73,34 +73,35 @@ class LoraExtract(Arithmetic):
         rows, columns = base.shape
         return Meta(result_dtype(inputs), (self.rank, columns) if self.take == "A" else (rows, self.rank))
 
+    @property
+    def preparing(self) -> LoraExtract:
+        """Both factors come of one search."""
+        return replace(self, take="")
+
     def ranges(self, inputs: Sequence[Meta], start: int, count: int) -> tuple[tuple[int, int], ...]:
-        """Nothing: the factor is in the state."""
+        """Nothing: the factors are in the state."""
         return (0, 0), (0, 0)
 
     def state_peak(self, inputs: Sequence[Meta]) -> int:
-        """The search for the directions, and the factor."""
+        """The search for the directions, and the factors."""
         rows, columns = inputs[0].shape
         return directions_bytes(inputs, self.rank) + 8 * self.rank * (rows + columns) + PRODUCT_BYTES
 
     def prepare(self, inputs: Sequence[Stream]) -> State:
-        """Returns the factor."""
+        """Returns both factors, A and B."""
         base, tuned = inputs
         matrix = Streamed((tuned, base))
         with np.errstate(all="ignore"), one_thread():
             found = directions(matrix, self.rank)
             roots = np.sqrt(found.lengths)
-            if found.right and self.take == "A":
-                return found.vectors * roots[:, None]
-            if not found.right and self.take == "B":
-                return found.vectors * roots
             inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
-            if self.take == "A":
-                return projected(matrix, found.vectors) * inverse[:, None]
-            factor = np.empty((matrix.shape[0], self.rank))
+            if not found.right:
+                return projected(matrix, found.vectors) * inverse[:, None], found.vectors * roots
+            b = np.empty((matrix.shape[0], self.rank))
             for rows, block in matrix.blocks():
-                np.matmul(block, found.vectors.T, out=factor[rows])
-            factor *= inverse
-            return factor
+                np.matmul(block, found.vectors.T, out=b[rows])
+            b *= inverse
+            return found.vectors * roots[:, None], b
 
     def peak(self, inputs: Sequence[Meta], count: int) -> int:
         """Nothing but what numpy takes for a copy."""
@@ -108,8 +109,9 @@ class LoraExtract(Arithmetic):
 
     def apply(self, state: State, tiles: Sequence[Array], start: int, out: Array) -> int:
         """Fills any range."""
-        assert isinstance(state, np.ndarray)
-        np.copyto(out, state.reshape(-1)[start : start + len(out)], casting="unsafe")
+        assert isinstance(state, tuple)
+        factor = state["AB".index(self.take)]
+        np.copyto(out, factor.reshape(-1)[start : start + len(out)], casting="unsafe")
         return 0
 
 

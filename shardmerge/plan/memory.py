@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from shardmerge.ops.contract import Arithmetic, Meta
+from shardmerge.ops.contract import Arithmetic, Meta, Op
 from shardmerge.packed_names import packed_name
 from shardmerge.tensors import Boxes, Columns, FileStamp, Made, Strided, TensorEntry, View
 from shardmerge.tensors.strides import block, direct, in_order, row_major
@@ -161,11 +161,22 @@ def granule(entry: TensorEntry) -> int:
 
 def has_state(entry: TensorEntry) -> bool:
     """Tells whether making a tensor begins with reading something whole, so that one worker should make all of it."""
+    return next(_states(entry), None) is not None
+
+
+def share_state(one: TensorEntry, other: TensorEntry) -> bool:
+    """Tells whether what must be known to make two tensors is the same, so that it should be found once for both."""
+    states = list(_states(one))
+    return bool(states) and states == list(_states(other))
+
+
+def _states(entry: TensorEntry) -> Iterator[tuple[Op, tuple[TensorEntry, ...]]]:
+    """Yields what the states are made of: by what op, and of which tensors."""
     held = entry.pieces[0].held if entry.pieces else None
     if isinstance(held, Made) and isinstance(held.recipe, Arithmetic) and held.recipe.state_peak(_metas(held)):
-        return True
-    bases = held.bases if isinstance(held, (View, Columns, Made)) else ()
-    return any(has_state(base) for base in bases)
+        yield held.recipe.preparing, held.bases
+    for base in held.bases if isinstance(held, (View, Columns, Made)) else ():
+        yield from _states(base)
 
 
 def _metas(held: Made) -> list[Meta]:

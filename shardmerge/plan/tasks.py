@@ -1,4 +1,4 @@
-"""What a thread takes at a time: some elements of one tensor, made tile by tile. Pure."""
+"""What a thread takes at a time: elements of one tensor, made tile by tile, or tensors that share a state. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardmerge.plan.clones import Clone, ranges_left
-from shardmerge.plan.memory import has_state, tile_elements
+from shardmerge.plan.memory import has_state, share_state, tile_elements
 from shardmerge.plan.order import ordered
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 
@@ -24,6 +24,27 @@ class Task:
     start: int
     count: int
     step: int
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Yields the first element and the number of elements of every tile."""
+        stop = self.start + self.count
+        for start in range(self.start, stop, self.step):
+            yield start, min(self.step, stop - start)
+
+
+def batches(shard: PlannedShard, tile: int, cloned: Sequence[Clone] = ()) -> Iterator[list[Task]]:
+    """Yields the ``tasks`` that one thread makes one after the other.
+
+    Most are alone. Tensors with one state, A and B of a LoRA that is extracted, are together: it is found once.
+    """
+    batch: list[Task] = []
+    for task in tasks(shard, tile, cloned):
+        if batch and not share_state(batch[-1].tensor.entry, task.tensor.entry):
+            yield batch
+            batch = []
+        batch.append(task)
+    if batch:
+        yield batch
 
 
 def tasks(shard: PlannedShard, tile: int, cloned: Sequence[Clone] = ()) -> Iterator[Task]:

@@ -13,7 +13,7 @@ from shardmerge.errors import CheckpointError, ShardmergeError, VerificationErro
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
-from shardmerge.plan.tasks import tasks
+from shardmerge.plan.tasks import batches
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
 from shardmerge.prepare.publishable import PARTIAL, describe
@@ -231,22 +231,19 @@ def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | N
     pool.opened = Pins(plan.files()).opened
     assembler = Assembler(pool, tile)
     for shard in plan.shards:
-        for task in tasks(shard, tile):
-            for start in range(task.start, task.start + task.count, task.step):
-                count = min(task.step, task.start + task.count - start)
-                made = assembler.view(task.tensor.entry, start, count)
-                at = task.tensor.offset + start * task.tensor.dtype.itemsize
+        path = folder / shard.name
+        for batch in batches(shard, tile):
+            for tensor, start, count in ((task.tensor, *place) for task in batch for place in task.tiles()):
+                made = assembler.view(tensor.entry, start, count)
+                at = tensor.offset + start * tensor.dtype.itemsize
                 try:
-                    held = pool.view(str(folder / shard.name), at, made.nbytes)
+                    held = pool.view(str(path), at, made.nbytes)
                 except CheckpointError as error:
-                    yield _wrong("size-differs", error.what, folder / shard.name)
+                    yield _wrong("size-differs", error.what, path)
                     return
                 if made.cast("B") != held:
-                    yield VerificationError(
-                        "tensor-differs",
-                        f"{task.tensor.name} is not what its sources give",
-                        where=f"{folder / shard.name}, bytes {at} to {at + made.nbytes}",
-                    )
+                    what = f"{tensor.name} is not what its sources give"
+                    yield VerificationError("tensor-differs", what, where=f"{path}, bytes {at} to {at + made.nbytes}")
                 assembler.release(made)
                 if progress is not None:
                     progress(made.nbytes)
