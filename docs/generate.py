@@ -1,8 +1,8 @@
 """Writes what is generated of the documentation: ``python -m docs.generate`` from the root.
 
-Pages of ops, presets and adapters' fields, the lists of targets, layouts and architectures, the pictures of layouts and
-at the head of guides, and the files that a page shows: what stands in the block after ``<!-- file: examples/x.yaml
--->`` is that file. It stands in the page itself, so that who reads the repository sees it too.
+Pages of ops, presets, error codes and adapters' fields, the lists of targets, layouts and architectures, the pictures
+of layouts and at the head of guides, and the files that a page shows: what stands in the block after ``<!-- file:
+examples/x.yaml -->`` is that file. It stands in the page itself, so that who reads the repository sees it too.
 
 Everything in them is from the code: what an op says of itself, its example and what that makes, the presets' files.
 A test checks that the committed pages are those.
@@ -17,6 +17,7 @@ from benchmarks.headline import HEADLINE, headline
 from benchmarks.reading import read
 from benchmarks.report import RESULTS
 from docs.adapter_page import adapter_page
+from docs.error_page import error_page
 from docs.flow_pictures import flow_pictures
 from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
@@ -34,7 +35,8 @@ _SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
-    texts = {"guides/layouts.svg": picture(), **flow_pictures(), **op_pages(), **preset_pages(), **adapter_page()}
+    pictures = {"guides/layouts.svg": picture(), **flow_pictures()}
+    texts = {**pictures, **op_pages(), **preset_pages(), **adapter_page(), **error_page()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
     shown = {path: _with_files(path.read_text("utf-8")) for path in written if path not in pages}

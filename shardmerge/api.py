@@ -732,7 +732,7 @@ def init(
     Raises
     ------
     MappingError
-        ``no-road``, ``several-roads``; ``unknown-layout``: there are no tensors.
+        ``no-conversion``, ``ambiguous-conversion``; ``unknown-layout``: there are no tensors.
     UsageError, CheckpointError
         As ``inspect``; ``unknown-source``: a base that the preset has no use for.
     """

@@ -211,7 +211,7 @@ def refused(*arguments, **options) -> sm.ShardmergeError:
 
 def test_several_targets_are_listed() -> None:
     error = refused(XTUNER / "frozen_z2" / "work_dirs" / "iter_2.pth")
-    assert (error.code, error.exit_code) == ("several-roads", 1)
+    assert (error.code, error.exit_code) == ("ambiguous-conversion", 1)
     assert all(f"--to {to}:" in error.hint for to in ("hf/llava", "official/llava", "xtuner/llava"))
 
 
@@ -220,7 +220,7 @@ def test_two_presets_for_one_target_are_listed_by_their_names(tmp_path: Path) ->
     run = XTUNER / "frozen_z2" / "work_dirs" / "iter_2.pth"
     made = sm.convert(run, tmp_path / "out", use="xtuner/llava-to-hf", bases=bases).path
     error = refused(made, to="hf/names")
-    assert error.code == "several-roads"
+    assert error.code == "ambiguous-conversion"
     assert "--to hf/to-4.52:" in error.hint
     assert "--to hf/to-5.6:" in error.hint
     assert "use: hf/to-5.6" in api.init(made, to="hf/to-5.6").text
@@ -228,7 +228,7 @@ def test_two_presets_for_one_target_are_listed_by_their_names(tmp_path: Path) ->
 
 def test_a_target_that_nothing_leads_to() -> None:
     error = refused(REAL / "litgpt_llama_gqa" / "source", to="hf/lama")
-    assert (error.code, error.exit_code) == ("no-road", 1)
+    assert (error.code, error.exit_code) == ("no-conversion", 1)
     assert "did you mean `hf/llama`" in error.hint
 
 
@@ -252,7 +252,7 @@ def test_a_base_that_the_preset_has_no_use_for() -> None:
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     run = XTUNER / "frozen_z2" / "work_dirs" / "iter_2.pth"
-    assert "[several-roads]" in shardmerge("init", run, code=1).stderr
+    assert "[ambiguous-conversion]" in shardmerge("init", run, code=1).stderr
     mapping = tmp_path / "mapping.yaml"
     done = shardmerge("init", run, "--to", "hf/llava", "--base", f"llm={XTUNER / 'base_llm'}", "-o", mapping)
     assert "note: the source `vision` is missing" in done.stderr

@@ -81,3 +81,30 @@ def test_what_the_system_refuses_is_no_bug_of_ours(model: Path) -> None:
     (model / "folder.yaml").mkdir()
     done = shardmerge("plan", model / "folder.yaml", "--json", code=2)
     assert json.loads(done.stdout)["errors"][0]["code"]
+
+
+def test_a_place_in_a_mapping_has_line_column_and_snippet(model: Path) -> None:
+    text = "shardmerge: 1\nsources: {s: model.safetensors, vison: b}\noutput: {path: out}\nuse: hf/nothing\n"
+    (model / "mapping.yaml").write_text(text + "unknown: 1\n")
+    found = json.loads(shardmerge("plan", model / "mapping.yaml", "--json", code=1).stdout)["errors"]
+    (error,) = found
+    assert (error["code"], error["line"], error["column"]) == ("unknown-key", 5, 1)
+    assert error["snippet"] == "unknown: 1"
+    assert error["where"] == f"{model / 'mapping.yaml'}:5:1"
+
+
+def test_a_place_that_is_a_file_has_no_line(model: Path) -> None:
+    (error,) = json.loads(shardmerge("inspect", model / "gone", "--json", code=2).stdout)["errors"]
+    assert "line" not in error
+
+
+def test_a_source_that_nothing_uses_is_shown_at_its_name(model: Path) -> None:
+    text = (
+        "shardmerge: 1\nuse: peft/merge\nsources: {base: model.safetensors, adaptr: model.safetensors}\noutput: out\n"
+    )
+    (model / "mapping.yaml").write_text(text)
+    done = shardmerge("plan", model / "mapping.yaml", "--json", code=1)
+    found = json.loads(done.stdout)["errors"]
+    (error,) = [one for one in found if one["what"] == "nothing uses the source `adaptr`"]
+    assert error["snippet"][error["column"] - 1 :].startswith("adaptr:")
+    assert f"  3 | {error['snippet']}\n    | {' ' * (error['column'] - 1)}^^^^^^\n" in done.stderr

@@ -356,7 +356,7 @@ def test_sources_that_a_preset_cannot_use_or_do_without():
         "add under `sources:`: `trained: PATH`",
     )
     assert "iter_N.pth" in missing.what
-    assert (unused.code, unused.where, unused.hint) == ("unknown-source", "m.yaml:3:10", "did you mean `trained`?")
+    assert (unused.code, unused.where, unused.hint) == ("unknown-source", "m.yaml:3:3", "did you mean `trained`?")
     assert (unknown.code, unknown.where, unknown.hint) == ("unknown-source", "m.yaml:7:6", "did you mean `llm`?")
 
 

@@ -17,6 +17,7 @@ from shardmerge.cli.bench import bench
 from shardmerge.cli.checkpoints import add_checkpoint_commands
 from shardmerge.cli.cluster import add_cluster_commands
 from shardmerge.cli.conversions import add_conversion_commands
+from shardmerge.cli.errors import errors
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import dumped
 from shardmerge.cli.presets import presets
@@ -53,6 +54,7 @@ add_cluster_commands(cli)
 cli.add_command(presets)
 cli.add_command(report)
 cli.add_command(bench)
+cli.add_command(errors)
 
 
 # What ends a run cleanly: Ctrl-C; Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a terminal
@@ -105,6 +107,8 @@ def _failed(error: BaseException) -> int:
         return _answered(UsageError("bad-usage", error.format_message()), error.exit_code)
     found = _as_ours(error)
     colour.echo("\n".join(f"error: {text}" for text in _blocks(found)), err=True)
+    if sys.stderr.isatty() and not {"-q", "--quiet"} & set(sys.argv[1:]):
+        click.echo(_more_about(found), err=True)
     return _answered(found, _INTERNAL_ERROR if found.code == "internal-error" else found.exit_code)
 
 
@@ -136,8 +140,18 @@ def _again() -> str:
 def _answered(error: ShardmergeError, code: int) -> int:
     """Answers a command that was asked for JSON with its errors as JSON; people read them on stderr all the same."""
     if "--json" in sys.argv[1:]:
-        click.echo(dumped({"ok": False, "exit_code": code, "errors": [one.fields() for one in error.each()]}))
+        from shardmerge.cli.snippets import place
+
+        rows = [{**one.fields(), **place(one.where)} for one in error.each()]
+        click.echo(dumped({"ok": False, "exit_code": code, "errors": rows}))
     return code
+
+
+def _more_about(error: ShardmergeError) -> str:
+    """Returns the line below the last error in a terminal, as rustc has it."""
+    codes = list(dict.fromkeys(one.code for one in error.each()))
+    more = f", for CODE in {', '.join(codes)}" if len(codes) > 1 else ""
+    return f"explain: shardmerge errors {'CODE' if more else codes[0]}{more}"
 
 
 def _blocks(error: ShardmergeError) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardmerge.errors import ShardmergeError
 
-_PLACE = re.compile(r"(?P<file>.+):(?P<line>\d{1,7}):(?P<column>\d{1,7})", re.DOTALL)
+_PLACE = re.compile(r"(?P<file>.+?):(?P<line>\d{1,7}):(?P<column>\d{1,7})(?P<more> \(source .*)?", re.DOTALL)
 # What stands at the place: text in quotes, else a key or a value up to what ends it in YAML. A capture is part of it.
 _TOKEN = re.compile(
     r"""'[^']*'|"(?:[^"\\]|\\.)*"|[^\s,\[\]{}:#](?:\{[^{}\s]*\}|[^,\[\]{}:#]|:(?!\s|$)|(?<!\s)\#)*""",
@@ -28,13 +28,22 @@ def error_lines(error: ShardmergeError) -> list[str]:
     return lines
 
 
+def place(where: str) -> dict[str, object]:
+    """Returns ``line`` and ``column``, both from 1, and the line's text as ``snippet``; nothing for another place."""
+    found = _PLACE.fullmatch(where)
+    if found is None or not int(found["line"]):
+        return {}
+    line = int(found["line"])
+    return {"line": line, "column": int(found["column"]), "snippet": _line(Path(found["file"]), line)}
+
+
 def snippet(where: str) -> list[str]:
     """Returns the line at ``file:line:column``, both from 1, and a caret below it; nothing if it cannot be read."""
-    place = _PLACE.fullmatch(where)
-    if place is None or not int(place["line"]):
+    found = _PLACE.fullmatch(where)
+    if found is None or found["more"] or not int(found["line"]):
         return []
-    line, column = int(place["line"]), int(place["column"]) - 1
-    text = _line(Path(place["file"]), line)
+    line, column = int(found["line"]), int(found["column"]) - 1
+    text = _line(Path(found["file"]), line)
     if not 0 <= column < len(text):
         return []
     token = _TOKEN.match(text, column)
@@ -42,7 +51,7 @@ def snippet(where: str) -> list[str]:
     left = max(0, min(column - _BEFORE, len(text) - _WIDTH))
     shown = text[left : left + _WIDTH].rstrip()
     carets = "^" * max(min(length, len(shown) - (column - left)), 1)
-    margin = " " * len(place["line"])
+    margin = " " * len(found["line"])
     return [f"  {margin} |", f"  {line} | {shown}", f"  {margin} | {' ' * (column - left)}{carets}"]
 
 

@@ -37,7 +37,7 @@ def read_sources(reader: NodeReader, node: Node | None, mark: Mark) -> dict[str,
 
 def _source(reader: NodeReader, key: Scalar, node: Node) -> SourceSpec:
     if isinstance(node, Scalar):
-        return SourceSpec(key.text, reader.text(node, key.text), mark=node.mark)
+        return SourceSpec(key.text, reader.text(node, key.text), mark=key.mark)
     fields = reader.fields(reader.table(node, f"`{key.text}`"), SOURCE_KEYS)
     if "path" not in fields:
         reader.add("no-path", f"the source `{key.text}` has no path", key.mark, "add `path: PATH`")

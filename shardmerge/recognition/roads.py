@@ -91,14 +91,15 @@ def choose(recognised: Recognised, to: str, where: str) -> Route:
     Raises
     ------
     MappingError
-        ``no-road``: nothing goes to that target. ``several-roads``: more than one way is left, with all of them.
+        ``no-conversion``: nothing goes to that target. ``ambiguous-conversion``: more than one is possible; the hint
+        lists them.
     """
     every = routes(recognised)
     left = [one for one in every if to in one.names] if to else _unasked(every, recognised)
     if not left:
         known = list(dict.fromkeys(name for one in every for name in reversed(one.names)))
         raise MappingError(
-            "no-road",
+            "no-conversion",
             f"nothing leads from this checkpoint to {to!r}",
             where=where,
             found=recognised.title,
@@ -109,7 +110,7 @@ def choose(recognised: Recognised, to: str, where: str) -> Route:
         targets = [one.to for one in left]
         lines = [f"--to {one.to if targets.count(one.to) == 1 else one.names[0]}: {one.title}" for one in left]
         raise MappingError(
-            "several-roads",
+            "ambiguous-conversion",
             "several conversions are possible, and nothing here decides which is wanted",
             where=where,
             found=recognised.title,

@@ -177,7 +177,7 @@ ROWS = [
         raw("sources: {}\n", "init", "mapping.yaml"),
         "unknown-layout",
         told("name a checkpoint", "mapping.yaml", "$gqa"),
-        then="several-roads",
+        then="ambiguous-conversion",
     ),
     Row(
         "a base beside a merge",

@@ -86,19 +86,19 @@ PRESETS = [
     Row(
         "several roads",
         (*INIT, "$alone"),
-        "several-roads",
+        "ambiguous-conversion",
         lambda call: call.args.extend(call.hint.splitlines()[1].partition(":")[0].split()),
     ),
     Row(
         "a road of a misspelt name",
         (*INIT, "$alone", "--to", "hf/lava"),
-        "no-road",
+        "no-conversion",
         lambda call: call.change("hf/lava", call.ticked()[0]),
     ),
     Row(
         "a road of nothing like it",
         (*INIT, "$alone", "--to", "zzz"),
-        "no-road",
+        "no-conversion",
         argument("zzz", "hf/llava", "hf/llava"),
     ),
     Row(
