@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.browser import CHROMIUM, DESK, PHONE, Tab, browser
 from tests.test_docs import DOCS, PAGES, ROOT, identify
 
 _BLOCK = re.compile(r"^```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -50,6 +52,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with browser(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
 
 
 def rendered(site: Path, page: Path) -> Page:
@@ -93,3 +103,34 @@ def test_every_picture_has_a_dark_scheme() -> None:
     assert len(drawn) > 30
     for path in drawn:
         assert "prefers-color-scheme: dark" in path.read_text("utf-8"), path.name
+
+
+# What overflows, by how much: blocks of code on a desk, and the page itself.
+_TOO_WIDE = """[...document.querySelectorAll("pre > code")].filter(one => one.scrollWidth > one.clientWidth + 1).length
+    + Math.max(document.documentElement.scrollWidth - innerWidth, 0)"""
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name in ("docs", "guides", "reference")], ids=identify
+)
+def test_pages_fit_a_desk_and_a_phone(page: Path, site: Path, tab: Tab) -> None:
+    place = page.relative_to(DOCS).with_suffix("")
+    built = site / (place.parent if place.name == "index" else place) / "index.html"
+    tab.view(DESK)
+    tab.open(built)
+    assert tab.ask(_TOO_WIDE) == 0
+    tab.view(PHONE)
+    tab.open(built)
+    assert tab.ask("document.documentElement.scrollWidth") <= PHONE[0]
+    pictures = "[...document.images].filter(one => !one.naturalWidth).map(one => one.src)"
+    assert tab.ask(pictures) == []
+
+
+def test_the_site_follows_the_readers_scheme_when_it_changes(site: Path, tab: Tab) -> None:
+    """The theme stores the scheme of the first visit, unless its palette begins with one that follows the system."""
+    grounds = []
+    for dark in (False, True):
+        tab.view(DESK, dark=dark)
+        tab.open(site / "index.html")
+        grounds.append(tab.ask("getComputedStyle(document.body).backgroundColor"))
+    assert grounds[0] != grounds[1]
