@@ -107,8 +107,8 @@ def test_help(folder: Path) -> None:
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
     commands = {
-        "bench", "checkpoints", "cluster", "colour", "conversions", "errors", "main", "mappings", "options", "presets",
-        "progress", "report",
+        "bench", "checkpoints", "cluster", "colour", "completing", "conversions", "errors", "examples", "main",
+        "mappings", "options", "presets", "progress", "report",
     }  # fmt: skip
     assert ours == {
         "shardmerge.cli",

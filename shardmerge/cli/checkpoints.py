@@ -53,12 +53,7 @@ def inspect(
     as_json: bool,
     **opening: Any,  # noqa: ANN401
 ) -> None:
-    """Show what a checkpoint holds, from its headers alone; of a TEMPLATE as mappings have it, the names it matches.
-
-    \b
-    shardmerge inspect work_dirs/iter_5198.pth
-    shardmerge inspect models/Meta-Llama-3-8B 'model.layers.{i}.mlp.{rest...}'
-    """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
+    """Show what a checkpoint holds, from its headers alone; of a TEMPLATE as mappings have it, the names it matches."""
     if as_json:
         refuse_idle({"flat": flat}, "flat", why="is for people: --json lists every tensor")
     with planning(Path(source).name, quiet=quiet or as_json, phase="reading headers"):
@@ -145,11 +140,7 @@ def diff(
     """Compare two checkpoints of any format: names, types, shapes, values. Exit code 3 if they differ.
 
     A or B may be a mapping.yaml: its tensors are made as they are compared, and never written.
-
-    \b
-    shardmerge diff out/model reference/model --rtol 1e-3
-    shardmerge diff out/model mapping.yaml --cast bfloat16 --limit 5
-    """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
+    """
     from shardmerge.api import sides
     from shardmerge.cli import tables
 

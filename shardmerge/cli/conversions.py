@@ -11,6 +11,7 @@ import click
 
 from shardmerge.cli import colour
 from shardmerge.cli.cluster import say_waiting, show_part
+from shardmerge.cli.completing import complete_preset, complete_source
 from shardmerge.cli.options import (
     Reporting,
     check_option,
@@ -44,8 +45,21 @@ if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, SavedMapping
 
 _out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
-_use = click.option("--use", default="", metavar="PRESET", help="A preset, see `shardmerge presets list`.")
-_base = click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
+_use = click.option(
+    "--use",
+    default="",
+    metavar="PRESET",
+    shell_complete=complete_preset,
+    help="A preset, see `shardmerge presets list`.",
+)
+_base = click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="NAME=PATH",
+    shell_complete=complete_source,
+    help="Another source of the preset.",
+)
 _let = click.option("--let", "lets", multiple=True, metavar="NAME=VALUE", help="A number of the preset: ranks=8.")
 
 

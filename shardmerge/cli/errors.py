@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmerge.cli.colour import bold
+from shardmerge.cli.completing import complete_code
 from shardmerge.cli.options import dumped, json_option
 from shardmerge.errors import UsageError
 
@@ -17,7 +18,7 @@ _INDENT = 26
 
 
 @click.command()
-@click.argument("code", required=False)
+@click.argument("code", required=False, shell_complete=complete_code)
 @json_option
 def errors(code: str | None, as_json: bool) -> None:
     """Explain an error CODE, the word in brackets at the end of a message; or list all codes."""

@@ -16,8 +16,10 @@ from shardmerge.cli import colour
 from shardmerge.cli.bench import bench
 from shardmerge.cli.checkpoints import add_checkpoint_commands
 from shardmerge.cli.cluster import add_cluster_commands
+from shardmerge.cli.completing import completion
 from shardmerge.cli.conversions import add_conversion_commands
 from shardmerge.cli.errors import errors
+from shardmerge.cli.examples import add_examples
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.options import dumped
 from shardmerge.cli.presets import presets
@@ -39,8 +41,8 @@ def cli(color: str) -> None:
     """Turns training checkpoints into Hugging Face models, tensor by tensor, in a few dozen MB of memory.
 
     \b
-    shardmerge run mapping.yaml                      what the mapping says
-    shardmerge plan mapping.yaml                     all of it, without reading data
+    shardmerge run mapping.yaml         what the mapping says
+    shardmerge plan mapping.yaml        all of it, without reading data
     shardmerge convert global_step500/ out/ --dtype bfloat16
     shardmerge inspect work_dirs/iter_5198.pth
     """  # noqa: D301  # \b is click's mark for "leave these lines as they are"
@@ -55,6 +57,8 @@ cli.add_command(presets)
 cli.add_command(report)
 cli.add_command(bench)
 cli.add_command(errors)
+cli.add_command(completion)
+add_examples(cli)
 
 
 # What ends a run cleanly: Ctrl-C; Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a terminal

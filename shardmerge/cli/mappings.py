@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shardmerge.cli import colour
+from shardmerge.cli.completing import complete_source, complete_target
 from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
 
 
@@ -46,8 +47,21 @@ def invert(mapping: str, source: str, out: str | None) -> None:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path())
-@click.option("--base", "bases", multiple=True, metavar="NAME=PATH", help="Another source of the preset.")
-@click.option("--to", default="", metavar="TARGET", help="What is wanted: hf/llava, torchtune, or a preset.")
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="NAME=PATH",
+    shell_complete=complete_source,
+    help="Another source of the preset.",
+)
+@click.option(
+    "--to",
+    default="",
+    metavar="TARGET",
+    shell_complete=complete_target,
+    help="What is wanted: hf/llava, torchtune, or a preset.",
+)
 @click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
 @click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:

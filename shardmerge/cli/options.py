@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from shardmerge.cli.completing import complete_dtype
 from shardmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ def plan_options(function: _Command) -> _Command:
     """The options of everything that plans."""
     for option in reversed(
         [
-            click.option("--dtype", help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored."),
+            click.option(
+                "--dtype",
+                shell_complete=complete_dtype,
+                help="Cast float tensors: bfloat16, float16, float32, ... Default: as stored.",
+            ),
             click.option("--shard-size", "--max-shard-size", help="Most bytes in one file, decimal. Default: 5GB."),
             click.option(
                 "--format",
@@ -58,7 +63,12 @@ def closeness_options(function: _Command) -> _Command:
         [
             click.option("--rtol", type=float, default=0.0, help="Relative tolerance: |a - b| <= atol + rtol * |b|."),
             click.option("--atol", type=float, default=0.0, help="Absolute tolerance."),
-            click.option("--cast", metavar="DTYPE", help="Cast floats of both sides first: bfloat16, float16, ..."),
+            click.option(
+                "--cast",
+                metavar="DTYPE",
+                shell_complete=complete_dtype,
+                help="Cast floats of both sides first: bfloat16, float16, ...",
+            ),
             click.option("--headers", is_flag=True, help="Names, types and shapes only; no data is read."),
         ]
     ):
@@ -124,7 +134,11 @@ strip_option = click.option(
     "--strip", multiple=True, metavar="PREFIX", help="Take a prefix off the names of SOURCE: module. May be repeated."
 )
 config_option = click.option(
-    "--config", default="", metavar="DIR", help="Take config.json, tokenizer and so on from a directory or hub id."
+    "--config",
+    default="",
+    metavar="DIR",
+    type=click.Path(),
+    help="Take config.json, tokenizer and so on from a directory or hub id.",
 )
 save_mapping_option = click.option(
     "--save-mapping", type=click.Path(), metavar="FILE", help="Write the mapping that makes the same result."

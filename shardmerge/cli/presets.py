@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import shardmerge
+from shardmerge.cli.completing import complete_preset
 from shardmerge.cli.options import dumped, json_option
 
 
@@ -26,7 +27,7 @@ def presets_list(as_json: bool) -> None:
 
 
 @presets.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_preset)
 def presets_show(name: str) -> None:
     """Print a preset as it is written, to read or to copy from."""
     from shardmerge import api
