@@ -51,7 +51,7 @@ def shown_errors(page: str, heading: str) -> list[str]:
 
 
 def test_the_guide_shows_mistakes_as_they_are_printed(folder: Path) -> None:
-    shown = shown_errors("guides/mapping-language.md", "## Mistakes")
+    shown = shown_errors("guides/mapping-language.md", "## Typical mistakes")
     assert len(shown) == len(MISTAKES)
     for text, block in zip(MISTAKES, shown, strict=True):
         (folder / "a.yaml").write_text(HEAD + text)
