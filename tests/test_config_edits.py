@@ -14,6 +14,7 @@ import shardmerge as sm
 from shardmerge.errors import ShardmergeError, VerificationError
 from shardmerge.publish.verify import verify_directory
 from shardmerge.targets.config_edits import PART_CLASSES
+from tests.receipts import receipt_of, write_receipt
 from tests.test_docs import EXAMPLES
 
 transformers = pytest.importorskip("transformers")
@@ -220,9 +221,9 @@ def test_verify_sees_a_config_of_another_model(tmp_path: Path) -> None:
     verify_directory(out)
     text = (out / "config.json").read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
     (out / "config.json").write_text(text)
-    receipt = json.loads((out / "shardmerge.json").read_text())
+    receipt = receipt_of(out)
     receipt["side_files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
-    (out / "shardmerge.json").write_text(json.dumps(receipt))
+    write_receipt(out, receipt)
     with pytest.raises(VerificationError) as differs:
         verify_directory(out)
     assert differs.value.code == "incomplete-model"

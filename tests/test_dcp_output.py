@@ -5,7 +5,6 @@ written.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import shutil
 import subprocess
@@ -35,6 +34,7 @@ from tests import load_dcp
 from tests.conftest import GOLDEN, shardmerge
 from tests.counting import calls
 from tests.killing import KILL, Machine, Trap
+from tests.receipts import receipt_of, write_receipt
 from tests.scene import claim
 from tests.test_torch_layout import KNOWN, TENSORS, as_tensors, assert_tiles, bits, contents, of, write
 
@@ -311,11 +311,10 @@ def test_a_flipped_bit_is_found(file: str, tmp_path: Path) -> None:
 def test_a_second_reader_sees_what_a_receipt_hides(tmp_path: Path) -> None:
     """Another type in the receipt is no damage of the files; an item says its own."""
     sm.convert(CASE, tmp_path / "out", options=OPTIONS)
-    receipt = tmp_path / "out" / "shardmerge.json"
-    value = json.loads(receipt.read_text())
+    value = receipt_of(tmp_path / "out")
     name = next(name for name, row in value["tensors"].items() if row["dtype"] == "F32" and row["nbytes"] > 4)
     value["tensors"][name]["dtype"] = "I32"
-    receipt.write_text(json.dumps(value))
+    write_receipt(tmp_path / "out", value)
     with pytest.raises(sm.VerificationError, match=r"reference|says another type") as caught:
         sm.verify(tmp_path / "out")
     assert caught.value.code in {"reference-differs", "reference-refuses"}

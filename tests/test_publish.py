@@ -27,8 +27,10 @@ from benchmarks.synthetic import write_zero
 from shardmerge import api
 from shardmerge.dtypes import DTYPES
 from shardmerge.publish import held_files, verify
+from shardmerge.publish.recorded import read_recorded
 from shardmerge.publish.staging import Staging
 from tests.conftest import GOLDEN, shardmerge
+from tests.receipts import receipt_of, write_receipt
 from tests.staged import assert_well_left, stagings
 
 CASE = GOLDEN / "zero" / "bag_z2_w3_bf16" / "ckpt"
@@ -151,8 +153,8 @@ def made(tmp_path: Path) -> Path:
 
 def _changed(made: Path, change: str) -> None:
     """Changes a file of a result, or its receipt."""
-    receipt, shard, side = (made / name for name in ("shardmerge.json", "model.safetensors", "generation_config.json"))
-    value = json.loads(receipt.read_text())
+    shard, side = (made / name for name in ("model.safetensors", "generation_config.json"))
+    value = receipt_of(made)
     if change == "file gone":
         side.unlink()
     elif change == "file edited":
@@ -163,7 +165,7 @@ def _changed(made: Path, change: str) -> None:
         value["tensors"]["a"]["stored"] = "c"
     elif change == "format":
         value["format"] = "a receipt of somebody else"
-    receipt.write_text(json.dumps(value))
+    write_receipt(made, value)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +188,12 @@ def test_verify_compares_all_that_the_receipt_says(made: Path, change: str, code
 
 def _sealed(made: Path, name: str, old: bytes, new: bytes) -> None:
     """Changes the frame of a shard and its digest, as if we had written it so."""
-    path, receipt = made / name, made / "shardmerge.json"
+    path, value = made / name, receipt_of(made)
     data = path.read_bytes()
     assert data.count(old) == 1
     path.write_bytes(data.replace(old, new))
-    value = json.loads(receipt.read_text())
-    value["shards"][name]["frame_sha256"] = held_files.frame_sha256(path, list(value["tensors"].values()))
-    receipt.write_text(json.dumps(value))
+    value["shards"][name]["frame_sha256"] = held_files.frame_sha256(path, read_recorded(made).within[name])
+    write_receipt(made, value)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_reader_that_is_not_ours_has_its_say(
     made: Path, old: bytes, new: bytes, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ours takes a header for what it is not."""
-    tensors = json.loads((made / "shardmerge.json").read_text())["tensors"]
+    tensors = read_recorded(made).within["model.safetensors"]
     entries = held_files.held_tensors(made, "model.safetensors", tensors)
     monkeypatch.setattr(verify, "held_tensors", lambda *given: entries)
     sm.verify(made)

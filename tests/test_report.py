@@ -28,6 +28,7 @@ from shardmerge.reports.provenance import Origin, read_provenance
 from shardmerge.reports.timeline import MOST_POINTS, Timeline
 from shardmerge.tensors import TensorEntry, composed
 from tests.conftest import shardmerge
+from tests.receipts import receipt_of, write_receipt
 from tests.report_pages import MAPPING, ReportPage
 from tests.scene import tree
 
@@ -223,10 +224,10 @@ def test_a_timeline_is_bounded_and_keeps_its_ends() -> None:
 
 def edited(folder: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """Returns a directory with nothing but a changed receipt."""
-    receipt = json.loads((folder / "out" / "shardmerge.json").read_text())
+    receipt = receipt_of(folder / "out")
     change(receipt)
     to.mkdir(exist_ok=True)
-    (to / "shardmerge.json").write_text(json.dumps(receipt), "utf-8")
+    write_receipt(to, receipt)
     return to
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError, VerificationError
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.gather import gather
-from shardmerge.plan.json_values import numbers
+from shardmerge.publish.recorded import RecordedTensor
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool
@@ -25,7 +23,7 @@ _BLOCK = 4 << 20
 HeldTensors: TypeAlias = Mapping[str, TensorEntry]
 
 
-def held_tensors(folder: Path, name: str, tensors: Mapping[str, Mapping[str, object]]) -> HeldTensors:
+def held_tensors(folder: Path, name: str, tensors: Iterable[RecordedTensor]) -> HeldTensors:
     """Returns the tensors of a file of weights.
 
     Parameters
@@ -33,7 +31,7 @@ def held_tensors(folder: Path, name: str, tensors: Mapping[str, Mapping[str, obj
     folder, name
         The directory, and the file in it.
     tensors
-        As the receipt lists them.
+        Its tensors as the receipt lists them.
 
     Raises
     ------
@@ -45,27 +43,26 @@ def held_tensors(folder: Path, name: str, tensors: Mapping[str, Mapping[str, obj
         if path.suffix == ".safetensors":
             return {entry.name: entry for entry in read_header(path).entries.values()}
         if path.suffix == ".distcp":
-            return dict(_items(path, (tensor for tensor in tensors.values() if tensor["shard"] == name)))
+            return dict(_items(path, tensors))
         catalog = read_torch_checkpoint(path)
     except CheckpointError as error:
         raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
     return {name: catalog[name] for name in catalog.names()}
 
 
-def _items(path: Path, tensors: Iterable[Mapping[str, object]]) -> Iterator[tuple[str, TensorEntry]]:
+def _items(path: Path, tensors: Iterable[RecordedTensor]) -> Iterator[tuple[str, TensorEntry]]:
     """Yields the tensors of a file whose items have no names: as the receipt lists them, to be compared with the file.
 
     The names stand in ``.metadata``, whose digest is in the receipt.
     """
-    for tensor in tensors:
-        stored, dtype, shape = str(tensor["stored"]), DTYPES[str(tensor["dtype"])], numbers(tensor["shape"])
-        extent = Extent(str(path), int(str(tensor["offset"])), prod(shape) * dtype.itemsize)
-        yield stored, TensorEntry(stored, dtype, shape, dense(extent, prod(shape)))
+    for one in tensors:
+        layout = dense(Extent(str(path), one.offset, one.nbytes), one.nbytes // one.dtype.itemsize)
+        yield one.stored, TensorEntry(one.stored, one.dtype, one.shape, layout)
 
 
-def frame_sha256(path: Path, tensors: Sequence[Mapping[str, object]]) -> str:
+def frame_sha256(path: Path, tensors: Iterable[RecordedTensor]) -> str:
     """Returns the SHA-256 (hex) of all bytes of a file that are no tensor's."""
-    places = sorted((int(str(tensor["offset"])), int(str(tensor["nbytes"]))) for tensor in tensors)
+    places = sorted((tensor.offset, tensor.nbytes) for tensor in tensors)
     digest, cursor = hashlib.sha256(), 0
     with path.open("rb") as file:
         for offset, nbytes in [*places, (path.stat().st_size, 0)]:

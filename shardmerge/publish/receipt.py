@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Outcome
-from shardmerge.plan.identity import SCHEMA
 from shardmerge.plan.shard import PlannedShard, tensor_json
 from shardmerge.plan.value import Plan
 from shardmerge.publish.part_receipts import patched_blobs
 from shardmerge.tensors.file_roles import RECEIPT
+from shardmerge.version import __version__
 
 FORMAT = "shardmerge receipt"
+
+# Version of the receipt's shape. Those before 5 have no digest of themselves, and do not count what was cloned.
+SCHEMA = 5
+
+# The line that holds the digest of all others. No text inside of JSON holds a line break: it cannot be in a value.
+_SEAL = re.compile(rb'^ "sha256": "([0-9a-f]{64})",\n', re.MULTILINE)
+_AFTER_SEAL = b'\n "shardmerge": '
 
 
 def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], version: str) -> list[bytes]:
     """Returns the receipt as sorted JSON, in parts; no times, hosts or absolute paths: equal runs, equal receipts.
 
-    Where something was cloned the receipt says so, so that of a run on another file system may differ there.
+    Where something was cloned the receipt says so, so that of a run on another file system may differ there. The line
+    ``"sha256"`` is the digest of the text without that line: ``grep -v '^ "sha256":' shardmerge.json | sha256sum``.
     """
     value = {
         "format": FORMAT,
@@ -30,6 +39,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "plan": plan.id,
         "target": plan.target,
         "total_size": plan.tensor_bytes,
+        "cloned": _cloned_json(plan, outcome),
         "sources": {
             source.name: {
                 "path": source.path,
@@ -48,15 +58,28 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "unused": [{"source": unused.source, "tensor": unused.name, "reason": unused.reason} for unused in plan.unused],
     }
     head, key, tail = f"{_text(value)}\n".partition(_NO_TENSORS)
-    return [f"{head}{key[:-1]}".encode(), *_rows(plan, outcome), f"}}{tail}".encode()]
+    return _sealed([f"{head}{key[:-1]}".encode(), *_rows(plan, outcome), f"}}{tail}".encode()])
 
 
-# No text inside of JSON holds a line break, so this is the key itself.
+# As with the digest, this is the key itself.
 _NO_TENSORS = '\n "tensors": {}'
 
 
 def _text(value: object) -> str:
     return json.dumps(value, indent=1, sort_keys=True)
+
+
+def _cloned_json(plan: Plan, outcome: Outcome) -> dict[str, int]:
+    sizes = [tensor.nbytes for tensor in plan.tensors() if tensor.name in outcome.cloned]
+    return {"nbytes": sum(sizes), "tensors": len(sizes)}
+
+
+def _sealed(pieces: list[bytes]) -> list[bytes]:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    line = f'\n "sha256": "{digest.hexdigest()}",'.encode()
+    return [pieces[0].replace(_AFTER_SEAL, line + _AFTER_SEAL, 1), *pieces[1:]]
 
 
 def _rows(plan: Plan, outcome: Outcome) -> Iterator[bytes]:
@@ -98,11 +121,11 @@ def read_receipt(folder: Path) -> Mapping[str, object]:
     UsageError
         ``no-receipt``: not a directory that shardmerge made.
     VerificationError
-        ``damaged-receipt``.
+        ``damaged-receipt``: it was changed. ``newer-receipt``: a newer version wrote it.
     """
-    path = folder / RECEIPT
     try:
-        value = json.loads(path.read_text("utf-8"))
+        data = (folder / RECEIPT).read_bytes()
+        value = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             "no-receipt",
@@ -114,7 +137,33 @@ def read_receipt(folder: Path) -> Mapping[str, object]:
         raise damaged(folder, f"the receipt is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise damaged(folder, "the receipt is not one of ours")
+    _check_seal(folder, data, value)
     return value
+
+
+def is_sealed(receipt: Mapping[str, object]) -> bool:
+    """Tells whether a receipt has a digest of itself; those of the first versions have none."""
+    return "sha256" in receipt or _schema(receipt) >= SCHEMA
+
+
+def _schema(receipt: Mapping[str, object]) -> int:
+    schema = receipt.get("schema")
+    return schema if type(schema) is int else SCHEMA
+
+
+def _check_seal(folder: Path, data: bytes, receipt: Mapping[str, object]) -> None:
+    stated = _SEAL.findall(data)
+    found = hashlib.sha256(_SEAL.sub(b"", data)).hexdigest().encode()
+    if is_sealed(receipt) and stated != [found]:
+        raise damaged(folder, "the receipt was changed: it does not have the SHA-256 that it states")
+    if _schema(receipt) > SCHEMA:
+        raise VerificationError(
+            "newer-receipt",
+            "the receipt was written by a newer version of shardmerge",
+            where=str(folder / RECEIPT),
+            found=f"schema {receipt['schema']}, shardmerge {receipt.get('shardmerge')}",
+            expected=f"schema {SCHEMA}, shardmerge {__version__}",
+        )
 
 
 def damaged(folder: Path, what: str) -> VerificationError:

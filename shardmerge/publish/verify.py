@@ -16,14 +16,15 @@ from shardmerge.execute.pins import Pins
 from shardmerge.plan.tasks import batches
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
-from shardmerge.prepare.publishable import PARTIAL, describe
+from shardmerge.prepare.publishable import describe
 from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
-from shardmerge.publish.receipt import read_receipt
+from shardmerge.publish.recorded import Recorded, read_recorded
 from shardmerge.publish.second_opinion import reference_problems
 from shardmerge.shown import Displayed
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
-from shardmerge.tensors.file_roles import CONFIG, RECEIPT
+from shardmerge.tensors.file_roles import CONFIG
+from shardmerge.tensors.pieces import single_extent
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -58,25 +59,30 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     VerificationError
         All that differs, at once.
     """
-    receipt = read_receipt(folder)
-    shards = _table(receipt, "shards")
-    tensors = _table(receipt, "tensors")
+    receipt = read_recorded(folder)
     raise_all(_file_problems(folder, receipt))
-    held = {name: held_tensors(folder, name, tensors) for name in shards}
-    raise_all(_frame_problems(folder, held, shards, tensors))
+    held = {name: held_tensors(folder, name, receipt.within[name]) for name in receipt.shards}
+    raise_all(_frame_problems(folder, held, receipt))
+    raise_all(_place_problems(folder, held, receipt))
     raise_all(reference_problems(folder, held))
     raise_all(_model_problems(folder, held, receipt))
-    raise_all(_checksum_problems(folder, held, tensors, progress))
-    total = sum(entry.nbytes for entries in held.values() for entry in entries.values())
-    unseen = [int(str(tensor["nbytes"])) for tensor in tensors.values() if "crc32" not in tensor]
+    raise_all(_checksum_problems(folder, held, receipt, progress))
+    total = sum(tensor.nbytes for tensor in receipt.tensors.values())
+    cloned = [tensor.nbytes for tensor in receipt.tensors.values() if not tensor.crc32]
     checks = (
-        f"{len(shards)} shard(s) and {len(_table(receipt, 'side_files'))} side file(s) are those of the receipt",
-        f"{len(tensors)} tensors have the receipt's names, types, shapes and places",
+        f"{len(receipt.shards)} shard(s) and {len(receipt.side_files)} side file(s) are those of the receipt",
+        f"{len(receipt.tensors)} tensors have the receipt's names, types, shapes and places",
         "a reader that is not ours finds the same",
-        f"{total - sum(unseen):,} bytes have the receipt's checksums",
+        f"{total - sum(cloned):,} bytes have the receipt's checksums",
     )
-    unchecked = f"{sum(unseen):,} bytes in {len(unseen)} tensors: cloned from their source, they have no checksum"
-    return Verdict(checks, len(tensors), total, (unchecked,) if unseen else ())
+    return Verdict(checks, len(receipt.tensors), total, tuple(_unchecked(receipt, cloned)))
+
+
+def _unchecked(receipt: Recorded, cloned: list[int]) -> Iterator[str]:
+    if cloned:
+        yield f"{sum(cloned):,} bytes in {len(cloned)} tensors: cloned from their source, they have no checksum"
+    if not receipt.sealed:
+        yield "the receipt itself: the version of shardmerge that wrote it stated no digest of it"
 
 
 def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | None = None) -> Verdict:
@@ -87,14 +93,14 @@ def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | Non
     VerificationError
         ``plan-differs``: sources or mapping are not those of the run. ``tensor-differs``: with the tensor and byte.
     """
-    recorded = read_receipt(folder).get("plan")
+    recorded = read_recorded(folder).plan
     if recorded != plan.id:
         raise VerificationError(
             "plan-differs",
             "the mapping and sources now give another plan than the one that made this directory",
             where=str(folder),
             found=plan.id[:16],
-            expected=str(recorded)[:16],
+            expected=recorded[:16],
             hint="a source, the mapping or the options changed; convert again, or verify without --sources",
         )
     raise_all(_remade_problems(folder, plan, tile, progress))
@@ -135,53 +141,46 @@ def verify_load(folder: Path, python: str = sys.executable) -> Answer:
     return answer
 
 
-def _table(receipt: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
-    value = receipt.get(key)
-    if not isinstance(value, dict):
-        raise VerificationError("damaged-receipt", f"the receipt has no {key}", where=RECEIPT)
-    return value
-
-
-def _file_problems(folder: Path, receipt: Mapping[str, object]) -> Iterator[ShardmergeError]:
-    for name, shard in _table(receipt, "shards").items():
+def _file_problems(folder: Path, receipt: Recorded) -> Iterator[ShardmergeError]:
+    for name, shard in receipt.shards.items():
         path = folder / name
         if not path.is_file():
             yield _wrong("missing-file", "a shard is missing", path)
-        elif path.stat().st_size != shard["nbytes"]:
-            yield _wrong("size-differs", "a shard has another size", path, path.stat().st_size, shard["nbytes"])
-    for name, digest in _table(receipt, "side_files").items():
+        elif path.stat().st_size != shard.nbytes:
+            yield _wrong("size-differs", "a shard has another size", path, path.stat().st_size, shard.nbytes)
+    for name, digest in receipt.side_files.items():
         path = folder / name
         if not path.is_file():
             yield _wrong("missing-file", "a side file is missing", path)
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != str(digest):
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             yield _wrong("file-differs", "a side file was changed after the run", path)
 
 
-def _frame_problems(
-    folder: Path,
-    held: Mapping[str, HeldTensors],
-    shards: Mapping[str, Mapping[str, object]],
-    tensors: Mapping[str, Mapping[str, object]],
-) -> Iterator[ShardmergeError]:
+def _frame_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded) -> Iterator[ShardmergeError]:
     """Everything in a file that is no tensor, and which tensors are in which file."""
     for name in held:
-        own = [tensor for tensor in tensors.values() if tensor["shard"] == name]
-        if frame_sha256(folder / name, own) != shards[name]["frame_sha256"]:
+        if frame_sha256(folder / name, receipt.within[name]) != receipt.shards[name].frame_sha256:
             yield _wrong("header-differs", "the header of a shard was changed", folder / name)
-    found = {(shard, name) for shard, entries in held.items() for name in entries}
-    listed = {(str(tensor["shard"]), str(tensor["stored"])) for tensor in tensors.values()}
-    if found != listed:
-        names = ", ".join(name for _, name in sorted(found ^ listed)[:5])
-        yield VerificationError("tensors-differ", f"shards and receipt do not list the same tensors: {names}")
+    for name, entries in held.items():
+        odd = sorted(entries.keys() ^ {tensor.stored for tensor in receipt.within[name]})
+        if odd:
+            yield _wrong("tensors-differ", f"shard and receipt list other tensors: {', '.join(odd[:5])}", folder / name)
 
 
-def _model_problems(
-    folder: Path, held: Mapping[str, HeldTensors], receipt: Mapping[str, object]
-) -> Iterator[ShardmergeError]:
+def _place_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded) -> Iterator[ShardmergeError]:
+    for name, tensor in receipt.tensors.items():
+        entry = held[tensor.shard][tensor.stored]
+        extent = single_extent(entry, 0, entry.numel)
+        found = (entry.dtype.name, list(entry.shape), extent.offset if extent else tensor.offset)
+        expected = (tensor.dtype.name, list(tensor.shape), tensor.offset)
+        if found != expected:
+            texts = ("{} {} at byte {}".format(*one) for one in (found, expected))
+            yield _wrong("tensors-differ", f"{name} is another tensor in its file", folder / tensor.shard, *texts)
+
+
+def _model_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded) -> Iterator[ShardmergeError]:
     """Every config.json against the shards beside it, unless a part of a model is what was asked for."""
-    warnings = receipt.get("warnings")
-    partial = isinstance(warnings, list) and any(str(one).startswith(PARTIAL) for one in warnings)
-    for name in _table(receipt, "side_files"):
+    for name in receipt.side_files:
         place, _, base = name.rpartition("/")
         config = _config(folder / name) if base == CONFIG else None
         beside = [entries for shard, entries in held.items() if shard.rpartition("/")[0] == place]
@@ -189,7 +188,7 @@ def _model_problems(
         if config is None or not entries:
             continue
         for error in disagreements(describe(config, str(folder / name), entries)):
-            if not (partial and error.code == INCOMPLETE):
+            if not (receipt.partial and error.code == INCOMPLETE):
                 fields = {"where": error.where, "found": error.found, "expected": error.expected}
                 yield VerificationError(error.code, error.what, **fields, hint="convert again, from sources that agree")
 
@@ -204,26 +203,22 @@ def _config(path: Path) -> dict[str, object] | None:
 
 
 def _checksum_problems(
-    folder: Path,
-    held: Mapping[str, HeldTensors],
-    tensors: Mapping[str, Mapping[str, object]],
-    progress: Progress | None,
+    folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded, progress: Progress | None
 ) -> Iterator[ShardmergeError]:
     pool = FilePool()
-    for name, tensor in tensors.items():
-        entry = held[str(tensor["shard"])][str(tensor["stored"])]
-        found = f"{tensor_crc32(pool, entry):08x}" if "crc32" in tensor else ""
-        if found and found != tensor["crc32"]:
+    for name, tensor in receipt.tensors.items():
+        found = f"{tensor_crc32(pool, held[tensor.shard][tensor.stored]):08x}" if tensor.crc32 else ""
+        if found != tensor.crc32:
             yield VerificationError(
                 "checksum-differs",
                 f"the bytes of {name} are not those that were written",
-                where=str(folder / str(tensor["shard"])),
+                where=str(folder / tensor.shard),
                 found=found,
-                expected=str(tensor["crc32"]),
+                expected=tensor.crc32,
                 hint="the disk or a copy damaged the file: convert again",
             )
         if progress is not None:
-            progress(entry.nbytes)
+            progress(tensor.nbytes)
 
 
 def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | None) -> Iterator[ShardmergeError]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.following import RUN, Call, Row, argument, by_hand, near, ran, said
 from tests.hint_rows.given import CONVERT, done_before, made, mapped, told, without
 from tests.hint_rows.output import INIT, LLAMA
+from tests.receipts import receipt_of, write_receipt
 from tests.test_mistakes import GQA, REST, XTUNER
 
 
@@ -195,9 +196,9 @@ def other_config(folder: Path) -> None:
     path = folder / "config.json"
     text = json.dumps(json.loads(path.read_text()) | {"vocab_size": 99})
     path.write_text(text)
-    receipt = json.loads((folder / "shardmerge.json").read_text())
+    receipt = receipt_of(folder)
     receipt["side_files"]["config.json"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "shardmerge.json").write_text(json.dumps(receipt))
+    write_receipt(folder, receipt)
 
 
 ROWS = [*PRESETS, *ASKED]
