@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from tests.adapter_runs import IDS, WEIGHTS, gpt2, llama, opened, saved, shaken,
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 FAST = sm.Options(sync=False)
+ROOT = "base_model.model."
+XTUNER = Path(__file__).parent / "golden" / "xtuner"
 Settings = dict[str, object]
 PLAIN: Settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Settings]]] = {
@@ -100,13 +103,63 @@ def wrapped(run: Path) -> None:
     torch.save({f"module.{name}": one for name, one in state.items()}, run / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("change", [as_dcp, wrapped])
+def changed(run: Path, name: Callable[[str], str], keep: str = "") -> None:
+    state = torch.load(run / "pytorch_model.bin")
+    torch.save({name(key): one for key, one in state.items() if keep in key}, run / "pytorch_model.bin")
+
+
+def inner(run: Path) -> None:
+    """The state of the model inside of peft's, base and all."""
+    changed(run, lambda key: key.removeprefix(ROOT))
+
+
+def inner_alone(run: Path) -> None:
+    """Its adapters alone, as ranks wrapped by DistributedDataParallel save them."""
+    changed(run, lambda key: f"module.{key.removeprefix(ROOT)}", ".lora_")
+
+
+@pytest.mark.parametrize("change", [as_dcp, wrapped, inner, inner_alone])
 def test_in_every_format(tmp_path: Path, change: Callable[[Path], None]) -> None:
     run_of(tmp_path, "plain")
     change(tmp_path / "run")
     sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
     for folder in (".", "style"):
         assert_saved(tmp_path / "out" / folder, tmp_path / "saved" / folder)
+
+
+def test_saved_names_without_peft_s_prefix(tmp_path: Path) -> None:
+    run_of(tmp_path, "alone")
+    shutil.copy(tmp_path / "run/style/adapter_config.json", tmp_path / "run")
+    changed(tmp_path / "run", lambda key: key.removeprefix(ROOT).replace(".style", ""), ".lora_")
+    sm.convert(tmp_path / "run", tmp_path / "out", use="peft/export", options=FAST)
+    assert_saved(tmp_path / "out", tmp_path / "saved" / "style")
+
+
+def test_what_another_library_calls_so_is_not_taken_for_peft_s(tmp_path: Path) -> None:
+    """A pipeline's parts; the names of mlx-lm; a model without any adapter."""
+    for names in ("unet.a.lora_A.weight unet.a.lora_B.weight", "a.b.lora_a a.b.lora_b", "a.weight b.weight"):
+        torch.save({name: torch.ones(2, 2) for name in names.split()}, tmp_path / "run.pt")
+        with pytest.raises(sm.ShardmergeError, match="another-layout"):
+            sm.convert(tmp_path / "run.pt", tmp_path / "out", use="peft/export", options=FAST)
+
+
+@pytest.mark.parametrize(("part", "alpha"), [("llm", 8), ("visual_encoder", 1)])
+def test_the_training_config_says_alpha(tmp_path: Path, part: str, alpha: int) -> None:
+    """XTuner's, in the checkpoint itself: `llm_lora` and `visual_encoder_lora`."""
+    trained = XTUNER / "lora_both" / "iter_2.pth"
+    other = "llm" if part == "visual_encoder" else "visual_encoder"
+    pair = f"{ROOT}{{m...}}.{{k:lora_A|lora_B}}"
+    (tmp_path / "m.yaml").write_text(
+        f"shardmerge: 1\nsources: {{trained: {trained}}}\noutput: out\n"
+        f"target: {{name: peft/adapter, trained: trained, under: {part}}}\n"
+        f'tensors: {{"{pair}.weight": "trained:{part}.{pair}.default.weight"}}\n'
+        f'drop: ["trained:projector.{{rest...}}", "trained:{other}.{{rest...}}"]\n'
+    )
+    sm.run(tmp_path / "m.yaml", options=FAST)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config = (trained.parent / "config.py").read_text()
+    assert re.search(rf"{part}_lora=dict\([^)]*lora_alpha={alpha},", config)
+    assert said["lora_alpha"] == alpha
 
 
 def exported(folder: Path, options: str) -> Path:

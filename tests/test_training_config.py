@@ -118,6 +118,7 @@ def test_the_last_binding_of_the_model_counts():
 
 def test_an_adapter_that_cannot_be_read_is_still_an_adapter():
     assert read_training_config("model = dict(llm_lora=make_lora(64))").llm_lora == AdapterConfig()
+    assert read_training_config("model = dict(lora=dict(r=8, lora_alpha=16))").llm_lora == AdapterConfig(16, 8)
 
 
 # As mmengine writes it: names that are no identifiers make a display, inside a call where a dict holds it.

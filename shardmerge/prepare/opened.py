@@ -51,10 +51,10 @@ def open_mapping(spec: Spec, folder: Path, options: Options, known: Mapping[str,
     if spec.target is not None:
         raise_all(odd_roles(spec.target, catalogs))
     if preset is not None:
-        from shardmerge.prepare.trained_bases import filled_in, with_own_base, without_wrappers
+        from shardmerge.prepare.trained_bases import filled_in, with_own_base
 
         spec, catalogs = filled_in(spec, preset, catalogs, folder, options)
-        spec, preset, catalogs = with_own_base(spec, preset, without_wrappers(preset, catalogs, sides))
+        spec, preset, catalogs = with_own_base(spec, preset, catalogs, sides)
         spec = _combined(spec, preset, catalogs, sides)
     spec = _named(spec, catalogs, sides)
     raise_all([*unused_variables(spec, own), *idle_sources(spec, preset, catalogs), *idle_files(spec, options)])

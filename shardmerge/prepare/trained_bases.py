@@ -10,20 +10,17 @@ from shardmerge.adapters.held import held_base
 from shardmerge.errors import UsageError
 from shardmerge.mapping.spec import SourceSpec, Spec
 from shardmerge.mapping.yaml_nodes import Mark
+from shardmerge.prepare.adapter_sources import without_wrappers
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.prepare.unwrapping import renamed, without_wrapper
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
 from shardmerge.tensors import Catalog, of_source
 from shardmerge.tensors.file_roles import CONFIG
-from shardmerge.tensors.wrapped_names import ANYWHERE, without
 
 # Stands for the place in a file where a training config names a source.
 TRAINING_CONFIG = Mark("training config", 1, 1)
-# The target that is an adapter.
-_ADAPTER = "peft/adapter"
 
 if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
@@ -56,11 +53,15 @@ def filled_in(
     return replace(spec, sources=sources), catalogs
 
 
-def with_own_base(spec: Spec, preset: Preset, catalogs: dict[str, Catalog]) -> tuple[Spec, Preset, dict[str, Catalog]]:
+def with_own_base(
+    spec: Spec, preset: Preset, catalogs: dict[str, Catalog], sides: SideFiles
+) -> tuple[Spec, Preset, dict[str, Catalog]]:
     """Adds as the base of a preset's adapter its own checkpoint, where that is not named and the checkpoint holds it.
 
+    Their names are without wrappers' words then: see ``without_wrappers``.
     A checkpoint that is its own base and has no config.json becomes weights alone: there is nothing to be whole by.
     """
+    catalogs = without_wrappers(preset, catalogs, sides)
     for adapter in preset.adapters:
         source, onto = adapter.source.source, adapter.onto.source
         run = catalogs.get(source)
@@ -80,32 +81,6 @@ def with_own_base(spec: Spec, preset: Preset, catalogs: dict[str, Catalog]) -> t
         sources = {**spec.sources, onto: replace(spec.sources[source], name=onto)} if onto not in spec.sources else {}
         spec = replace(spec, sources=sources or spec.sources)
     return spec, preset, catalogs
-
-
-def without_wrappers(preset: Preset, catalogs: dict[str, Catalog], sides: SideFiles) -> dict[str, Catalog]:
-    """Takes wrappers' words out of the bases of a preset's adapters, and out of a run whose adapter is exported.
-
-    config.json tells those of a base; of an adapter's names peft knows none of torch's.
-    """
-    onto = {one.onto.source for one in preset.adapters if preset.roles[one.onto.source].required} & set(catalogs)
-    found = {name: without_wrapper(catalogs[name], sides)[0] for name in onto if not _is_run(catalogs[name])}
-    source = preset.target.roles.get("trained", "") if preset.target and preset.target.name == _ADAPTER else ""
-    if source in catalogs:
-        run = catalogs[source]
-        names = {name: _plain(name) for name in run.names()}
-        if len(set(names.values())) == len(names) and any(name != clean for name, clean in names.items()):
-            found[source] = renamed(run, names)
-    return catalogs | found
-
-
-def _is_run(catalog: Catalog) -> bool:
-    return any(".lora_" in name for name in catalog.names())
-
-
-def _plain(name: str) -> str:
-    for word in ANYWHERE:
-        name = without(name, word)
-    return name
 
 
 def _find_base(text: str, folder: Path, trained: Path) -> Path | None:

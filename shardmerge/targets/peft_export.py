@@ -28,6 +28,7 @@ from shardmerge.targets.peft_adapter import (
     tensors_of_the_base,
     trained_tokens,
 )  # fmt: skip
+from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog, Extent, Shape, SideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
 
@@ -145,8 +146,7 @@ class _Exported:
 
     def config(self, tensors: Mapping[str, Shape]) -> JsonObject:
         """Returns adapter_config.json: the source's own where it has one, with the options over it."""
-        own, request = self._own(), self.request
-        file = self._file()
+        own, file = self._own(), self._file()
         where = self.catalog.path if file is None else file.file
         if own and adapter_ranks(tensors):
             raise_all(_agrees({key: own[key] for key in _READ if key in own}, adapter_ranks(tensors), where))
@@ -158,24 +158,34 @@ class _Exported:
                 expected=f"trainable_token_indices in {ADAPTER_CONFIG}",
                 hint=f"put the {ADAPTER_CONFIG} of the run beside the checkpoint",
             )
-        stated = positive_number(request, "alpha")
-        said = own.get("lora_alpha") is not None
-        alpha = finite(own, "lora_alpha", 0.0, where) if stated is None and said else stated
-        facts = self.catalog.facts
-        if alpha is None and isinstance(told := facts.get("lora_alpha"), int | float):
-            alpha = float(told)  # verl's, or of a combination
-        base = own.get("base_model_name_or_path")
-        task = own.get("task_type", facts.get("lora_task_type"))
-        stand = AdapterConfig(
-            alpha=alpha,
-            fan_in_fan_out=facts.get("lora_fan_in_fan_out") is True,
-            rslora=switch(request, "rslora", default=flag(own, "use_rslora", where)),
-            base=request.options.get("base", base if isinstance(base, str) else ""),
-            task=request.options.get("task_type", task if isinstance(task, str) else ""),
-        )
+        stand = self._stand(own, where)
         made = adapter_config(tensors, stand, self.catalog.path, "" if self.alone else self.name)
         changed = {key: made[key] for key in ("base_model_name_or_path", "lora_alpha", "task_type", "use_rslora")}
         return made | own | changed if own else made
+
+    def _stand(self, own: JsonObject, where: str) -> AdapterConfig:
+        """What is said beside the tensors: the options, over the config beside the checkpoint, over the run's facts."""
+        request, facts = self.request, self.catalog.facts
+        run = AdapterConfig() if own else self._trained()
+        said = finite(own, "lora_alpha", 0.0, where) if own.get("lora_alpha") is not None else run.alpha
+        if said is None and isinstance(told := facts.get("lora_alpha"), int | float):
+            said = float(told)  # verl's, or of a combination
+        stated = positive_number(request, "alpha")
+        base, task = own.get("base_model_name_or_path"), own.get("task_type", facts.get("lora_task_type"))
+        return AdapterConfig(
+            alpha=said if stated is None else stated,
+            alpha_pattern=run.alpha_pattern if stated is None else {},
+            fan_in_fan_out=run.fan_in_fan_out or facts.get("lora_fan_in_fan_out") is True,
+            rslora=switch(request, "rslora", default=flag(own, "use_rslora", where) or run.rslora),
+            base=request.options.get("base", base if isinstance(base, str) else ""),
+            task=request.options.get("task_type", task if isinstance(task, str) else ""),
+        )
+
+    def _trained(self) -> AdapterConfig:
+        """What XTuner's training config says of the part that the names are of."""
+        run = read_training_config(self.catalog.training_config)
+        found = run.visual_encoder_lora if self.prefix.startswith("visual_encoder.") else run.llm_lora
+        return found or AdapterConfig()
 
 
 def _prefix(request: Request, catalog: Catalog) -> str:

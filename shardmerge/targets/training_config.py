@@ -75,7 +75,7 @@ class TrainingFacts:
 def read_training_config(text: str) -> TrainingFacts:
     """Returns what a training config says. Never raises, and never runs the text.
 
-    Keys are those of ``xtuner.model.LLaVAModel``.
+    Keys are those of ``xtuner.model.LLaVAModel``, and ``lora`` of ``SupervisedFinetune``.
     """
     model = lookup(text, "model")
     if not isinstance(model, Mapping):
@@ -88,7 +88,7 @@ def read_training_config(text: str) -> TrainingFacts:
         vision_path=plain_text(vision, "pretrained_model_name_or_path"),
         visual_select_layer=config_integer(model, "visual_select_layer"),
         projector_depth=config_integer(model, "projector_depth"),
-        llm_lora=_lora(model, "llm_lora"),
+        llm_lora=_lora(model, "llm_lora") or _lora(model, "lora"),
         visual_encoder_lora=_lora(model, "visual_encoder_lora"),
     )
 
