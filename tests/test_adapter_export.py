@@ -318,7 +318,7 @@ def test_what_is_no_one_adapter_is_refused_by_name(tmp_path: Path, second: Setti
 
 def test_two_ways_at_once_are_an_error(tmp_path: Path) -> None:
     two(tmp_path, {}, {})
-    with pytest.raises(sm.ShardmergeError, match="say two combination_type"):
+    with pytest.raises(sm.ShardmergeError, match="these lines have two"):
         written(
             tmp_path, "adapters: [{from: trained, onto: trained, combination_type: linear}, {from: two, onto: trained}]"
         )

@@ -171,7 +171,7 @@ PYTHON = {
     "walk.py": (["models/base"], "encoder.weight largest "),
     "convert_and_verify.py": (
         ["checkpoints/last.pth", "out/converted"],
-        "ok: a reader that is not ours finds the same",
+        "ok: safetensors reads the same tensors",
     ),
     "plan_elsewhere.py": (["rename.yaml", "models", "moved"], "same plan: True\npublished: out 1 file\n"),
     "merge_in_memory.py": (["two-sources.yaml"], "head.weight torch.bfloat16 (2, 4) <- trained:head.weight"),

@@ -69,7 +69,10 @@ def test_all_codes_are_listed() -> None:
 def test_an_unknown_code_names_its_neighbour() -> None:
     done = shardmerge("errors", "missing-rnk", code=2)
     assert "[unknown-code]" in done.stderr
-    assert "did you mean `missing-rank`" in done.stderr
+    near = re.search("did you mean `(.+)`", done.stderr)
+    assert near
+    assert shardmerge("errors", near[1]).stdout.startswith("missing-rank ")
+    assert "hint: `shardmerge errors` lists all codes" in shardmerge("errors", "xyzzy", code=2).stderr
 
 
 def test_codes_as_json() -> None:

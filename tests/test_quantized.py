@@ -388,7 +388,7 @@ def test_codes_whose_meaning_stands_in_a_header_are_not_copied(name: str, tmp_pa
         assert "Tensor" in json.dumps(file.metadata())
     text = code(lambda: sm.convert(QUANTIZED / name, tmp_path / "out", options=options()))
     assert "packed-weights" in text
-    assert "say in their headers" in text
+    assert "in the headers of its files" in text
 
 
 @pytest.mark.parametrize("name", COPIED)

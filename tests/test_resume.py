@@ -307,7 +307,7 @@ def test_what_was_not_synced_is_synced_before_it_is_published(runs: Machine, sce
 def test_fresh_begins_anew(runs: Machine, source: Path) -> None:
     root = _stopped(runs, source)
     (root / "model" / "left.over").write_bytes(b"")
-    assert runs.run(*_command(source)).json()["errors"][0]["hint"] == "begin anew with --fresh"
+    assert runs.run(*_command(source)).json()["errors"][0]["hint"] == "start again with --fresh"
     assert _made(runs, source, "--fresh") == PARTS
 
 

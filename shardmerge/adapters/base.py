@@ -133,7 +133,7 @@ class Base:
                 f"{module}: trainable_token_indices does not say which rows the trained tokens are",
                 found=f"{list(rows.shape)} trained, {len(ids)} ids, and a base of {list(now.shape)}",
                 expected="a different row of the base for each",
-                hint="name the base that the run had, of as many rows, and the adapter_config.json of the run",
+                hint="name the base of the run, with its number of rows, and use the adapter_config.json of the run",
             )
         return with_rows(now, rows, ids)
 
@@ -265,7 +265,7 @@ class Base:
         if len(rows) != 1 or not self._says_rows():
             raise MappingError(
                 "adapter-vocabulary",
-                "the adapter brings another vocabulary than its base, and not for every tensor that has its rows",
+                "the adapter has another vocabulary size than its base, and lacks tensors that depend on it",
                 where=self.catalog.path,
                 found=", ".join(f"{name} {count} rows" for name, count in every.items()),
                 expected="as many rows in embedding and head, and a config.json with vocab_size",
@@ -298,10 +298,10 @@ class Base:
 def _clash(place: str, earlier: str, spec: AdapterSpec) -> MappingError:
     return MappingError(
         "adapters-clash",
-        f"two adapters change {place}, and one of them replaces it whole",
+        f"two adapters change {place}, and one of them replaces the whole tensor",
         where=str(spec.mark),
         found=f"{earlier} and {spec.source.source}",
-        expected="sums alone: modules_to_save and trained biases are of one adapter, as in peft",
+        expected="modules_to_save and trained biases in one adapter only, as in peft",
         hint="merge one of them and use the result as the base of the other, in the order in which they were trained",
     )
 

@@ -110,5 +110,5 @@ def _magnitudes(config: AdapterConfig, parts: AdapterTensors, low_rank: list[str
             "adapter-setting",
             f"{ADAPTER_CONFIG} says use_dora: false, and there are magnitudes of DoRA: {listed(odd, 3)}",
             where=path,
-            hint=f"set use_dora to true in {ADAPTER_CONFIG}, if the run was one of DoRA",
+            hint=f"set use_dora to true in {ADAPTER_CONFIG}, if the run trained a DoRA",
         )

@@ -100,7 +100,7 @@ def _one_way(specs: Sequence[AdapterSpec]) -> str:
     if len(ways) > 1:
         raise MappingError(
             "adapter-setting",
-            "adapters are combined in one way, and these lines say two combination_type",
+            "adapters are combined by one combination_type, and these lines have two",
             where=str(specs[-1].mark),
             found=" and ".join(ways),
             hint="write the same `combination_type:` in each line",

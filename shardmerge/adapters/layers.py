@@ -79,7 +79,7 @@ class Layers:
             return True
         raise MappingError(
             "unknown-layer",
-            f"{module} is square, and nothing tells whether its base is Linear, [out, in], or Conv1D, [in, out]",
+            f"{module} is square, and it is unknown whether its base is Linear, [out, in], or Conv1D, [in, out]",
             where=self.base.path,
             expected="config.json beside the base, with its model_type",
             hint="say `fan_in_fan_out: true` (Conv1D) or `fan_in_fan_out: false` (Linear) under `adapters:`",

@@ -185,7 +185,7 @@ def _no_base(spec: AdapterSpec, flat: list[str], models: list[str]) -> MappingEr
 def _odd_parts(tool: str, names: list[str], where: str) -> MappingError:
     return MappingError(
         "unknown-adapter-tensor",
-        f"{count(len(names), 'tensor')} of {tool} that are not merged here: {listed(names, 3)}",
+        f"{count(len(names), 'tensor')} of {tool} that cannot be merged: {listed(names, 3)}",
         where=where,
         expected="pairs of LoRA, LoHa or LoKr, and alpha",
         hint=f"merge it with {tool} itself, and convert the result",

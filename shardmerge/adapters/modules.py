@@ -89,7 +89,9 @@ class ModuleMerge:
             base.refuse_clash(place, self.spec, replacing=True)
             rows = base.token_rows(now, parts["tokens"], module, self.settings.config.tokens)
             if len(parts) > 1:
-                raise MappingError("adapter-setting", f"{module} has trained tokens and a LoRA: they are two answers")
+                raise MappingError(
+                    "adapter-setting", f"{module} has trained tokens and a LoRA, which contradict each other"
+                )
             yield place, replace(rows, name=place, origin=origin)
             return
         if is_lycoris(parts):
@@ -114,7 +116,7 @@ class ModuleMerge:
                 raise MappingError(
                     "adapter-without-base",
                     f"{module} has a LoRA bias, and its base has no bias",
-                    hint="peft cannot merge it either: run the adapter beside its base",
+                    hint="peft cannot merge it either: load the adapter together with its base",
                 )
             made = compose(Linear((1.0, scale)), [base.weights(bias)[0], parts["b_bias"]])
             yield bias, replace(made, name=bias, origin=origin)
@@ -136,9 +138,9 @@ class ModuleMerge:
         if untouched is not None or (init == "olora" and turned) or self.settings.weight != 1:
             raise MappingError(
                 "adapter-setting",
-                f"{module}: init_lora_weights {init} took its start out of the base, which is no plain base any more",
-                expected="one adapter alone, with no `weight:`, over a base that no other has changed",
-                hint="merge it first, into the untouched base, in a run of its own",
+                f"{module}: init_lora_weights {init} subtracted its start from the base, which was changed since",
+                expected="a single adapter without `weight:`, over an unchanged base",
+                hint="merge it first, into the original base, in a run of its own",
             )
         turn = compose(Permute(), [now]) if turned else now
         left = cast_to(compose(Residual(init, a.shape[0], scale), [turn]), now.dtype)

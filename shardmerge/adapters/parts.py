@@ -222,7 +222,7 @@ def foreign_error(names: Collection[str], source: str, where: str) -> MappingErr
     match = _FOREIGN.search(first)
     return MappingError(
         "unknown-adapter-tensor",
-        f"{source} holds {count(len(names), 'tensor')} that no LoRA of peft has: {listed(list(names), 3)}",
+        f"{source} holds {count(len(names), 'tensor')} that are not part of a LoRA of peft: {listed(list(names), 3)}",
         where=where,
         found=f"`{match[1]}`: {_make(first)}" if match else "",
         expected="base_model.model. ... with lora_A and lora_B, lora_embedding_A and _B, lora_magnitude_vector, or "

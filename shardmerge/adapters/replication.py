@@ -36,7 +36,7 @@ def replicated(base: Base, layers: tuple[tuple[int, int], ...], spec: AdapterSpe
     if base.changed_by or base.replaced_by or base.changes:
         raise MappingError(
             "adapters-clash",
-            "layer_replication numbers the layers anew, and another adapter was merged before",
+            "layer_replication renumbers the layers, and another adapter was merged before",
             where=str(spec.mark),
             hint="merge it alone and first, and use the result as the base of the others",
         )

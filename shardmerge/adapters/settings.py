@@ -73,7 +73,7 @@ class AdapterSettings:
         if claimed is not None and claimed != rank:
             raise MappingError(
                 "adapter-rank",
-                f"{module}: the adapter's config says another rank than its tensors",
+                f"{module}: the adapter's config states another rank than its tensors have",
                 found=f"A has {rank} rows",
                 expected=f"r = {claimed:g} ({self.said_by})",
                 hint=f"put the adapter_config.json of the run there, or say `r: {rank}` under `adapters:`",
@@ -85,7 +85,9 @@ class AdapterSettings:
         if alpha is None and (beside or self.alpha_is_rank):
             return self.weight / rank if beside else self.weight
         if alpha is None:
-            raise MappingError("unknown-alpha", "nothing says the adapter's alpha, and so how strongly it counts")
+            raise MappingError(
+                "unknown-alpha", "the alpha of the adapter is unknown, and with it the strength of the adapter"
+            )
         if not isfinite(alpha):
             raise MappingError(
                 "odd-setting", f"{module}: alpha is {alpha}", hint="say `alpha: NUMBER` under `adapters:`"

@@ -228,7 +228,7 @@ def _run(contender: Contender, out: Path) -> Measured:
                 "bench-failed",
                 f"{contender.title} ended with an error",
                 found="; ".join(said[-3:]) or f"exit code {done.code}",
-                hint="run `shardmerge convert` on a checkpoint of yours on this disk: it tells more",
+                hint="run `shardmerge convert` on a checkpoint on this disk, which shows the cause",
             )
     finally:
         shutil.rmtree(out, ignore_errors=True)

@@ -275,7 +275,7 @@ def _damaged(  # the record, and both sides
         name = next((record.name for record in read(source) if record.offset == offset), "")
     return CheckpointError(
         DAMAGED,
-        "the bytes of a record are not those that its checksum in the file was made of",
+        "the bytes of a record do not match its checksum in the file",
         where=f"{file}, bytes {offset} to {offset + nbytes} ({name})",
         found=f"CRC-32 {found:08x}",
         expected=f"{expected:08x}",

@@ -115,7 +115,7 @@ def read_parts(source: TemplateText) -> Iterator[Placed]:
 def _literal(token: re.Match[str], source: TemplateText) -> str:
     text = token[0]
     if text in {"{", "}"}:
-        raise source.error("unpaired-brace", f"a `{text}` without its partner", token.start())
+        raise source.error("unpaired-brace", f"a `{text}` without its counterpart", token.start())
     return text[0] if text in {"{{", "}}"} else text
 
 

@@ -75,8 +75,8 @@ def _without_header(
     if ours:
         yield MappingError(
             "packed-weights",
-            f"{count(len(ours), 'tensor')} of {source} packed by torchao, whose files say in their headers how to read "
-            f"them, which is not carried: {listed(ours, 3)}",
+            f"{count(len(ours), 'tensor')} of {source} packed by torchao: how to read them is stated in the headers "
+            f"of its files, which are not copied: {listed(ours, 3)}",
             where=str(taken[ours[0]][0].rule.mark),
             hint="copy the directory itself, or name the 16-bit model that it was quantized from",
         )
@@ -99,8 +99,8 @@ def _without_scales(
     astray = [f"{other.target} beside {first.target}" for other in taken.get(scale, ())]
     yield MappingError(
         "codes-without-scales",
-        f"{count(len(names), 'quantized weight')} of {source} ({titles(packed, names)}) copied without what gives the "
-        f"codes a meaning: {listed(names, 3)}",
+        f"{count(len(names), 'quantized weight')} of {source} ({titles(packed, names)}) copied without their "
+        f"scales: {listed(names, 3)}",
         where=str(first.rule.mark),
         found=astray[0] if astray else f"{source}:{scale} is not taken",
         expected=f"{scale} in the module of {first.target}",
@@ -114,7 +114,7 @@ def _uncastable(
     return MappingError(
         "packed-weights",
         f"{count(len(codes), 'tensor')} of {source} packed by quantization ({titles(packed, codes)}), codes that "
-        f"cannot be cast to {wanted}, nor may the floats beside them, which are their scales or what kernels expect: "
+        f"cannot be cast to {wanted}; the floats beside them are scales, which cannot be cast either: "
         f"{listed(codes, 3)}",
         where=str(first.rule.mark),
         hint="leave the dtype out to copy it all as it is, or name the 16-bit model that it was quantized from",

@@ -25,7 +25,7 @@ def odd_families(preset: Preset, catalogs: Mapping[str, Catalog], read: ReadSide
         if stated not in about.model_types:
             yield TargetError(
                 "unsupported-architecture",
-                f"the preset {preset.name} is not for this architecture, which would be taken for another one",
+                f"the preset {preset.name} does not support this architecture",
                 where=extent.file,
                 found=f"model_type {shown(stated)}",
                 expected=f"model_type {' or '.join(about.model_types)}",

@@ -215,7 +215,7 @@ def _renames(entry: _Entry | None) -> bool:
 def _unknown_renames(what: str, where: str) -> MappingError:
     return MappingError(
         "unknown-renames",
-        f"transformers renamed tensors of a {what} between its versions, and how is not known here",
+        f"transformers renamed tensors of a {what} between its versions, and the renames are unknown",
         where=where,
         expected=f"{', '.join(_tables()['models'])}, or a model whose names never changed",
         hint="write the rules yourself, with `target: {name: hf/model, text: SOURCE}`",

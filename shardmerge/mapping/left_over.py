@@ -60,7 +60,7 @@ def unmerged_adapters(work: Matching, made: Mapping[str, Assignment]) -> Iterato
     for source, names in found.items():
         yield MappingError(
             "unmerged-adapter",
-            f"{source} holds {count(len(names), 'adapter tensor')} that no base takes: {listed(names, 3)}",
+            f"{source} holds {count(len(names), 'adapter tensor')} that are merged into no base: {listed(names, 3)}",
             where=work.catalogs[source].path,
             hint=f"to merge it, add `adapters: [{{from: {source}, onto: BASE}}]`, BASE being what it was trained on",
         )
@@ -108,7 +108,7 @@ def idle_filters(work: Matching, rules: Sequence[Rule]) -> Iterator[MappingError
             if case.filter and id(case) not in work.used_cases:
                 yield MappingError(
                     "no-effect",
-                    f"the filter `{case.filter}` decides for no tensor",
+                    f"the filter `{case.filter}` applies to no tensor",
                     where=str(case.mark),
                     hint="write a part of a target's name, or move the line before a filter that takes its tensors",
                 )

@@ -143,7 +143,9 @@ def _written(part: TemplatePart, bindings: Mapping[str, str], variables: Mapping
         return part.written(bindings[part.name])
     value = part.value(lambda name: int(bindings[name]) if bindings.get(name, "").isdigit() else variables.get(name))
     if not isinstance(value, int) or value < 0:
-        raise MappingError("bad-formula", f"`{{{part.text}}}` is {value!r} here", expected="a number of a name")
+        raise MappingError(
+            "bad-formula", f"`{{{part.text}}}` is {value!r} here", expected="a number that can be part of a name"
+        )
     return str(value)
 
 

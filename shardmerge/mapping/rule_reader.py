@@ -38,7 +38,9 @@ def _rule(reader: NodeReader, key: Scalar, node: Node, known: frozenset[str] | N
     if target is None or len(candidates) != len(terms) or not candidates:
         return None
     if target.collects:
-        reader.add("collecting-target", f"`{key.text}` collects, which only the names of an op can", key.mark)
+        reader.add(
+            "collecting-target", f"`{key.text}` collects several tensors, which only an operand of an op can", key.mark
+        )
         return None
     ranges = _ranges(reader, nodes)
     for name in set(ranges) - set(target.captures) - {one for formula in target.formulas for one in formula.names}:
@@ -58,7 +60,7 @@ def _ranges(reader: NodeReader, nodes: Sequence[Node]) -> dict[str, Formula]:
             formula = reader.formula(reader.text(value, key.text), value.mark)
             if formula is not None and found.setdefault(key.text, formula).text != formula.text:
                 what = f"the candidates count {{{key.text}}} to {found[key.text].text} and to {formula.text}"
-                reader.add("op-value", what, value.mark, "one rule counts to one number: write the same in both")
+                reader.add("op-value", what, value.mark, "write the same number in both")
     return found
 
 

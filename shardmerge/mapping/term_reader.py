@@ -21,7 +21,7 @@ def read_reference(reader: NodeReader, node: Scalar, known: frozenset[str] | Non
     source, colon, text = node.text.partition(":")
     if not colon or not SOURCE_NAME.fullmatch(source):
         hint = f"write `{next(iter(sorted(known)))}:{node.text}`" if known else "write `source:name`"
-        reader.add("no-source", f"`{node.text}` does not say which source it is of", node.mark, hint)
+        reader.add("no-source", f"`{node.text}` does not name its source", node.mark, hint)
         return None
     if known is not None and source not in known:
         reader.add("unknown-source", f"there is no source `{source}`", node.mark, did_you_mean(source, known))
@@ -109,7 +109,7 @@ def _inputs(
         for key in (key for key, _ in table.entries if key.text == "for"):
             reader.add(
                 "no-effect",
-                "`for` counts at the outside of a rule only",
+                "`for` is allowed in the outermost op only",
                 key.mark,
                 "move `for` to the outermost op",
             )

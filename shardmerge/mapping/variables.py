@@ -68,11 +68,12 @@ class Variables:
             missing = next((name for name in formula.names if name not in bound and self.get(name) is None), "")
             raise MappingError(
                 "unknown-value",
-                f"nothing here knows `{missing}`"
+                f"the value `{missing}` is unknown"
                 + (f", which `{formula.text}` needs" if formula.text != missing else ""),
                 where=where,
                 expected=self._looked(missing),
-                hint=self._near(missing) or f"say it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
+                hint=self._near(missing)
+                or f"define it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
             )
         if not isinstance(value, int | float):
             raise MappingError("bad-formula", f"`{formula.text}` is the text {value!r}, not a number", where=where)

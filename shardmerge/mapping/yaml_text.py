@@ -37,7 +37,7 @@ def read_yaml(text: str, file: str) -> Node:
         )
     root = _compose(text, file)
     if root is None:
-        raise MappingError("yaml-empty", "the file says nothing", where=file)
+        raise MappingError("yaml-empty", "the file is empty", where=file)
     return _tree(root, file)
 
 
@@ -75,7 +75,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _not_taken(code: str, thing: str, mark: Mark) -> MappingError:
     hint = "write the value out, or put quotes around text that begins with `&`, `*` or `!`"
-    return MappingError(code, f"{thing} is not taken in a mapping file", where=str(mark), hint=hint)
+    return MappingError(code, f"{thing} is not allowed in a mapping file", where=str(mark), hint=hint)
 
 
 def _compose(text: str, file: str) -> yaml.Node | None:

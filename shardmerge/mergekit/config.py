@@ -158,7 +158,7 @@ def _is_empty(node: Node) -> bool:
 
 def refuse(reader: NodeReader, what: str, mark: Mark, hint: str = "") -> None:
     """Remembers what a mapping cannot say."""
-    reader.add("not-sayable", f"a mapping cannot say {what}", mark, hint)
+    reader.add("not-sayable", f"a mapping cannot express {what}", mark, hint)
 
 
 def _dtype(reader: NodeReader, fields: Mapping[str, Node], key: str) -> str:
@@ -197,7 +197,7 @@ def _input(reader: NodeReader, node: Node, *, layers: bool = False) -> MergeInpu
 def _layers(reader: NodeReader, node: Node | None, mark: Mark) -> tuple[int, int]:
     numbers = [reader.count(one, "layer_range") for one in reader.items(node, "layer_range")]
     if len(numbers) != 2 or numbers[0] >= numbers[1]:
-        reader.add("wrong-kind", "`layer_range` is [first, behind the last]", mark, "write `layer_range: [0, 32]`")
+        reader.add("wrong-kind", "`layer_range` is [first, last + 1]", mark, "write `layer_range: [0, 32]`")
         return 0, 1
     return numbers[0], numbers[1]
 
@@ -262,4 +262,4 @@ class ModelName:
 
 def not_sayable(what: str, mark: Mark, hint: str = "") -> MappingError:
     """Returns the error of what a mapping cannot say."""
-    return MappingError("not-sayable", f"a mapping cannot say {what}", where=str(mark), hint=hint)
+    return MappingError("not-sayable", f"a mapping cannot express {what}", where=str(mark), hint=hint)

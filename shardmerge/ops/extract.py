@@ -59,14 +59,14 @@ class LoraExtract(Arithmetic):
         if not fits:
             raise MappingError(
                 "op-shape",
-                f"{self.label}: base and tuned are no float matrices of one shape",
+                f"{self.label}: base and tuned model are not float matrices of the same shape",
                 found=f"base {list(base.shape)}, tuned {list(tuned.shape)}",
                 hint="name as the base the model that the training began with",
             )
         if not 0 < self.rank <= min(base.shape):
             raise MappingError(
                 "op-shape",
-                f"{self.label}: the weight {list(base.shape)} has no such rank",
+                f"{self.label}: the weight {list(base.shape)} has a lower rank",
                 expected=f"at most {min(base.shape)}",
                 hint=f"say `--let rank={min(base.shape)}`, or a smaller number",
             )

@@ -70,7 +70,7 @@ def check_weights(label: str, weights: Sequence[float], count: int) -> None:
     if weights and len(weights) != count:
         raise MappingError(
             "op-value",
-            f"{label}: the number of weights is not that of the tensors",
+            f"{label}: the number of weights differs from the number of tensors",
             found=f"{len(weights)} weights for {count} tensors",
             expected=f"{count} weights",
         )

@@ -68,7 +68,7 @@ class Residual(Arithmetic):
         if len(one.shape) != 2 or one.dtype.kind != "float" or not 0 < self.rank <= min(one.shape):
             raise MappingError(
                 "op-shape",
-                f"{self.label}: no such start in a tensor of {list(one.shape)}, {one.dtype.name}",
+                f"{self.label}: this initialisation does not exist for a tensor of {list(one.shape)}, {one.dtype.name}",
                 expected=f"a float matrix of at least {self.rank} rows and columns",
             )
         return Meta(result_dtype(inputs), one.shape)

@@ -154,7 +154,7 @@ class MultiSlerp(Spanned):
                 return weights[:, None].copy()
             raise CheckpointError(
                 "no-mean",
-                "the weighted directions of the tensors add up to nothing, so they have no mean",
+                "the weighted directions of the tensors add up to zero, so they have no mean",
                 found=f"weights {weights.tolist()}",
                 expected="a sum that is not zero",
                 hint="use other weights, or `op: linear`, which has no directions",

@@ -74,7 +74,7 @@ class TaskVectors(Merge):
             if len(values) not in (1, models):
                 raise MappingError(
                     "op-value",
-                    f"{self.label}: `{name}` is not one number, and not one a model",
+                    f"{self.label}: `{name}` is neither one number nor one for each model",
                     found=f"{len(values)} for {models} models",
                     expected=f"1 or {models}",
                 )

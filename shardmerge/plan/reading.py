@@ -149,7 +149,7 @@ class PlanText:
         if (head.get("schema"), head.get("shardmerge")) != (SCHEMA, __version__):
             raise CheckpointError(
                 "other-version",
-                "the plan was made by another version of shardmerge, which may mean other bytes by it",
+                "the plan was made by another version of shardmerge, whose plans may have another meaning",
                 where=self._where,
                 found=f"shardmerge {head.get('shardmerge')}, schema {head.get('schema')}",
                 expected=f"shardmerge {__version__}, schema {SCHEMA}",
@@ -219,10 +219,10 @@ class _Checked:
         if isinstance(error, _ODD):
             raise CheckpointError(
                 "damaged-plan",
-                "the file is no plan as shardmerge writes it: it is cut off, or was changed",
+                "the file is not a valid plan: it is cut off or was edited",
                 where=self._where,
                 found=error.what if isinstance(error, CheckpointError) else str(error),
-                hint="a plan is not edited; make it again: shardmerge plan MAPPING --out PLAN",
+                hint="make the plan again: shardmerge plan MAPPING --out PLAN",
             ) from error
 
 

@@ -195,7 +195,7 @@ def _unusable_names(path: str, tensors: Iterable[PlannedTensor]) -> Iterator[Sha
         reserved = name == _METADATA
         yield TargetError(
             "unusable-name",
-            "safetensors keeps this name for itself" if reserved else "no reader of safetensors takes this name",
+            "safetensors reserves this name" if reserved else "readers of safetensors reject this name",
             where=f"{tensor.rule}, in {path}",
             found=shown(name),
             expected="" if reserved else f"1 to {_LONGEST_NAME} characters, none of them a control character",

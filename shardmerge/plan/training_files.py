@@ -89,7 +89,7 @@ def _twice(items: Iterable[StoredItem]) -> Iterator[ShardmergeError]:
     for name in [name for name, count in names.items() if count > 1][:_MOST_PROBLEMS]:
         yield TargetError(
             "unusable-name",
-            "two things would have one name in the distributed checkpoint",
+            "two items would have the same name in the distributed checkpoint",
             where=METADATA,
             found=shown(name),
             hint="leave --with-optimizer out: the optimizer then begins anew",
@@ -137,7 +137,7 @@ def _no_folders(tensors: Iterable[PlannedTensor]) -> Iterator[ShardmergeError]:
         if name in ("", ".", "..", "optimizer_state.pt") or not _is_file_name(name):
             yield TargetError(
                 "unusable-name",
-                "DeepSpeed keeps each parameter in a folder of its name, and no folder is called so",
+                "DeepSpeed keeps each parameter in a folder of its name, and no folder can have this name",
                 where=f"{tensor.rule}, in {FOLDER}/zero",
                 found=shown(name),
                 expected=f"1 to {_LONGEST_NAME} bytes without a slash",

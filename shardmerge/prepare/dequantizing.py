@@ -132,7 +132,7 @@ class _QuantizedSource:
             yield CheckpointError(
                 "scales-beside-numbers",
                 f"{count(len(odd), 'weight')} of {self.name} of {self.catalog[first].dtype} with scales beside them: "
-                f"codes that were cast, or numbers that were multiplied by them: {listed(odd, 3)}",
+                f"codes that were cast, or values that were multiplied already: {listed(odd, 3)}",
                 where=self.catalog.path,
                 expected=f"{first} of a float8 type, or no {odd[0]}",
                 hint="fetch the float8 checkpoint again; if the weights are multiplied by now, write a mapping that "
@@ -224,7 +224,7 @@ class _QuantizedSource:
             where=self.catalog.path,
             found=error.found,
             expected=error.expected,
-            hint="fetch the checkpoint again: weights and scales are of two downloads",
+            hint="fetch the checkpoint again: weights and scales are from different downloads",
         )
 
     def _missing(self, names: list[str]) -> CheckpointError:

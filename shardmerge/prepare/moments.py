@@ -50,7 +50,7 @@ def moments_of(found: Resolved, folder: Path, options: Options) -> Moments:
     if not opened.kind.startswith(_SOURCES):
         raise UsageError(
             "no-moments",
-            "the optimizer is read of DeepSpeed's checkpoints and of torch's distributed ones alone",
+            "the optimizer is read from checkpoints of DeepSpeed and torch's distributed checkpoints only",
             where=opened.path,
             found=opened.kind,
             hint=_LEAVE_OUT,
@@ -104,7 +104,7 @@ def _unsaid(where: str, optimizer: OptimizerState) -> Iterator[ShardmergeError]:
 
 def _unfit(where: str, what: str) -> CheckpointError:
     hint = f"{_LEAVE_OUT}; or take --format zero-universal, whose trainer keeps its own settings"
-    return CheckpointError("no-moments", f"torch could not go on with this optimizer: {what}", where=where, hint=hint)
+    return CheckpointError("no-moments", f"torch cannot resume with this optimizer: {what}", where=where, hint=hint)
 
 
 def _warnings(optimizer: OptimizerState) -> Iterator[str]:

@@ -57,7 +57,7 @@ def check_apart(names: Mapping[str, str], source: SourceSpec) -> None:
         if short in seen:
             raise MappingError(
                 "strip-makes-one",
-                f"{_said(source)} makes one name of two",
+                f"{_said(source)} gives two tensors the same name",
                 where=str(source.mark),
                 found=f"{printable(seen[short])} and {printable(name)}",
                 expected=f"two names, and both become {printable(short)}",

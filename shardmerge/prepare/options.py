@@ -216,7 +216,7 @@ def _dtype(spec: OutputSpec | None, options: Options, form: Format) -> DType | N
     if said is not None:
         raise UsageError(
             "unfit-dtype",
-            "the weights of a `zero-universal` checkpoint are those that the optimizer of DeepSpeed steps from",
+            "the weights of a `zero-universal` checkpoint are the fp32 master weights of the optimizer",
             where=str(spec.mark) if spec and options.dtype is None else "",
             found=said.torch,
             expected=_MASTERS.torch,

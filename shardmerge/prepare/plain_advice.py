@@ -67,7 +67,7 @@ def is_adapter(source: str | Path, options: Options) -> bool:
 def _adapter_alone(catalog: Catalog) -> TargetError:
     return TargetError(
         "adapter-alone",
-        "this is a PEFT adapter: on its own it makes no model",
+        "this is a PEFT adapter, which is not a model without its base",
         where=catalog.path,
         hint=f"name the model it was trained on: add --base base=MODEL, which is --use {ADAPTER_PRESET}",
     )

@@ -160,9 +160,9 @@ def _outer(edits: ConfigEdits) -> tuple[str, ...]:
 def _no_config(edits: ConfigEdits) -> MappingError:
     return MappingError(
         "no-config",
-        "`config` is for the config.json of the result, and none is written",
+        "`config` edits the config.json of the result, and none is written",
         where=edits.where,
-        hint="add `target: {name: hf/model, text: SOURCE}`, SOURCE being the one whose config.json is meant",
+        hint="add `target: {name: hf/model, text: SOURCE}`, where SOURCE has the config.json",
     )
 
 

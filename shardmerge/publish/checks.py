@@ -82,7 +82,7 @@ def _taken(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> OutputE
     if clash is not None:
         return OutputError(
             "output-is-source",
-            "the output path holds a source of this very conversion",
+            "the output path contains a source of this conversion",
             where=str(out),
             found=str(clash),
             hint="write to a new directory; sources are never touched",

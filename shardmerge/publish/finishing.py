@@ -275,7 +275,7 @@ def _strange(staging: Staging, wanted: set[str]) -> Iterator[ShardmergeError]:
     found = {path.relative_to(ready).as_posix() for path in ready.rglob("*") if not path.is_dir()}
     for name in sorted(wanted ^ found):
         what = "a file is missing in the result" if name in wanted else "the result holds a file that is not planned"
-        yield VerificationError("part-differs", what, where=str(staging.model / name), hint="begin anew with --fresh")
+        yield VerificationError("part-differs", what, where=str(staging.model / name), hint="start again with --fresh")
 
 
 def _replace(ready: Path, out: Path, old: Path) -> None:
@@ -308,7 +308,7 @@ def unconfirmed(out: Path, found: str) -> PublishedError:
     """Returns the error of a result that is there, and may not survive a power cut."""
     return PublishedError(
         "durability-unconfirmed",
-        "the result is published and whole, but it is not sure that a power cut would leave it so",
+        "the result is published and whole, but it is not confirmed that it survives a power cut",
         where=str(out),
         found=found,
         hint="run `sync`; the same command then says that there is nothing left to do, and tidies up",
@@ -318,7 +318,7 @@ def unconfirmed(out: Path, found: str) -> PublishedError:
 def _not_tidied(error: ShardmergeError) -> PublishedError:
     return PublishedError(
         "not-tidied",
-        "the result is published and whole, but what was needed to make it is not all removed",
+        "the result is published and whole, but temporary files could not be removed",
         where=error.where,
         found=error.what,
         hint="remove that directory",

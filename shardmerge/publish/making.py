@@ -59,10 +59,10 @@ class PartMaker:
                 raise
             raise OutputError(
                 "staging-gone",
-                "what was being made was removed meanwhile, by another process",
+                "another process removed the unfinished files of this run",
                 where=str(self.staging.root),
                 found=error.what,
-                hint="the same command begins anew; `shardmerge clean` and --fresh are for when nobody else is at work",
+                hint="the same command starts again; use `shardmerge clean` and --fresh only while nothing else writes",
             ) from error
 
     def _commit(self, part: Part, counters: Counters, stopped: Stopped) -> None:

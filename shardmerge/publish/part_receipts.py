@@ -132,7 +132,7 @@ def unfit(receipt: PartReceipt, shard: PlannedShard, path: Path, *, recheck: boo
 
 def _difference(receipt: PartReceipt, file: SourceFile, *, recheck: bool) -> str:
     if _sample_digest(file) != receipt.sample:
-        return "its bytes are not those that were written"
+        return "its bytes changed after they were written"
     if recheck or not (receipt.synced or receipt.machine == machine()):
         if receipt.crc32 is None:
             return "some of it was cloned, and has no checksum"

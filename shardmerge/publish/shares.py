@@ -268,7 +268,7 @@ def which(text: str, waiting: Waiting | None = None, environment: Mapping[str, s
     if not found or not 0 <= index < count:
         raise UsageError(
             "bad-part",
-            "--part takes which of how many, counted from 0, or the word any",
+            "--part takes I/N, with I counted from 0, or any",
             found=text,
             expected="0/8 to 7/8, or any",
             hint="in a Slurm array: --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, with --array=0-7",

@@ -291,16 +291,16 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
         if is_gone(root):
             continue
         begun = _begun(root)
-        found = _difference(begun, files) if begun is not None else "nobody knows which: it was left unfinished"
+        found = _difference(begun, files) if begun is not None else "an unknown plan: it was left unfinished"
         if begun is None and not any(root.glob("parts/*.json")):
             continue  # killed before it began: nothing in it counts
         if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
             yield OutputError(
                 "other-plan-staged",
-                "parts of another plan have been made for this output path, and they do not mix",
+                "the output path has unfinished parts of another plan",
                 where=str(root),
                 found=found,
-                hint=f"begin anew with --fresh, or remove them: shardmerge clean {out}",
+                hint=f"start again with --fresh, or remove them: shardmerge clean {out}",
             )
 
 

@@ -72,7 +72,7 @@ def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
     checks = (
         f"{len(receipt.shards)} shard(s) and {len(receipt.side_files)} side file(s) are those of the receipt",
         f"{len(receipt.tensors)} tensors have the receipt's names, types, shapes and places",
-        "a reader that is not ours finds the same",
+        "safetensors reads the same tensors",
         f"{total - sum(cloned):,} bytes have the receipt's checksums",
     )
     return Verdict(checks, len(receipt.tensors), total, tuple(_unchecked(receipt, cloned)))
@@ -237,7 +237,7 @@ def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | N
                     yield _wrong("size-differs", error.what, path)
                     return
                 if made.cast("B") != held:
-                    what = f"{tensor.name} is not what its sources give"
+                    what = f"{tensor.name} differs from what its sources give"
                     yield VerificationError("tensor-differs", what, where=f"{path}, bytes {at} to {at + made.nbytes}")
                 assembler.release(made)
                 if progress is not None:

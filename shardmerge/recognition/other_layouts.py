@@ -65,7 +65,7 @@ def _another_layout(preset: Preset, role: str, catalog: Catalog, templates: list
     title = f"{found.title}: " if found.title else ""
     return MappingError(
         "another-layout",
-        f"`{role}` has not the names that the preset {preset.name} reads: {preset.roles[role].about}",
+        f"`{role}` does not have the tensor names that the preset {preset.name} reads: {preset.roles[role].about}",
         where=catalog.path,
         found=f"{title}names such as {listed(list(islice(catalog.names(), 3)), 3)}",
         expected=f"names such as {listed([template.text for template in templates[:3]], 3)}",

@@ -100,7 +100,7 @@ def choose(recognised: Recognised, to: str, where: str) -> Route:
         known = list(dict.fromkeys(name for one in every for name in reversed(one.names)))
         raise MappingError(
             "no-conversion",
-            f"nothing leads from this checkpoint to {to!r}",
+            f"there is no conversion from this checkpoint to {to!r}",
             where=where,
             found=recognised.title,
             expected=", ".join(known),
@@ -111,10 +111,10 @@ def choose(recognised: Recognised, to: str, where: str) -> Route:
         lines = [f"--to {one.to if targets.count(one.to) == 1 else one.names[0]}: {one.title}" for one in left]
         raise MappingError(
             "ambiguous-conversion",
-            "several conversions are possible, and nothing here decides which is wanted",
+            "several conversions are possible for this checkpoint",
             where=where,
             found=recognised.title,
-            hint="say one of\n    " + "\n    ".join(lines),
+            hint="choose one:\n    " + "\n    ".join(lines),
         )
     return left[0]
 

@@ -91,7 +91,7 @@ def same_tensors(folder: Path, read: Sequence[DcpMetadata]) -> dict[str, Chunked
             if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
                 raise CheckpointError(
                     "mixed-ranks",
-                    "two ranks say different things of one tensor",
+                    "two ranks describe one tensor differently",
                     where=f"{folder}, {name[:200]}",
                     found=f"{first.dtype.name} {list(first.shape)} and {tensor.dtype.name} {list(tensor.shape)}",
                     hint="metadata of two saves are mixed: copy the directory again",

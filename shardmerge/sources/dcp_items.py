@@ -138,7 +138,7 @@ class ItemFiles:
         if not chunk.file:
             raise CheckpointError(
                 "missing-chunk",
-                "the checkpoint names a part of a tensor and does not say where it lies",
+                "the checkpoint lists a part of a tensor without its location",
                 where=f"{self._folder}, {name[:200]}",
                 found=f"a chunk {list(chunk.sizes)} at {list(chunk.offsets)} without an item",
                 hint="a save that did not end, or one of several .metadata is missing: copy the directory again",
@@ -248,7 +248,7 @@ def _mismatch(head: _Head, dtype: DType, chunk: StoredChunk, where: str) -> Chec
     tensor = head.tensor
     return CheckpointError(
         "item-mismatch",
-        "an item is not the part of a tensor that the .metadata says",
+        "an item does not match its description in .metadata",
         where=where,
         found=f"{tensor.dtype.name} {list(tensor.shape)}, {tensor.storage.numel} numbers from byte {head.begin} on",
         expected=f"{dtype.name} {list(chunk.sizes)} in {chunk.length} bytes",
@@ -280,7 +280,7 @@ def _not_an_item(raw: bytes, where: str, first: bytes) -> CheckpointError:
         )
     return CheckpointError(
         "item-format",
-        "an item is none that torch.save wrote",
+        "an item was not written by torch.save",
         where=where,
         found=f"first bytes {raw[:16]!r}",
         hint="copy the file again; a conjugated or sparse tensor is saved once more with resolve_conj() or to_dense()",

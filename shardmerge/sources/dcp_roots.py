@@ -87,7 +87,7 @@ def _below(folder: Path, paths: Mapping[str, Path_], key: Path_) -> dict[str, st
             continue
         short = _title(path[len(key) :])
         if short in found:
-            raise CheckpointError("duplicate-name", "two tensors have one name", where=f"{folder}, {short[:200]}")
+            raise CheckpointError("duplicate-name", "two tensors have the same name", where=f"{folder}, {short[:200]}")
         found[short] = name
     return found
 
@@ -103,7 +103,7 @@ def _usual(folder: Path, groups: Mapping[Path_, int]) -> Path_:
     roots = [_title(group) for group in groups]
     raise CheckpointError(
         "several-roots",
-        "the checkpoint holds several state dicts, and nothing says which of them is the model",
+        "the checkpoint holds several state dicts, and none is marked as the model",
         where=str(folder),
         found=", ".join(f"{_title(group)} ({count} tensors)" for group, count in list(groups.items())[:_NAMED]),
         hint=f"choose one: --root {roots[0]}, in a mapping `root: {roots[0]}`",

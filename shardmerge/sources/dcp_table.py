@@ -108,7 +108,7 @@ class ChunkTable:
     def tensor(self, name: str, dtype: DType, shape: Shape, boxes: Sequence[int]) -> None:
         """Adds the tensor to which the boxes belong that were added last."""
         if name in self.tensors or name in self.dropped:
-            raise damaged("two tensors have one name", name[:200])
+            raise damaged("two tensors have the same name", name[:200])
         first, axes = len(self._file), len(shape)
         begin = boxes[0] if boxes else len(self._sizes)
         if len(self._sizes) - begin != axes * len(boxes) or any(

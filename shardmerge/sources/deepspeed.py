@@ -168,7 +168,7 @@ class _Builder:
     def _no_module(self, absent: list[str]) -> CheckpointError:
         return CheckpointError(
             "no-module-view",
-            "this checkpoint has no whole 16-bit module: ZeRO-3 saves placeholders of it",
+            "this checkpoint has no complete 16-bit module: ZeRO-3 saves placeholders for it",
             where=self.first.path,
             found=f"{len(absent)} tensors without data: {shown(absent)}" if absent else "",
             hint="leave --view out, and cast the fp32 weights: --dtype bfloat16",

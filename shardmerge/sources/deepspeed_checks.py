@@ -303,5 +303,5 @@ def _two_saves(tag: Tag, found: str, expected: str) -> CheckpointError:
         "model file and optimizer files are of two saves",
         found=found,
         expected=expected,
-        hint="a save that broke off, or a copy of two: " + ONE_SAVE + way_out(tag) + again,
+        hint="the save was interrupted, or two saves are mixed: " + ONE_SAVE + way_out(tag) + again,
     )

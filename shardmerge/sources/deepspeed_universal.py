@@ -110,7 +110,7 @@ def _check_order(tag: Tag) -> None:
     there = source != tag.folder and is_tag_folder(source)
     raise tag.error(
         "wrong-universal",
-        "this universal checkpoint has the values of parameters under the names of others",
+        "this universal checkpoint stores values of parameters under wrong names",
         found=f"round_robin_gradients over {claims.world} ranks, whose order ds_to_universal does not know",
         expected="a run without round_robin_gradients",
         hint=(f"pass {source}, which it was made of" if there else "pass the checkpoint that it was made of")

@@ -86,7 +86,7 @@ def check_numbers(folder: Path, files: Sequence[ShardFile]) -> None:
     if ranks == {1}:
         raise CheckpointError(
             "lone-shard",
-            "these are the shards of one rank of a distributed checkpoint, and nothing says that there were no others",
+            "these are the shards of one rank of a distributed checkpoint, and files of other ranks may be missing",
             where=str(folder),
             found=", ".join(file.path.name for file in files[:_MOST_NAMED]),
             expected="those of all ranks: a shard holds a part of each tensor",

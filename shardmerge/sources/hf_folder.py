@@ -76,7 +76,7 @@ def read_unindexed(paths: Sequence[Path], read_shard: ReadShard) -> Catalog:
             if name in seen:
                 raise CheckpointError(
                     "duplicate-name",
-                    f"two shards hold a tensor of one name: {seen[name]} and {shard}",
+                    f"two shards hold a tensor of the same name: {seen[name]} and {shard}",
                     where=f"{paths[0].parent}, {name[:200]}",
                     hint="the shards are of different models: keep those of one, and its index",
                 )
@@ -191,7 +191,7 @@ def _lies(index: ShardIndex, shards: dict[str, Catalog]) -> Iterator[ShardmergeE
                     "lying-index",
                     f"{what} {len(names)} tensors: {', '.join(sorted(names)[:5])}",
                     where=f"{index.path}, shard {shard}",
-                    hint="the index and the shards are of different downloads: fetch both again",
+                    hint="the index and the shards are from different downloads: fetch both again",
                 )
 
 

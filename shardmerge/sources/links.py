@@ -39,7 +39,7 @@ def odd_links(paths: Iterable[Path], folder: Path) -> Iterator[CheckpointError]:
 
             yield CheckpointError(
                 "link-outside",
-                "a file of the checkpoint is a link out of its directory, and what lies there is not read",
+                "a file of the checkpoint is a link to a place outside its directory, which is not read",
                 where=str(path),
                 found=f"-> {real}"[:400],
                 expected=f"a file in {folder}, or a link of the hub cache into its own blobs",

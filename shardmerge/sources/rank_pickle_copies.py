@@ -58,7 +58,7 @@ class CopyCheck:
         if odd:
             raise CheckpointError(
                 "ranks-differ",
-                f"{len(odd)} tensors are not sharded over all ranks, and ranks hold other values under one name:"
+                f"{len(odd)} tensors are not sharded over all ranks, and ranks hold different values under one name:"
                 f" {', '.join(name[:80] for name in odd[:_MOST_NAMED])}",
                 where=" and ".join(self._differing[odd[0]]),
                 expected="copies of one tensor",

@@ -130,7 +130,7 @@ def _items(folder: Path, names: Sequence[str]) -> Iterator[RankPickles]:
     with SourceFile(folder / _ITEMS) as file:
         if file.size > _LARGEST_ITEMS:
             found = f"{file.size:,} bytes"
-            raise CheckpointError("hostile-pickle", "metadata.pkl is larger than any", where=file.path, found=found)
+            raise CheckpointError("hostile-pickle", "metadata.pkl is too large", where=file.path, found=found)
         root = interpret(file.read(0, file.size), where=file.path)
     items = root.get("metadata") if isinstance(root, dict) else None
     if isinstance(root, dict) and isinstance(items, dict):

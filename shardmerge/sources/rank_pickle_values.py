@@ -62,7 +62,7 @@ def rank_tensors(file: TorchFile, root: str) -> RankTensors:
     skipped: list[str] = []
     for name, leaf in named_leaves(holder):
         if name in tensors:
-            raise CheckpointError("duplicate-name", "two tensors have one name", where=f"{file.path}, {name}")
+            raise CheckpointError("duplicate-name", "two tensors have the same name", where=f"{file.path}, {name}")
         check_named(name, file.path)
         local = _local(leaf, meshes, f"{file.path}, {name}")
         if local is not None:

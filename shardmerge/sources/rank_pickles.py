@@ -201,7 +201,7 @@ def _mixed(found: RankPickles, what: str, world: int) -> CheckpointError:
 def _other_tensor(found: RankPickles, rank: int, name: str, mine: _Gathered, other: RankTensor) -> CheckpointError:
     return CheckpointError(
         "mixed-ranks",
-        "two ranks speak of one tensor in different ways",
+        "two ranks describe one tensor differently",
         where=f"{found.folder / found.name(rank)}, {name[:200]}",
         found=_told(other.dtype, other.shape, other.ranks),
         expected=_told(mine.dtype, mine.shape, mine.ranks),

@@ -213,7 +213,7 @@ def _unsaved(name: str, path: str) -> CheckpointError:
     """Returns the error for what torch's consolidation writes of a name that no rank saved (torchtitan#3764)."""
     return CheckpointError(
         "damaged-header",
-        f"tensor {name!r} has neither a type nor data: it was named for a file, and no rank saved it",
+        f"tensor {name!r} has neither a type nor data: no rank saved it",
         where=path,
         found='dtype ""',
         expected=", ".join(DTYPES),

@@ -112,7 +112,7 @@ def _collect(holder: PickleValue, root_key: str) -> StateDict:
     meshes = Meshes()
     for name, leaf in named_leaves(holder):
         if name in tensors:
-            raise CheckpointError("duplicate-name", "two tensors have one name", where=name)
+            raise CheckpointError("duplicate-name", "two tensors have the same name", where=name)
         check_named(name, "")
         if isinstance(leaf, TensorRef):
             tensors[name] = leaf
@@ -133,7 +133,7 @@ def _whole(local: LocalTensor, name: str) -> TensorRef:
         return local.parts[0][1]
     raise CheckpointError(
         "one-rank",
-        "the file holds what one rank has of a sharded model, and its name does not say which files hold the rest",
+        "the file holds the part of one rank, and its name does not tell which files hold the other parts",
         where=name,
         found=" and ".join(str(list(ref.shape)) for _, ref in local.parts[:2]) or "nothing of it",
         expected=f"the whole tensor, {list(local.shape)}",
@@ -163,9 +163,7 @@ def named_leaves(
 
 
 def _endless(name: str) -> CheckpointError:
-    return CheckpointError(
-        "hostile-pickle", "nested dicts hold more names, or longer ones, than any checkpoint", where=name
-    )
+    return CheckpointError("hostile-pickle", "nested dicts hold too many names, or too long ones", where=name)
 
 
 def is_tensor(value: PickleValue) -> bool:

@@ -93,7 +93,7 @@ class TorchFile:
         if start + nbytes > storage.nbytes:
             raise CheckpointError(
                 "view-out-of-storage",
-                "a tensor reaches over the end of its storage",
+                "a tensor extends beyond the end of its storage",
                 where=f"{self.path}, {name}",
                 found=f"bytes {start} to {start + nbytes}",
                 expected=f"at most {storage.nbytes}",

@@ -182,7 +182,7 @@ def differing_head(head: str, embedding: str, described: Described, said: Sequen
     keys = [".".join((*path, "tie_word_embeddings")) for path in said]
     return TargetError(
         DISAGREES,
-        "config.json says that head and embedding are one tensor, and they are two",
+        "config.json ties head and embedding, and they differ",
         where=described.where,
         found=f"{head} has other values than {embedding}",
         expected="; ".join(f"{key} True" for key in keys),

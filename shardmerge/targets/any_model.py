@@ -66,7 +66,7 @@ def _resized(request: Request, catalog: Catalog, config: JsonObject) -> Expectat
         source = request.roles.get("text", "text")
         raise TargetError(
             "no-vocabulary",
-            "none of the source's tensors is known as an embedding or head over the vocabulary",
+            "no tensor of the source is a known embedding or head over the vocabulary",
             where=catalog.path,
             found=f"no name that ends in {', '.join(_VOCABULARY[:4])}, ... with {size} rows",
             hint="leave `vocabulary:` out, set vocab_size under `config:`, and write a rule for each such tensor, as "

@@ -102,15 +102,15 @@ def _idle(expectation: Expectation, choice: FileChoice, where: str) -> Iterator[
         if not any(fnmatchcase(name, pattern) for name in names):
             yield TargetError(
                 "file-matches-nothing",
-                f"`files` names {pattern!r}, and no small file beside the weights is called so",
+                f"`files` names {pattern!r}, which matches no file beside the weights",
                 where=where,
                 found=", ".join(sorted(names)[:12]),
-                hint="remove the pattern, or write one that fits; weights are no side files",
+                hint="remove the pattern, or correct it; weights are not side files",
             )
     if _fits(CONFIG, choice.exclude) and CONFIG in names:
         yield TargetError(
             "needed-file",
-            "`files` leaves out config.json, without which nothing loads the model",
+            "`files` leaves out config.json, which is needed to load the model",
             where=where,
             hint=f"write patterns that do not fit {CONFIG}",
         )

@@ -111,7 +111,7 @@ def _no_key(what: str, key: str, place: Mapping[str, object], edits: ConfigEdits
     keys = [name for name, value in place.items() if what != "take" or isinstance(value, dict)]
     return TargetError(
         "no-such-key",
-        f"`{what}: {key}` names nothing in config.json that it could be done to",
+        f"`{what}: {key}` names no such key of config.json",
         where=edits.where,
         found=f"keys {shown(sorted(keys), 200)}",
         hint=f"remove `{what}: {key}`, or name one of these keys",

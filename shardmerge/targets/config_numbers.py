@@ -41,7 +41,7 @@ def load_object(extent: Extent, read: ReadSideFile) -> JsonObject:
     if extent.nbytes > MAX_JSON_BYTES:
         raise TargetError(
             "side-file-too-large",
-            "a JSON file beside the weights is larger than any such file should be",
+            "a JSON file beside the weights is too large",
             where=extent.file,
             found=f"{extent.nbytes} bytes",
             expected=f"at most {MAX_JSON_BYTES} bytes",

@@ -117,7 +117,7 @@ def _image_id(request: Request, catalog: Catalog, text: Architecture, where: str
             f"the tokenizer has no `{_IMAGE_TOKEN}`, the token that stands for an image",
             where=catalog.path,
             expected=f"the tokenizer of the InternVLChat, which has `{_IMAGE_TOKEN}`",
-            hint="put the tokenizer of these weights beside them; or say which token plays its part, e.g. "
+            hint="put the tokenizer of these weights beside them; or name the token that is used instead, e.g. "
             "`target: {name: hf/internvl, config: SOURCE, image_token_id: 151667}`",
         )
     assumed = _IMAGE_IDS.get(text.model_type, 92546)

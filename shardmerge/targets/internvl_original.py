@@ -47,7 +47,7 @@ def expect(request: Request) -> Expectation:
     if config.get("model_type") != "internvl_chat" or not catalog.entries:
         raise TargetError(
             "unsupported-architecture",
-            "an original InternVL is made by the names of one, and this is none",
+            "`original` must be an original InternVL, and this is not one",
             where=catalog.path,
             found=f"model_type {shown(config.get('model_type'))}, {len(catalog.entries)} tensors",
             expected="model_type internvl_chat, with its weights",

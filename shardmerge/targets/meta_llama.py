@@ -78,7 +78,7 @@ def _check(text: TextSource, ranks: int, counted: VocabularyRows, *, by_columns:
     if model.tensors() != plain.tensors() or model.head_dim * model.heads != model.hidden_size:
         raise TargetError(
             "unsupported-architecture",
-            "Meta's LLaMA has no place for biases, norms of queries and keys, or experts, nor for heads that do not "
+            "Meta's LLaMA cannot hold biases, norms of queries and keys, or experts, nor for heads that do not "
             "share the hidden size evenly",
             where=text.where,
             found=f"{model.model_type}: {model.heads} heads of {model.head_dim}, hidden size {model.hidden_size}",
@@ -116,7 +116,7 @@ def _check_arithmetic(text: TextSource) -> None:
     if odd:
         raise TargetError(
             "unsupported-architecture",
-            "Meta's LLaMA has no place for settings of this model",
+            "Meta's LLaMA cannot hold settings of this model",
             where=text.where,
             found=shown(odd),
             expected=f"hidden_act 'silu', and no rope_scaling or {shown(usual)}",

@@ -80,7 +80,7 @@ def _older_rope(rope: Mapping[str, object], model_type: str, where: str) -> Json
     if any(isinstance(value, dict) for value in rope.values()):
         raise TargetError(
             "unsupported-rope",
-            "layers of several kinds have rotary embeddings of their own, which transformers 4.x has no words for",
+            "layers of several kinds have rotary embeddings of their own, which transformers 4.x cannot express",
             where=where,
             found=f"rope_parameters {shown(dict(rope))}",
             hint='ask for a generation that reads it: `generation: "5.0"`',
@@ -103,7 +103,7 @@ def _check_pattern(config: Mapping[str, object], where: str) -> None:
     if full != [(number + 1) % pattern == 0 for number in range(len(kinds))]:
         raise TargetError(
             "unsupported-rope",
-            "which layers see all is a list in transformers 5, and no pattern that 4.51 could read",
+            "the layers of full attention are a list in transformers 5, and no pattern that 4.51 can read",
             where=where,
             found=f"layer_types {shown(kinds)}, sliding_window_pattern {pattern}",
             hint='ask for a generation that reads it: `generation: "5.0"`',

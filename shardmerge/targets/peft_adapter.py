@@ -134,10 +134,10 @@ def adapter_config(tensors: Mapping[str, Shape], facts: AdapterConfig, where: st
         beside = f"{adapter}/{ADAPTER_CONFIG}" if adapter else ADAPTER_CONFIG
         raise TargetError(
             "adapter-alpha",
-            f"nobody says the alpha of the adapter{f' {adapter}' if adapter else ''}, and its weights cannot tell",
+            f"alpha unknown for the adapter{f' {adapter}' if adapter else ''}, and its weights do not determine it",
             where=where,
             expected=f"`lora_alpha` in the training config or in {beside}",
-            hint=f"say the run's in the target: `target: {{name: peft/adapter, trained: SOURCE{named}, alpha: 16}}`",
+            hint=f"write the alpha of the run: `target: {{name: peft/adapter, trained: SOURCE{named}, alpha: 16}}`",
         )
     halves = _halves(tensors)
     if halves:

@@ -153,7 +153,7 @@ class _Exported:
         if not own.get("trainable_token_indices") and trained_tokens(tensors):
             raise TargetError(
                 "adapter-tokens",
-                "the run trained single tokens, and nobody says which",
+                "the run trained single tokens, and their ids are unknown",
                 where=where,
                 expected=f"trainable_token_indices in {ADAPTER_CONFIG}",
                 hint=f"put the {ADAPTER_CONFIG} of the run beside the checkpoint",

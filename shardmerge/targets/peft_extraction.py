@@ -61,7 +61,7 @@ def _misfits(names: list[str], tuned: Catalog, base: Catalog) -> Iterator[Target
         has = list(base[odd[0]].shape) if odd[0] in base else "no such tensor"
         yield TargetError(
             "not-one-model",
-            f"{len(odd)} tensors of the tuned model are not so in the base: {shown(odd[:3])}",
+            f"{len(odd)} tensors of the tuned model differ in the base: {shown(odd[:3])}",
             where=tuned.path,
             found=f"{list(tuned[odd[0]].shape)}, and {has} in {base.path}",
             hint="name as `base` the model that the training began with; or leave them out by a line under `drop:`",

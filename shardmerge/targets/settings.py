@@ -94,11 +94,11 @@ def unknown_settings(odd: Mapping[str, object], expected: str, where: str) -> Ta
     names = ", ".join(f"`{key}`" for key in odd)
     return TargetError(
         "unsupported-architecture",
-        "the config has settings that the model to be written does not know, and that would be lost without a word",
+        "the config has settings that the target does not support, and that would be lost",
         where=where,
         found=shown(dict(odd)),
         expected=expected,
-        hint=f"where the model's own code makes nothing of them, take {names} out of a copy of this file"[:400],
+        hint=f"if the code of the model ignores them, take {names} out of a copy of this file"[:400],
     )
 
 

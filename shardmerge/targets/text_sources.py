@@ -72,7 +72,7 @@ def read_text_source(request: Request, default: str = "text", *, as_llama: bool 
     if catalog is None or not _describes(catalog):
         raise TargetError(
             "missing-source",
-            f"no source says what the language model is, and `{name}` should",
+            f"no source describes the language model: `{name}` should",
             where=catalog.path if catalog else request.where,
             expected=f"a source `{name}` with config.json, {_PARAMS}, {_LITGPT} or Megatron's args",
         )

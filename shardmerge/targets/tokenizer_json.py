@@ -73,7 +73,7 @@ def read_capped(extent: Extent, read: ReadSideFile) -> bytes:
     if extent.nbytes > _MAX_BYTES:
         raise TargetError(
             "side-file-too-large",
-            "a tokenizer file is larger than any such file should be",
+            "a tokenizer file is too large",
             where=extent.file,
             found=f"{extent.nbytes} bytes",
             expected=f"at most {_MAX_BYTES} bytes",

@@ -161,7 +161,7 @@ def _check(request: Request, count: int, needed: int, vocab_size: int) -> None:
     if count < vocab_size and request.vocabulary and not request.vocabulary.trim:
         raise TargetError(
             "vocabulary-rows",
-            "the vocabulary would lose rows, and the mapping does not say that it may",
+            "the vocabulary would lose rows, and the mapping does not allow it",
             where=request.where,
             found=f"{count} rows, where the text model's config says {vocab_size}",
             expected="`trim: true` where the last rows are padding",

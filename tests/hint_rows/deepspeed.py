@@ -166,7 +166,7 @@ CLAIMS = [
         "model files of a later step",
         claimed("a later step", "llama_z3_w2_bf16"),
         "mixed-runs",
-        by_hand("a save that broke off", back()),
+        by_hand("the save was interrupted", back()),
     ),
     Row(
         "model files of a later step, and a whole model beside",

@@ -9,13 +9,15 @@ NOTHING_TO_DO: list[tuple[str, str, str]] = [
     ("internal-error", "SHARDMERGE_TRACEBACK=1", "a bug of ours is to be reported"),
     ("not-lora", "no merge can do it", "the adapter is used with peft, and nothing is converted"),
     ("adapter-setting", "no merge can do it", "the adapter is used with peft, and nothing is converted"),
-    ("adapter-without-base", "run the adapter beside its base", "the adapter is used with peft"),
+    ("adapter-without-base", "load the adapter together with its base", "the adapter is used with peft"),
     ("unknown-preset", "known here", "all are listed where they are 20 at most, and there are more"),
     ("unknown-op", "known here", "all are listed where they are 20 at most, and there are more"),
 ]
 
 # Tests that follow them with means that a row has not: the file and the name.
 ELSEWHERE: list[tuple[str, str, str]] = [
+    ("unknown-code", "did you mean", "test_error_codes.py::test_an_unknown_code_names_its_neighbour"),
+    ("unknown-code", "lists all codes", "test_error_codes.py::test_an_unknown_code_names_its_neighbour"),
     ("unknown-tensor", "leave it out", "test_inspect.py::test_a_template_that_matches_nothing"),
     ("unknown-tensor", "matches those below it", "test_inspect.py::test_a_template_that_matches_nothing"),
     (
@@ -33,7 +35,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with",
     ),
     ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
-    ("staging-gone", "begins anew", "test_races.py::test_clean_and_a_run"),
+    ("staging-gone", "starts again", "test_races.py::test_clean_and_a_run"),
     ("output-exists", "then publishes what is made", "test_races.py::test_clean_and_a_run"),
     ("packed-item", "pip install", "test_packed_items.py::test_without_the_library_it_says_what_to_install"),
     ("truncated-file", "or one is damaged", "test_packed_items.py::test_what_only_unpacking_shows_stops_the_run"),
@@ -53,7 +55,7 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("adapter-setting", "leave `weight:` out", "test_adapter_maths.py::test_what_is_there_or_not_has_no_weight"),
     (
         "adapter-setting",
-        "merge it first, into the untouched base",
+        "merge it first, into the original base",
         "test_adapter_maths.py::test_a_start_is_that_of_an_untouched_base",
     ),
     (

@@ -120,7 +120,7 @@ OPS = [
         '  "{r}.head": [{op: chunk, of: "m:head", chunks: 2, take: r, for: {r: 3}}, '
         '{op: chunk, of: "m:lm_head.weight", chunks: 2, take: r, for: {r: 2}}]\n',
         "op-value",
-        told("the same in both", "{r: 3}", "{r: 2}"),
+        told("write the same number in both", "{r: 3}", "{r: 2}"),
     ),
     Row(
         "a count of a million",

@@ -93,7 +93,7 @@ def _cluster(address: str | None) -> Iterator[bool]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(
             "no-cluster",
-            "there is no cluster of Ray that answers",
+            "no Ray cluster answers",
             where=address or "",
             found=str(error).splitlines()[0],
             hint="start one: ray start --head; or leave --address out",

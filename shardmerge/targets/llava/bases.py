@@ -204,7 +204,7 @@ def check_encoder(model: ModelFacts, vision: VisionBase) -> None:
     if model.vision not in ("", "AutoModel", found):
         raise TargetError(
             "contradiction",
-            "the training had another kind of visual encoder than the source is",
+            "the training used another kind of visual encoder than the source",
             where=vision.catalog.path,
             found=found,
             expected=f"{model.vision}, as the training config says",

@@ -96,7 +96,7 @@ def _kind(request: Request, kind: LlavaKind, text: TextBase) -> LlavaKind:
         return own
     raise TargetError(
         "unsupported-architecture",
-        f"the text source is a {own.model_type}, which is no base for a {kind.model_type}",
+        f"the text source is a {own.model_type}, which cannot be the base of a {kind.model_type}",
         where=text.where,
         found=f"model_type {own.model_type!r}",
         expected=f"a language model, or a LLaVA of model_type {kind.model_type!r}",

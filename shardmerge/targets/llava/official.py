@@ -151,7 +151,7 @@ def _odd_projector(wiring: Wiring, players: Players) -> list[ShardmergeError]:
     found = f"the output of encoder layers {wiring.layer} side by side" if wiring.layers > 1 else wiring.told
     problem = TargetError(
         "projector-kind",
-        "the projector is not one that LLaVA's code builds",
+        "LLaVA's code cannot build this projector",
         where=players.trained.path if players.trained else "",
         found=found
         if plain
@@ -173,7 +173,7 @@ def _columns(players: Players, text: TextBase, vision: VisionBase | None) -> int
         return stated
     raise TargetError(
         "missing-source",
-        "nobody says how wide the visual encoder's output is",
+        "encoder hidden size unknown",
         expected=f"a source named `{players.vision.source}`, or the trained projector",
         hint=players.vision.line,
     )
