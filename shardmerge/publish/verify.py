@@ -211,7 +211,7 @@ def _checksum_problems(
         if found != tensor.crc32:
             yield VerificationError(
                 "checksum-differs",
-                f"the bytes of {name} are not those that were written",
+                f"the bytes of {name} changed after they were written",
                 where=str(folder / tensor.shard),
                 found=found,
                 expected=tensor.crc32,
