@@ -22,10 +22,13 @@ _FAMILIES = {
     "joining": "Shapes and parts",
     "heads": "Attention heads",
     "casts": "Types",
+    "dequantize": "Types",
     "pointwise": "Sums and comparisons",
-    "fill": "Tensors made of nothing",
+    "fill": "New tensors",
     "vocabulary": "Vocabularies",
     "lora": "Adapters",
+    "dora": "Adapters",
+    "extract": "Adapters",
     "merging_kinds": "Merging models",
     "spherical": "Merging models",
     "stock": "Merging models",
@@ -46,21 +49,21 @@ def _index() -> str:
     lines = [
         "# Ops",
         "",
-        "An op makes one target tensor of one or several source tensors. It stands where a source name could stand:",
+        "An op makes one target tensor from one or more source tensors. Write it in place of a source name:",
         "",
         "```yaml",
         'q_proj.weight: {op: chunk, of: "src:qkv.weight", chunks: 3, take: 0}',
         "```",
         "",
-        "Ops may stand in ops, candidates of a rule may be ops, and numbers may be formulas: see [the mapping language]"
+        "Ops can be nested, candidates of a rule can be ops, and numbers can be formulas: see [the mapping language]"
         "(../guides/mapping-language.md).",
         "",
-        "An op that *copies* only says which source bytes go where. It costs nothing but the reading, and its",
-        "result has the bits of the source. One that *computes* does so in float32 (float64 where an input is),",
+        "An op of kind *copy* only moves source bytes. It costs no more than reading them, and its",
+        "result is bit-identical to the source. An op of kind *compute* uses float32 (float64 if an input is float64),",
         "and the result is rounded once, at the end.",
         "",
-        "Where every op of a mapping has an inverse, [`shardmerge invert`](../reference/commands.md#shardmerge-invert)",
-        "writes the mapping that leads back.",
+        "If every op of a mapping has an inverse, [`shardmerge invert`](../reference/commands.md#shardmerge-invert)",
+        "writes the inverse mapping.",
     ]
     for title, kinds in _families().items():
         rows = [
@@ -99,11 +102,11 @@ def _page(kind: OpKind) -> str:
                 "",
                 "## Parameters",
                 "",
-                *table(("parameter", "takes", "default", "what it is"), list(_rows(kind))),
+                *table(("parameter", "type", "default", "meaning"), list(_rows(kind))),
                 "",
                 "## On tiny tensors",
                 "",
-                "The example above, run:",
+                "The result of the example:",
                 "",
                 "```",
                 *_shown(run_example(kind.name)),
@@ -122,11 +125,11 @@ def _rows(kind: OpKind) -> Iterator[tuple[str, ...]]:
     for term in kind.terms:
         yield f"`{term}`", "a tensor", "required", "A `source:name`, or an op."
     for term in kind.optional_terms:
-        yield f"`{term}`", "a tensor", "none", "A `source:name`, or an op: what the others were trained from."
+        yield f"`{term}`", "a tensor", "none", "A `source:name`, or an op: the base of the other models."
     if kind.takes_of:
         takes, about = (
             "tensors",
-            "A list of `source:name` or ops, or one name with `{e*}`, which stands for all that match.",
+            "A list of `source:name` or ops, or one name with `{e*}`, which stands for all matches.",
         )
         yield (
             "`of`",
@@ -220,11 +223,11 @@ def _how(kind: OpKind, inverse: Inverse) -> str:
     other = link(f"`{inverse.name}`", f"{inverse.name}.md") if inverse.name != kind.name else f"`{inverse.name}` itself"
     match inverse:
         case Mirror():
-            return f"{other} undoes it, one tensor for one tensor."
+            return f"{other}, one tensor for one tensor."
         case Gathered():
-            return f"{other} undoes it, over the rules that take all the other parts of the same tensor."
+            return f"{other}, if rules take all other parts of the same tensor."
         case Scattered(needs=needs):
-            return f"{other} undoes it, one rule for each input, where `{needs}` is given."
+            return f"{other}, one rule for each input, if `{needs}` is given."
 
 
 def _family_word(kind: OpKind) -> str:

@@ -38,15 +38,15 @@ def _index(presets: list[Preset]) -> str:
     lines = [
         "# Presets",
         "",
-        "A preset is a mapping that comes with shardmerge. `shardmerge presets list` names them, and",
-        "`shardmerge presets show NAME` prints one. [Which layout is it?](../guides/layouts.md) helps to choose.",
+        "A preset is a mapping that ships with shardmerge. `shardmerge presets list` lists them, and",
+        "`shardmerge presets show NAME` prints one. To choose, see [Which layout, which preset](../guides/layouts.md).",
         "",
     ]
     for group, members in itertools.groupby(presets, lambda preset: preset.name.partition("/")[0]):
         lines += [
             f"## {group}",
             "",
-            *table(("preset", "what it does", "target", "way back"), map(_index_row, members)),
+            *table(("preset", "conversion", "target", "inverse"), map(_index_row, members)),
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
@@ -79,7 +79,7 @@ def _page(preset: Preset) -> str:
 
 def _way_back(preset: Preset) -> list[str]:
     back = inverse_of(preset.name)
-    return [f"The way back is {link(f'`{back}`', file_name(back))}."] if back else []
+    return [f"The inverse is {link(f'`{back}`', file_name(back))}."] if back else []
 
 
 def _use(preset: Preset) -> list[str]:
@@ -110,20 +110,20 @@ def _sources(preset: Preset) -> list[str]:
     rows = [
         (f"`{n}`", "yes" if role.required else "no", _about(role.about, role.strip)) for n, role in preset.roles.items()
     ]
-    return ["## Sources", "", *table(("source", "required", "what it is"), rows)]
+    return ["## Sources", "", *table(("source", "required", "meaning"), rows)]
 
 
 def _about(about: str, strip: Sequence[str]) -> str:
     prefixes = " or ".join(f"`{one}`" for one in strip)
-    return f"{about}; {prefixes} is taken off the front of its names, if all have it" if strip else about
+    return f"{about}; the prefix {prefixes} is removed if all names have it" if strip else about
 
 
 def _variables(preset: Preset) -> list[str]:
     rows = [(f"`{name}`", code(variable.formula.text)) for name, variable in preset.variables.items()]
-    rows += [(f"`{name}`", "must be said") for name in _unsaid(preset)]
+    rows += [(f"`{name}`", "required") for name in _unsaid(preset)]
     if not rows:
         return []
-    about = "Numbers that the rules use. `let:` in a mapping, or `--let NAME=VALUE`, says another."
+    about = "Numbers that the rules use. To change one, use `let:` in a mapping, or `--let NAME=VALUE`."
     return ["## Variables", "", about, "", *table(("name", "value"), rows)]
 
 
@@ -157,15 +157,15 @@ def _target(preset: Preset) -> list[str]:
     lines = [
         "## Target",
         "",
-        f"`{target.name}`: {target.about} The preset says",
+        f"`{target.name}`: {target.about} The preset sets",
         "",
         "```yaml",
         f"target: {{{said}}}",
         "```",
     ]
     if target.options:
-        lines += ["", "A `target:` in your mapping takes the place of this line. It may add these options:", ""]
-        lines += table(("option", "what it is"), [(f"`{key}`", about) for key, about in target.options.items()])
+        lines += ["", "A `target:` in your mapping replaces this line. It can have these options:", ""]
+        lines += table(("option", "meaning"), [(f"`{key}`", about) for key, about in target.options.items()])
     return lines
 
 
@@ -174,14 +174,14 @@ def _adapters(preset: Preset) -> list[str]:
         (code(f"{one.source.source}:{one.source.template}"), code(f"{one.onto.source}:{one.onto.template}"))
         for one in preset.adapters
     ]
-    about = "Merged before the rules see the base, where the source holds any."
+    about = "Merged before the rules apply, if the source contains adapters."
     return ["## Adapters", "", about, "", *table(("from", "onto"), rows)] if rows else []
 
 
 def _rules(preset: Preset) -> list[str]:
-    head = "Where there is more than one source name, the first that the checkpoint has is taken."
+    head = "If there are several source names, the first one that exists is used."
     rows = [_rule(rule) for rule in preset.rules]
-    return ["## Rules", "", head, "", *table(("target", "made of"), rows)]
+    return ["## Rules", "", head, "", *table(("target", "source"), rows)]
 
 
 def _rule(rule: Rule) -> tuple[str, str]:

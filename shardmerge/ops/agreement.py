@@ -223,9 +223,9 @@ KINDS = (
     OpKind(
         name="sce",
         about="SCE merging (Wan et al., 2024): keeps the elements in which the models vary most, weights every model "
-        "by how much it changed, and leaves out deltas that are not of the common sign. mergekit's `sce`.",
+        "by how much it changed, and omits deltas that differ from the common sign. mergekit's `sce`.",
         example='x.weight: {op: sce, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"], select_topk: 0.5}',
-        params=(Param("select_topk", "number", "The part of the varying elements that is kept, from 0 to 1.", 1),),
+        params=(Param("select_topk", "number", "The fraction of the varying elements to keep, from 0 to 1.", 1),),
         build=lambda values: Sce(_share(number(values, "select_topk"))),
         terms=("base",),
         many=True,
@@ -233,15 +233,13 @@ KINDS = (
     ),
     OpKind(
         name="ram",
-        about="Reinforced agent merging (2026): averages what several models changed, and keeps whole what one alone "
-        "did. mergekit's `ram`; with `r: 0.1` its `ramplus_tl`.",
+        about="Reinforced agent merging (2026): averages elements that several models changed, and keeps those that "
+        "only one changed. mergekit's `ram`; with `r: 0.1` its `ramplus_tl`.",
         example='x.weight: {op: ram, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"]}',
         params=(
-            Param(
-                "r", "number", "How much more of what a model alone changed, by what it shares. 0.1 in `ramplus_tl`.", 0
-            ),
-            Param("alpha", "number", "The most that sharing counts.", 0.2),
-            Param("epsilon", "number", "Changes up to this are none.", 1e-5),
+            Param("r", "number", "Scales up unique changes by the share of common changes. 0.1 in `ramplus_tl`.", 0),
+            Param("alpha", "number", "The upper limit of that share.", 0.2),
+            Param("epsilon", "number", "Changes up to this size are ignored.", 1e-5),
         ),
         build=lambda values: Ram(*(number(values, key) for key in ("r", "alpha", "epsilon"))),
         terms=("base",),

@@ -78,8 +78,8 @@ def _build(values: Mapping[str, ParamValue]) -> Cast:
 KINDS = (
     OpKind(
         name="cast",
-        about="Casts a float tensor, whatever `output.dtype` says of the rest. Ties go to the even neighbour; integers "
-        "and booleans stay what they are.",
+        about="Casts a float tensor, independent of `output.dtype`. Rounds to nearest, ties to even; integers and "
+        "booleans are unchanged.",
         example='"{name}.norm.weight": {op: cast, of: "src:{name}.norm.weight", dtype: float32}',
         params=(Param("dtype", "dtype", "`float32`, `bfloat16`, `float16`, ..."),),
         build=_build,

@@ -218,15 +218,15 @@ KINDS = (
         params=(
             DIM,
             Param("start", "int", "First index.", 0),
-            Param("stop", "int", "Behind the last index; the end of the axis where absent.", optional=True),
+            Param("stop", "int", "One past the last index. Default: the end of the axis.", optional=True),
         ),
         build=_slice,
         lossy="what was cut off is gone",
     ),
     OpKind(
         name="split",
-        about="Takes one part of an axis that is divided into parts of given sizes. The sizes must add up, so that a "
-        "wrong head count is an error and not a shifted tensor.",
+        about="Takes one part of an axis that is divided into parts of given sizes. The sizes must add up to the axis, "
+        "so that a wrong head count is an error.",
         example='q_proj.weight: {op: split, of: "src:qkv.weight", dim: 0, sizes: [8, 4, 4], take: 0}',
         params=(DIM, Param("sizes", "ints", "The sizes of all parts."), TAKE),
         build=_split,
@@ -236,15 +236,15 @@ KINDS = (
         name="chunk",
         about="Takes one of several equal parts of an axis.",
         example='gate_proj.weight: {op: chunk, of: "src:gate_up.weight", dim: 0, chunks: 2, take: 0}',
-        params=(DIM, Param("chunks", "int", "Into how many parts."), TAKE),
+        params=(DIM, Param("chunks", "int", "The number of parts."), TAKE),
         build=_chunk,
         inverse=Gathered("concat"),
     ),
     OpKind(
         name="unstack",
-        about="Takes one of the tensors that are stacked along an axis: a layer, an expert. The axis goes.",
+        about="Takes one of the tensors that are stacked along an axis: a layer, an expert. The axis is removed.",
         example='layers.1.o_proj.weight: {op: unstack, of: "src:layers.o_proj.weight", count: 3, take: 1}',
-        params=(DIM, Param("count", "int", "How many are stacked; another number is an error."), TAKE),
+        params=(DIM, Param("count", "int", "The number of stacked tensors. A different number is an error."), TAKE),
         build=_unstack,
         inverse=Gathered("stack"),
     ),

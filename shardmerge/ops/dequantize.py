@@ -251,9 +251,9 @@ def _build(values: Mapping[str, ParamValue]) -> Dequantize:
 KINDS = (
     OpKind(
         name="dequantize",
-        about="A float8 weight times its scales, in float32: DeepSeek's and Qwen's `weight_scale_inv` by blocks, "
-        "`weight_scale` for a tensor, for each row, or by blocks. Scales of type F8_E8M0 or U8 are powers of two. The "
-        "weights of a source are dequantized by themselves where an adapter, a cast, an op or a target needs numbers.",
+        about="Multiplies a float8 weight by its scales, in float32: DeepSeek's and Qwen's `weight_scale_inv` per "
+        "block, `weight_scale` per tensor, row or block. Scales of type F8_E8M0 or U8 are powers of two. The weights "
+        "of a source are dequantized automatically if an adapter, a cast, an op or a target needs numbers.",
         example='x.weight: {op: dequantize, of: ["src:x.weight", "src:x.weight_scale_inv"], block: [2, 2]}',
         params=(
             Param(
@@ -263,7 +263,7 @@ KINDS = (
                 "equal parts.",
                 optional=True,
             ),
-            Param("dtype", "dtype", "The type of the result where `output.dtype` says no other.", "bfloat16"),
+            Param("dtype", "dtype", "The type of the result, unless `output.dtype` is set.", "bfloat16"),
         ),
         build=_build,
         many=True,

@@ -123,7 +123,7 @@ def _scale_rows(factor: Factor, lengths: Array, result: Array, base: Array) -> i
 KINDS = (
     OpKind(
         name="dora",
-        about="Adds `scale * B @ A` to a weight and gives every row the length `magnitude`, in float32, rounded once.",
+        about="Adds `scale * B @ A` to a weight and scales each row to the norm `magnitude`, in float32, rounded once.",
         example='q_proj.weight: {op: dora, a: "adapter:q.lora_A", b: "adapter:q.lora_B", '
         'magnitude: "adapter:q.magnitude", of: "src:q.weight", scale: 0.5}',
         params=(SCALE,),

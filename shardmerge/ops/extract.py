@@ -126,13 +126,13 @@ def _build(values: Mapping[str, ParamValue]) -> LoraExtract:
 KINDS = (
     OpKind(
         name="lora_extract",
-        about="A factor of the best product of its rank for what a training changed: `B @ A` is nearest to "
-        "`of - base`. Made by numpy's LAPACK in float64, of one weight at a time: about `40 * n ** 2` bytes, with n "
-        "the smaller side. The preset `peft/extract` makes a whole adapter.",
+        about="Computes a factor of the best low-rank approximation of a difference: `B @ A` is closest to "
+        "`of - base`. Computed by numpy's LAPACK in float64, one weight at a time, in about `40 * n ** 2` bytes, with "
+        "n the smaller side. The preset `peft/extract` makes a whole adapter.",
         example='q.lora_A: {op: lora_extract, base: "src:base.q.weight", of: "src:tuned.q.weight", rank: 1, take: A}',
         params=(
-            Param("rank", "int", "Rows of A."),
-            Param("take", "text", "`A`, `[rank, in]`, or `B`, `[out, rank]`."),
+            Param("rank", "int", "The number of rows of A."),
+            Param("take", "text", "`A` with shape `[rank, in]`, or `B` with shape `[out, rank]`."),
         ),
         build=_build,
         terms=("base",),

@@ -114,7 +114,7 @@ def _fill(values: Mapping[str, ParamValue]) -> Fill:
 KINDS = (
     OpKind(
         name="fill",
-        about="A tensor with one value everywhere, for a weight that a target needs and no source has.",
+        about="Creates a tensor with the same value everywhere, for a weight that a target needs and no source has.",
         example="image_newline: {op: fill, shape: [1024], value: 0}",
         params=(
             Param("shape", "ints", "Its shape."),
@@ -127,7 +127,7 @@ KINDS = (
     ),
     OpKind(
         name="arange",
-        about="The numbers 0, 1, 2, ... in int64, row-major, for buffers such as `position_ids`.",
+        about="Creates the numbers 0, 1, 2, ... in int64, row-major, for buffers such as `position_ids`.",
         example="embeddings.position_ids: {op: arange, shape: [1, 577]}",
         params=(Param("shape", "ints", "Its shape."),),
         build=lambda values: Arange(_shape(values)),

@@ -184,14 +184,14 @@ def _sizes(values: Mapping[str, ParamValue]) -> tuple[int, ...]:
     return sizes
 
 
-_GROUPS = Param("groups", "int", "How many groups: the key-value heads.")
+_GROUPS = Param("groups", "int", "The number of groups, that is of key-value heads.")
 _SIZES = Param("sizes", "ints", "Rows of each part in one group, e.g. `[heads // kv_heads * head_dim, head_dim, ...]`.")
-_HEADS = Param("heads", "int", "How many heads: of the queries for q, of the keys for k.")
+_HEADS = Param("heads", "int", "The number of heads: query heads for q, key-value heads for k.")
 
 KINDS = (
     OpKind(
         name="grouped_split",
-        about="Takes one part of every group of the rows: q, k or v of a fused weight that is stored group by group "
+        about="Takes one part of every group of rows: q, k or v of a fused weight that is stored group by group "
         "(Megatron-Core, InternLM2).",
         example='k.weight: {op: grouped_split, of: "src:grouped_qkv.weight", groups: 2, sizes: [4, 2, 2], take: 1}',
         params=(_GROUPS, _SIZES, Param("take", "int", "Which part, counted from 0.")),
@@ -210,8 +210,8 @@ KINDS = (
     ),
     OpKind(
         name="rotary_permute",
-        about="Turns the rows of every head from Meta's order (neighbouring pairs are rotated) into Hugging Face's "
-        "(the two halves are). For q and k, weight, bias and LoRA B; never for v.",
+        about="Reorders the rows of every head from Meta's order (adjacent pairs are rotated) to Hugging Face's "
+        "(the two halves are rotated). For q and k: weight, bias and LoRA B; never for v.",
         example='q_proj.weight: {op: rotary_permute, of: "src:wq.weight", heads: 4}',
         params=(_HEADS,),
         build=lambda values: Rotary(positive(values, "heads")[0], inverse=False),
@@ -219,7 +219,7 @@ KINDS = (
     ),
     OpKind(
         name="rotary_unpermute",
-        about="Turns the rows of every head from Hugging Face's order into Meta's; the inverse of `rotary_permute`.",
+        about="Reorders the rows of every head from Hugging Face's order to Meta's; the inverse of `rotary_permute`.",
         example='wq.weight: {op: rotary_unpermute, of: "src:q.weight", heads: 4}',
         params=(_HEADS,),
         build=lambda values: Rotary(positive(values, "heads")[0], inverse=True),

@@ -115,13 +115,13 @@ def _concat(values: ParamValues) -> Concat:
 KINDS = (
     OpKind(
         name="concat",
-        about="Puts tensors one after the other along an axis. A template with `{e*}` stands for all of its "
-        "matches, in natural order (ranks, experts).",
+        about="Concatenates tensors along an axis. A template with `{e*}` stands for all of its matches, in natural "
+        "order (ranks, experts).",
         example='qkv.weight: {op: concat, of: ["src:q.weight", "src:k.weight", "src:v.weight"], sizes: [8, 4, 4]}',
         params=(
             DIM,
-            Param("sizes", "ints", "Their sizes along it. Checked, and what `shardmerge invert` needs.", optional=True),
-            Param("chunks", "int", "Their number, if they are equal; checked, for `shardmerge invert`.", optional=True),
+            Param("sizes", "ints", "Their sizes along the axis. Checked; `shardmerge invert` needs it.", optional=True),
+            Param("chunks", "int", "The number of equal sizes. Checked; for `shardmerge invert`.", optional=True),
         ),
         build=_concat,
         many=True,
@@ -129,7 +129,7 @@ KINDS = (
     ),
     OpKind(
         name="stack",
-        about="Puts tensors of one shape along a new axis. A template with `{e*}` stands for all of its matches.",
+        about="Stacks tensors of one shape along a new axis. A template with `{e*}` stands for all of its matches.",
         example='experts.weight: {op: stack, of: "src:experts.{e*}.weight", dim: 0}',
         params=(DIM,),
         build=lambda values: Stack(integer(values, "dim")),

@@ -63,7 +63,7 @@ KINDS = (
     OpKind(
         name="lora",
         about="Adds `scale * B @ A` to a weight, in float32, rounded once. For whole adapters use `adapters:`, which "
-        "finds the pairs, the scale and the special cases by itself.",
+        "finds the pairs, the scale and the special cases automatically.",
         example='q.weight: {op: lora, a: "adapter:q.lora_A", b: "adapter:q.lora_B", of: "src:q.weight", scale: 0.5}',
         params=(SCALE,),
         build=lambda values: Lora(scale_of(values)),

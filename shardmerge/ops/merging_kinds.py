@@ -12,10 +12,10 @@ from shardmerge.ops.pointwise import number, numbers
 
 _Values = Mapping[str, ParamValue]
 
-_WEIGHTS = Param("weights", "numbers", "One a model of `of`. 1 each where absent.", optional=True)
-_SCALE = Param("scale", "number", "What the merged delta is multiplied with; `lambda` in mergekit.", 1)
+_WEIGHTS = Param("weights", "numbers", "One number per model in `of`. Default: 1 each.", optional=True)
+_SCALE = Param("scale", "number", "The factor of the merged delta; `lambda` in mergekit.", 1)
 _SEED = Param("seed", "int", "Another seed gives other random numbers.", 0)
-_KEPT = "The part of each delta that is kept, from 0 to 1; one number, or one a model."
+_KEPT = "The fraction of each delta to keep, from 0 to 1; one number, or one per model."
 _LOSSY = "the models of a merge are not known"
 _EXAMPLE = 'x.weight: {{op: {}, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"], {}}}'
 
@@ -29,8 +29,8 @@ def _signs(*, default: bool, name: str) -> Param:
 
 
 def _rescale(default: str, *more: str) -> Param:
-    density = " `density`: a kept element is divided by the density." if "density" in more else ""
-    about = f"`l1`: a trimmed delta is given the L1 norm it had, mergekit's `rescale`.{density} `none`: nothing."
+    density = " `density`: kept elements are divided by the density." if "density" in more else ""
+    about = f"`l1`: restores the L1 norm of a trimmed delta, mergekit's `rescale`.{density} `none`: no rescaling."
     return Param("rescale", "text", about, default, choices=("none", "l1", *more))
 
 
@@ -113,17 +113,17 @@ def _kind(
 KINDS = (
     _kind(
         "task_arithmetic",
-        "Adds what several models learned to their base: `base + sum(w * (model - base))`, in float32 (Ilharco "
-        "et al., 2023). The weights are not normalised unless that is asked for.",
+        "Adds the differences of several models to their base: `base + sum(w * (model - base))`, in float32 "
+        "(Ilharco et al., 2023). The weights are not normalized by default.",
         (_WEIGHTS, _SCALE, _normalize(default=False)),
         _task_arithmetic,
         "weights: [0.5, 0.5]",
     ),
     _kind(
         "ties",
-        "TIES merging (Yadav et al., 2023): keeps the largest part of every delta, elects a sign for every "
-        "element, and averages the deltas of that sign. As in mergekit, weights are normalised per element. The "
-        "number kept is exact; among equal magnitudes the lowest index is kept.",
+        "TIES merging (Yadav et al., 2023): keeps the largest elements of every delta, elects a sign for every "
+        "element, and averages the deltas with that sign. As in mergekit, weights are normalized per element. The "
+        "number of kept elements is exact; among equal magnitudes the lowest index is kept.",
         (
             Param("density", "numbers", _KEPT), _WEIGHTS, _SCALE,
             _normalize(default=True, what="the sum of the weights of those that agree"), _rescale("none"),
@@ -132,12 +132,12 @@ KINDS = (
     ),
     _kind(
         "breadcrumbs",
-        "Model Breadcrumbs (Davari and Belilovsky, 2023): leaves out the smallest changes of every delta, and the "
-        "largest, which are outliers. With `sign_consensus` only deltas of the elected sign are added (mergekit's "
+        "Model Breadcrumbs (Davari and Belilovsky, 2023): omits the smallest changes of every delta, and the "
+        "largest ones as outliers. With `sign_consensus` only deltas with the elected sign are added (mergekit's "
         "`breadcrumbs_ties`).",
         (
             Param("density", "numbers", _KEPT),
-            Param("gamma", "numbers", "The part of each delta that goes as outliers; one, or one a model.", 0.01),
+            Param("gamma", "numbers", "The fraction to omit as outliers; one number, or one per model.", 0.01),
             _WEIGHTS, _SCALE, _signs(default=False, name=""), _normalize(default=False), _rescale("none"),
         ),
         _breadcrumbs,
@@ -145,11 +145,11 @@ KINDS = (
     ),
     _kind(
         "dare",
-        "DARE merging (Yu et al., 2024): keeps a random part of every delta and divides it by `density`. The "
-        "numbers depend on `seed`, the target's name and the place in the tensor, and on nothing else. With "
-        "`sign_consensus` only deltas of the elected sign are added (mergekit's `dare_ties`).",
+        "DARE merging (Yu et al., 2024): keeps random elements of every delta and divides them by `density`. The "
+        "random numbers depend only on `seed`, the target name and the position in the tensor. With "
+        "`sign_consensus` only deltas with the elected sign are added (mergekit's `dare_ties`).",
         (
-            Param("density", "numbers", "The probability that an element is kept, above 0; one, or one a model."),
+            Param("density", "numbers", "The probability to keep an element, above 0; one number, or one per model."),
             _WEIGHTS, _SCALE, _SEED, _signs(default=False, name=""), _normalize(default=False),
             _rescale("density", "density"),
         ),
@@ -157,13 +157,13 @@ KINDS = (
     ),
     _kind(
         "della",
-        "DELLA merging (Deep et al., 2024): as `dare`, but large changes of a row are kept with a higher probability "
+        "DELLA merging (Deep et al., 2024): as `dare`, but large changes in a row are kept with a higher probability "
         "than small ones, from `density - epsilon` to `density + epsilon` in the order of their magnitudes. Signs are "
-        "elected and weights normalised, as in mergekit's `della`; with `sign_consensus: false` and `normalize: false` "
-        "it is `della_linear`.",
+        "elected and weights normalized, as in mergekit's `della`; with `sign_consensus: false` and `normalize: false` "
+        "this is `della_linear`.",
         (
-            Param("density", "numbers", "The mean probability that an element is kept; one number, or one a model."),
-            Param("epsilon", "numbers", "Half the range of probabilities; one number, or one a model.", 0.15),
+            Param("density", "numbers", "The mean probability to keep an element; one number, or one per model."),
+            Param("epsilon", "numbers", "Half the range of probabilities; one number, or one per model.", 0.15),
             _WEIGHTS, _SCALE, _SEED, _signs(default=True, name=""),
             _normalize(default=True, what="the sum of the weights of those that agree"), _rescale("l1"),
         ),

@@ -291,11 +291,11 @@ def _normalized(values: Mapping[str, ParamValue]) -> Linear:
 KINDS = (
     OpKind(
         name="linear",
-        about="A weighted sum of tensors, in float32. The weights are used as they are, or divided by their sum. "
-        "Without `weights` it is the average (Wortsman et al., *Model soups*, 2022).",
+        about="Computes a weighted sum of tensors, in float32. With `normalize`, the weights are divided by their sum. "
+        "Without `weights`, the result is the average (Wortsman et al., *Model soups*, 2022).",
         example='x.weight: {op: linear, of: ["src:a.weight", "src:b.weight"], weights: [0.25, 0.75]}',
         params=(
-            Param("weights", "numbers", "One a tensor. 1/n each where absent.", optional=True),
+            Param("weights", "numbers", "One per tensor. Default: 1/n each.", optional=True),
             Param("normalize", "flag", "Whether the weights are divided by their sum.", default=False),
         ),
         build=_normalized,
@@ -304,7 +304,7 @@ KINDS = (
     ),
     OpKind(
         name="add",
-        about="The sum of tensors, in float32.",
+        about="Adds tensors, in float32.",
         example='x.weight: {op: add, of: ["src:base.weight", "src:delta.weight"]}',
         params=(),
         build=_linear("add"),
@@ -313,7 +313,7 @@ KINDS = (
     ),
     OpKind(
         name="scale",
-        about="A tensor times a number, in float32.",
+        about="Multiplies a tensor by a number, in float32.",
         example='x.weight: {op: scale, of: "src:x.weight", factor: 0.5}',
         params=(Param("factor", "number", "The number."),),
         build=lambda values: Linear((number(values, "factor"),), "scale"),
@@ -321,8 +321,8 @@ KINDS = (
     ),
     OpKind(
         name="assert_equal",
-        about="One of several tensors that must have the same values, such as a norm's replicas on tensor-parallel "
-        "ranks. The result is the first. Types of floats may differ; NaN equals NaN. A difference stops the run.",
+        about="Takes the first of several tensors that must have equal values, such as a norm's replicas on "
+        "tensor-parallel ranks. Float types may differ; NaN equals NaN. A difference stops the run.",
         example='norm.weight: {op: assert_equal, of: "src:rank{r*}.norm.weight"}',
         params=(),
         build=lambda _: AssertEqual(),
@@ -331,8 +331,8 @@ KINDS = (
     ),
     OpKind(
         name="add_top_left",
-        about="Adds a base to delta weights, such as LLaVA's. Where the delta is larger (new rows of the vocabulary), "
-        "the base is added to its top-left block. One or two axes.",
+        about="Adds a base to delta weights, such as LLaVA's. If the delta is larger (new vocabulary rows), the base "
+        "is added to its top-left block. One or two axes.",
         example='lm_head.weight: {op: add_top_left, base: "src:base.lm_head.weight", of: "src:delta.lm_head.weight"}',
         params=(),
         build=lambda _: AddTopLeft(),

@@ -212,7 +212,7 @@ def _inverse_permutation(params: Texts) -> Texts:
 KINDS = (
     OpKind(
         name="transpose",
-        about="Swaps two axes, the last two where nothing is said.",
+        about="Swaps two axes, by default the last two.",
         example='visual_projection.weight: {op: transpose, of: "src:visual.proj"}',
         params=(Param("dim0", "int", "One axis.", -2), Param("dim1", "int", "The other.", -1)),
         build=lambda values: Transpose(integer(values, "dim0"), integer(values, "dim1")),
@@ -220,19 +220,19 @@ KINDS = (
     ),
     OpKind(
         name="permute",
-        about="Puts the axes in another order, as `torch.permute`.",
+        about="Reorders the axes, like `torch.permute`.",
         example='conv.weight: {op: permute, of: "src:conv.kernel", dims: [3, 2, 0, 1]}',
-        params=(Param("dims", "ints", "Old axes in their new order."),),
+        params=(Param("dims", "ints", "The old axes in their new order."),),
         build=lambda values: Permute(integers(values, "dims")),
         inverse=Mirror("permute", _inverse_permutation),
     ),
     OpKind(
         name="reshape",
-        about="Gives the same elements another shape. One size may be -1.",
+        about="Changes the shape without changing the elements. One size can be -1.",
         example='cls_token: {op: reshape, of: "src:class_embedding", shape: [1, 1, -1], was: [1024]}',
         params=(
             Param("shape", "ints", "The new shape."),
-            Param("was", "ints", "The old shape. Checked, and what `shardmerge invert` needs.", optional=True),
+            Param("was", "ints", "The old shape. Checked; `shardmerge invert` needs it.", optional=True),
         ),
         build=lambda values: Reshape(integers(values, "shape"), integers(values, "was") if "was" in values else None),
         inverse=Mirror("reshape", lambda params: {"shape": params.get("was", ""), "was": params["shape"]}),

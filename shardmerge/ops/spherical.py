@@ -252,7 +252,7 @@ def _has_base(values: _Values) -> bool:
 KINDS = (
     OpKind(
         name="slerp",
-        about="Spherical interpolation between two tensors, linear where they are almost parallel.",
+        about="Spherical interpolation between two tensors, linear if they are almost parallel.",
         example='x.weight: {op: slerp, of: ["src:a.weight", "src:b.weight"], t: 0.3}',
         params=(Param("t", "number", "0 is the first tensor, 1 the second."),),
         build=lambda values: Slerp(number(values, "t")),
@@ -261,13 +261,13 @@ KINDS = (
     ),
     OpKind(
         name="nuslerp",
-        about="Spherical interpolation between two tensors with a weight for each; of whole tensors, of rows or of "
-        "columns, and of what two models learned where a `base` is given. mergekit's `nuslerp`.",
+        about="Spherical interpolation between two tensors with one weight each, of whole tensors, rows or columns. "
+        "With a `base`, interpolates the differences from it. mergekit's `nuslerp`.",
         example='x.weight: {op: nuslerp, of: ["src:a.weight", "src:b.weight"], weights: [0.75, 0.25]}',
         params=(
-            Param("weights", "numbers", "Of both. 1 each where absent.", optional=True),
+            Param("weights", "numbers", "One per tensor. Default: 1 each.", optional=True),
             Param(
-                "along", "text", "What a vector is: the `whole` tensor, its `rows` (last axis) or `columns` (first).",
+                "along", "text", "The vectors: the `whole` tensor, its `rows` (last axis) or `columns` (first).",
                 "whole", choices=("whole", "rows", "columns"),
             ),
         ),
@@ -278,11 +278,11 @@ KINDS = (
     ),
     OpKind(
         name="multislerp",
-        about="The weighted mean of the directions of several tensors, as long as the weighted mean of their lengths; "
-        "of what models learned where a `base` is given. mergekit's `multislerp`.",
+        about="The weighted mean of the directions of several tensors, with the weighted mean of their norms. With a "
+        "`base`, averages the differences from it. mergekit's `multislerp`.",
         example='x.weight: {op: multislerp, of: ["src:a.weight", "src:b.weight"], weights: [0.75, 0.25]}',
         params=(
-            Param("weights", "numbers", "One a tensor. 1 each where absent.", optional=True),
+            Param("weights", "numbers", "One per tensor. Default: 1 each.", optional=True),
             Param("normalize", "flag", "Whether the weights are divided by their sum.", default=True),
         ),
         build=lambda values: MultiSlerp(numbers(values, "weights"), bool(values["normalize"]), _has_base(values)),
@@ -292,12 +292,12 @@ KINDS = (
     ),
     OpKind(
         name="karcher",
-        about="The Karcher mean: the direction that is nearest to those of all tensors on the sphere, as long as the "
-        "mean of their lengths. mergekit's `karcher`.",
+        about="The Karcher mean: the direction on the sphere that is closest to those of all tensors, with the mean of "
+        "their norms. mergekit's `karcher`.",
         example='x.weight: {op: karcher, of: ["src:a.weight", "src:b.weight"]}',
         params=(
-            Param("max_iter", "int", "The most steps.", 10),
-            Param("tol", "number", "The length below which a step or a tensor counts as none.", 1e-5),
+            Param("max_iter", "int", "The maximum number of steps.", 10),
+            Param("tol", "number", "The norm below which a step or a tensor counts as zero.", 1e-5),
         ),
         build=lambda values: Karcher(positive(values, "max_iter")[0], number(values, "tol")),
         many=True,

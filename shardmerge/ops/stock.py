@@ -69,10 +69,10 @@ class ModelStock(Spanned):
 KINDS = (
     OpKind(
         name="model_stock",
-        about="Model Stock (Jang et al., 2024): the average of fine-tuned models, drawn to their base the more the "
-        "angles between what they learned are wide. Needs two models and their base.",
+        about="Model Stock (Jang et al., 2024): the average of fine-tuned models, moved towards their base by the "
+        "angles between their differences: wider angles, closer to the base. Needs two models and their base.",
         example='x.weight: {op: model_stock, base: "src:base.weight", of: ["src:a.weight", "src:b.weight"]}',
-        params=(Param("filter_wise", "flag", "Whether every row is drawn by itself.", default=False),),
+        params=(Param("filter_wise", "flag", "Whether each row has its own angles.", default=False),),
         build=lambda values: ModelStock(bool(values["filter_wise"])),
         terms=("base",),
         many=True,

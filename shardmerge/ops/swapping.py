@@ -145,10 +145,10 @@ def _keys(inputs: Sequence[Stream], row: int, wanted: Collection[int]) -> Iterat
 KINDS = (
     OpKind(
         name="nearswap",
-        about="Draws a base to another model where the two are near: elements that differ by at most `t` are the "
-        "model's, those that differ more stay the nearer to the base. mergekit's `nearswap`.",
+        about="Moves a base towards another model where the two are close: elements that differ by at most `t` are "
+        "those of the model; the larger the difference, the closer to the base. mergekit's `nearswap`.",
         example='x.weight: {op: nearswap, base: "src:base.weight", of: ["src:a.weight"], t: 1}',
-        params=(Param("t", "number", "The difference up to which an element is the model's."),),
+        params=(Param("t", "number", "The difference up to which the model's element is taken."),),
         build=lambda values: NearSwap(number(values, "t")),
         terms=("base",),
         many=True,
@@ -156,9 +156,9 @@ KINDS = (
     ),
     OpKind(
         name="arcee_fusion",
-        about="Takes of a model the elements whose change from the base is important, and of the base all others. How "
-        "important a change is depends on its size and on how far its row moved. mergekit's `arcee_fusion`, with exact "
-        "quartiles for every size.",
+        about="Takes the elements whose change from the base is important from a model, and all others from the base. "
+        "Importance depends on the size of the change and on how far its row moved. mergekit's `arcee_fusion`, with "
+        "exact quartiles for every size.",
         example='x.weight: {op: arcee_fusion, base: "src:base.weight", of: ["src:a.weight"]}',
         params=(),
         build=lambda _: ArceeFusion(),

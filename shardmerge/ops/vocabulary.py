@@ -177,14 +177,14 @@ def _build(values: Mapping[str, ParamValue]) -> NewRows:
 KINDS = (
     OpKind(
         name="new_rows",
-        about="Rows for a vocabulary that grew, made after the old ones. To resize embedding and head together with "
-        "the config use `vocabulary:`; this op is for other tensors, with `concat`.",
+        about="Creates rows for a larger vocabulary from the old rows. To resize embedding, head and config together, "
+        "use `vocabulary:`; this op is for other tensors, with `concat`.",
         example='embed.weight: {op: concat, of: ["src:embed.weight", {op: new_rows, of: "src:embed.weight", rows: 2}]}',
         params=(
-            Param("rows", "int", "How many."),
-            Param("new", "text", "How they are made.", "mean", choices=ROW_INITS),
+            Param("rows", "int", "The number of new rows."),
+            Param("new", "text", "The values of the new rows.", "mean", choices=ROW_INITS),
             Param("row", "int", "The row that `copy` copies.", 0, only_with=("new", "copy")),
-            Param("seed", "int", "Of `normal`.", 0, only_with=("new", "normal")),
+            Param("seed", "int", "The seed for `normal`.", 0, only_with=("new", "normal")),
         ),
         build=_build,
         lossy="new rows say nothing of the old ones",

@@ -104,9 +104,9 @@ def over_vocabulary(catalog: Catalog, size: int) -> Iterator[tuple[str, Shape]]:
 
 TARGET = Target(
     name="hf/model",
-    about="A Hugging Face directory of any architecture: names and shapes as the rules make them.",
+    about="A Hugging Face directory of any architecture, with the names and shapes that the rules produce.",
     roles={"text": "the source whose config.json and tokenizer files are copied"},
-    options={"chat_template": "a Jinja text that takes the place of the tokenizer's chat template"},
+    options={"chat_template": "a Jinja template that replaces the tokenizer's chat template"},
     expect=expect,
     codes=True,
 )

@@ -111,7 +111,7 @@ def _images(
 
 VISION_TARGET = Target(
     name="hf/clip-vision",
-    about="A CLIP's vision tower for transformers: `CLIPVisionModel.from_pretrained` loads it.",
+    about="The vision tower of a CLIP for transformers: `CLIPVisionModel.from_pretrained` loads it.",
     roles={"vision": "the CLIP: its config.json, whole or of the vision part, and preprocessor_config.json"},
     options={},
     expect=expect_vision,
@@ -119,7 +119,7 @@ VISION_TARGET = Target(
 
 TARGET = Target(
     name="hf/clip",
-    about="A whole CLIP for transformers: `CLIPModel.from_pretrained` loads it.",
+    about="A complete CLIP for transformers: `CLIPModel.from_pretrained` loads it.",
     roles={"config": "what describes the CLIP: a config.json of model_type clip, or open_clip_config.json"},
     options={},
     expect=expect_model,

@@ -121,7 +121,7 @@ _OPTIONS = {
 
 TEXT_TARGET = Target(
     name="hf/text",
-    about="A language model of any known architecture for transformers, in its own layout.",
+    about="A language model of any supported architecture for transformers, in its own layout.",
     roles=_ROLES,
     options=_OPTIONS,
     expect=expect,
@@ -129,7 +129,7 @@ TEXT_TARGET = Target(
 
 TARGET = Target(
     name="hf/llama",
-    about="As `hf/text`, but for a Phi-3 or an InternLM2, which becomes a LLaMA: its fused layers are split.",
+    about="Like `hf/text`, but a Phi-3 or an InternLM2 becomes a LLaMA: its fused layers are split.",
     roles=_ROLES,
     options=_OPTIONS,
     expect=expect_llama,

@@ -62,7 +62,7 @@ def _newer_files(made: Expectation, request: Request) -> tuple[str, ...]:
 
 TARGET = Target(
     name="hf/names",
-    about="A Hugging Face model with the tensor names, and a config.json, of a generation of transformers.",
+    about="A Hugging Face model with the tensor names and the config.json of a given transformers version.",
     roles={"model": "the source that is renamed, whose config.json and tokenizer files are copied"},
     options={
         "generation": "`4.51` (what every version loads), `4.52`, `5.0` or `5.6`: the names that a model has in memory "

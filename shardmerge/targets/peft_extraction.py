@@ -92,7 +92,7 @@ def _parts(name: str, shape: Shape, rank: int) -> Iterator[tuple[str, Shape]]:
 
 TARGET = Target(
     name="peft/extracted",
-    about="A LoRA of a given rank, made of a tuned model and its base: adapter_model and adapter_config.json.",
+    about="A LoRA of a given rank, computed from a tuned model and its base: adapter_model and adapter_config.json.",
     roles={"tuned": "the model after the training", "base": "the model before it"},
     options={
         "rank": f"rows of every A, {_RANK} where nothing is said",

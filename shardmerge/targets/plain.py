@@ -58,8 +58,8 @@ def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:
 
 TARGET = Target(
     name=PLAIN,
-    about="The tensors as the rules make them, beside the files of a source: config.json as it is, where it has one.",
-    roles={"text": "the source whose config.json, tokenizer and other files go along"},
+    about="The tensors that the rules produce, and the files of a source: an unchanged config.json if it has one.",
+    roles={"text": "the source whose config.json, tokenizer and other files are copied"},
     options={},
     expect=expect,
     codes=True,

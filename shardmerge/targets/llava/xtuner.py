@@ -193,7 +193,7 @@ def _projector(request: Request, players: Players, trained: Catalog) -> _Branch:
 
 TARGET = Target(
     name="xtuner/llava",
-    about="XTuner's own tree: the trained language model or its adapter, encoder or its adapter, and projector.",
+    about="XTuner's own directory layout: the trained language model, encoder (or their adapters), and projector.",
     roles=ROLES
     | {
         "text": f"{ROLES['text']}; needed only where the language model was trained whole",
