@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardmerge as sm
@@ -300,7 +300,7 @@ def test_rslora_is_catenated_at_its_own_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "way", "words"),
     [
-        ({"r": 2}, "linear", "[adapter-rank]"),
+        ({"r": 2}, "linear", "linear adds A to A"),
         ({"use_rslora": True}, "linear", "rsLoRA"),
         ({"use_dora": True}, "cat", "magnitude"),
         ({"modules_to_save": ["lm_head"]}, "cat", "trained whole"),
@@ -314,6 +314,16 @@ def test_what_is_no_one_adapter_is_refused_by_name(tmp_path: Path, second: Setti
         combined(tmp_path, (1.0, 1.0), way)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["cat", "linear"])
+def test_half_a_pair_is_not_combined(tmp_path: Path, way: str) -> None:
+    two(tmp_path, {}, {})
+    whole = load_file(tmp_path / "two" / WEIGHTS)
+    half = {name: one for name, one in whole.items() if "0.self_attn.q_proj.lora_B" not in name}
+    save_file(half, tmp_path / "two" / WEIGHTS)
+    with pytest.raises(sm.ShardmergeError, match="adapter-incomplete"):
+        combined(tmp_path, (1.0, 1.0), way)
 
 
 def test_two_ways_at_once_are_an_error(tmp_path: Path) -> None:
