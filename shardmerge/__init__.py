@@ -1,14 +1,14 @@
 """Lazy streaming state-dict merger: training checkpoints to Hugging Face models in a few dozen MB of memory.
 
-The public door. Everything here imports neither torch nor transformers.
+This module is the public interface. It imports neither torch nor transformers.
 
     import shardmerge
 
     checkpoint = shardmerge.open_checkpoint("work_dirs/iter_5198.pth")
     checkpoint["llm.lm_head.weight"][:4]          # reads four rows
 
-    shardmerge.run("mapping.yaml")                # what the command does
-    merged = shardmerge.open_checkpoint("mapping.yaml")   # the same tensors, never written
+    shardmerge.run("mapping.yaml")                # the same as the command
+    merged = shardmerge.open_checkpoint("mapping.yaml")   # the same tensors without writing them
 """
 
 from __future__ import annotations

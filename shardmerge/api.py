@@ -1,4 +1,4 @@
-"""The functions of the public door, one for each command, and what the command line needs to call them."""
+"""The public functions, one for each command, and the functions that the command line needs to call them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def plan(mapping: str | Path, options: Options | None = None, **choices: object)
     Parameters
     ----------
     mapping
-        The YAML file, or a plan (``.json``) that was written down.
+        The YAML file, or a saved plan (``.json``).
     options
         Overrides.
     choices
@@ -96,7 +96,7 @@ def plan(mapping: str | Path, options: Options | None = None, **choices: object)
 
 
 def prepare(path: Path, options: Options, roots: Sequence[tuple[str, str]] = ()) -> Prepared:
-    """Plans a mapping.yaml, or reads a plan that was written down, and says where its result goes.
+    """Plans a mapping.yaml, or reads a saved plan, and determines the output path.
 
     Relative paths in a mapping are relative to its own directory.
 
@@ -135,19 +135,19 @@ def _plan_text(path: Path, roots: Sequence[tuple[str, str]]) -> Iterator[PlanTex
 
 
 def prepare_mapping(path: Path, options: Options) -> Prepared:
-    """Plans a mapping.yaml, and says where its result goes. Relative paths in it are relative to its own directory."""
+    """Plans a mapping.yaml and determines the output path. Relative paths in it are relative to its own directory."""
     from shardmerge.prepare.preparation import prepare_mapping as prepared
 
     return prepared(path, options)
 
 
 def write_plan(prepared: Prepared, path: Path, out: Path | None = None) -> None:
-    """Writes a plan to a file, for ``run`` to carry out: here, later, or on another machine. Another plan is replaced.
+    """Writes a plan to a file that ``run`` accepts, also on another machine. An existing plan is replaced.
 
     Raises
     ------
     OutputError
-        ``output-exists``: what is there is no plan. ``unwritable-output``.
+        ``output-exists``: the existing file is not a plan. ``unwritable-output``.
     """
     from shardmerge.plan.writing import plan_lines
     from shardmerge.storage.writing import write_lines
@@ -183,7 +183,7 @@ def carry_out(
     progress: Progress | None = None,
     publishing: Callable[[], object] = bool,
 ) -> Result:
-    """Carries out a plan and publishes the result as ``out``: see ``publish.running.carry_out``."""
+    """Runs a plan and publishes the result as ``out``: see ``publish.running.carry_out``."""
     from shardmerge.publish.running import carry_out as carried
 
     return carried(prepared.plan, out, options, progress, publishing)
@@ -199,10 +199,10 @@ def run_part(  # one parameter an option
     progress: Progress | None = None,
     waiting: Callable[[int], None] | None = None,
 ) -> Result | Unfinished:
-    """Makes some parts of a mapping or a plan, as one of several processes that do, on this machine or others.
+    """Writes some parts of a mapping or a plan, as one of several processes on one or more machines.
 
-    Whoever finds all parts made publishes the result. With ``any`` that is waited for: whoever others are at work on
-    and do not finish is made up for.
+    The process that finds all parts complete publishes the result. With ``any``, the process waits for that, and
+    writes parts that other processes started and do not finish.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def finish(
     options: Options | None = None,
     roots: Sequence[tuple[str, str]] = (),
 ) -> Result:
-    """Publishes a mapping or a plan whose parts have all been made.
+    """Publishes a mapping or a plan whose parts are all complete.
 
     Raises
     ------
@@ -279,12 +279,12 @@ def finish(
 
 
 def report(directory: str | Path, path: str | Path | None = None, run: Run | None = None) -> Path:
-    """Writes a report of a published directory: one HTML file that says where every byte is from.
+    """Writes a report of a published directory: one HTML file that shows where every byte comes from.
 
     Parameters
     ----------
     directory
-        What ``run`` or ``convert`` published.
+        A directory that ``run`` or ``convert`` published.
     path
         The file, which ends in ``.html``; an earlier report there is replaced. Default: ``DIRECTORY.report.html``,
         beside it.
@@ -328,7 +328,7 @@ def reported_run(timeline: Timeline, result: Result, prepared: Prepared) -> Run 
 
 
 def clean(out: str | Path) -> tuple[Path, ...]:
-    """Removes what unfinished runs left beside an output path; returns what was removed."""
+    """Removes the files of unfinished runs for an output path; returns the removed directories."""
     from shardmerge.publish.staging import remove, stagings
 
     place = Path(out).expanduser().absolute()
@@ -345,12 +345,12 @@ def run(
     progress: Progress | None = None,
     **choices: object,
 ) -> Result:
-    """Carries out a mapping and publishes the result.
+    """Runs a mapping and publishes the result.
 
     Parameters
     ----------
     mapping
-        The YAML file, or a plan (``.json``) that was written down.
+        The YAML file, or a saved plan (``.json``).
     out
         Instead of its ``output.path``.
     options
@@ -406,7 +406,7 @@ def convert(
     progress: Progress | None = None,
     **choices: object,
 ) -> Result:
-    """Converts a checkpoint without a mapping file: every name as it is, or through a preset.
+    """Converts a checkpoint without a mapping file: with unchanged names, or with a preset.
 
     Parameters
     ----------

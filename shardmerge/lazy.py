@@ -1,4 +1,4 @@
-"""Tensors as values that read their bytes when asked: of a checkpoint, or of a merge that is never written."""
+"""Lazy tensors of a checkpoint, or of a mapping that is not written. They read their bytes on access."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class _Reader(Protocol):
 
 
 class LazyTensor:
-    """A tensor that is not in memory.
+    """A tensor that is read on access.
 
     Attributes
     ----------
     name
-        In its checkpoint or merge.
+        Its name in the checkpoint or mapping.
     dtype
         Its element type; ``str(dtype)`` is the safetensors name.
     shape
         Its shape; ``()`` for a scalar.
     origin
-        Where it comes from, for people.
+        A description of its source, for display.
 
     Examples
     --------
@@ -93,33 +93,33 @@ class LazyTensor:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Array]:
-        """Yields the rows, each read when it is asked for."""
+        """Yields the rows; each is read when it is yielded."""
         return (self[row] for row in range(len(self)))
 
     def __bool__(self) -> bool:
-        """Does as an array: of several elements there is no truth value."""
+        """Behaves like an array: several elements have no truth value."""
         return bool(self.numpy())
 
     @property
     def mapped(self) -> bool:
-        """Whether ``numpy()`` and ``torch()`` give views of the file, and read no byte of it.
+        """Whether ``numpy()`` and ``torch()`` return views of the file without reading it.
 
-        So it is where the tensor lies in one piece, in order: in a safetensors or torch file, in the partition of one
-        rank. Rank files that hold parts of it are read, and so are strided views, and what an op computes.
+        True if the tensor is contiguous in one file: in a safetensors or torch file, or in the partition of one
+        rank. Tensors spread over ranks, strided views and the results of ops are read.
         """
         return self._reader.extent() is not None
 
     def numpy(self, *, copy: bool = False) -> Array:
-        """Returns the whole tensor: a read-only view of the mapped file, or read where it is not ``mapped``.
+        """Returns the whole tensor: a read-only view of the mapped file if it is ``mapped``, else a new array.
 
-        A view reads bytes when they are used. It shows what is written into the file meanwhile, and the system kills
-        the process (``SIGBUS``) that uses a view of a file cut off meanwhile, or of a disk that fails; a copy is safe
-        from both. The elements of a view are not aligned if the file's are not (``array.flags.aligned``).
+        A view loads bytes on access and shows later changes of the file. If the file is truncated or the disk fails,
+        accessing the view kills the process (``SIGBUS``). A copy is not affected by either. The elements of a view
+        may be unaligned (``array.flags.aligned``).
 
         Parameters
         ----------
         copy
-            Whether to read all of it now, into memory of its own that may be written in.
+            Whether to read the tensor now, into new writable memory.
 
         Raises
         ------
@@ -139,21 +139,21 @@ class LazyTensor:
         return array.astype(wanted, copy=False)
 
     def torch(self, *, copy: bool = False) -> torch.Tensor:
-        """Returns the whole tensor on the CPU: a view of the mapped file as of ``numpy()``, or read. Needs torch.
+        """Returns the whole tensor on the CPU: a view of the mapped file as in ``numpy()``, or read. Needs torch.
 
-        A torch tensor cannot be read-only. So what is written into a view stays in memory, page by page, and never
-        reaches the file or what another call returned. Elements that are not aligned in the file are read: torch has
-        no such tensors.
+        A torch tensor cannot be read-only. Writes to a view are copied on write, page by page, and never
+        reach the file or the result of another call. Unaligned tensors are read, because torch does not support
+        them.
 
         Parameters
         ----------
         copy
-            Whether to read all of it now.
+            Whether to read the tensor now.
 
         Raises
         ------
         CheckpointError
-            As ``numpy()``.
+            As for ``numpy()``.
         """
         import torch  # 200 MiB that no conversion needs
 

@@ -1,4 +1,4 @@
-"""What a caller may say of a conversion, and what the mapping and the caller say together."""
+"""The options of a conversion, and how they are combined with the mapping."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ _FLAGS = ("optimizer", "download", "sync", "partial", "fresh", "recheck", "overw
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller may override or add to a mapping. Every value is what the command line takes, or its Python form.
+    """Options that override or extend a mapping. Values are those of the command line, or their Python equivalents.
 
     Attributes
     ----------
     dtype, shard_size
-        Instead of those of the mapping's ``output``; the dtype by any of its names, e.g. ``"bfloat16"``, or as
-        ``torch.bfloat16``; the size in bytes or as text, ``"5GB"``.
+        Override those of the mapping's ``output``. The dtype is any of its names, e.g. ``"bfloat16"``, or
+        ``torch.bfloat16``; the size is in bytes or text, ``"5GB"``.
     format, root
-        ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``, likewise; and for ``dcp`` the keys of the model in a
-        state dict.
+        Override the mapping's too: ``safetensors``, ``bin``, ``dcp`` or ``zero-universal``; and for ``dcp`` the keys
+        of the model in the state dict.
     optimizer
-        Whether the moments of Adam go along, of a conversion that keeps every name, to ``zero-universal``.
+        Whether to include the Adam state, in a conversion to ``dcp`` or ``zero-universal`` that keeps every name.
     memory, workers
-        Budget of all processes together, in bytes or as text, ``"256MiB"``, and CPUs to be used, 1 to 64. None: what
-        the machine grants.
+        The memory limit of all processes together, in bytes or text, ``"256MiB"``, and the number of CPUs, 1 to 64.
+        None: the limits of the machine.
     download
         Whether hub ids may be downloaded.
     io
         How sources are read.
     sync
-        Whether the result is made durable before it is published.
+        Whether the result is synced to disk before it is published.
     files
-        Which small files beside the weights go along, instead of what the mapping's ``output.files`` says: ``model``,
-        ``all`` or ``none``.
+        The small files to copy with the weights: ``model``, ``all`` or ``none``. Overrides the mapping's
+        ``output.files``.
     device
-        ``cuda`` to make casts on a GPU; the bits are the same. torch and CUDA take memory that no plan counts.
+        ``cuda`` to cast on a GPU, with the same bits. The plan does not include the memory of torch and CUDA.
     partial
-        Whether a part of the model that config.json describes is what is wanted.
+        Whether only part of the model that config.json describes is written.
     fresh
-        Whether what an earlier run left is removed, instead of going on where it was.
+        Whether to remove the files of an earlier run instead of resuming it.
     recheck
         Whether all bytes of what an earlier run made are read again, and not some.
     overwrite
