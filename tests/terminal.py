@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 # Cursor movements and colours: ECMA-48 control sequences.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -24,13 +25,26 @@ def in_terminal(
     program: Sequence[str] = ("-m", "shardmerge"),
 ) -> str:
     """Runs the command line with stdout and stderr on a terminal and returns all that it writes there."""
+    command = [sys.executable, *program, *map(str, arguments)]
+    return program_in_terminal(command, columns=columns, code=code, env={**os.environ, **(env or {})}, kept=env or {})
+
+
+def program_in_terminal(
+    command: Sequence[str],
+    *,
+    columns: int,
+    env: Mapping[str, str],
+    kept: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    code: int = 0,
+) -> str:
+    """Runs any program on a terminal; of what decides colours and width, only what is ``kept`` is handed on."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     without = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TERM"}
-    clean = {name: text for name, text in os.environ.items() if name not in without}
-    command = [sys.executable, *program, *map(str, arguments)]
+    clean = {name: text for name, text in env.items() if name not in without}
     ran = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, env={**clean, "TERM": "xterm", **(env or {})}
+        command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env={**clean, "TERM": "xterm", **(kept or {})}
     )
     os.close(slave)
     shown = bytearray()

@@ -206,7 +206,7 @@ def test_errors_end_with_their_code(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(EXAMPLES / "catch_errors.py"), run_name="__main__")
     assert stopped.value.code == 2
-    assert capsys.readouterr().out == "missing-path | no such file or directory | did you mean checkpoints?\n"
+    assert capsys.readouterr().out == "missing-path | no such file or directory | did you mean `checkpoints`?\n"
 
 
 def _numberless(line: str) -> str:

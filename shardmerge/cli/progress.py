@@ -209,7 +209,7 @@ class _Told:
             from shardmerge.plan.tables import human_bytes  # planning has no total: its timer may interrupt this import
 
             rate, left = self._speed(seconds)
-            what = [f"{100 * self.done / self.total:.0f} % of {human_bytes(self.total)}", f"{rate / 1e9:.2f} GB/s"]
+            what = [f"{100 * self.done / self.total:.0f} % of {human_bytes(self.total)}", f"{human_bytes(int(rate))}/s"]
             what += [f"{_duration(left)} left"] if left is not None else []
         return f"{self.phase} {self.label}: {', '.join(what)}, {_resident() / 2**20:.0f} MiB resident"
 

@@ -18,7 +18,7 @@ from shardmerge.targets.expectation import FileChoice, Format, Vocabulary
 
 _NOWHERE = Mark("", 1, 1)
 # Stands for the place in a file where options say what is done.
-COMMAND_LINE = Mark("command line", 1, 1)
+COMMAND_LINE = Mark("command line", 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ QUOTE_BRACES = 'inside [ ] put quotes around names with braces: ["trained:{rest.
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place in a file, lines and columns counted from 1."""
+    """A place in a file, lines and columns counted from 1; line 0 is the whole of it."""
 
     file: str
     line: int
     column: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
     def right(self, columns: int) -> Mark:
         """Returns the place ``columns`` further on the same line."""

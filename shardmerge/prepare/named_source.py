@@ -12,6 +12,7 @@ from shardmerge.mapping.spec import COMMAND_LINE, SourceSpec
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.shard_counts import settled
 from shardmerge.prepare.unwrapping import renamed
+from shardmerge.sources.completing import with_wrapper_note
 from shardmerge.sources.deepspeed_files import VIEWS
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.open_options import OpenOptions
@@ -47,7 +48,8 @@ def _stripped(catalog: Catalog, source: SourceSpec) -> Catalog:
         names = taken
     check_apart(names, source)
     note = f"{' and '.join(f'`{word}`' for word in words)} is taken off every name that has it"
-    return replace(renamed(catalog, names), notes=(*catalog.notes, note))
+    catalog = with_wrapper_note(renamed(catalog, names))
+    return replace(catalog, notes=(*catalog.notes, note))
 
 
 def check_apart(names: Mapping[str, str], source: SourceSpec) -> None:

@@ -108,8 +108,11 @@ class _MappingWriter:
         yield "# Written by `shardmerge init`. `shardmerge plan` shows what it does."
         yield f"# Recognised: {title}. To: {self.route.to}."
         yield from (f"# Look at this: {note}" for note in self.notes())
+        chosen = self.route.preset.name if self.route.preset else ""
         others = (
-            one.preset for one in routes(self.checkpoint.recognised) if one.preset and one.preset != self.route.preset
+            one.preset
+            for one in routes(self.checkpoint.recognised)
+            if one.preset is not None and one.preset.name != chosen
         )
         yield from (f"# Another way from here: `use: {one.name}`, {one.title}." for one in others)
         yield "shardmerge: 1"

@@ -19,21 +19,25 @@ def completed(catalog: Catalog, path: Path) -> Catalog:
     folder = path if path.is_dir() else path.parent
     stamps = (Path(stamp.path) for stamp in catalog.files)
     raise_all(odd_links((file for file in stamps if file != path and file.is_relative_to(folder)), folder))
-    catalog = _with_unwrapping(replace(catalog, side_files=catalog.side_files or side_files(folder)))
+    catalog = with_wrapper_note(replace(catalog, side_files=catalog.side_files or side_files(folder)))
     if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
         return catalog
     catalog = without_placeholders(catalog)
     return replace(catalog, elsewhere=tags_near(folder)) if catalog.absent else catalog
 
 
-def _with_unwrapping(catalog: Catalog) -> Catalog:
-    """Adds the note for wrapped names, but where config.json lies beside: with it they are brought back anyway."""
+_WRAPPED = "the names are those of a wrapped model"
+
+
+def with_wrapper_note(catalog: Catalog) -> Catalog:
+    """Notes that the names, as they are now, are wrapped; not where config.json lies beside, which brings them back."""
     if "config.json" in catalog.side_files:
         return catalog
+    catalog = replace(catalog, notes=tuple(note for note in catalog.notes if not note.startswith(_WRAPPED)))
     words, rules = unwrapping_rules([*catalog.names()])
     if not words:
         return catalog
-    said = f"the names are those of a wrapped model: {', '.join(f'`{word}`' for word in words)}"
+    said = f"{_WRAPPED}: {', '.join(f'`{word}`' for word in words)}"
     lines = " and ".join(f"`{rule}`" for rule in rules)
     note = f"{said}; in a mapping, with this source as `src`, below `tensors:`: {lines}" if rules else said
     return replace(catalog, notes=(*catalog.notes, note))

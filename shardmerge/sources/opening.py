@@ -78,7 +78,7 @@ def locate(text: str | Path, *, download: bool = False) -> Path:
         "missing-path",
         "no such file or directory",
         where=str(path),
-        hint=f"did you mean {path.parent / near[0]}?" if near else "",
+        hint=f"did you mean `{path.parent / near[0]}`?" if near else "",
     )
 
 

@@ -215,9 +215,7 @@ KINDS = [
         "a misspelt path",
         GQA.replace("$gqa", "$world/linaer.safetensors") + REST,
         "missing-path",
-        lambda call: call.change(
-            f"{call.world['world']}/linaer.safetensors", call.hint.removeprefix("did you mean ").rstrip("?")
-        ),
+        lambda call: call.change(f"{call.world['world']}/linaer.safetensors", call.ticked()[0]),
     ),
     Row(
         "a prefix that is not there",
