@@ -1,13 +1,14 @@
 """Transcripts that are tests: what is typed and what is shown, as a person reads it.
 
-A line that begins with ``$ `` is typed into bash, with the lines after it that begin with ``> ``; what follows is what it
-shows, on stdout and stderr together. ``...`` stands for any text, on a line of its own for any lines. Seconds, rates,
-mebibytes, workers and plan ids are not compared. ``[exit N]`` ends what a command shows that ends with another status
-than 0. A line that begins with ``## `` speaks to the reader. All commands of a file run in one shell, in a new directory.
+A line that begins with ``$ `` is typed into bash, with the lines after it that begin with ``> ``; what follows is what
+it shows, on stdout and stderr together. ``...`` stands for any text, on a line of its own for any lines. Seconds,
+rates, mebibytes, workers and plan ids are not compared. ``[exit N]`` ends what a command shows that ends with another
+status than 0. A line that begins with ``## `` speaks to the reader. All commands of a file run in one shell, in a new
+directory.
 
-``$GOLDEN`` is the directory of checkpoints that real tools wrote. ``hint`` prints the text of the last hint that was shown,
-``hint N`` the N-th of what it has in backticks. ``node`` lets a subshell have 128 MiB and no more: in the control group
-``$GROUP``, or where none may be made by a limit of what the process itself takes.
+``$GOLDEN`` is the directory of checkpoints that real tools wrote. ``hint`` prints the text of the last hint that was
+shown, ``hint N`` the N-th of what it has in backticks. ``node`` lets a subshell have 128 MiB and no more: in the
+control group ``$GROUP``, or where none may be made by a limit of what the process itself takes.
 """
 
 from __future__ import annotations

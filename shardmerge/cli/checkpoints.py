@@ -112,10 +112,12 @@ def verify(  # one parameter an option
         found = {"checks": list(verdict.checks), "unchecked": list(verdict.unchecked), "tensors": verdict.tensors}
         click.echo(dumped({"ok": True, **found}))
         return
+    from shardmerge.cli import tables
+
     for check in verdict.checks:
-        colour.echo(f"ok  {check}")
+        tables.write(f"ok  {check}")
     for rest in verdict.unchecked:
-        click.echo(f"not checked  {rest}")
+        tables.write(f"not checked  {rest}")
     if verdict.unchecked:
         colour.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
 

@@ -55,7 +55,8 @@ def tree_lines(tensors: Iterable[tuple[str, TensorEntry]], width: int = 0) -> It
     tensors
         By name.
     width
-        Of the terminal, in columns: names are shortened in their middle to fit. 0 for as wide as it needs.
+        Of the terminal, in columns: a name that leaves no room for numbers has a line of its own. 0 for as wide as
+        it needs.
     """
     root = _Node()
     for pattern in name_patterns((name, (entry.shape, entry.dtype)) for name, entry in tensors):
@@ -122,7 +123,10 @@ def _aligned(rows: Sequence[_Row], width: int) -> Iterator[str]:
         others = sum(widths[1:]) + 3 * len(_GAP) + 1
         widths[0] = min(widths[0], max(width - others, _SHORTEST))
     for label, count, kind, parameters, nbytes, remark in rows:
-        name = f"{shortened(label, widths[0]):{widths[0]}}"
+        name = f"{label:{widths[0]}}"
+        if len(label) > widths[0]:
+            yield shortened(label, width)
+            name = " " * widths[0]
         what = f"{count:>{widths[1]}} {kind:{widths[2]}}"
         cells = (what, f"{parameters:>{widths[3]}}", f"{nbytes:>{widths[4]}}")
         yield _GAP.join((name, *cells)).rstrip()
