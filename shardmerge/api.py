@@ -508,6 +508,9 @@ def verify(
     reference: str | Path | None = None,
     how: Closeness | None = None,
     load: bool = False,
+    tensors: Sequence[str] = (),
+    sample: str | int = "",
+    seed: int = 0,
     options: Options | None = None,
     progress: Progress | None = None,
     **choices: object,
@@ -526,6 +529,10 @@ def verify(
         What counts as equal to the reference; None: the same type, shape and values.
     load
         Whether to load it with the installed transformers, in a child process.
+    tensors
+        Names, or templates: only these are read, and made again from the sources.
+    sample, seed
+        So many tensors of these, ``100`` or ``"5%"``, are read; equal seeds draw equal samples.
     options, choices
         Those of the run, where they were not the mapping's (``sources`` only).
     progress
@@ -533,25 +540,31 @@ def verify(
 
     Raises
     ------
+    UsageError
+        ``no-receipt``, ``unknown-tensor``, ``bad-sample``. ``no-effect``: a selection, and what reads the whole model.
     VerificationError
         All that differs, at once.
     """
     from shardmerge.publish.closeness import Closeness
-    from shardmerge.publish.verify import Verdict, verify_directory, verify_load, verify_sources
+    from shardmerge.publish.selection import Selection
+    from shardmerge.publish.verify import verify_directory, verify_load, verify_sources
 
     folder, how = Path(directory), how or Closeness()
-    verdict = verify_directory(folder, progress)
+    which = Selection(tuple(tensors), str(sample), seed)
+    if which and (reference is not None or load):
+        raise UsageError("no-effect", "tensors were selected, and reference and load compare the whole model")
+    compared = sources is not None or (reference is not None and how == Closeness())
+    verdict = verify_directory(folder, progress, which, compared=compared)
     checks = list(verdict.checks)
     if sources is not None:
         prepared = prepare(Path(sources), replace(chosen(options, choices), workers=1))
-        checks += verify_sources(folder, prepared.plan, prepared.how.tile, progress).checks
+        checks += verify_sources(folder, prepared.plan, prepared.how.tile, progress, which).checks
     if reference is not None:
         checks.append(_equals(folder, reference, how, progress))
     if load:
         found = verify_load(folder)
         checks.append(f"transformers {found.version} loads {found.keys.kind}: 0 missing, unexpected, mismatched")
-    compared = sources is not None or (reference is not None and how == Closeness())
-    return Verdict(tuple(checks), verdict.tensors, verdict.nbytes, () if compared else verdict.unchecked)
+    return replace(verdict, checks=tuple(checks))
 
 
 def _equals(folder: Path, reference: str | Path, how: Closeness, progress: Progress | None) -> str:

@@ -79,6 +79,11 @@ def _width() -> int:
 @click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
 @closeness_options
+@click.option(
+    "--tensor", "tensors", multiple=True, metavar="NAME", help="Read only this tensor, or those of a template."
+)
+@click.option("--sample", default="", metavar="N|P%", help="Read only so many tensors, or a share of them.")
+@click.option("--seed", type=int, default=0, help="Of the sample: another one draws other tensors. Default: 0.")
 @click.option("--load", is_flag=True, help="Load it with the installed transformers, in a child process.")
 @plan_options
 @quiet_option
@@ -96,6 +101,7 @@ def verify(  # one parameter an option
     if sources is None:
         why = "is for --sources MAPPING, which makes the tensors again"
         refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", why=why)
+    which = _selection(given, whole=reference is not None or load)
     how = _closeness(given, reference)
     name, size = Path(directory).name, _size_of(directory) * (1 + (sources is not None) + (reference is not None))
     with progress_bar(size, quiet=quiet or as_json, label=name, phase="verifying") as progress:
@@ -105,12 +111,13 @@ def verify(  # one parameter an option
             reference=reference,
             how=how,
             load=load,
+            **which,
             options=parsed(given),
             progress=progress,
         )
     if as_json:
-        found = {"checks": list(verdict.checks), "unchecked": list(verdict.unchecked), "tensors": verdict.tensors}
-        click.echo(dumped({"ok": True, **found}))
+        lists = {name: list(getattr(verdict, name)) for name in ("checks", "unchecked", "unlisted")}
+        click.echo(dumped({"ok": True, **lists, "tensors": verdict.tensors}))
         return
     from shardmerge.cli import tables
 
@@ -118,7 +125,9 @@ def verify(  # one parameter an option
         tables.write(f"ok  {check}")
     for rest in verdict.unchecked:
         tables.write(f"not checked  {rest}")
-    if verdict.unchecked:
+    for name in verdict.unlisted:
+        tables.write(f"not listed  {name}: the receipt does not name it")
+    if verdict.unchecked and not (which["tensors"] or which["sample"]):
         colour.echo("hint: --sources MAPPING makes every tensor again and compares all bytes", err=True)
 
 
@@ -190,6 +199,17 @@ def _closeness(given: dict[str, Any], reference: str | None) -> Closeness:
     if reference is None:
         refuse_idle(own, *own, why="is for --reference PATH, which compares values")
     return shardmerge.Closeness(**own)
+
+
+def _selection(given: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    """Takes which tensors are read out of the options."""
+    own = {name: given.pop(name) for name in ("tensors", "sample", "seed")}
+    if not own["sample"]:
+        refuse_idle(own, "seed", why="is for --sample, which draws tensors")
+    if whole:
+        why = "selects tensors, and --reference and --load compare the whole model"
+        refuse_idle({"tensor": own["tensors"], **own}, "tensor", "sample", why=why)
+    return own
 
 
 def _size_of(directory: str) -> int:

@@ -67,26 +67,31 @@ def matching(catalog: Catalog, templates: Sequence[str]) -> tuple[str, ...]:
     UsageError
         ``unknown-tensor``: one that matches nothing.
     """
+    return names_matching(tuple(catalog.names()), templates, catalog.path)
+
+
+def names_matching(names: Sequence[str], templates: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns those of some names that one of the templates matches, as ``matching`` does; ``where`` holds them."""
     if not templates:
-        return tuple(catalog.names())
+        return tuple(names)
     from shardmerge.mapping.pattern import Template
 
     parsed = [Template.parse(text) for text in templates]
-    found = [{name for name in catalog.names() if one.match(name) is not None} for one in parsed]
-    for template, names in zip(templates, found, strict=True):
-        if not names:
-            raise _matches_nothing(template, catalog)
-    return tuple(name for name in catalog.names() if any(name in names for names in found))
+    found = [{name for name in names if one.match(name) is not None} for one in parsed]
+    for template, own in zip(templates, found, strict=True):
+        if not own:
+            raise _matches_nothing(template, names, where)
+    return tuple(name for name in names if any(name in own for own in found))
 
 
-def _matches_nothing(template: str, catalog: Catalog) -> UsageError:
+def _matches_nothing(template: str, names: Sequence[str], where: str) -> UsageError:
     from shardmerge.mapping.near import NameIndex, listed
 
-    below = any(name.startswith(f"{template}.") for name in catalog.names())
-    near = NameIndex(catalog.names()).near(template)
-    hint = f"leave it out: {inspecting(catalog.path)} lists the names"
+    below = any(name.startswith(f"{template}.") for name in names)
+    near = NameIndex(names).near(template)
+    hint = f"leave it out: {inspecting(where)} lists the names"
     if below:
         hint = f"a template matches whole names; `{template}.{{rest...}}` matches those below it"
     elif near:
         hint = f"near names: {listed(near)}"
-    return UsageError("unknown-tensor", f"no tensor is called {template!r}", where=catalog.path, hint=hint)
+    return UsageError("unknown-tensor", f"no tensor is called {template!r}", where=where, hint=hint)

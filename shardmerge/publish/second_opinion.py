@@ -15,7 +15,9 @@ from shardmerge.tensors import TensorEntry
 from shardmerge.tensors.pieces import single_extent
 
 
-def reference_problems(folder: Path, held: Mapping[str, Mapping[str, TensorEntry]]) -> Iterator[ShardmergeError]:
+def reference_problems(
+    folder: Path, held: Mapping[str, Mapping[str, TensorEntry]], *, headers: bool = False
+) -> Iterator[ShardmergeError]:
     """Yields what the reference reader of each file does not see as we do.
 
     Parameters
@@ -24,10 +26,14 @@ def reference_problems(folder: Path, held: Mapping[str, Mapping[str, TensorEntry
         The directory.
     held
         By the name of a file in it, what it holds.
+    headers
+        Whether readers that read all of a file are left out.
     """
     for name, entries in held.items():
         if name.endswith(".safetensors"):
             yield from _safetensors(folder / name, entries)
+        elif headers:
+            continue
         elif name.endswith(".distcp"):
             yield from _items(folder / name, entries)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from shardmerge.errors import CheckpointError, ShardmergeError, VerificationErro
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
+from shardmerge.mapping.near import printable
 from shardmerge.plan.tasks import batches
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.loading import Answer, ask
@@ -20,11 +21,15 @@ from shardmerge.prepare.publishable import describe
 from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
 from shardmerge.publish.recorded import Recorded, read_recorded
 from shardmerge.publish.second_opinion import reference_problems
+from shardmerge.publish.selection import Selection
+from shardmerge.publish.unlisted import unlisted_files, unlisted_problems
 from shardmerge.shown import Displayed
 from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.pieces import single_extent
+
+ALL = Selection()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -38,62 +43,88 @@ class Verdict(Displayed):
     tensors, nbytes
         Of the directory.
     unchecked
-        What could not be checked, in words; nothing if all was.
+        What was not checked, in words; nothing if all was.
+    unlisted
+        Files that the receipt does not list, and that no loader picks up by their names.
     """
 
     checks: tuple[str, ...]
     tensors: int
     nbytes: int
     unchecked: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
 
-def verify_directory(folder: Path, progress: Progress | None = None) -> Verdict:
+def verify_directory(
+    folder: Path, progress: Progress | None = None, which: Selection = ALL, *, compared: bool = False
+) -> Verdict:
     """Checks a directory against its own receipt, by our parser and the reference parser, every byte.
 
     Tensors that were cloned have no checksum: their places are checked, their bytes are not, and the verdict says so.
 
+    Parameters
+    ----------
+    folder, progress
+        The directory; called with the bytes of every tensor.
+    which
+        The tensors whose bytes are read. If not all: of the files only the headers of those that hold them.
+    compared
+        Whether all selected bytes are compared with something else too, so that none is left unchecked.
+
     Raises
     ------
     UsageError
-        ``no-receipt``: not a directory that shardmerge made.
+        ``no-receipt``: not a directory that shardmerge made. ``unknown-tensor``: not in it.
     VerificationError
         All that differs, at once.
     """
-    receipt = read_recorded(folder)
-    raise_all(_file_problems(folder, receipt))
+    whole = read_recorded(folder)
+    receipt = which.of(whole, folder)
+    unlisted = unlisted_files(folder, whole.files())
+    raise_all([*unlisted_problems(folder, unlisted), *_file_problems(folder, receipt)])
     held = {name: held_tensors(folder, name, receipt.within[name]) for name in receipt.shards}
     raise_all(_frame_problems(folder, held, receipt))
     raise_all(_place_problems(folder, held, receipt))
-    raise_all(reference_problems(folder, held))
+    raise_all(reference_problems(folder, held, headers=bool(which)))
     raise_all(_model_problems(folder, held, receipt))
     raise_all(_checksum_problems(folder, held, receipt, progress))
-    total = sum(tensor.nbytes for tensor in receipt.tensors.values())
-    cloned = [tensor.nbytes for tensor in receipt.tensors.values() if not tensor.crc32]
-    checks = (
-        f"{len(receipt.shards)} shard(s) and {len(receipt.side_files)} side file(s) are those of the receipt",
-        f"{len(receipt.tensors)} tensors have the receipt's names, types, shapes and places",
-        "safetensors reads the same tensors",
-        f"{total - sum(cloned):,} bytes have the receipt's checksums",
+    unchecked = [which.left_out(whole, receipt), *(() if compared else _unchecked(receipt))]
+    checks = tuple(_checks(receipt, which))
+    nbytes = sum(tensor.nbytes for tensor in receipt.tensors.values())
+    return Verdict(
+        checks, len(receipt.tensors), nbytes, tuple(filter(None, unchecked)), tuple(map(printable, unlisted))
     )
-    return Verdict(checks, len(receipt.tensors), total, tuple(_unchecked(receipt, cloned)))
 
 
-def _unchecked(receipt: Recorded, cloned: list[int]) -> Iterator[str]:
+def _checks(receipt: Recorded, which: Selection) -> Iterator[str]:
+    yield f"{len(receipt.shards)} shard(s) and {len(receipt.side_files)} side file(s) are those of the receipt"
+    yield f"{len(receipt.tensors)} tensors have the receipt's names, types, shapes and places"
+    if not which or any(name.endswith(".safetensors") for name in receipt.shards):
+        yield "safetensors reads the same tensors"
+    summed = sum(tensor.nbytes for tensor in receipt.tensors.values() if tensor.crc32)
+    yield f"{summed:,} bytes have the receipt's checksums"
+
+
+def _unchecked(receipt: Recorded) -> Iterator[str]:
+    cloned = [tensor.nbytes for tensor in receipt.tensors.values() if not tensor.crc32]
     if cloned:
         yield f"{sum(cloned):,} bytes in {len(cloned)} tensors: cloned from their source, they have no checksum"
     if not receipt.sealed:
         yield "the receipt itself: the version of shardmerge that wrote it stated no digest of it"
 
 
-def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | None = None) -> Verdict:
-    """Makes every tensor again from the sources and compares it with the directory, bit for bit.
+def verify_sources(
+    folder: Path, plan: Plan, tile: int, progress: Progress | None = None, which: Selection = ALL
+) -> Verdict:
+    """Makes every selected tensor again from the sources and compares it with the directory, bit for bit.
 
     Raises
     ------
     VerificationError
         ``plan-differs``: sources or mapping are not those of the run. ``tensor-differs``: with the tensor and byte.
     """
-    recorded = read_recorded(folder).plan
+    receipt = read_recorded(folder)
+    recorded, names = receipt.plan, which.of(receipt, folder).tensors.keys()
     if recorded != plan.id:
         raise VerificationError(
             "plan-differs",
@@ -103,8 +134,10 @@ def verify_sources(folder: Path, plan: Plan, tile: int, progress: Progress | Non
             expected=recorded[:16],
             hint="a source, the mapping or the options changed; convert again, or verify without --sources",
         )
-    raise_all(_remade_problems(folder, plan, tile, progress))
-    return Verdict(("every tensor was made again and is bit for bit the same",), _count(plan), plan.tensor_bytes)
+    raise_all(_remade_problems(folder, plan, tile, progress, names))
+    found = f"{len(names)} of the tensors were" if which else "every tensor was"
+    nbytes = sum(tensor.nbytes for tensor in plan.tensors() if tensor.name in names)
+    return Verdict((f"{found} made again and {'are' if which else 'is'} bit for bit the same",), len(names), nbytes)
 
 
 def verify_load(folder: Path, python: str = sys.executable) -> Answer:
@@ -221,14 +254,17 @@ def _checksum_problems(
             progress(tensor.nbytes)
 
 
-def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | None) -> Iterator[ShardmergeError]:
+def _remade_problems(
+    folder: Path, plan: Plan, tile: int, progress: Progress | None, names: Collection[str]
+) -> Iterator[ShardmergeError]:
     pool = FilePool()
     pool.opened = Pins(plan.files()).opened
     assembler = Assembler(pool, tile)
     for shard in plan.shards:
         path = folder / shard.name
         for batch in batches(shard, tile):
-            for tensor, start, count in ((task.tensor, *place) for task in batch for place in task.tiles()):
+            wanted = [task for task in batch if task.tensor.name in names]
+            for tensor, start, count in ((task.tensor, *place) for task in wanted for place in task.tiles()):
                 made = assembler.view(tensor.entry, start, count)
                 at = tensor.offset + start * tensor.dtype.itemsize
                 try:
@@ -243,10 +279,6 @@ def _remade_problems(folder: Path, plan: Plan, tile: int, progress: Progress | N
                 if progress is not None:
                     progress(made.nbytes)
             assembler.forget()
-
-
-def _count(plan: Plan) -> int:
-    return sum(1 for _ in plan.tensors())
 
 
 def _wrong(code: str, what: str, path: Path, found: object = "", expected: object = "") -> VerificationError:
