@@ -546,8 +546,9 @@ def verify(
         All that differs, at once.
     """
     from shardmerge.publish.closeness import Closeness
+    from shardmerge.publish.remaking import verify_sources
     from shardmerge.publish.selection import Selection
-    from shardmerge.publish.verify import verify_directory, verify_load, verify_sources
+    from shardmerge.publish.verify import verify_directory, verify_load
 
     folder, how = Path(directory), how or Closeness()
     which = Selection(tuple(tensors), str(sample), seed)

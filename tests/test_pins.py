@@ -22,8 +22,8 @@ from shardmerge.errors import CheckpointError, OutputError
 from shardmerge.execute import pins
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
+from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.staging import Staging
-from shardmerge.publish.verify import verify_sources
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
