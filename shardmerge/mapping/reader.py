@@ -26,6 +26,9 @@ def load_spec(path: Path) -> Spec:
     MappingError
         Everything that is wrong with it, at once.
     """
+    if path.exists() and not path.is_file():  # opening a FIFO waits for who writes to it
+        hint = "write the mapping to a file"
+        raise UsageError("unreadable-mapping", "cannot read the mapping: no regular file", where=str(path), hint=hint)
     try:
         with path.open("rb") as file:
             # A checkpoint given by mistake is not read to its end; what is too long is refused with the YAML.

@@ -23,8 +23,8 @@ Bindings = Mapping[str, str]
 
 # `for: {r: N}` counts ranks, experts, layers; a rule makes no more targets by it than the largest models have tensors:
 # each takes some 500 bytes and 15 us to plan.
-_MOST_COUNTED = 1 << 16
-_MOST_TARGETS = 1 << 18
+_MOST_COUNTED = _MOST_TARGETS = 1 << 16
+_MOST_TARGETS_OF_ALL = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Finder:
     used_cases: set[int] = field(default_factory=set)
     _groups: dict[int, dict[tuple[tuple[str, str], ...], list[tuple[str, str]]]] = field(default_factory=dict)
     _counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    _targets: dict[int, int] = field(default_factory=dict)
 
     @property
     def _layers(self) -> LayerPlaces:
@@ -78,7 +79,7 @@ class Finder:
             if key not in seen:
                 seen.add(key)
                 if rule.ranges:
-                    _within_budget(rule, len(seen) * len(counted))
+                    self._charge(rule, len(seen) * len(counted))
                 yield from ({**found, **more} for more in counted)
 
     def _is_elsewhere(self, term: OpTerm) -> bool:
@@ -106,11 +107,17 @@ class Finder:
 
     def _counted(self, rule: Rule) -> Iterator[tuple[str, ...]]:
         counts = [self._count(formula, rule) for formula in rule.ranges.values()]
-        _within_budget(rule, prod(counts))
+        self._charge(rule, prod(counts))
         combinations: list[tuple[str, ...]] = [()]
         for count in counts:
             combinations = [(*before, str(i)) for before in combinations for i in range(count)]
         yield from combinations
+
+    def _charge(self, rule: Rule, targets: int) -> None:
+        """Takes off what a rule makes by counting, from its own budget and from that of all rules."""
+        _within_budget(rule, targets, _MOST_TARGETS)
+        self._targets[id(rule)] = targets
+        _within_budget(rule, sum(self._targets.values()), _MOST_TARGETS_OF_ALL)
 
     def _count(self, formula: Formula, rule: Rule) -> int:
         value = self.variables.number(formula, str(rule.mark))
@@ -229,13 +236,13 @@ class Finder:
         return tuple(float(number) for number in numbers) if param.kind == "numbers" else numbers[0]
 
 
-def _within_budget(rule: Rule, targets: int) -> None:
-    if targets > _MOST_TARGETS:
+def _within_budget(rule: Rule, targets: int, most: int) -> None:
+    if targets > most:
         raise MappingError(
             "too-many-targets",
-            f"the rule for `{rule.target}` makes {targets:,} tensors or more",
+            f"the rule for `{rule.target}` brings the tensors to {targets:,} or more",
             where=str(rule.mark),
-            expected=f"at most {_MOST_TARGETS:,}",
+            expected=f"at most {most:,}",
             hint="count fewer under `for`",
         )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 
 from shardmerge.mapping.yaml_nodes import Scalar
 from shardmerge.mergekit.chat_templates import CHAT_TEMPLATES
 from shardmerge.mergekit.config import MergeConfig, not_sayable
+from shardmerge.targets.config_numbers import load_object
 from shardmerge.tensors import Catalog, ReadSideFile
 
 
@@ -44,7 +44,7 @@ def _own(catalog: Catalog, read: ReadSideFile) -> str:
         return read(catalog.side_files["chat_template.jinja"]).decode("utf-8", "replace")
     if "tokenizer_config.json" not in catalog.side_files:
         return ""
-    stated = json.loads(read(catalog.side_files["tokenizer_config.json"])).get("chat_template")
+    stated = load_object(catalog.side_files["tokenizer_config.json"], read).get("chat_template")
     if isinstance(stated, list):  # several, each with a name
         stated = next((one.get("template") for one in stated if one.get("name") == "default"), None)
     return stated if isinstance(stated, str) else ""

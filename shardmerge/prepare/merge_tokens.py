@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from shardmerge.errors import UsageError
 from shardmerge.mapping.yaml_nodes import Items, Mark, Node, Scalar, Table, json_value
 from shardmerge.mergekit.config import MergeConfig, ModelName, not_sayable
 from shardmerge.mergekit.vocabulary import JointVocabulary, ModelVocabulary, TokenChoice
 from shardmerge.targets.any_model import over_vocabulary
+from shardmerge.targets.config_numbers import load_object, parsed_object
 from shardmerge.tensors import Catalog, Extent, ReadSideFile
 
 _KEYS = ("source", "tokens", "pad_to_multiple_of")
@@ -90,15 +91,19 @@ def _model(model: str, catalog: Catalog, read: ReadSideFile) -> ModelVocabulary:
             what = f"{ModelName.of(model).path} has no {name}, and the merge asks for one vocabulary"
             hint = "save the tokenizer as a fast one, or leave `tokenizer` out of the configuration"
             raise UsageError("no-tokenizer", what, where=catalog.path, hint=hint)
-    config = json.loads(read(catalog.side_files["config.json"]))
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0
+    config = load_object(catalog.side_files["config.json"], read)
+    text = config.get("text_config")
+    stated = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else 0)
+    rows = stated if isinstance(stated, int) else 0
     tensors = {name: (catalog[name].dtype.torch, shape) for name, shape in over_vocabulary(catalog, rows)}
     return ModelVocabulary(model, dict(_tokens(catalog.side_files["tokenizer.json"], read)), rows, tensors)
 
 
 def _tokens(extent: Extent, read: ReadSideFile) -> Iterator[tuple[str, int]]:
     """Yields all tokens of a tokenizer.json with their ids; of the tokenizers library's three ways to list them."""
-    found = json.loads(read(extent))
+    found: dict[str, Any] = parsed_object(read(extent), extent.file)
+    if not isinstance(found.get("model"), dict):
+        raise UsageError("no-tokenizer", "tokenizer.json holds no model", where=extent.file)
     vocabulary = found["model"].get("vocab") or {}
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()

@@ -180,8 +180,8 @@ class _MetadataMachine(StreamMachine):
 
     def memoize(self) -> None:
         """Numbers a value; of the two classes that come in rows it is noted how they are called from now on."""
-        number = len(self._memo) + self._skipped
-        self._memo[number] = value = self._stack[-1]
+        number = self._note()
+        value = self._stack[-1]
         row = _IN_ROWS.get(value.name) if isinstance(value, Global) else None
         if row is not None:
             self._rows[b"j" + struct.pack("<I", number)] = row

@@ -9,6 +9,7 @@ from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.sources.choosing import Remarks, beside_tag, checkpoints_inside, several, usual_models, whole_set
 from shardmerge.sources.deepspeed_files import is_tag_folder, tag_of, universal_of
 from shardmerge.sources.hf_folder import side_files
+from shardmerge.sources.markers import read_marker
 from shardmerge.sources.model_files import read_model
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.weights_file import read_weights
@@ -30,7 +31,7 @@ def read_tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
     """``latest`` names the newest tag (DeepSpeed, HF Trainer, Accelerate); without it one tag must be the only one."""
     for marker in ("latest", "latest_universal"):
         if (path / marker).is_file():
-            tag = (path / marker).read_text("utf-8", "replace").strip()
+            tag = read_marker(path / marker)
             folder = path / tag
             if (
                 len(tag) < _LONGEST_NAME and not folder.exists() and usual_models(path)

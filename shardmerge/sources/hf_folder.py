@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
+from shardmerge.json_limits import weighed
 from shardmerge.sources.choosing import SENTENCE_MODULE
 from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.reading import SourceFile
@@ -23,7 +24,7 @@ ReadShard: TypeAlias = Callable[[Path], Catalog]
 # mistake: transformers #46913, huggingface_hub #4935.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.(safetensors|bin|pt|pth)")
 # An index of a million tensors is about 100 MB.
-_LARGEST_INDEX = 256 << 20
+_LARGEST_INDEX = 128 << 20
 # tokenizer.json of the largest vocabularies is about 20 MB; weights are told apart by suffix, not by size.
 _LARGEST_SIDE_FILE = 64 << 20
 
@@ -144,12 +145,14 @@ def _read_index(path: Path) -> ShardIndex:
             raise _damaged(path, f"{file.size} bytes is too large for an index")
         raw = file.read(0, file.size)
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        value = json.loads(weighed(raw).decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"not strict JSON: {error}") from error
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise _damaged(path, "weight_map is not an object of strings")
+    if not weight_map:
+        raise _damaged(path, "weight_map names no shard")
     raise_all(_unsafe_names(path, weight_map))
     metadata = value.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from shardmerge.errors import UsageError
+from shardmerge.sources.markers import read_marker
 from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place, training_state
 
 # Weights of kinds that are read, and what ``targets.beside`` takes along.
@@ -42,7 +43,7 @@ def find_in_cache(hub_id: str) -> Path | None:
     repo = cache_folder() / f"models--{match['repo'].replace('/', '--')}"
     revision = match["revision"] or "main"
     ref = repo / "refs" / revision
-    commit = ref.read_text("utf-8").strip() if ref.is_file() else revision
+    commit = read_marker(ref) if ref.is_file() else revision
     snapshot = repo / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
 

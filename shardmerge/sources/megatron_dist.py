@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.json_limits import weighed
 from shardmerge.sources.dcp import read_dcp
 from shardmerge.sources.megatron import scalars
 from shardmerge.sources.rank_files import MEGATRON_DIST
@@ -61,7 +62,7 @@ def _backend(path: Path) -> str:
     with SourceFile(path) as file:
         raw = file.read(0, min(file.size, _LARGEST_JSON))
     try:
-        value = json.loads(raw)
+        value = json.loads(weighed(raw))
     except (ValueError, RecursionError):
         return ""
     return str(value.get("sharded_backend", ""))[:80] if isinstance(value, dict) else ""

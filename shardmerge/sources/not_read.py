@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.choosing import nothing_here
+from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors.file_roles import foreign_weights
 
 # The moments that Adam, SGD, Adafactor, Lion, Shampoo keep, by the last part of their names in a flat file.
@@ -45,8 +46,8 @@ def unknown_format(path: Path) -> CheckpointError:
     """Returns the error for a file or directory that no reader knows."""
     if path.is_dir():
         return _no_weights(path)
-    with path.open("rb") as file:
-        found = f"first bytes {file.read(8)!r}"
+    with SourceFile(path) as file:
+        found = f"first bytes {file.read(0, min(file.size, 8))!r}"
     kind = foreign_weights(path.name)
     return _not_read(path, found, kind) if kind else _no_checkpoint(path, found)
 

@@ -22,6 +22,7 @@ from shardmerge.sources.choosing import beside_numbered, weight_files
 from shardmerge.sources.completing import completed
 from shardmerge.sources.deepspeed_files import VIEWS
 from shardmerge.sources.hub import is_hub_id, resolve_hub_id
+from shardmerge.sources.markers import read_marker
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
 from shardmerge.tensors import Catalog
@@ -91,7 +92,7 @@ def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
     marker = path / "last_checkpoint"
     if not marker.is_file():
         return None
-    target = Path(marker.read_text("utf-8", "replace").strip())
+    target = Path(read_marker(marker))
     for candidate in (path / target.name, target, path / target):
         if target.name and candidate.exists():
             others = [file.name for file in weight_files(path) if file != candidate]

@@ -33,7 +33,18 @@ _F64 = struct.Struct(">d")
 class Machine(Cursor):
     """The stack machine; a method for each opcode, named after what it does."""
 
-    __slots__ = ("_budget", "_charge", "_key", "_legacy", "_marks", "_memo", "_skipped", "_stack", "storages")
+    __slots__ = (
+        "_budget",
+        "_charge",
+        "_key",
+        "_legacy",
+        "_marks",
+        "_memo",
+        "_most_memos",
+        "_skipped",
+        "_stack",
+        "storages",
+    )
 
     def __init__(self, data: bytes, start: int, legacy: bool) -> None:
         super().__init__(data, start)
@@ -43,8 +54,12 @@ class Machine(Cursor):
         self._marks: list[list[PickleValue]] = []
         self._memo: dict[int, PickleValue] = {}
         self._skipped = 0  # values that were numbered and are not in the memo
-        self._budget = Budget(len(data) - start)
-        self._charge, self._key = self._budget.charge, self._budget.key
+        self._allow(len(data) - start)
+
+    def _allow(self, size: int) -> None:
+        """Sets what a pickle of so many bytes may build."""
+        self._budget = Budget(size)
+        self._charge, self._key, self._most_memos = self._budget.charge, self._budget.key, self._budget.memos
 
     def run(self) -> None:
         """Steps to the STOP opcode."""
@@ -147,7 +162,16 @@ class Machine(Cursor):
         self.pos += 4
 
     def memoize(self) -> None:
-        self._memo[len(self._memo) + self._skipped] = self._stack[-1]
+        self._note()
+
+    def _note(self) -> int:
+        """Memoizes the top of the stack under the next number. The opcode is 1 byte, what it takes of memory 100."""
+        kept = len(self._memo)
+        if kept >= self._most_memos:
+            raise hostile("the pickle memoizes more values than any checkpoint of its size")
+        number = kept + self._skipped
+        self._memo[number] = self._stack[-1]
+        return number
 
     # Containers
 

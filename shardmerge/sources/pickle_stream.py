@@ -40,6 +40,7 @@ class StreamMachine(Machine):
         super().__init__(file.read(0, min(file.size, _WINDOW)), 0, legacy=False)
         self.base = 0
         self._file = file
+        self._allow(file.size)
         self._seen_memo, self._seen_at = array("q"), array("q")  # of each stretch: its first memo, and its place
         self.edge = 0
 

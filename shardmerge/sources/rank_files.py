@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.sources.markers import read_marker
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -75,7 +76,7 @@ def newest_iteration(folder: Path) -> Path | None:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text("utf-8", "replace").strip()
+    text = read_marker(tracker)
     name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
     if name == "release" or name.startswith("iter_"):
         found = folder / name

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.json_limits import shallow, weighed
 from shardmerge.shown import shown
 from shardmerge.storage.reading import SourceFile
 
@@ -107,7 +108,7 @@ def read_object(path: Path) -> dict[str, object]:
     with SourceFile(path) as file:
         raw = file.read(0, file.size)
     try:
-        value = json.loads(raw)
+        value = shallow(json.loads(weighed(raw)))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

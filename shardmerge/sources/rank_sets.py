@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.errors import CheckpointError
+from shardmerge.json_limits import weighed
 from shardmerge.sources.rank_files import META
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import SourceFile
@@ -151,7 +152,7 @@ def _vocabulary(folder: Path) -> int:
     with SourceFile(path) as file:
         raw = file.read(0, file.size)
     try:
-        value = json.loads(raw)
+        value = json.loads(weighed(raw))
     except (ValueError, RecursionError):
         return 0
     size = value.get("vocab_size") if isinstance(value, dict) else 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
+from shardmerge.json_limits import weighed
 from shardmerge.sources.lone_shard import refuse_slices
 from shardmerge.sources.strict_json import strict_json
 from shardmerge.storage.reading import SourceFile
@@ -109,7 +110,7 @@ def _parse(raw: bytes, path: str) -> dict[str, object]:
     if raw[:1] != b"{":
         raise _damaged(path, "the header does not start with '{'")
     try:
-        value = strict_json(raw.decode("utf-8"))
+        value = strict_json(weighed(raw).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"the header is not strict JSON: {error}") from error
     if not isinstance(value, dict):

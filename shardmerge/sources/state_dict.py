@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,12 @@ from shardmerge.sources.sharded import local_tensor
 ROOTS = ("state_dict", "module", "model_state_dict", "model", "params", "weights", "net")
 
 # A small file can hold a value that is endless once written out (a dict that holds itself, or one twice, and so on).
+# So names are charged to what the file holds of them, a dict that is held twice being held once.
 _MOST_LEAVES = 2_000_000
+_FREE_LEAVES, _LEAVES_AN_ITEM = 10_000, 4
+_FREE_LETTERS, _LETTERS_AN_ITEM = 1 << 20, 256
+# Tied weights and layers that repeat have a few names, a layer at most.
+_MOST_NAMES = 4096
 _LONGEST_NAME = 4096
 _MOST_DEPTH = 100
 
@@ -110,12 +116,16 @@ def _collect(holder: PickleValue, root_key: str) -> StateDict:
     tensors: dict[str, TensorRef] = {}
     skipped = []
     meshes = Meshes()
+    named: Counter[int] = Counter()
     for name, leaf in named_leaves(holder):
         if name in tensors:
             raise CheckpointError("duplicate-name", "two tensors have the same name", where=name)
         check_named(name, "")
         if isinstance(leaf, TensorRef):
             tensors[name] = leaf
+            named[id(leaf)] += 1
+            if named[id(leaf)] > _MOST_NAMES:
+                raise _endless(name)
         elif (local := local_tensor(leaf, meshes, name)) is not None:
             tensors[name] = _whole(local, name)
         elif is_tensor(leaf):
@@ -142,20 +152,48 @@ def _whole(local: LocalTensor, name: str) -> TensorRef:
     )
 
 
+class _Budget:
+    """How many names, and letters of names, a value may have when it is written out."""
+
+    __slots__ = ("_leaves", "_letters")
+
+    def __init__(self, value: PickleValue) -> None:
+        items = _items_held(value)
+        self._leaves = min(_MOST_LEAVES, _FREE_LEAVES + _LEAVES_AN_ITEM * items)
+        self._letters = _FREE_LETTERS + _LETTERS_AN_ITEM * items
+
+    def charge(self, path: str) -> None:
+        """Takes off a name."""
+        self._leaves -= 1
+        self._letters -= len(path)
+        if self._leaves < 1 or self._letters < 0 or len(path) > _LONGEST_NAME:
+            raise _endless(path[:80])
+
+
+def _items_held(value: PickleValue) -> int:
+    """Returns how many items the dicts inside have, each dict counted once."""
+    seen: dict[int, int] = {}
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict) and id(one) not in seen:
+            seen[id(one)] = len(one)
+            waiting.extend(item for item in one.values() if isinstance(item, dict))
+    return sum(seen.values())
+
+
 def named_leaves(
-    value: PickleValue, prefix: str = "", above: tuple[int, ...] = (), budget: list[int] | None = None
+    value: PickleValue, prefix: str = "", above: tuple[int, ...] = (), budget: _Budget | None = None
 ) -> Iterator[tuple[str, PickleValue]]:
     """Yields the leaves of nested dicts, with dotted names. Other containers are leaves."""
-    budget = budget or [_MOST_LEAVES]
+    budget = budget or _Budget(value)
     if not isinstance(value, dict):
         return
     if id(value) in above or len(above) > _MOST_DEPTH:
-        raise _endless(prefix)
+        raise _endless(prefix[:80])
     for name, item in value.items():
-        budget[0] -= 1
         path = f"{prefix}{name}" if isinstance(name, str | int) else f"{prefix}<{type(name).__name__}>"
-        if budget[0] < 1 or len(path) > _LONGEST_NAME:
-            raise _endless(path[:80])
+        budget.charge(path)
         if isinstance(item, dict):
             yield from named_leaves(item, f"{path}.", (*above, id(value)), budget)
         else:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardmerge.sources.choosing import Remarks, beside_numbered
+from shardmerge.sources.markers import read_marker
 from shardmerge.sources.rank_files import TRACKER
 from shardmerge.sources.rank_pickle_files import actor_folder, read_object
 from shardmerge.tensors import Catalog, Fact
@@ -28,7 +29,7 @@ def step_model(step: Path) -> tuple[Path, Remarks] | None:
 def newest_step(folder: Path) -> tuple[Path, Remarks] | None:
     """Returns the step that the tracker file of a run names, and what is to be said of the others; or None."""
     tracker = folder / TRACKER
-    text = tracker.read_text("utf-8", "replace").strip() if tracker.is_file() else ""
+    text = read_marker(tracker) if tracker.is_file() else ""
     step = folder / f"global_step_{text}"
     if not text.isascii() or not text.isdigit() or not step.is_dir():
         return None

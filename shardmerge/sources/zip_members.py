@@ -24,6 +24,8 @@ _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 
 # A descriptor is 12 bytes at least (CRC and two sizes); the signature and zip64 sizes are optional.
 _SMALLEST_DESCRIPTOR = 12
+# What a member may inflate to: the pickle of 20,000 tensors shrinks to a 5th, zeros to a 1000th.
+_FREE_INFLATED, _MOST_INFLATED = 1 << 20, 16
 # Local headers are read together where they are no further apart than a page, up to so many bytes.
 _PAGE = 4096
 _MOST_AT_ONCE = 1 << 20
@@ -105,6 +107,8 @@ def unpack(file: SourceFile, member: Member, offset: int, most: int = MOST_PICKL
 
 
 def _inflate(file: SourceFile, member: Member, offset: int, raw: bytes) -> bytes:
+    if member.size > _FREE_INFLATED + _MOST_INFLATED * member.packed:
+        raise hostile("a member inflates to more than any checkpoint's", file, offset, f"{member.size} bytes")
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         data = inflater.decompress(raw, member.size + 1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
+from shardmerge.json_limits import shallow, weighed
 from shardmerge.targets.expectation import Expectation, FileChoice
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
 from shardmerge.tensors.file_roles import CONFIG, comes_along, left_behind
@@ -182,6 +183,6 @@ def _module_folders(value: object) -> Iterator[str]:
 
 def _object(file: SideFile, read: ReadSideFile) -> object:
     try:
-        return json.loads(file.content(read))
+        return shallow(json.loads(weighed(file.content(read))))
     except (ValueError, RecursionError):
         return None

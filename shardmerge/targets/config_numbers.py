@@ -10,6 +10,7 @@ from math import isfinite
 from typing import TypeAlias, TypeGuard
 
 from shardmerge.errors import TargetError
+from shardmerge.json_limits import shallow, weighed
 from shardmerge.shown import shown
 from shardmerge.tensors import Extent, ReadSideFile, SideFile
 
@@ -52,10 +53,10 @@ def load_object(extent: Extent, read: ReadSideFile) -> JsonObject:
 def parsed_object(raw: bytes, where: str) -> JsonObject:
     """Returns the JSON object that some bytes are; raises TargetError ``bad-json``."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
+        value = shallow(json.loads(weighed(raw).decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise TargetError(
-            "bad-json", "a file beside the weights is not valid JSON", where=where, found=str(error)
+            "bad-json", "a file beside the weights is not valid JSON", where=where, found=str(error)[:200]
         ) from error
     if not isinstance(value, dict):
         raise TargetError("bad-json", "a JSON object was expected", where=where, found=type(value).__name__)
@@ -67,7 +68,7 @@ def readable_object(side: SideFile, read: ReadSideFile) -> JsonObject | None:
     if side.nbytes > MAX_JSON_BYTES:
         return None
     try:
-        value = json.loads(side.content(read))
+        value = shallow(json.loads(weighed(side.content(read))))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -6,6 +6,7 @@ import json
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import TargetError
+from shardmerge.json_limits import shallow, weighed
 from shardmerge.targets.expectation import Expectation, Request, Target
 from shardmerge.targets.quantization_config import without_quantization
 from shardmerge.tensors import Catalog, SideFile
@@ -44,8 +45,8 @@ def expect(request: Request) -> Expectation:
 def _updated(raw: bytes, dtype: DType | None, catalog: Catalog) -> bytes:
     """Sets ``torch_dtype`` or ``dtype`` (transformers >= 4.56), whichever the config has, and ends a quantization."""
     try:
-        config = json.loads(raw)
-    except ValueError:
+        config = shallow(json.loads(weighed(raw)))
+    except (ValueError, RecursionError):
         return raw
     if not isinstance(config, dict):
         return raw
