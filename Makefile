@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: check test ray demo bench docs clean
+.PHONY: check test soak ray demo bench docs clean
 
 $(VENV)/pip.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo 'Setting up $(VENV) ...'
@@ -42,6 +42,10 @@ check: $(VENV)/check.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/load_environments.py
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# What the tests take a sample of, whole: hours. The results are in tests/soak/, and docs/reliability.md shows them.
+soak: $(VENV)/test.stamp
+	$(BIN)/python -m tests.every_error
 
 # The tests on a Ray cluster of three nodes. Ray takes 285 MB, which `make test` does without; once it is here, that runs them too.
 ray: $(VENV)/test.stamp

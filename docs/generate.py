@@ -17,6 +17,7 @@ from benchmarks.headline import HEADLINE, headline
 from benchmarks.reading import read
 from benchmarks.report import RESULTS
 from docs.adapter_page import adapter_page
+from docs.error_outcomes import error_outcomes
 from docs.error_page import error_page
 from docs.flow_pictures import flow_pictures
 from docs.layout_picture import picture
@@ -42,12 +43,14 @@ def generated() -> dict[Path, str]:
     shown = {path: _with_files(path.read_text("utf-8")) for path in written if path not in pages}
     reference = ROOT / "docs" / "reference" / "mapping.md"
     guides = ROOT / "docs" / "guides"
+    reliability = ROOT / "docs" / "reliability.md"
     guide, architectures = guides / "layouts.md", guides / "architectures.md"
     return {
         **pages,
         **shown,
         reference: _with_targets(shown[reference]),
         guide: _with_layouts(shown[guide]),
+        reliability: _with_outcomes(shown[reliability]),
         architectures: _with_architectures(shown[architectures]),
         ROOT / "README.md": _with_headline((ROOT / "README.md").read_text("utf-8")),
     }
@@ -103,6 +106,11 @@ def _with_architectures(text: str) -> str:
     rows = [(one.title, f"`{one.model_type}`", ", ".join(f"`{kind}`" for kind in one.classes)) for one in tables]
     lines = "\n".join(["", *table(("architecture", "model_type", "classes"), rows), "", ""])
     return _between(text, "<!-- generated: architectures -->\n", lines, "<!-- end of architectures -->\n")
+
+
+def _with_outcomes(text: str) -> str:
+    lines = "\n".join(["", *error_outcomes(), "", ""])
+    return _between(text, "<!-- generated: errors -->\n", lines, "<!-- end of errors -->\n")
 
 
 def _with_headline(text: str) -> str:

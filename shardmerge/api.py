@@ -24,6 +24,7 @@ from shardmerge.prepare.inspection import inspect, layout_of, matching
 from shardmerge.prepare.options import Options, Prepared, SavedMapping, chosen
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
+from shardmerge.system_errors import PASSING_READS, PASSING_WRITES, advice, tried_again
 from shardmerge.tensors import TensorEntry
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from shardmerge.mapping.preset_files import Preset
     from shardmerge.plan.reading import PlanText
     from shardmerge.prepare.conversion import WrittenMapping
+    from shardmerge.prepare.resolved import Resolved
     from shardmerge.publish.closeness import Closeness
     from shardmerge.publish.comparing import Comparison, Sides
     from shardmerge.publish.shares import Share
@@ -120,8 +122,11 @@ def prepare(path: Path, options: Options, roots: Sequence[tuple[str, str]] = ())
 
 
 def _read_plan(path: Path, options: Options, roots: Sequence[tuple[str, str]]) -> Prepared:
-    with _plan_text(path, roots) as read:
-        return Prepared.of(read.plan(), Path(read.out) if read.out else None, options)
+    def read() -> Prepared:
+        with _plan_text(path, roots) as text:
+            return Prepared.of(text.plan(), Path(text.out) if text.out else None, options)
+
+    return tried_again(read, PASSING_READS)
 
 
 @contextmanager
@@ -138,7 +143,7 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
     """Plans a mapping.yaml and determines the output path. Relative paths in it are relative to its own directory."""
     from shardmerge.prepare.preparation import prepare_mapping as prepared
 
-    return prepared(path, options)
+    return tried_again(lambda: prepared(path, options), PASSING_READS)
 
 
 def write_plan(prepared: Prepared, path: Path, out: Path | None = None) -> None:
@@ -186,7 +191,7 @@ def carry_out(
     """Runs a plan and publishes the result as ``out``: see ``publish.running.carry_out``."""
     from shardmerge.publish.running import carry_out as carried
 
-    return carried(prepared.plan, out, options, progress, publishing)
+    return tried_again(lambda: carried(prepared.plan, out, options, progress, publishing), PASSING_WRITES)
 
 
 def run_part(  # one parameter an option
@@ -469,9 +474,13 @@ def prepare_conversion(
     """Plans what ``convert`` would do, and writes its mapping to a file where that is asked for."""
     options = options or Options()
     own = SourceSpec("source", str(source), view=view, root=root, strip=tuple(strip), mark=COMMAND_LINE)
-    written = _written(own, use, bases or {}, let or {}, str(config), options)
-    found = written.looked_at(options)
-    prepared = written.prepared(found, options)
+
+    def look() -> tuple[WrittenMapping, Resolved, Prepared]:
+        written = _written(own, use, bases or {}, let or {}, str(config), options)
+        found = written.looked_at(options)
+        return written, found, written.prepared(found, options)
+
+    written, found, prepared = tried_again(look, PASSING_READS)
     if saved is not None:
         from shardmerge.prepare.saved_mapping import mapping_text
 
@@ -796,4 +805,5 @@ def write_new(path: Path, text: str) -> None:
         hint = "name another file, or remove this one yourself"
         raise OutputError("output-exists", "the file is there already", where=str(path), hint=hint) from error
     except OSError as error:
-        raise OutputError("unwritable-output", f"cannot write: {error.strerror}", where=str(path)) from error
+        what = f"cannot write: {error.strerror}"
+        raise OutputError("unwritable-output", what, where=str(path), hint=advice(error)) from error

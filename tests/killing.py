@@ -24,8 +24,8 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; only, mount.
-_TRAP = struct.Struct("=4q7i4x64s256s")
+# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; names.
+_TRAP = struct.Struct("=4q7i4x64s256s256s")
 _COUNTS, _ARMED, _ACTION, _HIT, _OURS = 0, 32, 36, 48, 56
 _LOG = 8 << 20
 
@@ -57,6 +57,8 @@ class Trap:
         The error of ``renameat2``, as on a system that cannot exchange.
     mount
         The ext4 file system that loses its power.
+    under
+        A directory: calls that look at or read something below it count too.
     """
 
     action: int = NOTHING
@@ -67,9 +69,10 @@ class Trap:
     slow_ms: int = 0
     no_exchange: int = 0
     mount: str = ""
+    under: str = ""
 
     def packed(self, ours: int = 0) -> bytes:
-        names = self.only.encode(), self.mount.encode()
+        names = self.only.encode(), self.mount.encode(), self.under.encode()
         numbers = 0, self.action, self.number, self.slow_ms, 0, self.no_exchange, ours
         return _TRAP.pack(0, self.at, self.until, 0, *numbers, *names)
 
@@ -226,7 +229,9 @@ def _serve() -> None:
     from importlib import import_module
 
     import shardmerge
+    from shardmerge import system_errors
 
+    system_errors.WAITS = (0.0,) * len(system_errors.WAITS)
     for module in pkgutil.walk_packages(shardmerge.__path__, "shardmerge."):
         if module.name != "shardmerge.__main__":
             import_module(module.name)

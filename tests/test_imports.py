@@ -107,12 +107,15 @@ def test_help(folder: Path) -> None:
     check(found, libraries={"click"}, heavy=OF_CLICK, rooms=set())
     ours = {name for name in found if name.startswith("shardmerge.")}
     commands = {
-        "bench", "checkpoints", "cluster", "colour", "completing", "conversions", "errors", "examples", "main",
+        "bench", "checkpoints", "cluster", "colour", "completing", "conversions", "errors", "examples", "failing",
+        "main",
         "mappings", "options", "presets", "progress", "report",
     }  # fmt: skip
     assert ours == {
         "shardmerge.cli",
         "shardmerge.errors",
+        "shardmerge.signals",
+        "shardmerge.system_errors",
         "shardmerge.version",
         *(f"shardmerge.cli.{c}" for c in commands),
     }

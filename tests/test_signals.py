@@ -14,7 +14,10 @@ from tests.killing import FAIL, KILL, KILL_PARENT, RAISE, Machine, Ran, Trap
 from tests.scene import INDEX, PARTS, WAYS, Scene
 
 PLAIN = WAYS["plain"]
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOPS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT,
+    signal.SIGALRM,
+)  # fmt: skip
 
 # How long a disk does not answer, in ms, and from how many seconds on a run has waited for it.
 FOREVER, TOO_LONG = 60_000, 30

@@ -1,10 +1,12 @@
-/* Counts the calls of a process that change files, and does something at one of them.
+/* Counts the calls of a process that change files, and does something at one of them. Where `under` names a directory,
+ * every call that looks at or reads something below it counts too.
  *
  * Loaded with LD_PRELOAD, so it sees what CPython, numpy and ctypes ask of the C library. What it is to do stands in a
  * file that it maps (TRAP_FILE) and that forked processes share: the calls of all of them are one sequence.
  * tests/killing.py writes that file and knows its layout.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -18,6 +20,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,6 +40,7 @@ struct trap {
     int32_t armed, action, number, slow_ms, hit, no_exchange, ours, pad;
     char only[64];   /* of calls of this name alone; empty: of any */
     char mount[256]; /* what loses its power */
+    char under[256]; /* below it reads count; empty: nowhere */
     char log[];
 };
 
@@ -152,12 +156,36 @@ static int failed(int code)
         return result; \
     } while (0)
 
+static int watched(const char *path)
+{
+    return trap && trap->armed && trap->under[0] && !strncmp(path, trap->under, strlen(trap->under));
+}
+
+/* For calls that only look or read: WATCHED(name for the log, path, type, what says that it failed, the call). */
+#define WATCHED(call, path, type, bad, expression) \
+    do { \
+        const char *looked = trap && trap->armed && trap->under[0] ? (path) : ""; \
+        if (!watched(looked)) \
+            return expression; \
+        if (reached(call) == FAIL) { \
+            errno = trap->number; \
+            return bad; \
+        } \
+        type result = expression; \
+        int code = errno; \
+        note(call, looked, "", 0, 0, result == bad ? -code : 0); \
+        errno = code; \
+        return result; \
+    } while (0)
+
 static int changes(int flags) { return flags & (O_CREAT | O_TRUNC | O_WRONLY | O_RDWR); }
 
 static int opened(int (*real)(int, const char *, int, ...), int dir, const char *path, int flags, mode_t mode)
 {
     char name[2 * PATH_MAX];
-    if (!trap || !trap->armed || !changes(flags) || !strcmp(path, "/dev/null"))
+    if (!changes(flags))
+        WATCHED("open-read", full(dir, path, name), int, -1, real(dir, path, flags));
+    if (!trap || !trap->armed || !strcmp(path, "/dev/null"))
         return real(dir, path, flags, mode);
     COUNTED((flags & O_TMPFILE) == O_TMPFILE ? "tmpfile" : "open", full(dir, path, name), "", flags & O_CREAT, flags & O_EXCL,
             real(dir, path, flags, mode));
@@ -365,4 +393,113 @@ int ioctl(int fd, unsigned long request, ...)
     if (request != FICLONE && request != FICLONERANGE)
         return real(fd, request, argument);
     COUNTED("ioctl", name_of(fd, name), "", 0, 0, real(fd, request, argument));
+}
+
+/* What only looks or reads. glibc 2.33 and later have the calls of the stat family under these names. */
+
+int stat64(const char *path, struct stat64 *into)
+{
+    char name[2 * PATH_MAX];
+    REAL(int, "stat64", const char *, struct stat64 *);
+    WATCHED("stat", full(AT_FDCWD, path, name), int, -1, real(path, into));
+}
+int lstat64(const char *path, struct stat64 *into)
+{
+    char name[2 * PATH_MAX];
+    REAL(int, "lstat64", const char *, struct stat64 *);
+    WATCHED("stat", full(AT_FDCWD, path, name), int, -1, real(path, into));
+}
+int fstatat64(int dir, const char *path, struct stat64 *into, int flags)
+{
+    char name[2 * PATH_MAX];
+    REAL(int, "fstatat64", int, const char *, struct stat64 *, int);
+    WATCHED("stat", full(dir, path, name), int, -1, real(dir, path, into, flags));
+}
+int fstat64(int fd, struct stat64 *into)
+{
+    char name[PATH_MAX];
+    REAL(int, "fstat64", int, struct stat64 *);
+    WATCHED("fstat", name_of(fd, name), int, -1, real(fd, into));
+}
+int access(const char *path, int mode)
+{
+    char name[2 * PATH_MAX];
+    REAL(int, "access", const char *, int);
+    WATCHED("access", full(AT_FDCWD, path, name), int, -1, real(path, mode));
+}
+int statvfs64(const char *path, struct statvfs64 *into)
+{
+    char name[2 * PATH_MAX];
+    REAL(int, "statvfs64", const char *, struct statvfs64 *);
+    WATCHED("statvfs", full(AT_FDCWD, path, name), int, -1, real(path, into));
+}
+DIR *opendir(const char *path)
+{
+    char name[2 * PATH_MAX];
+    REAL(DIR *, "opendir", const char *);
+    WATCHED("opendir", full(AT_FDCWD, path, name), DIR *, NULL, real(path));
+}
+DIR *fdopendir(int fd)
+{
+    char name[PATH_MAX];
+    REAL(DIR *, "fdopendir", int);
+    WATCHED("opendir", name_of(fd, name), DIR *, NULL, real(fd));
+}
+struct dirent64 *readdir64(DIR *folder)
+{
+    char name[PATH_MAX];
+    REAL(struct dirent64 *, "readdir64", DIR *);
+    errno = 0; /* the end of a directory is no error, and is not noted as one */
+    WATCHED("readdir", name_of(dirfd(folder), name), struct dirent64 *, NULL, real(folder));
+}
+ssize_t readlink(const char *path, char *into, size_t nbytes)
+{
+    char name[2 * PATH_MAX];
+    REAL(ssize_t, "readlink", const char *, char *, size_t);
+    WATCHED("readlink", path[0] == '/' ? path : full(AT_FDCWD, path, name), ssize_t, -1, real(path, into, nbytes));
+}
+ssize_t read(int fd, void *into, size_t nbytes)
+{
+    char name[PATH_MAX];
+    REAL(ssize_t, "read", int, void *, size_t);
+    WATCHED("read", name_of(fd, name), ssize_t, -1, real(fd, into, nbytes));
+}
+ssize_t pread64(int fd, void *into, size_t nbytes, off64_t offset)
+{
+    char name[PATH_MAX];
+    REAL(ssize_t, "pread64", int, void *, size_t, off64_t);
+    WATCHED("pread", name_of(fd, name), ssize_t, -1, real(fd, into, nbytes, offset));
+}
+ssize_t preadv64v2(int fd, const struct iovec *into, int count, off64_t offset, int flags)
+{
+    char name[PATH_MAX];
+    REAL(ssize_t, "preadv64v2", int, const struct iovec *, int, off64_t, int);
+    WATCHED("pread", name_of(fd, name), ssize_t, -1, real(fd, into, count, offset, flags));
+}
+void *mmap64(void *at, size_t nbytes, int protection, int flags, int fd, off64_t offset)
+{
+    char name[PATH_MAX];
+    REAL(void *, "mmap64", void *, size_t, int, int, int, off64_t);
+    if (fd < 0)
+        return real(at, nbytes, protection, flags, fd, offset);
+    WATCHED("mmap", name_of(fd, name), void *, MAP_FAILED, real(at, nbytes, protection, flags, fd, offset));
+}
+int posix_fadvise64(int fd, off64_t offset, off64_t nbytes, int advice)
+{
+    char name[PATH_MAX];
+    REAL(int, "posix_fadvise64", int, off64_t, off64_t, int);
+    if (watched(name_of(fd, name)) && reached("fadvise") == FAIL)
+        return trap->number; /* it returns its errors */
+    return real(fd, offset, nbytes, advice);
+}
+/* A descriptor is closed whatever the call says (close(2)). */
+int close(int fd)
+{
+    char name[PATH_MAX];
+    REAL(int, "close", int);
+    if (!watched(trap && trap->armed && trap->under[0] ? name_of(fd, name) : ""))
+        return real(fd);
+    int failing = reached("close") == FAIL, result = real(fd);
+    note("close", name, "", 0, 0, result);
+    return failing ? failed(trap->number) : result;
 }

@@ -37,7 +37,7 @@ def add_checkpoint_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("source", type=click.Path())
+@click.argument("source", type=click.Path(readable=False))
 @click.argument("template", nargs=-1, metavar="[TEMPLATE]...")
 @click.option("--flat", is_flag=True, help="A line for every tensor, with the place where it was found.")
 @view_option
@@ -75,7 +75,7 @@ def _width() -> int:
 
 
 @click.command()
-@click.argument("directory", type=click.Path())
+@click.argument("directory", type=click.Path(readable=False))
 @click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
 @click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
 @closeness_options
@@ -132,8 +132,8 @@ def verify(  # one parameter an option
 
 
 @click.command()
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=click.Path(readable=False))
+@click.argument("b", type=click.Path(readable=False))
 @closeness_options
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="How many differences to show. Default: 20.")
 @click.option("--all", "every", is_flag=True, help="Show all differences.")

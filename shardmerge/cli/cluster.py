@@ -31,7 +31,7 @@ def add_cluster_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
 @root_option
 @plan_options
@@ -48,7 +48,7 @@ def finish(mapping: str, out: str | None, roots: tuple[str, ...], as_json: bool,
 
 
 @click.command()
-@click.argument("out", type=click.Path())
+@click.argument("out", type=click.Path(readable=False))
 def clean(out: str) -> None:
     """Remove what unfinished runs left beside the output path OUT."""
     found = shardmerge.clean(out)
@@ -59,7 +59,7 @@ def clean(out: str) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS OF RUN]")
 @click.option("--nodes", type=click.IntRange(1, 10_000), required=True, help="How many tasks, a node each.")
 @click.option("--cpus", type=click.IntRange(1, 1024), default=4, help="CPUs of each task. Default: 4.")

@@ -70,7 +70,7 @@ def add_conversion_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @_out
 @root_option
 @plan_options
@@ -121,7 +121,7 @@ def run(  # noqa: PLR0913  # one parameter an option
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @click.option(
     "-o", "--out", type=click.Path(), metavar="FILE", help="Write the plan, for `run` to carry out: plan.json."
 )
@@ -152,8 +152,8 @@ def plan(  # one parameter an option
 
 
 @click.command()
-@click.argument("source", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("out", type=click.Path(readable=False))
 @_use
 @_base
 @_let

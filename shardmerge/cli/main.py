@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import os
 import signal
 import sys
@@ -20,13 +19,12 @@ from shardmerge.cli.completing import completion
 from shardmerge.cli.conversions import add_conversion_commands
 from shardmerge.cli.errors import errors
 from shardmerge.cli.examples import add_examples
+from shardmerge.cli.failing import failed
 from shardmerge.cli.mappings import add_commands
-from shardmerge.cli.options import dumped
 from shardmerge.cli.presets import presets
 from shardmerge.cli.report import report
-from shardmerge.errors import InterruptedRunError, PublishedError, ResourceError, ShardmergeError, UsageError
-
-_INTERNAL_ERROR = 70
+from shardmerge.errors import InterruptedRunError, PublishedError
+from shardmerge.signals import STOPS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,14 +59,9 @@ cli.add_command(completion)
 add_examples(cli)
 
 
-# What ends a run cleanly: Ctrl-C; Slurm and Kubernetes send SIGTERM, a time limit with a warning SIGUSR1, a terminal
-# that closes SIGHUP.
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
 def _stop(signum: int, frame: FrameType | None) -> None:
     """The same clean stop for all, and once: Slurm says it twice, and a second one would end the ending."""
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -77,7 +70,7 @@ def main() -> None:
     """Runs the command line and turns what happened into an exit code; no traceback reaches a user."""
     # numpy's BLAS would start a thread a CPU when it is loaded; products are made by one (`ops.blas`).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    for number in _STOPS:
+    for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _stop)
     # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
@@ -98,67 +91,5 @@ def _guarded() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last resort: a bug is ours, and says so
-        return _failed(error)
+        return failed(error)
     return code if isinstance(code, int) else 0
-
-
-def _failed(error: BaseException) -> int:
-    """Says on stderr what happened, and on stdout where JSON was asked for; returns the exit code."""
-    if isinstance(error, click.ClickException):
-        said = io.StringIO()
-        error.show(said)
-        colour.echo(said.getvalue().rstrip(), err=True)
-        return _answered(UsageError("bad-usage", error.format_message()), error.exit_code)
-    found = _as_ours(error)
-    colour.echo("\n".join(f"error: {text}" for text in _blocks(found)), err=True)
-    if sys.stderr.isatty() and not {"-q", "--quiet"} & set(sys.argv[1:]):
-        click.echo(_more_about(found), err=True)
-    return _answered(found, _INTERNAL_ERROR if found.code == "internal-error" else found.exit_code)
-
-
-def _as_ours(error: BaseException) -> ShardmergeError:
-    """Returns what happened as an error that a user can act on."""
-    if isinstance(error, InterruptedRunError) and not error.hint:
-        error.hint = _again()
-    if isinstance(error, ShardmergeError):
-        return error
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return InterruptedRunError("interrupted", "interrupted", hint=_again())
-    if os.environ.get("SHARDMERGE_TRACEBACK"):
-        raise error
-    if isinstance(error, OSError):
-        where = str(error.filename or "")
-        return ResourceError("system-error", f"the system refused: {error.strerror or error}", where=where)
-    what = f"this is a bug in shardmerge: {type(error).__name__}: {error}"  # the last resort
-    hint = "set SHARDMERGE_TRACEBACK=1, run it again, and report what it prints"
-    return ShardmergeError("internal-error", what, hint=hint)
-
-
-def _again() -> str:
-    """Returns the line that goes on where this command was."""
-    import shlex
-
-    return f"to go on: shardmerge {shlex.join(sys.argv[1:])}"
-
-
-def _answered(error: ShardmergeError, code: int) -> int:
-    """Answers a command that was asked for JSON with its errors as JSON; people read them on stderr all the same."""
-    if "--json" in sys.argv[1:]:
-        from shardmerge.cli.snippets import place
-
-        rows = [{**one.fields(), **place(one.where)} for one in error.each()]
-        click.echo(dumped({"ok": False, "exit_code": code, "errors": rows}))
-    return code
-
-
-def _more_about(error: ShardmergeError) -> str:
-    """Returns the line below the last error in a terminal, as rustc has it."""
-    codes = list(dict.fromkeys(one.code for one in error.each()))
-    more = f", for CODE in {', '.join(codes)}" if len(codes) > 1 else ""
-    return f"explain: shardmerge errors {'CODE' if more else codes[0]}{more}"
-
-
-def _blocks(error: ShardmergeError) -> list[str]:
-    from shardmerge.cli.snippets import error_lines
-
-    return ["\n".join(error_lines(single)) for single in error.each()]

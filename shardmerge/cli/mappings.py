@@ -20,7 +20,7 @@ def add_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @click.option("--tensor", required=True, metavar="NAME", help="A tensor of the result.")
 @plan_options
 @json_option
@@ -35,7 +35,7 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 
 
 @click.command()
-@click.argument("mapping", type=click.Path())
+@click.argument("mapping", type=click.Path(readable=False))
 @click.option("--source", default="", metavar="NAME", help="The source to get back. Default: the first.")
 @click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
 def invert(mapping: str, source: str, out: str | None) -> None:
@@ -46,7 +46,7 @@ def invert(mapping: str, source: str, out: str | None) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path())
+@click.argument("checkpoint", type=click.Path(readable=False))
 @click.option(
     "--base",
     "bases",

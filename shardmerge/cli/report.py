@@ -42,7 +42,7 @@ report_option = click.option(
 
 
 @click.command()
-@click.argument("directory", type=click.Path())
+@click.argument("directory", type=click.Path(readable=False))
 @click.option("-o", "--out", type=click.Path(), metavar="FILE", help="Default: DIRECTORY.report.html, beside it.")
 @json_option
 def report(directory: str, out: str | None, as_json: bool) -> None:

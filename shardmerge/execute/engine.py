@@ -92,6 +92,11 @@ class Workshop:
         self._workers = [Worker(means, self._pins, self._tables) for _ in range(means.threads)]
         return_freed_memory()
 
+    def close(self) -> None:
+        """Closes the files; only once no thread works any more."""
+        for worker in self._workers:
+            worker.pool.close()
+
     def make(self, part: Part, path: Path, counters: Counters, stopped: Callable[[], bool] = bool) -> Outcome:
         """Writes a part as a new file: whole, synced and sealed when this returns.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from shardmerge.errors import CheckpointError
 from shardmerge.packed_names import container
 from shardmerge.storage.reading import SourceFile, file_system
+from shardmerge.system_errors import PASSING_READS, tried_again
 from shardmerge.tensors import FileStamp
 
 
@@ -57,8 +58,8 @@ class Pins:
 def _look(stamps: Iterable[FileStamp]) -> None:
     for stamp in stamps:
         try:
-            status = Path(container(stamp.path)).stat()
-        except OSError as error:
+            status = tried_again(Path(container(stamp.path)).stat, PASSING_READS)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise source_changed(stamp, "it is gone") from error
         _compare(stamp, status)
 

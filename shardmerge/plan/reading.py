@@ -17,6 +17,7 @@ from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.plan.soundness import check_copies, check_id, check_names, check_shard
 from shardmerge.plan.value import Part, Plan, PlannedSource, Unused
 from shardmerge.plan.writing import END, FORMAT
+from shardmerge.system_errors import advice
 from shardmerge.tensors import Extent, FileStamp, SideFile
 from shardmerge.version import __version__
 
@@ -215,7 +216,7 @@ class _Checked:
             return
         if isinstance(error, OSError):
             what = f"the system could not read: {error.strerror}"
-            raise CheckpointError("unreadable-file", what, where=self._where) from error
+            raise CheckpointError("unreadable-file", what, where=self._where, hint=advice(error)) from error
         if isinstance(error, _ODD):
             raise CheckpointError(
                 "damaged-plan",

@@ -9,6 +9,7 @@ from pathlib import Path
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
 from shardmerge.packed_names import container
 from shardmerge.storage.writing import free_bytes
+from shardmerge.system_errors import PERMISSION
 from shardmerge.tensors import FileStamp
 from shardmerge.tensors.file_roles import RECEIPT
 
@@ -61,7 +62,7 @@ def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite
         yield taken
     parent = _nearest_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):
-        yield OutputError("unwritable-output", "no permission to write here", where=str(parent))
+        yield OutputError("unwritable-output", "no permission to write here", where=str(parent), hint=PERMISSION)
     free = free_bytes(out)
     if needed + _SPARE_BYTES > free:
         yield ResourceError(

@@ -36,6 +36,7 @@ from shardmerge.publish.part_receipts import together, unfit
 from shardmerge.publish.receipt import receipt_json
 from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
 from shardmerge.storage.exchanging import OCCUPIED, exchange
+from shardmerge.storage.listing import files_below
 from shardmerge.storage.writing import explained, sync_directory, sync_file
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
@@ -90,12 +91,14 @@ class Goal:
         except ShardmergeError as error:
             raise unconfirmed(self.out, error.what) from error
         root = Staging.of(self.out, self.plan.id).root
-        for one in stagings(self.out):
-            if one == root or is_gone(one):
-                try:
+        try:
+            for one in stagings(self.out):
+                if one == root or is_gone(one):
                     remove(one, self.out)
-                except ShardmergeError as error:
-                    raise _not_tidied(error) from error
+        except ShardmergeError as error:
+            raise _not_tidied(error.where, error.what) from error
+        except OSError as error:
+            raise _not_tidied(str(root), str(error.strerror)) from error
 
 
 def published_plan(out: Path) -> str:
@@ -272,7 +275,7 @@ class _Publishing:
 def _strange(staging: Staging, wanted: set[str]) -> Iterator[ShardmergeError]:
     """Yields an error for every file that is missing, and for every one that is not planned."""
     ready = staging.ready
-    found = {path.relative_to(ready).as_posix() for path in ready.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(ready).as_posix() for path in files_below(ready)}
     for name in sorted(wanted ^ found):
         what = "a file is missing in the result" if name in wanted else "the result holds a file that is not planned"
         yield VerificationError("part-differs", what, where=str(staging.model / name), hint="start again with --fresh")
@@ -315,11 +318,11 @@ def unconfirmed(out: Path, found: str) -> PublishedError:
     )
 
 
-def _not_tidied(error: ShardmergeError) -> PublishedError:
+def _not_tidied(where: str, found: str) -> PublishedError:
     return PublishedError(
         "not-tidied",
         "the result is published and whole, but temporary files could not be removed",
-        where=error.where,
-        found=error.what,
+        where=where,
+        found=found,
         hint="remove that directory",
     )

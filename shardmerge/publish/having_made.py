@@ -57,6 +57,7 @@ def have_made(  # noqa: PLR0913  # what, where, and how
             _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
         if options.engine != "here":
             await_receipts(todo, staging)
+        maker.close()
     except BaseException:
         staging.tidy()
         raise

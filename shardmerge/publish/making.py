@@ -76,14 +76,22 @@ class PartMaker:
             make_folders(self.staging.model, part.shard.name)
             with explained(final):
                 temporary.rename(final)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 temporary.unlink()
+            if isinstance(error, Exception) and not isinstance(error, InterruptedRunError):
+                self.close()  # no thread is at work any more; whoever catches the error keeps all it came through
             raise
         self.staging.settle(final)  # before the receipt that says so
         committed = receipt_path(self.staging, part.number)
         self.staging.place(committed, receipt_bytes(receipt, part))
         self.staging.settle(committed)
+
+    def close(self) -> None:
+        """Closes the files that this process read."""
+        shop = self._shops.pop(os.getpid(), None)
+        if shop is not None:
+            shop.close()
 
     def _workshop(self, part: Part) -> Workshop:
         """One for each process: what is open here is of no use to one that was forked."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from shardmerge.errors import OutputError, raise_all
 from shardmerge.plan.identity import SCHEMA
 from shardmerge.storage.exchanging import OCCUPIED
+from shardmerge.storage.listing import matching
 from shardmerge.storage.writing import explained, sync_directory, write_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
@@ -51,7 +52,7 @@ def inode(path: Path) -> tuple[int, int] | None:
     """Returns what tells a file or directory from another under the same name; None where there is none."""
     try:
         status = path.lstat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 
@@ -109,7 +110,7 @@ class Staging:
 
     def claimed(self) -> list[Path]:
         """Returns where finished parts are, or were, while somebody publishes them."""
-        return sorted(_listed(self.root, "ready-*"))
+        return matching(self.root, "ready-*")
 
     def temporary(self, name: str) -> Path:
         """Returns a path to write to before it gets its name."""
@@ -181,7 +182,7 @@ class Staging:
 
     def named(self, *patterns: str) -> list[Path]:
         """Returns the files beside the parts whose names match any pattern; none where all of it is gone."""
-        return [path for pattern in patterns for path in _listed(self.parts, pattern)]
+        return [path for pattern in patterns for path in matching(self.parts, pattern)]
 
     def give_up(self) -> None:
         """Removes the directories if no part was made: there is nothing to go on with.
@@ -189,7 +190,7 @@ class Staging:
         What somebody else writes to, or has made, is in one of them, which then stays.
         """
         with suppress(OSError):
-            if not any(self.root.glob("model/*")):
+            if not matching(self.model, "*"):
                 for folder in (self.parts, self.model):
                     with suppress(FileNotFoundError):
                         folder.rmdir()
@@ -197,18 +198,11 @@ class Staging:
                 self.root.rmdir()
 
 
-def _listed(folder: Path, pattern: str) -> list[Path]:
-    """Returns what matches in a directory that another process may remove meanwhile, which ``glob`` does not bear."""
-    with suppress(FileNotFoundError):
-        return list(folder.glob(pattern))
-    return []
-
-
 def stagings(out: Path) -> list[Path]:
     """Returns all directories in which parts gather for an output path, and those of which not all is removed yet."""
     if not out.parent.is_dir():
         return []
-    return sorted(path for path in out.parent.glob(f"{_escaped(out.name)}{_MARK}*") if path.is_dir())
+    return [path for path in matching(out.parent, f"{_escaped(out.name)}{_MARK}*") if path.is_dir()]
 
 
 def is_gone(root: Path) -> bool:
@@ -232,7 +226,7 @@ def remove(root: Path, out: Path) -> None:
         try:
             if gone != root:
                 root.rename(gone)
-            for old in gone.glob("old-*"):
+            for old in matching(gone, "old-*"):
                 _put_back(old, out)
         except FileNotFoundError:  # somebody else removes it
             return
@@ -292,7 +286,7 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
             continue
         begun = _begun(root)
         found = _difference(begun, files) if begun is not None else "an unknown plan: it was left unfinished"
-        if begun is None and not any(root.glob("parts/*.json")):
+        if begun is None and not matching(root / "parts", "*.json"):
             continue  # killed before it began: nothing in it counts
         if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
             yield OutputError(

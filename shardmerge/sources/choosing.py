@@ -87,7 +87,7 @@ def checkpoints_inside(folder: Path) -> list[Path]:
 def _holds_checkpoint(folder: Path) -> bool:
     try:
         return _looks_like_one(folder)
-    except OSError:  # not readable for this user, and none of their business
+    except PermissionError:  # not readable for this user, and none of their business
         return False
 
 

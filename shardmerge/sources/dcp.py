@@ -21,6 +21,7 @@ from shardmerge.sources.dcp_roots import choose_root, is_state
 from shardmerge.sources.dcp_table import ChunkedTensor
 from shardmerge.sources.rank_files import METADATA, RANK_METADATA
 from shardmerge.sources.rank_sets import ranks_in_words
+from shardmerge.storage.listing import matching
 from shardmerge.tensors import Box, Catalog, TensorEntry
 from shardmerge.tensors.boxes import boxed
 
@@ -61,7 +62,7 @@ def metadata_files(folder: Path) -> list[Path]:
     """Returns ``.metadata``, or those of the ranks; raises ``missing-metadata`` where there are none."""
     if (folder / METADATA).is_file():
         return [folder / METADATA]
-    found = sorted(folder.glob(RANK_METADATA))
+    found = matching(folder, RANK_METADATA)
     if found:
         return found
     raise CheckpointError(

@@ -25,6 +25,7 @@ from shardmerge.sources.file_part import FilePart
 from shardmerge.sources.pickle_values import TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.zip_members import STORED, ZIP_MAGIC
+from shardmerge.storage.listing import matching
 from shardmerge.storage.packed import MOST_RATIO, PackedFile, Unpackers, frame_window, packed_item
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Box, Extent, FileStamp, Strided
@@ -150,7 +151,7 @@ class ItemFiles:
                     "missing-rank",
                     f"a file of the checkpoint is not there: {chunk.file}",
                     where=str(self._folder),
-                    found=", ".join(sorted(item.name for item in self._folder.glob("*.distcp"))[:8]) or "no .distcp",
+                    found=", ".join([item.name for item in matching(self._folder, "*.distcp")][:8]) or "no .distcp",
                     hint="every rank writes files of its own: bring all of them, and the hidden .metadata, together",
                 )
             self._files[chunk.file] = SourceFile(path)

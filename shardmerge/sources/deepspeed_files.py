@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from shardmerge.errors import CheckpointError, raise_all
+from shardmerge.storage.listing import matching
 
 # Which numbers: the weights that the optimizer keeps, the 16-bit ones that the model computed with, a moment of Adam.
 DeepSpeedView: TypeAlias = Literal["fp32", "module", "exp_avg", "exp_avg_sq"]
@@ -102,7 +103,7 @@ class TagFiles:
 
 def is_tag_folder(folder: Path) -> bool:
     """Tells whether a directory holds DeepSpeed state files or is a universal checkpoint."""
-    return is_universal(folder) or any(_kind(path.name) for path in folder.glob("*_states.pt"))
+    return is_universal(folder) or any(_kind(path.name) for path in matching(folder, "*_states.pt"))
 
 
 def tag_of(path: Path) -> Path | None:
@@ -126,7 +127,7 @@ def list_tag(folder: Path) -> TagFiles:
         ``missing-rank`` when there is no model file at all; ``mixed-runs`` when a rank has two files of a kind.
     """
     kinds: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*_states.pt")):
+    for path in matching(folder, "*_states.pt"):
         kinds.setdefault(_kind(path.name), []).append(path)
     models = _ranks(kinds.get("model", []), _MODEL)
     optims = _ranks(kinds.get("optim", []), _OPTIM)
@@ -146,7 +147,7 @@ def list_tag(folder: Path) -> TagFiles:
 
 def is_universal(folder: Path) -> bool:
     """Tells whether a directory is a universal checkpoint, as ``ds_to_universal`` writes it."""
-    return (folder / "zero").is_dir() and any(folder.glob("*_model_states.pt"))
+    return (folder / "zero").is_dir() and bool(matching(folder, "*_model_states.pt"))
 
 
 def model_name(rank: int, parallel: int = 0) -> str:

@@ -14,6 +14,7 @@ from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.json_limits import weighed
 from shardmerge.sources.choosing import SENTENCE_MODULE
 from shardmerge.sources.links import odd_links, outside
+from shardmerge.storage.listing import files_below
 from shardmerge.storage.reading import SourceFile
 from shardmerge.tensors import Catalog, Extent, FileStamp, TensorEntry
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG, comes_along, is_weights
@@ -130,7 +131,7 @@ def _inside(folder: Path) -> Iterator[Path]:
     elif (folder / ADAPTER_CONFIG).is_file():  # another adapter of the run, as peft saves it: what it says of itself
         yield folder / ADAPTER_CONFIG
     elif folder.name.isidentifier() and (folder / "__init__.py").is_file():
-        yield from (path for path in sorted(folder.rglob("*.py")) if _is_small(path))
+        yield from (path for path in sorted(files_below(folder)) if path.suffix == ".py" and _is_small(path))
 
 
 def _is_small(path: Path) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardmerge.errors import UsageError
 from shardmerge.sources.markers import read_marker
+from shardmerge.storage.listing import files_below
 from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place, training_state
 
 # Weights of kinds that are read, and what ``targets.beside`` takes along.
@@ -73,7 +74,7 @@ def resolve_hub_id(hub_id: str, *, download: bool) -> Path:
 
 def _is_whole(snapshot: Path) -> bool:
     """Tells whether the weights are here. ``AutoConfig`` and ``AutoTokenizer`` leave a snapshot of small files only."""
-    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    names = {path.relative_to(snapshot).as_posix() for path in files_below(snapshot) if path.is_file()}
     counted = [place for name in names if (place := shard_place(name))]
     shards = all(
         f"{stem}-{number:05d}-of-{total:05d}{suffix}" in names

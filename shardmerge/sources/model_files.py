@@ -9,6 +9,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.sources.choosing import Remarks, beside_model, several, usual_models, weight_files
 from shardmerge.sources.hf_folder import ReadShard, named_shards, read_indexed, read_unindexed
 from shardmerge.sources.peft_folder import stray_config
+from shardmerge.storage.listing import matching
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place
 
@@ -56,7 +57,7 @@ def read_single(path: Path, read_shard: ReadShard, read_file: ReadShard) -> Cata
     CheckpointError
         ``several-files``, ``missing-shard``, and what the readers raise.
     """
-    indexes = [item for item in sorted(path.glob("*.index.json")) if item.name.endswith(_INDEXES)]
+    indexes = [item for item in matching(path, "*.index.json") if item.name.endswith(_INDEXES)]
     if len(indexes) > 1:
         raise several("several-files", f"the directory holds {len(indexes)} indexes", path, indexes)
     if indexes:
@@ -107,7 +108,7 @@ def read_set_of(shard: Path, read_shard: ReadShard) -> Catalog | None:
     place = shard_place(shard.name)
     if place is None or place[2] == 1:
         return None
-    for index in sorted(shard.parent.glob("*.index.json")):
+    for index in matching(shard.parent, "*.index.json"):
         if index.name.endswith(_INDEXES) and shard.name in named_shards(index):
             return read_indexed(index, read_shard)
     return _unindexed(shard, read_shard)

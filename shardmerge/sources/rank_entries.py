@@ -20,6 +20,7 @@ from shardmerge.sources.rank_files import (
 )
 from shardmerge.sources.rank_pickle_files import RankPickles, model_first, rank_pickles, set_of
 from shardmerge.sources.verl_entries import newest_step, step_model, with_lora
+from shardmerge.storage.listing import matching
 from shardmerge.tensors import Catalog
 
 
@@ -30,7 +31,7 @@ def read_iteration(path: Path, options: OpenOptions) -> Catalog | None:
     if is_rank_folder(path):
         return whole_set(_read_megatron(path.parent, options), path)
     newest = newest_iteration(path)
-    iterations = [item for item in sorted(path.glob("iter_*")) if item.is_dir() and is_megatron_folder(item)]
+    iterations = [item for item in matching(path, "iter_*") if item.is_dir() and is_megatron_folder(item)]
     if newest is None and len(iterations) > 1:
         raise several("several-tags", f"the directory holds several iterations and no {TRACKER}", path, iterations)
     if newest is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.markers import read_marker
+from shardmerge.storage.listing import matching
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -60,7 +61,7 @@ def is_rank_file(path: Path) -> bool:
 
 def is_distributed(folder: Path) -> bool:
     """Tells whether a directory is a checkpoint of torch's or Megatron's distributed checkpointing, whole or not."""
-    if (folder / METADATA).is_file() or any(folder.glob(RANK_METADATA)) or any(folder.glob("*.distcp")):
+    if (folder / METADATA).is_file() or matching(folder, RANK_METADATA) or matching(folder, "*.distcp"):
         return True
     return all((folder / name).is_file() for name in MEGATRON_DIST)
 
@@ -94,7 +95,7 @@ def newest_iteration(folder: Path) -> Path | None:
 
 def list_ranks(folder: Path) -> list[MegatronRankFile]:
     """Returns the ranks of one iteration, stage by stage."""
-    found = [rank for path in folder.glob("mp_rank_*") if (rank := _rank_file(path))]
+    found = [rank for path in matching(folder, "mp_rank_*") if (rank := _rank_file(path))]
     return sorted(found, key=lambda rank: (rank.stage, rank.tensor))
 
 

@@ -57,7 +57,9 @@ def is_safetensors(path: Path) -> bool:
             if file.size < 10:
                 return False
             start = file.read(0, 9)
-    except CheckpointError:
+    except CheckpointError as error:
+        if error.code == "unreadable-file":
+            raise  # that it is of another kind would be a guess
         return False
     length = struct.unpack("<Q", start[:8])[0]
     return 2 <= length <= _LARGEST_HEADER and start[8:9] == b"{"

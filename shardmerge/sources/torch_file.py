@@ -139,12 +139,20 @@ def _is_contiguous(ref: TensorRef) -> bool:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Tells by content whether ``torch.save`` wrote a file. Never raises; a damaged torch file is still one."""
+    """Tells by content whether ``torch.save`` wrote a file; a damaged torch file is still one.
+
+    Raises
+    ------
+    CheckpointError
+        ``unreadable-file``.
+    """
     try:
         with SourceFile(path) as file:
             head = file.read(0, min(512, file.size))
             return _is_legacy(head) or _is_tar(head) or _is_zip(head, file)
-    except (ShardmergeError, OSError, ValueError):
+    except (ShardmergeError, ValueError) as error:
+        if isinstance(error, ShardmergeError) and error.code == "unreadable-file":
+            raise  # that it is of another kind would be a guess
         return False
 
 

@@ -13,6 +13,7 @@ from shardmerge.sources.choosing import Remarks, beside_numbered
 from shardmerge.sources.markers import read_marker
 from shardmerge.sources.rank_files import TRACKER
 from shardmerge.sources.rank_pickle_files import actor_folder, read_object
+from shardmerge.storage.listing import matching
 from shardmerge.tensors import Catalog, Fact
 from shardmerge.tensors.file_roles import LORA_META
 
@@ -33,7 +34,7 @@ def newest_step(folder: Path) -> tuple[Path, Remarks] | None:
     step = folder / f"global_step_{text}"
     if not text.isascii() or not text.isdigit() or not step.is_dir():
         return None
-    others = [path.name for path in sorted(folder.glob("global_step_*")) if path != step]
+    others = [path.name for path in matching(folder, "global_step_*") if path != step]
     return step, beside_numbered(step.name, others, TRACKER)
 
 

@@ -27,6 +27,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.storage.cache import Trail, drop_read
+from shardmerge.system_errors import PASSING_READS, advice, tell, tried_again
 
 IoMode: TypeAlias = Literal["pread", "mmap"]
 
@@ -66,12 +67,20 @@ class SourceFile:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._fd = _open(self.path)
-        status = os.fstat(self._fd)
+        status = self._looked_at()
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CheckpointError("not-a-file", "only regular files can be read", where=self.path)
         self.status = status
         self.size = status.st_size
+
+    def _looked_at(self) -> os.stat_result:
+        try:
+            return tried_again(lambda: os.fstat(self._fd), PASSING_READS)
+        except OSError as error:
+            self.close()
+            what = f"cannot open: {error.strerror}"
+            raise CheckpointError("unreadable-file", what, where=self.path, hint=advice(error)) from error
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes from ``offset`` on, or raises ``truncated-file``."""
@@ -100,7 +109,31 @@ class SourceFile:
         try:
             return os.preadv(self._fd, [out], offset)
         except OSError as error:
+            return self._read_again(offset, out, error)
+
+    def _read_again(self, offset: int, out: memoryview, error: OSError) -> int:
+        """Reads after an error that may pass; raises ``unreadable-file`` once it does not."""
+        if error.errno not in PASSING_READS:
             raise self._broken(offset, error) from error
+        tell(error, 0.0)
+
+        def read() -> int:
+            self._reopen()
+            return os.preadv(self._fd, [out], offset)
+
+        try:
+            return tried_again(read, PASSING_READS)
+        except OSError as last:
+            raise self._broken(offset, last) from last
+
+    def _reopen(self) -> None:
+        """Opens the path again if it is still the same file: a stale handle of a network file system stays stale."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if _identity(os.fstat(fd)) == _identity(self.status):
+                os.dup2(fd, self._fd, inheritable=False)
+        finally:
+            os.close(fd)
 
     def read_runs(self, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset on, as ``read_into`` does; a short loop, since there may be thousands."""
@@ -109,7 +142,7 @@ class SourceFile:
             try:
                 whole = read(fd, (out,), offset) == len(out)
             except OSError as error:
-                raise self._broken(offset, error) from error
+                whole = self._read_again(offset, out, error) == len(out)
             if not whole:
                 self.read_into(offset, out)
 
@@ -188,16 +221,22 @@ class SourceFile:
             "unreadable-file",
             f"the system could not read: {error.strerror}",
             where=f"{self.path}, byte {offset}",
+            hint=advice(error),
         )
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return tried_again(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), PASSING_READS)
     except FileNotFoundError as error:
         raise UsageError("missing-file", "no such file", where=path) from error
     except OSError as error:
-        raise CheckpointError("unreadable-file", f"cannot open: {error.strerror}", where=path) from error
+        what = f"cannot open: {error.strerror}"
+        raise CheckpointError("unreadable-file", what, where=path, hint=advice(error)) from error
 
 
 class FilePool:
@@ -265,12 +304,22 @@ class FilePool:
                 return file
             file = self._open_file(path)
             if self.opened is not None:
-                self.opened(file)
+                try:
+                    self.opened(file)
+                except BaseException:
+                    file.close()
+                    raise
             self._open[path] = file
             self.opens += 1
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
             return file
+
+    def close(self) -> None:
+        """Closes all files; what is asked for afterwards opens its file anew."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()
 
     def view(self, path: str, offset: int, nbytes: int) -> memoryview:
         """Returns the bytes, mapped or read into fresh memory."""

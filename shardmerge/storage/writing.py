@@ -11,8 +11,7 @@ from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError
 from shardmerge.storage.cache import Trail, drop_written, start_writing
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+from shardmerge.system_errors import FULL, advice
 
 # Of a small file, written at a time.
 _AT_ONCE = 1 << 20
@@ -218,16 +217,15 @@ class explained:  # noqa: N801  # reads as a statement: with explained(path)
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FileExistsError):
             raise OutputError("output-exists", "the file exists already", where=str(self._path)) from error
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(
                 "disk-full",
                 f"the disk is full: {error.strerror}",
                 where=str(self._path),
-                hint="free some space or choose another output path; the same command goes on",
+                hint=advice(error),
             ) from error
         if isinstance(error, OSError):
-            hint = (
-                "the disk loses what is written to it: choose another output path" if error.errno == errno.EIO else ""
-            )
+            lost = error.errno == errno.EIO
+            hint = "the disk loses what is written to it: choose another output path" if lost else advice(error)
             what = f"cannot write: {error.strerror}"
             raise OutputError("unwritable-output", what, where=str(self._path), hint=hint) from error

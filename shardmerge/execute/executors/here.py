@@ -24,6 +24,7 @@ from shardmerge.execute.executors.failures import error_from, rows_of
 from shardmerge.execute.patience import Halt, interrupted, patiently
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
+from shardmerge.signals import STOPS
 
 # A part's place in the list, as it goes through the pipe; reads and writes of so few bytes are never torn.
 _PLACE = 4
@@ -38,9 +39,6 @@ _PR_SET_PDEATHSIG = 1
 _LOOK = 0.05
 # How often it looks whether one that it killed is gone, and how long altogether.
 _SOON, _GRACE = 0.002, 1.0
-
-# What ends a run: a child hears none of it.
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
@@ -142,7 +140,7 @@ def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) ->
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Keeps signals for later: a process forked meanwhile is known, and runs no handler of this one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -151,9 +149,9 @@ def _signals_held() -> Iterator[None]:
 
 def _only_parent_hears_signals() -> None:
     """The parent decides: it kills its children. A terminal and a batch system send to all of them at once."""
-    for number in _STOPS:
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _end_with(parent: int) -> None:

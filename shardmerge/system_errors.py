@@ -1,0 +1,79 @@
+"""What to do about an error of the system, by its number: what a user can, and whether it is worth trying again."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from shardmerge.errors import OutputError
+
+_Found = TypeVar("_Found")
+
+# No room is left: of the disk, of a quota, or for so large a file.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+# What a network file system may say once, and no longer the next time. An error of writing is another matter: after
+# EIO the data that was on its way is lost.
+_PASSING = frozenset({errno.ESTALE, errno.EINTR, errno.ETIMEDOUT, errno.EAGAIN})
+PASSING_WRITES = _PASSING
+PASSING_READS = _PASSING | {errno.EIO}
+
+# How long is waited before each further attempt, in seconds.
+WAITS = (0.1, 0.5, 2.0)
+
+_SPACE = "free some space or choose another output path; the same command goes on"
+_LIMIT = "raise the limit of open files (ulimit -n 65536), then run the same command again"
+PERMISSION = "check the owner and the mode of the file and of the directories above it (namei -l); then run again"
+
+_ADVICE = {
+    errno.EIO: "the disk or network file system fails (dmesg may say more); once it works, run the same command again",
+    errno.ESTALE: "the file server replaced or lost the file; mount it again, then run the same command again",
+    errno.EACCES: PERMISSION,
+    errno.EPERM: PERMISSION,
+    errno.EMFILE: _LIMIT,
+    errno.ENFILE: "all files that the system can open are in use; end other programs, then run the same command again",
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EROFS: "the file system is mounted read-only; choose an output path on another one",
+    errno.ENAMETOOLONG: "choose shorter names; that of an output directory may have 230 bytes",
+    errno.ELOOP: "symbolic links lead in a circle here; remove one of them, then run the same command again",
+    errno.ENOMEM: "free some memory, or give --workers 1; then run the same command again",
+}
+
+
+def advice(error: OSError) -> str:
+    """Returns what a user can do about an error of the system."""
+    return _ADVICE.get(error.errno or 0, "run the same command again")
+
+
+def tried_again(work: Callable[[], _Found], passing: frozenset[int]) -> _Found:
+    """Returns what work returns. It is tried again after an error that may pass, a bounded number of times.
+
+    Parameters
+    ----------
+    work
+        Leaves nothing behind when it fails, or goes on where it was.
+    passing
+        Numbers of errors. An ``OutputError`` counts if an error of the system is its cause.
+    """
+    for wait in WAITS:
+        try:
+            return work()
+        except Exception as error:  # raised again, unless the system is its cause
+            cause = error.__cause__ if isinstance(error, OutputError) else error  # what was read had its attempts
+            if not isinstance(cause, OSError) or cause.errno not in passing:
+                raise
+            tell(cause, wait)
+            time.sleep(wait)
+    return work()
+
+
+def tell(error: OSError, wait: float) -> None:
+    """Notes in the log ``shardmerge`` that something is tried again, in so many seconds."""
+    import logging  # noqa: PLC0415  # for an accident alone
+
+    where = f" ({error.filename})" if error.filename else ""
+    logging.getLogger("shardmerge").warning("%s%s: trying again in %g s", error.strerror, where, wait)
