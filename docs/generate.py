@@ -17,11 +17,13 @@ from benchmarks.headline import HEADLINE, headline
 from benchmarks.reading import read
 from benchmarks.report import RESULTS
 from docs.adapter_page import adapter_page
+from docs.bit_flips import bit_flips
 from docs.error_outcomes import error_outcomes
 from docs.error_page import error_page
 from docs.flow_pictures import flow_pictures
 from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
+from docs.malformed_files import malformed_files
 from docs.markdown import table
 from docs.op_pages import op_pages
 from docs.preset_pages import preset_pages
@@ -109,8 +111,14 @@ def _with_architectures(text: str) -> str:
 
 
 def _with_outcomes(text: str) -> str:
-    lines = "\n".join(["", *error_outcomes(), "", ""])
-    return _between(text, "<!-- generated: errors -->\n", lines, "<!-- end of errors -->\n")
+    for name, lines in (
+        ("errors", error_outcomes()),
+        ("malformed files", malformed_files()),
+        ("bit flips", bit_flips()),
+    ):
+        inside = "\n".join(["", *lines, "", ""])
+        text = _between(text, f"<!-- generated: {name} -->\n", inside, f"<!-- end of {name} -->\n")
+    return text
 
 
 def _with_headline(text: str) -> str:

@@ -1,6 +1,6 @@
 """Flips single bits of all files of a result and of a plan, and counts what is seen and named.
 
-``python -m tests.bit_flips --flips 5000 --out benchmarks/results/bit-flips.json`` writes the counts down.
+``python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json`` writes the counts down.
 """
 
 from __future__ import annotations
