@@ -129,3 +129,22 @@ def test_a_file_of_lightning(tmp_path: Path) -> None:
     assert set(catalog.names()) == {"model.w", "loss.scale"}
     assert any("callbacks.EMA.ema" in warning for warning in catalog.warnings)
     assert read_entry(sm.inspect(tmp_path / "last.ckpt", root="callbacks.EMA.ema")["model.w"]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.nn.DataParallel, torch.compile, lambda model: torch.nn.DataParallel(torch.compile(model))],
+    ids=["data-parallel", "compiled", "both"],
+)
+def test_a_conversion_that_keeps_a_wrappers_prefix_says_how_to_remove_it(
+    wrap: Callable[[torch.nn.Module], torch.nn.Module], tmp_path: Path
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    torch.save(wrap(model).state_dict(), tmp_path / "w.pth")
+    done = shardmerge("convert", tmp_path / "w.pth", tmp_path / "kept", "--quiet")
+    advice = re.search(r"^warning: .*: to remove it add ((?:--strip \S+ ?)+)$", done.stderr, re.MULTILINE)
+    assert advice is not None
+    again = shardmerge("convert", tmp_path / "w.pth", tmp_path / "own", "--quiet", *advice[1].split())
+    assert again.stderr == ""
+    assert load_file(tmp_path / "own" / "model.safetensors").keys() == model.state_dict().keys()

@@ -81,7 +81,7 @@ def better_roads(catalog: Catalog) -> tuple[str, ...]:
     if not found:
         parts = adapter_parts(catalog)
         words = f"every tensor keeps its name, and {_counted(parts, catalog)}: {_adapter_roads(catalog)}"
-        return (words,) if parts else ()
+        return (words,) if parts else _without_prefix(catalog)
     if wrapped:
         return (
             f"the names are those of a wrapped {wrapped}: `shardmerge init {catalog.path}` writes a mapping for it",
@@ -90,6 +90,19 @@ def better_roads(catalog: Catalog) -> tuple[str, ...]:
 
     needs = "".join(f" --base {name}=PATH" for name in _bases(load_preset(found[0])))
     return (f"every tensor keeps its name: for a Hugging Face model add --use {found[0]}{needs}",)
+
+
+def _without_prefix(catalog: Catalog) -> tuple[str, ...]:
+    """Returns how to take a training wrapper's prefix off, where no config.json says that the model has it itself."""
+    from shardmerge.tensors.wrapped_names import unwrapping_rules
+
+    words, _ = unwrapping_rules([*catalog.names()]) if CONFIG not in catalog.side_files else ((), ())
+    options = " ".join(f"--strip {word}" for word in words)
+    return (
+        (f"every tensor keeps its name, with the prefix of a training wrapper: to remove it add {options}",)
+        if words
+        else ()
+    )
 
 
 def adapter_parts(catalog: Catalog) -> list[str]:
