@@ -125,9 +125,10 @@ def recording(frames: Sequence[Frame], columns: int, title: str, *, step: float 
 
 def _read(descriptor: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
     """Yields what a process prints, in pieces as they come."""
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
     while True:
-        ready, _, _ = select.select([descriptor], [], [], 0.05)
-        if ready:
+        if waiting.poll(50):  # milliseconds
             try:
                 data = os.read(descriptor, 65536)
             except OSError:  # the other end is closed

@@ -335,14 +335,17 @@ def test_all_that_was_staged_may_be_removed_while_it_is_looked_at(
     """Between finding the directory and listing it."""
     staging = staging_of(model, tmp_path / "out")
     assert PartClaims(staging).take("00000")
-    scandir = os.scandir
 
-    def removed(path: Any = ".") -> Any:
-        if staging.root.exists() and str(path).startswith(str(staging.root)):
-            remove(staging.root, tmp_path / "out")
-        return scandir(path)
+    def removing(listing: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(path: Any = ".") -> Any:
+            if staging.root.exists() and str(path).startswith(str(staging.root)):
+                remove(staging.root, tmp_path / "out")
+            return listing(path)
 
-    monkeypatch.setattr(os, "scandir", removed)
+        return listed
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, removing(getattr(os, name)))
     assert not look(staging)
 
 

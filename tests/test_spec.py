@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from shardmerge.dtypes import DTYPES
@@ -393,3 +396,14 @@ def test_lists_are_short_and_safe_for_a_terminal():
     assert listed([str(i) for i in range(9)]) == "0, 1, 2, 3, 4 and 4 more"
     assert listed(["a\x1b[2J"]) == "'a\\x1b[2J'"
     assert len(listed(["a" * 10_000])) < 300
+
+
+def test_a_pipe_is_no_mapping_until_it_is_a_file(tmp_path: Path) -> None:
+    """Opening a FIFO would wait for who writes to it."""
+    os.mkfifo(tmp_path / "m.yaml")
+    with pytest.raises(UsageError) as caught:
+        load_spec(tmp_path / "m.yaml")
+    assert (caught.value.code, caught.value.hint) == ("unreadable-mapping", "write the mapping to a file")
+    (tmp_path / "m.yaml").unlink()
+    (tmp_path / "m.yaml").write_text(FULL, "utf-8")
+    assert load_spec(tmp_path / "m.yaml").sources.keys() == {"trained", "base"}

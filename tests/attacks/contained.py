@@ -119,7 +119,9 @@ def _forked(commands: Sequence[Sequence[str]], watch: _Watch) -> Outcome:
 def _wait(child: int) -> None:
     """Waits for the process, and ends one that waits for something itself."""
     descriptor = os.pidfd_open(child)
-    if not select.select([descriptor], [], [], 2 * MOST_SECONDS)[0]:
+    waiting = select.poll()  # and no select, which takes no descriptor above 1,023
+    waiting.register(descriptor, select.POLLIN)
+    if not waiting.poll(2_000 * MOST_SECONDS):
         os.kill(child, 9)
     os.close(descriptor)
 
