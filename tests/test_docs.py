@@ -53,8 +53,8 @@ def options(command: click.Command) -> set[str]:
     return found | {"-h", "--help"}
 
 
-# Options of other tools that pages speak of.
-FOREIGN = {"--save-format"}
+# Options of other programs that pages mention.
+FOREIGN = {"--save-format", "--flips"}
 ALL_OPTIONS = options(cli).union(FOREIGN, *(options(command) for command in COMMANDS.values()))
 
 

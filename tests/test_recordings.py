@@ -13,9 +13,13 @@ from docs.terminal import picture, recording
 
 
 def words(svg: str) -> list[str]:
-    """Returns the lines of the last screen, numbers as N; rates and times change their units with the day."""
+    """Returns the lines of the last screen, numbers as N and without the plan's id, which has the times of its files.
+
+    Rates and times change their units with the day.
+    """
     last = svg[svg.rindex("<g") :]
     lines = ["".join(re.findall(r">([^<]*)</tspan>", line)) for line in re.findall(r"<text y=.*?</text>", last)]
+    lines = [re.sub(r"^plan [0-9a-f]{16}$", "plan ID", line) for line in lines]
     return [re.sub(r"\b(KB|MB|GB|B)/s", "B/s", re.sub(r"\d[\d.,]*", "N", unescape(line))) for line in lines]
 
 
