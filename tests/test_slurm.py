@@ -152,7 +152,9 @@ def test_a_task_that_is_preempted_is_queued_again_and_goes_on(array: Array) -> N
     assert "to go on: shardmerge run" in array.said()  # of the first time, and what followed was added to it
     made = re.search(rf"made (\d+) files; all {TENSORS} are there", array.said())
     assert made is not None
-    assert TENSORS - len(before) - int(made[1]) in (0, 1)  # the part under way may have been done before it ended
+    # Between SIGCONT and SIGTERM it may have done the part under way, and the next ones: each takes milliseconds.
+    assert 0 <= TENSORS - len(before) - int(made[1]) <= 3
+    assert int(made[1]) < TENSORS - 2
     array.check()
 
 
