@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, shardmerge
 
 XTUNER = GOLDEN / "xtuner"
 # A LLaVA whose encoder was frozen, with a vocabulary that is to grow: 298 rows become 320.
@@ -20,6 +20,13 @@ sources:
 output: {{path: out, dtype: bfloat16}}
 use: xtuner/llava-to-hf
 """
+
+
+def reported(folder: Path) -> Path:
+    """Makes the LLaVA in ``out`` below a folder, with the report of the run beside it; returns the report."""
+    (folder / "mapping.yaml").write_text(MAPPING, "utf-8")
+    shardmerge("run", folder / "mapping.yaml", "--no-sync", "--report")
+    return folder / "out.report.html"
 
 
 class ReportPage(HTMLParser):

@@ -29,7 +29,7 @@ from shardmerge.reports.timeline import MOST_POINTS, Timeline
 from shardmerge.tensors import TensorEntry, composed
 from tests.conftest import shardmerge
 from tests.receipts import receipt_of, write_receipt
-from tests.report_pages import MAPPING, ReportPage
+from tests.report_pages import ReportPage, reported
 from tests.scene import tree
 
 MB = 1_000_000
@@ -38,10 +38,7 @@ MB = 1_000_000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA in ``out``, and the report of the run beside it."""
-    folder = tmp_path_factory.mktemp("report")
-    (folder / "mapping.yaml").write_text(MAPPING, "utf-8")
-    shardmerge("run", folder / "mapping.yaml", "--no-sync", "--report")
-    return folder
+    return reported(tmp_path_factory.mktemp("report")).parent
 
 
 @pytest.fixture(scope="module")

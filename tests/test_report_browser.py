@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import shardmerge as sm
 from tests.browser import CHROMIUM, DESK, PHONE, Tab, browser
 from tests.conftest import shardmerge
-from tests.report_pages import MAPPING
+from tests.report_pages import reported
 from tests.test_report import HOSTILE, edited, grown, hostile
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -34,10 +34,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    (folder / "mapping.yaml").write_text(MAPPING, "utf-8")
-    shardmerge("run", folder / "mapping.yaml", "--no-sync", "--report")
-    return folder
+    return reported(tmp_path_factory.mktemp("browser")).parent
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -66,12 +65,7 @@ def inspect(
     elif flat:
         colour.echo(catalog_text.catalog_table(catalog, layout, names))
     else:
-        colour.echo(catalog_text.catalog_text(catalog, layout, names, _width()))
-
-
-def _width() -> int:
-    """Returns the columns of the terminal, 0 where stdout is none."""
-    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
+        colour.echo(catalog_text.catalog_text(catalog, layout, names, colour.columns()))
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Whether text has colour, and which: errors red, warnings yellow, hints cyan.
+"""The terminal: how wide it is, whether text has colour, and which: errors red, warnings yellow, hints cyan.
 
 ``--color always`` and ``never`` decide. Otherwise the conventions of https://no-color.org and
 https://force-color.org hold; otherwise a terminal has colour, and a pipe or a file has none.
@@ -61,3 +61,12 @@ def _inked(code: str, found: re.Match[str]) -> str:
 def bold(text: str) -> str:
     """Returns text for stdout, bold where stdout has colour."""
     return f"\x1b[1m{text}\x1b[0m" if has_colour(sys.stdout) else text
+
+
+def columns() -> int:
+    """Returns how wide the terminal is that stdout is, or 0 where it is none."""
+    if not sys.stdout.isatty():
+        return 0
+    import shutil
+
+    return shutil.get_terminal_size().columns

@@ -31,25 +31,16 @@ def write(text: str) -> None:
 
 def show_table(table: TextTable) -> None:
     """Writes a table to stdout; in a terminal that is too narrow, cells are broken and columns are not."""
-    lines, columns = table.lines(), _columns()
+    lines, columns = table.lines(), colour.columns()
     if columns and max(map(len, lines)) > columns:
         _fitted(table, columns)
     else:
         colour.echo("\n".join([colour.bold(lines[0]), *lines[1:]]))
 
 
-def _columns() -> int:
-    """Returns how wide the terminal is that stdout is, or 0 where it is none."""
-    if not sys.stdout.isatty():
-        return 0
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
 def _wrapped(text: str) -> str:
     """Breaks lines at blanks where a terminal would break them anywhere."""
-    columns = _columns()
+    columns = colour.columns()
     return "\n".join(_broken(line, columns) for line in text.split("\n")) if columns else text
 
 
