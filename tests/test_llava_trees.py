@@ -1,6 +1,8 @@
 """The targets official/llava and xtuner/llava, against XTuner's own files and the models that they describe."""
 
 import json
+import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from shardmerge.errors import ShardmergeError
 from shardmerge.targets.expectation import Request, Vocabulary
 from shardmerge.targets.llava import official as llava_official
 from shardmerge.targets.llava import xtuner as llava_xtuner
+from tests.conftest import shardmerge
 from tests.target_files import catalog, read, save_tokenizer, side_file, written
 
 torch = pytest.importorskip("torch")
@@ -197,6 +200,17 @@ def test_a_trained_part_needs_its_base(tmp_path):
     with pytest.raises(ShardmergeError) as caught:
         llava_xtuner.expect(Request({}, {}, catalogs, read))
     assert [problem.hint for problem in caught.value.each()] == ["llm: base_llm", "vision: base_clip"]
+
+
+def test_a_base_that_is_missing_on_the_command_line_is_an_option_to_paste(tmp_path):
+    for file in ("iter_2.pth", "config.py"):
+        shutil.copy(GOLDEN / "single_frozen" / file, tmp_path)
+    command = ["convert", tmp_path / "iter_2.pth", tmp_path / "out", "--use", "xtuner/llava-to-hf"]
+    errors = json.loads(shardmerge(*command, "--json", code=1).stdout)["errors"]
+    assert [error["hint"] for error in errors] == ["--base llm=base_llm", "--base vision=base_clip"]
+
+    options = [error["hint"].replace("=", f"={GOLDEN}/").split() for error in errors]
+    shardmerge(*command, *chain(*options))
 
 
 # ---- official/llava

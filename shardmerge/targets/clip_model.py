@@ -95,7 +95,7 @@ def _read(request: Request, role: str) -> tuple[Catalog, JsonObject, str]:
         f"no source describes the CLIP: `{name}` should",
         where=known[0].path if known else request.where,
         expected=f"a source with config.json or {_OPEN_CLIP}",
-        hint=f"{role}: <directory or hub id of a Hugging Face CLIP of the same sizes>",
+        hint=request.naming(role, "<directory or hub id of a Hugging Face CLIP of the same sizes>"),
     )
 
 

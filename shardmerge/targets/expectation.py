@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
@@ -111,6 +114,8 @@ class Request:
         The mapping's line, for messages.
     dropped
         (source, name) of what the user drops: a target that is as large as its source does not ask for it.
+    command_line
+        Whether sources are named by options, and not by lines of a file.
     """
 
     roles: Mapping[str, str]
@@ -121,6 +126,11 @@ class Request:
     vocabulary: Vocabulary | None = None
     where: str = ""
     dropped: frozenset[tuple[str, str]] = frozenset()
+    command_line: bool = False
+
+    def naming(self, source: str, path: str) -> str:
+        """Returns how a user names a source: a line of ``sources:``, or an option."""
+        return f"--base {source}={shlex.quote(path)}" if self.command_line else f"{source}: {_yaml_scalar(path)}"
 
     def gone(self, role: str) -> frozenset[str]:
         """Returns the names that the user drops of the source that plays a role."""
@@ -251,3 +261,8 @@ class Target:
     options: Mapping[str, str]
     expect: Callable[[Request], Expectation]
     codes: bool = False
+
+
+def _yaml_scalar(text: str) -> str:
+    """Returns the text as YAML reads it back: plain where it is a path or hub id, else quoted as in JSON."""
+    return text if re.fullmatch(r"[\w.~/<][\w./<> -]*", text) else json.dumps(text)

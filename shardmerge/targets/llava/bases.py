@@ -6,8 +6,6 @@ whose config holds the part.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -53,6 +51,8 @@ class PretrainedPart:
         What the training started from, ``""`` where nobody says.
     frozen
         Whether the training left it alone, ``None`` where nobody says.
+    line
+        What names its source: a line of mapping.yaml, or an option.
     """
 
     title: str
@@ -60,17 +60,12 @@ class PretrainedPart:
     source: str
     path: str
     frozen: bool | None
+    line: str
 
     @property
     def reason(self) -> str:
         """Why the checkpoint may lack the part, or ``""``."""
         return f"the checkpoint was trained with the {self.title} frozen" if self.frozen else ""
-
-    @property
-    def line(self) -> str:
-        """The line of mapping.yaml that names the part's source."""
-        placeholder = f"<directory or hub id of the pretrained {self.title}>"
-        return f"{self.source}: {_yaml_scalar(self.path or placeholder)}"
 
     @property
     def component(self) -> Component:
@@ -142,13 +137,18 @@ def find_players(request: Request, text_prefix: str, vision_prefix: str) -> Play
     facts, model = read_training_config(config), read_model_facts(config)
     _check_training(model, trained)
     tower = facts.vision_path or _named_tower(request.catalogs.get(names["text"]), request.read)
+
+    def part(title: str, prefix: str, source: str, path: str, frozen: bool | None) -> PretrainedPart:
+        line = request.naming(source, path or f"<directory or hub id of the pretrained {title}>")
+        return PretrainedPart(title, prefix, source, path, frozen, line)
+
     return Players(
         trained=trained,
         trained_name=names["trained"],
         facts=facts,
         model=model,
-        text=PretrainedPart("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
-        vision=PretrainedPart("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
+        text=part("language model", text_prefix, names["text"], facts.llm_path, facts.freeze_llm),
+        vision=part("visual encoder", vision_prefix, names["vision"], tower, facts.freeze_visual_encoder),
     )
 
 
@@ -223,11 +223,6 @@ def _named_tower(catalog: Catalog | None, read: ReadSideFile) -> str:
     return tower if isinstance(tower, str) else ""
 
 
-def _yaml_scalar(text: str) -> str:
-    """Returns the text as YAML reads it back: plain where it is a path or hub id, else quoted as in JSON."""
-    return text if re.fullmatch(r"[\w.~/<][\w./<> -]*", text) else json.dumps(text)
-
-
 # ---- sources that are not there
 
 
@@ -244,7 +239,7 @@ def _missing_source(part: PretrainedPart, catalog: Catalog | None) -> Shardmerge
         if count and part.frozen:
             what = f"{count} tensors of {part.prefix}* have no source: {part.reason}. Add `{part.line}`"
         else:
-            what = f"the mapping has no source for the {part.title}{_because(part)}"
+            what = f"there is no source for the {part.title}{_because(part)}"
         return TargetError("missing-source", what, expected=f"a source named `{part.source}`", hint=part.line)
     return TargetError(
         "missing-source",
@@ -274,7 +269,7 @@ def read_both(players: Players, request: Request) -> tuple[TextBase, VisionBase]
     """
     problems: list[ShardmergeError] = []
     text = _attempt(lambda: read_text(request.catalogs[players.text.source], request.read), problems)
-    vision = _attempt(lambda: read_vision(players.vision, request.catalogs, request.read), problems)
+    vision = _attempt(lambda: read_vision(players.vision, request), problems)
     raise_all(problems)
     if text is None or vision is None:
         raise AssertionError("a part without a problem was read")
@@ -317,9 +312,7 @@ def read_text(catalog: Catalog, read: ReadSideFile, known: Collection[str] = ())
     return TextBase(catalog, whole, config, architecture, extent.file)
 
 
-def read_vision(
-    part: PretrainedPart, catalogs: Mapping[str, Catalog], read: ReadSideFile, known: Collection[str] = ()
-) -> VisionBase:
+def read_vision(part: PretrainedPart, request: Request, known: Collection[str] = ()) -> VisionBase:
     """Reads the config of the part ``vision``: an encoder's, that of a pair it is part of, or a Hugging Face LLaVA's.
 
     Parameters
@@ -333,9 +326,9 @@ def read_vision(
         ``unsupported-architecture``, ``odd-config``, ``bad-json``; ``missing-source`` for an official LLaVA, whose
         config only names its encoder.
     """
-    catalog = catalogs[part.source]
+    catalog = request.catalogs[part.source]
     extent = catalog.side_files["config.json"]
-    whole = load_object(extent, read)
+    whole = load_object(extent, request.read)
     if official_config.is_official(whole):
         tower = whole.get("mm_vision_tower")
         name = tower if isinstance(tower, str) else "<directory or hub id of its visual encoder>"
@@ -345,7 +338,7 @@ def read_vision(
             where=extent.file,
             found=f"mm_vision_tower {tower!r}"[:120],
             expected=f"a source named `{part.source}` with the encoder's own config.json",
-            hint=f"{part.source}: {_yaml_scalar(name)}",
+            hint=request.naming(part.source, name),
         )
     config = vision_tower.unwrap(whole)
     return VisionBase(

@@ -110,7 +110,7 @@ def _read_model(request: Request) -> _Model:
     parts = (players.text, players.vision) if tower or described else (players.text,)
     raise_all(missing_sources(parts, request.catalogs))
     text = read_text(request.catalogs[players.text.source], request.read, _CLASSES)
-    vision = read_vision(players.vision, request.catalogs, request.read, _TOWERS) if tower or described else None
+    vision = read_vision(players.vision, request, _TOWERS) if tower or described else None
     check_context(players.model, text)
     if vision is not None:
         check_encoder(players.model, vision)

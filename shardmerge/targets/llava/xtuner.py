@@ -159,7 +159,7 @@ def _encoder(request: Request, players: Players, trained: Catalog, form: _Form) 
         yield _adapter(request, players, trained, ENCODER_ADAPTER)
     if form != "whole":
         return
-    vision = read_vision(players.vision, request.catalogs, request.read)
+    vision = read_vision(players.vision, request)
     check_encoder(players.model, vision)
     dtype = request.dtype.torch if request.dtype else stored_dtype(vision.config)
     config = vision_tower.vision_config(vision.config, vision.architecture, dtype)
