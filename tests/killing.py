@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; names.
-_TRAP = struct.Struct("=4q7i4x64s256s256s")
+# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; names; skip.
+_TRAP = struct.Struct("=4q7i4x64s256s256sq")
 _COUNTS, _ARMED, _ACTION, _HIT, _OURS = 0, 32, 36, 48, 56
 _LOG = 8 << 20
 
@@ -50,15 +50,17 @@ class Trap:
     only
         Of calls of this name alone.
     number
-        The signal, or the error.
+        The signal, or the error; of a power cut what becomes of the journal, see ``power``.
     slow_ms
         How long the call takes that raised a signal, as if the disk did not answer.
     no_exchange
         The error of ``renameat2``, as on a system that cannot exchange.
     mount
-        The ext4 file system that loses its power.
+        The file system that loses its power.
     under
         A directory: calls that look at or read something below it count too.
+    skip
+        The call, counted from 1, that is not made and said to have succeeded; 0 for none.
     """
 
     action: int = NOTHING
@@ -70,11 +72,17 @@ class Trap:
     no_exchange: int = 0
     mount: str = ""
     under: str = ""
+    skip: int = 0
 
     def packed(self, ours: int = 0) -> bytes:
         names = self.only.encode(), self.mount.encode(), self.under.encode()
         numbers = 0, self.action, self.number, self.slow_ms, 0, self.no_exchange, ours
-        return _TRAP.pack(0, self.at, self.until, 0, *numbers, *names)
+        return _TRAP.pack(0, self.at, self.until, 0, *numbers, *names, self.skip)
+
+    def after(self, calls: int) -> Trap:
+        """Returns the trap for a process that makes the next call when so many were made before it."""
+        at, until, skip = (max(number - calls, 0) for number in (self.at, self.until, self.skip))
+        return replace(self, at=at, until=until, skip=skip)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ class Machine:
         given
             ``processes``: whether a result of any size is worth several. ``ignore``: signals that are ignored from the
             start. ``after``: seconds and a signal that is sent then. ``umask``. ``gone``: seconds after which
-            somebody who shows no sign of life is taken to be gone.
+            somebody who shows no sign of life is taken to be gone. ``boot``: of the system, as receipts name it.
         """
         return self.play([argv], trap=trap, **given)[0]
 
@@ -301,13 +309,15 @@ def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any])
 def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
     from shardmerge.cli.main import main
     from shardmerge.plan import schedule
-    from shardmerge.publish import finishing, shares
+    from shardmerge.publish import finishing, part_receipts, shares
 
     if request.get("processes"):
         schedule._WORTH_PROCESSES = 1
     if gone := request.get("gone"):
         finishing._SILENT = gone
         shares.Anything = partial(shares.Anything, gone=gone, look=(gone / 10, gone / 5))
+    if boot := request.get("boot"):
+        part_receipts.machine = lambda: boot
     sys.argv = ["shardmerge", *argv]
     try:
         main()

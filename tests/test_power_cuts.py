@@ -95,7 +95,7 @@ def cut(scene: Scene, disk: PoweredDisk, runs: Machine, way: Way, at: int, made:
     """Cuts the power before a call, and checks what is there then; tells whether the run came to its end before."""
     scene.begin(way, made)
     disk.settle()
-    first = scene.run(runs, way, Trap(POWER, at=at, mount=str(disk.root)))
+    first = scene.run(runs, way, Trap(POWER, at=at, number=2, mount=str(disk.root)))
     if not runs.hit:
         assert first.code == 0
         return True

@@ -27,8 +27,7 @@
 
 #define FICLONE 0x40049409UL
 #define FICLONERANGE 0x4020940DUL
-#define EXT4_IOC_SHUTDOWN 0x8004587DUL
-#define NOLOGFLUSH 2
+#define SHUTDOWN 0x8004587DUL /* EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN */
 
 enum { NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY };
 
@@ -41,6 +40,7 @@ struct trap {
     char only[64];   /* of calls of this name alone; empty: of any */
     char mount[256]; /* what loses its power */
     char under[256]; /* below it reads count; empty: nowhere */
+    int64_t skip;    /* the call, from 1, that is not made and said to have succeeded; 0: none */
     char log[];
 };
 
@@ -92,9 +92,9 @@ static void die(void) { kill(getpid(), SIGKILL); }
 
 static void cut_power(void)
 {
-    int how = NOLOGFLUSH, fd = open(trap->mount, O_RDONLY | O_CLOEXEC);
+    int how = trap->number, fd = open(trap->mount, O_RDONLY | O_CLOEXEC);
     trap->armed = 0;
-    if (fd < 0 || ioctl(fd, EXT4_IOC_SHUTDOWN, &how))
+    if (fd < 0 || ioctl(fd, SHUTDOWN, &how))
         trap->hit = -errno;
     kill(0, SIGKILL);
 }
@@ -114,6 +114,8 @@ static int reached(const char *call)
     if (trap->only[0] && strcmp(trap->only, call))
         return NOTHING;
     int64_t count = __atomic_add_fetch(&trap->count, 1, __ATOMIC_SEQ_CST);
+    if (trap->skip && count == trap->skip)
+        return SKIP;
     if (count < trap->at || trap->at == 0 || count > (trap->until ? trap->until : trap->at))
         return NOTHING;
     trap->hit++;
