@@ -24,6 +24,8 @@ _MOST_RANKS = 10_000_000
 _USUALLY, _CLOSELY = 2048, 16384
 # Something that every file of a set states, with the files.
 _Fact: TypeAlias = tuple[str, list[tuple[Path, object]]]
+# Facts of which a digest is kept, or numbers without a meaning to anybody: the two sides are not shown.
+_DIGESTS = ("ds_config", "param_shapes", "the optimizer's settings", "param_alignment_paddings")
 # Names in one line of an error.
 _MOST_NAMES = 8
 # Sequence-parallel runs before it state the ranks that see other data in ``dp_world_size``, and cut over more ranks.
@@ -200,6 +202,8 @@ def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
         ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
         ("world size", [(o.rank.path, o.world) for o in optims]),
         ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
+        ("the element types of the partitions", [(o.rank.path, [dtype.name for dtype in o.dtypes]) for o in optims]),
+        ("param_alignment_paddings", [(o.rank.path, o.paddings) for o in optims]),
         ("ds_config", [(o.rank.path, o.settings) for o in optims]),
         ("the optimizer's settings", [(o.rank.path, o.groups) for o in optims]),
         ("DeepSpeed version", [(o.rank.path, o.version) for o in optims]),
@@ -247,7 +251,7 @@ def _same_world(claims: DeepSpeedClaims, world: int) -> int:
 
 
 def _differ(tag: Tag, what: str, first: tuple[Path, object], other: tuple[Path, object]) -> CheckpointError:
-    digest = what in ("ds_config", "param_shapes", "the optimizer's settings")  # a digest says nothing to anybody
+    digest = what in _DIGESTS
     return tag.error(
         "mixed-runs",
         f"the rank files are not of one run: they differ in {what}",

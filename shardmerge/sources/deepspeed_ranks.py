@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 from shardmerge.dtypes import DType
 from shardmerge.errors import CheckpointError
@@ -28,8 +29,10 @@ from shardmerge.tensors import Extent, FileStamp, Shape
 from shardmerge.tensors.optimizer import OptimizerState
 from shardmerge.tensors.ranks import Partition, chunk_numel
 
-# Where a rank has no fragment of a frozen parameter, or one of another size than its share.
+# Where a rank has no fragment of a frozen parameter, or one of another size or element type than its share.
 MISFIT = -1
+# Of a frozen parameter: how many elements each rank holds, and of which type. ``None``: rank 0 holds none.
+FrozenShare: TypeAlias = tuple[int, DType | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,18 @@ class RankState:
     fragments: array[int]
 
 
-def _fragment(file: TorchFile, ref: TensorRef | None, share: int) -> int:
-    part = partition(file, ref) if ref is not None else None
-    return part.extent.offset if part is not None and part.numel == share else MISFIT
+def _fragment(file: TorchFile, ref: TensorRef | None, share: FrozenShare) -> int:
+    if ref is None or (prod(ref.shape), ref.dtype) != share:
+        return MISFIT
+    return partition(file, ref).extent.offset
 
 
-def frozen_shares(root: Mapping[object, PickleValue], world: int) -> dict[str, int]:
-    """Returns how many elements of each frozen parameter a rank holds."""
+def frozen_shares(root: Mapping[object, PickleValue], world: int) -> dict[str, FrozenShare]:
+    """Returns what a rank holds of each frozen parameter; ``root`` is what rank 0's file holds."""
     shapes = shape_table(root.get("frozen_param_shapes"))
-    return {name: chunk_numel(prod(shape), world) for name, shape in shapes.items()}
+    held = named_tensors(root.get("frozen_param_fragments"))
+    types = {name: ref.dtype for name, ref in held.items()}
+    return {name: (chunk_numel(prod(shape), world), types.get(name)) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +120,8 @@ class RankReader:
         """Returns a whole file."""
         return read_torch_file(rank.path, self._pickles)
 
-    def model(self, rank: DeepSpeedRankFile, frozen: Mapping[str, int]) -> RankState:
-        """Returns what is kept of a model file; ``frozen`` has a rank's share of each frozen parameter, in elements."""
+    def model(self, rank: DeepSpeedRankFile, frozen: Mapping[str, FrozenShare]) -> RankState:
+        """Returns what is kept of a model file; ``frozen`` has a rank's share of each frozen parameter."""
         file = self.file(rank)
         root = as_dict(file.root)
         table = named_tensors(root.get("frozen_param_fragments")) if frozen else {}
