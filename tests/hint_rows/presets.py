@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.following import RUN, Call, Row, argument, by_hand, near, ran, said
-from tests.hint_rows.given import CONVERT, done_before, made, mapped, told, without
+from tests.hint_rows.given import CONVERT, LAYOUTS, done_before, made, mapped, told, without
 from tests.hint_rows.output import INIT, LLAMA
 from tests.receipts import receipt_of, write_receipt
 from tests.test_mistakes import GQA, REST, XTUNER
@@ -20,6 +21,12 @@ def again(call: Call) -> None:
     verify, call.args = call.args, list(RUN)
     assert call.attempt() == ()
     call.args = verify
+
+
+def open_clip_alone(call: Call) -> Sequence[str]:
+    """The weights without the config beside them."""
+    shutil.copy(call.world["openclip"] / "open_clip_pytorch_model.bin", call.folder / "ck.bin")
+    return *CONVERT, "ck.bin", "out", "--use", "clip/open-clip-to-hf"
 
 
 PRESETS = [
@@ -41,6 +48,20 @@ PRESETS = [
         XTUNER.replace("vision:", "clip: $clip, vision:"),
         "unknown-source",
         told("known here", "clip: $clip, ", ""),
+    ),
+    Row(
+        "a base that a preset needs, on the command line",
+        (*CONVERT, "$lora", "out", "--use", "peft/merge"),
+        "missing-source",
+        lambda call: call.args.extend(call.hint.removeprefix("add ").replace("PATH", str(call.world["base"])).split()),
+    ),
+    Row(
+        "a CLIP that nothing describes, on the command line",
+        open_clip_alone,
+        "missing-source",
+        lambda call: call.args.extend(
+            (call.hint.partition("'<")[0] + str(LAYOUTS / "open_clip_published/truth")).split()
+        ),
     ),
     Row(
         "a base without a preset",
