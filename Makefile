@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 
-.PHONY: check test soak ray demo bench docs clean
+.PHONY: check test soak mutants ray demo bench docs clean
 
 $(VENV)/pip.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo 'Setting up $(VENV) ...'
@@ -47,6 +47,14 @@ test: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.every_error
 	$(BIN)/python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json
+
+# Changes places of the code at random, and sees whether a test notices: hours, as many as PLACES asks for in each package.
+# What was tried before is not tried again. docs/reliability.md shows the results.
+PLACES ?= 120
+mutants: $(VENV)/test.stamp
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[mutants]'
+	$(BIN)/python -m tests.mutants record
+	for room in storage execute publish sources; do $(BIN)/python -m tests.mutants run $$room --limit $(PLACES) || exit 1; done
 
 # The tests on a Ray cluster of three nodes. Ray takes 285 MB, which `make test` does without; once it is here, that runs them too.
 ray: $(VENV)/test.stamp

@@ -25,6 +25,7 @@ from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
 from docs.malformed_files import malformed_files
 from docs.markdown import table
+from docs.mutants import mutants, mutants_page
 from docs.op_pages import op_pages
 from docs.preset_pages import preset_pages
 from shardmerge.targets.registry import TARGETS
@@ -39,7 +40,7 @@ _SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
     pictures = {"guides/layouts.svg": picture(), **flow_pictures()}
-    texts = {**pictures, **op_pages(), **preset_pages(), **adapter_page(), **error_page()}
+    texts = {**pictures, **op_pages(), **preset_pages(), **adapter_page(), **error_page(), **mutants_page()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
     shown = {path: _with_files(path.read_text("utf-8")) for path in written if path not in pages}
@@ -115,6 +116,7 @@ def _with_outcomes(text: str) -> str:
         ("errors", error_outcomes()),
         ("malformed files", malformed_files()),
         ("bit flips", bit_flips()),
+        ("mutants", mutants()),
     ):
         inside = "\n".join(["", *lines, "", ""])
         text = _between(text, f"<!-- generated: {name} -->\n", inside, f"<!-- end of {name} -->\n")
