@@ -15,8 +15,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "tests" / "soak" / "mutants"
 
 _HEAD = """# Changes of the code that no test notices
 
-Generated from the result files in tests/soak; [Reliability](reliability.md#mutation-testing) says how these were found. Of
-the places drawn at random, these changes survived. Each line is the code, what became of it, and why no test fails.
+Generated from result files; [Reliability](reliability.md#mutation-testing) says how they were made. Of the places
+drawn at random, these changes survived. Each line is the code, what became of it, and why no test fails.
 """
 
 
