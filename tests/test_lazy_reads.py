@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge.lazy import LazyTensor
+from tests.conftest import GOLDEN
 
 ROWS, COLUMNS = 300, 200
 WHOLE = ROWS * COLUMNS * 4
@@ -49,3 +52,40 @@ def test_a_column_of_a_plain_tensor_reads_its_elements(merge: Path) -> None:
     tensor = shardmerge.open_checkpoint(merge.with_name("one.safetensors"))["w"]
     tensor[:32, 7]
     assert _read(tensor) == 32 * 4
+
+
+def _one_each(folder: Path) -> dict[str, Path]:
+    """Checkpoints whose tensors are read through each of the things that help: ops, boxes, strides, and nothing."""
+    rows = np.arange(60, dtype=np.float32).reshape(6, 10)
+    torch.save({"w": torch.from_numpy(rows).T}, folder / "strided.pt")
+    return {
+        "ops": folder / "mapping.yaml",
+        "strides": folder / "strided.pt",
+        "boxes": GOLDEN / "dcp" / "fsdp2_columns_w2_fp32" / "ckpt",
+        "ranks": GOLDEN / "zero" / "llama_z3_w2_bf16" / "ckpt",
+        "nothing": folder / "one.safetensors",
+    }
+
+
+def _descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["ops", "strides", "boxes", "ranks", "nothing"])
+def test_files_are_closed_with_the_last_of_what_reads_them(merge: Path, kind: str) -> None:
+    """At once: a reference cycle would keep them open until the garbage collector comes."""
+    path = _one_each(merge.parent)[kind]
+
+    def use() -> None:
+        for tensor in shardmerge.open_checkpoint(path).values():
+            assert tensor.numpy(copy=True).shape == tensor[...].shape
+
+    use()  # imports what it needs
+    gc.collect()
+    gc.disable()
+    try:
+        before = _descriptors()
+        use()
+        assert _descriptors() == before
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import proxy
 
 from shardmerge.plan.memory import KEPT_TILES, LARGEST_TILE
 from shardmerge.storage.reading import FilePool
@@ -35,6 +36,9 @@ def gather(pool: FilePool, entry: TensorEntry, start: int, out: memoryview) -> N
 
 class Assembler:
     """Makes ranges of tensors. It keeps buffers and the states of ops, so every thread has its own.
+
+    Those that it makes to help it read through it, and refer to it weakly: in a cycle it would keep files open and
+    buffers until the garbage collector comes.
 
     Parameters
     ----------
@@ -119,12 +123,12 @@ class Assembler:
         if self._regions is None:
             from shardmerge.execute.regions import Regions
 
-            self._regions = Regions(self)
+            self._regions = Regions(proxy(self))
         return self._regions
 
     def _making(self) -> Maker:
         if self._maker is None:
             from shardmerge.execute.making import Maker
 
-            self._maker = Maker(self)
+            self._maker = Maker(proxy(self))
         return self._maker
