@@ -1,11 +1,21 @@
-"""A disk whose power can be cut: ext4 in a file, which EXT4_IOC_SHUTDOWN stops without writing anything down."""
+"""Disks whose power can be cut: ext4, XFS or btrfs in a file.
+
+ext4 and XFS have a call (EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN) that stops a file system without writing anything more
+down; the journal too is lost from its last commit on, or, where that is asked for, kept without the data that belongs
+to it. Linux has no such call for btrfs: there all processes are killed, and the file that holds the file system is
+copied as it is then, with what the system has handed to the disk so far.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +24,44 @@ from pathlib import Path
 import pytest
 
 from tests.faults import tool
+from tests.killing import KILL_ALL, POWER, Trap
 
-# The least that ext4 keeps of the order of things: data when it likes, and a rename for itself.
-WRITEBACK = "data=writeback,noauto_da_alloc"
+_SHUTDOWN = 0x8004587D
+# What becomes of the journal: EXT4_GOING_FLAGS_LOGFLUSH, EXT4_GOING_FLAGS_NOLOGFLUSH; those of XFS are the same.
+JOURNAL_KEPT, JOURNAL_LOST = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of disk.
+
+    Attributes
+    ----------
+    make
+        The command that makes the file system.
+    size
+        In MiB; the least that it can be, or little more.
+    options
+        How it is mounted.
+    stops
+        Whether it has the call that stops it.
+    """
+
+    make: tuple[str, ...]
+    size: int
+    options: str
+    stops: bool = True
+
+
+_EXT4 = ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0")
+DISKS = {
+    "ext4 ordered": Kind(_EXT4, 64, "data=ordered"),
+    # The least that ext4 keeps of the order of things: data when it likes, and a rename for itself.
+    "ext4 writeback": Kind(_EXT4, 64, "data=writeback,noauto_da_alloc"),
+    "XFS": Kind(("mkfs.xfs", "-q", "-m", "reflink=1"), 300, "rw"),
+    "btrfs": Kind(("mkfs.btrfs", "-q", "--mixed"), 128, "rw", stops=False),
+}
+WRITEBACK = "ext4 writeback"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,43 +72,76 @@ class PoweredDisk:
     ----------
     root
         Where it is mounted.
+    kind
+        What it is.
     """
 
     root: Path
+    kind: Kind
     _image: Path
-    _options: str
 
     def settle(self) -> None:
         """Writes everything down: from here on things may be lost."""
         subprocess.run(["sync", "-f", str(self.root)], check=True)
 
-    def up_again(self) -> None:
-        """Mounts it as after a power cut."""
+    def trap(self, at: int, journal: int = JOURNAL_LOST, skip: int = 0) -> Trap:
+        """Returns what cuts the power before a call, or kills all before it where ``cut`` does the rest."""
+        action = POWER if self.kind.stops else KILL_ALL
+        return Trap(action, at=at, number=journal, mount=str(self.root), skip=skip)
+
+    def cut(self, journal: int = JOURNAL_LOST) -> None:
+        """Cuts the power now, or does what is left to do after a trap, and mounts what is there then."""
+        if self.kind.stops:
+            self._stop(journal)
+        else:
+            subprocess.run(["cp", "--sparse=always", str(self._image), f"{self._image}.cut"], check=True)
         subprocess.run(["umount", str(self.root)], check=True)
+        self._wait_until_gone()
+        if not self.kind.stops:
+            Path(f"{self._image}.cut").rename(self._image)
         self.mount()
 
+    def _stop(self, journal: int) -> None:
+        """Once more where it is stopped already, which ext4 allows; XFS does not open anything then."""
+        try:
+            fd = os.open(self.root, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("=I", journal))
+        finally:
+            os.close(fd)
+
+    def _wait_until_gone(self) -> None:
+        """A mount namespace that somebody made meanwhile has it too, until it ends."""
+        latest = time.monotonic() + 60
+        while subprocess.run(["losetup", "-j", str(self._image)], check=True, capture_output=True).stdout:
+            assert time.monotonic() < latest, "somebody else has the disk mounted"
+            time.sleep(0.05)
+
     def mount(self) -> None:
-        command = ["mount", "-o", f"loop,{self._options}", str(self._image), str(self.root)]
+        command = ["mount", "-o", f"loop,{self.kind.options}", str(self._image), str(self.root)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"cannot mount here: {done.stderr.strip()}")
 
 
 @contextmanager
-def powered_disk(options: str = WRITEBACK) -> Iterator[PoweredDisk]:
-    """Makes one of 64 MiB, in memory where there is a place for that."""
+def powered_disk(name: str = WRITEBACK) -> Iterator[PoweredDisk]:
+    """Makes one, in memory where there is a place for that."""
     if os.geteuid():
         pytest.skip("mounting takes root")
-    mkfs = tool("mkfs.ext4")
+    kind = DISKS[name]
+    command = [tool(kind.make[0]), *kind.make[1:]]
     base = Path(tempfile.mkdtemp(prefix="shardmerge-power-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    disk = PoweredDisk(base / "root", base / "image", options)
+    disk = PoweredDisk(base / "root", kind, base / "image")
     disk.root.mkdir()
     try:
         with (base / "image").open("wb") as file:
-            file.truncate(64 << 20)
-        subprocess.run(
-            [mkfs, "-q", "-F", "-E", "lazy_itable_init=0", str(base / "image")], check=True, capture_output=True
-        )
+            file.truncate(kind.size << 20)
+        subprocess.run([*command, str(base / "image")], check=True, capture_output=True)
         disk.mount()
         try:
             yield disk

@@ -15,31 +15,15 @@ import pytest
 
 from tests.faults import tool
 from tests.killing import FAIL, HALF, KILL, KILL_ALL, Machine, Trap
-from tests.scene import PARTS, RECEIPT, WAYS, Scene
+from tests.kills import kill_and_go_on
+from tests.scene import RECEIPT, WAYS, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a directory of another owner takes root")
 
 
-def kill_and_go_on(
-    scene: Scene, runs: Machine, way: str, trap: Trap, made: Path | None = None, **given: object
-) -> bool:
-    """Runs under a trap, then the same command again; tells whether the first came to its end."""
-    scene.begin(WAYS[way], made)
-    first = scene.run(runs, WAYS[way], trap, **given)
-    ended = not runs.hit
-    assert first.code == (0 if ended else -9), first.err
-    receipts = scene.stopped(WAYS[way])
-    there = scene.seen(WAYS[way]) == "new"
-    second = scene.run(runs, WAYS[way])
-    assert second.code == 0, second.err
-    assert second.json()["parts_made"] == (0 if there else PARTS - receipts)
-    scene.published(WAYS[way])
-    return ended
-
-
 def test_killed_at_every_call(scene: Scene, runs: Machine) -> None:
     at = 1
-    while not kill_and_go_on(scene, runs, "plain", Trap(KILL, at=at)):
+    while not kill_and_go_on(scene, runs, WAYS["plain"], Trap(KILL, at=at)):
         at += 1
     assert at > 100
     scene.untouched()
@@ -47,13 +31,13 @@ def test_killed_at_every_call(scene: Scene, runs: Machine) -> None:
 
 @pytest.mark.parametrize("way", ["overwrite", "no-exchange", "empty"])
 def test_killed_at_every_call_from_the_receipt_on(scene: Scene, runs: Machine, way: str) -> None:
-    """What comes before is the same however it is published; `python -m tests.many_kills` kills there too."""
+    """What comes before is the same however it is published; `python -m tests.kills` kills there too."""
     made = scene.keep_made(runs, WAYS[way])
     scene.begin(WAYS[way], made)
     assert scene.run(runs, WAYS[way]).code == 0
     at = next(n for n, call in enumerate(runs.calls, 1) if call.name == "rename" and call.b.endswith(RECEIPT))
     killed = 0
-    while not kill_and_go_on(scene, runs, way, Trap(KILL, at=at + killed), made):
+    while not kill_and_go_on(scene, runs, WAYS[way], Trap(KILL, at=at + killed), made):
         killed += 1
     assert killed > 10
     scene.untouched()
@@ -65,13 +49,13 @@ def test_killed_in_the_middle_of_a_write(scene: Scene, runs: Machine) -> None:
     assert scene.run(runs, WAYS["bin"]).code == 0
     writes = [n for n, call in enumerate(runs.calls, 1) if call.name == "pwrite"]
     for at in writes[::3]:
-        assert not kill_and_go_on(scene, runs, "bin", Trap(HALF, at=at))
+        assert not kill_and_go_on(scene, runs, WAYS["bin"], Trap(HALF, at=at))
 
 
 def test_all_processes_killed(scene: Scene, runs: Machine) -> None:
     """As a node that is lost, or a cgroup that is out of memory."""
     at = 5
-    while not kill_and_go_on(scene, runs, "plain", Trap(KILL_ALL, at=at), processes=True):
+    while not kill_and_go_on(scene, runs, WAYS["plain"], Trap(KILL_ALL, at=at), processes=True):
         at += 7
     assert at > 100
 

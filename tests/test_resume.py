@@ -147,10 +147,17 @@ def test_a_torn_receipt(runs: Machine, source: Path, left: int) -> None:
 
 
 def test_what_was_begun_and_not_written_down(runs: Machine, source: Path) -> None:
-    """As a power cut may leave it after --no-sync: nobody knows of which plan its parts are, if there are any."""
+    """As a power cut may leave it after --no-sync: each part says of which plan it is, and the directory's name."""
     root = _stopped(runs, source)
     (root / "begun.json").write_bytes(b"")
-    _refused(runs.run(*_command(source)), "other-plan-staged")
+    error = _refused(runs.run(*_command(source, "--format", "bin")), "other-plan-staged")
+    assert "unknown plan" in error["found"]
+    assert _made(runs, source) == 0
+
+
+def test_what_was_begun_is_written_down_again(runs: Machine, source: Path) -> None:
+    root = _stopped(runs, source)
+    (root / "begun.json").write_bytes(b"")
     for receipt in root.glob("parts/*.json"):
         receipt.unlink()
     assert runs.run(*_command(source), trap=Trap(KILL, at=claim(_calls(runs, source)))).code == -9

@@ -37,7 +37,7 @@ from shardmerge.publish.receipt import receipt_json
 from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
 from shardmerge.storage.exchanging import OCCUPIED, exchange
 from shardmerge.storage.listing import files_below
-from shardmerge.storage.writing import explained, sync_directory, sync_file
+from shardmerge.storage.writing import explained, sync_above, sync_directory, sync_file
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
 
@@ -232,7 +232,10 @@ class _Publishing:
 
     def _unfit(self) -> Iterator[ShardmergeError]:
         parts, staging = self.goal.plan.parts(), self.staging
-        for part, receipt in zip(parts, receipts_of(self.goal.plan, staging), strict=True):
+        receipts = receipts_of(self.goal.plan, staging)
+        if staging.sync and not all(receipt.synced for receipt in receipts):
+            sync_above(staging.root)
+        for part, receipt in zip(parts, receipts, strict=True):
             path = staging.ready / part.shard.name
             found = unfit(receipt, part.shard, path, recheck=self.recheck)
             if found:

@@ -27,7 +27,7 @@ from shardmerge.errors import OutputError, raise_all
 from shardmerge.plan.identity import SCHEMA
 from shardmerge.storage.exchanging import OCCUPIED
 from shardmerge.storage.listing import matching
-from shardmerge.storage.writing import explained, sync_directory, write_small
+from shardmerge.storage.writing import explained, sync_above, sync_directory, write_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
 
@@ -125,7 +125,6 @@ class Staging:
             ``other-plan-staged``: parts of another plan gather for this output path. ``unwritable-output``.
         """
         raise_all(_others(self, files, out))
-        new = [folder for folder in self.root.parents if not folder.exists()]
         with explained(self.root):
             for folder in (self.root, self.parts):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -134,9 +133,9 @@ class Staging:
                 self.model.mkdir(exist_ok=True)
         if _begun(self.root) is None:
             self.place(self.root / _BEGUN, json.dumps(_about(self.plan, files)).encode())
-        # Also where all of it was there: whoever made it may have been killed before this.
-        for folder in (self.root, self.root.parent, *(one.parent for one in new)) if self.sync else ():
-            sync_directory(folder)
+        if self.sync:
+            sync_directory(self.root)
+            sync_above(self.root)
 
     def is_begun(self) -> bool:
         """Tells whether parts gather here: not before ``begin``, and not after somebody published the result."""
@@ -286,8 +285,8 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
             continue
         begun = _begun(root)
         found = _difference(begun, files) if begun is not None else "an unknown plan: it was left unfinished"
-        if begun is None and not matching(root / "parts", "*.json"):
-            continue  # killed before it began: nothing in it counts
+        if begun is None and (root == staging.root or not matching(root / "parts", "*.json")):
+            continue  # killed before it began, or the file is lost: each receipt says by itself of which plan it is
         if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
             yield OutputError(
                 "other-plan-staged",

@@ -196,6 +196,19 @@ def sync_directory(path: Path) -> None:
             os.close(fd)
 
 
+def sync_above(path: Path) -> None:
+    """Makes a name durable, and those of the directories above it as far up as this user can make any.
+
+    Also where they are there already: who made them may have been killed before, or was told not to wait for the disk.
+    """
+    with explained(path):
+        device = path.parent.stat().st_dev
+    for folder in path.absolute().parents:
+        if not os.access(folder, os.R_OK | os.W_OK) or folder.stat().st_dev != device:
+            break
+        sync_directory(folder)
+
+
 def free_bytes(path: Path) -> int:
     """Returns the bytes an ordinary user can still write to the file system of ``path`` or its nearest parent."""
     place = path

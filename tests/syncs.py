@@ -1,0 +1,271 @@
+"""What each sync is for: ``python -m tests.syncs`` leaves out one after the other and writes ``tests/soak/syncs.json``.
+
+Two things then have to notice. The crash model (``crash_model``), a disk that keeps no more than it must, is given the
+calls of every way without each of its syncs. And on disks that lose their power one sync of each kind is not made, and
+said to have succeeded; then the power is cut at the calls up to the second sync after it, and after the end.
+
+A sync that neither of them misses would be one that is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import shardmerge as sm
+from tests.crash_model import Disk, Node
+from tests.cuts import JOURNALS, cut
+from tests.faults import tool
+from tests.killing import Call, Machine, Trap, machine
+from tests.power import DISKS, PoweredDisk, powered_disk
+from tests.scene import ALL_WAYS, Scene, Way
+
+RESULTS = Path(__file__).parent / "soak" / "syncs.json"
+_PACKAGE = Path(sm.__file__).parent
+
+_UNSYNCED = "weights made with --no-sync"
+# What is synced, by its path below the staging directory, and the function of shardmerge that does so.
+_KINDS = {
+    r"parts/begun\.json\..*": ("the file that says what is begun", "storage.writing.write_small"),
+    r"parts/\d{5}\.\w+\.\d+\.tmp": ("weights", "storage.writing.OutputFile.seal"),
+    r"parts/\d{5}\.json\..*": ("receipt of a part", "storage.writing.write_small"),
+    r"parts/shardmerge\.json\..*": ("receipt", "storage.writing.write_small"),
+    r"parts/.*(\.index\.json|\.metadata)\..*": ("index", "storage.writing.write_small"),
+    r"parts/.*\.tmp": ("small file", "storage.writing.write_small"),
+    r"ready-\w+/.*\.(safetensors|bin|distcp)": (_UNSYNCED, "publish.finishing._Publishing._unfit"),
+    r"model(/.*)?": ("directory of a part's weights", "publish.staging.Staging.settle"),
+    r"parts": ("directory of the receipts of parts", "publish.staging.Staging.settle"),
+    r"ready-\w+(/.*)?": ("directories of the result", "publish.staging.Staging.settle"),
+    r"": ("staging directory", "publish.staging.Staging.begin"),
+}
+_FIRST, _SECOND = "weights, before their first bytes", "weights, after their first bytes"
+_BEFORE, _AFTER = "directory of the output path, at the start", "directory of the output path, at the end"
+_ABOVE, _PLAN = "new directories above it", "plan"
+_AT_THE_START = (_KINDS[""][0], _BEFORE, _ABOVE)
+SITES = {
+    _FIRST: "storage.writing.OutputFile.seal",
+    _SECOND: "storage.writing.OutputFile.seal",
+    _BEFORE: "storage.writing.sync_above",
+    _ABOVE: "storage.writing.sync_above",
+    _AFTER: "publish.finishing.Goal.settle",
+    _PLAN: "storage.writing.write_lines",
+    **{what: site for what, site in _KINDS.values() if what != "weights"},
+}
+# What the functions above call, and what nobody else does.
+_SYNCS = {"fsync", "fdatasync", "_fsync", "sync_file", "sync_directory"}
+_OWN = {f"storage.writing.{name}" for name in ("OutputFile._fsync", "sync_file", "sync_directory")}
+
+
+def sites() -> set[str]:
+    """Returns the functions of shardmerge that sync something, as its source says."""
+    found = set()
+    for path in _PACKAGE.rglob("*.py"):
+        module = ".".join(path.relative_to(_PACKAGE).with_suffix("").parts)
+        found |= {f"{module}.{name}" for name in _that_sync(ast.parse(path.read_text("utf-8")), "")}
+    return found - _OWN
+
+
+def _that_sync(node: ast.AST, inside: str) -> Iterator[str]:
+    for one in ast.iter_child_nodes(node):
+        if isinstance(one, ast.FunctionDef | ast.ClassDef):
+            yield from _that_sync(one, f"{inside}.{one.name}".strip("."))
+            continue
+        if isinstance(one, ast.Call) and getattr(one.func, "attr", getattr(one.func, "id", "")) in _SYNCS:
+            yield inside
+        yield from _that_sync(one, inside)
+
+
+@dataclass(frozen=True)
+class Sync:
+    """A sync of a run.
+
+    Attributes
+    ----------
+    way
+        Of the run, a key of ``ALL_WAYS``.
+    at
+        The number of the call, from 1.
+    what
+        What is synced, a key of ``SITES``.
+    """
+
+    way: str
+    at: int
+    what: str
+
+
+def syncs(scene: Scene, way: str, calls: Sequence[Call]) -> list[Sync]:
+    """Returns the syncs of a run, in their order; not those of directories that were there for long."""
+    found, before = [], set[str]()
+    there = (scene.place if ALL_WAYS[way].before else scene.root).parents
+    published = False
+    for at, call in enumerate(calls, 1):
+        published |= call.name in ("rename", "exchange") and call.b == str(scene.out)
+        if call.name == "fsync" and Path(call.a) not in there:
+            sync = Sync(way, at, _what(scene, call.a, again=call.a in before, published=published))
+            if sync.what not in _AT_THE_START or call.a not in before:  # the second command of a way does it again
+                found.append(sync)
+            before.add(call.a)
+    return found
+
+
+def _what(scene: Scene, path: str, *, again: bool, published: bool) -> str:
+    inside = re.fullmatch(rf"{re.escape(str(scene.place))}/out\.partial-\w+/?(.*)", path)
+    if inside is None:
+        return (_AFTER if published else _BEFORE) if path == str(scene.place) else _ABOVE
+    what = next(what for pattern, (what, _) in _KINDS.items() if re.fullmatch(pattern, inside[1]))
+    return what if what != "weights" else _SECOND if again else _FIRST
+
+
+def names(calls: Sequence[Call]) -> list[str]:
+    """Returns the file of each part by its number, as a run moved them there."""
+    found = {}
+    for call in calls:
+        part = re.fullmatch(r".*/parts/(\d{5})\.\w+\.\d+\.tmp", call.a)
+        if call.name == "rename" and part:
+            found[int(part[1])] = call.b.split("/model/")[1]
+    return [found[number] for number in sorted(found)]
+
+
+def broken(scene: Scene, way: Way, calls: Sequence[Call], made: Path | None = None) -> list[str]:
+    """Returns the promises that a run with these calls breaks, on a disk that keeps no more than it must.
+
+    Parts that are made with --no-sync are promised by nobody.
+    """
+    scene.begin(way, made)
+    found = Disk(scene.root, Node.of(scene.root), scene.out, names(calls)).broken(calls)
+    return [one for one in found if not (way.unsynced and one.startswith("part "))]
+
+
+def traces(scene: Scene, runs: Machine) -> dict[str, list[Call]]:
+    """Returns the calls of an undisturbed run of every way that makes its parts itself."""
+    found = {}
+    for name, way in ALL_WAYS.items():
+        if not way.made:
+            scene.begin(way)
+            assert scene.run(runs, way).code == 0
+            found[name] = runs.calls
+    return found
+
+
+# --- on disks that lose their power ---
+
+
+def caught(scene: Scene, disk: PoweredDisk, runs: Machine, sync: Sync, until: int, length: int) -> str:
+    """Returns the first power cut that does harm without a sync, up to a call and after the end, or ``""``."""
+    for at in (*range(sync.at + 1, until + 1), length + 1):
+        for journal in JOURNALS if disk.kind.stops else ("lost",):
+            try:
+                cut(scene, disk, runs, ALL_WAYS[sync.way], at, None, JOURNALS[journal], sync.at)
+            except (AssertionError, OSError) as error:
+                when = "after the end" if at > length else f"{at - sync.at} calls later"
+                return f"{when}, journal {journal}: {str(error).splitlines()[0][:100] or 'a partial result'}"
+    return ""
+
+
+def plan_caught(scene: Scene, disk: PoweredDisk, runs: Machine) -> str:
+    """Like ``caught``, for the file that ``plan`` writes: it is whole, or the one before."""
+    file, before = scene.root / "written.json", scene.plan("bin").read_bytes()
+    command = ["plan", scene.inputs / "mapping.yaml", "--out", file]
+    assert runs.run(*command).code == 0
+    whole = file.read_bytes()
+    skipped = next(at for at, call in enumerate(runs.calls, 1) if call.name == "fsync")
+    for name, journal in JOURNALS.items() if disk.kind.stops else [("lost", 0)]:
+        file.write_bytes(before)
+        disk.settle()
+        assert runs.run(*command, trap=Trap(skip=skipped)).code == 0
+        disk.cut(journal)
+        if file.read_bytes() not in (before, whole):
+            return f"after the end, journal {name}: a file of {file.stat().st_size} bytes"
+    return ""
+
+
+def _some(found: Sequence[Sync]) -> dict[str, list[Sync]]:
+    """Returns of each kind the first and the last of one run."""
+    kinds: dict[str, list[Sync]] = {}
+    for sync in found:
+        kinds.setdefault(sync.what, []).append(sync)
+    return {what: [one for one in (same[0], same[-1]) if one.way == same[0].way] for what, same in kinds.items()}
+
+
+_Row = dict[str, Any]
+
+
+def _modelled(scene: Scene, runs: Machine) -> dict[str, _Row]:
+    rows: dict[str, _Row] = {}
+    for name, calls in traces(scene, runs).items():
+        assert broken(scene, ALL_WAYS[name], calls) == []
+        unsynced = ALL_WAYS[name].unsynced
+        for sync in (one for one in syncs(scene, name, calls) if not unsynced or one.what == _UNSYNCED):
+            row = rows.setdefault(sync.what, {"sync": sync.what, "site": SITES[sync.what], "calls": 0, "model": 0})
+            row["calls"] += 1
+            found = broken(scene, ALL_WAYS[name], [*calls[: sync.at - 1], *calls[sync.at :]])
+            row["model"] += bool(found)
+            row.setdefault("broken", Counter()).update(found[:1])
+    return rows
+
+
+def _on_disk(runs: Machine, name: str) -> Iterator[tuple[str, str]]:
+    """Yields each kind of sync, and the cut that misses it, or ``""``."""
+    with powered_disk(name) as disk:
+        scene = Scene.set(disk.root / "scene", runs, ALL_WAYS.values())
+        found = traces(scene, runs)
+        every = {way: syncs(scene, way, calls) for way, calls in found.items()}
+        for what, some in _some([sync for one in every.values() for sync in one]).items():
+            looked = (caught(scene, disk, runs, sync, _until(sync, every), len(found[sync.way])) for sync in some)
+            yield what, next(filter(None, looked), "")
+        yield _PLAN, plan_caught(scene, disk, runs)
+
+
+def _until(sync: Sync, every: Mapping[str, Sequence[Sync]]) -> int:
+    """Returns the call of the second sync after one, or the last."""
+    later = [one.at for one in every[sync.way] if one.at > sync.at]
+    return (later[:2] or [sync.at])[-1]
+
+
+def main() -> None:
+    """Leaves out every sync, and writes down what missed it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--disks", nargs="*", default=list(DISKS), help="on which; the others are kept as they are")
+    given = parser.parse_args()
+    base = Path(tempfile.mkdtemp(prefix="shardmerge-syncs-", dir="/dev/shm"))
+    before = {row["sync"]: row["disks"] for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    try:
+        with machine(base, tool("gcc")) as runs:
+            rows = _modelled(Scene.set(base / "scene", runs, ALL_WAYS.values()), runs)
+            rows[_PLAN] = {"sync": _PLAN, "site": SITES[_PLAN], "calls": 1, "model": 0}
+            for what, row in rows.items():
+                row["disks"] = before.get(what, {})
+            for name in given.disks:
+                for what, how in _on_disk(runs, name):
+                    rows[what]["disks"][name] = how
+                    print(name, what, how, flush=True)
+                    _save(list(rows.values()))
+    finally:
+        shutil.rmtree(base)
+    raise SystemExit(not all(row["model"] == row["calls"] or any(row["disks"].values()) for row in rows.values()))
+
+
+def _save(rows: list[_Row]) -> None:
+    value = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "kernel": os.uname().release,
+        "shardmerge": sm.__version__,
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
