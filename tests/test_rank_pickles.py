@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Placement
 
 import shardmerge as sm
+from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError, ShardmergeError
 from shardmerge.sources.device_mesh import Meshes
 from shardmerge.sources.local_tensor import LocalTensor
@@ -438,6 +440,7 @@ SHARDED_LIES: dict[str, Callable[[Any, Any], object]] = {
     "no offsets": lambda shard, metadata: attributes(shard["metadata"]).pop("shard_offsets"),  # type: ignore[attr-defined]
     "other sizes": lambda shard, metadata: attributes(shard["metadata"]).update(shard_sizes=[9, 9]),  # type: ignore[attr-defined]
     "no tensor": lambda shard, metadata: shard.update(tensor=None),
+    "another type": lambda shard, metadata: shard.update(tensor=replace(shard["tensor"], dtype=DTYPES["F64"])),  # type: ignore[type-var]
 }
 
 

@@ -5,17 +5,23 @@ Files are made by the real writer and then damaged, or contradict each other.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
 
 import shardmerge as sm
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.safetensors_file import read_header
+from tests.test_dcp import FSDP2, NAME, edited, tensor_of
 from tests.test_rank_sets import write_megatron
 
 
@@ -23,6 +29,13 @@ def refused(path: Path, **options: Any) -> sm.ShardmergeError:
     with pytest.raises(sm.ShardmergeError) as caught:
         sm.inspect(path, **options)
     return caught.value.each()[0]
+
+
+def all_refused(path: Path) -> sm.ShardmergeError:
+    """The error itself, of several at once."""
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.inspect(path)
+    return caught.value
 
 
 def sparse(path: Path, size: int, start: bytes = b"") -> Path:
@@ -49,6 +62,115 @@ def test_a_header_length_is_looked_at_before_it_is_read(size: int, start: bytes,
         read_header(path)
 
 
+# --- shards and their index ---
+
+
+def sharded(folder: Path, **changes: Any) -> Path:
+    """Two shards and an index of theirs, some of whose fields are changed."""
+    for number, name in enumerate("ab", 1):
+        save_file({name: torch.ones(2)}, folder / f"model-0000{number}-of-00002.safetensors")
+    names = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate("ab", 1)}
+    index = {"metadata": {}, "weight_map": names} | changes
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+SECOND = "model-00002-of-00002.safetensors"
+INDEXES = {
+    "the shard does not hold 1 tensors: c": {"a": "model-00001-of-00002.safetensors", "b": SECOND, "c": SECOND},
+    "the index leaves out 1 tensors: a": {"a": SECOND, "b": SECOND, "c": "model-00001-of-00002.safetensors"},
+    "1 of 3 shards are not there: z.safetensors": {"a": "model-00001-of-00002.safetensors", "b": SECOND,
+                                                   "c": "z.safetensors"},
+    "weight_map is not an object of strings": {"a": 1},
+    "weight_map names no shard": {},
+    "the index names '../z.safetensors' as a shard": {"a": "../z.safetensors"},
+    "the index names 'z.bin' as a shard": {"a": "z.bin"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", INDEXES)
+def test_what_an_index_that_lies_is_told(what: str, tmp_path: Path) -> None:
+    assert what in str(all_refused(sharded(tmp_path, weight_map=INDEXES[what])))
+
+
+def test_an_index_of_a_list(tmp_path: Path) -> None:
+    assert "not an object of strings" in refused(sharded(tmp_path, weight_map=["a"])).what
+
+
+def test_an_index_larger_than_any(tmp_path: Path) -> None:
+    sparse(sharded(tmp_path) / "model.safetensors.index.json", 1 << 36)
+    assert "too large for an index" in refused(tmp_path).what
+
+
+def test_an_index_with_a_key_twice(tmp_path: Path) -> None:
+    path = sharded(tmp_path) / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"b"', '"a"'))
+    assert "a key stands twice" in refused(tmp_path).what
+
+
+def test_two_indexes(tmp_path: Path) -> None:
+    """Neither of which has the name that transformers looks for."""
+    path = sharded(tmp_path) / "model.safetensors.index.json"
+    shutil.copy(path, tmp_path / "one.safetensors.index.json")
+    path.rename(tmp_path / "two.safetensors.index.json")
+    assert refused(tmp_path).code == "several-files"
+
+
+def test_shards_without_an_index_that_hold_one_tensor(tmp_path: Path) -> None:
+    (sharded(tmp_path) / "model.safetensors.index.json").unlink()
+    assert set(sm.inspect(tmp_path).names()) == {"a", "b"}
+    save_file({"a": torch.zeros(2)}, tmp_path / SECOND)
+    assert refused(tmp_path).code == "duplicate-name"
+    (tmp_path / SECOND).unlink()
+    assert refused(tmp_path).code == "missing-shard"
+
+
+def test_two_files_of_weights_and_no_index(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    assert refused(tmp_path).code == "several-files"
+
+
+# --- state dicts of torch files ---
+
+
+def saved(folder: Path, value: object) -> Path:
+    torch.save(value, folder / "model.pt")
+    return folder / "model.pt"
+
+
+ONE = torch.ones(2)
+
+
+@pytest.mark.parametrize("value", [{"a": {"b": ONE}, "a.b": torch.zeros(2), "c": ONE}, {1: ONE, "1": torch.zeros(2)}])
+def test_two_tensors_of_one_dotted_name(value: object, tmp_path: Path) -> None:
+    assert refused(saved(tmp_path, value)).code == "duplicate-name"
+
+
+def test_a_root_without_a_tensor(tmp_path: Path) -> None:
+    assert refused(saved(tmp_path, {"w": ONE, "ema": {"step": 3}}), root="ema").code == "no-tensors"
+
+
+def test_a_dict_that_holds_itself(tmp_path: Path) -> None:
+    """Under a short name, and first: it would be entered a thousand times before the names are too long."""
+    value: dict[str, object] = {}
+    value |= {"a": value, "w": ONE}
+    assert refused(saved(tmp_path, value)).code == "hostile-pickle"
+
+
+def test_one_tensor_under_more_names_than_any(tmp_path: Path) -> None:
+    assert refused(saved(tmp_path, {f"w{number}": ONE for number in range(4097)})).code == "hostile-pickle"
+
+
+def test_a_name_longer_than_any(tmp_path: Path) -> None:
+    assert refused(saved(tmp_path, {"w" * 4097: ONE})).code == "hostile-pickle"
+
+
+def test_names_that_are_longer_together_than_any(tmp_path: Path) -> None:
+    value = {"model": {"w" * 4000: {str(number): ONE for number in range(400)}}}
+    assert refused(saved(tmp_path, value)).code == "hostile-pickle"
+
+
 # --- files of ranks ---
 
 
@@ -57,8 +179,8 @@ def rank_file(folder: Path, state: object, rank: int = 0, world: int = 1) -> Non
 
 
 def test_a_rank_without_a_tensor(tmp_path: Path) -> None:
-    rank_file(tmp_path, {"step": 3})
-    assert refused(tmp_path).code == "no-tensors"
+    rank_file(tmp_path, {"w": ONE, "ema": {"step": 3}})
+    assert refused(tmp_path, root="ema").code == "no-tensors"
 
 
 def test_one_name_twice_in_a_ranks_file(tmp_path: Path) -> None:
@@ -90,3 +212,111 @@ def test_iterations_without_a_tracker(tmp_path: Path) -> None:
     error = refused(tmp_path)
     assert error.code == "several-tags"
     assert "iter_0000003" in f"{error.hint}{error.found}"
+
+
+# --- the .metadata of torch's distributed checkpoints ---
+
+
+def u64(number: int) -> bytes:
+    return struct.pack("<Q", number)
+
+
+METADATA = {
+    "a frame nests in another or is longer": [
+        b"\x80\x04\x95" + u64(1 << 40) + b"N.",
+        b"\x80\x04\x95" + u64(10) + b"\x95" + u64(0) + b"N" * 9 + b".",
+    ],
+    "an opcode reaches over the end of its frame": [b"\x80\x04\x95" + u64(2) + b"J\1\0\0\0."],
+    "the pickle is cut short": [b"\x80\x02N"],
+    "not a pickle of protocol 2 to 5": [b"\x80\x06N.", b"\x80\x01N.", b"\x80\x02\x80\x02N.", b"(lp0\n.", b""],
+    "it refers to a memo entry that was never written": [b"\x80\x02h\x07.", b"\x80\x02j\x07\0\0\0."],
+    "this is no Metadata": [b"\x80\x02}.", b"\x80\x02cos\nsystem\n)\x81."],
+}
+
+
+@pytest.mark.parametrize("what", METADATA)
+def test_what_a_malformed_metadata_is_told(what: str, tmp_path: Path) -> None:
+    for data in METADATA[what]:
+        (tmp_path / ".metadata").write_bytes(data)
+        error = refused(tmp_path)
+        assert error.code == "damaged-pickle"
+        assert what in error.what
+
+
+def test_a_metadata_larger_than_any(tmp_path: Path) -> None:
+    sparse(tmp_path / ".metadata", 1 << 40, b"\x80\x02N")
+    assert (refused(tmp_path).code, "larger than any" in refused(tmp_path).what) == ("hostile-pickle", True)
+
+
+def no_items(metadata: Metadata) -> None:
+    metadata.storage_data = None
+
+
+def another_entry(metadata: Metadata) -> None:
+    metadata.state_dict_metadata["model.more"] = StorageMeta()  # type: ignore[assignment]
+
+
+def dtype_of_another_module(metadata: Metadata) -> None:
+    tensor_of(metadata).properties.dtype = torch.strided  # type: ignore[assignment]
+
+
+def a_chunk_that_is_none(metadata: Metadata) -> None:
+    tensor_of(metadata).chunks[0] = "chunk"  # type: ignore[call-overload]
+
+
+def one_axis_less(metadata: Metadata) -> None:
+    first = tensor_of(metadata).chunks[0]
+    tensor_of(metadata).chunks[0] = ChunkStorageMetadata(first.offsets[:1], first.sizes)
+
+
+def no_sizes(metadata: Metadata) -> None:
+    tensor_of(metadata).chunks[0].sizes = None  # type: ignore[assignment]
+
+
+def no_shape(metadata: Metadata) -> None:
+    tensor_of(metadata).size = None  # type: ignore[assignment]
+
+
+def flat_chunks(metadata: Metadata) -> None:
+    """Chunks of one axis, as many numbers in all as two chunks of two axes have."""
+    tensor_of(metadata).chunks[:] = [ChunkStorageMetadata(torch.Size((at,)), torch.Size((8,))) for at in range(4)]
+
+
+def two_items(metadata: Metadata) -> None:
+    """Of one name and place: a dict takes both keys while they differ."""
+    first = MetadataIndex(NAME, tensor_of(metadata).chunks[0].offsets)
+    second = MetadataIndex("second", first.offset)
+    metadata.storage_data[second] = replace(metadata.storage_data[first])
+    object.__setattr__(second, "fqn", NAME)
+
+
+def no_file(metadata: Metadata) -> None:
+    for one in metadata.storage_data.values():
+        one.relative_path = None
+
+
+def no_offset(metadata: Metadata) -> None:
+    for one in metadata.storage_data.values():
+        one.offset = None
+
+
+CONTRADICTIONS = {
+    "this is no Metadata": [no_items],
+    "an entry is neither a tensor nor an object": [another_entry],
+    "a tensor of an unknown element type": [dtype_of_another_module],
+    "a chunk is something else": [a_chunk_that_is_none],
+    "a chunk's offsets and sizes have different numbers of axes": [one_axis_less],
+    "a chunk has no offsets and sizes": [no_sizes],
+    "a tensor has no name, size or list of chunks": [no_shape],
+    "a tensor has chunks of another number of axes": [flat_chunks],
+    "two items hold one chunk": [two_items],
+    "an item has no name, file, offset or length": [no_file, no_offset],
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_what_a_metadata_that_contradicts_itself_is_told(what: str, tmp_path: Path) -> None:
+    for edit in CONTRADICTIONS[what]:
+        folder = shutil.copytree(FSDP2 / "ckpt", tmp_path / edit.__name__)
+        edited(folder, edit)
+        assert what in refused(folder).what

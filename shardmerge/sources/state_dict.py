@@ -26,7 +26,6 @@ _FREE_LETTERS, _LETTERS_AN_ITEM = 1 << 20, 256
 # Tied weights and layers that repeat have a few names, a layer at most.
 _MOST_NAMES = 4096
 _LONGEST_NAME = 4096
-_MOST_DEPTH = 100
 
 # Keys looked at on each level for a hint.
 _MOST_ROOTS = 20
@@ -189,7 +188,7 @@ def named_leaves(
     budget = budget or _Budget(value)
     if not isinstance(value, dict):
         return
-    if id(value) in above or len(above) > _MOST_DEPTH:
+    if id(value) in above:  # how deep they nest is bounded where the pickle is read
         raise _endless(prefix[:80])
     for name, item in value.items():
         path = f"{prefix}{name}" if isinstance(name, str | int) else f"{prefix}<{type(name).__name__}>"

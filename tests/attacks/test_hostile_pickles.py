@@ -195,3 +195,35 @@ def test_values_that_double_cost_nothing_until_written_out():
     found = interpret(two(b"K\1\x85" + b"q\0h\0\x86" * 60), where="evil.pth")
     assert isinstance(found, tuple)
     assert found[0] is found[1]
+
+
+TEXTS = {
+    "a dict is made of something else than pairs": [
+        two(b"ccollections\nOrderedDict\nK\1\x85R"),
+        two(b"ccollections\nOrderedDict\n](K\1K\2e\x85R"),
+        two(b"ccollections\nOrderedDict\n](K\1K\2K\3\x87e\x85R"),
+        two(b"ccollections\nOrderedDict\n]N\x86R"),
+    ],
+    "torch.Size is made of something else than sizes": [
+        two(b"ctorch\nSize\nX\1\0\0\0a\x85\x85R"),
+        two(b"ctorch\nSize\nK\1\x85R"),
+        two(b"ctorch\nSize\nK\1\x85N\x86R"),
+    ],
+    "a tensor's element type is not named": [
+        two(b"ctorch._utils\n_rebuild_tensor_v3\n(" + STORAGE + b"K\0K\6\x85K\1\x85" + HOOKS + b"K\1tR"),
+        two(b"ctorch._utils\n_rebuild_tensor_v3\n(" + STORAGE + b"K\0K\6\x85K\1\x85" + HOOKS + b"tR"),
+    ],
+    "a length is larger than what is left": [two(b"X\xff\xff\xff\xffab")],
+    "a dict entry has no value": [two(b"}(K\1u"), two(b"ccollections\nCounter\n)\x81(K\1u")],
+    "arguments are not a tuple": [four(b"cos\nsystem\n]}\x92"), two(b"cos\nsystem\n]R")],
+    "the pickle is cut short": [b"\x80\x02N"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_what_a_malformed_pickle_is_told(what):
+    """A guard, and not an accident of Python's behind it."""
+    for data in TEXTS[what]:
+        error, _ = refusal(lambda data=data: interpret(data, where="evil.pth"))
+        assert error.code == "damaged-pickle"
+        assert what in error.what
