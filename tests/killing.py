@@ -13,8 +13,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,12 +25,13 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours; names; skip.
-_TRAP = struct.Struct("=4q7i4x64s256s256sq")
-_COUNTS, _ARMED, _ACTION, _HIT, _OURS = 0, 32, 36, 48, 56
+# `struct trap` of trap.c: count, at, until, used; armed, action, number, slow_ms, hit, no_exchange, ours, held; names;
+# skip.
+_TRAP = struct.Struct("=4q8i64s256s256sq")
+_COUNTS, _ARMED, _ACTION, _HIT, _OURS, _HELD = 0, 32, 36, 48, 56, 60
 _LOG = 8 << 20
 
-NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY = range(12)
+NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY, HOLD = range(13)
 
 # A run that takes longer hangs.
 _LONGEST = 60.0
@@ -76,7 +78,7 @@ class Trap:
 
     def packed(self, ours: int = 0) -> bytes:
         names = self.only.encode(), self.mount.encode(), self.under.encode()
-        numbers = 0, self.action, self.number, self.slow_ms, 0, self.no_exchange, ours
+        numbers = 0, self.action, self.number, self.slow_ms, 0, self.no_exchange, ours, 0
         return _TRAP.pack(0, self.at, self.until, 0, *numbers, *names, self.skip)
 
     def after(self, calls: int) -> Trap:
@@ -157,8 +159,10 @@ class Machine:
             What is done at which call of it and of the processes that it forks.
         given
             ``processes``: whether a result of any size is worth several. ``ignore``: signals that are ignored from the
-            start. ``after``: seconds and a signal that is sent then. ``umask``. ``gone``: seconds after which
-            somebody who shows no sign of life is taken to be gone. ``boot``: of the system, as receipts name it.
+            start. ``after``: seconds and a signal that is sent then. ``umask``. ``user``: whose processes they are.
+            ``gone``: seconds after which somebody who shows no sign of life is taken to be gone. ``boot``: of the
+            system, as receipts name it. ``held``: called here while the process that made the call of a trap ``HOLD``
+            waits.
         """
         return self.play([argv], trap=trap, **given)[0]
 
@@ -167,6 +171,7 @@ class Machine:
         runs: Sequence[Sequence[object]],
         turns: Sequence[tuple[int, int]] = (),
         trap: Trap | None = None,
+        held: Callable[[], object] | None = None,
         **given: Any,
     ) -> list[Ran]:
         """Runs several commands at a time.
@@ -178,7 +183,7 @@ class Machine:
         turns
             Which of them goes on, up to its n-th call from now; all others stand still. A negative number is a signal
             to it. When the turns are over, all run to their end. Without turns all begin at once.
-        trap, given
+        trap, held, given
             As for ``run``.
         """
         self.trap[: _TRAP.size] = (trap or Trap()).packed()
@@ -188,12 +193,35 @@ class Machine:
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        answer = json.loads(self.server.stdout.readline())
+        with self._watched(held):
+            answer = json.loads(self.server.stdout.readline())
         self.count, _, _, used = struct.unpack_from("=4q", self.trap, _COUNTS)
         (self.hit,) = struct.unpack_from("=i", self.trap, _HIT)
         assert used <= _LOG, "the log is full"
         self.calls = list(_calls(self.trap[_TRAP.size : _TRAP.size + used]))
         return [Ran(**one) for one in answer]
+
+    @contextmanager
+    def _watched(self, held: Callable[[], object] | None) -> Iterator[None]:
+        """Does something once somebody waits for that."""
+        over = threading.Event()
+
+        def watch(do: Callable[[], object]) -> None:
+            while not over.wait(0.0002):
+                if struct.unpack_from("=i", self.trap, _HELD)[0]:
+                    do()
+                    self.trap[_HELD : _HELD + 4] = bytes(4)
+                    return
+
+        watching = threading.Thread(target=watch, args=(held,)) if held else None
+        if watching:
+            watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if watching:
+                watching.join()
 
 
 def _calls(log: bytes) -> Iterator[Call]:
@@ -295,6 +323,10 @@ def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any])
     for number in request.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)
     os.umask(request.get("umask", 0o022))
+    if user := request.get("user"):
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     os.kill(os.getpid(), signal.SIGSTOP)
     code = 120
     try:

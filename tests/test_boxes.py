@@ -30,6 +30,7 @@ from shardmerge.errors import CheckpointError
 from shardmerge.execute.engine import Workshop
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.means import Means
+from shardmerge.execute.pins import Pins
 from shardmerge.execute.tiling import Tiling
 from shardmerge.lazy import lazy_catalog
 from shardmerge.plan.explain_tensor import tensor_story_json, tensor_story_text
@@ -468,7 +469,7 @@ def with_entry(folder: Path, entry: TensorEntry) -> Plan:
 def test_a_run_writes_the_tensor(columns: tuple[TensorEntry, np.ndarray], tmp_path: Path) -> None:
     entry, values = columns
     part = Part("", 0, with_entry(tmp_path, entry).shards[0], ())
-    outcome = Workshop(Means(sync=False), part.files).make(part, tmp_path / "made.safetensors", [0])
+    outcome = Workshop(Means(sync=False), Pins(part.files)).make(part, tmp_path / "made.safetensors", [0])
     assert np.array_equal(load_file(tmp_path / "made.safetensors")["t"], values)
     assert (outcome.bytes_read, outcome.reads) == (values.nbytes, 6)
 

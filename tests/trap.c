@@ -28,15 +28,18 @@
 #define FICLONE 0x40049409UL
 #define FICLONERANGE 0x4020940DUL
 #define SHUTDOWN 0x8004587DUL /* EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
-enum { NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY };
+enum { NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY, HOLD };
 
 struct trap {
     int64_t count; /* calls so far */
     int64_t at;    /* the call, from 1, at which something is done; 0: none */
     int64_t until; /* the last such call; 0: that one only */
     int64_t used;  /* bytes of the log */
-    int32_t armed, action, number, slow_ms, hit, no_exchange, ours, pad;
+    int32_t armed, action, number, slow_ms, hit, no_exchange, ours, held; /* held: who waits for that to be 0 */
     char only[64];   /* of calls of this name alone; empty: of any */
     char mount[256]; /* what loses its power */
     char under[256]; /* below it reads count; empty: nowhere */
@@ -106,6 +109,15 @@ static void slow(void)
         ;
 }
 
+/* Waits until whoever watches has done something. */
+static void hold(void)
+{
+    struct timespec soon = {0, 200000};
+    __atomic_store_n(&trap->held, getpid(), __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&trap->held, __ATOMIC_SEQ_CST))
+        nanosleep(&soon, NULL);
+}
+
 /* Returns what is asked for of this call: NOTHING, or what only the call itself can do (HALF, FAIL, SHORT, SKIP, DENY). */
 static int reached(const char *call)
 {
@@ -126,6 +138,7 @@ static int reached(const char *call)
     case POWER: cut_power(); break;
     case RAISE: kill(0, trap->number); slow(); return NOTHING;
     case STOP: kill(getpid(), SIGSTOP); return NOTHING;
+    case HOLD: hold(); return NOTHING;
     }
     return trap->action;
 }
@@ -485,6 +498,21 @@ void *mmap64(void *at, size_t nbytes, int protection, int flags, int fd, off64_t
     if (fd < 0)
         return real(at, nbytes, protection, flags, fd, offset);
     WATCHED("mmap", name_of(fd, name), void *, MAP_FAILED, real(at, nbytes, protection, flags, fd, offset));
+}
+/* A map that is populated counts before and after: what becomes of the file in between the kernel reports as an error,
+ * and what becomes of it afterwards as SIGBUS. */
+int madvise(void *at, size_t nbytes, int advice)
+{
+    REAL(int, "madvise", void *, size_t, int);
+    if (advice != MADV_POPULATE_READ || !trap || !trap->armed || !trap->under[0])
+        return real(at, nbytes, advice);
+    reached("populate");
+    int result = real(at, nbytes, advice), code = errno;
+    note("populate", "", "", 0, 0, result < 0 ? -code : 0);
+    reached("populated");
+    note("populated", "", "", 0, 0, 0);
+    errno = code;
+    return result;
 }
 int posix_fadvise64(int fd, off64_t offset, off64_t nbytes, int advice)
 {

@@ -10,12 +10,12 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, OutputError, UsageError
 from shardmerge.execute.checksum import joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.means import Means
@@ -30,7 +30,6 @@ from shardmerge.plan.tasks import Task, batches
 from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.writing import OutputFile
-from shardmerge.tensors import FileStamp
 
 # Bytes done so far, one number a thread: each writes its own, and whoever wants to know adds them up.
 Counters: TypeAlias = "memoryview[int] | list[int]"
@@ -81,13 +80,13 @@ class Workshop:
     ----------
     means
         With what.
-    files
-        Stamps of the files that are read.
+    pins
+        Of the files that are read.
     """
 
-    def __init__(self, means: Means, files: Iterable[FileStamp]) -> None:
+    def __init__(self, means: Means, pins: Pins) -> None:
         self._means = means
-        self._pins = Pins(files)
+        self._pins = pins
         self._tables = RecordTables(means.records)
         self._workers = [Worker(means, self._pins, self._tables) for _ in range(means.threads)]
         return_freed_memory()
@@ -126,7 +125,7 @@ class Workshop:
         try:
             with one_thread_for(tensor.entry for tensor in part.shard.tensors):
                 outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
-        except (CheckpointError, UsageError):
+        except (CheckpointError, UsageError, OutputError):  # writing from a map of a file that shrank: EFAULT
             self._pins.check()  # that a file was changed says more than what is wrong with it now
             raise
         finally:

@@ -1,7 +1,12 @@
-"""What pins the files that a plan was made with: the run must meet the same ones, by name and by descriptor."""
+"""What pins the files that a plan was made with: the run must meet the same ones, by name and by descriptor.
+
+A stamp that travelled in a plan has no number that only the kernel can set: no device, inode, time of change. The
+first look at the file adds them, so that from then on it is pinned as one that was planned with here.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable
@@ -13,9 +18,12 @@ from shardmerge.storage.reading import SourceFile, file_system
 from shardmerge.system_errors import PASSING_READS, tried_again
 from shardmerge.tensors import FileStamp
 
+# Of a header that is compared, read at a time: it may have 100 MB.
+_BLOCK = 1 << 20
+
 
 class Pins:
-    """Compares files with what they were when they were planned with.
+    """Compares files with what they were when they were planned with. Safe for threads.
 
     Parameters
     ----------
@@ -28,21 +36,23 @@ class Pins:
         self._opened: dict[str, None] = {}
 
     def check(self) -> None:
-        """Looks at every file by its path.
+        """Looks at every file by its path, before anything is read and whenever something was odd.
 
         Raises
         ------
         CheckpointError
             ``source-changed``: one is gone, was written to, or replaced.
         """
-        _look(self._stamps.values())
+        self._look(tuple(self._stamps))
 
     def check_opened(self) -> None:
-        """Looks at every file that was opened, by its path; raises as ``check``."""
-        _look(self._stamps[path] for path in tuple(self._opened))
+        """Looks at every file that was opened, by its path, after a part was made of them; raises as ``check``."""
+        self._look(tuple(self._opened))
 
     def opened(self, file: SourceFile) -> None:
         """Looks at a file that was just opened: what is read is the descriptor, whatever the path says later.
+
+        The first time its header is compared too: one of the same size and time may have its tensors elsewhere.
 
         Raises
         ------
@@ -50,18 +60,33 @@ class Pins:
             ``source-changed``.
         """
         stamp = self._stamps.get(file.path)
-        if stamp is not None:
-            self._opened[file.path] = None
-            _compare(stamp, file.status)
+        if stamp is None:
+            return
+        self._meet(stamp, file.status)
+        if file.path not in self._opened and stamp.header_nbytes and _header(stamp, file) != stamp.header:
+            raise source_changed(stamp, "another header under the same size and time")
+        self._opened[file.path] = None
 
+    def _look(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            stamp = self._stamps[path]
+            try:
+                status = tried_again(Path(container(path)).stat, PASSING_READS)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise source_changed(stamp, "it is gone") from error
+            self._meet(stamp, status)
 
-def _look(stamps: Iterable[FileStamp]) -> None:
-    for stamp in stamps:
-        try:
-            status = tried_again(Path(container(stamp.path)).stat, PASSING_READS)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise source_changed(stamp, "it is gone") from error
+    def _meet(self, stamp: FileStamp, status: os.stat_result) -> None:
         _compare(stamp, status)
+        if not stamp.inode:
+            self._stamps[stamp.path] = stamp.seen(status)
+
+
+def _header(stamp: FileStamp, file: SourceFile) -> str:
+    digest = hashlib.sha256()
+    for at in range(0, stamp.header_nbytes, _BLOCK):
+        digest.update(file.read(stamp.header_at + at, min(_BLOCK, stamp.header_nbytes - at)))
+    return digest.hexdigest()
 
 
 def _compare(stamp: FileStamp, status: os.stat_result) -> None:

@@ -23,7 +23,7 @@ from shardmerge.plan.shard import PlannedShard
 from shardmerge.tensors import Extent, FileStamp, SideFile
 
 # Version of what a plan means, and of its text. It is part of the plan id.
-SCHEMA = 4
+SCHEMA = 5
 
 _SECOND = 10**9
 

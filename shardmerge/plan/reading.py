@@ -228,8 +228,9 @@ class _Checked:
 
 
 def _stamp(row: list[object], moved: Callable[[str], str]) -> FileStamp:
-    path, size, mtime_ns, header = row
-    return FileStamp(moved(text(path)), natural(size), whole(mtime_ns), text(header))
+    path, size, mtime_ns, header, *place = row
+    header_at, header_nbytes = map(natural, place)
+    return FileStamp(moved(text(path)), natural(size), whole(mtime_ns), text(header), header_at, header_nbytes)
 
 
 def moved_by(roots: Sequence[tuple[str, str]]) -> Callable[[str], str]:

@@ -58,12 +58,15 @@ class Schedule:
         Bytes of a tile, on the larger side of a cast.
     peak
         Planned resident memory of all processes at most, in bytes; pages that they share count once.
+    apart
+        Whether even a single one is not this process: who reads a map of a file that shrinks is ended by the system.
     """
 
     processes: int
     threads: int
     tile: int
     peak: int
+    apart: bool = False
 
     @property
     def workers(self) -> int:
@@ -79,6 +82,7 @@ def schedule(
     processes: int = 64,
     frames: int = 0,
     opening: int = 0,
+    apart: bool = False,
 ) -> Schedule:
     """Returns the most workers, and the largest tile, with which the planned peak stays within the budget.
 
@@ -96,6 +100,8 @@ def schedule(
         What each worker keeps to unpack compressed files, in bytes: see ``memory.unpacking_peak``.
     opening
         What planning leaves besides, in bytes: see ``memory.opening_peak`` and ``memory.target_peak``.
+    apart
+        As ``Schedule.apart``.
 
     Raises
     ------
@@ -110,10 +116,10 @@ def schedule(
         while tile >= _SMALLEST_TILE:
             if tile not in needs:
                 needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0) + frames
-            own = _PER_PROCESS * count if count > 1 else 0
+            own = _PER_PROCESS * count if count > 1 or apart else 0
             peak = fixed + own + count * threads * needs[tile]
             if peak <= budget:
-                return Schedule(count, threads, tile, peak)
+                return Schedule(count, threads, tile, peak, apart)
             tile //= 2
     if not tensors:  # nothing to be made: what was made before is looked at, and published
         return Schedule(1, 1, _SMALLEST_TILE, fixed)

@@ -39,7 +39,7 @@ def _lines(plan: Plan, out: str) -> Iterator[str]:
     rules = {rule: number for number, rule in enumerate(dict.fromkeys(tensor.rule for tensor in plan.tensors()))}
     head = {"format": FORMAT, "schema": SCHEMA, "shardmerge": __version__, "plan": plan.id, "target": plan.target}
     yield f"{json.dumps({**head, 'out': out, 'parts': [shard.nbytes for shard in plan.shards]})[:-1]},\n"
-    yield from _section("files", ([s.path, s.size, s.mtime_ns, s.header] for s in stamps))
+    yield from _section("files", ([s.path, s.size, s.mtime_ns, s.header, s.header_at, s.header_nbytes] for s in stamps))
     yield from _section("ranks", tables.ranks)
     yield from _section("rules", rules)
     yield '"shards": [\n'

@@ -187,6 +187,7 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[Fi
         processes=workers if forks else 1,
         frames=unpacking_peak(files),
         opening=opening_peak(files) + target_peak(target),
+        apart=options.io == "mmap" and forks,
     )
 
 

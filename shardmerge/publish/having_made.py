@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shardmerge.errors import ResourceError
 from shardmerge.execute.cloning import clonable_bytes
 from shardmerge.execute.executors.contract import Executor, Make, Progress
 from shardmerge.execute.executors.here import make_here
@@ -46,10 +47,12 @@ def have_made(  # noqa: PLR0913  # what, where, and how
     needed = sum(shard.nbytes for shard in shards) + more - clonable_bytes(shards, out)
     check_output(files, out, needed, overwrite=options.overwrite)
     check_device(options.device)
-    Pins(files).check()
+    pins = Pins(files)
+    pins.check()
     moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
-    means = Means(how.threads, how.tile, options.io, bounds_cache(moved), options.sync, options.device, read_records)
-    maker = PartMaker(staging, means)
+    io = options.io if how.apart or options.engine != "here" else "pread"
+    means = Means(how.threads, how.tile, io, bounds_cache(moved), options.sync, options.device, read_records)
+    maker = PartMaker(staging, means, pins)
     try:
         patiently(lambda _: staging.begin(files, out))
         # By this thread, which the caller's own setting is of: others' are ignored then.
@@ -58,6 +61,10 @@ def have_made(  # noqa: PLR0913  # what, where, and how
         if options.engine != "here":
             await_receipts(todo, staging)
         maker.close()
+    except ResourceError:
+        staging.tidy()
+        pins.check()  # a process that reads a map of a file that shrank is ended by the system
+        raise
     except BaseException:
         staging.tidy()
         raise

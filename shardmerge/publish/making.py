@@ -12,6 +12,7 @@ from shardmerge.errors import InterruptedRunError, OutputError, ShardmergeError
 from shardmerge.execute.engine import Counters, Workshop
 from shardmerge.execute.executors.contract import Stopped
 from shardmerge.execute.means import Means
+from shardmerge.execute.pins import Pins
 from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
 from shardmerge.publish.staging import Staging, inode
@@ -30,11 +31,18 @@ class PartMaker:
         Where parts gather.
     means
         With what they are made.
+    pins
+        Of the files that are read, as they were looked at before; without, the first part looks.
     """
 
     staging: Staging
     means: Means
+    pins: Pins | None = None
     _shops: dict[int, Workshop] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[type[PartMaker], tuple[Staging, Means]]:
+        """A copy, maybe on another machine, looks at the files itself."""
+        return PartMaker, (self.staging, self.means)
 
     def __call__(self, part: Part, counters: Counters, stopped: Stopped) -> None:
         """Makes and commits a part.
@@ -96,7 +104,7 @@ class PartMaker:
     def _workshop(self, part: Part) -> Workshop:
         """One for each process: what is open here is of no use to one that was forked."""
         if self._shops.get(os.getpid()) is None:
-            self._shops[os.getpid()] = Workshop(self.means, part.files)
+            self._shops[os.getpid()] = Workshop(self.means, self.pins or Pins(part.files))
         return self._shops[os.getpid()]
 
 

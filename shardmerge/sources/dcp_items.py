@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +126,8 @@ class ItemFiles:
         window = frame_window(part.start(_FRAME_HEAD), nbytes, where)
         file = self._files[chunk.file]
         packed = PackedName(file.path, chunk.begin, chunk.length, window)
-        self._frames[str(packed)] = FileStamp.of(str(packed), file.status, str((chunk.begin, chunk.length)).encode())
+        place = str((chunk.begin, chunk.length)).encode()  # no bytes of the file, and none to compare
+        self._frames[str(packed)] = replace(FileStamp.of(str(packed), file.status, place), header_nbytes=0)
         return PackedFile(file, packed, self._unpackers)
 
     def part(self, name: str, chunk: StoredChunk) -> FilePart:

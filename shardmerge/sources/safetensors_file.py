@@ -76,7 +76,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     with SourceFile(path) as file:
         length = _header_length(file)
         raw = file.read(8, length)
-        stamp = FileStamp.of(str(path), file.status, raw)
+        stamp = FileStamp.of(str(path), file.status, raw, 8)
     fields = _parse(raw, str(path))
     metadata = _metadata(fields.pop("__metadata__", None), str(path))
     entries = [_entry(name, value, str(path), 8 + length) for name, value in fields.items()]

@@ -233,7 +233,7 @@ def read_torch_file(path: Path, known: KnownPickles | None = None) -> TorchFile:
 
 def _from_zip(file: SourceFile, known: KnownPickles) -> TorchFile:
     parts = read_torch_zip(file)
-    stamp = _stamp(file, parts.pickle)
+    stamp = FileStamp.of(file.path, file.status, parts.pickle, parts.pickle_offset)
     root = known.get(stamp.header)
     if root is None:
         root = interpret(parts.pickle, where=file.path, base=parts.pickle_offset)
@@ -243,8 +243,5 @@ def _from_zip(file: SourceFile, known: KnownPickles) -> TorchFile:
 
 def _from_legacy(file: SourceFile) -> TorchFile:
     parts = read_torch_legacy(file)
-    return TorchFile(file.path, "torch legacy", parts.root, parts.storages, _stamp(file, parts.header))
-
-
-def _stamp(file: SourceFile, header: bytes) -> FileStamp:
-    return FileStamp.of(file.path, file.status, header)
+    stamp = FileStamp.of(file.path, file.status, parts.header)
+    return TorchFile(file.path, "torch legacy", parts.root, parts.storages, stamp)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import stat_result
 from typing import NamedTuple, TypeAlias
 
@@ -50,6 +50,8 @@ class FileStamp:
         From ``stat``.
     header
         SHA-256 (hex) of the bytes that were parsed: safetensors header, ``data.pkl``; empty where none were.
+    header_at, header_nbytes
+        Where these bytes lie in the file; 0 bytes where they are not compared again.
     device, inode, ctime_ns
         From ``stat``: a file put in the place of another, with its size and time of modification, differs here. 0 in a
         plan that was written down: they mean something on one machine only.
@@ -59,16 +61,22 @@ class FileStamp:
     size: int
     mtime_ns: int
     header: str = ""
+    header_at: int = 0
+    header_nbytes: int = 0
     device: int = field(default=0, compare=False)
     inode: int = field(default=0, compare=False)
     ctime_ns: int = field(default=0, compare=False)
 
     @classmethod
-    def of(cls, path: str, status: stat_result, header: bytes = b"") -> FileStamp:
-        """Returns the stamp of a file from its ``stat`` and the bytes that were parsed, if any."""
+    def of(cls, path: str, status: stat_result, header: bytes = b"", header_at: int = 0) -> FileStamp:
+        """Returns the stamp of a file from its ``stat`` and the bytes that were parsed, if any, and where they lie."""
         digest = hashlib.sha256(header).hexdigest() if header else ""
-        times = status.st_mtime_ns, status.st_ctime_ns
-        return cls(path, status.st_size, times[0], digest, status.st_dev, status.st_ino, times[1])
+        plain = cls(path, status.st_size, status.st_mtime_ns, digest, header_at, len(header))
+        return plain.seen(status)
+
+    def seen(self, status: stat_result) -> FileStamp:
+        """Returns it with the numbers of a file that is on this machine."""
+        return replace(self, device=status.st_dev, inode=status.st_ino, ctime_ns=status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

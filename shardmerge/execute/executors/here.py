@@ -43,7 +43,7 @@ _SOON, _GRACE = 0.002, 1.0
 
 def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
     """Makes parts by as many processes and threads as the schedule says: see ``contract.Executor``."""
-    if how.processes > 1 and len(parts) > 1:
+    if how.apart or (how.processes > 1 and len(parts) > 1):
         _forked(parts, make, how, progress)
         return
     counters = [0] * how.threads
