@@ -185,7 +185,7 @@ class Stage:
             self._golden[group.command] = _files(self.out)
         calls = self._calls[key]
         mapped = [at for at, call in enumerate(calls, 1) if call.name == "populated"]
-        spread = [1 + round(n * (len(calls) - 1) / (count - 1)) for n in range(count)]
+        spread = [1 + round(n * (len(calls) - 1) / max(count - 1, 1)) for n in range(count)]
         return sorted({*mapped, *random.Random(0).sample(spread, max(count - len(mapped), 0))})
 
     def outcome(self, group: Group, at: int) -> str:

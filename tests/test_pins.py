@@ -14,19 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge import api
-from shardmerge.errors import CheckpointError, OutputError
+from shardmerge.errors import CheckpointError, OutputError, ShardmergeError
 from shardmerge.execute import pins
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.publish.remaking import verify_sources
+from shardmerge.publish.results import Result
 from shardmerge.publish.staging import Staging
 from shardmerge.storage.reading import FilePool
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
+from tests import mutations
 from tests.staged import assert_nothing_done, assert_well_left, files, stagings
 
 MIB = 1 << 20
@@ -51,33 +54,7 @@ def model(tmp_path: Path) -> Path:
 # Ways in which a file changes. All but the first keep its size and its time of modification.
 
 
-def _grow(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b" ")
-
-
-def _overwrite(path: Path) -> None:
-    """In place, and the clock of the file put back: `touch -r`, `rsync --times --inplace`."""
-    before = path.stat()
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"!")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _replace(path: Path) -> None:
-    """By a rename, as `rsync --times` and editors do."""
-    other = path.with_name("other")
-    shutil.copy2(path, other)
-    _overwrite(other)
-    other.rename(path)
-
-
-def _delete(path: Path) -> None:
-    path.unlink()
-
-
-CHANGES = [_grow, _overwrite, _replace, _delete]
+CHANGES = [mutations.append, mutations.forge, mutations.replace, mutations.delete]
 FILES = ["model-00002-of-00002.safetensors", "tokenizer.json"]
 
 
@@ -99,7 +76,7 @@ def test_a_change_after_the_plan_is_refused_before_a_part_is_made(model: Path) -
     options = api.Options(workers=1, shard_size=9 * MIB)
     prepared = api.prepare_conversion(model, options=options)
     assert len(prepared.plan.shards) == 2
-    _overwrite(model / FILES[0])
+    mutations.forge(model / FILES[0])
     with pytest.raises(CheckpointError) as caught:
         api.carry_out(prepared, model.parent / "out", options)
     assert caught.value.code == "source-changed"
@@ -110,7 +87,7 @@ def test_what_a_result_is_verified_with_is_what_was_planned(model: Path) -> None
     """That a source changed says more than that a tensor differs; and it might not differ."""
     shardmerge.convert(model, model.parent / "out")
     plan = api.prepare_conversion(model).plan
-    _overwrite(model / FILES[0])
+    mutations.forge(model / FILES[0])
     with pytest.raises(CheckpointError) as caught:
         verify_sources(model.parent / "out", plan, MIB)
     assert caught.value.code == "source-changed"
@@ -193,7 +170,7 @@ def test_what_was_read_for_the_last_part_may_change(model: Path, kind: str, tmp_
 def test_a_link_that_leads_elsewhere_for_a_while_is_refused(model: Path) -> None:
     """Before and after, the path leads to the planned file, which nobody touched. What counts is what was opened."""
     shard = model / "model-00002-of-00002.safetensors"
-    for name, change in (("real", None), ("other", _overwrite)):
+    for name, change in (("real", None), ("other", mutations.forge)):
         shutil.copy2(shard, model / name)
         if change is not None:
             change(model / name)
@@ -216,7 +193,7 @@ def test_a_file_that_was_refused_is_refused_again(model: Path) -> None:
     path = model / FILES[0]
     pool = FilePool()
     pool.opened = pins.Pins([FileStamp.of(str(path), path.stat())]).opened
-    _overwrite(path)
+    mutations.forge(path)
     for _ in range(2):
         with pytest.raises(CheckpointError):
             pool.get(str(path))
@@ -226,7 +203,7 @@ def test_what_is_copied_has_the_digest_of_the_plan(model: Path, monkeypatch: pyt
     """Where a file system keeps no useful times, the bytes themselves are compared."""
     monkeypatch.setattr(pins, "_compare", lambda stamp, status: None)
     prepared = api.prepare_conversion(model)
-    _overwrite(model / "tokenizer.json")
+    mutations.forge(model / "tokenizer.json")
     with pytest.raises(CheckpointError) as caught:
         api.carry_out(prepared, model.parent / "out", api.Options())
     assert caught.value.code == "source-changed"
@@ -251,7 +228,7 @@ def test_a_file_that_grew_since_the_directory_was_listed_is_refused(
     look = SideFiles.pinned
 
     def pinned(self: SideFiles, plan: Plan) -> Plan:
-        _grow(model / "tokenizer.json")
+        mutations.append(model / "tokenizer.json")
         return look(self, plan)
 
     monkeypatch.setattr(SideFiles, "pinned", pinned)
@@ -262,7 +239,7 @@ def test_a_file_that_grew_since_the_directory_was_listed_is_refused(
 
 def test_a_lazy_tensor_of_a_file_that_changed_is_refused(model: Path) -> None:
     checkpoint = shardmerge.open_checkpoint(model)
-    _replace(model / FILES[0])
+    mutations.replace(model / FILES[0])
     with pytest.raises(CheckpointError) as caught:
         checkpoint["b"].numpy()
     assert caught.value.code == "source-changed"
@@ -281,6 +258,58 @@ def test_the_number_of_an_inode_counts_where_it_is_kept(
     found = pins.Pins([replace(stamp, **{field: getattr(stamp, field) + 1})])
     with nullcontext() if "fuse" in kind else pytest.raises(CheckpointError):
         found.check()
+
+
+# A plan that was written down: its stamps have no inode and no time of change.
+
+
+@pytest.fixture
+def written(model: Path) -> Path:
+    """The plan of a mapping that makes two parts."""
+    mapping, path = model.parent / "mapping.yaml", model.parent / "plan.json"
+    head = "shardmerge: 1\nsources: {m: model}\noutput: {path: out, shard_size: 9MB}\n"
+    mapping.write_text(head + 'tensors: {"{rest...}": "m:{rest...}"}\n')
+    api.write_plan(api.prepare(mapping, api.Options()), path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "legacy"])
+def test_another_header_under_the_size_and_time_of_the_plan(form: str, model: Path, tmp_path: Path) -> None:
+    """Its tensors may be elsewhere in the file."""
+    source, plan = model / FILES[0], tmp_path / "plan.json"
+    if form != "safetensors":
+        source = tmp_path / "model.bin"
+        torch.save({"aaaa": torch.ones(9)}, source, _use_new_zipfile_serialization=form == "torch")
+    api.write_plan(api.prepare_conversion(source), plan, tmp_path / "out")
+    before, data = source.stat(), source.read_bytes()
+    name = b'"b"' if form == "safetensors" else b"aaaa"
+    assert data.count(name) == 1
+    source.write_bytes(data.replace(name, name.translate(bytes.maketrans(b"ab", b"zz"))))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError) as caught:
+        shardmerge.run(plan)
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(source))
+    assert "another header" in caught.value.found
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_time_put_back_in_the_middle_of_a_run_hides_nothing(model: Path, written: Path, at: int) -> None:
+    """Before the file is opened, and after: the first look, before anything is read, is at all of them."""
+    with at_write(at, lambda: mutations.forge(model / FILES[0])), pytest.raises(CheckpointError) as caught:
+        shardmerge.run(written, options=api.Options(workers=1))
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(model / FILES[0]))
+
+
+def test_a_time_put_back_between_two_processes_shows_when_the_result_is_verified(model: Path, written: Path) -> None:
+    """Between commands a source is known by size, time and header. Its data is compared by ``verify --sources``."""
+    api.run_part(written, "0/2")
+    mutations.forge(model / "model-00001-of-00002.safetensors")
+    result = api.run_part(written, "1/2")
+    assert isinstance(result, Result)
+    shardmerge.verify(result.path)
+    with pytest.raises(ShardmergeError) as caught:
+        shardmerge.verify(result.path, sources=written.with_name("mapping.yaml"))
+    assert {(error.code, error.what.split()[0]) for error in caught.value.each()} == {("tensor-differs", "a")}
 
 
 # What the plan id knows.
@@ -315,7 +344,7 @@ def test_two_files_that_look_alike_are_told_apart(model: Path) -> None:
 
 def test_another_tokenizer_of_the_same_size_is_another_plan(model: Path) -> None:
     before = api.prepare_conversion(model).plan.id
-    _overwrite(model / "tokenizer.json")
+    mutations.forge(model / "tokenizer.json")
     assert api.prepare_conversion(model).plan.id != before
 
 
@@ -323,5 +352,5 @@ def test_what_the_output_does_not_depend_on_may_change(model: Path) -> None:
     """A run that is still training writes its log into the directory."""
     (model / "trainer_log.jsonl").write_text("{}\n")
     prepared = api.prepare_conversion(model)
-    _grow(model / "trainer_log.jsonl")
+    mutations.append(model / "trainer_log.jsonl")
     api.carry_out(prepared, model.parent / "out", api.Options())
