@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import shardmerge as sm
+from shardmerge.sources.tensor_layouts import read_layouts
 from tests.conftest import GOLDEN
 from tests.deepspeed_classes import deepspeed_classes
 
@@ -77,3 +78,171 @@ def test_a_frozen_fragment_of_another_type(tmp_path: Path) -> None:
 
     error = refused(changed(FROZEN, tmp_path, "*model_states.pt", retype))
     assert (error.code, "fragments" in error.what) == ("zero-layout", True)
+
+
+# ---- how shards make one tensor
+
+
+COPIES, ROWS, SUBS = (
+    {"tp_replicated_parameter_patterns": ["w"]}, {"parameter_with_row_parallelism_patterns": ["w"]},
+    {"parameter_with_sub_params": [{"patterns": ["w"], "shape": (2, -1), "partition_dim": 0}]},
+)  # fmt: skip
+WIDTHS = {"universal_checkpoint_version": 0.4}
+MISFITS: dict[str, tuple[Root, list[tuple[int, ...]]]] = {
+    "at most 64 axes": (ROWS, [(1,) * 65] * 2),
+    "every rank holds the whole": (COPIES, [(4, 2), (2, 4)]),
+    "cut along axis 1": (ROWS, [(4, 2), (3, 2)]),
+    "cut along axis 1, 2 + -1": (ROWS, [(4, 2), (8,)]),
+    "sub-parameters of the form": (SUBS, [(4,), (4,)]),
+    "sub-parameters of 3": ({"parameter_with_sub_params": [{"patterns": ["w"], "shape": (3, -1), "partition_dim": 0}]},
+                            [(2, 2), (2, 2)]),
+    "sub-parameters of (1, 2)": ({"parameter_with_sub_params": [{"patterns": ["w"], "shape": ((1, 2), -1),
+                                                                "partition_dim": 0}]}, [(2, 2), (2, 2)]),
+    "sub-parameters, and no widths": (SUBS | WIDTHS | {"sub_param_shard_widths": {"w": [[2], [2]]}}, [(4, 2), (4, 2)]),
+    "sub-parameters, and no widths of theirs": (SUBS | WIDTHS, [(4, 2), (4, 2)]),
+    "the 9 rows of the vocabulary": (COPIES | {"vocabulary_parameter_patterns": ["w"], "original_vocab_size": 9},
+                                     [(8, 2), (8, 2)]),
+    "the 0 rows of the vocabulary": (COPIES | {"vocabulary_parameter_patterns": ["w"]}, [(8, 2), (8, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stated", MISFITS)
+def test_shapes_that_are_not_those_of_the_layout(stated: str) -> None:
+    info, shapes = MISFITS[stated]
+    with pytest.raises(sm.ShardmergeError) as caught:
+        read_layouts(info, "here").layout("w", shapes)
+    assert caught.value.code == "tensor-layout"
+    assert stated in caught.value.expected
+
+
+# ---- what an optimizer is taken along from
+
+
+def test_a_moment_that_only_one_rank_has(tmp_path: Path) -> None:
+    def lose(root: Root) -> None:
+        moments(root)[0].pop("exp_avg")
+
+    error = refused(changed(ZERO2, tmp_path, "*optim_states.pt", lose), view="exp_avg")
+    assert (error.code, "exp_avg of group 0" in error.what) == ("no-moments", True)
+
+
+def test_a_moment_of_fewer_numbers(tmp_path: Path) -> None:
+    def cut(root: Root) -> None:
+        state = moments(root)[0]
+        state["exp_avg"] = state["exp_avg"][:-100].clone()
+
+    assert refused(changed(ZERO2, tmp_path, "*optim_states.pt", cut), view="exp_avg").code == "no-moments"
+
+
+def test_an_optimizer_that_keeps_more_than_adam(tmp_path: Path) -> None:
+    def more(root: Root) -> None:
+        state = moments(root)[0]
+        state["max_exp_avg_sq"] = state["exp_avg"].clone()
+
+    error = refused(changed(ZERO2, tmp_path, "*optim_states.pt", more), view="exp_avg")
+    assert (error.code, "max_exp_avg_sq" in error.what) == ("no-moments", True)
+
+
+def moments(root: Root) -> dict[int, Root]:
+    found: dict[int, Root] = root["optimizer_state_dict"]["base_optimizer_state"]["state"]
+    return found
+
+
+# ---- facts that every file of a run states
+
+
+def of_all(folder: Path) -> str:
+    with pytest.raises(sm.ShardmergeError) as caught:
+        sm.inspect(folder)
+    assert {error.code for error in caught.value.each()} <= {"mixed-runs", "missing-rank"}
+    return str(caught.value)
+
+
+def state(root: Root) -> Root:
+    found: Root = root["optimizer_state_dict"]
+    return found
+
+
+MODELS, OPTIMS = "*model_states.pt", "*optim_states.pt"
+FACTS: list[tuple[str, Path, str, Callable[[Root], object]]] = [
+    ("ZeRO stage", ZERO2, OPTIMS, lambda root: state(root).update(zero_stage=1)),
+    ("world size", ZERO2, OPTIMS, lambda root: state(root).update(partition_count=[1])),
+    ("optimizer step", ZERO2, OPTIMS, lambda root: moments(root)[0]["step"].add_(1)),
+    ("ds_config", ZERO2, OPTIMS, lambda root: root["ds_config"].update(steps_per_print=7)),
+    ("the optimizer's settings", ZERO2, OPTIMS,
+     lambda root: state(root)["base_optimizer_state"]["param_groups"][0].update(lr=7.0)),
+    ("DeepSpeed version", ZERO2, OPTIMS, lambda root: root.update(ds_version="0.18.0")),
+    ("param_shapes", ZERO3, MODELS, lambda root: root["param_shapes"][0].update(more=torch.Size((1,)))),
+    ("global_steps", ZERO3, MODELS, lambda root: root.update(global_steps=7)),
+    ("skipped_steps", ZERO3, MODELS, lambda root: root.update(skipped_steps=1)),
+    ("world size", ZERO3, MODELS, lambda root: root.update(dp_world_size=1)),
+    ("ds_config", ZERO3, MODELS, lambda root: root["ds_config"].update(steps_per_print=7)),
+    ("DeepSpeed version", ZERO3, MODELS, lambda root: root.update(ds_version="0.18.0")),
+    ("ds_config", ZERO2, MODELS, lambda root: root["ds_config"].update(steps_per_print=7)),
+    ("DeepSpeed version", ZERO2, MODELS, lambda root: root.update(ds_version="0.18.0")),
+    ("world size", ZERO2, MODELS, lambda root: root.update(dp_world_size=1)),
+    ("the ZeRO stage", ZERO2, MODELS, lambda root: root["ds_config"]["zero_optimization"].update(stage=1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fact", range(len(FACTS)), ids=lambda n: f"{FACTS[n][0]} of {FACTS[n][1].name} {FACTS[n][2]}")
+def test_a_file_that_states_something_else(fact: int, tmp_path: Path) -> None:
+    what, case, names, change = FACTS[fact]
+    assert f"differ in {what} [" in of_all(changed(case, tmp_path, names, change))
+
+
+# ---- further kinds
+
+
+def test_two_files_of_one_rank(tmp_path: Path) -> None:
+    tag = changed(ZERO2, tmp_path, MODELS, lambda root: None)
+    for path in tag.glob("bf16_zero_pp_rank_1*"):
+        shutil.copy(path, path.with_name(path.name.removeprefix("bf16_")))
+    assert "two files are those of rank 1" in of_all(tag)
+
+
+def test_experts_whose_optimizer_is_in_files_that_are_gone(tmp_path: Path) -> None:
+    """Up to 0.16 the model file says nothing of ZeRO's partitions."""
+    tag = changed(GOLDEN / "parallel/v0_16_9_moe_z2_ep2_w4_bf16", tmp_path, MODELS, lambda root: None)
+    for path in tag.glob("*zero_pp*"):
+        path.unlink()
+    assert "there are no optimizer files" in of_all(tag)
+
+
+def test_a_frozen_parameter_of_another_size(tmp_path: Path) -> None:
+    """Stage 2 has it whole; no partition has it."""
+
+    def cut(root: Root) -> None:
+        held = root["frozen_param_fragments"]
+        name = next(iter(held))
+        held[name] = held[name].flatten()[:-1].clone()
+
+    error = refused(changed(GOLDEN / "zero/lora_z2_w2_bf16", tmp_path, MODELS, cut))
+    assert (error.code, "another size than its shape" in error.what) == ("zero-layout", True)
+
+
+def test_slices_of_a_parameter_that_the_model_has_in_another_size(tmp_path: Path) -> None:
+    def turn(root: Root) -> None:
+        module = root["module"]
+        name = next(name for name in module if module[name].dim() == 2 and "expert" not in name)
+        module[name] = module[name][:-1].clone()
+
+    error = refused(changed(GOLDEN / "parallel/v0_16_9_moe_z2_ep2_w4_bf16", tmp_path, MODELS, turn))
+    assert (error.code, "not in the model's files in their size" in error.what) == ("zero-layout", True)
+
+
+def test_a_universal_pipeline_has_no_16_bit_module() -> None:
+    save_dir = GOLDEN / "pipeline/universal_pp2_tied_z1_w2_bf16/ckpt"
+    assert refused(save_dir, view="module").code == "no-module-view"
+
+
+def test_groups_of_an_optimizer_that_leave_one_out(tmp_path: Path) -> None:
+    """Of each rank; all say the same, so they are of one run."""
+    tag = changed(GOLDEN / "zero/frozen_in_groups_z2_w2_bf16", tmp_path, MODELS, lambda root: None)
+    for path in tag.glob(OPTIMS):
+        root = torch.load(path, weights_only=False)
+        for group in state(root)["base_optimizer_state"]["param_groups"]:
+            group["params"] = [0]
+        torch.save(root, path)
+    error = refused(tag, view="exp_avg")
+    assert (error.code, "parameter groups number" in error.what) == ("no-moments", True)
