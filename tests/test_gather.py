@@ -75,6 +75,30 @@ def test_a_transposed_matrix_is_read_once_and_rearranged(tmp_path: Path) -> None
     assert pool.bytes_read == 4 * 2048
 
 
+@pytest.mark.parametrize("strides", [(100_000, 2, 1), (100_000, 3, 1), (2, 100_000, 1), (100_000, 1, 1)])
+def test_runs_that_overlap_are_what_numpy_sees(strides: tuple[int, ...], tmp_path: Path) -> None:
+    """Far apart from each other, so that reading each for itself would pay if they were runs."""
+    shape = (2, 3, 4)
+    values = np.arange(sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1, dtype=np.float32)
+    extent = write_floats(tmp_path / "data", values)
+    entry = TensorEntry("t", F32, shape, (Piece(0, prod(shape), Strided(extent, shape, strides)),))
+    expected = np.lib.stride_tricks.as_strided(values, shape, tuple(4 * s for s in strides)).reshape(-1)
+    assert np.array_equal(read(entry, 0, prod(shape)), expected)
+
+
+@given(data=st.data())
+def test_any_range_of_pieces_is_their_concatenation(data: st.DataObject, tmp_path_factory) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    values = np.arange(sum(sizes), dtype=np.float32)
+    extent = write_floats(tmp_path_factory.mktemp("pieces") / "data", values)
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    pieces = tuple(Piece(at, n, extent.slice(4 * at, 4 * n)) for at, n in zip(starts, sizes, strict=True))
+    entry = TensorEntry("t", F32, values.shape, pieces)
+    start = data.draw(st.integers(0, len(values) - 1))
+    count = data.draw(st.integers(0, len(values) - start))
+    assert np.array_equal(read(entry, start, count), values[start : start + count])
+
+
 @given(numels=st.lists(st.integers(0, 9), min_size=1, max_size=8), world=st.integers(1, 5), skip=st.integers(0, 3))
 def test_stage_2_pieces_tile_every_parameter(numels: list[int], world: int, skip: int) -> None:
     """The oracle is concatenation: element k of the flat group has value k."""

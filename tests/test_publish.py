@@ -212,6 +212,7 @@ def test_a_reader_that_is_not_ours_has_its_say(
     with pytest.raises(sm.ShardmergeError) as caught:
         sm.verify(made)
     assert caught.value.code == code
+    assert caught.value.where == str(made / "model.safetensors")
 
 
 def test_a_checksum_of_a_torch_file_is_compared_with_its_record(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import shardmerge as sm
 from tests import bit_flips
-from tests.conftest import shardmerge
+from tests.conftest import GOLDEN, shardmerge
 from tests.receipts import RECEIPT, receipt_of, write_receipt
 
 
@@ -169,3 +170,36 @@ def _tried(out: Path, edited: dict[str, Any], refused: int, passed: int) -> tupl
         assert error.each()[0].exit_code in {2, 3}  # noqa: PT017
         return refused + 1, passed
     return refused, passed + 1
+
+
+def test_a_receipt_of_a_later_version_says_which(out: Path) -> None:
+    write_receipt(out, {**receipt_of(out), "schema": 6})
+    with pytest.raises(sm.VerificationError) as raised:
+        sm.verify(out)
+    assert raised.value.code == "newer-receipt"
+    assert raised.value.where == str(out / RECEIPT)
+    assert raised.value.found.startswith("schema 6")
+
+
+@pytest.mark.parametrize("folder", ["", "projector/"])
+def test_a_config_of_another_model_is_named_in_every_folder(folder: str, tmp_path: Path) -> None:
+    """The receipt was made anew for it: what it says of the tensors is compared with the tensors."""
+    for name in ("base_llm", "base_clip"):
+        shutil.copytree(GOLDEN / "xtuner" / name, tmp_path / name)
+    shutil.copy(GOLDEN / "xtuner" / "single_frozen" / "iter_2.pth", tmp_path)
+    (tmp_path / "mapping.yaml").write_text(
+        "shardmerge: 1\nsources: {trained: iter_2.pth, llm: base_llm, vision: base_clip}\nuse: xtuner/llava-to-xtuner\n"
+    )
+    out = tmp_path / "out"
+    sm.run(tmp_path / "mapping.yaml", out)
+    config = {**json.loads((out / "config.json").read_text()), "intermediate_size": 24}
+    (out / f"{folder}config.json").write_text(json.dumps(config))
+    receipt = receipt_of(out)
+    receipt["side_files"][f"{folder}config.json"] = hashlib.sha256(json.dumps(config).encode()).hexdigest()
+    write_receipt(out, receipt)
+    with pytest.raises(sm.ShardmergeError) as raised:
+        sm.verify(out)
+    for error in raised.value.each():
+        assert error.where == str(out / f"{folder}config.json")
+        assert error.found
+        assert error.hint

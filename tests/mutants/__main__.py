@@ -15,13 +15,17 @@ def main() -> None:
     if given.what == "show":
         results.show(given.rooms or ROOMS)
         return
-    copy = Copy("record" if given.what == "record" else given.room)
+    if given.what == "explain":
+        results.explain(given.room, given.only, given.reason)
+        return
+    copy = Copy("record" if given.what == "record" else f"{given.room}-again" if given.again else given.room)
     if given.what == "record":
         copy.warm_up()
         covering.record(copy, given.tests)
     else:
         copy.warm_up(given.room)
-        results.campaign(copy, given.room, given.limit, again=given.again)
+        again = results.Again(given.only, given.tests) if given.again else None
+        results.campaign(copy, given.room, given.limit, again)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="try those that survived without a reason again, then with whole files of tests; no others",
     )
+    run.add_argument("--only", default="", help="with --again: those alone whose text holds this")
+    run.add_argument("--tests", nargs="*", default=(), help="with --again: these tests alone (files, or ids)")
+    explain = verbs.add_parser("explain", help="say why a change that survived is none that a test could notice")
+    explain.add_argument("room", choices=ROOMS)
+    explain.add_argument("only", help="part of its text that no other survivor has")
+    explain.add_argument("reason")
     show = verbs.add_parser("show", help="list what survived")
     show.add_argument("rooms", nargs="*", choices=[*ROOMS, []])
     return parser

@@ -45,6 +45,11 @@ class Place:
     operator: str
     occurrence: int
 
+    @property
+    def room(self) -> str:
+        """The package that it is in."""
+        return self.module.split("/")[1]
+
     def changed(self, root: Path) -> str:
         """Returns the module's text with the change."""
         operator = plugins.get_operator(self.operator)()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,25 +25,48 @@ _MOST, _LONGEST = 60, 20.0
 _LIMIT = 600.0
 
 
-def campaign(copy: Copy, room: str, limit: int, *, again: bool = False) -> None:
+def campaign(copy: Copy, room: str, limit: int, again: Again | None = None) -> None:
     """Tries the places that come next, until so many of the room are tried; or those anew that survived."""
-    kept, found, covering = _kept(room), places(copy.tree, room, SEED), Covering()
-    tried = kept["tried"]
-    for key in set(tried) - {place.key for place in found}:
-        del tried[key]  # the code is no longer there
-    kept["places"] = dict(sorted(Counter(place.module for place in found).items()))
+    found, covering = places(copy.tree, room, SEED), Covering()
+    _note(room, found, {})
+    for test in (one for one in (again.tests if again else ()) if "::" in one):  # a whole file may take long
+        assert copy.run([test], _LIMIT, None, "-x").outcome == "passed", f"{test} fails without a change"
     for place in found[: None if again else limit]:
-        if (again and _is_open(tried.get(place.key))) or (not again and place.key not in tried):
-            before = tried.get(place.key, {})
+        tried = _kept(room)["tried"]
+        before = tried.get(place.key, {})
+        if again.wants(place.key, before) if again else not before:
             began = time.monotonic()
-            tried[place.key] = _try(
-                place, _Tests(copy, covering, _killers(tried, place), WHOLE[room].split() if again else ())
-            )
-            if before.get("outcome") == "survived":
-                tried[place.key]["was"] = "survived"
-            _write(room, kept)
-            one = tried[place.key]
+            tests = _Tests(copy, covering, _killers(tried, place), again)
+            one = _try(place, tests) | ({"survived": True} if again else {})
+            _note(room, found, {place.key: one})
             print(f"{one['outcome']} {time.monotonic() - began:.0f} s: {place.key} | {one.get('by', '')}", flush=True)
+
+
+@dataclass(frozen=True)
+class Again:
+    """What is tried again: what survived and has no reason, and whose text holds ``only``.
+
+    Attributes
+    ----------
+    only
+        Part of its text, or nothing.
+    tests
+        Files of tests, or ids; nothing else is run then. Of none, the tests of the line and whole files.
+    """
+
+    only: str
+    tests: Sequence[str]
+
+    def wants(self, key: str, one: dict[str, Any]) -> bool:
+        """Tells whether a place is tried."""
+        return self.only in key and one.get("outcome") == "survived" and not one.get("reason")
+
+
+def explain(room: str, only: str, reason: str) -> None:
+    """Gives the survivor whose text holds ``only`` a reason."""
+    kept = _kept(room)
+    (key,) = (key for key, one in kept["tried"].items() if only in key and one["outcome"] == "survived")
+    _write(room, kept, {key: kept["tried"][key] | {"reason": reason}})
 
 
 def show(rooms: Iterable[str]) -> None:
@@ -55,10 +79,6 @@ def show(rooms: Iterable[str]) -> None:
                 print(f"  {key} (line {one['line']})", *one["change"], f"reason: {one.get('reason')}", sep="\n      ")
 
 
-def _is_open(one: dict[str, Any] | None) -> bool:
-    return one is not None and one["outcome"] == "survived" and not one.get("reason")
-
-
 def _kept(room: str) -> dict[str, Any]:
     path = FOLDER / f"{room}.json"
     if path.is_file():
@@ -67,14 +87,25 @@ def _kept(room: str) -> dict[str, Any]:
     return {"seed": SEED, "places": {}, "tried": {}}
 
 
-def _write(room: str, kept: dict[str, Any]) -> None:
+def _note(room: str, found: Sequence[Place], new: dict[str, Any]) -> None:
+    """Adds what became of places, and forgets those whose code is no longer there."""
+    keys, kept = {place.key for place in found}, _kept(room)
+    kept["tried"] = {key: one for key, one in kept["tried"].items() if key in keys}
+    kept["places"] = dict(sorted(Counter(place.module for place in found).items()))
+    _write(room, kept, new)
+
+
+def _write(room: str, kept: dict[str, Any], new: dict[str, Any]) -> None:
     FOLDER.mkdir(exist_ok=True)
     head = {
         "what": "places of the code that were changed, one at a time, and whether a test failed",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "tool": f"Cosmic Ray {version('cosmic-ray')}",
     }
-    (FOLDER / f"{room}.json").write_text(json.dumps(head | kept, indent=1, ensure_ascii=False) + "\n")
+    value = head | kept | {"tried": dict(sorted((kept["tried"] | new).items()))}
+    temporary = FOLDER / f"{room}.json.{os.getpid()}"
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    temporary.rename(FOLDER / f"{room}.json")
 
 
 def _killers(tried: dict[str, Any], place: Place) -> Counter[str]:
@@ -88,18 +119,21 @@ class _Tests:
     copy: Copy
     covering: Covering
     killers: Counter[str]
-    whole: Sequence[str]
+    again: Again | None
 
     def first_failure(self, place: Place) -> Ran:
         seconds = self.covering.seconds
         found = self.covering.tests(place.module, place.line, place.first)
         ordered = sorted(found, key=lambda test: (-self.killers[test], seconds[test]))
         quick = _within(ordered[:_MOST], seconds)
-        ran = self.copy.run(quick, 60 + 20 * sum(seconds[one] for one in quick), None, "-x") if quick else Ran("passed")
-        if ran.outcome != "passed" or not self.whole:
+        quick = [] if self.again and self.again.tests else quick
+        ran = self.copy.run(quick, 60 + 10 * sum(seconds[one] for one in quick), None, "-x") if quick else Ran("passed")
+        if ran.outcome != "passed" or not self.again:
             return ran
-        files = [one.partition("::")[0] for one in ordered] + [f"tests/test_{name}.py" for name in self.whole]
-        for name in dict.fromkeys(files):
+        files = [one.partition("::")[0] for one in ordered] + [
+            f"tests/test_{name}.py" for name in WHOLE[place.room].split()
+        ]
+        for name in self.again.tests or dict.fromkeys(files):
             ran = self.copy.run([name], _LIMIT, None, "-x", *self.covering.failing())
             if ran.outcome != "passed":
                 break

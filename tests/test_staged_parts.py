@@ -1,0 +1,286 @@
+"""What is checked of parts before they are published, one check at a time, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from shardmerge import api
+from shardmerge.api import Options
+from shardmerge.errors import OutputError, ResourceError, VerificationError
+from shardmerge.execute.engine import Outcome, Workshop
+from shardmerge.execute.records import RecordCounts
+from shardmerge.plan.value import Plan
+from shardmerge.publish import checks, finishing
+from shardmerge.publish.finishing import Goal
+from shardmerge.publish.having_made import have_made
+from shardmerge.publish.making import is_made, read_receipt, receipt_path
+from shardmerge.publish.part_receipts import receipt_from, unfit
+from shardmerge.publish.running import carry_out_share, finish_plan, make_some
+from shardmerge.publish.shares import Share
+from shardmerge.publish.staging import Staging, remove
+
+QUICK = Options(sync=False, workers=1)
+MAPPING = """\
+shardmerge: 1
+sources: {m: model.safetensors}
+output: {path: out, shard_size: 1KB}
+tensors:
+  "{rest...}": m:{rest...}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two parts of 80 KB."""
+    rng = np.random.default_rng(0)
+    save_file({f"w.{i}": rng.standard_normal(20_000, np.float32) for i in range(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "mapping.yaml").write_text(MAPPING)
+    return api.plan(tmp_path / "mapping.yaml", QUICK)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def staging(plan: Plan, out: Path) -> Staging:
+    """Both parts are made, and nothing is published."""
+    assert make_some(plan.parts(), Share(0, 1), out, QUICK).missing == 0
+    return Staging.of(out, plan.id, sync=False)
+
+
+def first_file(plan: Plan, staging: Staging) -> Path:
+    return staging.model / plan.parts()[0].shard.name
+
+
+def flip_last(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_part_that_is_not_what_its_receipt_says(plan: Plan, out: Path, staging: Staging) -> None:
+    flip_last(first_file(plan, staging))
+    with pytest.raises(VerificationError) as raised:
+        finish_plan(plan, out, QUICK)
+    assert raised.value.code == "part-differs"
+    assert raised.value.where == str(first_file(plan, staging))
+    assert "without --part" in raised.value.hint
+    assert not out.exists()
+    api.run(out.parent / "mapping.yaml", out, QUICK)  # as the hint says
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize("change", ["longer", "gone", "folder"])
+def test_a_file_of_another_size_is_no_part(change: str, plan: Plan, staging: Staging) -> None:
+    part, path = plan.parts()[0], first_file(plan, staging)
+    receipt = read_receipt(staging, part)
+    assert receipt is not None
+    assert unfit(receipt, part.shard, path) == ""
+    if change == "longer":
+        with path.open("ab") as file:
+            file.write(b"x")
+    else:
+        path.unlink()
+    if change == "folder":
+        path.mkdir()
+    assert unfit(receipt, part.shard, path) == "the file is gone, or has another size"
+    assert not is_made(staging, part)
+
+
+def test_what_was_cloned_has_no_checksum_to_compare(plan: Plan, staging: Staging) -> None:
+    part = plan.parts()[0]
+    receipt = read_receipt(staging, part)
+    assert receipt is not None
+    cloned = replace(receipt, crc32=None)
+    assert unfit(cloned, part.shard, first_file(plan, staging)) == ""
+    assert unfit(receipt, part.shard, first_file(plan, staging), recheck=True) == ""
+    found = unfit(cloned, part.shard, first_file(plan, staging), recheck=True)
+    assert found == "some of it was cloned, and has no checksum"
+    wrong = replace(receipt, crc32=(receipt.crc32 or 0) ^ 1)
+    assert "checksum" in unfit(wrong, part.shard, first_file(plan, staging), recheck=True)
+    other = replace(wrong, machine="another", synced=False)
+    assert "checksum" in unfit(other, part.shard, first_file(plan, staging))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": 5}, {"tensors": []}, {"tensors": ["x"]}, {"cloned": {"w.0": ["f"]}}, {"counts": [1, 2]},
+        {"records": [[7, 0, 1, 2, 3, []]]}, {"began": "x"}, {"crc32": "x"}, {"part": 1}, {"plan": "x"},
+        {"shardmerge": "0.0.9"}, None,
+    ],
+)  # fmt: skip
+def test_a_receipt_that_says_nothing_is_none(change: dict[str, object] | None, plan: Plan, staging: Staging) -> None:
+    part = plan.parts()[0]
+    row = json.loads(receipt_path(staging, 0).read_text())
+    assert receipt_from(json.dumps(row).encode(), part) == read_receipt(staging, part)
+    data = json.dumps({**row, **change} if change is not None else [row]).encode()
+    assert receipt_from(data, part) is None
+
+
+def test_parts_of_another_version_are_not_gone_on_with(plan: Plan, out: Path, staging: Staging) -> None:
+    begun = staging.root / "begun.json"
+    begun.write_text(json.dumps({**json.loads(begun.read_text()), "shardmerge": "0.0.9"}))
+    with pytest.raises(OutputError) as raised:
+        staging.begin(plan.files(), out)
+    assert raised.value.code == "other-plan-staged"
+    assert raised.value.found.startswith("made by shardmerge 0.0.9")
+
+
+def test_what_never_began_is_in_nobodys_way(plan: Plan, out: Path) -> None:
+    other = Staging.of(out, "f" * 64, sync=False)
+    other.parts.mkdir(parents=True)
+    Staging.of(out, plan.id, sync=False).begin(plan.files(), out)
+    (other.parts / "00000.json").touch()
+    with pytest.raises(OutputError, match="unfinished parts of another plan"):
+        Staging.of(out, plan.id, sync=False).begin(plan.files(), out)
+
+
+def test_a_model_that_nobody_has_is_missed(
+    plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finishing, "_LOOK", 0.001)
+    shutil.rmtree(staging.model)
+    with pytest.raises(OutputError) as raised:
+        finish_plan(plan, out, QUICK)
+    assert raised.value.code == "parts-missing"
+
+
+def test_a_claim_of_any_bytes_is_somebody_elses(staging: Staging) -> None:
+    theirs, mine = staging.parts / "00000.0.claim", staging.parts / "00001.0.claim"
+    theirs.write_bytes(b"\xff\xfe")
+    mine.write_text(staging.who)
+    staging.tidy()
+    assert theirs.exists()
+    assert not mine.exists()
+
+
+def test_a_part_that_another_maker_is_about_to_publish_is_made(
+    plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one makes a part that another one made; meanwhile that one takes all of them away to publish them."""
+    make = Workshop.make
+
+    def make_and_lose(self: Workshop, *given: Any) -> Outcome:
+        done = make(self, *given)
+        staging.model.rename(staging.root / "ready-another")
+        return done
+
+    monkeypatch.setattr(Workshop, "make", make_and_lose)
+    have_made(plan.parts()[:1], staging, out, QUICK, None)
+    assert is_made(staging, plan.parts()[0])
+
+
+def test_a_result_that_is_there_is_whole_whoever_stops_it_last(
+    plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop comes while the last thing is done, which then comes to its end."""
+    result = finish_plan(plan, out, QUICK)
+    settle = Goal.settle
+
+    def slowly(self: Goal, *, sync: bool = True) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        settle(self, sync=sync)
+
+    monkeypatch.setattr(Goal, "settle", slowly)
+    assert carry_out_share(plan, Share(0, 1), out, QUICK).path == result.path
+
+
+def test_what_was_done_is_counted(plan: Plan, out: Path, staging: Staging) -> None:
+    result = finish_plan(plan, out, QUICK, made=2)
+    assert result.outcome.bytes_read == result.outcome.bytes_written == 2 * 80_000
+    assert result.made == 2
+    again = finish_plan(plan, out, QUICK)
+    assert again.outcome.bytes_written == again.made == 0
+    assert again.records == RecordCounts(0, 0, 0, 0)
+
+
+def test_without_an_exchange_the_old_result_is_put_aside(
+    plan: Plan, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a system without renameat2."""
+    monkeypatch.setattr(finishing, "exchange", lambda *paths: False)
+    api.run(out.parent / "mapping.yaml", out, replace(QUICK, format="bin"))
+    api.run(out.parent / "mapping.yaml", out, replace(QUICK, overwrite=True))
+    assert not list(out.glob("*.bin"))
+    assert len(list(out.glob("*.safetensors"))) == 2
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+def test_there_is_room_for_what_is_beside_the_files(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 16 << 20
+    monkeypatch.setattr(checks, "free_bytes", lambda path: free + 99)
+    checks.check_output((), out, 99, overwrite=False)
+    with pytest.raises(ResourceError) as raised:
+        checks.check_output((), out, 100, overwrite=False)
+    assert raised.value.code == "disk-too-small"
+    assert raised.value.where == str(out.parent)
+    assert raised.value.hint
+
+
+def test_a_removed_staging_directory_gives_back_what_was_put_aside(out: Path, staging: Staging) -> None:
+    old = staging.root / "old-another"
+    old.mkdir()
+    (old / "kept").write_text("as it was")
+    remove(staging.root, out)
+    assert (out / "kept").read_text() == "as it was"
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+def test_a_file_that_is_not_planned_is_not_published(plan: Plan, out: Path, staging: Staging) -> None:
+    (staging.model / "more.safetensors").write_bytes(b"")
+    with pytest.raises(VerificationError) as raised:
+        finish_plan(plan, out, QUICK)
+    assert raised.value.code == "part-differs"
+    assert raised.value.where == str(staging.model / "more.safetensors")
+    assert raised.value.hint == "start again with --fresh"
+    assert not out.exists()
+
+
+def test_what_came_to_the_output_path_meanwhile_stays(plan: Plan, out: Path, staging: Staging) -> None:
+    out.mkdir()
+    (out / "theirs").touch()
+    with pytest.raises(OutputError) as raised:
+        finish_plan(plan, out, replace(QUICK, overwrite=True))
+    assert raised.value.code == "not-ours"
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert staging.model.is_dir()
+
+
+@pytest.mark.parametrize("change", ["shorter", "gone", "receipt"])
+def test_a_result_that_was_cut_off_is_not_there(change: str, plan: Plan, out: Path, staging: Staging) -> None:
+    goal = Goal.of(plan, out)
+    assert not goal.reached()
+    finish_plan(plan, out, QUICK)
+    assert goal.reached()
+    assert not Goal.of(plan, out, fresh=True).reached()
+    path = out / plan.parts()[1].shard.name
+    if change == "shorter":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        (path if change == "gone" else out / "shardmerge.json").unlink()
+    assert not goal.reached()
+
+
+def test_verify_names_what_is_longer(plan: Plan, out: Path, staging: Staging) -> None:
+    finish_plan(plan, out, QUICK)
+    path = out / plan.parts()[1].shard.name
+    with path.open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(VerificationError) as raised:
+        api.verify(out)
+    assert (raised.value.code, raised.value.where) == ("size-differs", str(path))

@@ -1,0 +1,335 @@
+"""The guards of reading and writing, one at a time: what each prevents happens, and must have no effect."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardmerge import system_errors
+from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UsageError
+from shardmerge.execute.patience import Halt, patiently
+from shardmerge.storage import cache, reading, writing
+from shardmerge.storage.listing import files_below, matching
+from shardmerge.storage.reading import FilePool, SourceFile
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes what is synced and renamed, in order: ``fsync`` by the name that it has by then."""
+    noted: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(fd: int) -> None:
+        noted.append(f"fsync {Path(f'/proc/self/fd/{fd}').readlink().name}")
+        sync(fd)
+
+    def renamed(self: Path, target: Path) -> Path:
+        noted.append(f"rename {self.name} {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return noted
+
+
+# --- writing ---
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "plan").write_text("the old one")
+    writing.write_lines(tmp_path / "plan", ["a\n", "b\n"])
+    temporary = f"plan.{os.getpid()}.tmp"
+    assert calls == [f"fsync {temporary}", f"rename {temporary} plan"]
+    assert (tmp_path / "plan").read_text() == "a\nb\n"
+
+
+def test_a_text_that_fails_leaves_the_old_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan").write_text("the old one")
+    monkeypatch.setattr(os, "fsync", _raises(errno.EIO))
+    with pytest.raises(OutputError) as raised:
+        writing.write_lines(tmp_path / "plan", ["a\n"])
+    assert raised.value.where == str(tmp_path / "plan")
+    assert "another output path" in raised.value.hint
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"plan": "the old one"}
+
+
+def test_a_file_of_somebody_else_is_synced(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "file").touch()
+    writing.sync_file(tmp_path / "file")
+    writing.sync_directory(tmp_path)
+    assert calls == ["fsync file", f"fsync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_directory_that_cannot_be_synced_is_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", _raises(number))
+    writing.sync_directory(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        writing.sync_file(tmp_path / "file")
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_what_is_synced_of_a_file(sync: bool, tmp_path: Path, calls: list[str]) -> None:
+    """The data, then the first bytes that make the file one: two syncs, or none."""
+    file = writing.OutputFile(tmp_path / "file", 16, sync=sync)
+    file.write(8, memoryview(b"12345678"))
+    assert (tmp_path / "file").read_bytes() == bytes(8) + b"12345678"
+    file.seal(b"abcdefgh")
+    writing.write_small(tmp_path / "small", b"text", sync=sync)
+    assert calls == (["fsync file", "fsync file", "fsync small"] if sync else [])
+    assert (tmp_path / "file").read_bytes() == b"abcdefgh12345678"
+    assert file.fileno() == -1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: writing.OutputFile(path, 8), lambda path: writing.write_small(path, b"")]
+)
+def test_a_file_that_is_there_is_not_written_to(make: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"theirs")
+    with pytest.raises(OutputError) as raised:
+        make(tmp_path / "file")
+    assert raised.value.code == "output-exists"
+    assert raised.value.where == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"theirs"
+
+
+def test_many_parts_of_a_small_file_are_all_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_AT_ONCE", 10)
+    parts = [bytes([n]) * n for n in range(30)]
+    writing.write_small(tmp_path / "file", parts)
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
+def test_an_error_of_beginning_to_write_is_raised(
+    number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be told here and nowhere else; a system that does not have the call tells nothing."""
+    import ctypes
+
+    def call(*given: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(cache, "_sync_file_range", lambda: call)
+    with (tmp_path / "file").open("wb") as file:
+        for work in (cache.start_writing, cache.drop_written):
+            if not raised:
+                work(file.fileno(), 0, 1)
+                continue
+            with pytest.raises(OSError) as caught:  # noqa: PT011  # the number follows
+                work(file.fileno(), 0, 1)
+            assert caught.value.errno == number
+
+
+def test_the_room_of_a_path_that_is_not_there_yet_is_that_of_its_parent(tmp_path: Path) -> None:
+    status = os.statvfs(tmp_path)
+    found = writing.free_bytes(tmp_path / "a" / "b" / "c")
+    assert abs(found - status.f_bavail * status.f_frsize) < 1 << 30  # others write to this disk
+
+
+# --- reading ---
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "device"])
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path(os.devnull)
+    else:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    with pytest.raises(CheckpointError) as raised:
+        SourceFile(path)
+    assert raised.value.code == ("unreadable-file" if kind == "socket" else "not-a-file")
+    assert raised.value.where == str(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        SourceFile(tmp_path / "none")
+    assert (raised.value.code, raised.value.where) == ("missing-file", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, 9), (8, 1), (9, 0), (4, -1)])
+def test_no_byte_outside_of_a_file_is_read(offset: int, nbytes: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345678")
+    with SourceFile(tmp_path / "file") as file:
+        assert file.read(0, 8) == b"12345678"
+        assert file.read(8, 0) == b""
+        with pytest.raises(CheckpointError) as raised:
+            file.read(offset, nbytes)
+    assert raised.value.code == "truncated-file"
+    assert raised.value.where == f"{tmp_path / 'file'}, byte {offset}"
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_file_is_not_read_on_after_an_error(
+    replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path is opened again after an error that may pass; another file under it is not the one that was opened."""
+    monkeypatch.setattr(system_errors, "WAITS", (0.0, 0.0))
+    path, real, failing = tmp_path / "file", os.preadv, [errno.EIO]
+    path.write_bytes(b"12345678")
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if failing:
+            raise OSError(failing.pop(), "once")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with SourceFile(path) as file:
+        if replaced:
+            path.rename(tmp_path / "old")
+            path.write_bytes(b"........")
+        assert file.read(0, 8) == b"12345678"
+
+
+@pytest.mark.parametrize(("number", "attempts"), [(errno.EIO, 1 + 3), (errno.EBADF, 1)])
+def test_what_does_not_pass_is_tried_four_times(
+    number: int, attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(system_errors, "WAITS", (0.0, 0.0))
+    (tmp_path / "file").write_bytes(b"12345678")
+    tried = []
+
+    def preadv(*given: object) -> int:
+        tried.append(given)
+        raise OSError(number, "always")
+
+    with SourceFile(tmp_path / "file") as file:
+        monkeypatch.setattr(os, "preadv", preadv)
+        with pytest.raises(CheckpointError) as raised:
+            file.read(4, 2)
+    assert len(tried) == attempts
+    assert len(caplog.messages) == attempts - 1
+    assert raised.value.code == "unreadable-file"
+    assert raised.value.where == f"{tmp_path / 'file'}, byte 4"
+    assert raised.value.hint
+
+
+def test_a_pool_holds_so_many_files_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was used last stays open; counts are of what was read."""
+    monkeypatch.setattr(reading, "most_open_files", lambda: 16)
+    paths = [tmp_path / str(n) for n in range(18)]
+    for path in paths:
+        path.write_bytes(b"12345678")
+    pool, out = FilePool(), memoryview(bytearray(4))
+    for path in paths[:16]:
+        pool.read_into(str(path), 4, out)
+    assert (pool.opens, pool.reads, pool.bytes_read) == (16, 16, 64)
+    first = pool.get(str(paths[0]))  # used again
+    pool.get(str(paths[16]))
+    assert pool.get(str(paths[0])) is first
+    assert pool.opens == 17
+    pool.get(str(paths[1]))  # the oldest: it had to go
+    assert (pool.opens, pool.reads, pool.bytes_read) == (18, 16, 64)
+    pool.close()
+    assert first.fileno() == -1
+
+
+def test_a_file_that_whoever_looks_at_it_refuses_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345678")
+    pool, seen = FilePool(), []
+
+    def refuse(file: SourceFile) -> None:
+        seen.append(file)
+        raise UsageError("bad-part", "no")
+
+    pool.opened = refuse
+    for _ in range(2):
+        with pytest.raises(UsageError):
+            pool.get(str(tmp_path / "file"))
+    assert [file.fileno() for file in seen] == [-1, -1]
+    assert pool.opens == 0
+
+
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").touch()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.txt").touch()
+    assert matching(tmp_path, "*.txt") == [tmp_path / "a.txt", tmp_path / "b.txt"]
+    assert matching(tmp_path / "none", "*") == matching(tmp_path / "a.txt", "*") == matching(Path("\0"), "*") == []
+    assert {path.name for path in files_below(tmp_path)} == {"a.txt", "b.txt", "d.txt"}
+    assert list(files_below(tmp_path / "none")) == []
+    monkeypatch.setattr(os, "listdir", _raises(errno.EACCES))
+    monkeypatch.setattr(os, "scandir", _raises(errno.EACCES))
+    with pytest.raises(PermissionError):
+        matching(tmp_path, "*")
+    with pytest.raises(PermissionError):
+        list(files_below(tmp_path))
+
+
+# --- stopping ---
+
+
+def test_nothing_is_done_after_a_stop() -> None:
+    halt = Halt()
+    with halt.done_or_not():
+        pass
+    halt.check()
+    halt.ask()
+    assert halt()
+    with pytest.raises(InterruptedRunError), halt.done_or_not():
+        pytest.fail("it was stopped")
+    with pytest.raises(InterruptedRunError):
+        halt.check()
+
+
+def test_a_stop_waits_for_what_must_be_whole() -> None:
+    halt, done = Halt(), []
+    begun = threading.Event()
+
+    def work() -> None:
+        with halt.done_or_not():
+            begun.set()
+            time.sleep(0.1)
+            done.append(halt())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    halt.ask()
+    done.append(halt())
+    thread.join()
+    assert done == [False, True]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_work_that_comes_to_its_end_after_a_stop_counts_if_it_was_the_last(last: bool) -> None:
+    def look() -> None:
+        raise KeyboardInterrupt
+
+    def work(halt: Halt) -> str:
+        while not halt():
+            time.sleep(0.01)
+        return "done"
+
+    if last:
+        assert patiently(work, look, last=True) == "done"
+        return
+    with pytest.raises(InterruptedRunError):
+        patiently(work, look)
+
+
+def _raises(number: int) -> Callable[..., None]:
+    def call(*given: object, **more: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
