@@ -21,7 +21,8 @@ CHOSEN = {
     "storage": "io_errors mapped_files mapped_views limits packed_items cloning publish checksum gather_counters "
     "storage_guards",
     "execute": "gather gather_counters records cloning checksum executors ranks pins device boxes",
-    "publish": "publish staged_parts resume overwrite parts verify_damage verify_selection comparing products stragglers progress",
+    "publish": "publish staged_parts resume overwrite parts verify_damage verify_selection comparing products "
+    "stragglers progress",
     "sources": "sources refusals torch_files pickle_vm safetensors_file dcp rank_sets rank_pickles universal hub "
     "deepspeed_parallel distributed_safetensors megatron_dist incomplete optimizer_sources uneven_layers pins",
 }

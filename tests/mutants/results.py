@@ -21,8 +21,8 @@ FOLDER = ROOT / "tests" / "soak" / "mutants"
 SEED = 0
 # Tests of one line: so many, and so long without a change, in seconds.
 _MOST, _LONGEST = 60, 20.0
-# A whole file of tests may take so long, in seconds.
-_LIMIT = 600.0
+# How long a file of tests takes that was not measured, in seconds.
+_UNKNOWN = 60.0
 
 
 def campaign(copy: Copy, room: str, limit: int, again: Again | None = None) -> None:
@@ -30,7 +30,7 @@ def campaign(copy: Copy, room: str, limit: int, again: Again | None = None) -> N
     found, covering = places(copy.tree, room, SEED), Covering()
     _note(room, found, {})
     for test in (one for one in (again.tests if again else ()) if "::" in one):  # a whole file may take long
-        assert copy.run([test], _LIMIT, None, "-x").outcome == "passed", f"{test} fails without a change"
+        assert copy.run([test], 10 * _UNKNOWN, None, "-x").outcome == "passed", f"{test} fails without a change"
     for place in found[: None if again else limit]:
         tried = _kept(room)["tried"]
         before = tried.get(place.key, {})
@@ -134,7 +134,8 @@ class _Tests:
             f"tests/test_{name}.py" for name in WHOLE[place.room].split()
         ]
         for name in self.again.tests or dict.fromkeys(files):
-            ran = self.copy.run([name], _LIMIT, None, "-x", *self.covering.failing())
+            usual = sum(took for test, took in seconds.items() if test.startswith(name)) or _UNKNOWN
+            ran = self.copy.run([name], 60 + 10 * usual, None, "-x", *self.covering.failing())
             if ran.outcome != "passed":
                 break
         return ran
