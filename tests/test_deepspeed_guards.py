@@ -21,6 +21,7 @@ from tests.deepspeed_classes import deepspeed_classes
 ZERO2, ZERO3 = (GOLDEN / f"zero/llama_z{stage}_w2_bf16" for stage in (2, 3))
 PADDED, FROZEN = GOLDEN / "zero/alignment_z2_w3_bf16", GOLDEN / "zero/lora_z3_w2_bf16"
 Root = dict[str, Any]
+MODELS, OPTIMS = "*model_states.pt", "*optim_states.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,16 @@ def retyped(root: Root, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_a_rank_with_partitions_of_another_type(case: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     error = refused(changed(case, tmp_path, "*optim_states.pt", lambda root: retyped(root, dtype)))
-    assert (error.code, "element types" in error.what) == ("mixed-runs", True)
+    assert (error.code, "other element types" in error.what) == ("zero-layout", True)
+
+
+def test_a_rank_with_a_moment_of_another_type(tmp_path: Path) -> None:
+    def halve(root: Root) -> None:
+        mine = moments(root)[0]
+        mine["exp_avg"] = mine["exp_avg"].half()
+
+    error = refused(changed(ZERO2, tmp_path, OPTIMS, halve), view="exp_avg")
+    assert (error.code, "other element types" in error.what) == ("zero-layout", True)
 
 
 def test_a_rank_with_other_paddings(tmp_path: Path) -> None:
@@ -163,7 +173,6 @@ def state(root: Root) -> Root:
     return found
 
 
-MODELS, OPTIMS = "*model_states.pt", "*optim_states.pt"
 FACTS: list[tuple[str, Path, str, Callable[[Root], object]]] = [
     ("ZeRO stage", ZERO2, OPTIMS, lambda root: state(root).update(zero_stage=1)),
     ("world size", ZERO2, OPTIMS, lambda root: state(root).update(partition_count=[1])),
@@ -246,3 +255,18 @@ def test_groups_of_an_optimizer_that_leave_one_out(tmp_path: Path) -> None:
         torch.save(root, path)
     error = refused(tag, view="exp_avg")
     assert (error.code, "parameter groups number" in error.what) == ("no-moments", True)
+
+
+def test_a_model_file_of_another_stage_is_no_module_either(tmp_path: Path) -> None:
+    tag = changed(ZERO2, tmp_path, MODELS, lambda root: root["ds_config"]["zero_optimization"].update(stage=3))
+    error = refused(tag, view="module")
+    assert (error.code, "name of another ZeRO stage" in error.what) == ("mixed-runs", True)
+
+
+def test_two_layers_of_experts_under_one_name(tmp_path: Path) -> None:
+    """The files of the second layer hold what the first one's do."""
+    tag = changed(GOLDEN / "parallel/moe_z2_ep2_w2_bf16", tmp_path, MODELS, lambda root: None)
+    for path in sorted(tag.glob("layer_0_expert_*")):
+        other = path.with_name(path.name.replace("layer_0", "layer_1"))
+        torch.save(torch.load(path, weights_only=False), other)
+    assert "two layers of experts have one name" in of_all(tag)

@@ -202,7 +202,6 @@ def _mixed_runs(tag: Tag) -> Iterator[ShardmergeError]:
         ("ZeRO stage", [(o.rank.path, o.stage) for o in optims]),
         ("world size", [(o.rank.path, o.world) for o in optims]),
         ("optimizer step", [(o.rank.path, o.step) for o in optims if o.step is not None]),
-        ("the element types of the partitions", [(o.rank.path, [dtype.name for dtype in o.dtypes]) for o in optims]),
         ("param_alignment_paddings", [(o.rank.path, o.paddings) for o in optims]),
         ("ds_config", [(o.rank.path, o.settings) for o in optims]),
         ("the optimizer's settings", [(o.rank.path, o.groups) for o in optims]),

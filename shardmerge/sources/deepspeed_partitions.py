@@ -77,7 +77,7 @@ def flat_masters(
     CheckpointError
         ``zero-layout``: the partitions are not those that the groups list.
     """
-    _check_group_count(tag, len(groups), "parameter groups")
+    _check_groups(tag, len(groups), "parameter groups")
     entries: Entries = {}
     for share in (share for index, group in enumerate(groups) for share in _shares(tag, index, group, experts)):
         index, first = share.index, share.optims[0]
@@ -139,8 +139,18 @@ def _paddings(tag: Tag, optim: OptimState, index: int, parameters: int) -> tuple
     return mine
 
 
-def _check_group_count(tag: Tag, groups: int, what: str) -> None:
+def _check_groups(tag: Tag, groups: int, what: str) -> None:
+    """All ranks have as many groups as are listed, each of one element type: theirs are read as the first rank's."""
+    types = [dtype.name for dtype in tag.optims[0].dtypes]
     for optim in tag.optims:
+        if (mine := [dtype.name for dtype in optim.dtypes]) != types:
+            raise layout_error(
+                tag.folder,
+                f"rank {optim.rank.data_parallel} has {what} of other element types than rank 0",
+                f"{shown(mine)} in {optim.rank.path.name}",
+                shown(types),
+                ONE_SAVE,
+            )
         if len(optim.partitions) != groups:
             raise layout_error(
                 tag.folder,
@@ -173,7 +183,7 @@ def chunked_masters(tag: Tag, groups: Sequence[Mapping[str, Shape]], view: DeepS
     CheckpointError
         ``zero-layout``, as ``flat_masters``.
     """
-    _check_group_count(tag, len(groups), "sub-groups")
+    _check_groups(tag, len(groups), "sub-groups")
     entries: Entries = {}
     for index, group in enumerate(groups):
         partitions = tuple(optim.partitions[index] for optim in tag.optims)
