@@ -47,6 +47,9 @@ test: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.every_error
 	$(BIN)/python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json
+	$(BIN)/python -m tests.kills
+	$(BIN)/python -m tests.cuts
+	$(BIN)/python -m tests.syncs
 
 # Changes places of the code at random, and sees whether a test notices: hours, as many as PLACES asks for in each package.
 # What was tried before is not tried again. docs/reliability.md shows the results.

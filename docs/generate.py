@@ -27,6 +27,7 @@ from docs.malformed_files import malformed_files
 from docs.markdown import table
 from docs.mutants import mutants, mutants_page
 from docs.op_pages import op_pages
+from docs.power_cuts import kills, power_cuts, syncs
 from docs.preset_pages import preset_pages
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
@@ -116,6 +117,9 @@ def _with_outcomes(text: str) -> str:
         ("errors", error_outcomes()),
         ("malformed files", malformed_files()),
         ("bit flips", bit_flips()),
+        ("kills", kills()),
+        ("power cuts", power_cuts()),
+        ("syncs", syncs()),
         ("mutants", mutants()),
     ):
         inside = "\n".join(["", *lines, "", ""])

@@ -68,14 +68,15 @@ class Disk:
     def __init__(self, root: Path, tree: Node, out: Path, names: Sequence[str]) -> None:
         self._root, self._tree, self._out, self._names = str(root), tree, str(out), names
 
-    def broken(self, calls: Sequence[Call], *, ended: bool = True) -> Iterator[str]:
-        """Yields every promise that a power cut at some moment would break."""
+    def broken(self, calls: Sequence[Call], *, published: bool = True) -> Iterator[str]:
+        """Yields every promise that a power cut at some moment would break, when a command has ended too."""
         for call in calls:
             if call.result >= 0:
                 yield from self._before(call)
                 self._do(call)
                 yield from self._after(call)
-        if ended and not self._survives(self._out):
+        yield from self._lost_parts()
+        if published and not self._survives(self._out):
             yield "the run ended, and its result may be lost"
 
     def _before(self, call: Call) -> Iterator[str]:
@@ -140,6 +141,8 @@ class Disk:
         return path.removeprefix(self._root).strip("/").split("/") if path != self._root else []
 
     def _do(self, call: Call) -> None:
+        if call.name == "tmpfile" or call.a.endswith(" (deleted)"):  # it never has a name
+            return
         if call.name == "fsync":
             if not f"{call.a}/".startswith(f"{self._root}/"):  # there for long
                 return
@@ -151,7 +154,7 @@ class Disk:
             folder[name] = Node(names={})
         elif call.name == "open" and call.x:
             folder.setdefault(name, Node(dirty=True))
-        elif call.name in ("pwrite", "write", "ftruncate"):
+        elif call.name in ("pwrite", "write", "ftruncate", "ioctl"):
             folder[name].dirty = True
         elif call.name in ("unlink", "rmdir"):
             del folder[name]

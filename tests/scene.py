@@ -207,7 +207,7 @@ class Scene:
         verb, *options = step or way.steps[0]
         place, how = ["--out", self.out], ["--workers", workers, *options, *way.arguments, *more, "--json"]
         if verb == "convert":
-            size = _CONVERTED[way.source][1] if way.source in _CONVERTED else "40KB"
+            size = _CONVERTED[way.source][1] if way.source in _CONVERTED else "200KB"
             return ["convert", self.inputs / way.source, self.out, "--format", way.form, "--shard-size", size, *how]
         if verb == "map":
             return ["run", self.inputs / "mapping.yaml", "--format", way.form, *place, *how]
@@ -360,7 +360,7 @@ def _place_inputs(folder: Path, sources: Collection[str]) -> None:
     if "blocks" in sources:
         (folder / "blocks").mkdir()
         rng = np.random.default_rng(0)
-        blocks = {f"layers.{n}.weight": rng.standard_normal((64, 64), dtype=np.float32) for n in range(6)}
+        blocks = {f"layers.{n}.weight": rng.standard_normal((256, 128), dtype=np.float32) for n in range(3)}
         save_file(blocks, folder / "blocks" / "model.safetensors")
 
 

@@ -17,9 +17,10 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,21 @@ def broken(scene: Scene, way: Way, calls: Sequence[Call], made: Path | None = No
     Parts that are made with --no-sync are promised by nobody.
     """
     scene.begin(way, made)
-    found = Disk(scene.root, Node.of(scene.root), scene.out, names(calls)).broken(calls)
+    found = list(Disk(scene.root, Node.of(scene.root), scene.out, names(calls)).broken(calls))
+    if len(way.steps) > 1:  # what the first of the commands promises, too
+        first = list(takewhile(lambda call: call.pid == calls[0].pid, calls))
+        found += Disk(scene.root, Node.of(scene.root), scene.out, names(calls)).broken(first, published=False)
     return [one for one in found if not (way.unsynced and one.startswith("part "))]
 
 
 def traces(scene: Scene, runs: Machine) -> dict[str, list[Call]]:
-    """Returns the calls of an undisturbed run of every way that makes its parts itself."""
+    """Returns the calls of an undisturbed run of every way that makes its parts itself, in one process.
+
+    Of several, one begins a part while another has not committed the one before.
+    """
     found = {}
     for name, way in ALL_WAYS.items():
-        if not way.made:
+        if not (way.made or way.processes):
             scene.begin(way)
             assert scene.run(runs, way).code == 0
             found[name] = runs.calls
@@ -162,15 +169,16 @@ def traces(scene: Scene, runs: Machine) -> dict[str, list[Call]]:
 # --- on disks that lose their power ---
 
 
-def caught(scene: Scene, disk: PoweredDisk, runs: Machine, sync: Sync, until: int, length: int) -> str:
-    """Returns the first power cut that does harm without a sync, up to a call and after the end, or ``""``."""
-    for at in (*range(sync.at + 1, until + 1), length + 1):
+def caught(scene: Scene, disk: PoweredDisk, runs: Machine, sync: Sync, points: Sequence[int], length: int) -> str:
+    """Returns the first power cut that does harm without a sync, before some calls and after the end, or ``""``."""
+    for at in (*points, length + 1):
         for journal in JOURNALS if disk.kind.stops else ("lost",):
             try:
                 cut(scene, disk, runs, ALL_WAYS[sync.way], at, None, JOURNALS[journal], sync.at)
             except (AssertionError, OSError) as error:
                 when = "after the end" if at > length else f"{at - sync.at} calls later"
-                return f"{when}, journal {journal}: {str(error).splitlines()[0][:100] or 'a partial result'}"
+                harm = str(error).partition("\n")[0][:100] or "a partial result"
+                return f"{when}, journal {journal}: {harm}"
     return ""
 
 
@@ -216,31 +224,47 @@ def _modelled(scene: Scene, runs: Machine) -> dict[str, _Row]:
     return rows
 
 
-def _on_disk(runs: Machine, name: str) -> Iterator[tuple[str, str]]:
-    """Yields each kind of sync, and the cut that misses it, or ``""``."""
+def _on_disk(runs: Machine, name: str, known: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yields each kind of sync that is not known yet, and the cut that misses it, or ``""``."""
     with powered_disk(name) as disk:
         scene = Scene.set(disk.root / "scene", runs, ALL_WAYS.values())
         found = traces(scene, runs)
-        every = {way: syncs(scene, way, calls) for way, calls in found.items()}
-        for what, some in _some([sync for one in every.values() for sync in one]).items():
-            looked = (caught(scene, disk, runs, sync, _until(sync, every), len(found[sync.way])) for sync in some)
+        some = _some([sync for way, calls in found.items() for sync in syncs(scene, way, calls)])
+        for what in some.keys() - known:
+            looked = (
+                caught(scene, disk, runs, sync, points(found[sync.way], sync.at), len(found[sync.way]))
+                for sync in some[what]
+            )
             yield what, next(filter(None, looked), "")
-        yield _PLAN, plan_caught(scene, disk, runs)
+        if _PLAN not in known:
+            yield _PLAN, plan_caught(scene, disk, runs)
 
 
-def _until(sync: Sync, every: Mapping[str, Sequence[Sync]]) -> int:
-    """Returns the call of the second sync after one, or the last."""
-    later = [one.at for one in every[sync.way] if one.at > sync.at]
-    return (later[:2] or [sync.at])[-1]
+def points(calls: Sequence[Call], after: int = 0) -> list[int]:
+    """Returns the calls before which something changed for a disk, up to the second sync after a call."""
+    found = []
+    syncs_left = 2
+    for at, call in enumerate(calls[after:], after + 1):
+        quiet = call.name in _QUIET and calls[at - 2].name in _QUIET
+        found += [] if quiet else [at]
+        syncs_left -= call.name == "fsync"
+        if after and not syncs_left:
+            break
+    return found
+
+
+_QUIET = ("pwrite", "sync_file_range", "ftruncate", "utimens")
 
 
 def main() -> None:
     """Leaves out every sync, and writes down what missed it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--disks", nargs="*", default=list(DISKS), help="on which; the others are kept as they are")
+    parser.add_argument("--disks", nargs="*", default=list(DISKS), help="on which")
+    parser.add_argument("--go-on", action="store_true", help="with what the result file does not have yet")
     given = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="shardmerge-syncs-", dir="/dev/shm"))
-    before = {row["sync"]: row["disks"] for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    kept = json.loads(RESULTS.read_text())["rows"] if given.go_on else []
+    before = {row["sync"]: row["disks"] for row in kept}
     try:
         with machine(base, tool("gcc")) as runs:
             rows = _modelled(Scene.set(base / "scene", runs, ALL_WAYS.values()), runs)
@@ -248,7 +272,7 @@ def main() -> None:
             for what, row in rows.items():
                 row["disks"] = before.get(what, {})
             for name in given.disks:
-                for what, how in _on_disk(runs, name):
+                for what, how in _on_disk(runs, name, [one for one, row in rows.items() if name in row["disks"]]):
                     rows[what]["disks"][name] = how
                     print(name, what, how, flush=True)
                     _save(list(rows.values()))

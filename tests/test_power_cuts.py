@@ -13,7 +13,7 @@ from tests.cuts import cut
 from tests.killing import KILL, Call, Machine, Trap
 from tests.power import PoweredDisk, powered_disk
 from tests.scene import WAYS, Scene
-from tests.syncs import SITES, broken, names, sites
+from tests.syncs import SITES, broken, names, points, sites
 
 # --- on a disk that keeps no more than it must ---
 
@@ -93,18 +93,12 @@ def powered(disk: PoweredDisk, runs: Machine) -> Scene:
     return Scene.set(disk.root / "scene", runs)
 
 
-def _boundaries(calls: list[Call]) -> list[int]:
-    """Returns the calls, from 1, before which something changed for whoever has only what was written down."""
-    quiet = ("pwrite", "sync_file_range", "ftruncate", "utimens")
-    return [n for n, call in enumerate(calls, 1) if call.name not in quiet or calls[n - 2].name not in quiet]
-
-
 def test_power_cut_at_every_step(powered: Scene, disk: PoweredDisk, runs: Machine) -> None:
     powered.begin(WAYS["plain"])
     assert powered.run(runs, WAYS["plain"]).code == 0
-    points = _boundaries(runs.calls)
-    assert len(points) > 60
-    for at in points:
+    steps = points(runs.calls)
+    assert len(steps) > 60
+    for at in steps:
         assert not cut(powered, disk, runs, WAYS["plain"], at)
 
 

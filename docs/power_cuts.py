@@ -1,0 +1,118 @@
+"""The tables of kills, power cuts and syncs in docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from docs.markdown import table
+
+_SOAK = Path(__file__).resolve().parent.parent / "tests" / "soak"
+
+# The ways of tests/scene.py.
+_WAYS = {
+    "plain": "`run` of a plan, safetensors: three files of weights, index, small files",
+    "bin": "the same, files of torch",
+    "overwrite": "`run --overwrite`: another result is replaced",
+    "no-exchange": "the same where two directories cannot be exchanged in one step",
+    "empty": "into an empty directory of another owner",
+    "mapping": "`run` of a mapping",
+    "processes": "`run` in two processes",
+    "shares": "`run --part 0/2`, then `run --part 1/2`",
+    "finish": "`finish`, all parts made before",
+    "unsynced": "`run --part 0/2 --no-sync`, then `run`",
+    "zero": "`convert` of DeepSpeed ZeRO-3 to safetensors",
+    "zero to bin": "the same to files of torch, `--overwrite`",
+    "to dcp": "`convert` of safetensors to DCP",
+    "to dcp, overwrite": "the same, `--overwrite`",
+    "from dcp": "`convert` of DCP to safetensors",
+    "blocks": "`convert` of tensors that XFS and btrfs clone",
+    "clean of parts": "`clean` of a run that made all parts",
+    "clean of gap": "`clean` while neither result is at the output path",
+    "verify": "`verify`, killed at every call that looks at or reads a file too",
+    "verify --sources": "`verify --sources`, the same",
+    "any": "all of the above up to `clean`, at random",
+}
+
+
+def kills() -> list[str]:
+    """Returns the lines of the table of kills: by what was run and how it was killed."""
+    read = _read("kills")
+    rows = [
+        (_WAYS[row["way"]], row["what"], f"{row['tried']:,}", str(len(row["wrong"])))
+        for row in sorted(read["rows"], key=lambda row: list(_WAYS).index(row["way"]))
+    ]
+    total = sum(row["tried"] for row in read["rows"])
+    head = ("what was run", "and what was done to it", "times", "violations")
+    return [_measured(read, "kills"), "", *table(head, [*rows, ("all", "", f"{total:,}", _wrong(read["rows"]))])]
+
+
+def power_cuts() -> list[str]:
+    """Returns the lines of the table of power cuts: by file system, and by what was run."""
+    read = _read("power-cuts")
+    rows = read["rows"]
+    by_disk = [
+        (
+            row["disk"],
+            f"`{row['options']}`",
+            *(f"{row['journal'].get(journal, 0):,}" for journal in ("lost", "kept")),
+            f"{row['ended']:,}",
+            f"{row['cloned']:,}",
+            str(len(row["wrong"])),
+        )
+        for row in rows
+    ]
+    head = (
+        "file system",
+        "mounted",
+        "journal lost",
+        "journal kept",
+        "of these after exit 0",
+        "bytes cloned",
+        "violations",
+    )
+    ways = [
+        (_WAYS[way], *(f"{row['ways'].get(way, 0)}" for row in rows))
+        for way in _WAYS
+        if any(way in row["ways"] for row in rows)
+    ]
+    disks = ("what was run", *(row["disk"] for row in rows))
+    return [_measured(read, "cuts"), "", *table(head, by_disk), "", *table(disks, ways)]
+
+
+def syncs() -> list[str]:
+    """Returns the lines of the table of syncs: what each is of, and what misses it."""
+    read = _read("syncs")
+    rows: Sequence[Mapping[str, Any]] = read["rows"]
+    disks = list(dict.fromkeys(disk for row in rows for disk in row["disks"]))
+    lines = [
+        (
+            row["sync"],
+            f"`{row['site']}`",
+            str(row["calls"]),
+            str(row["model"]) if row["model"] else "",
+            *(_cut(row["disks"].get(disk)) for disk in disks),
+        )
+        for row in rows
+    ]
+    head = ("sync of", "function", "calls", "missed by the model", *disks)
+    return [_measured(read, "syncs"), "", *table(head, lines)]
+
+
+def _cut(how: str | None) -> str:
+    return "not tried" if how is None else how.partition(":")[0] or "no"
+
+
+def _wrong(rows: Sequence[Mapping[str, Any]]) -> str:
+    return str(sum(len(row["wrong"]) for row in rows))
+
+
+def _measured(read: Mapping[str, Any], module: str) -> str:
+    return f"Measured on {read['date']}, Linux {read['kernel']}, by `python -m tests.{module}`."
+
+
+def _read(name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((_SOAK / f"{name}.json").read_text("utf-8"))
+    return value
