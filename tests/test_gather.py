@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import combine
-from shardmerge.execute.gather import gather
+from shardmerge.execute.gather import Assembler, gather
 from shardmerge.sources.zero import FlatGroup, flat_offsets
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
@@ -84,6 +84,24 @@ def test_runs_that_overlap_are_what_numpy_sees(strides: tuple[int, ...], tmp_pat
     entry = TensorEntry("t", F32, shape, (Piece(0, prod(shape), Strided(extent, shape, strides)),))
     expected = np.lib.stride_tricks.as_strided(values, shape, tuple(4 * s for s in strides)).reshape(-1)
     assert np.array_equal(read(entry, 0, prod(shape)), expected)
+
+
+@pytest.mark.parametrize(("step", "ahead"), [(8192, True), (32768, False)])
+def test_what_lies_between_runs_is_read_ahead_where_it_is_not_too_much(
+    step: int, ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight times as much at most. The buffer is given back."""
+    values = np.arange(15 * step + 2048, dtype=np.float32)
+    extent = write_floats(tmp_path / "data", values)
+    entry = TensorEntry("t", F32, (16, 2048), (Piece(0, 16 * 2048, Strided(extent, (16, 2048), (step, 1))),))
+    asked = []
+    monkeypatch.setattr(FilePool, "expect", lambda pool, *given: asked.append(given))
+    assembler, out = Assembler(FilePool()), bytearray(entry.nbytes)
+    assembler.fill(entry, 0, memoryview(out))
+    expected = np.lib.stride_tricks.as_strided(values, (16, 2048), (4 * step, 4)).reshape(-1)
+    assert np.array_equal(np.frombuffer(out, np.float32), expected)
+    assert bool(asked) == ahead
+    assert [len(buffer) for buffer in assembler._free] == [len(out)]
 
 
 @given(data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,17 +18,22 @@ from safetensors.numpy import save_file
 
 from shardmerge import api
 from shardmerge.api import Options
-from shardmerge.errors import OutputError, ResourceError, VerificationError
+from shardmerge.errors import OutputError, ResourceError, UsageError, VerificationError
 from shardmerge.execute.engine import Outcome, Workshop
+from shardmerge.execute.gather import Assembler
 from shardmerge.execute.records import RecordCounts
 from shardmerge.plan.value import Plan
 from shardmerge.publish import checks, finishing
+from shardmerge.publish.closeness import Closeness
 from shardmerge.publish.finishing import Goal
 from shardmerge.publish.having_made import have_made
 from shardmerge.publish.making import is_made, read_receipt, receipt_path
 from shardmerge.publish.part_receipts import receipt_from, unfit
+from shardmerge.publish.recorded import read_recorded
+from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.running import carry_out_share, finish_plan, make_some
-from shardmerge.publish.shares import Share
+from shardmerge.publish.selection import Selection
+from shardmerge.publish.shares import Anything, Share, which
 from shardmerge.publish.staging import Staging, remove
 
 QUICK = Options(sync=False, workers=1)
@@ -191,7 +197,7 @@ def test_a_result_that_is_there_is_whole_whoever_stops_it_last(
     result = finish_plan(plan, out, QUICK)
     settle = Goal.settle
 
-    def slowly(self: Goal, *, sync: bool = True) -> None:
+    def slowly(self: Goal, *, sync: bool) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         settle(self, sync=sync)
@@ -284,3 +290,135 @@ def test_verify_names_what_is_longer(plan: Plan, out: Path, staging: Staging) ->
     with pytest.raises(VerificationError) as raised:
         api.verify(out)
     assert (raised.value.code, raised.value.where) == ("size-differs", str(path))
+
+
+def test_verify_makes_every_tensor_again(
+    plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_plan(plan, out, QUICK)
+    seen, given_back = list[int](), list[int]()
+    release = Assembler.release
+    monkeypatch.setattr(Assembler, "release", lambda self, data: given_back.append(len(data)) or release(self, data))
+    verdict = verify_sources(out, plan, 1 << 14, seen.append)
+    assert given_back == seen
+    assert (verdict.tensors, verdict.nbytes, sum(seen)) == (2, 160_000, 160_000)
+    other = api.plan(out.parent / "mapping.yaml", replace(QUICK, format="bin"))
+    with pytest.raises(VerificationError) as raised:
+        verify_sources(out, other, 1 << 14)
+    assert (raised.value.code, raised.value.where) == ("plan-differs", str(out))
+    assert (raised.value.found, raised.value.expected) == (other.id[:16], plan.id[:16])
+    assert "without --sources" in raised.value.hint
+    path = out / plan.parts()[0].shard.name
+    flip_last(path)
+    with pytest.raises(VerificationError) as raised:
+        verify_sources(out, plan, 1 << 14)
+    end = path.stat().st_size
+    assert raised.value.code == "tensor-differs"
+    assert raised.value.where == f"{path}, bytes {end - 80_000 % (1 << 14)} to {end}"
+    os.truncate(path, end - 1)
+    with pytest.raises(VerificationError) as raised:
+        verify_sources(out, plan, 1 << 14)
+    assert (raised.value.code, raised.value.where) == ("size-differs", str(path))
+
+
+@pytest.mark.parametrize("given", [{"rtol": 0.1}, {"atol": 0.1}, {"cast": "bfloat16"}])
+def test_headers_have_no_values_to_be_close(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as raised:
+        Closeness(headers=True, **given)
+    assert raised.value.code == "no-effect"
+    assert raised.value.hint
+    for number in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError) as raised:
+            Closeness(atol=0.0, rtol=number)
+        assert raised.value.code == "bad-tolerance"
+
+
+@pytest.mark.parametrize(
+    ("sample", "of_ten"), [("1", 1), ("3", 3), ("99", 10), ("100%", 10), ("5%", 1), ("25%", 3), ("0.1%", 1)]
+)
+def test_how_many_a_sample_has(sample: str, of_ten: int, plan: Plan, out: Path, staging: Staging) -> None:
+    finish_plan(plan, out, QUICK)
+    receipt = read_recorded(out)
+    one = receipt.tensors["w.0"]
+    ten = replace(receipt, tensors={f"t.{n}": one for n in range(10)})
+    drawn = Selection(sample=sample)
+    assert drawn
+    assert len(drawn.of(ten, out).tensors) == of_ten
+    assert drawn.of(ten, out) == Selection(sample=sample, seed=0).of(ten, out)
+    assert not Selection()
+    assert Selection().of(ten, out) is ten
+
+
+@pytest.mark.parametrize("sample", ["0", "0%", "100.1%", "-1", "x", "5 %"])
+def test_a_sample_is_a_number_or_a_share(sample: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        Selection(sample=sample)
+    assert (raised.value.code, raised.value.found) == ("bad-sample", sample)
+
+
+def test_the_worst_difference_is_the_first(tmp_path: Path) -> None:
+    """Values by their largest difference, also where the types differ too; what one side lacks is before them."""
+    ones = np.ones(4, np.float32)
+    save_file({"small": ones, "large": ones, "lacking": ones, "same": ones}, tmp_path / "a.safetensors")
+    other = {"small": ones + 1, "large": (ones + 100).astype(np.float64), "same": ones}
+    save_file(other, tmp_path / "b.safetensors")
+    found = api.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [(one.name, one.what) for one in found] == [
+        ("lacking", "only in A"), ("large", "dtype"), ("large", "values"), ("small", "values"),
+    ]  # fmt: skip
+
+
+def test_any_part_tells_that_it_waits() -> None:
+    def tell(missing: int) -> None:
+        """Nobody waits here."""
+
+    found = which("any", tell)
+    assert isinstance(found, Anything)
+    assert found.waiting is tell
+    assert which("3/8", environment={}) == Share(3, 8)
+    assert which("3/8", environment={"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1"}) == Share(2, 8)
+    for text in ("8/8", "x", "1/8/2", "-1/8"):
+        with pytest.raises(UsageError) as raised:
+            which(text, environment={})
+        assert (raised.value.code, raised.value.found) == ("bad-part", text)
+        assert raised.value.hint
+
+
+@pytest.mark.parametrize("failures", [2, 5])
+def test_removing_is_tried_again_a_while_later(
+    failures: int, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that was under way may put a file into a directory that was emptied; five times, then it is an error."""
+    rmdir, left, waited = Path.rmdir, [errno.ENOTEMPTY] * failures, list[float]()
+
+    def fails(self: Path) -> None:
+        if left and ".partial-gone" in self.name:
+            raise OSError(left.pop(), "not empty")
+        rmdir(self)
+
+    monkeypatch.setattr(Path, "rmdir", fails)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    remove(staging.root, out)
+    assert waited == [0.1] * failures
+    assert not list(out.parent.glob("out.partial-*"))
+
+
+def test_what_cannot_be_removed_is_an_error(out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def refused(self: Path, **more: object) -> None:
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OutputError) as raised:
+        remove(staging.root, out)
+    assert raised.value.code == "unwritable-output"
+
+
+@pytest.mark.parametrize(("form", "read"), [("safetensors", True), ("bin", False)])
+def test_who_read_a_selected_tensor_is_told(form: str, read: bool, plan: Plan, out: Path) -> None:
+    api.run(out.parent / "mapping.yaml", out, replace(QUICK, format=form))
+    checks = api.verify(out, tensors=["w.0"]).checks
+    assert ("safetensors reads the same tensors" in checks) == read
+    assert "1 tensors have the receipt's names, types, shapes and places" in checks
+    assert "80,000 bytes have the receipt's checksums" in checks

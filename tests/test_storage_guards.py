@@ -15,7 +15,8 @@ import pytest
 from shardmerge import system_errors
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UsageError
 from shardmerge.execute.patience import Halt, patiently
-from shardmerge.storage import cache, reading, writing
+from shardmerge.storage import cache, limits, reading, writing
+from shardmerge.storage.exchanging import exchange
 from shardmerge.storage.listing import files_below, matching
 from shardmerge.storage.reading import FilePool, SourceFile
 
@@ -130,6 +131,26 @@ def test_an_error_of_beginning_to_write_is_raised(
             with pytest.raises(OSError) as caught:  # noqa: PT011  # the number follows
                 work(file.fileno(), 0, 1)
             assert caught.value.errno == number
+
+
+def test_a_library_without_the_call_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    monkeypatch.setattr(ctypes, "CDLL", _raises(errno.ENOENT))
+    assert cache._sync_file_range.__wrapped__() is None
+    assert not exchange(tmp_path / "a", tmp_path / "b")
+    limits.return_freed_memory()
+
+
+def test_two_names_change_places(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("first")
+    second.mkdir()
+    assert exchange(first, second)
+    assert (first.is_dir(), second.read_text()) == (True, "first")
+    with pytest.raises(FileNotFoundError) as raised:
+        exchange(first, tmp_path / "none")
+    assert (raised.value.filename, raised.value.filename2) == (str(first), str(tmp_path / "none"))
 
 
 def test_the_room_of_a_path_that_is_not_there_yet_is_that_of_its_parent(tmp_path: Path) -> None:

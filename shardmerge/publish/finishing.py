@@ -77,7 +77,7 @@ class Goal:
         files = ((self.out / shard.name, shard.nbytes) for shard in self.plan.shards)
         return all(path.is_file() and path.stat().st_size == nbytes for path, nbytes in files)
 
-    def settle(self, *, sync: bool = True) -> None:
+    def settle(self, *, sync: bool) -> None:
         """Makes the name of the result durable, and removes what was needed to make it.
 
         Raises

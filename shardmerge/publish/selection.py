@@ -89,7 +89,8 @@ def _count(sample: str, of: int) -> int:
     """Returns how many of so many a sample has: at least one."""
     match = _SIZE.fullmatch(sample)
     number, share = match.groups() if match else (None, None)
-    if not float(number or share or 0) or float(share or 0) > 100:
+    size = float(number or share or 0)
+    if not size or (share and size > 100):
         what = "a sample is a number of tensors, or a share of them"
         raise UsageError("bad-sample", what, found=sample, expected="such as 100, or 5%")
-    return int(number) if number else max(ceil(of * float(share or 0) / 100), 1)
+    return int(number) if number else max(ceil(of * size / 100), 1)

@@ -108,7 +108,8 @@ def _leaf(node: Any, start: Any) -> Any:
 def _is_left_out(node: Any, kind: str) -> bool:
     """Tells whether nobody can see the change, or what is changed is a text for people.
 
-    Types are for mypy. A class that is frozen or has slots keeps its writers from mistakes, and a cache saves time.
+    Types are for mypy. A class that is frozen or has slots, and ``strict=True`` of ``zip``, keep writers of the code
+    from mistakes. A cache saves time.
     """
     if node.type == "decorator":
         return "cache" in node.get_code()
@@ -129,7 +130,7 @@ def _is_star(node: Any) -> bool:
 
 def _is_words(node: Any, inside: list[Any]) -> bool:
     """Tells whether the way up goes through the message of an error, or what it says was found and expected."""
-    if node.type == "argument" and node.children[0].get_code().strip() in ("found", "expected"):
+    if node.type == "argument" and node.children[0].get_code().strip() in ("found", "expected", "strict"):
         return True
     if node.type != "arglist" or not node.parent.get_previous_sibling():
         return False
