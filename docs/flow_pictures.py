@@ -105,6 +105,11 @@ FLOWS = {
         ("shardmerge report", "where each byte is from"),
         [("model.report.html", "one file, no network")],
     ),
+    "signing": Flow(
+        [("out/model/", "and its receipt, shardmerge.json")],
+        ("shardmerge attest", "verifies all bytes"),
+        [("model.intoto.json", "SHA-256 of every file, provenance"), ("model.sig", "by model_signing")],
+    ),
     "cluster": Flow(
         [("mapping.yaml", "or plan.json")],
         ("run --part I/N", "on any number of nodes"),

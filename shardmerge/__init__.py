@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from shardmerge.version import __version__
 
 if TYPE_CHECKING:
-    from shardmerge.api import clean, convert, diff, open_checkpoint, plan, presets, report, run, verify
+    from shardmerge.api import attest, clean, convert, diff, open_checkpoint, plan, presets, report, run, verify
     from shardmerge.errors import (
         CheckpointError,
         InterruptedRunError,
@@ -72,6 +72,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "__version__",
+    "attest",
     "clean",
     "convert",
     "diff",
@@ -88,7 +89,7 @@ __all__ = [
 
 # Where a public name is made. `--help` needs none of these modules, and `inspect` a third of them.
 _MODULES = {
-    "shardmerge.api": ("clean", "convert", "diff", "open_checkpoint", "presets", "report", "run", "verify"),
+    "shardmerge.api": ("attest", "clean", "convert", "diff", "open_checkpoint", "presets", "report", "run", "verify"),
     "shardmerge.plan": ("plan",),  # a package that can be called: see there
     "shardmerge.prepare.options": ("Options",),
     "shardmerge.publish.results": ("Result",),

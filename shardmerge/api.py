@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from shardmerge.reports.timeline import Timeline
 
 __all__ = [
-    "Options", "Prepared", "Result", "SavedMapping", "Unfinished", "carry_out", "clean", "clonable_bytes", "convert",
-    "diff", "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert", "layout_of",
-    "matching", "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion",
+    "Options", "Prepared", "Result", "SavedMapping", "Unfinished", "attest", "carry_out", "clean", "clonable_bytes",
+    "convert", "diff", "explain_json", "explain_text", "finish", "float_dtype", "init", "inspect", "invert",
+    "layout_of", "matching", "open_checkpoint", "output_path", "parse_size", "plan", "prepare", "prepare_conversion",
     "prepare_mapping", "preset_text", "presets", "report", "report_path", "reported_run", "run", "run_part", "schema",
     "sides", "verify", "write_new", "write_plan",
 ]  # fmt: skip
@@ -316,6 +316,58 @@ def report(directory: str | Path, path: str | Path | None = None, run: Run | Non
     place = report_path(folder, path)
     write_report(folder, place, run)
     return place
+
+
+def attest(
+    directory: str | Path,
+    path: str | Path | None = None,
+    *,
+    mapping: str | Path | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    **choices: object,
+) -> tuple[Path, Verdict]:
+    """Verifies a published directory and writes an in-toto statement of it, with the provenance of SLSA 1.0.
+
+    Parameters
+    ----------
+    directory
+        A directory that ``run`` or ``convert`` published. All of it is read.
+    path
+        The file; an earlier statement there is replaced. Default: ``DIRECTORY.intoto.json``, beside it.
+    mapping
+        The mapping of the run, or its plan: it is planned again, and its digest goes into the statement.
+    options, choices
+        Those of the run, where they were not the mapping's.
+    progress
+        Called with the bytes read.
+
+    Returns
+    -------
+    path, verdict
+        Where it was written, and what was checked.
+
+    Raises
+    ------
+    UsageError
+        ``no-receipt``, ``missing-path``.
+    VerificationError
+        As ``verify``. ``plan-differs``: the directory is not the result of this mapping.
+    OutputError
+        ``output-exists``: what is there is no statement. ``unwritable-output``.
+    """
+    from shardmerge.publish import attesting
+    from shardmerge.publish.verify import verify_directory
+
+    folder, options = Path(directory).expanduser().absolute(), chosen(options, choices)
+    place = attesting.statement_path(folder, path)
+    made_by = None
+    if mapping is not None:
+        plan = prepare(Path(mapping), options).plan
+        made_by = attesting.mapping_parameters(folder, Path(mapping), plan, options)
+    verdict = verify_directory(folder, progress, digests=True)
+    attesting.write_statement(place, attesting.statement(folder, verdict, made_by))
+    return place, verdict
 
 
 def report_path(out: Path, given: str | Path | None) -> Path:

@@ -27,7 +27,7 @@ _KINDS = {
     "receipt": ("shardmerge.json",),
     "plan": ("../plan.json",),
 }
-FORMATS = ("safetensors", "bin", "dcp")
+FORMATS = ("safetensors", "safetensors --sha256", "bin", "dcp")
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Count:
 
 def scene(folder: Path, form: str) -> Path:
     """Makes a result of several shards, an index and small files, and a plan beside it."""
-    options = sm.Options(shard_size=8_000, format=form, sync=False)
+    form, _, more = form.partition(" ")
+    options = sm.Options(shard_size=8_000, format=form, sync=False, sha256=more == "--sha256")
     api.write_plan(api.prepare_conversion(_MODEL, options=options), folder / "plan.json", folder / "never")
     return sm.convert(_MODEL, folder / "out", options=options).path
 

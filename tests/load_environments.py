@@ -1,4 +1,4 @@
-"""Builds one environment a version of transformers, and one of DeepSpeed and of mergekit, for the tests that need them.
+"""Builds one environment a version of transformers, and one of other tools each, for the tests that need them.
 
 Each gets its own library and shares torch with the environment that runs this script, through a .pth file. A
 version that cannot be installed is said loudly, and the tests that need it are skipped with the same words.
@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 VERSIONS = ("4.51.3", "4.57.1", "5.23.0")
-DEEPSPEED, MERGEKIT = "0.19.8", "0.1.5"
+DEEPSPEED, MERGEKIT, MODEL_SIGNING = "0.19.8", "0.1.5", "1.1.1"
 ROOT = Path(__file__).parent.parent / ".envs"
 
 # What DeepSpeed imports, and what its setup.py wants.
@@ -49,6 +49,9 @@ def build(version: str, library: str = "transformers") -> None:
         subprocess.run(command, check=True, env=of_python)
     elif library == "mergekit":
         subprocess.run([*install, f"mergekit=={version}"], check=True)
+    elif library == "model-signing":
+        # It imports pyOpenSSL, and counts on another library to bring it.
+        subprocess.run([*install, f"model-signing=={version}", "pyopenssl"], check=True)
     else:
         subprocess.run([*install, f"transformers=={version}", "pillow"], check=True)
     (home / "ready").touch()
@@ -56,7 +59,7 @@ def build(version: str, library: str = "transformers") -> None:
 
 def main() -> None:
     """Builds what is missing."""
-    others = (("deepspeed", DEEPSPEED), ("mergekit", MERGEKIT))
+    others = (("deepspeed", DEEPSPEED), ("mergekit", MERGEKIT), ("model-signing", MODEL_SIGNING))
     for library, version in (*(("transformers", version) for version in VERSIONS), *others):
         if ready(version, library):
             continue

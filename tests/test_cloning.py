@@ -155,6 +155,35 @@ def test_ext4_copies_the_same_bytes(sharing: Path, ext4: Path) -> None:
     assert not sm.verify(ext4 / "out").unchecked
 
 
+def test_digests_of_clones_are_those_of_the_output(sharing: Path) -> None:
+    """Nobody wrote their bytes: they are read back for it, and then verify leaves nothing unchecked."""
+    tensors = model(sharing)
+    result = sm.run(sharing / "m.yaml", sha256=True)
+    assert set(result.outcome.cloned) == cloned_names(tensors)
+    receipt = json.loads((sharing / "out" / "shardmerge.json").read_text())
+    path = sharing / "out" / "model.safetensors"
+    assert receipt["shards"]["model.safetensors"]["sha256"] == digests(sharing / "out")["model.safetensors"]
+    for name, tensor in tensors.items():
+        expected = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        assert receipt["tensors"][f"x.{name}"]["sha256"] == expected
+    assert not sm.verify(sharing / "out").unchecked
+    with path.open("r+b") as file:
+        file.seek(receipt["tensors"]["x.head"]["offset"] + 7)
+        file.write(b"~")
+    with pytest.raises(sm.VerificationError, match=r"x\.head"):
+        sm.verify(sharing / "out")
+
+
+def test_digests_where_nothing_is_left_to_be_written(sharing: Path) -> None:
+    """The data of our own files begin on a block: all of this one are cloned."""
+    save_file({"w": torch.randn(512, 1024)}, sharing / "in.safetensors")
+    first = sm.convert(sharing / "in.safetensors", sharing / "first", dtype="bfloat16")
+    result = sm.convert(first.path, sharing / "out", sha256=True)
+    assert result.outcome.bytes_cloned == result.plan.tensor_bytes
+    receipt = json.loads((sharing / "out" / "shardmerge.json").read_text())
+    assert receipt["shards"]["model.safetensors"]["sha256"] == digests(sharing / "out")["model.safetensors"]
+
+
 def test_another_device_is_copied_from(sharing: Path, ext4: Path) -> None:
     tensors = model(ext4)
     done = json.loads(shardmerge("run", ext4 / "m.yaml", "--out", sharing / "out", "--json").stdout)

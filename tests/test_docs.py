@@ -177,7 +177,7 @@ PYTHON = {
     "merge_in_memory.py": (["two-sources.yaml"], "head.weight torch.bfloat16 (2, 4) <- trained:head.weight"),
     "tour.py": (
         ["two-sources.yaml", "models/base", "out/tour"],
-        "after a cast: 0 differences\nreport: tour.report.html\n",
+        "after a cast: 0 differences\nreport: tour.report.html\nattested: tour.intoto.json 1 files of weights\n",
     ),
     "load_sharded.py": (["models/base"], "tensors, of which encoder.bias sums to"),
     "catch_errors.py": (["checkpoints/last.pth"], "readable: torch zip"),
@@ -253,7 +253,7 @@ def sections() -> dict[str, str]:
 
 
 def named_options(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?![\w-])", " ".join(re.findall(r"`([^`]*)`", text))))
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*(?![\w-])", " ".join(re.findall(r"`([^`]*)`", text))))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -169,6 +169,15 @@ def test_the_page_cache_stays_within_the_cgroup(group: str, one: Path, scratch: 
     assert hits == 0
 
 
+def test_digests_are_taken_inside_a_cgroup(group: str, filled: Path, expected: str, scratch: Path) -> None:
+    done = convert(filled, scratch / "digested", "--sha256", group=group)
+    planned = answer(done)["planned_peak"]
+    assert isinstance(planned, int)
+    print(f"with digests: {done.peak / MIB:.1f} MiB of {planned / MIB:.1f} planned")
+    assert done.peak <= planned <= CGROUP_LIMIT
+    assert digest(scratch / "digested") == expected
+
+
 def test_the_cgroup_does_kill(group: str) -> None:
     """What the tests above stand on: the limit is a real one."""
     hungry = f"print(len(bytearray(b'x') * {2 * CGROUP_LIMIT}))"

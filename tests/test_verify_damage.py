@@ -127,7 +127,7 @@ def test_a_receipt_of_the_first_versions_is_read(out: Path) -> None:
 
 
 def test_a_receipt_of_a_later_version_is_not_judged(out: Path) -> None:
-    write_receipt(out, receipt_of(out) | {"schema": 6, "shardmerge": "9.0"})
+    write_receipt(out, receipt_of(out) | {"schema": 7, "shardmerge": "9.0"})
     assert "[newer-receipt]" in shardmerge("verify", out, code=3).stderr
 
 

@@ -35,6 +35,8 @@ print("diff:", worst.what, "of", len(found), "tensors; largest difference", larg
 same = shardmerge.diff(result.path, converted.path, how=shardmerge.Closeness(cast="bfloat16"))
 print("after a cast:", len(same), "differences")
 print("report:", shardmerge.report(result.path).name)
+statement, verdict = shardmerge.attest(result.path, mapping=mapping, options=options)
+print("attested:", statement.name, len(verdict.digests), "files of weights")
 
 # Errors: the class states the kind, the code the exact error.
 refused = (

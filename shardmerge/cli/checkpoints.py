@@ -1,4 +1,4 @@
-"""The commands that look at checkpoints, and compare them."""
+"""The commands that look at checkpoints and compare them, or attest what they found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def add_checkpoint_commands(group: click.Group) -> None:
     """Puts the commands of this module on the group."""
-    for command in (inspect, verify, diff):
+    for command in (inspect, verify, diff, attest):
         group.add_command(command)
 
 
@@ -193,6 +193,36 @@ def _closeness(given: dict[str, Any], reference: str | None) -> Closeness:
     if reference is None:
         refuse_idle(own, *own, why="is for --reference PATH, which compares values")
     return shardmerge.Closeness(**own)
+
+
+@click.command()
+@click.argument("directory", type=click.Path(readable=False))
+@click.option("-o", "--out", type=click.Path(), metavar="FILE", help="Default: DIRECTORY.intoto.json, beside it.")
+@click.option("--mapping", type=click.Path(), metavar="MAPPING", help="Of the run: its digest goes into the statement.")
+@plan_options
+@quiet_option
+@json_option
+def attest(
+    directory: str,
+    out: str | None,
+    mapping: str | None,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """Verify a published DIRECTORY and write an in-toto statement: SHA-256 of all files, and what made them."""
+    if mapping is None:
+        why = "is for --mapping MAPPING, which is planned again"
+        refuse_idle(given, "dtype", "shard_size", "form", "dcp_root", "files", "partial", why=why)
+    name = Path(directory).name
+    with progress_bar(_size_of(directory), quiet=quiet or as_json, label=name, phase="verifying") as progress:
+        path, verdict = shardmerge.attest(directory, out, mapping=mapping, options=parsed(given), progress=progress)
+    if as_json:
+        click.echo(dumped({"path": str(path), "unchecked": list(verdict.unchecked)}))
+        return
+    for rest in verdict.unchecked:
+        click.echo(f"not checked  {rest}", err=True)
+    click.echo(f"written: {path}")
 
 
 def _selection(given: dict[str, Any], *, whole: bool) -> dict[str, Any]:

@@ -30,6 +30,7 @@ EXAMPLES = {
     "presets list": ("presets list", "presets list --json"),
     "presets show": ("presets show peft/merge", "presets show xtuner/llava-to-hf > mine.yaml"),
     "report": ("report out/", "report out/ --out report.html"),
+    "attest": ("attest out/model", "attest out/model --mapping mapping.yaml --out model.intoto.json"),
     "bench": ("bench --size 1GiB", "bench --scratch /data --rounds 5"),
     "errors": ("errors missing-rank", "errors --json"),
     "completion": (

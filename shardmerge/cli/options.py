@@ -83,6 +83,7 @@ def run_options(function: _Command) -> _Command:
             click.option("--overwrite", is_flag=True, help="Replace a result of shardmerge at the output path."),
             click.option("--fresh", is_flag=True, help="Begin anew, instead of going on where a stopped run was."),
             click.option("--recheck", is_flag=True, help="Read all of what a stopped run made again, not samples."),
+            click.option("--sha256", is_flag=True, help="Put the SHA-256 of every file and tensor into the receipt."),
         ]
     ):
         function = option(function)
@@ -192,6 +193,7 @@ def parsed(given: dict[str, Any]) -> Options:
         fresh=given.get("fresh", False),
         recheck=given.get("recheck", False),
         overwrite=given.get("overwrite", False),
+        sha256=given.get("sha256", False),
     )
 
 

@@ -18,6 +18,7 @@ from typing import TypeAlias
 from shardmerge.errors import CheckpointError, OutputError, UsageError
 from shardmerge.execute.checksum import joined
 from shardmerge.execute.cloning import clone_shard
+from shardmerge.execute.digests import Follower, taken
 from shardmerge.execute.means import Means
 from shardmerge.execute.patience import GRACE, interrupted
 from shardmerge.execute.pins import Pins
@@ -26,7 +27,7 @@ from shardmerge.execute.records import RecordSums, RecordTables, joined_sums
 from shardmerge.execute.worker import Worker
 from shardmerge.plan.clones import Clone, overlapping
 from shardmerge.plan.shard import PlannedShard, PlannedTensor, is_copy
-from shardmerge.plan.tasks import Task, batches
+from shardmerge.plan.tasks import Task, batches, front_to_back
 from shardmerge.plan.value import Part
 from shardmerge.storage.limits import return_freed_memory
 from shardmerge.storage.writing import OutputFile
@@ -60,6 +61,8 @@ class Outcome:
         What cloning them took; the kernel first writes out what of the sources is not on the disk yet.
     records
         What was read of records that carry checksums.
+    digests, file_digests
+        SHA-256 (hex) of each tensor and of each file, by name, where that was asked for: all of them, or none.
     """
 
     overflows: dict[str, int]
@@ -71,6 +74,8 @@ class Outcome:
     bytes_cloned: int = 0
     clone_seconds: float = 0.0
     records: tuple[RecordSums, ...] = ()
+    digests: dict[str, str] = field(default_factory=dict)
+    file_digests: dict[str, str] = field(default_factory=dict)
 
 
 class Workshop:
@@ -114,12 +119,12 @@ class Workshop:
             ``source-changed``: a source file is not the one that was planned with. ``damaged-record``: the bytes of a
             record do not have its checksum.
         ResourceError, OutputError
-            From the writing side.
+            From the writing side. ``output-changed``: what was read back for its digest is not what was written.
         InterruptedRunError
             ``interrupted``: ``stopped`` said so.
         """
         means = self._means
-        file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded)
+        file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded, read_back=means.sha256)
         for worker in self._workers:
             worker.begin(self._tables)
         try:
@@ -152,6 +157,7 @@ class _Making:
         self._workers = workers
         self._counters = counters
         self._stopped = stopped
+        self._follower = Follower(shard, file) if means.sha256 else None
         self._queue: deque[list[Task]] = deque()
         self._failure: BaseException | None = None
 
@@ -160,13 +166,25 @@ class _Making:
         for offset, blob in self._shard.blobs:
             reserved = max(8 - offset, 0)  # written last: see OutputFile
             self._file.write(offset + reserved, memoryview(blob)[reserved:])
+            self._wrote(offset, len(blob))
         started = time.monotonic()
         cloned = clone_shard(self._shard, self._file, self._workers[0].pool)
         clone_seconds = time.monotonic() - started
-        self._counters[0] += sum(one.nbytes for one in cloned)
-        self._queue.extend(batches(self._shard, self._means.tile, cloned))
+        for one in cloned:
+            self._counters[0] += one.nbytes
+            self._wrote(one.offset, one.nbytes)
+        made = batches(self._shard, self._means.tile, cloned)
+        self._queue.extend(front_to_back(made) if self._follower else made)
         self._run_threads()
         return self._outcome(cloned, clone_seconds)
+
+    def _wrote(self, offset: int, nbytes: int) -> None:
+        if self._follower is not None:
+            self._follower.wrote(offset, nbytes)
+
+    def _follow(self) -> None:
+        if self._follower is not None:
+            self._follower.follow(lambda: self._failure is None)
 
     def _run_threads(self) -> None:
         """Lets threads work until the queue is empty, or this one is told to stop."""
@@ -199,9 +217,13 @@ class _Making:
                 try:
                     batch = self._queue.popleft()
                 except IndexError:  # another thread took the last one
-                    return
+                    break
                 if not worker.carry(batch, self._file, done):
                     return
+                for task in batch:
+                    self._wrote(task.offset, task.nbytes)
+                self._follow()
+            self._follow()  # where all was cloned, there were no tasks
         except BaseException as error:  # noqa: BLE001  # whatever happens in a thread must reach the caller
             self._failure = self._failure or error
 
@@ -210,6 +232,7 @@ class _Making:
         records = joined_sums((one for worker in self._workers for one in worker.notes.sums()), self._means.records)
         places = dict(_cloned_places(self._shard, cloned))
         checksums = self._checksums(places)
+        digests, file_digest = self._digests(checksums)
         for name, offsets in self._shard.checksums.items():
             for offset in offsets:
                 self._file.write(offset, memoryview(checksums[name].to_bytes(4, "little")))
@@ -225,7 +248,15 @@ class _Making:
             sum(one.nbytes for one in cloned),
             clone_seconds,
             records,
+            digests,
+            file_digest,
         )
+
+    def _digests(self, checksums: dict[str, int]) -> tuple[dict[str, str], dict[str, str]]:
+        """The SHA-256 of every tensor and of the file; nothing where none is asked for."""
+        if self._follower is None:
+            return {}, {}
+        return taken(self._follower.digester, self._shard, self._file.path, checksums)
 
     def _checksums(self, cloned: dict[str, tuple[str, int]]) -> dict[str, int]:
         """The CRC-32 of every tensor of which all bytes were seen."""

@@ -38,6 +38,8 @@ class Means:
         Where casts are made.
     records
         Gives the records of a source file that have checksums there.
+    sha256
+        Whether the SHA-256 of the part and of its tensors is taken.
     """
 
     threads: int = 1
@@ -47,3 +49,4 @@ class Means:
     sync: bool = True
     device: Device = "cpu"
     records: ReadRecords = no_records
+    sha256: bool = False

@@ -38,6 +38,10 @@ KEPT_TILINGS = 8
 KEPT_TILES = 2
 
 
+# Bytes of a file that are read back at once for its SHA-256; a process has one buffer.
+READ_BACK = 1 << 20
+
+
 # Frames that a worker unpacks side by side, and what each takes beside its window: ``storage.packed`` keeps to both.
 OPEN_FRAMES, PER_FRAME = 4, 1 << 20
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardmerge.errors import ResourceError
-from shardmerge.plan.memory import LARGEST_TILE, making_peak
+from shardmerge.plan.memory import LARGEST_TILE, READ_BACK, making_peak
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 from shardmerge.tensors import leaves
 
@@ -26,6 +26,9 @@ _RESERVED = 53 << 20
 # A tensor of a source with its pieces, what is planned of it, its header and its part of the receipt: 1.9 KB of a whole
 # run measured, over 92,000 tensors with a cast each.
 _PER_TENSOR = 2 << 10
+
+# The SHA-256 of a tensor: where it is taken, in the receipt of its part, and in that of the result.
+_PER_DIGEST = 512
 
 # What a process forked from the one that planned has of its own beside its threads' buffers: pages that both wrote to
 # (counts of references), allocator, stacks.
@@ -74,7 +77,7 @@ class Schedule:
         return self.processes * self.threads
 
 
-def schedule(
+def schedule(  # noqa: PLR0913  # what is made, and what is granted
     shards: Sequence[PlannedShard],
     *,
     budget: int,
@@ -83,6 +86,7 @@ def schedule(
     frames: int = 0,
     opening: int = 0,
     apart: bool = False,
+    sha256: bool = False,
 ) -> Schedule:
     """Returns the most workers, and the largest tile, with which the planned peak stays within the budget.
 
@@ -102,6 +106,8 @@ def schedule(
         What planning leaves besides, in bytes: see ``memory.opening_peak`` and ``memory.target_peak``.
     apart
         As ``Schedule.apart``.
+    sha256
+        Whether digests are taken.
 
     Raises
     ------
@@ -110,20 +116,21 @@ def schedule(
     """
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     fixed = _RESERVED + opening + _PER_TENSOR * sum(max(sum(1 for _ in leaves(tensor.entry)), 1) for tensor in tensors)
+    fixed += _PER_DIGEST * len(tensors) if sha256 else 0
     needs: dict[int, int] = {}  # of a worker, by tile: asked for again with fewer workers
     for count, threads in _ways(shards, workers, processes):
         tile = _first_tile(count * threads)
         while tile >= _SMALLEST_TILE:
             if tile not in needs:
                 needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0) + frames
-            own = _PER_PROCESS * count if count > 1 or apart else 0
+            own = (_PER_PROCESS * count if count > 1 or apart else 0) + (READ_BACK * count if sha256 else 0)
             peak = fixed + own + count * threads * needs[tile]
             if peak <= budget:
                 return Schedule(count, threads, tile, peak, apart)
             tile //= 2
     if not tensors:  # nothing to be made: what was made before is looked at, and published
         return Schedule(1, 1, _SMALLEST_TILE, fixed)
-    raise _too_small(tensors, fixed + frames, budget)
+    raise _too_small(tensors, fixed + frames + (READ_BACK if sha256 else 0), budget)
 
 
 def _ways(shards: Sequence[PlannedShard], workers: int, most: int) -> Iterator[tuple[int, int]]:

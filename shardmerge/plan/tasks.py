@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from shardmerge.packed_names import packed_name
 from shardmerge.plan.clones import Clone, ranges_left
 from shardmerge.plan.memory import has_state, share_state, tile_elements
-from shardmerge.plan.order import ordered
+from shardmerge.plan.order import first_byte, ordered
 from shardmerge.plan.shard import PlannedShard, PlannedTensor
 
 # Bytes of a task, at least, where a tensor has so many. Its checksum is chained from tile to tile and joined with the
@@ -24,6 +25,16 @@ class Task:
     start: int
     count: int
     step: int
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file, in bytes."""
+        return self.tensor.offset + self.start * self.tensor.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.count * self.tensor.dtype.itemsize
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Yields the first element and the number of elements of every tile."""
@@ -45,6 +56,17 @@ def batches(shard: PlannedShard, tile: int, cloned: Sequence[Clone] = ()) -> Ite
         batch.append(task)
     if batch:
         yield batch
+
+
+def front_to_back(made: Iterable[list[Task]]) -> list[list[Task]]:
+    """Returns batches in the order of the file that is written, for whoever reads it back behind them.
+
+    Where a source is compressed they stay in its order, in which it is unpacked once.
+    """
+    found = list(made)
+    if any(packed_name(first_byte(task.tensor.entry)[0]) for batch in found for task in batch):
+        return found
+    return sorted(found, key=lambda batch: batch[0].offset)
 
 
 def tasks(shard: PlannedShard, tile: int, cloned: Sequence[Clone] = ()) -> Iterator[Task]:

@@ -42,7 +42,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("cpu", "cuda"),
     "check": ("transformers",),
 }
-_FLAGS = ("optimizer", "download", "sync", "partial", "fresh", "recheck", "overwrite")
+_FLAGS = ("optimizer", "download", "sync", "partial", "fresh", "recheck", "overwrite", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class Options:
         Whether all bytes of what an earlier run made are read again, and not some.
     overwrite
         Whether a result of shardmerge at the output path is replaced.
+    sha256
+        Whether the receipt gets the SHA-256 of every file and tensor.
     engine, address
         Who makes the parts: ``here``, processes of this machine; or ``ray``, tasks of the cluster at this address, None
         for the one that Ray finds. ``memory`` and ``workers`` are then those of each task.
@@ -110,6 +112,7 @@ class Options:
     fresh: bool = False
     recheck: bool = False
     overwrite: bool = False
+    sha256: bool = False
     engine: Engine = "here"
     address: str | None = None
     check: Check | None = None
@@ -188,6 +191,7 @@ def granted(shards: Sequence[PlannedShard], options: Options, files: Sequence[Fi
         frames=unpacking_peak(files),
         opening=opening_peak(files) + target_peak(target),
         apart=options.io == "mmap" and forks,
+        sha256=options.sha256,
     )
 
 

@@ -30,7 +30,7 @@ from shardmerge.execute.records import ReadRecords, RecordCounts
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import content
 from shardmerge.publish.checks import check_place, is_free
-from shardmerge.publish.gathered import compared, missing, receipts_of
+from shardmerge.publish.gathered import all_or_none, compared, digested, missing, receipts_of
 from shardmerge.publish.making import make_folders
 from shardmerge.publish.part_receipts import together, unfit
 from shardmerge.publish.receipt import receipt_json
@@ -111,7 +111,14 @@ def published_plan(out: Path) -> str:
 
 
 def finish(  # what, from where to where, and how
-    goal: Goal, staging: Staging, records: ReadRecords, halt: Halt, *, overwrite: bool = False, recheck: bool = False
+    goal: Goal,
+    staging: Staging,
+    records: ReadRecords,
+    halt: Halt,
+    *,
+    overwrite: bool = False,
+    recheck: bool = False,
+    sha256: bool = False,
 ) -> tuple[Outcome, RecordCounts]:
     """Publishes a plan whose parts are all made, and removes the staging directory.
 
@@ -127,6 +134,9 @@ def finish(  # what, from where to where, and how
         Whether a result of shardmerge at the output path is replaced.
     recheck
         Whether all bytes of the parts are compared, and not some.
+    sha256
+        Whether the digests of parts that were made without are taken now. If not, the receipt has those of all files
+        where all parts were made with digests, and none elsewhere.
 
     Returns
     -------
@@ -148,7 +158,7 @@ def finish(  # what, from where to where, and how
     counts = compared(goal.plan, staging, outcome, records)
     staging.take_back()
     turn = 0
-    while not (_Publishing(goal, staging, outcome, halt, overwrite, recheck).done() or goal.reached()):
+    while not (_Publishing(goal, staging, outcome, halt, overwrite, recheck, sha256).done() or goal.reached()):
         _wait(staging, halt, _SILENT * 2**turn)
         turn += 1
         if turn > _TURNS and not staging.claimed() and not staging.model.exists():
@@ -192,6 +202,7 @@ class _Publishing:
     halt: Halt
     overwrite: bool
     recheck: bool
+    sha256: bool
 
     def done(self) -> bool:
         """Claims the model and publishes it; False where somebody else has it, or took it away meanwhile."""
@@ -218,12 +229,15 @@ class _Publishing:
         """Looks at all parts, and writes what goes with them: the index after all other files, then the receipt."""
         plan, staging, digests = self.goal.plan, self.staging, {}
         raise_all(self._unfit())
+        outcome = (
+            digested(plan, staging.ready, self.outcome, self.halt) if self.sha256 else all_or_none(plan, self.outcome)
+        )
         for side in sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json")):
             data = content(plan, side)
             make_folders(staging.ready, side.name)
             staging.place(staging.ready / side.name, data)
             digests[side.name] = hashlib.sha256(data).hexdigest()
-        staging.place(staging.ready / RECEIPT, receipt_json(plan, self.outcome, digests, __version__))
+        staging.place(staging.ready / RECEIPT, receipt_json(plan, outcome, digests, __version__))
         wanted = {RECEIPT, *digests, *(shard.name for shard in plan.shards)}
         raise_all(_strange(staging, wanted))
         if is_free(self.goal.out) and self.goal.out.is_dir():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from shardmerge.errors import CheckpointError, OutputError
+from shardmerge.execute.digests import Digester, taken
 from shardmerge.execute.engine import Outcome
+from shardmerge.execute.patience import Halt
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import DAMAGED, ReadRecords, RecordCounts, compare_records
+from shardmerge.plan.shard import PlannedShard
 from shardmerge.plan.value import Part, Plan
 from shardmerge.publish.making import read_receipt, receipt_path
 from shardmerge.publish.part_receipts import PartReceipt
 from shardmerge.publish.staging import Staging
 from shardmerge.storage.packed import source_opener
-from shardmerge.storage.reading import FilePool
+from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import explained
 
 
@@ -58,3 +63,30 @@ def missing(parts: Sequence[Part], plan: Plan, staging: Staging) -> OutputError:
         found=", ".join(part.shard.name for part in parts[:3]) + (", ..." if len(parts) > 3 else ""),
         hint="run the same mapping or plan without --part: it makes what is missing, and publishes",
     )
+
+
+def digested(plan: Plan, folder: Path, outcome: Outcome, halt: Halt) -> Outcome:
+    """Returns an outcome with the digests of all files: those of parts that were made without are taken now."""
+    digests, files = dict(outcome.digests), dict(outcome.file_digests)
+    for shard in plan.shards:
+        if shard.name not in files:
+            own, file = _taken(shard, folder / shard.name, outcome, halt)
+            digests.update(own)
+            files.update(file)
+    return replace(outcome, digests=digests, file_digests=files)
+
+
+def all_or_none(plan: Plan, outcome: Outcome) -> Outcome:
+    """Returns an outcome without digests where not all parts were made with them."""
+    whole = all(shard.name in outcome.file_digests for shard in plan.shards)
+    return outcome if whole else replace(outcome, digests={}, file_digests={})
+
+
+def _taken(shard: PlannedShard, path: Path, outcome: Outcome, halt: Halt) -> tuple[dict[str, str], dict[str, str]]:
+    with SourceFile(path) as file:
+        digester = Digester.of_shard(shard, file.read_into)
+        while digester.at < shard.nbytes:
+            halt.check()
+            digester.step(shard.nbytes)
+    sums = {one.name: outcome.checksums[one.name] for one in shard.tensors if one.name in outcome.checksums}
+    return taken(digester, shard, path, sums)

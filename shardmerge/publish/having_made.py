@@ -51,7 +51,16 @@ def have_made(  # noqa: PLR0913  # what, where, and how
     pins.check()
     moved = sum(bytes_read(tensor) + tensor.nbytes for shard in shards for tensor in shard.tensors)
     io = options.io if how.apart or options.engine != "here" else "pread"
-    means = Means(how.threads, how.tile, io, bounds_cache(moved), options.sync, options.device, read_records)
+    means = Means(
+        how.threads,
+        how.tile,
+        io,
+        bounds_cache(moved),
+        options.sync,
+        options.device,
+        read_records,
+        options.sha256,
+    )
     maker = PartMaker(staging, means, pins)
     try:
         patiently(lambda _: staging.begin(files, out))

@@ -9,11 +9,12 @@ from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, VerificationError
 from shardmerge.execute.checksum import crc32
+from shardmerge.execute.digests import Digester, Sums
 from shardmerge.execute.gather import gather
 from shardmerge.publish.recorded import RecordedTensor
 from shardmerge.sources.safetensors_file import read_header
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
-from shardmerge.storage.reading import FilePool
+from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.tensors import Extent, TensorEntry, dense
 
 # Bytes of a tensor summed at a time.
@@ -73,12 +74,21 @@ def frame_sha256(path: Path, tensors: Iterable[RecordedTensor]) -> str:
     return digest.hexdigest()
 
 
-def tensor_crc32(pool: FilePool, entry: TensorEntry) -> int:
-    """Returns the CRC-32 of a tensor's bytes."""
-    total = 0
+def tensor_sums(pool: FilePool, entry: TensorEntry, *, sha256: bool = False) -> Sums:
+    """Returns the CRC-32 of a tensor's bytes, and their SHA-256 where that is asked for."""
+    total, digest = 0, hashlib.sha256()
     step = _BLOCK // entry.dtype.itemsize
     for start in range(0, entry.numel, step):
         data = bytearray(min(step, entry.numel - start) * entry.dtype.itemsize)
         gather(pool, entry, start, memoryview(data))
         total = crc32(data, total)
-    return total
+        if sha256:
+            digest.update(data)
+    return Sums(total, digest.hexdigest() if sha256 else "")
+
+
+def file_digester(path: Path, tensors: Iterable[RecordedTensor], *, each: bool) -> Digester:
+    """Returns what takes the SHA-256 of a file, and the sums of its tensors, each with a SHA-256 or without."""
+    file = SourceFile(path)
+    places = sorted((tensor.offset, tensor.nbytes, tensor.name) for tensor in tensors)
+    return Digester(file.size, places, file.read_into, each=each)

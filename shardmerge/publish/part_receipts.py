@@ -12,8 +12,9 @@ from pathlib import Path
 from shardmerge.errors import UsageError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.engine import Outcome
+from shardmerge.execute.frames import patched_blobs
 from shardmerge.execute.records import RecordSums
-from shardmerge.plan.json_values import Row, fields, listed, numbers, text, whole
+from shardmerge.plan.json_values import Row, fields, listed, numbers, text, texts, whole
 from shardmerge.plan.shard import PlannedShard
 from shardmerge.plan.value import Part
 from shardmerge.storage.reading import SourceFile
@@ -91,23 +92,9 @@ def _file_crc32(shard: PlannedShard, outcome: Outcome) -> int | None:
     """Returns the CRC-32 of a whole file, from those of its tensors and the bytes between them."""
     if outcome.cloned:
         return None
-    sums = [(offset, len(blob), crc32(blob)) for offset, blob in patched_blobs(shard, outcome)]
+    sums = [(offset, len(blob), crc32(blob)) for offset, blob in patched_blobs(shard, outcome.checksums)]
     sums += [(tensor.offset, tensor.nbytes, outcome.checksums[tensor.name]) for tensor in shard.tensors]
     return joined((nbytes, checksum) for _, nbytes, checksum in sorted(sums) if nbytes)
-
-
-def patched_blobs(shard: PlannedShard, outcome: Outcome) -> Iterator[tuple[int, bytes]]:
-    """Yields all bytes of a file that are no tensor data, the checksums of a torch file in their places."""
-    places = {at: outcome.checksums[name] for name, offsets in shard.checksums.items() for at in offsets}
-    ordered = sorted(places)
-    cursor = 0
-    for offset, blob in shard.blobs:
-        patched = bytearray(blob)
-        while cursor < len(ordered) and ordered[cursor] < offset + len(blob):
-            at = ordered[cursor]
-            patched[at - offset : at - offset + 4] = places[at].to_bytes(4, "little")
-            cursor += 1
-        yield offset, bytes(patched)
 
 
 def unfit(receipt: PartReceipt, shard: PlannedShard, path: Path, *, recheck: bool = False) -> str:
@@ -179,6 +166,8 @@ def receipt_bytes(receipt: PartReceipt, part: Part) -> bytes:
             "counts": [outcome.bytes_read, outcome.reads, outcome.bytes_written, outcome.bytes_cloned],
             "clone_seconds": outcome.clone_seconds,
             "records": [_record_row(one, numbered) for one in outcome.records],
+            "sha256": outcome.file_digests.get(part.shard.name),
+            "digests": [outcome.digests[tensor.name] for tensor in part.shard.tensors] if outcome.file_digests else [],
         }
     ).encode()
 
@@ -222,7 +211,15 @@ def _outcome(row: Row, part: Part) -> Outcome:
         cloned_bytes,
         float(str(row["clone_seconds"])),
         tuple(_record_of(listed(one), part) for one in listed(row["records"])),
+        *_digests(row, part.shard),
     )
+
+
+def _digests(row: Row, shard: PlannedShard) -> tuple[dict[str, str], dict[str, str]]:
+    if row["sha256"] is None:
+        return {}, {}
+    found = zip(shard.tensors, texts(row["digests"]), strict=True)
+    return {tensor.name: one for tensor, one in found}, {shard.name: text(row["sha256"])}
 
 
 def _pairs(value: object) -> Iterator[tuple[str, list[object]]]:
@@ -242,6 +239,8 @@ def together(outcomes: list[Outcome]) -> Outcome:
         total.overflows.update(one.overflows)
         total.checksums.update(one.checksums)
         total.cloned.update(one.cloned)
+        total.digests.update(one.digests)
+        total.file_digests.update(one.file_digests)
     return replace(
         total,
         bytes_read=sum(one.bytes_read for one in outcomes),

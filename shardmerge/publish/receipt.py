@@ -10,16 +10,17 @@ from pathlib import Path
 
 from shardmerge.errors import UsageError, VerificationError
 from shardmerge.execute.engine import Outcome
+from shardmerge.execute.frames import patched_blobs
 from shardmerge.plan.shard import PlannedShard, tensor_json
 from shardmerge.plan.value import Plan
-from shardmerge.publish.part_receipts import patched_blobs
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
 
 FORMAT = "shardmerge receipt"
 
-# Version of the receipt's shape. Those before 5 have no digest of themselves, and do not count what was cloned.
-SCHEMA = 5
+# Version of the receipt's shape. Those before 5 have no digest of themselves, and do not count what was cloned; those
+# before 6 have no SHA-256 of files and tensors.
+SCHEMA, _SEALED = 6, 5
 
 # The line that holds the digest of all others. No text inside of JSON holds a line break: it cannot be in a value.
 _SEAL = re.compile(rb'^ "sha256": "([0-9a-f]{64})",\n', re.MULTILINE)
@@ -40,6 +41,7 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         "target": plan.target,
         "total_size": plan.tensor_bytes,
         "cloned": _cloned_json(plan, outcome),
+        "digests": "sha256" if outcome.file_digests else None,
         "sources": {
             source.name: {
                 "path": source.path,
@@ -51,7 +53,12 @@ def receipt_json(plan: Plan, outcome: Outcome, side_digests: dict[str, str], ver
         },
         "warnings": list(plan.warnings),
         "shards": {
-            shard.name: {"nbytes": shard.nbytes, "frame_sha256": _frame_sha256(shard, outcome)} for shard in plan.shards
+            shard.name: {
+                "nbytes": shard.nbytes,
+                "frame_sha256": _frame_sha256(shard, outcome),
+                **_sha256(outcome.file_digests, shard.name),
+            }
+            for shard in plan.shards
         },
         "side_files": side_digests,
         "tensors": {},
@@ -98,17 +105,22 @@ def _rows(plan: Plan, outcome: Outcome) -> Iterator[bytes]:
 
 
 def _proof(name: str, outcome: Outcome) -> dict[str, object]:
-    """The checksum of a tensor's bytes; of one that was cloned, whose bytes nobody saw, where they are from."""
+    """The checksums of a tensor's bytes; of one that was cloned, whose bytes nobody wrote, where they are from."""
+    digest = _sha256(outcome.digests, name)
     if name not in outcome.cloned:
-        return {"crc32": f"{outcome.checksums[name]:08x}"}
+        return {"crc32": f"{outcome.checksums[name]:08x}", **digest}
     file, offset = outcome.cloned[name]
-    return {"cloned": {"file": file.rsplit("/", 1)[-1], "offset": offset}}
+    return {"cloned": {"file": file.rsplit("/", 1)[-1], "offset": offset}, **digest}
+
+
+def _sha256(digests: Mapping[str, str], name: str) -> dict[str, str]:
+    return {"sha256": digests[name]} if digests else {}
 
 
 def _frame_sha256(shard: PlannedShard, outcome: Outcome) -> str:
     """The digest of all bytes of a file that are no tensor data."""
     digest = hashlib.sha256()
-    for _, blob in patched_blobs(shard, outcome):
+    for _, blob in patched_blobs(shard, outcome.checksums):
         digest.update(blob)
     return digest.hexdigest()
 
@@ -143,7 +155,18 @@ def read_receipt(folder: Path) -> Mapping[str, object]:
 
 def is_sealed(receipt: Mapping[str, object]) -> bool:
     """Tells whether a receipt has a digest of itself; those of the first versions have none."""
-    return "sha256" in receipt or _schema(receipt) >= SCHEMA
+    return "sha256" in receipt or _schema(receipt) >= _SEALED
+
+
+def stated_digests(receipt: Mapping[str, object]) -> object:
+    """Returns which digests of files and tensors a receipt says that it has; those before schema 6 have none.
+
+    Raises
+    ------
+    KeyError
+        It does not say.
+    """
+    return receipt["digests"] if _schema(receipt) >= SCHEMA else None
 
 
 def _schema(receipt: Mapping[str, object]) -> int:

@@ -12,9 +12,9 @@ from shardmerge.dtypes import DTYPES, DType
 from shardmerge.plan.json_values import Row, fields, natural, naturals, text, texts
 from shardmerge.plan.soundness import check_names
 from shardmerge.prepare.publishable import PARTIAL
-from shardmerge.publish.receipt import damaged, is_sealed, read_receipt
+from shardmerge.publish.receipt import damaged, is_sealed, read_receipt, stated_digests
 
-_CRC32 = re.compile("[0-9a-f]{8}")
+_CRC32, _SHA256 = re.compile("[0-9a-f]{8}"), re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class RecordedTensor:
         What it is.
     crc32
         Of its bytes, in hexadecimal; ``""`` where it was cloned.
+    sha256
+        Of its bytes, in hexadecimal; ``""`` where none was taken.
     """
 
     name: str
@@ -41,14 +43,29 @@ class RecordedTensor:
     dtype: DType
     shape: tuple[int, ...]
     crc32: str
+    sha256: str
+
+    @property
+    def summed(self) -> bool:
+        """Whether anything says what its bytes were."""
+        return bool(self.crc32 or self.sha256)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedShard:
-    """A file of weights: its size, and the SHA-256 (hex) of all of its bytes that are no tensor data."""
+    """A file of weights.
+
+    Attributes
+    ----------
+    nbytes
+        Its size.
+    frame_sha256, sha256
+        In hexadecimal: of all of its bytes that are no tensor data; and of all of its bytes, ``""`` if none was taken.
+    """
 
     nbytes: int
     frame_sha256: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,11 @@ class Recorded:
     tensors: Mapping[str, RecordedTensor]
     within: Mapping[str, Sequence[RecordedTensor]]
 
+    @property
+    def digested(self) -> bool:
+        """Whether it has the SHA-256 of every file and tensor."""
+        return any(shard.sha256 for shard in self.shards.values())
+
     def files(self) -> set[str]:
         """Returns the names of all files."""
         return {*self.shards, *self.side_files}
@@ -96,6 +118,7 @@ def read_recorded(folder: Path) -> Recorded:
     try:
         found = _recorded(receipt)
         _check_places(found)
+        _check_digests(found, stated_digests(receipt))
         if found.sealed:
             _check_cloned(found, fields(receipt["cloned"]))
     except KeyError as error:
@@ -118,7 +141,15 @@ def _recorded(receipt: Mapping[str, object]) -> Recorded:
 
 
 def _shard(row: Row) -> RecordedShard:
-    return RecordedShard(natural(row["nbytes"]), text(row["frame_sha256"]))
+    return RecordedShard(natural(row["nbytes"]), text(row["frame_sha256"]), _digest(row))
+
+
+def _digest(row: Row) -> str:
+    """Returns a SHA-256, or ``""`` where none was taken."""
+    sha256 = text(row["sha256"]) if "sha256" in row else ""
+    if "sha256" in row and not _SHA256.fullmatch(sha256):
+        raise ValueError(f"{sha256[:80]!r} is no SHA-256")
+    return sha256
 
 
 def _tensor(name: str, row: Row) -> RecordedTensor:
@@ -127,7 +158,7 @@ def _tensor(name: str, row: Row) -> RecordedTensor:
         raise ValueError(f"{name} is no {dtype} of shape {list(shape)} with {nbytes} bytes")
     return RecordedTensor(
         name, text(row["stored"]), text(row["shard"]), natural(row["offset"]), nbytes, DTYPES[dtype], shape,
-        _checksum(name, row),
+        _checksum(name, row), _digest(row),
     )  # fmt: skip
 
 
@@ -153,6 +184,17 @@ def _check_places(found: Recorded) -> None:
             end = max(end, tensor.offset + tensor.nbytes)
         if end > found.shards[shard].nbytes:
             raise ValueError(f"a tensor ends behind the end of {shard}")
+
+
+def _check_digests(found: Recorded, stated: object) -> None:
+    """Raises ValueError where not all files and tensors have the digests that were taken, or some that were not."""
+    if stated not in (None, "sha256"):
+        raise ValueError(f"digests are sha256 or none, not {str(stated)[:80]}")
+    digests = [(name, shard.sha256) for name, shard in found.shards.items()]
+    digests += [(tensor.name, tensor.sha256) for tensor in found.tensors.values()]
+    for name, sha256 in digests:
+        if bool(sha256) != (stated is not None):
+            raise ValueError(f"{name} has {'a' if sha256 else 'no'} SHA-256")
 
 
 def _check_cloned(found: Recorded, stated: Row) -> None:

@@ -28,7 +28,16 @@ def verify_sources(
         ``plan-differs``: sources or mapping are not those of the run. ``tensor-differs``: with the tensor and byte.
     """
     receipt = read_recorded(folder)
-    recorded, names = receipt.plan, which.of(receipt, folder).tensors.keys()
+    names = which.of(receipt, folder).tensors.keys()
+    check_plan(folder, receipt.plan, plan)
+    raise_all(_remade_problems(folder, plan, tile, progress, names))
+    found = f"{len(names)} of the tensors were" if which else "every tensor was"
+    nbytes = sum(tensor.nbytes for tensor in plan.tensors() if tensor.name in names)
+    return Verdict((f"{found} made again and {'are' if which else 'is'} bit for bit the same",), len(names), nbytes)
+
+
+def check_plan(folder: Path, recorded: str, plan: Plan) -> None:
+    """Raises ``plan-differs`` where a plan is not the one that a directory was made by."""
     if recorded != plan.id:
         raise VerificationError(
             "plan-differs",
@@ -36,12 +45,8 @@ def verify_sources(
             where=str(folder),
             found=plan.id[:16],
             expected=recorded[:16],
-            hint="a source, the mapping or the options changed; convert again, or verify without --sources",
+            hint="a source, the mapping or the options changed: convert again, or leave the mapping out",
         )
-    raise_all(_remade_problems(folder, plan, tile, progress, names))
-    found = f"{len(names)} of the tensors were" if which else "every tensor was"
-    nbytes = sum(tensor.nbytes for tensor in plan.tensors() if tensor.name in names)
-    return Verdict((f"{found} made again and {'are' if which else 'is'} bit for bit the same",), len(names), nbytes)
 
 
 def _remade_problems(

@@ -156,7 +156,9 @@ def _published(
     if goal.reached():
         return _there_already(goal, options)
     staging = Staging.of(goal.out, goal.plan.id, sync=options.sync)
-    how = partial(finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck)
+    how = partial(
+        finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck, sha256=options.sha256
+    )
     try:
         made = make()
         publishing()

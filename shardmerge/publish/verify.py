@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardmerge.errors import ShardmergeError, VerificationError, raise_all
@@ -14,13 +14,13 @@ from shardmerge.execute.executors.contract import Progress
 from shardmerge.mapping.near import printable
 from shardmerge.prepare.loading import Answer, ask
 from shardmerge.prepare.publishable import describe
-from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors, tensor_crc32
+from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors
 from shardmerge.publish.recorded import Recorded, read_recorded
 from shardmerge.publish.second_opinion import reference_problems
 from shardmerge.publish.selection import Selection
+from shardmerge.publish.sums import FoundSums, read_sums
 from shardmerge.publish.unlisted import unlisted_files, unlisted_problems
 from shardmerge.shown import Displayed
-from shardmerge.storage.reading import FilePool
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.pieces import single_extent
@@ -42,6 +42,8 @@ class Verdict(Displayed):
         What was not checked, in words; nothing if all was.
     unlisted
         Files that the receipt does not list, and that no loader picks up by their names.
+    digests
+        SHA-256 (hex) of the files of weights as they are, by name; empty where it was not taken.
     """
 
     checks: tuple[str, ...]
@@ -49,10 +51,16 @@ class Verdict(Displayed):
     nbytes: int
     unchecked: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def verify_directory(
-    folder: Path, progress: Progress | None = None, which: Selection = ALL, *, compared: bool = False
+    folder: Path,
+    progress: Progress | None = None,
+    which: Selection = ALL,
+    *,
+    compared: bool = False,
+    digests: bool = False,
 ) -> Verdict:
     """Checks a directory against its own receipt, by our parser and the reference parser, every byte.
 
@@ -66,6 +74,8 @@ def verify_directory(
         The tensors whose bytes are read. If not all: of the files only the headers of those that hold them.
     compared
         Whether all selected bytes are compared with something else too, so that none is left unchecked.
+    digests
+        Whether the SHA-256 of files is taken even if the receipt has none.
 
     Raises
     ------
@@ -83,12 +93,18 @@ def verify_directory(
     raise_all(_place_problems(folder, held, receipt))
     raise_all(reference_problems(folder, held, headers=bool(which)))
     raise_all(_model_problems(folder, held, receipt))
-    raise_all(_checksum_problems(folder, held, receipt, progress))
+    sums = read_sums(folder, held, receipt, progress, files=not which and (digests or receipt.digested))
+    raise_all(_sum_problems(folder, receipt, sums))
     unchecked = [which.left_out(whole, receipt), *(() if compared else _unchecked(receipt))]
     checks = tuple(_checks(receipt, which))
     nbytes = sum(tensor.nbytes for tensor in receipt.tensors.values())
     return Verdict(
-        checks, len(receipt.tensors), nbytes, tuple(filter(None, unchecked)), tuple(map(printable, unlisted))
+        checks,
+        len(receipt.tensors),
+        nbytes,
+        tuple(filter(None, unchecked)),
+        tuple(map(printable, unlisted)),
+        sums.files,
     )
 
 
@@ -97,12 +113,12 @@ def _checks(receipt: Recorded, which: Selection) -> Iterator[str]:
     yield f"{len(receipt.tensors)} tensors have the receipt's names, types, shapes and places"
     if not which or any(name.endswith(".safetensors") for name in receipt.shards):
         yield "safetensors reads the same tensors"
-    summed = sum(tensor.nbytes for tensor in receipt.tensors.values() if tensor.crc32)
-    yield f"{summed:,} bytes have the receipt's checksums"
+    summed = sum(tensor.nbytes for tensor in receipt.tensors.values() if tensor.summed)
+    yield f"{summed:,} bytes have the receipt's {'SHA-256' if receipt.digested else 'checksums'}"
 
 
 def _unchecked(receipt: Recorded) -> Iterator[str]:
-    cloned = [tensor.nbytes for tensor in receipt.tensors.values() if not tensor.crc32]
+    cloned = [tensor.nbytes for tensor in receipt.tensors.values() if not tensor.summed]
     if cloned:
         yield f"{sum(cloned):,} bytes in {len(cloned)} tensors: cloned from their source, they have no checksum"
     if not receipt.sealed:
@@ -204,23 +220,27 @@ def _config(path: Path) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _checksum_problems(
-    folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded, progress: Progress | None
-) -> Iterator[ShardmergeError]:
-    pool = FilePool()
-    for name, tensor in receipt.tensors.items():
-        found = f"{tensor_crc32(pool, held[tensor.shard][tensor.stored]):08x}" if tensor.crc32 else ""
-        if found != tensor.crc32:
+def _sum_problems(folder: Path, receipt: Recorded, sums: FoundSums) -> Iterator[ShardmergeError]:
+    """Tensors that changed, and files of which it is not known what did."""
+    named = set()
+    for name, found in sums.tensors.items():
+        tensor = receipt.tensors[name]
+        pairs = (f"{found.crc32:08x}", tensor.crc32), (found.sha256, tensor.sha256)
+        differing = [(is_now, was) for is_now, was in pairs if was and is_now != was]
+        for is_now, was in differing[:1]:
+            named.add(tensor.shard)
             yield VerificationError(
                 "checksum-differs",
                 f"the bytes of {name} changed after they were written",
                 where=str(folder / tensor.shard),
-                found=found,
-                expected=tensor.crc32,
+                found=is_now,
+                expected=was,
                 hint="the disk or a copy damaged the file: convert again",
             )
-        if progress is not None:
-            progress(tensor.nbytes)
+    for name, is_now in sums.files.items():
+        was = receipt.shards[name].sha256
+        if was and is_now != was and name not in named:
+            yield _wrong("file-differs", "a shard was changed after the run", folder / name, is_now, was)
 
 
 def _wrong(code: str, what: str, path: Path, found: object = "", expected: object = "") -> VerificationError:

@@ -32,7 +32,9 @@ class OutputFile:
     sync
         Whether the data is made durable.
     bounded
-        Whether its pages leave the page cache soon after they were written.
+        Whether its pages leave the page cache soon after they were written, or read back.
+    read_back
+        Whether all of it is read back.
 
     Raises
     ------
@@ -42,12 +44,15 @@ class OutputFile:
         ``disk-full``: no space left, or a quota.
     """
 
-    def __init__(self, path: Path, size: int, *, sync: bool = True, bounded: bool = False) -> None:
+    def __init__(
+        self, path: Path, size: int, *, sync: bool = True, bounded: bool = False, read_back: bool = False
+    ) -> None:
         self.path = path
         self.size = size
         self._sync = sync
         self._trail = Trail() if bounded else None
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._read_back = read_back
+        flags = (os.O_RDWR if read_back else os.O_WRONLY) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._failed: OSError | None = None
         self._fd = -1
         with explained(path):
@@ -69,8 +74,18 @@ class OutputFile:
             _write_whole(self._fd, view, offset)
             if self._sync or self._trail:
                 start_writing(self._fd, offset, len(view))
-            if self._trail is not None:
-                self._trail.passed(len(view), partial(drop_written, self._fd, offset, len(view)))
+            if not self._read_back:
+                self._passed(offset, len(view))
+
+    def read_back(self, offset: int, out: memoryview) -> None:
+        """Fills ``out`` with what was written from ``offset`` on."""
+        with self._remembered():
+            _read_whole(self._fd, out, offset)
+            self._passed(offset, len(out))
+
+    def _passed(self, offset: int, nbytes: int) -> None:
+        if self._trail is not None:
+            self._trail.passed(nbytes, partial(drop_written, self._fd, offset, nbytes))
 
     def seal(self, first_bytes: bytes) -> None:
         """Syncs the data, writes the reserved first bytes, syncs again, and closes.
@@ -129,6 +144,15 @@ def _write_whole(fd: int, data: memoryview, offset: int) -> None:
         more = os.pwrite(fd, data[done:], offset + done)
         if more == 0:
             raise OSError(errno.EIO, "the system took no more bytes")
+        done += more
+
+
+def _read_whole(fd: int, out: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(out):
+        more = os.preadv(fd, [out[done:]], offset + done)
+        if more == 0:
+            raise OSError(errno.EIO, "the file ends before what was written to it")
         done += more
 
 
