@@ -112,6 +112,8 @@ MISFITS: dict[str, tuple[Root, list[tuple[int, ...]]]] = {
     "sub-parameters, and no widths of theirs": (SUBS | WIDTHS, [(4, 2), (4, 2)]),
     "the 9 rows of the vocabulary": (COPIES | {"vocabulary_parameter_patterns": ["w"], "original_vocab_size": 9},
                                      [(8, 2), (8, 2)]),
+    "the 9 rows of the vocabulary, padded": (COPIES | {"vocabulary_parameter_patterns": ["w"],
+                                                       "original_vocab_size": 9}, [(5000, 2), (5000, 2)]),
     "the 0 rows of the vocabulary": (COPIES | {"vocabulary_parameter_patterns": ["w"]}, [(8, 2), (8, 2)]),
 }  # fmt: skip
 
@@ -270,3 +272,32 @@ def test_two_layers_of_experts_under_one_name(tmp_path: Path) -> None:
         other = path.with_name(path.name.replace("layer_0", "layer_1"))
         torch.save(torch.load(path, weights_only=False), other)
     assert "two layers of experts have one name" in of_all(tag)
+
+
+def test_experts_without_data(tmp_path: Path) -> None:
+    """All of them, so that none differs from the others."""
+    tag = changed(GOLDEN / "parallel/moe_z0_ep2_w2_bf16", tmp_path, MODELS, lambda root: None)
+    for path in tag.glob("layer_*_expert_*"):
+        root = torch.load(path, weights_only=False)
+        torch.save({name: torch.empty(0, dtype=held.dtype) for name, held in root.items()}, path)
+    assert "a file of an expert has no data" in of_all(tag)
+
+
+@pytest.mark.parametrize("case", [ZERO2, ZERO3], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda flats: flats.append(flats[0].clone()), "groups that param_shapes lists"),
+        (lambda flats: flats.insert(0, torch.cat([flats.pop(0), torch.zeros(64)])), "hold"),
+        (lambda flats: flats.insert(0, flats.pop(0)[:-64].clone()), "hold"),
+        (lambda flats: flats.insert(0, flats.pop(0).repeat_interleave(2)[::2]), "not contiguous"),
+        (lambda flats: flats.append(None), "the optimizer file has no"),
+    ],
+    ids=["a group more", "longer", "shorter", "strided", "none"],
+)
+def test_partitions_that_are_not_those_of_the_model_file(
+    case: Path, change: Callable[[list[Any]], object], what: str, tmp_path: Path
+) -> None:
+    error = refused(changed(case, tmp_path, OPTIMS, lambda root: change(state(root)[flat_key(state(root))])))
+    assert error.code == "zero-layout"
+    assert what in error.what

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import struct
 from dataclasses import replace
@@ -300,17 +301,46 @@ def no_offset(metadata: Metadata) -> None:
         one.offset = None
 
 
+def a_key_of_text(metadata: Metadata) -> None:
+    metadata.storage_data["more"] = replace(next(iter(metadata.storage_data.values())))
+
+
+def an_index_of_text(metadata: Metadata) -> None:
+    first = metadata.storage_data[MetadataIndex(NAME, tensor_of(metadata).chunks[0].offsets)]
+    key = MetadataIndex(NAME, torch.Size((1, 0)), "1")  # type: ignore[arg-type]
+    metadata.storage_data[key] = replace(first)
+
+
+def a_chunk_more(metadata: Metadata) -> None:
+    first = metadata.storage_data[MetadataIndex(NAME, tensor_of(metadata).chunks[0].offsets)]
+    metadata.storage_data[MetadataIndex(NAME, torch.Size((1, 0)))] = replace(first)
+
+
+def negative_offsets(metadata: Metadata) -> None:
+    """In the last of several chunks, which are read in rows."""
+    tensor_of(metadata).chunks[-1].offsets = torch.Size((-1, 0))
+
+
+def a_text_as_size(metadata: Metadata) -> None:
+    """In the last of several chunks: one that was in the pickle before, and is referred to."""
+    tensor_of(metadata).chunks[-1].sizes = NAME  # type: ignore[assignment]
+
+
 CONTRADICTIONS = {
     "this is no Metadata": [no_items],
     "an entry is neither a tensor nor an object": [another_entry],
     "a tensor of an unknown element type": [dtype_of_another_module],
     "a chunk is something else": [a_chunk_that_is_none],
     "a chunk's offsets and sizes have different numbers of axes": [one_axis_less],
-    "a chunk has no offsets and sizes": [no_sizes],
+    "a chunk has no offsets and sizes": [no_sizes, a_text_as_size],
+    "torch.Size is made of something else than sizes": [negative_offsets],
     "a tensor has no name, size or list of chunks": [no_shape],
     "a tensor has chunks of another number of axes": [flat_chunks],
     "two items hold one chunk": [two_items],
     "an item has no name, file, offset or length": [no_file, no_offset],
+    "an item has no name": [a_key_of_text],
+    "an item's key is no place in a tensor": [an_index_of_text],
+    "an item holds a chunk that its tensor does not have": [a_chunk_more],
 }
 
 
@@ -320,3 +350,41 @@ def test_what_a_metadata_that_contradicts_itself_is_told(what: str, tmp_path: Pa
         folder = shutil.copytree(FSDP2 / "ckpt", tmp_path / edit.__name__)
         edited(folder, edit)
         assert what in refused(folder).what
+
+
+def test_two_tensors_of_one_name_in_a_metadata(tmp_path: Path) -> None:
+    def double(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[NAME.replace("weight", "weighX")] = replace(
+            tensor_of(metadata), chunks=[replace(chunk) for chunk in tensor_of(metadata).chunks]
+        )
+
+    folder = shutil.copytree(FSDP2 / "ckpt", tmp_path / "ckpt")
+    edited(folder, double)
+    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes().replace(b"weighX", b"weight"))
+    assert refused(folder).what == "two tensors have the same name"
+
+
+def test_more_chunks_than_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardmerge.sources.dcp_table._MOST_CHUNKS", 30)
+    assert refused(FSDP2 / "ckpt").code == "hostile-pickle"
+
+
+def test_an_object_before_its_file(tmp_path: Path) -> None:
+    """A setting of the optimizer, which only a view of its moments asks for."""
+
+    def move(metadata: Metadata) -> None:
+        for key, place in metadata.storage_data.items():
+            place.offset = -1 if key.offset is None else place.offset
+
+    folder = shutil.copytree(FSDP2 / "ckpt", tmp_path / "ckpt")
+    edited(folder, move)
+    sm.inspect(folder)
+    assert "begins before its file" in refused(folder, view="exp_avg").what
+
+
+@pytest.mark.parametrize("world", [0, "2", None, True])
+def test_items_of_ranks_that_nobody_counted(world: object, tmp_path: Path) -> None:
+    """What torch_checkpointing writes beside the files of the ranks."""
+    torch.save({"a": ONE}, tmp_path / "model_0.pt")
+    (tmp_path / "metadata.pkl").write_bytes(pickle.dumps({"metadata": {"model": {}}, "world_size": world}, 2))
+    assert "does not say how many ranks" in refused(tmp_path).what

@@ -143,20 +143,20 @@ def _check_groups(tag: Tag, groups: int, what: str) -> None:
     """All ranks have as many groups as are listed, each of one element type: theirs are read as the first rank's."""
     types = [dtype.name for dtype in tag.optims[0].dtypes]
     for optim in tag.optims:
-        if (mine := [dtype.name for dtype in optim.dtypes]) != types:
-            raise layout_error(
-                tag.folder,
-                f"rank {optim.rank.data_parallel} has {what} of other element types than rank 0",
-                f"{shown(mine)} in {optim.rank.path.name}",
-                shown(types),
-                ONE_SAVE,
-            )
         if len(optim.partitions) != groups:
             raise layout_error(
                 tag.folder,
                 f"rank {optim.rank.data_parallel} does not have the {what} that param_shapes lists",
                 f"{len(optim.partitions)} in {optim.rank.path.name}",
                 str(groups),
+                ONE_SAVE,
+            )
+        if (mine := [dtype.name for dtype in optim.dtypes]) != types:
+            raise layout_error(
+                tag.folder,
+                f"rank {optim.rank.data_parallel} has {what} of other element types than rank 0",
+                f"{shown(mine)} in {optim.rank.path.name}",
+                shown(types),
                 ONE_SAVE,
             )
 
