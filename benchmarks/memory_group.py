@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-
-_NUMBER = count()
+from secrets import token_hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ def memory_group(limit: int = 0) -> Iterator[MemoryGroup | None]:
 
 def _make(limit: int) -> tuple[Path, str] | None:
     for parent, limit_file, peak in _parents():
-        folder = parent / f"shardmerge-bench-{os.getpid()}-{next(_NUMBER)}"
+        folder = parent / f"shardmerge-bench-{token_hex(4)}"  # process ids are those of a namespace
         try:
             folder.mkdir()
         except OSError:

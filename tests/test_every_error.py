@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge import system_errors
-from shardmerge.errors import CheckpointError, OutputError, ShardmergeError
+from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ShardmergeError
+from shardmerge.execute import patience
 from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.listing import files_below, matching
 from shardmerge.storage.reading import SourceFile
@@ -145,6 +148,32 @@ def test_a_run_that_fails_leaves_no_file_open(
                 assert [path for path in _descriptors() if path.startswith(str(tmp_path / "out"))] == []
         assert [path for path in _descriptors() if path.startswith(str(tmp_path))] == []
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_run_that_is_stopped_leaves_no_file_open(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, or by an error of the caller's own progress: while sources are open and threads read them."""
+    for name in "ab":
+        values = {f"w{i}": np.ones((500, 1000), np.float32) for i in range(8)}
+        save_file(values, tmp_path / f"{name}.safetensors")
+    sources = "sources: {a: a.safetensors, b: b.safetensors}"
+    rule = '{"{r...}": {op: linear, of: ["a:{r...}", "b:{r...}"]}}'
+    (tmp_path / "mapping.yaml").write_text(f"shardmerge: 1\n{sources}\ntensors: {rule}\n")
+    monkeypatch.setattr(patience, "_LOOK", 0.0)  # the progress is told as often as it can be
+
+    def opened() -> list[str]:
+        return [path for path in _descriptors() if path.startswith(str(tmp_path))]
+
+    def stop(nbytes: int) -> None:
+        if sum(path.endswith(".safetensors") for path in opened()) > 1:
+            raise error
+
+    with pytest.raises((InterruptedRunError, ZeroDivisionError)):  # which holds all that it came through
+        shardmerge.run(tmp_path / "mapping.yaml", tmp_path / "out", progress=stop)
+    assert opened() == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_name_of_an_output_directory_has_a_longest(tmp_path: Path) -> None:

@@ -94,12 +94,14 @@ class Workshop:
         self._pins = pins
         self._tables = RecordTables(means.records)
         self._workers = [Worker(means, self._pins, self._tables) for _ in range(means.threads)]
+        self._busy = False
         return_freed_memory()
 
     def close(self) -> None:
-        """Closes the files; only once no thread works any more."""
-        for worker in self._workers:
-            worker.pool.close()
+        """Closes the files, unless a thread still uses them: one that was stopped and waits for the disk."""
+        if not self._busy:
+            for worker in self._workers:
+                worker.pool.close()
 
     def make(self, part: Part, path: Path, counters: Counters, stopped: Callable[[], bool] = bool) -> Outcome:
         """Writes a part as a new file: whole, synced and sealed when this returns.
@@ -123,6 +125,13 @@ class Workshop:
         InterruptedRunError
             ``interrupted``: ``stopped`` said so.
         """
+        self._busy = True
+        try:
+            return self._made(part, path, counters, stopped)
+        finally:
+            self._busy = any(worker.thread is not None and worker.thread.is_alive() for worker in self._workers)
+
+    def _made(self, part: Part, path: Path, counters: Counters, stopped: Callable[[], bool]) -> Outcome:
         means = self._means
         file = OutputFile(path, part.shard.nbytes, sync=means.sync, bounded=means.bounded, read_back=means.sha256)
         for worker in self._workers:
@@ -189,6 +198,8 @@ class _Making:
     def _run_threads(self) -> None:
         """Lets threads work until the queue is empty, or this one is told to stop."""
         threads = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(self._means.threads)]
+        for worker, thread in zip(self._workers, threads, strict=True):
+            worker.thread = thread
         try:
             for thread in threads:
                 thread.start()

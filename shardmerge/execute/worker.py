@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from shardmerge.execute.checksum import crc32
@@ -29,7 +30,15 @@ def _casts_on(device: Device) -> DeviceCasts | None:
 
 
 class Worker:
-    """What one thread has of its own: kept from part to part, but for what it found."""
+    """What one thread has of its own: kept from part to part, but for what it found.
+
+    Attributes
+    ----------
+    thread
+        The thread of the last part, which may still run after a run was stopped.
+    """
+
+    thread: Thread | None = None
 
     def __init__(self, means: Means, pins: Pins, tables: RecordTables) -> None:
         self.pool = FilePool(means.io, bounded=means.bounded, sharers=means.threads, open_file=source_opener())

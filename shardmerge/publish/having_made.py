@@ -69,7 +69,6 @@ def have_made(  # noqa: PLR0913  # what, where, and how
             _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
         if options.engine != "here":
             await_receipts(todo, staging)
-        maker.close()
     except ResourceError:
         staging.tidy()
         pins.check()  # a process that reads a map of a file that shrank is ended by the system
@@ -77,6 +76,8 @@ def have_made(  # noqa: PLR0913  # what, where, and how
     except BaseException:
         staging.tidy()
         raise
+    finally:
+        maker.close()
 
 
 def await_receipts(parts: Sequence[Part], staging: Staging) -> None:

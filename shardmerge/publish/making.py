@@ -84,11 +84,10 @@ class PartMaker:
             make_folders(self.staging.model, part.shard.name)
             with explained(final):
                 temporary.rename(final)
-        except BaseException as error:
+        except BaseException:
             with suppress(OSError):
                 temporary.unlink()
-            if isinstance(error, Exception) and not isinstance(error, InterruptedRunError):
-                self.close()  # no thread is at work any more; whoever catches the error keeps all it came through
+            self.close()  # whoever catches the error keeps all it came through
             raise
         self.staging.settle(final)  # before the receipt that says so
         committed = receipt_path(self.staging, part.number)
@@ -96,7 +95,7 @@ class PartMaker:
         self.staging.settle(committed)
 
     def close(self) -> None:
-        """Closes the files that this process read."""
+        """Closes the files that this process read, if no thread is at work any more."""
         shop = self._shops.pop(os.getpid(), None)
         if shop is not None:
             shop.close()
