@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -18,23 +19,35 @@ from safetensors.numpy import save_file
 
 from shardmerge import api
 from shardmerge.api import Options
-from shardmerge.errors import OutputError, ResourceError, UsageError, VerificationError
+from shardmerge.errors import (
+    CheckpointError,
+    OutputError,
+    PublishedError,
+    ResourceError,
+    ShardmergeError,
+    UsageError,
+    VerificationError,
+)
 from shardmerge.execute.engine import Outcome, Workshop
 from shardmerge.execute.gather import Assembler
+from shardmerge.execute.means import Means
 from shardmerge.execute.records import RecordCounts
-from shardmerge.plan.value import Plan
+from shardmerge.plan.value import Part, Plan
 from shardmerge.publish import checks, finishing
+from shardmerge.publish import staging as staging_module
 from shardmerge.publish.closeness import Closeness
 from shardmerge.publish.finishing import Goal
 from shardmerge.publish.having_made import have_made
-from shardmerge.publish.making import is_made, read_receipt, receipt_path
+from shardmerge.publish.making import PartMaker, is_made, read_receipt, receipt_path
 from shardmerge.publish.part_receipts import receipt_from, unfit
 from shardmerge.publish.recorded import read_recorded
 from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.running import carry_out_share, finish_plan, make_some
 from shardmerge.publish.selection import Selection
 from shardmerge.publish.shares import Anything, Share, which
-from shardmerge.publish.staging import Staging, remove
+from shardmerge.publish.staging import Staging, is_gone, remove
+from shardmerge.sources.checksums import read_records
+from tests.receipts import receipt_of
 
 QUICK = Options(sync=False, workers=1)
 MAPPING = """\
@@ -132,6 +145,7 @@ def test_what_was_cloned_has_no_checksum_to_compare(plan: Plan, staging: Staging
 def test_a_receipt_that_says_nothing_is_none(change: dict[str, object] | None, plan: Plan, staging: Staging) -> None:
     part = plan.parts()[0]
     row = json.loads(receipt_path(staging, 0).read_text())
+    assert (row["file"], row["nbytes"]) == (part.shard.name, part.shard.nbytes)
     assert receipt_from(json.dumps(row).encode(), part) == read_receipt(staging, part)
     data = json.dumps({**row, **change} if change is not None else [row]).encode()
     assert receipt_from(data, part) is None
@@ -163,6 +177,7 @@ def test_a_model_that_nobody_has_is_missed(
     with pytest.raises(OutputError) as raised:
         finish_plan(plan, out, QUICK)
     assert raised.value.code == "parts-missing"
+    assert "without --part" in raised.value.hint
 
 
 def test_a_claim_of_any_bytes_is_somebody_elses(staging: Staging) -> None:
@@ -236,6 +251,11 @@ def test_there_is_room_for_what_is_beside_the_files(out: Path, monkeypatch: pyte
     assert raised.value.code == "disk-too-small"
     assert raised.value.where == str(out.parent)
     assert raised.value.hint
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError) as refused:
+        checks.check_output((), out, 99, overwrite=False)
+    assert (refused.value.code, refused.value.where) == ("unwritable-output", str(out.parent))
+    assert refused.value.hint
 
 
 def test_a_removed_staging_directory_gives_back_what_was_put_aside(out: Path, staging: Staging) -> None:
@@ -360,11 +380,13 @@ def test_the_worst_difference_is_the_first(tmp_path: Path) -> None:
     """Values by their largest difference, also where the types differ too; what one side lacks is before them."""
     ones = np.ones(4, np.float32)
     save_file({"small": ones, "large": ones, "lacking": ones, "same": ones}, tmp_path / "a.safetensors")
-    other = {"small": ones + 1, "large": (ones + 100).astype(np.float64), "same": ones}
+    other = {"small": (ones + 1).astype(np.float64), "large": ones + 100, "same": ones}
     save_file(other, tmp_path / "b.safetensors")
     found = api.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    counts = {"equal": 1, "within tolerance": 0, "equal after a cast": 0, "differ": 2, "only in A": 1, "only in B": 0}
+    assert found.counts == counts
     assert [(one.name, one.what) for one in found] == [
-        ("lacking", "only in A"), ("large", "dtype"), ("large", "values"), ("small", "values"),
+        ("lacking", "only in A"), ("large", "values"), ("small", "dtype"), ("small", "values"),
     ]  # fmt: skip
 
 
@@ -422,3 +444,92 @@ def test_who_read_a_selected_tensor_is_told(form: str, read: bool, plan: Plan, o
     assert ("safetensors reads the same tensors" in checks) == read
     assert "1 tensors have the receipt's names, types, shapes and places" in checks
     assert "80,000 bytes have the receipt's checksums" in checks
+
+
+def test_of_equal_distances_the_wider_is_the_first(tmp_path: Path) -> None:
+    ones = np.ones(4, np.float32)
+    save_file({"few": ones, "many": ones, "near": ones}, tmp_path / "a.safetensors")
+    other = {"few": ones + np.eye(4, dtype=np.float32)[0], "many": ones + 1, "near": ones * 1.001}
+    save_file(other, tmp_path / "b.safetensors")
+    found = api.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", how=Closeness(rtol=0.01))
+    assert [one.name for one in found] == ["many", "few"]
+    assert (found.close, found.counts["within tolerance"], found.equal) == (1, 1, 0)
+
+
+def test_a_side_that_changes_while_it_is_compared_is_an_error(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": np.ones(4, np.float32)}, tmp_path / f"{name}.safetensors")
+    sides = api.sides(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Closeness())
+    save_file({"w": np.zeros(4, np.float32)}, tmp_path / "b.safetensors")
+    with pytest.raises(ShardmergeError) as raised:
+        sides.compare()
+    assert raised.value.code == "source-changed"
+
+
+@pytest.mark.parametrize("how", ["settle", "system", "sync"])
+def test_what_fails_after_publishing_is_told(
+    how: str, plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> None:
+        if how == "system":
+            raise PermissionError(errno.EPERM, "not permitted")
+        raise OutputError("unwritable-output", "cannot write: it is so", where="the place")
+
+    monkeypatch.setattr(finishing, "sync_directory" if how == "sync" else "remove", fails)
+    with pytest.raises(PublishedError) as raised:
+        Goal.of(plan, out).settle(sync=True)
+    assert raised.value.code == ("durability-unconfirmed" if how == "sync" else "not-tidied")
+    assert raised.value.where == str({"settle": "the place", "system": staging.root, "sync": out}[how])
+    assert raised.value.found == ("not permitted" if how == "system" else "cannot write: it is so")
+    assert raised.value.hint
+
+
+def test_what_is_left_beside_a_result_is_removed_by_the_next_run(plan: Plan, out: Path, staging: Staging) -> None:
+    finish_plan(plan, out, QUICK)
+    staging.parts.mkdir(parents=True)
+    finish_plan(plan, out, QUICK)
+    assert [path.name for path in out.parent.glob("out*")] == ["out"]
+
+
+def test_a_maker_elsewhere_is_another_one(plan: Plan, staging: Staging) -> None:
+    means = Means(1, 1 << 20, "pread", bounded=False, sync=False, device="cpu", records=read_records)
+    maker = PartMaker(staging, means)
+    copy = pickle.loads(pickle.dumps(maker))
+    assert copy == maker
+    assert copy.staging.who != staging.who
+
+
+def test_a_part_that_fails_leaves_no_file(
+    plan: Plan, out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Workshop, part: Part, path: Path, *given: object) -> None:
+        path.write_bytes(b"half of it")
+        raise CheckpointError("source-changed", "it changed", where="there")
+
+    monkeypatch.setattr(Workshop, "make", fails)
+    with pytest.raises(CheckpointError):
+        have_made(plan.parts()[:1], staging, out, QUICK, None)
+    assert {path.suffix for path in staging.parts.iterdir()} == {".json"}
+
+
+def test_a_directory_gets_another_name_before_it_is_removed(
+    out: Path, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(staging_module, "_delete", seen.append)
+    remove(staging.root, out)
+    assert not staging.root.exists()
+    assert is_gone(seen[0])
+    remove(seen[0], out)  # by somebody else, who finds it so
+    assert seen == [seen[0]] * 2
+    assert staging_module.stagings(out.parent / "none" / "out") == []
+
+
+def test_what_a_receipt_holds(plan: Plan, out: Path, staging: Staging) -> None:
+    finish_plan(plan, out, QUICK)
+    receipt = receipt_of(out)
+    assert receipt["sources"]["m"].keys() == {"path", "kind", "fingerprint", "notes"}
+    assert receipt.keys() == {
+        "format", "schema", "sha256", "shardmerge", "plan", "target", "total_size", "cloned", "sources", "warnings",
+        "shards", "side_files", "tensors", "unused",
+    }  # fmt: skip

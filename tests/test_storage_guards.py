@@ -90,6 +90,7 @@ def test_what_is_synced_of_a_file(sync: bool, tmp_path: Path, calls: list[str]) 
     assert calls == (["fsync file", "fsync file", "fsync small"] if sync else [])
     assert (tmp_path / "file").read_bytes() == b"abcdefgh12345678"
     assert file.fileno() == -1
+    file.close()  # nothing any more
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,19 @@ def test_a_file_that_is_there_is_not_written_to(make: Callable[[Path], object], 
     assert (tmp_path / "file").read_bytes() == b"theirs"
 
 
+def test_what_nobody_asks_for_is_synced(tmp_path: Path, calls: list[str]) -> None:
+    writing.OutputFile(tmp_path / "file", 8).seal(b"abcdefgh")
+    writing.write_small(tmp_path / "small", b"text")
+    assert calls == ["fsync file", "fsync file", "fsync small"]
+
+
 def test_many_parts_of_a_small_file_are_all_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "_AT_ONCE", 10)
     parts = [bytes([n]) * n for n in range(30)]
     writing.write_small(tmp_path / "file", parts)
     assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert all(len(part) >= 10 for part in list(writing._gathered(parts))[:-1])
+    assert len(list(writing._gathered(parts))) > 20
 
 
 @pytest.mark.parametrize(("number", "raised"), [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)])
@@ -140,6 +149,21 @@ def test_a_library_without_the_call_writes_all_the_same(tmp_path: Path, monkeypa
     assert cache._sync_file_range.__wrapped__() is None
     assert not exchange(tmp_path / "a", tmp_path / "b")
     limits.return_freed_memory()
+
+
+def test_the_error_of_the_call_is_the_one_that_is_raised() -> None:
+    """A pipe has nothing to write out, which is no error; a number that is no descriptor is one."""
+    for fd in os.pipe():
+        cache.start_writing(fd, 0, 1)
+        os.close(fd)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        cache.start_writing(fd, 0, 1)
+
+
+def test_what_cannot_be_exchanged_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not exchange(tmp_path / "a", tmp_path / "a" / "b")  # EINVAL, as of a file system that cannot
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_two_names_change_places(tmp_path: Path) -> None:
@@ -295,6 +319,54 @@ def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, m
         matching(tmp_path, "*")
     with pytest.raises(PermissionError):
         list(files_below(tmp_path))
+
+
+def test_pages_leave_the_cache_where_they_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_LAG", 7)
+    dropped = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, nbytes, advice: dropped.append((start, nbytes, advice)))
+    (tmp_path / "file").write_bytes(b"12345678")
+    for bounded in (False, True):
+        pool = FilePool(bounded=bounded)
+        for offset in (0, 4):
+            pool.read_into(str(tmp_path / "file"), offset, memoryview(bytearray(4)))
+    assert dropped == [(0, 4, os.POSIX_FADV_DONTNEED)]
+
+
+def test_what_is_mapped_and_what_is_read(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 1 << 20
+    path.write_bytes(bytes(range(256)) * (size // 256) + b"end")
+    mapping, reading_only = FilePool("mmap"), FilePool()
+    assert reading_only.window(str(path), 3, size) is None
+    assert mapping.window(str(path), 3, size - 1) is None
+    found = mapping.window(str(path), 3, size)
+    assert found is not None
+    assert found.readonly
+    assert found == reading_only.view(str(path), 3, size) == path.read_bytes()[3:]
+    assert not reading_only.view(str(path), 3, size).readonly
+    assert (mapping.reads, mapping.bytes_read) == (1, size)
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", _raises(errno.EACCES))
+        with pytest.raises(CheckpointError) as raised:
+            SourceFile(tmp_path / "file")
+    assert (raised.value.code, raised.value.where) == ("unreadable-file", str(tmp_path / "file"))
+    assert raised.value.hint
+
+
+def test_how_much_memory_is_used_unless_somebody_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "cgroup_limit", lambda: None)
+    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    monkeypatch.delenv("SLURM_MEM_PER_CPU", raising=False)
+    assert limits.default_budget(8) == 256 << 20
+    assert limits.default_budget(9) == 288 << 20
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    assert limits.default_budget(9) == 100 << 20
+    monkeypatch.setattr(limits, "cgroup_limit", lambda: 99 << 20)
+    assert limits.default_budget(9) == 99 << 20
 
 
 # --- stopping ---

@@ -199,8 +199,6 @@ class Staging:
 
 def stagings(out: Path) -> list[Path]:
     """Returns all directories in which parts gather for an output path, and those of which not all is removed yet."""
-    if not out.parent.is_dir():
-        return []
     return [path for path in matching(out.parent, f"{_escaped(out.name)}{_MARK}*") if path.is_dir()]
 
 
