@@ -17,21 +17,25 @@ from tests.faults import tool
 from tests.killing import FAIL, HALF, KILL, KILL_ALL, Machine, Trap
 from tests.kills import kill_and_go_on
 from tests.scene import RECEIPT, WAYS, Scene
+from tests.syncs import points
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a directory of another owner takes root")
 
 
-def test_killed_at_every_call(scene: Scene, runs: Machine) -> None:
-    at = 1
-    while not kill_and_go_on(scene, runs, WAYS["plain"], Trap(KILL, at=at)):
-        at += 1
-    assert at > 100
+def test_killed_at_every_step(scene: Scene, runs: Machine) -> None:
+    """Between two writes to one file nothing changes for the next run; `python -m tests.kills` kills there too."""
+    scene.begin(WAYS["plain"])
+    assert scene.run(runs, WAYS["plain"]).code == 0
+    steps = points(runs.calls)
+    assert len(steps) > 60
+    for at in steps:
+        assert not kill_and_go_on(scene, runs, WAYS["plain"], Trap(KILL, at=at))
     scene.untouched()
 
 
 @pytest.mark.parametrize("way", ["overwrite", "no-exchange", "empty"])
 def test_killed_at_every_call_from_the_receipt_on(scene: Scene, runs: Machine, way: str) -> None:
-    """What comes before is the same however it is published; `python -m tests.kills` kills there too."""
+    """What comes before is the same however it is published."""
     made = scene.keep_made(runs, WAYS[way])
     scene.begin(WAYS[way], made)
     assert scene.run(runs, WAYS[way]).code == 0
@@ -93,7 +97,8 @@ def test_every_call_is_seen(scene: Scene, runs: Machine, tmp_path: Path) -> None
         traced = Counter(_traced(log, scene.place))
         scene.begin(way)
         assert scene.run(runs, way).code == 0
-        counted = Counter(_COUNTED_AS.get(call.name, call.name) for call in runs.calls)
+        inside = [call for call in runs.calls if str(scene.place) in call.a]
+        counted = Counter(_COUNTED_AS.get(call.name, call.name) for call in inside)
         assert traced == counted
         assert name in log.read_text()
 

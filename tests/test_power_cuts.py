@@ -12,7 +12,7 @@ from tests.crash_model import Disk, Node
 from tests.cuts import cut
 from tests.killing import KILL, Call, Machine, Trap
 from tests.power import PoweredDisk, powered_disk
-from tests.scene import WAYS, Scene
+from tests.scene import WAYS, Scene, Way, claim
 from tests.syncs import SITES, broken, names, points, sites
 
 # --- on a disk that keeps no more than it must ---
@@ -77,6 +77,30 @@ def test_nor_by_who_goes_on_after_a_kill(scene: Scene, runs: Machine, traces: di
         assert scene.run(runs, WAYS["plain"]).code == 0
         found = list(Disk(scene.root, before, scene.out, names(traces["plain"])).broken(calls + runs.calls))
         assert [one for one in found if "committed" not in one or "begun.json" in one] == [], at
+
+
+def test_parts_that_were_made_without_a_sync(scene: Scene, runs: Machine) -> None:
+    """Whoever publishes them syncs them, and the directories that were made for them; each of these syncs is needed."""
+    making, finishing = Way(steps=(("run", "--no-sync"),)), Way(steps=(("finish",),))
+    scene.begin(making)
+    assert scene.run(runs, making).code == 0
+    at, files = claim(runs.calls), names(runs.calls)
+    scene.begin(making)
+    before = Node.of(scene.root)
+    assert scene.run(runs, making, Trap(KILL, at=at)).code == -9
+    made = runs.calls
+    assert scene.run(runs, finishing).code == 0
+
+    def lost(calls: list[Call]) -> list[str]:
+        found = Disk(scene.root, before, scene.out, files).broken(made + calls)
+        return [one for one in found if not one.startswith("part ")]
+
+    assert lost(runs.calls) == []
+    syncs = [n for n, call in enumerate(runs.calls) if call.name == "fsync" and Path(call.a) not in scene.root.parents]
+    assert len(syncs) > 10
+    for n in syncs:
+        again = runs.calls[n].a in [call.a for call in runs.calls[:n] if call.name == "fsync"]
+        assert again or lost(runs.calls[:n] + runs.calls[n + 1 :]), runs.calls[n].a
 
 
 # --- on ext4 ---

@@ -248,7 +248,7 @@ class _Publishing:
         parts, staging = self.goal.plan.parts(), self.staging
         receipts = receipts_of(self.goal.plan, staging)
         if staging.sync and not all(receipt.synced for receipt in receipts):
-            sync_above(staging.root)
+            sync_above(self.goal.out.parent)
         for part, receipt in zip(parts, receipts, strict=True):
             path = staging.ready / part.shard.name
             found = unfit(receipt, part.shard, path, recheck=self.recheck)
