@@ -28,7 +28,7 @@ _WAYS = {
     "to dcp": "`convert` of safetensors to DCP",
     "to dcp, overwrite": "the same, `--overwrite`",
     "from dcp": "`convert` of DCP to safetensors",
-    "blocks": "`convert` of tensors that XFS and btrfs clone",
+    "blocks": "`convert` of tensors that XFS clones",
     "clean of parts": "`clean` of a run that made all parts",
     "clean of gap": "`clean` while neither result is at the output path",
     "verify": "`verify`, killed at every call that looks at or reads a file too",

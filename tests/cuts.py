@@ -140,7 +140,7 @@ def _cuts(runs: Machine, name: str, seeds: range) -> Iterator[_Row]:
             way = rng.choice(list(ALL_WAYS))
             # One in ten after the end.
             at = rng.randrange(1, lengths[way] + 1) if rng.random() < 0.9 else lengths[way] + 100
-            journal = rng.choice(list(JOURNALS)) if disk.kind.stops else "lost"
+            journal = rng.choice(list(JOURNALS))
             made = _made(scene, runs, ALL_WAYS[way])
             try:
                 row["ended"] += cut(scene, disk, runs, ALL_WAYS[way], at, made, JOURNALS[journal])

@@ -72,8 +72,8 @@ def sites() -> set[str]:
     """Returns the functions of shardmerge that sync something, as its source says."""
     found = set()
     for path in _PACKAGE.rglob("*.py"):
-        module = ".".join(path.relative_to(_PACKAGE).with_suffix("").parts)
-        found |= {f"{module}.{name}" for name in _that_sync(ast.parse(path.read_text("utf-8")), "")}
+        module, text = ".".join(path.relative_to(_PACKAGE).with_suffix("").parts), path.read_text("utf-8")
+        found |= {f"{module}.{name}" for name in _that_sync(ast.parse(text), "")} if "sync" in text else set()
     return found - _OWN
 
 
@@ -172,7 +172,7 @@ def traces(scene: Scene, runs: Machine) -> dict[str, list[Call]]:
 def caught(scene: Scene, disk: PoweredDisk, runs: Machine, sync: Sync, points: Sequence[int], length: int) -> str:
     """Returns the first power cut that does harm without a sync, before some calls and after the end, or ``""``."""
     for at in (*points, length + 1):
-        for journal in JOURNALS if disk.kind.stops else ("lost",):
+        for journal in JOURNALS:
             try:
                 cut(scene, disk, runs, ALL_WAYS[sync.way], at, None, JOURNALS[journal], sync.at)
             except (AssertionError, OSError) as error:
@@ -189,7 +189,7 @@ def plan_caught(scene: Scene, disk: PoweredDisk, runs: Machine) -> str:
     assert runs.run(*command).code == 0
     whole = file.read_bytes()
     skipped = next(at for at, call in enumerate(runs.calls, 1) if call.name == "fsync")
-    for name, journal in JOURNALS.items() if disk.kind.stops else [("lost", 0)]:
+    for name, journal in JOURNALS.items():
         file.write_bytes(before)
         disk.settle()
         assert runs.run(*command, trap=Trap(skip=skipped)).code == 0
