@@ -46,6 +46,7 @@ test: $(VENV)/test.stamp
 # What the tests take a sample of, whole: hours. The results are in tests/soak/, and docs/reliability.md shows them.
 soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.every_error
+	$(BIN)/python -m tests.real_limits
 	$(BIN)/python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json
 	$(BIN)/python -m tests.kills
 	$(BIN)/python -m tests.cuts

@@ -29,6 +29,7 @@ from docs.mutants import mutants, mutants_page
 from docs.op_pages import op_pages
 from docs.power_cuts import kills, power_cuts, syncs
 from docs.preset_pages import preset_pages
+from docs.real_limits import real_limits
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
 
@@ -115,6 +116,7 @@ def _with_architectures(text: str) -> str:
 def _with_outcomes(text: str) -> str:
     for name, lines in (
         ("errors", error_outcomes()),
+        ("limits", real_limits()),
         ("malformed files", malformed_files()),
         ("bit flips", bit_flips()),
         ("kills", kills()),

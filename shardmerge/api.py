@@ -24,7 +24,8 @@ from shardmerge.prepare.inspection import inspect, layout_of, matching
 from shardmerge.prepare.options import Options, Prepared, SavedMapping, chosen
 from shardmerge.publish.results import Result, Unfinished
 from shardmerge.sources.deepspeed_files import DeepSpeedView
-from shardmerge.system_errors import PASSING_READS, PASSING_WRITES, advice, tried_again
+from shardmerge.storage.listing import without_links
+from shardmerge.system_errors import PASSING_READS, PASSING_WRITES, about, advice, tried_again
 from shardmerge.tensors import TensorEntry
 
 # Modules that one verb needs are imported where that verb is done: the others start without them.
@@ -170,7 +171,7 @@ def _is_plan(path: Path) -> bool:
 
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with about(path), path.open("rb") as file:
         return FORMAT.encode() in file.read(64)
 
 
@@ -748,7 +749,7 @@ def invert(mapping: str | Path, source: str = "") -> str:
 
     spec = load_spec(Path(mapping))
     try:
-        found, forward = _forward(spec, Path(mapping).resolve().parent)
+        found, forward = _forward(spec, without_links(Path(mapping)).parent)
     except ShardmergeError as error:
         if not all(one.code in ("missing-path", "not-in-cache") for one in error.each()):
             raise

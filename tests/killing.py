@@ -6,9 +6,11 @@ runs under the traps of ``trap.c``. Several commands can be made to take turns, 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -33,8 +35,12 @@ _LOG = 8 << 20
 
 NOTHING, KILL, KILL_ALL, KILL_PARENT, HALF, POWER, RAISE, FAIL, SHORT, SKIP, STOP, DENY, HOLD = range(13)
 
-# A run that takes longer hangs.
-_LONGEST = 60.0
+# Whoever sleeps for so long, with all threads of all processes, is asked for their stacks, by a signal that shardmerge
+# has no use for; whoever sleeps for very long hangs, and is ended, as is whoever never comes to an end. In seconds. On
+# a busy machine a run of a tenth of a second takes 25, in which some thread always waits for a CPU.
+_LONG, _LONGEST, _NEVER = 10.0, 60.0, 600.0
+_OFTEN = 0.25
+_TELL = signal.SIGRTMIN + 7
 # How long a process that takes its turn may do nothing that changes a file, in seconds: it waits for others.
 _IDLE = 0.4
 
@@ -126,6 +132,8 @@ class Ran:
         How long it took.
     lingered
         How long processes that it had started were there after it, in seconds.
+    stacks
+        Where its threads were when all had slept for ten seconds, if they ever had.
     """
 
     code: int
@@ -133,9 +141,14 @@ class Ran:
     err: str
     seconds: float
     lingered: float
+    stacks: str = ""
 
     def json(self) -> dict[str, Any]:
         return json.loads(self.out)
+
+
+class Hung(AssertionError):
+    """A run that does not end, with the stacks of its threads."""
 
 
 @dataclass
@@ -162,7 +175,8 @@ class Machine:
             start. ``after``: seconds and a signal that is sent then. ``umask``. ``user``: whose processes they are.
             ``gone``: seconds after which somebody who shows no sign of life is taken to be gone. ``boot``: of the
             system, as receipts name it. ``held``: called here while the process that made the call of a trap ``HOLD``
-            waits.
+            waits. ``windows``: whether the shortest range is mapped where mapping is asked for. ``limits``: of
+            resources, by their names. ``blind``: whether any disk seems to have room.
         """
         return self.play([argv], trap=trap, **given)[0]
 
@@ -185,6 +199,11 @@ class Machine:
             to it. When the turns are over, all run to their end. Without turns all begin at once.
         trap, held, given
             As for ``run``.
+
+        Raises
+        ------
+        Hung
+            One of them does not end; all are killed.
         """
         self.trap[: _TRAP.size] = (trap or Trap()).packed()
         lines = [[str(one) for one in run] for run in runs]
@@ -199,7 +218,10 @@ class Machine:
         (self.hit,) = struct.unpack_from("=i", self.trap, _HIT)
         assert used <= _LOG, "the log is full"
         self.calls = list(_calls(self.trap[_TRAP.size : _TRAP.size + used]))
-        return [Ran(**one) for one in answer]
+        ran = [Ran(**one) for one in answer["ran"]]
+        if answer["hung"]:
+            raise Hung("\n".join(f"{' '.join(line)}\n{one.stacks}" for line, one in zip(lines, ran, strict=True)))
+        return ran
 
     @contextmanager
     def _watched(self, held: Callable[[], object] | None) -> Iterator[None]:
@@ -252,7 +274,7 @@ def machine(folder: Path, gcc: str) -> Iterator[Machine]:
         assert server.stdin is not None
         assert server.stdout is not None
         server.stdin.close()
-        server.wait(10)
+        server.wait(_LONGEST)
         server.stdout.close()
         trap.close()
 
@@ -286,9 +308,9 @@ def _adopt_orphans() -> None:
     assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
 
 
-def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    texts = [[os.memfd_create("text") for _ in range(2)] for _ in request["runs"]]
+    texts = [[os.memfd_create("text") for _ in range(3)] for _ in request["runs"]]
     trap[_ARMED : _ARMED + 4] = struct.pack("=i", 1)
     pids = [_start(argv, text, request) for argv, text in zip(request["runs"], texts, strict=True)]
     ended = _Ended(pids)
@@ -307,10 +329,11 @@ def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> list[dict[str, Any]]:
     trap[_ARMED : _ARMED + 4] = struct.pack("=i", 0)
     answers = []
     for pid, text in zip(pids, texts, strict=True):
-        out, err = (_said(fd) for fd in text)
+        out, err, stacks = (_said(fd) for fd in text)
         code, at = ended.codes[pid]
-        answers.append({"code": code, "out": out, "err": err, "seconds": at - started, "lingered": ended.last - at})
-    return answers
+        times = {"seconds": at - started, "lingered": ended.last - at}
+        answers.append({"code": code, "out": out, "err": err, **times, "stacks": ended.slow + stacks})
+    return {"ran": answers, "hung": ended.hung}
 
 
 def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any]) -> int:
@@ -321,9 +344,12 @@ def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(text[0], 1)
     os.dup2(text[1], 2)
+    faulthandler.register(_TELL, text[2])
     for number in request.get("ignore", ()):
         signal.signal(number, signal.SIG_IGN)
     os.umask(request.get("umask", 0o022))
+    for name, most in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (most, most))
     if user := request.get("user"):
         os.setgroups([])
         os.setgid(user)
@@ -342,8 +368,13 @@ def _start(argv: Sequence[str], text: Sequence[int], request: Mapping[str, Any])
 def _command(argv: Sequence[str], request: Mapping[str, Any]) -> int:
     from shardmerge.cli.main import main
     from shardmerge.plan import schedule
-    from shardmerge.publish import finishing, part_receipts, shares
+    from shardmerge.publish import checks, finishing, part_receipts, shares
+    from shardmerge.storage import reading
 
+    if request.get("blind"):
+        checks.free_bytes = lambda path: 1 << 60
+    if request.get("windows"):
+        reading._SMALLEST_WINDOW = 1
     if request.get("processes"):
         schedule._WORTH_PROCESSES = 1
     if gone := request.get("gone"):
@@ -367,7 +398,9 @@ class _Ended:
         self.codes: dict[int, tuple[int, float]] = {}
         self.still: set[int] = set()
         self.last = time.monotonic()
-        self._latest = time.monotonic() + _LONGEST
+        self.slow = ""
+        self.hung = False
+        self._started = self._since = self._seen = time.monotonic()
 
     def look(self) -> None:
         """Takes note of those that ended or stopped; without any it waits a little."""
@@ -392,7 +425,23 @@ class _Ended:
             except ChildProcessError:
                 return
             self.look()
-            assert time.monotonic() < self._latest, "a process does not end"
+            self._watch()
+
+    def _watch(self) -> None:
+        """Looks whether anybody does something, or is about to."""
+        now = time.monotonic()
+        if now - self._seen < _OFTEN or self.hung:
+            return
+        self._seen = now
+        if any(_is_busy(pid) for pid in _below(self._pids)):
+            self._since = now
+        if now - self._since > _LONG and not self.slow:
+            self.slow = "".join(_where(pid) for pid in _below(self._pids))
+        if now - self._since > _LONGEST or now - self._started > _NEVER:
+            self.hung = True
+            for pid in _below(self._pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def stands_still(self, pid: int) -> bool:
         return pid in self.still or pid in self.codes
@@ -401,6 +450,37 @@ class _Ended:
         self.still.discard(pid)
         if pid not in self.codes:
             os.kill(pid, signal.SIGCONT)
+
+
+def _below(groups: Sequence[int]) -> Iterator[int]:
+    """Yields the processes of some groups."""
+    for path in Path("/proc").glob("[0-9]*"):
+        group = 0
+        with suppress(OSError):
+            group = os.getpgid(int(path.name))
+        if group in groups:
+            yield int(path.name)
+
+
+def _is_busy(pid: int) -> bool:
+    """Tells whether a thread of a process runs, waits for a CPU, or for a disk (proc(5): R and D)."""
+    for thread in Path("/proc").glob(f"{pid}/task/*/stat"):
+        with suppress(OSError):
+            if thread.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
+
+
+def _where(pid: int) -> str:
+    """Asks a process for the Python stacks of its threads, and returns what the kernel says of each."""
+    found = []
+    for thread in sorted(Path("/proc").glob(f"{pid}/task/*")):
+        for name in ("stat", "wchan", "syscall", "stack"):  # the last for root alone
+            with suppress(OSError):
+                found.append(f"{pid} {thread.name} {name}: {(thread / name).read_text().strip()}\n")
+    with suppress(OSError):
+        os.kill(pid, _TELL)
+    return "".join(found)
 
 
 def _take_turns(trap: mmap.mmap, pids: Sequence[int], turns: Sequence[Sequence[int]], ended: _Ended) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,16 @@ from shardmerge import system_errors
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ShardmergeError
 from shardmerge.execute import patience
 from shardmerge.sources.opening import open_catalog
-from shardmerge.storage.listing import files_below, matching
+from shardmerge.storage.listing import files_below, matching, without_links
 from shardmerge.storage.reading import SourceFile
-from tests.every_error import FIXTURES, tried
+from tests.conftest import GOLDEN
+from tests.error_ways import FIXTURES, WAYS
+from tests.every_error import trying
+from tests.killing import Machine
+
+_SOURCES = {name: GOLDEN / paths[0] for name, paths in FIXTURES.items()}
+# Of how many faults one is tried, where a way is not one of the plain ones.
+_SELDOM = 997
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +37,17 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_errors, "WAITS", (0.0, 0.0, 0.0))
 
 
-@pytest.mark.parametrize("fixture", FIXTURES)
-def test_a_sample_of_all_errors_at_all_calls(fixture: str, accidents: Path) -> None:
-    base = accidents / fixture
-    for folder in ("machine", "scene"):
-        (base / folder).mkdir(parents=True)
-    found = tried(fixture, base, every=149)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sample_of_all_errors_at_all_calls(way: str, accidents: Path, runs: Machine) -> None:
+    base = accidents / way
+    base.mkdir()
+    *_, found = trying(way, base, runs, every=199 if way in FIXTURES else _SELDOM)
     assert found.wrong == []
-    assert found.calls > 300
-    outcomes = Counter(outcome for _, _, outcome in found.outcomes)
-    assert outcomes["exit 0"]
-    assert any(outcome.startswith("exit 4") for outcome in outcomes)
+    assert found.tried > 0
+    if way in FIXTURES:
+        outcomes = Counter(outcome for _, _, _, outcome in found.outcomes)
+        assert outcomes["exit 0"]
+        assert any(outcome.startswith("exit 4") for outcome in outcomes)
 
 
 class _Failing:
@@ -96,7 +104,7 @@ def test_an_error_of_writing_is_not_tried_again(tmp_path: Path, monkeypatch: pyt
     """After EIO of a sync the data is gone, and a second sync would say that all is well."""
     failing = _Failing(monkeypatch, "fsync", errno.EIO, 9)
     with pytest.raises(OutputError):
-        shardmerge.convert(FIXTURES["safetensors"], tmp_path / "out")
+        shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out")
     assert failing.left == 8
 
 
@@ -106,7 +114,7 @@ def test_a_call_that_is_interrupted_is_made_again(
 ) -> None:
     """Python itself repeats some of them, and not others; none of them ends a run."""
     _Failing(monkeypatch, call, errno.EINTR, 2)
-    shardmerge.convert(FIXTURES["safetensors"], tmp_path / "out")
+    shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out")
     shardmerge.verify(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "trying again" in caplog.text
@@ -138,7 +146,7 @@ def test_a_run_that_fails_leaves_no_file_open(
 ) -> None:
     """Nor the blocks of what it deleted, which an open descriptor keeps; whoever called goes on living."""
     source = tmp_path / "in"
-    shutil.copytree(FIXTURES[fixture], source)
+    shutil.copytree(_SOURCES[fixture], source)
     for after in (0, 4, 20, 60):
         with monkeypatch.context() as patch:
             _Failing(patch, call, errno.EDQUOT, 10_000, after=after)
@@ -179,14 +187,76 @@ def test_a_run_that_is_stopped_leaves_no_file_open(
 def test_the_name_of_an_output_directory_has_a_longest(tmp_path: Path) -> None:
     """The hint of a longer one says how long."""
     with pytest.raises(OSError, match="File name too long") as caught:
-        shardmerge.convert(FIXTURES["safetensors"], tmp_path / ("n" * 231))
+        shardmerge.convert(_SOURCES["safetensors"], tmp_path / ("n" * 231))
     assert "may have 230 bytes" in system_errors.advice(caught.value)
     assert not list(tmp_path.iterdir())
-    shardmerge.convert(FIXTURES["safetensors"], tmp_path / ("n" * 230))
+    shardmerge.convert(_SOURCES["safetensors"], tmp_path / ("n" * 230))
 
 
 def test_a_latest_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURES["ZeRO-3"], tmp_path / "in")
+    shutil.copytree(_SOURCES["ZeRO-3"], tmp_path / "in")
     os.truncate(tmp_path / "in" / "latest", 1 << 40)
     with pytest.raises(ShardmergeError):
         open_catalog(tmp_path / "in")
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EINTR])
+def test_an_error_that_passes_after_publishing_is_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the sync of the directory, and of looking for what is to be removed."""
+    out, real, failed = tmp_path / "out", {name: getattr(os, name) for name in ("fsync", "listdir")}, set()
+
+    def once(name: str, *given: object) -> object:
+        if (out / "shardmerge.json").exists() and name not in failed:
+            failed.add(name)
+            raise OSError(number, os.strerror(number))
+        return real[name](*given)
+
+    for name in real:
+        monkeypatch.setattr(os, name, partial(once, name))
+    shardmerge.convert(_SOURCES["safetensors"], out)
+    assert failed == {"fsync", "listdir"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_receipt_that_cannot_be_read_once_is_no_missing_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = Path.read_bytes, []
+
+    def once(path: Path) -> bytes:
+        if path.name == "00000.json" and len(failed) < 2:
+            failed.append(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", once)
+    shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out")
+    assert len(failed) == 2
+
+
+def test_what_somebody_left_to_be_published_and_cannot_be_taken_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a wait for somebody who is gone, which has no end."""
+    out, rename = tmp_path / "out", Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.startswith("ready-"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ShardmergeError):
+        shardmerge.convert(_SOURCES["safetensors"], out)  # which leaves it there
+    assert list(tmp_path.glob("out.partial-*/ready-*"))
+    with pytest.raises(OutputError, match="Permission denied") as caught:
+        shardmerge.convert(_SOURCES["safetensors"], out)
+    assert "/ready-" in caught.value.where
+
+
+def test_a_circle_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for call in (lambda: without_links(tmp_path / "a"), lambda: shardmerge.run(tmp_path / "a" / "mapping.yaml")):
+        with pytest.raises((OSError, ShardmergeError)):
+            call()

@@ -126,14 +126,6 @@ def _first_receipt(mapping: Path) -> Path:
     raise AssertionError("no part was ever made")
 
 
-def test_more_parts_than_a_pipe_usually_holds() -> None:
-    """A model of 1T in parts of 50 MB. Nobody reads while it is filled."""
-    code = "from shardmerge.execute.executors.here import _filled_pipe; import os\nplaces = _filled_pipe(20_000)\n"
-    code += "print(len(set(iter(lambda: os.read(places, 4), b''))))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "20000\n"
-
-
 def test_whose_parent_was_gone_before_it_could_ask_ends_at_once() -> None:
     code = "from shardmerge.execute.executors.here import _end_with; import os\n_end_with({})\nprint('at work')"
     for parent, said in (("os.getppid()", "at work\n"), ("os.getppid() + 1", "")):

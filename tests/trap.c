@@ -25,6 +25,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 #define FICLONE 0x40049409UL
 #define FICLONERANGE 0x4020940DUL
 #define SHUTDOWN 0x8004587DUL /* EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN */
@@ -180,9 +183,11 @@ static int watched(const char *path)
 #define WATCHED(call, path, type, bad, expression) \
     do { \
         const char *looked = trap && trap->armed && trap->under[0] ? (path) : ""; \
+        int asked = watched(looked) ? reached(call) : NOTHING; \
+        (void)asked; \
         if (!watched(looked)) \
             return expression; \
-        if (reached(call) == FAIL) { \
+        if (asked == FAIL) { \
             errno = trap->number; \
             return bad; \
         } \
@@ -284,7 +289,8 @@ ssize_t write(int fd, const void *data, size_t nbytes)
     REAL(ssize_t, "write", int, const void *, size_t);
     if (!regular(fd))
         return real(fd, data, nbytes);
-    COUNTED("write", name_of(fd, name), "", lseek(fd, 0, SEEK_CUR), nbytes, real(fd, data, nbytes));
+    COUNTED("write", name_of(fd, name), "", lseek(fd, 0, SEEK_CUR), nbytes,
+            real(fd, data, asked == SHORT ? (nbytes + 1) / 2 : nbytes));
 }
 
 #define SYNC(call, ...) \
@@ -473,23 +479,37 @@ ssize_t readlink(const char *path, char *into, size_t nbytes)
     REAL(ssize_t, "readlink", const char *, char *, size_t);
     WATCHED("readlink", path[0] == '/' ? path : full(AT_FDCWD, path, name), ssize_t, -1, real(path, into, nbytes));
 }
+/* Of a read that is cut short: half of it, and never nothing, which would be the end of the file. */
+static size_t some(size_t nbytes, int asked) { return asked == SHORT ? (nbytes + 1) / 2 : nbytes; }
+
 ssize_t read(int fd, void *into, size_t nbytes)
 {
     char name[PATH_MAX];
     REAL(ssize_t, "read", int, void *, size_t);
-    WATCHED("read", name_of(fd, name), ssize_t, -1, real(fd, into, nbytes));
+    WATCHED("read", name_of(fd, name), ssize_t, -1, real(fd, into, some(nbytes, asked)));
 }
 ssize_t pread64(int fd, void *into, size_t nbytes, off64_t offset)
 {
     char name[PATH_MAX];
     REAL(ssize_t, "pread64", int, void *, size_t, off64_t);
-    WATCHED("pread", name_of(fd, name), ssize_t, -1, real(fd, into, nbytes, offset));
+    WATCHED("pread", name_of(fd, name), ssize_t, -1, real(fd, into, some(nbytes, asked), offset));
 }
 ssize_t preadv64v2(int fd, const struct iovec *into, int count, off64_t offset, int flags)
 {
     char name[PATH_MAX];
+    struct iovec first = *into;
     REAL(ssize_t, "preadv64v2", int, const struct iovec *, int, off64_t, int);
-    WATCHED("pread", name_of(fd, name), ssize_t, -1, real(fd, into, count, offset, flags));
+    WATCHED("pread", name_of(fd, name), ssize_t, -1,
+            asked == SHORT ? (first.iov_len = some(first.iov_len, asked), real(fd, &first, 1, offset, flags))
+                           : real(fd, into, count, offset, flags));
+}
+/* Only the asking for pages, which says what is wrong with them. It has no descriptor, and no path. */
+int madvise(void *at, size_t nbytes, int advice)
+{
+    REAL(int, "madvise", void *, size_t, int);
+    if (advice != MADV_POPULATE_READ || !trap || !trap->under[0])
+        return real(at, nbytes, advice);
+    WATCHED("madvise", trap->under, int, -1, real(at, nbytes, advice));
 }
 void *mmap64(void *at, size_t nbytes, int protection, int flags, int fd, off64_t offset)
 {

@@ -11,9 +11,12 @@ import click
 from shardmerge.cli import colour
 from shardmerge.cli.options import dumped
 from shardmerge.errors import InterruptedRunError, ResourceError, ShardmergeError, UsageError
-from shardmerge.system_errors import advice
+from shardmerge.system_errors import advice, no_memory
 
 _INTERNAL_ERROR = 70
+
+# What the dynamic loader says of a library for which there is no address space; numpy quotes it.
+_NOT_LOADED = "failed to map segment"
 
 
 def failed(error: BaseException) -> int:
@@ -40,9 +43,12 @@ def _as_ours(error: BaseException) -> ShardmergeError:
         return InterruptedRunError("interrupted", "interrupted", hint=_again())
     if os.environ.get("SHARDMERGE_TRACEBACK"):
         raise error
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError) and _NOT_LOADED in str(error)):
+        return no_memory()
     if isinstance(error, OSError):
         what = f"the system refused: {error.strerror or error}"
-        return ResourceError("system-error", what, where=str(error.filename or ""), hint=advice(error))
+        where = error.filename or ("." if isinstance(error, FileNotFoundError) else "")  # see advice
+        return ResourceError("system-error", what, where=str(where), hint=advice(error))
     what = f"this is a bug in shardmerge: {type(error).__name__}: {error}"  # the last resort
     hint = "set SHARDMERGE_TRACEBACK=1, run it again, and report what it prints"
     return ShardmergeError("internal-error", what, hint=hint)

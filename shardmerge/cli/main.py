@@ -73,6 +73,7 @@ def main() -> None:
     for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _stop)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and never sees how a child ended
     # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
     gc.disable()
     code = _guarded()

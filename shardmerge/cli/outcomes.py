@@ -96,7 +96,10 @@ def _mebibytes(count: int) -> str:
 
 def shown_path(path: Path) -> str:
     """Returns a path as people write it: below the current directory without the way to that."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return str(path)
     return str(path.relative_to(here)) if path != here and path.is_relative_to(here) else str(path)
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, OutputError, UsageError
+from shardmerge.errors import CheckpointError, OutputError, ResourceError, UsageError
 from shardmerge.execute.checksum import joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.digests import Follower, taken
 from shardmerge.execute.means import Means
-from shardmerge.execute.patience import GRACE, interrupted
+from shardmerge.execute.patience import GRACE, begin, interrupted
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.products import one_thread_for
 from shardmerge.execute.records import RecordSums, RecordTables, joined_sums
@@ -201,10 +201,9 @@ class _Making:
         for worker, thread in zip(self._workers, threads, strict=True):
             worker.thread = thread
         try:
-            for thread in threads:
-                thread.start()
+            started = list(self._started(threads))
             deadline = math.inf
-            for thread in threads:
+            for thread in started:
                 while thread.is_alive() and time.monotonic() < deadline:
                     thread.join(_LOOK)
                     if self._failure is None and self._stopped():
@@ -214,6 +213,16 @@ class _Making:
             raise
         if self._failure is not None:
             raise self._failure
+
+    def _started(self, threads: Sequence[threading.Thread]) -> Iterator[threading.Thread]:
+        """Starts threads, and yields them. Where one cannot be, the others are to end, and are waited for too."""
+        for thread in threads:
+            try:
+                begin(thread)
+            except ResourceError as error:
+                self._failure = error
+                return
+            yield thread
 
     def _work(self, number: int) -> None:
         """Takes tasks until there are none, or another thread failed."""
@@ -287,6 +296,6 @@ def _cloned_places(shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tup
 
 
 def preload(tensors: Sequence[PlannedTensor]) -> None:
-    """Imports what making some tensors needs, so that processes forked afterwards share it."""
+    """Imports what making some tensors needs: threads find it whole, and processes forked afterwards share it."""
     if not all(is_copy(tensor.entry) for tensor in tensors):
         from shardmerge.execute import making, regions  # noqa: F401

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from shardmerge.errors import InterruptedRunError
+from shardmerge.system_errors import not_started
 
 _Found = TypeVar("_Found")
 
@@ -56,6 +57,20 @@ def interrupted() -> InterruptedRunError:
     return InterruptedRunError("interrupted", "stopped before the result was published")
 
 
+def begin(thread: threading.Thread) -> None:
+    """Starts a thread.
+
+    Raises
+    ------
+    ResourceError
+        ``not-started``: the system has no room for another one.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise not_started("thread", error) from error
+
+
 def patiently(work: Callable[[Halt], _Found], look: Callable[[], object] = bool, *, last: bool = False) -> _Found:
     """Does work in a thread of its own, and returns what it returns or raises what it raises.
 
@@ -86,7 +101,7 @@ def patiently(work: Callable[[Halt], _Found], look: Callable[[], object] = bool,
             ended.set()
 
     try:
-        threading.Thread(target=do, daemon=True).start()
+        begin(threading.Thread(target=do, daemon=True))
         # Not by Thread.join: a signal in it makes Python 3.11 take a thread for ended that is not (bpo-45274).
         while not ended.wait(_LOOK):
             look()

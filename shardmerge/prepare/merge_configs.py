@@ -13,6 +13,7 @@ from shardmerge.prepare.merge_tokens import joint_vocabulary
 from shardmerge.prepare.proposing import relative
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.recognition.proposal import Proposal
+from shardmerge.system_errors import about
 
 
 def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) -> Proposal:
@@ -30,7 +31,8 @@ def proposed_merge(config: Path, folder: Path, idle: object, *, download: bool) 
     UsageError
         ``unknown-layout``: another YAML file. ``no-effect``.
     """
-    text = config.read_text("utf-8")
+    with about(config):
+        text = config.read_text("utf-8")
     if not is_mergekit(text):
         what = "a YAML file is no checkpoint, and this one no configuration of mergekit: it has no `merge_method`"
         raise UsageError("unknown-layout", what, where=str(config), hint="name a checkpoint, or run a mapping")

@@ -15,6 +15,7 @@ from shardmerge.prepare.agreed import agreed
 from shardmerge.prepare.options import Options, Prepared, output_settings
 from shardmerge.prepare.publishable import Conditions
 from shardmerge.prepare.resolved import Resolved, resolved
+from shardmerge.storage.listing import without_links
 from shardmerge.targets.plain import PLAIN
 from shardmerge.tensors import Catalog
 
@@ -27,7 +28,7 @@ def prepare_mapping(path: Path, options: Options) -> Prepared:
     from shardmerge.mapping.reader import load_spec  # a conversion reads no mapping
 
     spec = load_spec(path)
-    return prepare(spec, path.resolve().parent, options)
+    return prepare(spec, without_links(path).parent, options)
 
 
 def prepare(spec: Spec, folder: Path, options: Options, known: Mapping[str, Catalog] | None = None) -> Prepared:

@@ -13,6 +13,7 @@ from shardmerge.prepare.inspection import inspect
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.recognition.proposal import Found, Proposal, propose
 from shardmerge.recognition.recognised import recognise
+from shardmerge.storage.listing import without_links
 from shardmerge.targets.config_numbers import load_object
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG
@@ -45,4 +46,4 @@ def _base_name(catalog: Catalog) -> str:
 def relative(path: str, folder: Path) -> str:
     """A path as it reads from a folder; absolute ones and hub ids stay."""
     place = Path(path).expanduser()
-    return os.path.relpath(place, folder.resolve()) if place.exists() and not place.is_absolute() else path
+    return os.path.relpath(place, without_links(folder)) if place.exists() and not place.is_absolute() else path

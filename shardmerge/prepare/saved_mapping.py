@@ -12,6 +12,7 @@ from shardmerge.prepare.option_values import size
 from shardmerge.prepare.options import Options, wanted_dtype
 from shardmerge.prepare.proposing import relative
 from shardmerge.prepare.trained_bases import TRAINING_CONFIG
+from shardmerge.storage.listing import without_links
 from shardmerge.targets.expectation import FileChoice
 
 
@@ -41,7 +42,7 @@ def _is_named(source: SourceSpec) -> bool:
 
 def _output(out: Path, options: Options, folder: Path) -> OutputSpec:
     place = out.expanduser()
-    path = str(place) if out.is_absolute() or place.is_absolute() else os.path.relpath(place, folder.resolve())
+    path = str(place) if out.is_absolute() or place.is_absolute() else os.path.relpath(place, without_links(folder))
     return OutputSpec(
         path,
         wanted_dtype(options),

@@ -16,6 +16,7 @@ from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
 from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.opening import locate
+from shardmerge.storage.listing import without_links
 from shardmerge.tensors import Catalog, of_source
 from shardmerge.tensors.file_roles import CONFIG
 
@@ -87,7 +88,7 @@ def _find_base(text: str, folder: Path, trained: Path) -> Path | None:
     """Looks where the training run may have meant: beside the mapping, beside the run, here, in the hub cache."""
     for place in (folder, *trained.parents[:4], Path()):
         if (place / text).exists():
-            return (place / text).resolve()
+            return without_links(place / text)
     try:
         return locate(text) if is_hub_id(text) else None
     except UsageError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError, ShardmergeError, raise_all
 from shardmerge.packed_names import container
+from shardmerge.storage.listing import without_links
 from shardmerge.storage.writing import free_bytes
-from shardmerge.system_errors import PERMISSION
+from shardmerge.system_errors import advice
 from shardmerge.tensors import FileStamp
 from shardmerge.tensors.file_roles import RECEIPT
 
@@ -43,6 +45,17 @@ def check_output(files: Sequence[FileStamp], out: Path, needed: int, *, overwrit
     raise_all(_objections(files, out, needed, overwrite=overwrite))
 
 
+def _lets_write(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _not_let(folder: Path) -> OutputError:
+    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    what = "the file system is mounted read-only" if read_only else "no permission to write here"
+    hint = advice(OSError(errno.EROFS if read_only else errno.EACCES, what))
+    return OutputError("unwritable-output", what, where=str(folder), hint=hint)
+
+
 def check_place(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> None:
     """Says why ``out`` cannot be the output right now; a result is renamed to it next.
 
@@ -61,8 +74,8 @@ def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite
     if taken is not None:
         yield taken
     parent = _nearest_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        yield OutputError("unwritable-output", "no permission to write here", where=str(parent), hint=PERMISSION)
+    if not (_lets_write(parent) or _lets_write(parent)):  # an error that passes looks like a refusal
+        yield _not_let(parent)
     free = free_bytes(out)
     if needed + _SPARE_BYTES > free:
         yield ResourceError(
@@ -77,9 +90,9 @@ def _objections(files: Sequence[FileStamp], out: Path, needed: int, *, overwrite
 
 def _taken(files: Sequence[FileStamp], out: Path, *, overwrite: bool) -> OutputError | None:
     """Returns why what is there cannot make room."""
-    resolved = out.resolve()
-    sources = (Path(container(stamp.path)).resolve() for stamp in files)
-    clash = next((path for path in sources if resolved in path.parents or path == resolved), None)
+    place = without_links(out)
+    sources = (without_links(Path(container(stamp.path))) for stamp in files)
+    clash = next((path for path in sources if place in path.parents or path == place), None)
     if clash is not None:
         return OutputError(
             "output-is-source",
@@ -124,7 +137,7 @@ def _not_ours(out: Path) -> OutputError:
 
 
 def _nearest_parent(path: Path) -> Path:
-    parent = path.resolve().parent
+    parent = without_links(path).parent
     while not parent.exists():
         parent = parent.parent
     return parent

@@ -38,6 +38,7 @@ from shardmerge.publish.staging import Staging, inode, is_gone, remove, stagings
 from shardmerge.storage.exchanging import OCCUPIED, exchange
 from shardmerge.storage.listing import files_below
 from shardmerge.storage.writing import explained, sync_above, sync_directory, sync_file
+from shardmerge.system_errors import PASSING_READS, PASSING_WRITES, tried_again
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
 
@@ -87,18 +88,21 @@ class Goal:
         """
         try:
             if sync:
-                sync_directory(self.out.parent)
+                tried_again(lambda: sync_directory(self.out.parent), PASSING_WRITES)
         except ShardmergeError as error:
             raise unconfirmed(self.out, error.what) from error
         root = Staging.of(self.out, self.plan.id).root
         try:
-            for one in stagings(self.out):
-                if one == root or is_gone(one):
-                    remove(one, self.out)
+            tried_again(lambda: self._tidy(root), PASSING_READS)
         except ShardmergeError as error:
             raise _not_tidied(error.where, error.what) from error
         except OSError as error:
             raise _not_tidied(str(root), str(error.strerror)) from error
+
+    def _tidy(self, root: Path) -> None:
+        for one in stagings(self.out):
+            if one == root or is_gone(one):
+                remove(one, self.out)
 
 
 def published_plan(out: Path) -> str:

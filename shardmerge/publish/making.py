@@ -17,6 +17,7 @@ from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
 from shardmerge.publish.staging import Staging, inode
 from shardmerge.storage.writing import explained
+from shardmerge.system_errors import PASSING_READS, tried_again
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def receipt_path(staging: Staging, number: int) -> Path:
 def read_receipt(staging: Staging, part: Part) -> PartReceipt | None:
     """Returns the receipt of a part, or None where there is none. The file is opened by its name and nothing else."""
     try:
-        data = receipt_path(staging, part.number).read_bytes()
+        data = tried_again(receipt_path(staging, part.number).read_bytes, PASSING_READS)
     except OSError:
         return None
     return receipt_from(data, part)

@@ -13,6 +13,7 @@ from shardmerge.execute.engine import Outcome
 from shardmerge.execute.frames import patched_blobs
 from shardmerge.plan.shard import PlannedShard, tensor_json
 from shardmerge.plan.value import Plan
+from shardmerge.system_errors import about
 from shardmerge.tensors.file_roles import RECEIPT
 from shardmerge.version import __version__
 
@@ -136,7 +137,8 @@ def read_receipt(folder: Path) -> Mapping[str, object]:
         ``damaged-receipt``: it was changed. ``newer-receipt``: a newer version wrote it.
     """
     try:
-        data = (folder / RECEIPT).read_bytes()
+        with about(folder / RECEIPT):
+            data = (folder / RECEIPT).read_bytes()
         value = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from shardmerge.errors import ShardmergeError, VerificationError
 from shardmerge.plan.dcp_layout import item_span
 from shardmerge.plan.torch_pickle import tensor_pickle
+from shardmerge.system_errors import about
 from shardmerge.tensors import TensorEntry
 from shardmerge.tensors.pieces import single_extent
 
@@ -30,14 +31,15 @@ def reference_problems(
         Whether readers that read all of a file are left out.
     """
     for name, entries in held.items():
-        if name.endswith(".safetensors"):
-            yield from _safetensors(folder / name, entries)
-        elif headers:
-            continue
-        elif name.endswith(".distcp"):
-            yield from _items(folder / name, entries)
-        else:
-            yield from _zip(folder / name)
+        with about(folder / name):
+            if name.endswith(".safetensors"):
+                yield from _safetensors(folder / name, entries)
+            elif headers:
+                continue
+            elif name.endswith(".distcp"):
+                yield from _items(folder / name, entries)
+            else:
+                yield from _zip(folder / name)
 
 
 def _safetensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[ShardmergeError]:

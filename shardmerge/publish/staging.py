@@ -142,10 +142,20 @@ class Staging:
         return _begun(self.root) is not None
 
     def take_back(self) -> None:
-        """Makes what somebody was about to publish the model again: he may be gone. If he is not, he begins anew."""
+        """Makes what somebody was about to publish the model again: he may be gone. If he is not, he begins anew.
+
+        Raises
+        ------
+        OutputError
+            ``unwritable-output``: the system refuses. Whoever waited for him would wait for ever.
+        """
         for ready in self.claimed():
-            with suppress(OSError):  # he was faster
-                ready.rename(self.model)
+            with explained(ready), suppress(FileNotFoundError):  # he was faster
+                try:
+                    ready.rename(self.model)
+                except OSError as error:
+                    if error.errno not in OCCUPIED:
+                        raise
 
     def place(self, path: Path, data: bytes | list[bytes]) -> None:
         """Makes a small file appear whole under its name, in the place of one that is there; see ``settle``."""

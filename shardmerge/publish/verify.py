@@ -21,6 +21,7 @@ from shardmerge.publish.selection import Selection
 from shardmerge.publish.sums import FoundSums, read_sums
 from shardmerge.publish.unlisted import unlisted_files, unlisted_problems
 from shardmerge.shown import Displayed
+from shardmerge.storage.reading import read_whole
 from shardmerge.targets.agreement import INCOMPLETE, disagreements
 from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.pieces import single_extent
@@ -170,7 +171,7 @@ def _file_problems(folder: Path, receipt: Recorded) -> Iterator[ShardmergeError]
         path = folder / name
         if not path.is_file():
             yield _wrong("missing-file", "a side file is missing", path)
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        elif hashlib.sha256(read_whole(path)).hexdigest() != digest:
             yield _wrong("file-differs", "a side file was changed after the run", path)
 
 
@@ -214,7 +215,7 @@ def _model_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Reco
 def _config(path: Path) -> dict[str, object] | None:
     """Returns a config, or None for a file that says nothing that could be compared."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_whole(path))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

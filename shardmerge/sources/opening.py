@@ -25,6 +25,7 @@ from shardmerge.sources.hub import is_hub_id, resolve_hub_id
 from shardmerge.sources.markers import read_marker
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
+from shardmerge.storage.listing import without_links
 from shardmerge.tensors import Catalog
 
 FormatReader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
@@ -69,7 +70,7 @@ def locate(text: str | Path, *, download: bool = False) -> Path:
     """Returns the existing path that a text means: a file, a directory, or a hub id's snapshot."""
     path = Path(text).expanduser()
     if path.exists():
-        return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+        return without_links(path) if path.is_dir() else without_links(path.parent) / path.name
     if is_hub_id(str(text)) and not path.parent.is_dir():
         return resolve_hub_id(str(text), download=download)
     import difflib

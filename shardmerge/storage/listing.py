@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -27,6 +28,20 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yields all that is below a directory and is no directory; raises as ``matching``."""
     for place, _, names in os.walk(folder, onerror=_raised):
         yield from (Path(place, name) for name in names)
+
+
+def without_links(path: Path) -> Path:
+    """Returns a path without symbolic links. Of a circle of them ``Path.resolve`` says ``RuntimeError`` before 3.13.
+
+    Raises
+    ------
+    OSError
+        The links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def _raised(error: OSError) -> None:

@@ -6,12 +6,11 @@ are for who asks for them.
 
 A mapping of a truncated file kills the process (SIGBUS) when touched, so a window is populated first with
 ``MADV_POPULATE_READ``, which reports the same accident as an error (measured on Linux 6.18: EFAULT). Where the kernel
-or the file system cannot do that, and for short reads, ``pread`` is used.
+or the file system cannot do that, or reports an error, and for short reads, ``pread`` is used.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import resource
@@ -27,6 +26,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.storage.cache import Trail, drop_read
+from shardmerge.storage.listing import without_links
 from shardmerge.system_errors import PASSING_READS, advice, tell, tried_again
 
 IoMode: TypeAlias = Literal["pread", "mmap"]
@@ -155,22 +155,22 @@ class SourceFile:
     def window(self, offset: int, nbytes: int) -> memoryview:
         """Returns a read-only view of the bytes, mapped; the mapping goes when the last view of it goes.
 
-        The pages are read before the view is returned, so a file that shrank is an error and not a signal.
+        The pages are read before the view is returned, so a file that shrank is an error and not a signal. Where
+        something is in the way (a kernel before 5.14, a file system, a limit of address space, a disk that fails), the
+        bytes are read; an error that is not of the mapping alone comes again there, and may pass.
+
+        Raises
+        ------
+        CheckpointError
+            As ``read_into``.
         """
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         length = offset + nbytes - start
         try:
             mapping = mmap.mmap(self._fd, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED, offset=start)
-        except ValueError as error:  # Python compares the length with the file's size right now
-            raise self._truncated(offset, nbytes) from error
-        try:
             mapping.madvise(_MADV_POPULATE_READ)
-        except OSError as error:
-            if error.errno == errno.EFAULT:
-                raise self._truncated(offset, nbytes) from error
-            if error.errno != errno.EINVAL:
-                raise self._broken(offset, error) from error
-            return memoryview(self.read(offset, nbytes))  # a kernel before 5.14: never touch an unchecked page
+        except (OSError, ValueError):  # the latter where the file is shorter by now: Python compares
+            return memoryview(self.read(offset, nbytes))  # never touch an unchecked page
         return memoryview(mapping)[offset - start : length]
 
     def drop(self, offset: int, nbytes: int) -> None:
@@ -223,6 +223,18 @@ class SourceFile:
             where=f"{self.path}, byte {offset}",
             hint=advice(error),
         )
+
+
+def read_whole(path: str | Path) -> bytes:
+    """Returns all bytes of a small file; an error that may pass is tried again.
+
+    Raises
+    ------
+    UsageError, CheckpointError
+        As ``SourceFile`` and its ``read_into``.
+    """
+    with SourceFile(path) as file:
+        return file.read(0, file.size)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -392,7 +404,7 @@ def file_system(path: str | Path) -> str:
     By mount point: the device number of a btrfs subvolume is not that of its mount.
     """
     try:
-        place = Path(path).resolve()
+        place = without_links(Path(path))
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""

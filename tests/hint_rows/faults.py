@@ -110,7 +110,7 @@ FAULTS = [
         "a disk that is full",
         made(small_files, *CONVERT, "$gqa", "out"),
         "disk-full",
-        by_hand("free some space", any_files),
+        by_hand("raise the limit (ulimit -f)", any_files),
     ),
     Row(
         "a source that changes",

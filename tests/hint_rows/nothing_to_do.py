@@ -46,11 +46,8 @@ ELSEWHERE: list[tuple[str, str, str]] = [
     ("system-error", r"^\{\}$", "test_every_error.py::test_the_name_of_an_output_directory_has_a_longest"),
     ("unreadable-file", r"^\{\}$", "test_every_error.py::test_a_sample_of_all_errors_at_all_calls"),
     ("unwritable-output", r"^\{\}$", "test_every_error.py::test_a_sample_of_all_errors_at_all_calls"),
-    (
-        "unwritable-output",
-        "check the owner",
-        "test_overwrite.py::test_a_place_that_may_not_be_written_to_is_named_before_anything_is_made",
-    ),
+    ("no-memory", "give less --max-memory", "test_real_limits.py::test_a_limit_ends_a_run_and_the_next_one_goes_on"),
+    ("not-started", "give --workers 1", "test_real_limits.py::test_a_limit_ends_a_run_and_the_next_one_goes_on"),
     ("unwritable-output", "the disk loses", "test_io_errors.py::test_each_call_that_fails_ends_the_run"),
     (
         "bench-failed",

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from shardmerge import errors
 from shardmerge.errors import Problems, ShardmergeError
+from shardmerge.system_errors import no_memory
 
 # One error. Of ours its class and its texts, of the system its number and its texts, of any other one a text.
 FailureRow: TypeAlias = Mapping[str, "str | int"]
@@ -14,6 +15,8 @@ FailureRow: TypeAlias = Mapping[str, "str | int"]
 
 def rows_of(error: BaseException) -> list[FailureRow]:
     """Returns an error as values that JSON can hold; a ``Problems`` has a row for each."""
+    if isinstance(error, MemoryError):
+        error = no_memory()
     if isinstance(error, ShardmergeError):
         return [{"kind": type(one).__name__, **one.fields()} for one in error.each()]
     if isinstance(error, OSError):

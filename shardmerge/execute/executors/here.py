@@ -6,7 +6,6 @@ where this process has a single thread: another one could hold a lock that the c
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -14,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from shardmerge.errors import ResourceError
@@ -25,12 +24,10 @@ from shardmerge.execute.patience import Halt, interrupted, patiently
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 from shardmerge.signals import STOPS
+from shardmerge.system_errors import not_started
 
 # A part's place in the list, as it goes through the pipe; reads and writes of so few bytes are never torn.
 _PLACE = 4
-# linux/fcntl.h; a pipe holds 64 KiB unless it is asked to hold more: 16,384 parts.
-_F_SETPIPE_SZ = 1031
-_USUAL_PIPE, _LARGEST_PIPE = 64 << 10, 1 << 20
 
 # linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -43,6 +40,8 @@ _SOON, _GRACE = 0.002, 1.0
 
 def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
     """Makes parts by as many processes and threads as the schedule says: see ``contract.Executor``."""
+    # Not by several threads at a time, where one that gets no memory leaves half a module to the others.
+    preload([tensor for part in parts for tensor in part.shard.tensors])
     if how.apart or (how.processes > 1 and len(parts) > 1):
         _forked(parts, make, how, progress)
         return
@@ -73,21 +72,59 @@ class _Told:
         self._before = done
 
 
+class _Places:
+    """A pipe of the places of all parts. It ends after the last.
+
+    It is filled as it empties: a pipe holds 64 KiB, and a page where its user has many (pipe(7)).
+    """
+
+    def __init__(self, count: int) -> None:
+        self.taken, self._given = os.pipe()
+        os.set_blocking(self._given, False)
+        self._next, self._count = 0, count
+
+    def fill(self) -> None:
+        """Puts in as many as there is room for."""
+        with suppress(BlockingIOError):
+            while self._next < self._count:
+                os.write(self._given, self._next.to_bytes(_PLACE, "little"))
+                self._next += 1
+            self.end()
+
+    def end(self) -> None:
+        """Lets whoever reads see an end: no more come, from this process."""
+        if self._given >= 0:
+            given, self._given = self._given, -1
+            os.close(given)
+
+    def close(self) -> None:
+        """Closes both ends."""
+        self.end()
+        os.close(self.taken)
+
+
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A process, and where it says what went wrong."""
+    """A process, and what it has said so far of what went wrong, through a pipe."""
 
     pid: int
-    said: int
+    pipe: int
+    said: bytearray = field(default_factory=bytearray)
+
+    def listen(self) -> None:
+        """Takes in what it says: whoever writes to a full pipe waits, and its end would never come."""
+        with suppress(BlockingIOError):
+            while said := os.read(self.pipe, 1 << 16):
+                self.said.extend(said)
 
 
 def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
-    preload([tensor for part in parts for tensor in part.shard.tensors])
     slots = memoryview(mmap.mmap(-1, mmap.PAGESIZE * -(-8 * how.workers // mmap.PAGESIZE))).cast("Q")
     told = _Told(slots, progress)
-    places = _filled_pipe(len(parts))
+    places = _Places(len(parts))
     children: list[_Child] = []
     try:
+        places.fill()
         with _signals_held():
             for number in range(min(how.processes, len(parts))):
                 counters = slots[number * how.threads : (number + 1) * how.threads]
@@ -95,46 +132,51 @@ def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress
         while children:
             time.sleep(_LOOK)
             told()
+            places.fill()
+            for child in children:
+                child.listen()
             for child, status in [(one, status) for one in children if (status := _ended(one)) is not None]:
                 children.remove(child)
                 _read_last_words(child, status)
     except KeyboardInterrupt as error:
         raise interrupted() from error
     finally:
-        os.close(places)
+        places.close()
         _kill(children)
 
 
-def _filled_pipe(count: int) -> int:
-    """Returns the reading end of a pipe that holds the places of all parts, and then ends."""
-    read, write = os.pipe()
-    if count * _PLACE > _USUAL_PIPE:
-        fcntl.fcntl(write, _F_SETPIPE_SZ, _LARGEST_PIPE)
-    for place in range(count):
-        os.write(write, place.to_bytes(_PLACE, "little"))
-    os.close(write)
-    return read
-
-
-def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: int) -> _Child:
+def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: _Places) -> _Child:
     read, write = os.pipe()
     parent = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(read)
+        os.close(write)
+        raise not_started("process", error) from error
     if pid:
         os.close(write)
+        os.set_blocking(read, False)
         return _Child(pid, read)
     code = 1
     try:
         os.close(read)
+        places.end()
         _only_parent_hears_signals()
         _end_with(parent)
-        for place in iter(lambda: os.read(places, _PLACE), b""):
+        for place in iter(lambda: os.read(places.taken, _PLACE), b""):
             make(parts[int.from_bytes(place, "little")], counters, bool)
         code = 0
     except BaseException as error:  # noqa: BLE001  # it must reach the parent
-        os.write(write, json.dumps(rows_of(error)).encode()[: mmap.PAGESIZE * 16])
+        _say(write, json.dumps(rows_of(error)).encode())
     finally:
         os._exit(code)  # whatever happens: what the parent was doing is not for this one to end
+
+
+def _say(pipe: int, words: bytes) -> None:
+    view = memoryview(words)
+    while view:
+        view = view[os.write(pipe, view) :]
 
 
 @contextmanager
@@ -164,17 +206,25 @@ def _end_with(parent: int) -> None:
 
 
 def _ended(child: _Child) -> int | None:
-    """Returns how a process ended, None while it has not."""
-    pid, status = os.waitpid(child.pid, os.WNOHANG)
+    """Returns how a process ended, None while it has not.
+
+    Where this process ignores SIGCHLD, or reaps children itself, nobody knows: 0. A part that is missing is missed.
+    """
+    try:
+        pid, status = os.waitpid(child.pid, os.WNOHANG)
+    except ChildProcessError:
+        return 0
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _read_last_words(child: _Child, code: int) -> None:
     """Raises what a process met, if it did not end well."""
-    said = b"".join(iter(lambda: os.read(child.said, 1 << 16), b""))
-    os.close(child.said)
+    child.listen()
+    os.close(child.pipe)
+    if child.said:
+        raise error_from(json.loads(child.said))
     if code:
-        raise error_from(json.loads(said)) if said else _died(code)
+        raise _died(code)
 
 
 def _kill(children: Sequence[_Child]) -> None:
@@ -184,10 +234,9 @@ def _kill(children: Sequence[_Child]) -> None:
             os.kill(child.pid, signal.SIGKILL)
     deadline = time.monotonic() + _GRACE
     for child in children:
-        os.close(child.said)
-        with suppress(ChildProcessError):
-            while _ended(child) is None and time.monotonic() < deadline:
-                time.sleep(_SOON)
+        os.close(child.pipe)
+        while _ended(child) is None and time.monotonic() < deadline:
+            time.sleep(_SOON)
 
 
 def _died(code: int) -> ResourceError:
