@@ -17,7 +17,7 @@ _GROUPS = {
     "look at a file (stat, access, readlink, statvfs)": ("stat", "fstat", "access", "readlink", "statvfs"),
     "list a directory": ("opendir", "readdir"),
     "open to read": ("open-read",),
-    "read, or map": ("read", "pread", "mmap", "madvise", "fadvise"),
+    "read, or map": ("read", "pread", "mmap", "populate", "fadvise"),
     "create a file or directory": ("open", "tmpfile", "mkdir", "link"),
     "write (also truncate, start writing)": ("write", "pwrite", "ftruncate", "sync_file_range", "ioctl"),
     "sync": ("fsync",),

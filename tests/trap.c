@@ -503,14 +503,6 @@ ssize_t preadv64v2(int fd, const struct iovec *into, int count, off64_t offset, 
             asked == SHORT ? (first.iov_len = some(first.iov_len, asked), real(fd, &first, 1, offset, flags))
                            : real(fd, into, count, offset, flags));
 }
-/* Only the asking for pages, which says what is wrong with them. It has no descriptor, and no path. */
-int madvise(void *at, size_t nbytes, int advice)
-{
-    REAL(int, "madvise", void *, size_t, int);
-    if (advice != MADV_POPULATE_READ || !trap || !trap->under[0])
-        return real(at, nbytes, advice);
-    WATCHED("madvise", trap->under, int, -1, real(at, nbytes, advice));
-}
 void *mmap64(void *at, size_t nbytes, int protection, int flags, int fd, off64_t offset)
 {
     char name[PATH_MAX];
@@ -526,8 +518,7 @@ int madvise(void *at, size_t nbytes, int advice)
     REAL(int, "madvise", void *, size_t, int);
     if (advice != MADV_POPULATE_READ || !trap || !trap->armed || !trap->under[0])
         return real(at, nbytes, advice);
-    reached("populate");
-    int result = real(at, nbytes, advice), code = errno;
+    int asked = reached("populate"), result = asked == FAIL ? failed(trap->number) : real(at, nbytes, advice), code = errno;
     note("populate", "", "", 0, 0, result < 0 ? -code : 0);
     reached("populated");
     note("populated", "", "", 0, 0, 0);
