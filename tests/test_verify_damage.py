@@ -173,12 +173,12 @@ def _tried(out: Path, edited: dict[str, Any], refused: int, passed: int) -> tupl
 
 
 def test_a_receipt_of_a_later_version_says_which(out: Path) -> None:
-    write_receipt(out, {**receipt_of(out), "schema": 6})
+    write_receipt(out, {**receipt_of(out), "schema": 7})
     with pytest.raises(sm.VerificationError) as raised:
         sm.verify(out)
     assert raised.value.code == "newer-receipt"
     assert raised.value.where == str(out / RECEIPT)
-    assert raised.value.found.startswith("schema 6")
+    assert raised.value.found.startswith("schema 7")
 
 
 @pytest.mark.parametrize("folder", ["", "projector/"])
