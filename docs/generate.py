@@ -21,6 +21,7 @@ from docs.bit_flips import bit_flips
 from docs.error_outcomes import error_outcomes
 from docs.error_page import error_page
 from docs.flow_pictures import flow_pictures
+from docs.fuzzing import differential, fuzzing
 from docs.layout_picture import picture
 from docs.layout_rows import layout_rows
 from docs.malformed_files import malformed_files
@@ -118,6 +119,8 @@ def _with_outcomes(text: str) -> str:
         ("errors", error_outcomes()),
         ("limits", real_limits()),
         ("malformed files", malformed_files()),
+        ("fuzzing", fuzzing()),
+        ("other readers", differential()),
         ("bit flips", bit_flips()),
         ("kills", kills()),
         ("power cuts", power_cuts()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -84,10 +85,7 @@ class Formula:
         """
         plain = text.strip()
         plain = plain[1:-1].strip() if plain.startswith("{") and plain.endswith("}") else plain
-        try:
-            tree = ast.parse(plain, mode="eval").body if len(plain) <= _LONGEST else None
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            tree = None
+        tree = _parsed(plain) if len(plain) <= _LONGEST else None
         if tree is None or not _allowed(tree, conditions=conditions):
             raise MappingError("bad-formula", f"`{text[:80]}` is not a formula", where=where, expected=_GRAMMAR)
         return cls(text, tuple(dict.fromkeys(_names(tree))), tree)
@@ -112,6 +110,15 @@ class Formula:
         if isinstance(found, (int, float)) and not abs(found) <= _LARGEST:  # or it is NaN
             raise MappingError("bad-formula", f"`{self.text}` is too large, or no number")
         return found
+
+
+def _parsed(text: str) -> ast.expr | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `1if`: Python would print what it thinks of that
+            return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _allowed(node: ast.expr, *, conditions: bool) -> bool:
@@ -185,7 +192,7 @@ def _holds(node: ast.expr, lookup: Lookup) -> bool:
 
 
 def _number(value: object) -> Number:
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{value!r} is no number")
     if not abs(value) <= _LARGEST:  # NaN is not larger, and not smaller either
         raise OverflowError("a number without end")

@@ -51,7 +51,7 @@ def test_anything_else_is_no_switch(text: str) -> None:
 def test_sizes_that_follow_from_a_number(tmp_path: Path) -> None:
     """NaN times a width is no width, and was an error of ours."""
     with pytest.raises(TargetError):
-        _ratio({"mlp_ratio": float("nan")})
+        _ratio({"mlp_ratio": float("nan")}, "open_clip_config.json")
     assert feed_forward_width(4096, 1.0, 256) == 11008
 
 
@@ -67,7 +67,7 @@ def _formula(folder: Path, number: str, formula: str = "f * 2") -> Path:
 
 
 @pytest.mark.parametrize("formula", ["f", "f * 2"])
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "true"])
 def test_a_formula_over_a_config_is_finite(tmp_path: Path, number: str, formula: str) -> None:
     with pytest.raises(ShardmergeError) as caught:
         shardmerge.run(_formula(tmp_path / "case", number, formula))

@@ -17,7 +17,7 @@ from shardmerge.targets.adapter_facts import AdapterConfig
 from shardmerge.targets.config_numbers import JsonObject, load_object, parsed_object
 from shardmerge.targets.name_expressions import matches
 from shardmerge.targets.training_config import read_training_config
-from shardmerge.tensors import PEFT_ADAPTER, Catalog, Fact, ReadSideFile
+from shardmerge.tensors import PEFT_ADAPTER, Catalog, ReadSideFile
 from shardmerge.tensors.file_roles import ADAPTER_CONFIG, ADAPTER_METADATA, LORA_META
 
 # The largest number that anybody could mean.
@@ -120,7 +120,7 @@ def read_adapter_settings(
             read_adapter_config(_of_part(text, spec, catalog.path), catalog.path), "the file's header"
         )
     elif "lora_alpha" in catalog.facts:
-        found = AdapterSettings(_stated(catalog.facts), "the combination" if _is_combined(catalog) else LORA_META)
+        found = AdapterSettings(_stated(catalog), "the combination" if _is_combined(catalog) else LORA_META)
     elif catalog.training_config:
         found = _from_training(spec, catalog)
     return replace(_overridden(found, spec), alpha_is_rank=alpha_is_rank)
@@ -130,11 +130,12 @@ def _is_combined(catalog: Catalog) -> bool:
     return catalog.kind == PEFT_ADAPTER
 
 
-def _stated(facts: Mapping[str, Fact]) -> AdapterConfig:
+def _stated(catalog: Catalog) -> AdapterConfig:
     """What verl's ``lora_train_meta.json`` says, or a combination of adapters."""
-    numbers = {key: value for key, value in facts.items() if isinstance(value, int | float)}
-    rank, turned = numbers.get("lora_r"), facts.get("lora_fan_in_fan_out") is True
-    return AdapterConfig(numbers.get("lora_alpha"), int(rank) if rank else None, fan_in_fan_out=turned)
+    facts = catalog.facts
+    said: JsonObject = {"r": facts.get("lora_r") or None, "lora_alpha": facts.get("lora_alpha")}
+    turned = facts.get("lora_fan_in_fan_out") is True
+    return replace(read_adapter_config(said, f"{catalog.path}/{LORA_META}"), fan_in_fan_out=turned)
 
 
 def _of_part(text: str, spec: AdapterSpec, where: str) -> JsonObject:

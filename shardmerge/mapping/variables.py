@@ -75,8 +75,9 @@ class Variables:
                 hint=self._near(missing)
                 or f"define it in the mapping: `let: {{{missing.rsplit('.', 1)[-1]}: NUMBER}}`",
             )
-        if not isinstance(value, int | float):
-            raise MappingError("bad-formula", f"`{formula.text}` is the text {value!r}, not a number", where=where)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            kind = "" if isinstance(value, bool) else "the text "
+            raise MappingError("bad-formula", f"`{formula.text}` is {kind}{value!r}, not a number", where=where)
         return value
 
     def get(self, name: str) -> FormulaValue:
@@ -111,7 +112,8 @@ class Variables:
 
             return read_config_value(catalog.training_config, key)
         if room == "facts":
-            return catalog.facts.get(key)
+            fact = catalog.facts.get(key)
+            return int(fact) if isinstance(fact, bool) else fact  # a switch counts: `heads * (1 - grouped)`
         return _entry(self._object(source, _FILES[room]), key) if room in _FILES else None
 
     def _object(self, source: str, file: str) -> JsonObject:

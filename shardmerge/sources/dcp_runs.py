@@ -99,7 +99,7 @@ def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[objec
     Raises
     ------
     NoMatchError
-        A value is another one than it looked like.
+        A key or a value is another one than it looked like.
     """
     state: dict[object, Value] = {}
     memos = 0
@@ -117,8 +117,15 @@ def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[objec
                 value = recalled(recall(raw))
         elif opcode != 0x4E:
             value = int_of(raw)
-        state[recall(key)] = value
+        state[_name(recall(key))] = value
     return state, memos
+
+
+def _name(value: object) -> str:
+    """Returns the key of a state; a value that is none may not even be hashable."""
+    if isinstance(value, str):
+        return value
+    raise NoMatchError
 
 
 def recalled(value: object) -> Value:

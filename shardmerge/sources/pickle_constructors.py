@@ -11,11 +11,14 @@ from typing import TypeAlias
 
 from shardmerge.dtypes import BY_TORCH_NAME, DTYPES, DType
 from shardmerge.sources.pickle_bounds import Budget, are_sizes, is_size
-from shardmerge.sources.pickle_errors import damaged
+from shardmerge.sources.pickle_errors import damaged, hostile
 from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, StorageRef, TensorRef, kind
 
 Constructor: TypeAlias = Callable[[Budget, Global, tuple[PickleValue, ...]], PickleValue]
 Constructors: TypeAlias = dict[tuple[str, str], Constructor]
+
+# Attributes of torch.Tensor that can be set and then change what it holds.
+_VALUES = frozenset({"data", "imag", "real"})
 
 _CODECS = {
     "latin1": "latin-1", "latin-1": "latin-1", "iso-8859-1": "latin-1", "ascii": "ascii", "utf-8": "utf-8",
@@ -108,6 +111,7 @@ def _tensor(function: Global, args: tuple[PickleValue, ...], needed: int, dtype:
 
 def _parameter(budget: Budget, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
     """``_rebuild_parameter[_with_state](tensor, requires_grad, hooks[, state])`` is its tensor."""
+    _check_attributes(args[3] if len(args) > 3 else None)
     return args[0] if args and isinstance(args[0], TensorRef) else Opaque(function, args)
 
 
@@ -122,11 +126,20 @@ def _device_tensor(budget: Budget, function: Global, args: tuple[PickleValue, ..
 def _from_type(budget: Budget, function: Global, args: tuple[PickleValue, ...]) -> PickleValue:
     """``_rebuild_from_type_v2(function, type, args, state)``: with attributes, or of a subclass."""
     if len(args) == 4 and isinstance(args[0], Global) and isinstance(args[2], tuple):
+        _check_attributes(args[3])
         constructor = _TENSORS.get((args[0].module, args[0].name))
         made = constructor(budget, args[0], args[2]) if constructor else None
         if isinstance(made, TensorRef):
             return made
     return Opaque(function, args)
+
+
+def _check_attributes(state: PickleValue) -> None:
+    """Refuses attributes that are a tensor's values: torch sets them one by one once the tensor is made."""
+    for attributes in state if isinstance(state, tuple) else (state,):
+        odd = _VALUES & attributes.keys() if isinstance(attributes, dict) else frozenset()
+        if odd:
+            raise hostile("an attribute of a tensor replaces its values", ", ".join(sorted(map(str, odd))))
 
 
 def _is_plain(metadata: PickleValue) -> bool:

@@ -117,23 +117,30 @@ def _collect(holder: PickleValue, root_key: str) -> StateDict:
     meshes = Meshes()
     named: Counter[int] = Counter()
     for name, leaf in named_leaves(holder):
+        check_named(name, "")
+        ref = leaf if isinstance(leaf, TensorRef) else _other_tensor(leaf, meshes, name)
+        if ref is None:
+            skipped.append(name)
+            continue
         if name in tensors:
             raise CheckpointError("duplicate-name", "two tensors have the same name", where=name)
-        check_named(name, "")
-        if isinstance(leaf, TensorRef):
-            tensors[name] = leaf
-            named[id(leaf)] += 1
-            if named[id(leaf)] > _MOST_NAMES:
-                raise _endless(name)
-        elif (local := local_tensor(leaf, meshes, name)) is not None:
-            tensors[name] = _whole(local, name)
-        elif is_tensor(leaf):
-            raise unsupported_tensor(name, leaf)
-        else:
-            skipped.append(name)
+        tensors[name] = ref
+        named[id(ref)] += 1
+        if named[id(ref)] > _MOST_NAMES:
+            raise _endless(name)
     if not tensors:
         raise no_tensors(holder, root_key)
     return StateDict(root_key, tensors, tuple(skipped))
+
+
+def _other_tensor(leaf: PickleValue, meshes: Meshes, name: str) -> TensorRef | None:
+    """Returns the whole of a sharded tensor, None for what is no tensor; raises for one of a kind that is not read."""
+    local = local_tensor(leaf, meshes, name)
+    if local is not None:
+        return _whole(local, name)
+    if is_tensor(leaf):
+        raise unsupported_tensor(name, leaf)
+    return None
 
 
 def _whole(local: LocalTensor, name: str) -> TensorRef:

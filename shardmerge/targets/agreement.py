@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
 from shardmerge.targets.known_models import Known, known_model
+from shardmerge.targets.stated_numbers import odd_numbers
 from shardmerge.targets.stated_sizes import Contradiction, KeyPath, contradictions
 from shardmerge.targets.uneven_layers import lost
 from shardmerge.tensors import Shape
@@ -75,9 +76,12 @@ def disagreements(described: Described) -> tuple[TargetError, ...]:
     -------
     tuple of TargetError
         ``incomplete-model``: tensors that the config implies are not there. ``config-disagrees``: it describes another
-        model. ``odd-config``: a size that is no size.
+        model. ``odd-config``: a number that is none; then of these alone.
     """
     config, tensors = described.config, described.tensors
+    odd = odd_numbers(config, described.where)
+    if odd:
+        return odd
     told = tuple(contradictions(config, tensors, packed=described.packed))
     try:
         known = described.known()

@@ -10,7 +10,7 @@ from shardmerge.errors import TargetError
 from shardmerge.formulas import Formula, FormulaValue
 from shardmerge.shown import shown
 from shardmerge.targets.architecture import Architecture
-from shardmerge.targets.config_numbers import MAX_DIMENSION, MAX_LAYERS, JsonObject, dimension, finite, flag
+from shardmerge.targets.config_numbers import MAX_DIMENSION, MAX_LAYERS, JsonObject, dimension, finite, flag, is_size
 from shardmerge.targets.tables import ArchitectureTable, Default, InnerModel, find_table, model_types, no_table
 
 
@@ -102,7 +102,7 @@ def _labels(config: Mapping[str, object]) -> FormulaValue:
     named, stated = config.get("id2label"), config.get("num_labels")
     if isinstance(named, dict) and named:
         return len(named)
-    return stated if isinstance(stated, int) else 2
+    return stated if is_size(stated) else 2
 
 
 def _field(config: Mapping[str, object], key: str, default: Default, made: Architecture) -> FormulaValue:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from math import isfinite
 from typing import TypeAlias, TypeGuard
 
 from shardmerge.errors import TargetError
@@ -23,6 +22,12 @@ MAX_JSON_BYTES = 4 << 20
 # Far above any model, far below what would let a hostile config ask for a billion names.
 MAX_LAYERS = 4096
 MAX_DIMENSION = 1 << 31
+
+# What widths of layers are multiplied with; usual ones are below 10.
+MAX_RATIO = 1024.0
+
+# The largest number of float32.
+MOST = 3.4028234663852886e38
 
 # Describes the run that wrote the config, or promises code and weights that are not in the output directory.
 _NOT_CARRIED = (
@@ -87,14 +92,14 @@ def dimension(config: Mapping[str, object], key: str, default: int, where: str, 
     if value is None:
         value = default
     if not is_size(value) or value > limit:
-        raise TargetError(
-            "odd-config",
-            f"`{key}` in config.json cannot be used",
-            where=where,
-            found=shown(value),
-            expected=f"an integer from 1 to {limit}",
-        )
+        raise odd_config(key, value, f"an integer from 1 to {limit}", where)
     return value
+
+
+def odd_config(key: str, value: object, expected: str, where: str) -> TargetError:
+    """Returns the error about a value of a config."""
+    what = f"`{key}` in the config cannot be used"
+    return TargetError("odd-config", what, where=where, found=shown(value), expected=expected)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -120,17 +125,13 @@ def flag(config: Mapping[str, object], key: str, where: str) -> bool:
     value = config.get(key)
     if value is None or (isinstance(value, int) and value in (0, 1)):  # a bool is an int
         return bool(value)
-    raise TargetError(
-        "odd-config",
-        f"`{key}` in config.json cannot be used",
-        where=where,
-        found=shown(value),
-        expected="true or false",
-    )
+    raise odd_config(key, value, "true or false", where)
 
 
-def finite(config: Mapping[str, object], key: str, default: float, where: str) -> float:
-    """Returns a real number from a config, ``default`` where it is absent or null.
+def finite(
+    config: Mapping[str, object], key: str, default: float, where: str, *, above: float = -MOST, most: float = MOST
+) -> float:
+    """Returns a real number from a config, above a bound and at most another; ``default`` where it is absent or null.
 
     JSON as Python and JavaScript write it has NaN and Infinity. Some configs mean them (``time_step_limit`` of Mamba 2
     is ``[0.0, Infinity]``), so they are refused where a number is used, and not where the file is read.
@@ -138,28 +139,25 @@ def finite(config: Mapping[str, object], key: str, default: float, where: str) -
     Raises
     ------
     TargetError
-        ``odd-config``: NaN, infinite, or no number.
+        ``odd-config``: NaN, infinite, out of bounds, or no number.
     """
     value = config.get(key)
     if value is None:
         return default
-    if isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value):
+    if is_real(value) and above < value <= most:
         return float(value)
-    raise TargetError(
-        "odd-config",
-        f"`{key}` in the config cannot be used",
-        where=where,
-        found=shown(value),
-        expected="a finite number",
-    )
+    bounds = (f" above {above:g}" if above > -MOST else "") + (f", at most {most:g}" if most < MOST else "")
+    raise odd_config(key, value, f"a finite number{bounds}", where)
+
+
+def is_real(value: object) -> TypeGuard[int | float]:
+    """Tells whether a value is a number, and finite; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def is_finite(value: float) -> bool:
-    """Tells whether a number can be computed with; an integer may be too large for a float."""
-    try:
-        return isfinite(value)
-    except OverflowError:
-        return False
+    """Tells whether a number can be computed with in float32, as models do."""
+    return abs(value) <= MOST  # false for NaN
 
 
 def portable(config: Mapping[str, object], dtype: str) -> JsonObject:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.config_numbers import JsonObject, dimension, finite, layers
+from shardmerge.targets.config_numbers import MAX_RATIO, JsonObject, dimension, finite, layers
 from shardmerge.targets.settings import not_understood
 from shardmerge.tensors import Catalog
 
@@ -67,10 +67,10 @@ def from_params(params: Mapping[str, object], vocab_size: int, *, tied: bool, wh
     if odd := not_understood(params, _PARAMS):
         raise not_llama("params.json", where, shown(odd), "the fields of Meta's LLaMA 1 to 3, and no others")
     dim, heads = dimension(params, "dim", 4096, where), dimension(params, "n_heads", 32, where)
-    theta, scaled = real(params, "rope_theta", 10000.0), params.get("use_scaled_rope") is True
+    theta, scaled = real(params, "rope_theta", 10000.0, where), params.get("use_scaled_rope") is True
     stated = params.get("vocab_size")
     rows = stated if isinstance(stated, int) and stated > 0 else vocab_size
-    third = is_llama_3(params, rows)
+    third = is_llama_3(params, rows, where)
     config: JsonObject = {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": 128000 if third else 1,
@@ -78,19 +78,20 @@ def from_params(params: Mapping[str, object], vocab_size: int, *, tied: bool, wh
         "hidden_act": "silu",
         "hidden_size": dim,
         "intermediate_size": intermediate_size(params, dim, where),
-        "max_position_embeddings": _context(params, third=third, scaled=scaled, theta=theta),
+        "max_position_embeddings": _context(params, where, third=third, scaled=scaled, theta=theta),
         "model_type": "llama",
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": params.get("n_layers")}, 32, where),
         "num_key_value_heads": dimension(params, "n_kv_heads", heads, where),
-        "rms_norm_eps": real(params, "norm_eps", 1e-5),
+        "rms_norm_eps": real(params, "norm_eps", 1e-5, where),
         "rope_theta": theta,
         "tie_word_embeddings": tied,
         "vocab_size": rows,
     }
     if scaled:
         usual = llama_3_scaling(dim)
-        config["rope_scaling"] = usual | {"factor": params.get("rope_scale_factor") or usual["factor"]}
+        usual_factor = float(str(usual["factor"]))
+        config["rope_scaling"] = usual | {"factor": real(params, "rope_scale_factor", usual_factor, where)}
     return config
 
 
@@ -106,15 +107,18 @@ def llama_3_scaling(dim: int) -> JsonObject:
     }
 
 
-def is_llama_3(params: Mapping[str, object], vocab_size: int) -> bool:
+def is_llama_3(params: Mapping[str, object], vocab_size: int, where: str) -> bool:
     """Whether params.json is a LLaMA 3's."""
-    return vocab_size > 100_000 or params.get("use_scaled_rope") is True or real(params, "rope_theta", 0) == 500_000
+    return (
+        vocab_size > 100_000 or params.get("use_scaled_rope") is True or real(params, "rope_theta", 0, where) == 500_000
+    )
 
 
 def intermediate_size(params: Mapping[str, object], dim: int, where: str) -> int:
     """Returns the width of the feed-forward layers (``llama/model.py`` of Meta: ``FeedForward``)."""
     multiple = dimension(params, "multiple_of", 256, where)
-    return feed_forward_width(dim, real(params, "ffn_dim_multiplier", 1.0), multiple)
+    multiplier = finite(params, "ffn_dim_multiplier", 1.0, where, above=0.0, most=MAX_RATIO)
+    return feed_forward_width(dim, multiplier, multiple)
 
 
 def feed_forward_width(dim: int, multiplier: float, multiple: int) -> int:
@@ -123,12 +127,12 @@ def feed_forward_width(dim: int, multiplier: float, multiple: int) -> int:
     return -(-wide // multiple) * multiple
 
 
-def _context(params: Mapping[str, object], *, third: bool, scaled: bool, theta: float) -> int:
+def _context(params: Mapping[str, object], where: str, *, third: bool, scaled: bool, theta: float) -> int:
     if third:
         return 131072 if scaled else LLAMA_3_CONTEXT
     if theta > 10000.0:
         return 16384
-    return 2048 if real(params, "norm_eps", 1e-5) == 1e-6 else 4096
+    return 2048 if real(params, "norm_eps", 1e-5, where) == 1e-6 else 4096
 
 
 def meta_rows(catalog: Catalog) -> int:
@@ -179,8 +183,8 @@ def from_litgpt(config: Mapping[str, object], where: str) -> JsonObject:
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": config.get("n_layer")}, 16, where),
         "num_key_value_heads": dimension(config, "n_query_groups", heads, where),
-        "rms_norm_eps": real(config, "norm_eps", 1e-5),
-        "rope_theta": real(config, "rope_base", 10000.0),
+        "rms_norm_eps": real(config, "norm_eps", 1e-5, where),
+        "rope_theta": real(config, "rope_base", 10000.0, where),
         "tie_word_embeddings": False,
         "vocab_size": dimension(config, "padded_vocab_size", 0, where),
     }
@@ -228,13 +232,13 @@ def _litgpt_rope(config: Mapping[str, object], where: str) -> JsonObject:
         kept = {key: value for key, value in adjustments.items() if key != "original_max_seq_len"}
         original = adjustments["original_max_seq_len"]
         return {"rope_scaling": {**LLAMA_3_ROPE, **kept, "original_max_position_embeddings": original}}
-    ratio = real(config, "rope_condense_ratio", 1.0)
+    ratio = real(config, "rope_condense_ratio", 1.0, where)
     return {} if ratio == 1.0 else {"rope_scaling": {"rope_type": "linear", "factor": ratio}}
 
 
-def real(config: Mapping[str, object], key: str, default: float) -> float:
-    """Returns a number from a config, ``default`` where it is absent."""
-    return finite(config, key, default, "the checkpoint's own config")
+def real(config: Mapping[str, object], key: str, default: float, where: str) -> float:
+    """Returns a positive number from a config, ``default`` where it is absent; raises as ``finite``."""
+    return finite(config, key, default, where, above=0.0)
 
 
 def not_llama(file: str, where: str, found: str, expected: str) -> TargetError:

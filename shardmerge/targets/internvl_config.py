@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.config_numbers import JsonObject, dimension, flag, is_whole
+from shardmerge.targets.config_numbers import JsonObject, dimension, flag, is_real, is_whole
 from shardmerge.targets.settings import refuse_unknown_around
 
 # Read here, or of no consequence for what the model computes: prompts, tiles, training.
@@ -26,6 +26,8 @@ _DROPPED = (
     "attention_probs_dropout_prob", "attention_dropout", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 _NORMS = ("layer_norm", "rms_norm")
+# A token takes in so many patches along each side at most.
+_LEAST_RATIO = 1 / 64
 # InternVLVisionRMSNorm of transformers has this one for q and k, whatever the config says.
 _QK_EPSILON = 1e-6
 
@@ -93,8 +95,7 @@ def read_shuffle(whole: Mapping[str, object], where: str) -> tuple[int, tuple[st
         transposed, where transformers has v2.
     """
     ratio = whole.get("downsample_ratio", 0.5)
-    usable = isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= 1
-    if not usable or not isinstance(ratio, int | float) or round(1 / ratio) * ratio != 1:
+    if not is_real(ratio) or not _LEAST_RATIO <= ratio <= 1 or round(1 / ratio) * ratio != 1:
         raise TargetError(
             "odd-config",
             "`downsample_ratio` in config.json cannot be used",

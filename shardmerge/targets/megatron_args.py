@@ -86,14 +86,14 @@ def from_megatron(arguments: Mapping[str, object], where: str) -> JsonObject:
         "num_attention_heads": heads,
         "num_hidden_layers": layers({"num_hidden_layers": arguments.get("num_layers")}, 0, where),
         "num_key_value_heads": groups,
-        "rms_norm_eps": real(arguments, epsilon, 1e-5),
-        "rope_theta": real(arguments, "rotary_base", 10000.0),
+        "rms_norm_eps": real(arguments, epsilon, 1e-5, where),
+        "rope_theta": real(arguments, "rotary_base", 10000.0, where),
         "tie_word_embeddings": arguments.get("untie_embeddings_and_output_weights") is not True,
         "vocab_size": dimension(arguments, rows, 0, where),
     }
     if arguments.get("use_rope_scaling") is True:
         made["rope_scaling"] = LLAMA_3_ROPE | {
-            "factor": real(arguments, "rope_scaling_factor", 8.0),
+            "factor": real(arguments, "rope_scaling_factor", 8.0, where),
             "original_max_position_embeddings": LLAMA_3_CONTEXT,
         }
     return made | _experts(arguments, where)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 from shardmerge.errors import TargetError
 from shardmerge.shown import shown
-from shardmerge.targets.config_numbers import JsonObject, dimension, finite, layers
+from shardmerge.targets.config_numbers import MAX_RATIO, JsonObject, dimension, finite, is_real, layers, odd_config
 from shardmerge.targets.settings import not_understood
 from shardmerge.targets.vision_tower import TOWERS, standard_processor
 
@@ -67,7 +67,7 @@ def to_clip_config(config: Mapping[str, object], where: str) -> JsonObject:
         "projection_dim": projection,
         "text_config": shared | _text(text, where),
         "vision_config": shared | _vision(vision, image, where),
-        PREPROCESSING: _preprocessing(config.get("preprocess_cfg"), image),
+        PREPROCESSING: _preprocessing(config.get("preprocess_cfg"), image, where),
     }
 
 
@@ -104,8 +104,8 @@ def _vision(config: Mapping[str, object], image: int, where: str) -> JsonObject:
     return {
         "hidden_size": width,
         "image_size": image,
-        "intermediate_size": int(width * _ratio(config)),
-        "layer_norm_eps": _epsilon(config),
+        "intermediate_size": int(width * _ratio(config, where)),
+        "layer_norm_eps": _epsilon(config, where),
         "model_type": "clip_vision_model",
         "num_attention_heads": width // dimension(config, "head_width", 64, where),
         "num_channels": 3,
@@ -121,8 +121,8 @@ def _text(config: Mapping[str, object], where: str) -> JsonObject:
         "bos_token_id": rows - 2,
         "eos_token_id": rows - 1,
         "hidden_size": width,
-        "intermediate_size": int(width * _ratio(config)),
-        "layer_norm_eps": _epsilon(config),
+        "intermediate_size": int(width * _ratio(config, where)),
+        "layer_norm_eps": _epsilon(config, where),
         "max_position_embeddings": dimension(config, "context_length", 77, where),
         "model_type": "clip_text_model",
         "num_attention_heads": dimension(config, "heads", 8, where),
@@ -131,13 +131,13 @@ def _text(config: Mapping[str, object], where: str) -> JsonObject:
     }
 
 
-def _epsilon(config: Mapping[str, object]) -> object:
+def _epsilon(config: Mapping[str, object], where: str) -> float:
     kwargs = config.get("norm_kwargs")
-    return kwargs.get("eps", _EPSILON) if isinstance(kwargs, dict) else _EPSILON
+    return finite(kwargs, "eps", _EPSILON, where, above=0.0) if isinstance(kwargs, dict) else _EPSILON
 
 
-def _ratio(config: Mapping[str, object]) -> float:
-    return finite(config, "mlp_ratio", 4.0, "the OpenCLIP config")
+def _ratio(config: Mapping[str, object], where: str) -> float:
+    return finite(config, "mlp_ratio", 4.0, where, above=0.0, most=MAX_RATIO)
 
 
 def _square(config: Mapping[str, object], key: str, default: int, where: str) -> int:
@@ -147,11 +147,19 @@ def _square(config: Mapping[str, object], key: str, default: int, where: str) ->
     return dimension(config, key, default, where)
 
 
-def _preprocessing(stated: object, image: int) -> JsonObject:
+def _preprocessing(stated: object, image: int, where: str) -> JsonObject:
     config = stated if isinstance(stated, dict) else {}
     usual = standard_processor(TOWERS["clip_vision_model"], image)
     return usual | {
-        "image_mean": config.get("mean", usual["image_mean"]),
-        "image_std": config.get("std", usual["image_std"]),
+        "image_mean": _colours(config, "mean", usual["image_mean"], where),
+        "image_std": _colours(config, "std", usual["image_std"], where),
         "resample": _RESAMPLING.get(str(config.get("interpolation", "bicubic")), 3),
     }
+
+
+def _colours(config: Mapping[str, object], key: str, usual: object, where: str) -> object:
+    """Returns a number for each colour."""
+    value = config.get(key, usual)
+    if isinstance(value, list) and len(value) == 3 and all(map(is_real, value)):
+        return value
+    raise odd_config(key, value, "three finite numbers", where)

@@ -30,7 +30,7 @@ from shardmerge.targets.peft_adapter import (
 )  # fmt: skip
 from shardmerge.targets.training_config import read_training_config
 from shardmerge.tensors import Catalog, Extent, Shape, SideFile
-from shardmerge.tensors.file_roles import ADAPTER_CONFIG
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG, LORA_META
 
 _DEFAULT = "default"
 # Fields of a config beside the checkpoint whose values are checked; the others are kept as they are.
@@ -168,8 +168,8 @@ class _Exported:
         request, facts = self.request, self.catalog.facts
         run = AdapterConfig() if own else self._trained()
         said = finite(own, "lora_alpha", 0.0, where) if own.get("lora_alpha") is not None else run.alpha
-        if said is None and isinstance(told := facts.get("lora_alpha"), int | float):
-            said = float(told)  # verl's, or of a combination
+        if said is None and facts.get("lora_alpha") is not None:  # verl's, or of a combination
+            said = finite(facts, "lora_alpha", 0.0, f"{self.catalog.path}/{LORA_META}")
         stated = positive_number(request, "alpha")
         base, task = own.get("base_model_name_or_path"), own.get("task_type", facts.get("lora_task_type"))
         return AdapterConfig(

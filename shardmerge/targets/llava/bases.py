@@ -13,7 +13,7 @@ from typing import TypeVar
 from shardmerge.errors import ShardmergeError, TargetError, raise_all
 from shardmerge.targets import rewritten_configs, vision_tower
 from shardmerge.targets.architecture import Architecture
-from shardmerge.targets.config_numbers import JsonObject, load_object
+from shardmerge.targets.config_numbers import JsonObject, is_real, is_whole, load_object
 from shardmerge.targets.expectation import Component, Request
 from shardmerge.targets.llava import kinds, official_config
 from shardmerge.targets.llava.trained_model import ModelFacts, read_model_facts
@@ -179,7 +179,7 @@ def check_context(model: ModelFacts, text: TextBase) -> None:
     wanted, own = model.max_position_embeddings, text.config.get("max_position_embeddings")
     rope = text.config.get("rope_scaling") or text.config.get("rope_parameters")
     factor = rope.get("factor", 1) if isinstance(rope, dict) else 1
-    if wanted is None or not isinstance(own, int) or not isinstance(factor, int | float) or wanted <= own * factor:
+    if wanted is None or not is_whole(own) or not is_real(factor) or wanted <= own * factor:
         return
     stretch = float(-(-wanted // max(int(own * factor), 1)))
     raise TargetError(
