@@ -21,6 +21,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+# Characters of a line that is printed; what an error quotes of a file has no bound of its own.
+LONGEST_LINE = 2000
+# Where a hint goes on in a line of its own, as written here: nothing that is quoted begins a line.
+_NEXT_LINE = "\n    "
+
+
+def plain(text: str) -> str:
+    r"""Returns a text that may quote a file as it can go to a terminal or a log.
+
+    Control characters, among them escapes and line breaks, and marks that turn the direction of writing are shown as
+    ``\x1b``; of a line that is too long the middle is left out.
+    """
+    if len(text) <= LONGEST_LINE and text.isprintable():
+        return text
+    return _NEXT_LINE.join(map(_cut, text.split(_NEXT_LINE)))
+
+
+def _cut(line: str) -> str:
+    near = line if len(line) <= 2 * LONGEST_LINE else line[:LONGEST_LINE] + line[-LONGEST_LINE:]
+    shown, half = escaped(near), LONGEST_LINE // 2 - 16
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:half]} ... ({len(line)}) ... {shown[-half:]}"
+
+
+def escaped(text: str) -> str:
+    r"""Returns a text with what would steer a terminal shown as ``\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
 
 class ShardmergeError(Exception):
     """An error a user can act on.
@@ -56,9 +85,9 @@ class ShardmergeError(Exception):
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """Returns the error as lines of plain text, the summary first."""
+        """Returns the error as lines of plain text (``plain``), the summary first."""
         fields = (("at", self.where), ("found", self.found), ("expected", self.expected), ("hint", self.hint))
-        return [f"{self.what} [{self.code}]", *(f"  {label}: {text}" for label, text in fields if text)]
+        return [f"{plain(self.what)} [{self.code}]", *(f"  {label}: {plain(text)}" for label, text in fields if text)]
 
     def each(self) -> tuple[ShardmergeError, ...]:
         """Returns the single errors this one stands for: itself, or all of a ``Problems``."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from shardmerge.errors import OutputError, ResourceError
+from shardmerge.errors import OutputError, ResourceError, plain
 
 _Found = TypeVar("_Found")
 
@@ -110,5 +110,5 @@ def tell(error: OSError, wait: float) -> None:
     """Notes in the log ``shardmerge`` that something is tried again, in so many seconds."""
     import logging  # noqa: PLC0415  # for an accident alone
 
-    where = f" ({error.filename})" if error.filename else ""
+    where = f" ({plain(str(error.filename))})" if error.filename else ""
     logging.getLogger("shardmerge").warning("%s%s: trying again in %g s", error.strerror, where, wait)

@@ -163,7 +163,7 @@ def diff(
             tables.write(f"{one.name}: {one.what}: {one.detail}")
         if len(found) > most:
             click.echo(f"... and {len(found) - most:,} more; --all shows them")
-        click.echo(f"{found.summary}; values were not compared" if how.headers else found.summary)
+        colour.echo(f"{found.summary}; values were not compared" if how.headers else found.summary)
     sys.exit(3 if found else 0)
 
 

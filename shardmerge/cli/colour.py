@@ -14,6 +14,8 @@ from typing import TextIO
 
 import click
 
+from shardmerge.errors import escaped
+
 # What is painted of a line, and how: SGR codes of ECMA-48. 1 is bold, 31 red, 32 green, 33 yellow, 36 cyan.
 _RULES = (
     (re.compile(r"^[Ee]rror(?=: )"), "1;31"),
@@ -23,6 +25,8 @@ _RULES = (
     (re.compile(r"(?<= )\^+$"), "1;31"),  # below a line of a mapping
     (re.compile(r"(?<= )\^ differs(?=, )"), "1;33"),  # below a line of a tree of tensors
 )
+_BOLD = ("\x1b[1m", "\x1b[0m")
+_OWN = re.compile(r"(\x1b\[[01]m)")
 _chosen = ["auto"]
 
 
@@ -43,9 +47,18 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Writes lines to stdout or stderr, the words that lead them in their colours where the stream has any."""
+    """Writes lines to stdout or stderr, the words that lead them in their colours where the stream has any.
+
+    Names and texts of files are among them: what would steer a terminal is shown as an escape.
+    """
     colour = has_colour(sys.stderr if err else sys.stdout)
-    click.echo("\n".join(map(_painted, text.split("\n"))) if colour else text, err=err, color=colour)
+    shown = text if text.replace("\n", "").isprintable() else "\n".join(map(_harmless, text.split("\n")))
+    click.echo("\n".join(map(_painted, shown.split("\n"))) if colour else shown, err=err, color=colour)
+
+
+def _harmless(line: str) -> str:
+    """Returns a line of which only our own bold steers a terminal."""
+    return "".join(part if part in _BOLD else escaped(part) for part in _OWN.split(line))
 
 
 def _painted(line: str) -> str:

@@ -31,7 +31,7 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
     if as_json:
         click.echo(dumped(api.explain_json(Path(mapping), tensor, parsed(given))))
     else:
-        click.echo(api.explain_text(Path(mapping), tensor, parsed(given)))
+        colour.echo(api.explain_text(Path(mapping), tensor, parsed(given)))
 
 
 @click.command()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from shardmerge.cli import colour
+from shardmerge.errors import plain
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,7 +32,7 @@ _LOOK = 0.5
 
 def warn(text: str, *, machine: bool) -> None:
     """Says a warning on stderr, where JSON lines are asked for as one of them."""
-    colour.echo(json.dumps({"warning": text}) if machine else f"warning: {text}", err=True)
+    colour.echo(json.dumps({"warning": text}) if machine else f"warning: {plain(text)}", err=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from shardmerge.errors import plain
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.catalog_tree import human_count, tree_lines
 from shardmerge.plan.tables import TextTable, human_bytes
@@ -78,8 +79,8 @@ def _head(catalog: Catalog, layout: str, names: Sequence[str]) -> Iterator[str]:
     yield f"{catalog.kind}: {count}{tied}, {sizes}"
     if layout:
         yield f"layout: {layout}"
-    yield from (f"warning: {text}" for text in catalog.warnings)
-    yield from (f"note: {note}" for note in catalog.notes)
+    yield from (f"warning: {plain(text)}" for text in catalog.warnings)
+    yield from (f"note: {plain(note)}" for note in catalog.notes)
     yield ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from shardmerge.errors import plain
 from shardmerge.json_rows import JSON_SCHEMA, Fields, Rows
 from shardmerge.plan.clones import Moved, moved
 from shardmerge.plan.origins import origins_table
@@ -110,7 +111,7 @@ def plan_blocks(plan: Plan, how: Schedule, out: str, cloned: int = 0) -> Iterato
 def _blocks(plan: Plan, how: Schedule, out: str, cloned: int) -> Iterator[Block]:
     yield _headline(plan, out)
     yield from _sources(plan)
-    yield "\n".join(f"warning: {warning}" for warning in plan.warnings)
+    yield "\n".join(f"warning: {plain(warning)}" for warning in plan.warnings)
     yield "\n".join(f"checked: {check}" for check in plan.checks)
     yield origins_table(plan)
     yield _files(plan)
@@ -132,7 +133,7 @@ def _headline(plan: Plan, out: str) -> str:
 
 def _sources(plan: Plan) -> Iterator[Block]:
     yield TextTable(("source", "format", "path"), [(source.name, source.kind, source.path) for source in plan.sources])
-    yield "\n".join(f"note: {source.name}: {note}" for source in plan.sources for note in source.notes)
+    yield "\n".join(f"note: {source.name}: {plain(note)}" for source in plan.sources for note in source.notes)
 
 
 def _way(entry: TensorEntry) -> str:

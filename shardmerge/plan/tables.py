@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from shardmerge.errors import escaped
+
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
@@ -24,6 +26,10 @@ class TextTable:
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     right: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Names of tensors are among the cells, and may hold anything."""
+        object.__setattr__(self, "rows", [tuple(map(escaped, row)) for row in self.rows])
 
     def lines(self) -> list[str]:
         """Returns a line a row, columns two blanks apart, none at the end of a line."""

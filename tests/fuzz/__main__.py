@@ -1,8 +1,8 @@
 """Fuzzes the readers of untrusted bytes and writes down how far that came.
 
 ``python -m tests.fuzz --target pickle --runs 5000000``; without ``--target`` all of them, one after the other. Needs
-atheris (``pip install -e .[fuzz]``). With ``--resume`` what was done before counts, and what is left is run. Findings are
-kept in the work directory; in ``tests/fuzz/found/TARGET/`` they are tests.
+atheris (``pip install -e .[fuzz]``). With ``--resume`` what was done before counts, and what is left is run. Findings
+are kept in the work directory; in ``tests/fuzz/found/TARGET/`` they are tests.
 """
 
 from __future__ import annotations
