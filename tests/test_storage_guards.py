@@ -361,7 +361,7 @@ def test_how_much_memory_is_used_unless_somebody_says(monkeypatch: pytest.Monkey
     monkeypatch.setattr(limits, "cgroup_limit", lambda: None)
     monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
     monkeypatch.delenv("SLURM_MEM_PER_CPU", raising=False)
-    assert limits.default_budget(8) == 256 << 20
+    assert limits.default_budget(1) == limits.default_budget(8) == 256 << 20
     assert limits.default_budget(9) == 288 << 20
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
     assert limits.default_budget(9) == 100 << 20

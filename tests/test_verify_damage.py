@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import shardmerge as sm
+from shardmerge.publish.receipt import SCHEMA
 from tests import bit_flips
 from tests.conftest import GOLDEN, shardmerge
 from tests.receipts import RECEIPT, receipt_of, write_receipt
@@ -173,12 +174,12 @@ def _tried(out: Path, edited: dict[str, Any], refused: int, passed: int) -> tupl
 
 
 def test_a_receipt_of_a_later_version_says_which(out: Path) -> None:
-    write_receipt(out, {**receipt_of(out), "schema": 7})
+    write_receipt(out, {**receipt_of(out), "schema": SCHEMA + 1})
     with pytest.raises(sm.VerificationError) as raised:
         sm.verify(out)
     assert raised.value.code == "newer-receipt"
     assert raised.value.where == str(out / RECEIPT)
-    assert raised.value.found.startswith("schema 7")
+    assert raised.value.found.startswith(f"schema {SCHEMA + 1}")
 
 
 @pytest.mark.parametrize("folder", ["", "projector/"])
