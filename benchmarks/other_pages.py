@@ -133,9 +133,30 @@ def _merges(stem: str, result: Result) -> Iterator[str]:
     yield from sorted({origin(stem, run) for run in result["runs"].values()})
 
 
+# ---- benchmarks.digests
+
+
+def _digests(stem: str, result: Result) -> Iterator[str]:
+    yield "## What --sha256 costs\n"
+    note = result["machine"].get("note")
+    yield (
+        "The same conversion with `--sha256` and without, in turn; ratios round by round. "
+        f"{result['rounds']} rounds, warm page cache.{f' Note: {note}.' if note else ''}\n"
+    )
+    yield origin(stem, result)
+    rows = [
+        [found["title"], key, *(spread(found["runs"][f"{key}{way}"]["wall"]) for way in ("", " --sha256")),
+         *(spread(ratios[what]) for what in ("wall", "cpu"))]
+        for found in result["cases"].values()
+        for key, ratios in found["ratios"].items()
+    ]  # fmt: skip
+    yield from table(["", "", "wall s", "with --sha256", "x wall", "x CPU"], rows, words=2)
+
+
 _PAGES: dict[str, Callable[[str, Result], Iterator[str]]] = {
     "casts": _casts,
     "clone": _clone,
+    "digests": _digests,
     "planning": _planning,
     "memory-8b": _merges,
 }

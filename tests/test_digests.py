@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,22 +11,27 @@ import random
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import shardmerge as sm
 from shardmerge import api
 from shardmerge.execute.digests import Follower
+from shardmerge.packed_names import PackedName
 from shardmerge.plan.memory import READ_BACK
+from shardmerge.plan.tasks import batches, front_to_back
 from shardmerge.publish.making import receipt_path
 from shardmerge.publish.running import finish_plan, make_some
 from shardmerge.publish.shares import Share
 from shardmerge.publish.staging import Staging, stagings
 from shardmerge.storage.writing import OutputFile
+from shardmerge.tensors import Extent, dense
 from tests.conftest import GOLDEN
 from tests.receipts import receipt_of, write_receipt
 
@@ -137,6 +144,39 @@ def test_it_waits_for_what_is_not_written_yet(seed: int, source: Path, tmp_path:
     assert follower.digester.sha256 == sha256(data)
     for one in shard.tensors:
         assert follower.digester.of(one.name).sha256 == sha256(data[one.offset :][: one.nbytes])
+
+
+def test_tensors_are_made_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """So that what is read back lies close behind. What is made of compressed files keeps their order."""
+    torch.save({name: torch.ones(300, 100) for name in ("z", "m", "a")}, tmp_path / "model.pt")
+    shard = api.prepare_conversion(tmp_path / "model.pt").plan.shards[0]
+    made = list(batches(shard, 64 << 10))
+    offsets = [task.offset for batch in front_to_back(made) for task in batch]
+    assert offsets == sorted(offsets) != [task.offset for batch in made for task in batch]
+    ends = [task.offset + task.nbytes for batch in front_to_back(made) for task in batch]
+    assert offsets[1:] == ends[:-1]
+    compressed = Extent(str(PackedName("/ck/__0_0.distcp", 0, 800, 2 * MIB)), 0, 120_000)
+    tensors = [replace(one, entry=replace(one.entry, pieces=dense(compressed, one.numel))) for one in shard.tensors[:1]]
+    packed = list(batches(replace(shard, tensors=(*shard.tensors[1:], *tensors)), 64 << 10))
+    assert front_to_back(packed) == packed
+
+
+def test_what_cannot_be_read_back_is_no_bug(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def broken(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:  # of a source
+            return preadv(fd, buffers, offset)
+        if failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return 0  # what another process cut off
+
+    monkeypatch.setattr(os, "preadv", broken)
+    for failing, said in ((True, "Input/output error"), (False, "the file ends before")):  # noqa: B007  # `broken` asks
+        with pytest.raises(sm.OutputError, match=said) as caught:
+            sm.convert(source, tmp_path / "out", sync=False, sha256=True)
+        assert caught.value.code == "unwritable-output"
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("form", "where"), [("safetensors", "tensor"), ("bin", "tensor"), ("safetensors", "header")])
