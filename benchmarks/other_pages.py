@@ -138,10 +138,9 @@ def _merges(stem: str, result: Result) -> Iterator[str]:
 
 def _digests(stem: str, result: Result) -> Iterator[str]:
     yield "## What --sha256 costs\n"
-    note = result["machine"].get("note")
     yield (
         "The same conversion with `--sha256` and without, in turn; ratios round by round. "
-        f"{result['rounds']} rounds, warm page cache.{f' Note: {note}.' if note else ''}\n"
+        f"{result['rounds']} rounds, warm page cache.\n"
     )
     yield origin(stem, result)
     rows = [
