@@ -301,3 +301,66 @@ def test_partitions_that_are_not_those_of_the_model_file(
     error = refused(changed(case, tmp_path, OPTIMS, lambda root: change(state(root)[flat_key(state(root))])))
     assert error.code == "zero-layout"
     assert what in error.what
+
+
+# ---- tensor parallel ranks, universal checkpoints, settings
+
+
+AUTOTP = GOLDEN / "parallel/autotp_z1_tp2_w2_bf16"
+
+
+def of_second(root: Root, path: Path) -> Root:
+    """What the files of the second tensor parallel rank hold; of others something that may be changed."""
+    return root if "mp_rank_01" in path.name else {"ds_config": {}}
+
+
+TENSOR_FACTS: dict[str, Callable[[Root, Path], object]] = {
+    "ds_config": lambda root, path: of_second(root, path)["ds_config"].update(steps_per_print=7),
+    "skipped_steps": lambda root, path: of_second(root, path).update(skipped_steps=1),
+    "world size": lambda root, path: of_second(root, path).pop("dp_world_size", None),
+    "DeepSpeed version": lambda root, path: of_second(root, path).update(ds_version="0.18.0"),
+    "the ZeRO stage": lambda root, path: (
+        root.update(ds_config=None),
+        of_second(root, path).get("optimizer_state_dict", {}).update(zero_stage=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TENSOR_FACTS)
+def test_tensor_ranks_that_state_something_else(what: str, tmp_path: Path) -> None:
+    tag = changed(AUTOTP, tmp_path, MODELS, lambda root: None)
+    for path in tag.glob("*.pt"):
+        root = torch.load(path, weights_only=False)
+        TENSOR_FACTS[what](root, path)
+        torch.save(root, path)
+    assert f"the tensor parallel ranks are not of one run: they differ in {what} [" in of_all(tag)
+
+
+def test_a_universal_pipeline_whose_order_is_mixed_up(tmp_path: Path) -> None:
+    save_dir = shutil.copytree(GOLDEN / "pipeline/universal_pp2_z1_w4_bf16/ckpt", tmp_path / "ckpt")
+    for path in save_dir.rglob(MODELS):
+        root = torch.load(path, weights_only=False)
+        root["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
+        torch.save(root, path)
+    assert refused(save_dir).code == "wrong-universal"
+
+
+def test_a_universal_checkpoint_that_lacks_a_moment(tmp_path: Path) -> None:
+    save_dir = shutil.copytree(GOLDEN / "universal/bag_z2_w3_bf16/ckpt", tmp_path / "ckpt")
+    sm.inspect(save_dir, view="exp_avg")
+    next(save_dir.rglob("exp_avg.pt")).unlink()
+    error = refused(save_dir, view="exp_avg")
+    assert (error.code, "no exp_avg.pt for 1 of" in error.what) == ("no-moments", True)
+
+
+def test_a_setting_that_is_no_plain_value(tmp_path: Path) -> None:
+    def put(root: Root) -> None:
+        state(root)["base_optimizer_state"]["param_groups"][0]["lr"] = torch.tensor(0.01)
+
+    tag = changed(ZERO2, tmp_path, MODELS, lambda root: None)
+    for path in tag.glob(OPTIMS):
+        root = torch.load(path, weights_only=False)
+        put(root)
+        torch.save(root, path)
+    error = refused(tag, view="exp_avg")
+    assert (error.code, "the setting lr of parameter group 0 is a" in error.what) == ("no-moments", True)

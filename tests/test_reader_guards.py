@@ -21,8 +21,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 import shardmerge as sm
 from shardmerge.errors import CheckpointError
-from shardmerge.sources.safetensors_file import read_header
+from shardmerge.sources.safetensors_file import is_safetensors, read_header
+from shardmerge.sources.torch_file import is_torch_file
+from tests.conftest import GOLDEN
 from tests.test_dcp import FSDP2, NAME, edited, tensor_of
+from tests.test_rank_pickles import FSDP2 as RANKS
+from tests.test_rank_pickles import copied, rewritten
 from tests.test_rank_sets import write_megatron
 
 
@@ -388,3 +392,86 @@ def test_items_of_ranks_that_nobody_counted(world: object, tmp_path: Path) -> No
     torch.save({"a": ONE}, tmp_path / "model_0.pt")
     (tmp_path / "metadata.pkl").write_bytes(pickle.dumps({"metadata": {"model": {}}, "world_size": world}, 2))
     assert "does not say how many ranks" in refused(tmp_path).what
+
+
+# --- ranks that describe one tensor differently ---
+
+
+@pytest.mark.parametrize("other", [torch.ones(2).double(), torch.ones(3)], ids=["type", "shape"])
+def test_a_tensor_that_ranks_describe_differently(other: torch.Tensor, tmp_path: Path) -> None:
+    rank_file(tmp_path, {"a": ONE}, 0, 2)
+    rank_file(tmp_path, {"a": other}, 1, 2)
+    error = refused(tmp_path)
+    assert (error.code, error.what) == ("mixed-ranks", "two ranks describe one tensor differently")
+
+
+def test_a_tensor_that_one_rank_has_whole(tmp_path: Path) -> None:
+    folder = copied(RANKS, tmp_path)
+
+    def gather(state: dict[str, Any]) -> None:
+        name, held = next((name, held) for name, held in state.items() if hasattr(held, "placements"))
+        state[name] = torch.zeros(held.shape, dtype=held.dtype)
+
+    rewritten(folder / "model_world_size_2_rank_1.pt", gather)
+    assert refused(folder).what == "two ranks describe one tensor differently"
+
+
+def test_metadata_of_two_ranks_that_differ_in_a_type(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "dcp/no_collectives_w2_bf16/ckpt", tmp_path / "ckpt")
+    metadata = pickle.loads((folder / "__1.metadata").read_bytes())
+    tensor_of(metadata).properties.dtype = torch.float16
+    (folder / "__1.metadata").write_bytes(pickle.dumps(metadata))
+    assert refused(folder).code == "mixed-ranks"
+
+
+# --- files of torch before 1.6 ---
+
+
+def legacy(
+    *, machine: object = None, keys: object = None, view: bytes = b"N", protocol: int = 1001, more: bytes = b""
+) -> bytes:
+    """As torch.save wrote them: five pickles, then the storages."""
+    facts = {"protocol_version": protocol, "little_endian": True, "type_sizes": {}} if machine is None else machine
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\6" + view + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\6\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR"
+    parts = [pickle.dumps(one, 2) for one in (0x1950A86A20F9469CFC6C, protocol, facts)]
+    parts += [b"\x80\x02}X\1\0\0\0w" + tensor + b"s.", pickle.dumps(["0"] if keys is None else keys, 2)]
+    return b"".join([*parts, struct.pack("<q", 6), bytes(24), more])
+
+
+LEGACY: dict[str, list[bytes]] = {
+    "not a torch file of the known protocol": [legacy(protocol=1002)],
+    "the file does not say its byte order": [
+        legacy(machine={}), legacy(machine=[]), legacy(machine={"little_endian": 1}),
+    ],
+    "written on a big-endian machine": [legacy(machine={"little_endian": False})],
+    "the list of storages is not a list": [legacy(keys=("0",))],
+    "the list of storages is not that of the storages in use": [
+        legacy(keys=[]), legacy(keys=["1"]), legacy(keys=["0", "0"]), legacy(keys=["0", "1"]), legacy(keys=[0]),
+    ],
+    "storage views of torch before 0.4": [legacy(view=b"X\1\0\0\x001K\0K\6\x87")],
+    "bytes follow the last storage": [legacy(more=b"x")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEGACY)
+def test_what_a_malformed_legacy_file_is_told(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(legacy())
+    assert list(sm.inspect(path).names()) == ["w"]
+    assert torch.load(path)["w"].tolist() == [0.0] * 6
+    for data in LEGACY[what]:
+        path.write_bytes(data)
+        assert what in refused(path).what
+
+
+def test_the_link_to_a_checkpoint_that_leads_to_itself(tmp_path: Path) -> None:
+    """What the system does not open is said, and not taken for another kind of file."""
+    path = tmp_path / "model.safetensors"
+    path.symlink_to(path.name)
+    with pytest.raises(CheckpointError) as caught:
+        is_safetensors(path)
+    assert caught.value.code == "unreadable-file"
+    with pytest.raises(CheckpointError) as caught:
+        is_torch_file(path)
+    assert caught.value.code == "unreadable-file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 from hostile_zips import PICKLE, STORAGE, Entry, build, changed, sound
@@ -141,3 +142,73 @@ def test_every_truncation_is_refused(keep_end, tmp_path):
         except CheckpointError:
             continue
         pytest.fail(f"byte {end} is missing, and {list(entries)} was read")
+
+
+# ---- what each guard says: the table above asks for codes, which several guards share
+
+
+END, END_64 = "<4sHHHHIIH", "<4sQHHIIQQQQ"
+WIDE, FOLLOW = build(sound(), wide=True), 0x0808
+
+
+def patched(data, layout, back, **fields):
+    """Data whose end record, or the one of zip64 so far from the end, says something else."""
+    at = len(data) - back
+    values = list(struct.unpack_from(layout, data, at))
+    for index, value in fields.items():
+        values[int(index[1:])] = value
+    return data[:at] + struct.pack(layout, *values) + data[at + struct.calcsize(layout) :]
+
+
+def end(data=None, **fields):
+    return patched(data or build(sound()), END, 22, **fields)
+
+
+def wide_end(**fields):
+    return patched(WIDE, END_64, 22 + 20 + 56, **fields)
+
+
+def behind_a_member():
+    """A zip whose directory leaves out the member that it begins with."""
+    first = build([Entry("archive/x", b"xx")])
+    junk = first[: first.index(b"PK\1\2")]
+    whole = build(sound())
+    starts = [at for at in range(len(whole)) if whole[at : at + 4] == b"PK\3\4"]
+    moved = build([replace(entry, header=at + len(junk)) for entry, at in zip(sound(), starts, strict=True)])
+    return end(junk + moved, f6=struct.unpack(END, whole[-22:])[6] + len(junk))
+
+
+DEFLATED = changed(0, method=8, flags=FOLLOW)
+SAYS = {
+    "the zip directory is larger than any": [build(sound(), count=0)],
+    "the zip spans several files, or has a comment": [end(f1=1), end(f2=1), end(f3=3), end(f7=4)],
+    "the two end records of the zip disagree": [end(WIDE, f4=3), end(WIDE, f5=7), end(WIDE, f6=7)],
+    "the zip64 locator does not point": [build(sound(), wide=True, shift=-4)],
+    "the zip64 end record is malformed": [
+        wide_end(f0=b"PK\6\5"), wide_end(f1=45), wide_end(f4=1), wide_end(f5=1), wide_end(f6=3),
+    ],
+    "the zip directory does not reach to its end record": [build(sound(), gap=7), build(sound(), gap=7, wide=True)],
+    "the zip directory is malformed": [
+        build(sound()).replace(b"PK\1\2", b"PK\1\3"), build(changed(3, extra=b"x" * 9))[:-31] + build(sound())[-22:],
+    ],
+    "the members of the zip do not share one directory": [build(named("other/x"))],
+    "the zip does not begin with its first member": [behind_a_member()],
+    "a member has no local header": [build(changed(3, header=build(sound()).rindex(b"PK\3\4") + 1))],
+    "a stored member has two sizes": [build(changed(2, flags=FOLLOW, size=64))],
+    "a member inflates to more than any": [build(changed(0, method=8, flags=FOLLOW, size=1 << 25))],
+    "a member inflates to another size": [
+        build(changed(0, method=8, flags=FOLLOW, size=len(PICKLE) + 1)),
+        build(changed(0, method=8, flags=FOLLOW, size=len(PICKLE) - 1)),
+        build(changed(0, method=8, flags=FOLLOW, packed=len(DEFLATED[0].raw) - 1)),
+        build(changed(0, method=8, flags=FOLLOW, packed=len(DEFLATED[0].raw) + 1)),
+    ],
+    "a member cannot be inflated": [build(DEFLATED).replace(DEFLATED[0].raw, b"\xff" * len(DEFLATED[0].raw))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_what_a_malformed_zip_is_told(what, tmp_path):
+    path = tmp_path / "model.pth"
+    for data in SAYS[what]:
+        path.write_bytes(data)
+        assert what in refusal(lambda: read(path))[0].what
