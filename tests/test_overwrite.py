@@ -161,7 +161,7 @@ def test_a_link_or_a_file_is_never_replaced(scene: Scene, runs: Machine, to: str
     if to == "empty":
         target.mkdir()
     elif to == "ours":
-        shutil.copytree(scene.root / "golden-safetensors", target)
+        shutil.copytree(scene.kept(WAYS["plain"]), target)
     elif to == "file":
         scene.out.write_text("years of work")
     if to != "file":
