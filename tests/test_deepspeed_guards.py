@@ -5,6 +5,7 @@ A checkpoint that DeepSpeed wrote, of which one file was changed to say somethin
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import shardmerge as sm
+from shardmerge.sources.deepspeed_claims import read_claims
 from shardmerge.sources.tensor_layouts import read_layouts
 from tests.conftest import GOLDEN
 from tests.deepspeed_classes import deepspeed_classes
@@ -364,3 +366,49 @@ def test_a_setting_that_is_no_plain_value(tmp_path: Path) -> None:
         torch.save(root, path)
     error = refused(tag, view="exp_avg")
     assert (error.code, "the setting lr of parameter group 0 is a" in error.what) == ("no-moments", True)
+
+
+def test_moments_of_what_is_not_plain_zero() -> None:
+    assert refused(AUTOTP / "ckpt", view="exp_avg").code == "no-moments"
+    assert refused(GOLDEN / "pipeline/pp2_z1_w2_bf16/ckpt", view="exp_avg").code == "no-moments"
+
+
+def test_more_tensor_ranks_than_any_run_has(tmp_path: Path) -> None:
+    degrees = {"tp_degree": 10**9, "pp_degree": 1}
+    tag = changed(AUTOTP, tmp_path, MODELS, lambda root: None)
+    for path in tag.glob(MODELS):
+        root = torch.load(path, weights_only=False)
+        root["checkpoint_parallel_dimensions"].update(degrees)
+        torch.save(root, path)
+    assert "other model-parallel ranks than the run has" in of_all(tag)
+
+
+def test_copies_of_one_element_that_differ(tmp_path: Path) -> None:
+    tag = changed(GOLDEN / "parallel/autotp_fused_z1_tp2_w4_bf16", tmp_path, MODELS, lambda root: None)
+    for rank, path in enumerate(sorted(tag.glob(MODELS))):
+        root = torch.load(path, weights_only=False)
+        root["module"]["scale"] = torch.full((1,), float(rank))
+        torch.save(root, path)
+    error = refused(tag)
+    assert (error.code, "scale" in error.found) == ("mixed-ranks", True)
+
+
+def test_an_expert_that_is_of_another_rank(tmp_path: Path) -> None:
+    """Each of two parts has two of four experts, 0 and 1."""
+
+    def change(root: Root) -> None:
+        group = root["param_shapes"][1]
+        name, shape = group.popitem()
+        group[re.sub(r"experts\.\d+", "experts.2", name)] = shape
+
+    error = refused(changed(GOLDEN / "parallel/moe_z2_ep2_w2_bf16", tmp_path, MODELS, change))
+    assert error.what == "the parameters of group 1 are not those of the experts' files"
+
+
+@pytest.mark.parametrize(("version", "more"), [("0.13.4", True), ("0.13.5", False), ("0.19.8", False)])
+def test_the_step_that_early_versions_made_first(version: str, more: bool) -> None:
+    root: dict[object, Any] = {"global_steps": 5, "skipped_steps": 2, "ds_version": version}
+    claims = read_claims(root)
+    assert claims.counts_to(3)
+    assert claims.counts_to(4) == more
+    assert not claims.counts_to(5)

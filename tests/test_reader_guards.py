@@ -21,13 +21,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 import shardmerge as sm
 from shardmerge.errors import CheckpointError
+from shardmerge.sources.hub import is_hub_id
 from shardmerge.sources.safetensors_file import is_safetensors, read_header
 from shardmerge.sources.torch_file import is_torch_file
 from tests.conftest import GOLDEN
 from tests.test_dcp import FSDP2, NAME, edited, tensor_of
 from tests.test_rank_pickles import FSDP2 as RANKS
-from tests.test_rank_pickles import copied, rewritten
-from tests.test_rank_sets import write_megatron
+from tests.test_rank_pickles import assert_is_truth, copied, rewritten
+from tests.test_rank_sets import assert_holds, write_megatron
 
 
 def refused(path: Path, **options: Any) -> sm.ShardmergeError:
@@ -475,3 +476,30 @@ def test_the_link_to_a_checkpoint_that_leads_to_itself(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         is_torch_file(path)
     assert caught.value.code == "unreadable-file"
+
+
+# --- which of several is read ---
+
+
+def test_the_iteration_that_the_tracker_names(tmp_path: Path) -> None:
+    held = {step: write_megatron(tmp_path / f"iter_{step:07d}", 1, 1) for step in (3, 7)}
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    catalog = sm.inspect(tmp_path)
+    assert_holds(catalog, held[3])
+    assert "iter_0000007 is newer" in "".join(catalog.warnings)
+
+
+def test_a_rank_under_another_name_is_the_model_if_it_is_all_of_it(tmp_path: Path) -> None:
+    for case, whole in (("fsdp2_w1_bf16", True), ("fsdp2_w2_bf16", False)):
+        path = next((GOLDEN / f"ranks/{case}/actor").glob("*_rank_0.pt"))
+        shutil.copy(path, tmp_path / "model.pt")
+        if whole:
+            assert_is_truth(sm.inspect(tmp_path / "model.pt"), GOLDEN / "ranks" / case)
+        else:
+            assert refused(tmp_path / "model.pt").code == "one-rank"
+
+
+@pytest.mark.parametrize("text", ["./model", "../model", "/model/x", "~/model", ".hidden/model", "a/b/c", "a"])
+def test_a_path_is_no_hub_id(text: str) -> None:
+    assert is_hub_id("org/model")
+    assert not is_hub_id(text)

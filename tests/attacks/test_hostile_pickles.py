@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from shardmerge.sources.pickle_values import Global, Opaque
+from shardmerge.sources.pickle_values import Global, Opaque, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from tests.counting import refusal
 
@@ -227,3 +227,18 @@ def test_what_a_malformed_pickle_is_told(what):
         error, _ = refusal(lambda data=data: interpret(data, where="evil.pth"))
         assert error.code == "damaged-pickle"
         assert what in error.what
+
+
+@pytest.mark.parametrize("name", ["INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"])
+def test_an_opcode_that_no_checkpoint_needs_is_named(name):
+    assert name in refusal(lambda: interpret(HOSTILE[name], where="evil.pth"))[0].found
+
+
+def test_a_tensor_of_another_device_is_its_tensor():
+    """And one that would be cast is none."""
+    made = tensor(b"K\0K\6\x85K\1\x85" + HOOKS)[2:-1]
+    start = b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n(" + made
+    rest = b"X\3\0\0\0xla\x89tR"
+    assert isinstance(interpret(two(start + b"ctorch\nfloat32\n" + rest), where="x"), TensorRef)
+    for other in (b"ctorch\nfloat16\n", b"cevil\nfloat32\n", b"N"):
+        assert isinstance(interpret(two(start + other + rest), where="x"), Opaque)
