@@ -20,6 +20,7 @@ from shardmerge.publish.receipt import read_receipt
 from shardmerge.publish.recorded import read_recorded
 from shardmerge.publish.remaking import check_plan
 from shardmerge.publish.verify import Verdict
+from shardmerge.storage.reading import SourceFile, read_whole
 from shardmerge.storage.writing import write_lines
 from shardmerge.tensors.file_roles import RECEIPT
 
@@ -29,6 +30,9 @@ BUILD_TYPE = "https://shardmerge.github.io/shardmerge/guides/signing/#the-build-
 BUILDER = "https://github.com/shardmerge/shardmerge"
 
 _SUFFIX = ".intoto.json"
+
+# A statement is known by its first bytes.
+_HEAD = 64
 
 # Options that are parameters of a result, as `run` and `convert` take them.
 _PARAMETERS = ("dtype", "shard_size", "format", "root", "files", "partial")
@@ -47,7 +51,7 @@ def statement(folder: Path, verdict: Verdict, mapping: Mapping[str, object] | No
         What ``mapping_parameters`` returns, where the mapping is known.
     """
     receipt, recorded = read_receipt(folder), read_recorded(folder)
-    own = hashlib.sha256((folder / RECEIPT).read_bytes()).hexdigest()
+    own = hashlib.sha256(read_whole(folder / RECEIPT)).hexdigest()
     digests = {**recorded.side_files, **verdict.digests, RECEIPT: own}
     sources = [(name, fields(source)) for name, source in sorted(fields(receipt["sources"]).items())]
     parameters: dict[str, object] = {"target": text(receipt["target"]), **(mapping or {})}
@@ -83,7 +87,7 @@ def mapping_parameters(folder: Path, path: Path, plan: Plan, options: Options) -
     check_plan(folder, read_recorded(folder).plan, plan)
     given = {name: getattr(options, name) for name in _PARAMETERS}
     said = {name: value if isinstance(value, (bool, int)) else str(value) for name, value in given.items() if value}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_whole(path)).hexdigest()
     return {"mapping": {"name": path.name, "digest": {"sha256": digest}}, "options": said}
 
 
@@ -112,8 +116,8 @@ def statement_path(folder: Path, given: str | Path | None) -> Path:
 def _is_statement(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return STATEMENT.encode() in file.read(64)
+    with SourceFile(path) as file:
+        return STATEMENT.encode() in file.read(0, min(_HEAD, file.size))
 
 
 def write_statement(path: Path, value: Mapping[str, object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from shardmerge.errors import ShardmergeError, VerificationError, raise_all
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.mapping.near import printable
 from shardmerge.prepare.loading import Answer, ask
-from shardmerge.prepare.publishable import describe
 from shardmerge.publish.held_files import HeldTensors, frame_sha256, held_tensors
+from shardmerge.publish.model_agreement import model_problems
 from shardmerge.publish.recorded import Recorded, read_recorded
 from shardmerge.publish.second_opinion import reference_problems
 from shardmerge.publish.selection import Selection
@@ -22,8 +21,6 @@ from shardmerge.publish.sums import FoundSums, read_sums
 from shardmerge.publish.unlisted import unlisted_files, unlisted_problems
 from shardmerge.shown import Displayed
 from shardmerge.storage.reading import read_whole
-from shardmerge.targets.agreement import INCOMPLETE, disagreements
-from shardmerge.tensors.file_roles import CONFIG
 from shardmerge.tensors.pieces import single_extent
 
 ALL = Selection()
@@ -93,7 +90,7 @@ def verify_directory(
     raise_all(_frame_problems(folder, held, receipt))
     raise_all(_place_problems(folder, held, receipt))
     raise_all(reference_problems(folder, held, headers=bool(which)))
-    raise_all(_model_problems(folder, held, receipt))
+    raise_all(model_problems(folder, held, receipt))
     sums = read_sums(folder, held, receipt, progress, files=not which and (digests or receipt.digested))
     raise_all(_sum_problems(folder, receipt, sums))
     unchecked = [which.left_out(whole, receipt), *(() if compared else _unchecked(receipt))]
@@ -195,30 +192,6 @@ def _place_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Reco
         if found != expected:
             texts = ("{} {} at byte {}".format(*one) for one in (found, expected))
             yield _wrong("tensors-differ", f"{name} is another tensor in its file", folder / tensor.shard, *texts)
-
-
-def _model_problems(folder: Path, held: Mapping[str, HeldTensors], receipt: Recorded) -> Iterator[ShardmergeError]:
-    """Every config.json against the shards beside it, unless a part of a model is what was asked for."""
-    for name in receipt.side_files:
-        place, _, base = name.rpartition("/")
-        config = _config(folder / name) if base == CONFIG else None
-        beside = [entries for shard, entries in held.items() if shard.rpartition("/")[0] == place]
-        entries = {key: entry for shard in beside for key, entry in shard.items()}
-        if config is None or not entries:
-            continue
-        for error in disagreements(describe(config, str(folder / name), entries)):
-            if not (receipt.partial and error.code == INCOMPLETE):
-                fields = {"where": error.where, "found": error.found, "expected": error.expected}
-                yield VerificationError(error.code, error.what, **fields, hint="convert again, from sources that agree")
-
-
-def _config(path: Path) -> dict[str, object] | None:
-    """Returns a config, or None for a file that says nothing that could be compared."""
-    try:
-        value = json.loads(read_whole(path))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _sum_problems(folder: Path, receipt: Recorded, sums: FoundSums) -> Iterator[ShardmergeError]:
