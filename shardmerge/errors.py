@@ -48,7 +48,7 @@ def escaped(text: str) -> str:
     r"""Returns a text with what would steer a terminal shown as ``\x1b``."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)  # a codec would be imported
 
 
 class ShardmergeError(Exception):

@@ -78,7 +78,7 @@ def _head(catalog: Catalog, layout: str, names: Sequence[str]) -> Iterator[str]:
     sizes = f"{human_count(_parameters(owners))} parameters, {human_bytes(sum(one.nbytes for one in owners.values()))}"
     yield f"{catalog.kind}: {count}{tied}, {sizes}"
     if layout:
-        yield f"layout: {layout}"
+        yield f"layout: {plain(layout)}"
     yield from (f"warning: {plain(text)}" for text in catalog.warnings)
     yield from (f"note: {plain(note)}" for note in catalog.notes)
     yield ""

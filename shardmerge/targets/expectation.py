@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
@@ -130,7 +129,9 @@ class Request:
 
     def naming(self, source: str, path: str) -> str:
         """Returns how a user names a source: a line of ``sources:``, or an option."""
-        return f"--base {source}={shlex.quote(path)}" if self.command_line else f"{source}: {_yaml_scalar(path)}"
+        from shlex import quote  # noqa: PLC0415  # for an error alone
+
+        return f"--base {source}={quote(path)}" if self.command_line else f"{source}: {_yaml_scalar(path)}"
 
     def gone(self, role: str) -> frozenset[str]:
         """Returns the names that the user drops of the source that plays a role."""

@@ -107,7 +107,7 @@ def _forked(commands: Sequence[Sequence[str]], watch: _Watch) -> Outcome:
         _, status, used = os.wait4(child, 0)
         said.seek(0)
         told.seek(0)
-        lines = said.read().decode("utf-8", "replace").strip()[-2000:]
+        lines = said.read().decode("utf-8", "replace").strip()[-20_000:]
         found = json.loads(told.read() or "[[], []]")
     if os.WIFSIGNALED(status):
         found[0].append(-os.WTERMSIG(status))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Case:
 
 def cases() -> list[Case]:
     """Returns all cases."""
-    return [*_pickles(), *_zips(), *_legacy(), *_headers(), *_indexes(), *_metadata(), *_json(), *_yaml(), *_odd()]
+    made = [*_pickles(), *_zips(), *_legacy(), *_headers(), *_indexes(), *_metadata(), *_json(), *_yaml(), *_odd()]
+    return [*made, *_numbers(), *_steering()]
 
 
 def _broken(kind: str, data: bytes, count: int) -> Iterator[tuple[str, bytes]]:
@@ -123,6 +125,27 @@ def _yaml() -> Iterator[Case]:
     broken = dict(_broken("YAML", seeds.MAPPING.encode(), 40))
     for name, data in {**exhausting.mappings(), **broken}.items():
         yield Case("YAML", name, {"m.safetensors": seeds.WEIGHTS, "mapping.yaml": data}, "mapping.yaml")
+
+
+def _numbers() -> Iterator[Case]:
+    for name, data in exhausting.numbers().items():
+        yield Case("JSON", f"config.json {name}", {"model.safetensors": seeds.WEIGHTS, "config.json": data})
+
+
+def _steering() -> Iterator[Case]:
+    """Names that would reach the terminal: of tensors, of shards, of keys."""
+    for what, name in exhausting.steering().items():
+        text = json.dumps(name.decode()).encode()
+        named = seeds.PICKLE.replace(b"X\1\0\0\0w", b"X" + struct.pack("<I", len(name)) + name, 1)
+        broken = named.replace(b"_rebuild_tensor_v2", b"_rebuild_sparse_tensor")
+        index = b'{"weight_map": {' + text + b": " + text + b"}}"
+        header = seeds.safetensors(b"{" + text + b": " + json.dumps(seeds.ENTRY).encode() + b"}")
+        mapping = seeds.MAPPING.encode() + text + b": 1\n"
+        yield Case("pickle", f"a name, {what}", {"model.pth": build(changed(0, data=named))}, "model.pth")
+        yield Case("pickle", f"a name of none, {what}", {"model.pth": build(changed(0, data=broken))}, "model.pth")
+        yield Case("index", f"a name, {what}", {"model.safetensors.index.json": index})
+        yield Case("header", f"a name, {what}", {"model.safetensors": header}, "model.safetensors")
+        yield Case("YAML", f"a key, {what}", {"m.safetensors": seeds.WEIGHTS, "mapping.yaml": mapping}, "mapping.yaml")
 
 
 def _odd() -> Iterator[Case]:

@@ -6,7 +6,7 @@ import json
 import struct
 
 from tests.attacks.hostile_zips import PICKLE
-from tests.attacks.seeds import ENTRY, INDEX, MAPPING, safetensors
+from tests.attacks.seeds import CONFIG, ENTRY, INDEX, MAPPING, safetensors
 
 _TENSOR = PICKLE[PICKLE.index(b"ctorch._utils") : -2]
 _SHARD = INDEX["weight_map"]["w"]
@@ -143,6 +143,26 @@ def json_texts() -> dict[str, bytes]:
         b'"r":null,"lora_alpha":[],"peft_type":1,'
         b'"target_modules":7,"architectures":{},"auto_map":[],"added_tokens":1,"model":2}',
         "a text of megabytes": json.dumps({"model_type": "m" * 3_000_000}).encode(),
+    }  # fmt: skip
+
+
+def numbers() -> dict[str, bytes]:
+    """Returns texts for config.json with a number that is none."""
+    values = ("NaN", "Infinity", "-1", "1.5", "true", '"8"', "1e400", "9" * 400)
+    start = json.dumps(CONFIG)[:-1]
+    return {
+        f"{key} {value[:20]}": f'{start}, "{key}": {value}}}'.encode()
+        for key in ("vocab_size", "rope_theta")
+        for value in values
+        if (key, value) != ("rope_theta", "1.5")
+    }
+
+
+def steering() -> dict[str, bytes]:
+    """Returns names that would steer a terminal, or are longer than any line."""
+    return {
+        "escapes": b"\x1b[31mred\x1b[2J", "a line break": b"w\nerror: forged [fine]", "a carriage return": b"w\r\x07v",
+        "right to left": "w\u202ev\u2066".encode(), "long": b"w" * 3000,
     }  # fmt: skip
 
 

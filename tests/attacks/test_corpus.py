@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from shardmerge.errors import LONGEST_LINE
 from tests.attacks.corpus import cases
 
 RESULTS = Path(__file__).parents[1] / "soak" / "corpus.json"
@@ -57,6 +58,15 @@ def test_no_file_is_a_bug_or_ends_the_process(found):
 
 def test_no_file_runs_or_writes_anything(found):
     assert not _odd(found, lambda outcome: outcome["events"])
+
+
+def test_no_file_steers_the_terminal(found):
+    """What is said is lines of printable characters, none of them endless, and no line that a file wrote."""
+    assert not _odd(found, lambda outcome: any(map(_is_steering, outcome["said"].split("\n"))))
+
+
+def _is_steering(line):
+    return not line.isprintable() or len(line) > LONGEST_LINE + 100 or line.startswith("error: forged")
 
 
 def test_no_file_takes_much(found):
