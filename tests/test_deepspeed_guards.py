@@ -16,6 +16,7 @@ import torch
 
 import shardmerge as sm
 from shardmerge.sources.deepspeed_claims import read_claims
+from shardmerge.sources.name_patterns import NamePatterns
 from shardmerge.sources.tensor_layouts import read_layouts
 from tests.conftest import GOLDEN
 from tests.deepspeed_classes import deepspeed_classes
@@ -412,3 +413,20 @@ def test_the_step_that_early_versions_made_first(version: str, more: bool) -> No
     assert claims.counts_to(3)
     assert claims.counts_to(4) == more
     assert not claims.counts_to(5)
+
+
+@pytest.mark.parametrize(
+    "text", ["^" + "a" * 1022 + "$b", "a" * 1025, "." + "a" * 1024, "a*b*c*d*e", "[z-a]", "(a)", "a|b"]
+)
+def test_patterns_that_are_not_read(text: str) -> None:
+    with pytest.raises(sm.ShardmergeError) as caught:
+        NamePatterns.of([text], "here")
+    assert (caught.value.code, caught.value.where) == ("name-pattern", "here")
+
+
+def test_patterns_that_take_more_steps_than_any() -> None:
+    patterns = NamePatterns.of([".*a.*b.*c"], "here")
+    assert patterns.find("abc") == [".*a.*b.*c"]
+    with pytest.raises(sm.ShardmergeError) as caught:
+        patterns.find("x" * 600)
+    assert caught.value.code == "name-pattern"

@@ -439,6 +439,7 @@ LIES = {
     "an axis too many": (put([4, 0]), "damaged-offsets"),
     "no axis": (put([]), "damaged-offsets"),
     "no list": (put("4"), "damaged-offsets"),
+    "a number": (put(4), "damaged-offsets"),
     "another type": (retyped, "mixed-shards"),
     "another number of axes": (reshaped, "mixed-shards"),
     "no offsets": (stripped, "mixed-shards"),

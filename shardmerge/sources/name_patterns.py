@@ -59,7 +59,7 @@ class NamePatterns:
         names: dict[str, str] = {}
         others: list[tuple[re.Pattern[str], int]] = []
         for text in patterns:
-            plain = _PLAIN.fullmatch(text[:_LONGEST])
+            plain = _PLAIN.fullmatch(text) if len(text) <= _LONGEST else None
             if plain is not None:
                 names[plain[1].replace("\\", "")] = text
                 continue

@@ -93,6 +93,7 @@ HOSTILE = {
     "deep list": two(b"]" * 300_000 + b"a" * 299_999),
     "deep arguments": two(b"cos\nsystem\n" * 2000 + b")" + b"R\x85" * 2000),
     "doubling tuple as a key": two(b"}" + doubling(60) + b"Ns"),
+    "tuple of nine as a key": two(b"}(" + b"K\1" * 9 + b"tNs"),
     "doubling tuple in a set": four(b"\x8f(" + doubling(60) + b"\x90"),
     "doubling tuple in a frozenset": four(b"(" + doubling(60) + b"\x91"),
     "doubling tuple in a key of OrderedDict": two(b"ccollections\nOrderedDict\n](" + doubling(60) + b"N\x86e\x85R"),
@@ -147,6 +148,9 @@ DAMAGED = {
     "storage key is a number": two(STORAGE.replace(b"X\1\0\0\x000", b"K\0")),
     "tensor of too few arguments": tensor(b"K\0K\6\x85"),
     "tensor of too many arguments": tensor(b"K\0K\6\x85K\1\x85" + HOOKS + b"}}"),
+    "tensor of torch 0.x with an argument more": two(
+        b"ctorch._utils\n_rebuild_tensor\n(" + STORAGE + b"K\0K\6\x85K\1\x85\x89tR"
+    ),
     "tensor of no storage": two(REBUILD + b"NK\0K\6\x85K\1\x85" + HOOKS + b"tR"),
     "negative size": tensor(b"K\0J\xff\xff\xff\xff\x85K\1\x85" + HOOKS),
     "negative stride": tensor(b"K\0K\6\x85J\xff\xff\xff\xff\x85" + HOOKS),
