@@ -54,6 +54,7 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.differential --files 50000
 	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --runs 5000000
+	$(BIN)/python -m tests.day --minutes 60
 
 # Changes places of the code at random, and sees whether a test notices: hours, as many as PLACES asks for in each package.
 # What was tried before is not tried again. docs/reliability.md shows the results.

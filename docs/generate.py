@@ -18,6 +18,7 @@ from benchmarks.reading import read
 from benchmarks.report import RESULTS
 from docs.adapter_page import adapter_page
 from docs.bit_flips import bit_flips
+from docs.day_of_work import PICTURE, day_of_work, day_picture
 from docs.error_outcomes import error_outcomes
 from docs.error_page import error_page
 from docs.flow_pictures import flow_pictures
@@ -42,7 +43,7 @@ _SHOWN = re.compile(r"(<!-- file: (\S+) -->\n```\w+\n).*?(```\n)", re.DOTALL)
 
 def generated() -> dict[Path, str]:
     """Returns the text of every generated file, mkdocs.yml with its generated lines included."""
-    pictures = {"guides/layouts.svg": picture(), **flow_pictures()}
+    pictures = {"guides/layouts.svg": picture(), PICTURE: day_picture(), **flow_pictures()}
     texts = {**pictures, **op_pages(), **preset_pages(), **adapter_page(), **error_page(), **mutants_page()}
     pages = {ROOT / "docs" / path: text for path, text in texts.items()}
     written = (path for path in (ROOT / "docs").rglob("*.md") if path.parent.name not in _FOLDERS)
@@ -125,6 +126,7 @@ def _with_outcomes(text: str) -> str:
         ("kills", kills()),
         ("power cuts", power_cuts()),
         ("syncs", syncs()),
+        ("day", day_of_work()),
         ("mutants", mutants()),
     ):
         inside = "\n".join(["", *lines, "", ""])
