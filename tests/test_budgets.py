@@ -69,7 +69,7 @@ def _expression(data: bytes) -> None:
 
 def _mapping(data: bytes) -> None:
     spec = parse_spec(data.decode(), "mapping.yaml")
-    catalogs = {name: targets.catalogs()["s"] for name in spec.sources}
+    catalogs = {name: targets.known_catalogs()["s"] for name in spec.sources}
     resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, user_file="mapping.yaml")
 
 

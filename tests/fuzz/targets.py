@@ -286,7 +286,7 @@ def _dcp_seeds() -> Iterator[bytes]:
 
 
 @cache
-def catalogs() -> dict[str, Catalog]:
+def known_catalogs() -> dict[str, Catalog]:
     shapes = {
         "w": (4, 4),
         "layers.0.a.weight": (4, 4),
@@ -307,7 +307,7 @@ def catalogs() -> dict[str, Catalog]:
 def _mapping(data: bytes) -> None:
     spec = parse_spec(data[1:].decode("utf-8", "replace"), "mapping.yaml")
     if data[0] & 1 and not spec.use and not spec.adapters:
-        catalogs = {name: catalogs()["s"] for name in spec.sources}
+        catalogs = {name: known_catalogs()["s"] for name in spec.sources}
         resolve(spec.rules, find_dropped(spec.drops, catalogs), catalogs, user_file="mapping.yaml")
 
 
