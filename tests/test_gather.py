@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardmerge.compose import compose
 from shardmerge.dtypes import DTYPES
 from shardmerge.errors import CheckpointError
 from shardmerge.execute.checksum import combine
@@ -25,6 +26,7 @@ from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.tensors import Extent, Piece, Strided, TensorEntry, dense
 from shardmerge.tensors.pieces import single_extent
 from shardmerge.tensors.ranks import Partition, RankChunks, chunk_numel
+from tests.made import built
 
 F32 = DTYPES["F32"]
 
@@ -115,6 +117,21 @@ def test_any_range_of_pieces_is_their_concatenation(data: st.DataObject, tmp_pat
     start = data.draw(st.integers(0, len(values) - 1))
     count = data.draw(st.integers(0, len(values) - start))
     assert np.array_equal(read(entry, start, count), values[start : start + count])
+
+
+@given(rows=st.integers(1, 5), widths=st.lists(st.integers(1, 4), min_size=1, max_size=3), data=st.data())
+def test_any_range_of_columns_is_what_numpy_sees(rows, widths, data, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("columns")
+    parts = [np.arange(rows * width, dtype=np.float32).reshape(rows, width) + 100 * n for n, width in enumerate(widths)]
+    bases = tuple(
+        TensorEntry(f"b{n}", F32, part.shape, dense(write_floats(folder / str(n), part), part.size))
+        for n, part in enumerate(parts)
+    )
+    joined = np.concatenate(parts, axis=1)
+    entry = compose(built("concat", dim=1), list(bases))
+    start = data.draw(st.integers(0, joined.size - 1))
+    count = data.draw(st.integers(0, joined.size - start))
+    assert np.array_equal(read(entry, start, count), joined.reshape(-1)[start : start + count])
 
 
 @given(numels=st.lists(st.integers(0, 9), min_size=1, max_size=8), world=st.integers(1, 5), skip=st.integers(0, 3))

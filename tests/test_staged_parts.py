@@ -31,7 +31,10 @@ from shardmerge.errors import (
 from shardmerge.execute.engine import Outcome, Workshop
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.means import Means
-from shardmerge.execute.records import RecordCounts
+from shardmerge.execute.pins import Pins
+from shardmerge.execute.records import RecordCounts, RecordTables
+from shardmerge.execute.worker import Worker
+from shardmerge.plan.tasks import batches
 from shardmerge.plan.value import Part, Plan
 from shardmerge.publish import checks, finishing
 from shardmerge.publish import staging as staging_module
@@ -47,6 +50,7 @@ from shardmerge.publish.selection import Selection
 from shardmerge.publish.shares import Anything, Share, which
 from shardmerge.publish.staging import Staging, is_gone, remove
 from shardmerge.sources.checksums import read_records
+from shardmerge.storage.writing import OutputFile
 from tests.receipts import receipt_of
 
 QUICK = Options(sync=False, workers=1)
@@ -251,6 +255,9 @@ def test_there_is_room_for_what_is_beside_the_files(out: Path, monkeypatch: pyte
     assert raised.value.code == "disk-too-small"
     assert raised.value.where == str(out.parent)
     assert raised.value.hint
+    answers = iter([False, True])
+    monkeypatch.setattr(os, "access", lambda path, mode: next(answers))
+    checks.check_output((), out, 99, overwrite=False)  # an error that passed
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError) as refused:
         checks.check_output((), out, 99, overwrite=False)
@@ -533,3 +540,24 @@ def test_what_a_receipt_holds(plan: Plan, out: Path, staging: Staging) -> None:
         "format", "schema", "sha256", "shardmerge", "plan", "target", "total_size", "cloned", "sources", "warnings",
         "shards", "side_files", "tensors", "unused", "digests",
     }  # fmt: skip
+
+
+def test_who_is_to_stop_stops_with_the_tile(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not whole is not summed."""
+    part = plan.parts()[0]
+    worker = Worker(Means(tile=1 << 14, sync=False), Pins(part.files), RecordTables(read_records))
+    file = OutputFile(tmp_path / "file", part.shard.nbytes, sync=False)
+    (batch,) = batches(part.shard, 1 << 14)
+    seen, forgotten = list[int](), list[Assembler]()
+
+    def forget(self: Assembler) -> None:
+        forgotten.append(self)
+
+    monkeypatch.setattr(Assembler, "forget", forget)
+    assert not worker.carry(batch, file, seen.append)
+    assert (seen, worker.sums, worker.written) == ([1 << 14], [], 0)
+    assert worker.carry(batch, file, lambda nbytes: True)
+    assert [one[0] for one in worker.sums] == ["w.0"]
+    assert worker.written == 80_000
+    assert forgotten == [worker.assembler] * 2  # states of ops go with each batch
+    file.abandon()

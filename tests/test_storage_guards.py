@@ -204,6 +204,11 @@ def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
     assert raised.value.where == str(path)
 
 
+def test_a_small_file_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345678")
+    assert reading.read_whole(tmp_path / "file") == b"12345678"
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         SourceFile(tmp_path / "none")

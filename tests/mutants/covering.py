@@ -22,7 +22,7 @@ CHOSEN = {
     "storage_guards",
     "execute": "gather gather_counters records cloning checksum executors ranks pins device boxes",
     "publish": "publish staged_parts resume overwrite parts verify_damage verify_selection comparing products "
-    "stragglers progress",
+    "stragglers progress digests signing",
     "sources": "sources refusals torch_files pickle_vm safetensors_file dcp rank_sets rank_pickles universal hub "
     "deepspeed_parallel distributed_safetensors megatron_dist incomplete optimizer_sources uneven_layers pins",
 }
