@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,20 @@ _WAYS = {
 def kills() -> list[str]:
     """Returns the lines of the table of kills: by what was run and how it was killed."""
     read = _read("kills")
+    tried, wrong = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for row in read["rows"]:
+        kind = row["way"], row["what"].partition(", seeds")[0]
+        tried[kind] += row["tried"]
+        wrong[kind] += len(row["wrong"])
     rows = [
-        (_WAYS[row["way"]], row["what"], f"{row['tried']:,}", str(len(row["wrong"])))
-        for row in sorted(read["rows"], key=lambda row: list(_WAYS).index(row["way"]))
+        (_WAYS[way], what, f"{tried[way, what]:,}", str(wrong[way, what]))
+        for way, what in sorted(tried, key=lambda kind: list(_WAYS).index(kind[0]))
     ]
-    total = sum(row["tried"] for row in read["rows"])
+    rows.append(("all", "", f"{tried.total():,}", str(wrong.total())))
     head = ("what was run", "and what was done to it", "times", "violations")
-    return [_measured(read, "kills"), "", *table(head, [*rows, ("all", "", f"{total:,}", _wrong(read["rows"]))])]
+    left = [_WAYS[way] for way in _WAYS if way not in {way for way, _ in tried}]
+    without = ["", f"Not run at every call yet: {'; '.join(left)}."] if left else []
+    return [_measured(read, "kills"), "", *table(head, rows), *without]
 
 
 def power_cuts() -> list[str]:
@@ -103,10 +111,6 @@ def syncs() -> list[str]:
 
 def _cut(how: str | None) -> str:
     return "not tried" if how is None else how.partition(":")[0] or "no"
-
-
-def _wrong(rows: Sequence[Mapping[str, Any]]) -> str:
-    return str(sum(len(row["wrong"]) for row in rows))
 
 
 def _measured(read: Mapping[str, Any], module: str) -> str:
