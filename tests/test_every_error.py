@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge import system_errors
-from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ShardmergeError
+from shardmerge.cli.failing import _as_ours
+from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ResourceError, ShardmergeError
 from shardmerge.execute import patience
 from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.listing import files_below, matching, without_links
@@ -260,3 +263,60 @@ def test_a_circle_of_links_is_an_error_of_the_system(tmp_path: Path) -> None:
     for call in (lambda: without_links(tmp_path / "a"), lambda: shardmerge.run(tmp_path / "a" / "mapping.yaml")):
         with pytest.raises((OSError, ShardmergeError)):
             call()
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENODEV, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("call", ["__init__", "madvise"])
+def test_what_cannot_be_mapped_is_read(number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+
+    def fails(*given: object, **named: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mmap, "mmap", type("Failing", (mmap.mmap,), {call: fails}))
+    with SourceFile(tmp_path / "file") as file:
+        assert bytes(file.window(2, 3)) == b"234"
+
+
+def test_a_thread_that_cannot_be_started_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any of them: those that there are end first, and nothing is left open."""
+    real, begun = threading.Thread.start, []
+
+    def start(refused: int, thread: threading.Thread) -> None:
+        begun.append(thread)
+        if len(begun) == refused:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    for refused in range(1, 6):
+        begun.clear()
+        monkeypatch.setattr(threading.Thread, "start", partialmethod(lambda self, n: start(n, self), refused))
+        with pytest.raises(ResourceError) as caught:
+            shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out", options=shardmerge.Options(workers=2))
+        assert caught.value.code == "not-started"
+        assert [thread for thread in begun if thread.is_alive()] == []
+        assert [path for path in _descriptors() if path.startswith(str(tmp_path))] == []
+
+
+def test_an_error_without_a_file_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out")
+    monkeypatch.setattr(Path, "read_bytes", _breaks)
+    with pytest.raises(OSError, match="Input") as caught:
+        shardmerge.verify(tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out" / "shardmerge.json")
+
+
+def _breaks(path: Path) -> bytes:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_directory_that_seems_not_writable_once_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, answers = os.access, [False]
+    monkeypatch.setattr(os, "access", lambda path, mode: answers.pop() if answers else real(path, mode))
+    shardmerge.convert(_SOURCES["safetensors"], tmp_path / "out")
+    assert not answers
+
+
+def test_no_memory_is_no_bug() -> None:
+    found = _as_ours(MemoryError())
+    assert (found.code, found.exit_code) == ("no-memory", 4)
