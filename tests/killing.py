@@ -527,3 +527,4 @@ def _said(fd: int) -> str:
 
 if __name__ == "__main__":
     _serve()
+    os._exit(0)  # taking all modules apart takes a second of CPU time, which a busy machine gives in a minute

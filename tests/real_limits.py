@@ -203,16 +203,21 @@ def main() -> None:
     try:
         with machine(base, tool("gcc")) as runs:
             scene = Limited(base / "scene", runs)
-            found = {name: meet(scene, steps) for name, meet in LIMITS.items()}
+            found: dict[str, Found] = {}
+            for name, meet in LIMITS.items():
+                found[name] = meet(scene, steps)
+                _save(found, scene)
+                print(name, dict(found[name].outcomes), *found[name].wrong, sep="\n    ", flush=True)
     finally:
         shutil.rmtree(base)
+    raise SystemExit(any(one.wrong for one in found.values()))
+
+
+def _save(found: Mapping[str, Found], scene: Limited) -> None:
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     value: dict[str, Any] = {"date": date, "kernel": os.uname().release, "bytes": scene.nbytes}
     value["limits"] = {name: vars(one) for name, one in found.items()}
     RESULTS.write_text(json.dumps(value, indent=1) + "\n")
-    for name, one in found.items():
-        print(name, dict(one.outcomes), *one.wrong, sep="\n    ")
-    raise SystemExit(any(one.wrong for one in found.values()))
 
 
 if __name__ == "__main__":

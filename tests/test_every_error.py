@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial, partialmethod
@@ -22,6 +23,7 @@ from shardmerge import system_errors
 from shardmerge.cli.failing import _as_ours
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ResourceError, ShardmergeError
 from shardmerge.execute import patience
+from shardmerge.execute.worker import Worker
 from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.listing import files_below, matching, without_links
 from shardmerge.storage.reading import SourceFile
@@ -288,6 +290,8 @@ def test_a_thread_that_cannot_be_started_ends_the_run(tmp_path: Path, monkeypatc
             raise RuntimeError("can't start new thread")
         real(thread)
 
+    carry = Worker.carry
+    monkeypatch.setattr(Worker, "carry", lambda *given: time.sleep(0.05) or carry(*given))
     for refused in range(1, 6):
         begun.clear()
         monkeypatch.setattr(threading.Thread, "start", partialmethod(lambda self, n: start(n, self), refused))

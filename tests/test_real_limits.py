@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.killing import Machine
-from tests.real_limits import LIMITS, Limited
+from tests.real_limits import LIMITS, Limited, mounted
 
 _MAY_MOUNT = {"room on a tmpfs", "room on ext4", "read-only mount"}
 
@@ -30,6 +30,17 @@ def test_a_limit_ends_a_run_and_the_next_one_goes_on(limit: str, limited: Limite
         pytest.skip(f"cannot mount here: {error.stderr}")
     assert found.wrong == []
     assert any(not outcome.startswith("exit 0") for outcome in found.outcomes)
+
+
+def test_a_read_only_mount_is_named(limited: Limited) -> None:
+    """The permissions of the directory have nothing to do with it."""
+    try:
+        with mounted("-t", "tmpfs", "-o", "ro", "tmpfs") as place:
+            error = limited.run(place / "out").json()["errors"][0]
+    except subprocess.CalledProcessError as refused:
+        pytest.skip(f"cannot mount here: {refused.stderr}")
+    assert error["what"] == "the file system is mounted read-only"
+    assert "mount the file system for writing" in error["hint"]
 
 
 def _command(*words: object, **given: object) -> subprocess.CompletedProcess[str]:
