@@ -296,6 +296,6 @@ def _cloned_places(shard: PlannedShard, cloned: Sequence[Clone]) -> Iterator[tup
 
 
 def preload(tensors: Sequence[PlannedTensor]) -> None:
-    """Imports what making some tensors needs: threads find it whole, and processes forked afterwards share it."""
+    """Imports what making some tensors needs, so that processes forked afterwards share it."""
     if not all(is_copy(tensor.entry) for tensor in tensors):
         from shardmerge.execute import making, regions  # noqa: F401

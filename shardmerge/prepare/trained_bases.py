@@ -14,8 +14,7 @@ from shardmerge.prepare.adapter_sources import without_wrappers
 from shardmerge.prepare.named_source import open_source
 from shardmerge.prepare.options import Options
 from shardmerge.prepare.side_files import SideFiles
-from shardmerge.sources.hub import is_hub_id
-from shardmerge.sources.opening import locate
+from shardmerge.sources.hub import is_hub_id, locate
 from shardmerge.storage.listing import without_links
 from shardmerge.tensors import Catalog, of_source
 from shardmerge.tensors.file_roles import CONFIG

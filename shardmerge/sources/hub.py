@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shardmerge.errors import UsageError
 from shardmerge.sources.markers import read_marker
-from shardmerge.storage.listing import files_below
+from shardmerge.storage.listing import files_below, without_links
 from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place, training_state
 
 # Weights of kinds that are read, and what ``targets.beside`` takes along.
@@ -102,3 +102,25 @@ def _download(hub_id: str) -> Path:
         )
     except Exception as error:  # the hub's errors are many and change between versions
         raise UsageError("download-failed", f"cannot download {hub_id!r}: {error}") from error
+
+
+def locate(text: str | Path, *, download: bool = False) -> Path:
+    """Returns the existing path that a text means: a file, a directory, or a hub id's snapshot."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return without_links(path) if path.is_dir() else without_links(path.parent) / path.name
+    if is_hub_id(str(text)) and not path.parent.is_dir():
+        return resolve_hub_id(str(text), download=download)
+    import difflib
+
+    near = difflib.get_close_matches(path.name, _siblings(path), n=1)
+    raise UsageError(
+        "missing-path",
+        "no such file or directory",
+        where=str(path),
+        hint=f"did you mean `{path.parent / near[0]}`?" if near else "",
+    )
+
+
+def _siblings(path: Path) -> list[str]:
+    return [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []

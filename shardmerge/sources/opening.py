@@ -21,11 +21,10 @@ from shardmerge.sources import (
 from shardmerge.sources.choosing import beside_numbered, weight_files
 from shardmerge.sources.completing import completed
 from shardmerge.sources.deepspeed_files import VIEWS
-from shardmerge.sources.hub import is_hub_id, resolve_hub_id
+from shardmerge.sources.hub import locate
 from shardmerge.sources.markers import read_marker
 from shardmerge.sources.not_read import is_optimizer, not_a_model, unknown_format
 from shardmerge.sources.open_options import OpenOptions
-from shardmerge.storage.listing import without_links
 from shardmerge.tensors import Catalog
 
 FormatReader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
@@ -64,28 +63,6 @@ def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
     if options.root and (ranks or not any(entry.origin.startswith(start) for entry in catalog.entries.values())):
         what = f"the root `{options.root}` is of no use: a checkpoint of this kind has no state dicts inside"
         yield UsageError("no-effect", what, where=catalog.path, found=catalog.kind, hint="leave `root` out")
-
-
-def locate(text: str | Path, *, download: bool = False) -> Path:
-    """Returns the existing path that a text means: a file, a directory, or a hub id's snapshot."""
-    path = Path(text).expanduser()
-    if path.exists():
-        return without_links(path) if path.is_dir() else without_links(path.parent) / path.name
-    if is_hub_id(str(text)) and not path.parent.is_dir():
-        return resolve_hub_id(str(text), download=download)
-    import difflib
-
-    near = difflib.get_close_matches(path.name, _siblings(path), n=1)
-    raise UsageError(
-        "missing-path",
-        "no such file or directory",
-        where=str(path),
-        hint=f"did you mean `{path.parent / near[0]}`?" if near else "",
-    )
-
-
-def _siblings(path: Path) -> list[str]:
-    return [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
 def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:

@@ -40,8 +40,6 @@ _SOON, _GRACE = 0.002, 1.0
 
 def make_here(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
     """Makes parts by as many processes and threads as the schedule says: see ``contract.Executor``."""
-    # Not by several threads at a time, where one that gets no memory leaves half a module to the others.
-    preload([tensor for part in parts for tensor in part.shard.tensors])
     if how.apart or (how.processes > 1 and len(parts) > 1):
         _forked(parts, make, how, progress)
         return
@@ -119,6 +117,7 @@ class _Child:
 
 
 def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress | None) -> None:
+    preload([tensor for part in parts for tensor in part.shard.tensors])
     slots = memoryview(mmap.mmap(-1, mmap.PAGESIZE * -(-8 * how.workers // mmap.PAGESIZE))).cast("Q")
     told = _Told(slots, progress)
     places = _Places(len(parts))
