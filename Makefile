@@ -48,6 +48,10 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.every_error
 	$(BIN)/python -m tests.real_limits
 	$(BIN)/python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json
+	$(BIN)/python -m tests.part_flips
+	$(BIN)/python -m tests.source_changes --again
+	$(BIN)/python -m tests.races --again
+	$(BIN)/python -m tests.same_bytes --again
 	$(BIN)/python -m tests.kills
 	$(BIN)/python -m tests.cuts
 	$(BIN)/python -m tests.syncs

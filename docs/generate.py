@@ -32,6 +32,7 @@ from docs.op_pages import op_pages
 from docs.power_cuts import kills, power_cuts, syncs
 from docs.preset_pages import preset_pages
 from docs.real_limits import real_limits
+from docs.soak_tables import part_flips, races, same_bytes, source_changes
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
 
@@ -123,6 +124,10 @@ def _with_outcomes(text: str) -> str:
         ("fuzzing", fuzzing()),
         ("other readers", differential()),
         ("bit flips", bit_flips()),
+        ("part flips", part_flips()),
+        ("source changes", source_changes()),
+        ("races", races()),
+        ("same bytes", same_bytes()),
         ("kills", kills()),
         ("power cuts", power_cuts()),
         ("syncs", syncs()),

@@ -386,14 +386,16 @@ def reported_run(timeline: Timeline, result: Result, prepared: Prepared) -> Run 
 
 
 def clean(out: str | Path) -> tuple[Path, ...]:
-    """Removes the files of unfinished runs for an output path; returns the removed directories."""
-    from shardmerge.publish.staging import remove, stagings
+    """Removes the files of unfinished runs for an output path; returns the removed directories.
 
-    place = Path(out).expanduser().absolute()
-    found = stagings(place)
-    for root in found:
-        remove(root, place)
-    return tuple(found)
+    Raises
+    ------
+    OutputError
+        ``staging-in-use``: a process of this machine is at work there; nothing was removed. ``unwritable-output``.
+    """
+    from shardmerge.publish import staging
+
+    return staging.clean(Path(out).expanduser().absolute())
 
 
 def run(

@@ -60,13 +60,14 @@ def flipped(out: Path, flips: int, seed: int = 0) -> dict[str, Count]:
         kind = list(counts)[number % len(counts)]
         path = files[kind][int(rng.integers(len(files[kind])))]
         at, bit = int(rng.integers(path.stat().st_size)), int(rng.integers(8))
-        _flip(path, at, bit)
+        flip(path, at, bit)
         _look(out, path, counts[kind], f"{path.name}, byte {at}, bit {bit}")
-        _flip(path, at, bit)
+        flip(path, at, bit)
     return counts
 
 
-def _flip(path: Path, at: int, bit: int) -> None:
+def flip(path: Path, at: int, bit: int) -> None:
+    """Flips a bit of a file."""
     with path.open("r+b") as file:
         file.seek(at)
         (value,) = file.read(1)

@@ -177,6 +177,8 @@ class Machine:
             system, as receipts name it. ``held``: called here while the process that made the call of a trap ``HOLD``
             waits. ``windows``: whether the shortest range is mapped where mapping is asked for. ``limits``: of
             resources, by their names. ``blind``: whether any disk seems to have room.
+            waits. ``moments``: seconds, which of several commands, and a signal that is sent to it then; each begins
+            with its first SIGCONT, or after the last of the moments.
         """
         return self.play([argv], trap=trap, **given)[0]
 
@@ -318,9 +320,11 @@ def _play(trap: mmap.mmap, request: Mapping[str, Any]) -> dict[str, Any]:
         ended.look()
     if request["turns"]:
         _take_turns(trap, pids, request["turns"], ended)
-    else:
-        for pid in pids:
-            ended.go_on(pid)
+    for seconds, who, number in request.get("moments", ()):
+        time.sleep(max(started + seconds - time.monotonic(), 0))
+        os.kill(pids[who], number)  # whoever ended is still known, until he is waited for
+    for pid in pids:
+        ended.go_on(pid)
     for seconds, number in request.get("after", ()):
         time.sleep(max(started + seconds - time.monotonic(), 0))
         if pids[0] not in ended.codes:

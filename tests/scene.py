@@ -6,6 +6,7 @@ others are of other formats. What is seen after each accident is compared with w
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterable
@@ -198,6 +199,11 @@ class Scene:
         found = [path for path in self.place.glob("out.partial-*") if "partial-gone" not in path.name]
         assert len(found) < 2
         return found[0] if found else None
+
+    def other_staging(self, way: Way) -> bool:
+        """Tells whether unfinished files of another plan are there."""
+        own = json.loads(self.plan(way.form).read_text())["plan"][:16]
+        return any(own not in path.name for path in self.place.glob("out.partial-*"))
 
     def plan(self, form: str = "safetensors") -> Path:
         return self.inputs / f"{form}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from shardmerge.plan.tables import human_bytes
+from shardmerge.publish.part_receipts import sealed
+from tests import part_flips
+from tests.conftest import shardmerge
 from tests.crash_model import Disk, Node
 from tests.killing import FAIL, KILL, Machine, Ran, Trap
 from tests.scene import WAYS, Scene, claim
@@ -71,7 +76,11 @@ def _receipt(root: Path, number: int = 1) -> Path:
 
 
 def _edit(path: Path, **changed: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    """Changes what a file says, and where it has a digest of itself that too."""
+    value = {**json.loads(path.read_text()), **changed}
+    digest = value.pop("receipt_sha256", "")
+    text = json.dumps(value).encode()
+    path.write_bytes(sealed(text) if digest else text)
 
 
 def _flip(path: Path, at: int) -> None:
@@ -110,6 +119,36 @@ def test_other_options(runs: Machine, source: Path) -> None:
     assert "options" in error["found"]
     assert runs.run("clean", source.parent / "out").code == 0
     assert _made(runs, source) == PARTS
+
+
+def test_what_other_options_left_beside_a_result_is_told_of(runs: Machine, source: Path) -> None:
+    """Where it is, how large, and what removes it, to the letter."""
+    out = source.parent / "out"
+    assert runs.run(*_command(source)).code == 0
+    more = "--format", "bin", "--overwrite"
+    assert runs.run(*_command(source, *more)).code == 0
+    at = claim(runs.calls)
+    assert runs.run(*_command(source, "--overwrite")).code == 0
+    assert runs.run(*_command(source, *more), trap=Trap(KILL, at=at)).code == -9
+    (root,) = source.parent.glob("out.partial-*")
+    (found,) = runs.run(*_command(source)).json()["left_over"]
+    assert found["path"] == str(root)
+    assert found["nbytes"] >= sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    size = human_bytes(found["nbytes"])
+    said = runs.run("convert", source, out, "--shard-size", "600KB", "-q").err
+    assert said.startswith(f"warning: an unfinished run with other options left {root} ({size}); to remove it: ")
+    words = shlex.split(said.partition("to remove it: ")[2])
+    assert words[0] == "shardmerge"
+    assert shardmerge(*words[1:]).stdout == f"removed: {root}\n"
+    assert runs.run(*_command(source)).json()["left_over"] == []
+
+
+def test_what_a_process_is_at_work_on_is_not_removed(runs: Machine, source: Path) -> None:
+    root = _stopped(runs, source)
+    with (root / "begun.json").open():
+        error = shardmerge("clean", source.parent / "out", code=1).stderr
+    assert f"[staging-in-use]\n  at: {root}\n  found: process {os.getpid()}\n" in error
+    assert _made(runs, source) == 0
 
 
 def test_another_version(runs: Machine, source: Path) -> None:
@@ -189,6 +228,22 @@ def test_a_name_that_is_a_pattern(runs: Machine, source: Path, name: str) -> Non
 
 
 # --- what is looked at again ---
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_flipped_bit_of_what_was_left(form: str, tmp_path: Path) -> None:
+    """``python -m tests.part_flips`` does the same with more than a thousand."""
+    scene = part_flips.Scene(tmp_path, form)
+    for kind, recheck, outcome in part_flips.flipped(scene, 20):
+        assert outcome in part_flips.ALLOWED[recheck], (kind, recheck, outcome)
+
+
+def test_parts_in_two_places(runs: Machine, source: Path) -> None:
+    """One was about to publish when another made the directory anew and put a part there; then both were killed."""
+    root = _stopped(runs, source)
+    (root / "ready-gone").mkdir()
+    _file(root).rename(root / "ready-gone" / _file(root).name)
+    assert _made(runs, source) == 0
 
 
 def test_a_part_that_is_damaged_while_somebody_publishes(runs: Machine, source: Path) -> None:

@@ -51,6 +51,9 @@ def doubts(result: Result, options: Options) -> Iterator[str]:
         yield "the planned peak does not count what torch and CUDA take"
     for name, count in sorted(result.outcome.overflows.items()):
         yield f"{count:,} values of {name} overflowed in the cast"
+    for left in result.left_over:
+        command = f"shardmerge clean {_quoted(shown_path(result.path))}"
+        yield f"an unfinished run with other options left {shown_path(left.path)} ({left}); to remove it: {command}"
 
 
 def _kept(result: Result) -> str:
@@ -128,6 +131,7 @@ def result_json(result: Result, prepared: Prepared, seconds: float) -> dict[str,
         "warnings": list(result.plan.warnings),
         "checks": list(result.plan.checks),
         "notes": {source.name: list(source.notes) for source in result.plan.sources if source.notes},
+        "left_over": [{"path": str(left.path), "nbytes": left.nbytes} for left in result.left_over],
         "planned_peak": prepared.how.peak,
         "seconds": round(seconds, 3),
     }

@@ -28,6 +28,9 @@ _SAMPLES = 16
 _BLOCK = 4096
 _READ = 1 << 20
 
+# Between what a receipt says and the digest of all before it.
+_DIGEST = b', "receipt_sha256": "'
+
 
 @dataclass(frozen=True, slots=True)
 class PartReceipt:
@@ -142,11 +145,11 @@ def _read_crc32(file: SourceFile) -> int:
 
 
 def receipt_bytes(receipt: PartReceipt, part: Part) -> bytes:
-    """Returns a receipt as JSON."""
+    """Returns a receipt as JSON, with the SHA-256 of its own text at its end."""
     outcome = receipt.outcome
     numbered = {stamp.path: number for number, stamp in enumerate(part.files)}
     sums = [outcome.checksums.get(tensor.name) for tensor in part.shard.tensors]
-    return json.dumps(
+    said = json.dumps(
         {
             "format": FORMAT,
             "shardmerge": __version__,
@@ -170,6 +173,12 @@ def receipt_bytes(receipt: PartReceipt, part: Part) -> bytes:
             "digests": [outcome.digests[tensor.name] for tensor in part.shard.tensors] if outcome.file_digests else [],
         }
     ).encode()
+    return sealed(said)
+
+
+def sealed(said: bytes) -> bytes:
+    """Returns a JSON object with one more member: the SHA-256 of the text before it."""
+    return said[:-1] + _DIGEST + hashlib.sha256(said[:-1]).hexdigest().encode() + b'"}'
 
 
 def _record_row(one: RecordSums, numbered: dict[str, int]) -> list[object]:
@@ -177,7 +186,9 @@ def _record_row(one: RecordSums, numbered: dict[str, int]) -> list[object]:
 
 
 def receipt_from(data: bytes, part: Part) -> PartReceipt | None:
-    """Returns the receipt of a part, or None where the bytes are none: torn, of another plan, of another version."""
+    """Returns the receipt of a part, or None where the bytes are none: torn, damaged, of another plan or version."""
+    if sealed(data.rpartition(_DIGEST)[0] + b"}") != data:
+        return None
     try:
         row = fields(json.loads(data))
         if (row["plan"], row["part"], row["shardmerge"]) != (part.plan, part.number, __version__):

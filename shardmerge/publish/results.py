@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardmerge.execute.records import RecordCounts
 from shardmerge.plan.value import Plan
+from shardmerge.publish.left_over import LeftOver
 from shardmerge.shown import Displayed
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Result(Displayed):
         What became of the checksums that source files carry.
     made
         How many parts were made; the others had been made before.
+    left_over
+        What runs of other plans left beside it.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class Result(Displayed):
     outcome: Outcome
     records: RecordCounts = field(default_factory=RecordCounts)
     made: int = 0
+    left_over: tuple[LeftOver, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

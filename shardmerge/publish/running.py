@@ -21,7 +21,7 @@ from shardmerge.publish.finishing import Goal, finish, published_plan, unconfirm
 from shardmerge.publish.having_made import have_made
 from shardmerge.publish.making import is_made, read_receipt, receipt_path
 from shardmerge.publish.results import Result, Unfinished
-from shardmerge.publish.staging import Staging, remove, stagings
+from shardmerge.publish.staging import Staging, left_over, remove, stagings
 from shardmerge.sources.checksums import read_records
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _published(
         outcome, records = patiently(how, partial(progress, 0) if progress else bool, last=True)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
-    return Result(goal.out, goal.plan, outcome, records, made)
+    return Result(goal.out, goal.plan, outcome, records, made, left_over(goal.out, goal.plan.id))
 
 
 def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeError) -> Result:
@@ -182,7 +182,7 @@ def _there_already(goal: Goal, options: Options) -> Result:
         patiently(lambda _: goal.settle(sync=options.sync), last=True)
     except InterruptedRunError as error:
         raise unconfirmed(goal.out, "interrupted") from error
-    return Result(goal.out, goal.plan, Outcome({}, {}, 0, 0, 0))
+    return Result(goal.out, goal.plan, Outcome({}, {}, 0, 0, 0), left_over=left_over(goal.out, goal.plan.id))
 
 
 def _make_missing(plan: Plan, out: Path, options: Options, progress: Progress | None) -> int:

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from shardmerge.errors import OutputError, raise_all
 from shardmerge.plan.identity import SCHEMA
+from shardmerge.publish.left_over import LeftOver, check_unused
 from shardmerge.storage.exchanging import OCCUPIED
-from shardmerge.storage.listing import matching
+from shardmerge.storage.listing import files_below, matching
 from shardmerge.storage.writing import explained, sync_above, sync_directory, write_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
@@ -156,6 +157,22 @@ class Staging:
                 except OSError as error:
                     if error.errno not in OCCUPIED:
                         raise
+                    self._join(ready)
+
+    def _join(self, ready: Path) -> None:
+        """Puts finished parts to the model that somebody made anew meanwhile, and filled.
+
+        Under a name of its own, so that their owner does not publish what is left of them. A part that is lost on the
+        way, since somebody takes the model just now, is made again.
+        """
+        taken = self.root / f"taken-{new_name()}"
+        ready.rename(taken)
+        with suppress(FileNotFoundError):
+            for path in [*files_below(taken)]:
+                place = self.model / path.relative_to(taken)
+                for folder in reversed(place.relative_to(self.model).parents[:-1]):
+                    (self.model / folder).mkdir(exist_ok=True)
+                path.rename(place)
 
     def place(self, path: Path, data: bytes | list[bytes]) -> None:
         """Makes a small file appear whole under its name, in the place of one that is there; see ``settle``."""
@@ -210,6 +227,28 @@ class Staging:
 def stagings(out: Path) -> list[Path]:
     """Returns all directories in which parts gather for an output path, and those of which not all is removed yet."""
     return [path for path in matching(out.parent, f"{_escaped(out.name)}{_MARK}*") if path.is_dir()]
+
+
+def left_over(out: Path, plan: str) -> tuple[LeftOver, ...]:
+    """Returns what runs of other plans left beside an output path, and nobody removed."""
+    own = Staging.of(out, plan).root
+    return tuple(LeftOver.of(root) for root in stagings(out) if root != own and not is_gone(root))
+
+
+def clean(out: Path) -> tuple[Path, ...]:
+    """Removes all directories in which parts gather for an output path; returns them.
+
+    Raises
+    ------
+    OutputError
+        ``staging-in-use``: nothing was removed. As ``remove``.
+    """
+    found = stagings(out)
+    for root in found:
+        check_unused(root)
+    for root in found:
+        remove(root, out)
+    return tuple(found)
 
 
 def is_gone(root: Path) -> bool:
@@ -296,12 +335,14 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
         if begun is None and (root == staging.root or not matching(root / "parts", "*.json")):
             continue  # killed before it began, or the file is lost: each receipt says by itself of which plan it is
         if root != staging.root or begun is None or begun.get("shardmerge") != __version__:
+            from shlex import quote  # for an error alone
+
             yield OutputError(
                 "other-plan-staged",
-                "the output path has unfinished parts of another plan",
+                f"the output path has unfinished parts of another plan, {LeftOver.of(root)}",
                 where=str(root),
                 found=found,
-                hint=f"start again with --fresh, or remove them: shardmerge clean {out}",
+                hint=f"start again with --fresh, or remove them: shardmerge clean {quote(str(out))}",
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from shardmerge.errors import raise_all
 from shardmerge.sources.choosing import tags_near
 from shardmerge.sources.hf_folder import side_files
-from shardmerge.sources.links import odd_links
+from shardmerge.sources.links import odd_links, steering_links
 from shardmerge.sources.placeholders import without_placeholders
 from shardmerge.tensors import Catalog
 from shardmerge.tensors.wrapped_names import unwrapping_rules
@@ -18,7 +18,8 @@ def completed(catalog: Catalog, path: Path) -> Catalog:
     """Adds side files, checks links, and takes placeholders for what they are."""
     folder = path if path.is_dir() else path.parent
     stamps = (Path(stamp.path) for stamp in catalog.files)
-    raise_all(odd_links((file for file in stamps if file != path and file.is_relative_to(folder)), folder))
+    read = [file for file in stamps if file != path and file.is_relative_to(folder)]
+    raise_all(odd_links([*read, *(steering_links(folder) if path.is_dir() else ())], folder))
     catalog = with_wrapper_note(replace(catalog, side_files=catalog.side_files or side_files(folder)))
     if catalog.kind.startswith("DeepSpeed"):  # its own tables say which of its tensors have no elements
         return catalog

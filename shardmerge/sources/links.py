@@ -12,6 +12,17 @@ from pathlib import Path
 
 from shardmerge.errors import CheckpointError
 from shardmerge.sources.hub import cache_folder
+from shardmerge.storage.listing import matching
+from shardmerge.tensors.file_roles import ADAPTER_CONFIG
+
+# Small files that hold no weights and go nowhere, and say which weights are read or what becomes of them.
+_STEERING = ("latest", "latest_universal", "latest_checkpointed_iteration.txt", "last_checkpoint", ADAPTER_CONFIG)
+
+
+def steering_links(folder: Path) -> list[Path]:
+    """Returns the links of a checkpoint's directory whose text decides what is read: indexes, markers."""
+    names = (*matching(folder, "*.index.json"), *(folder / name for name in _STEERING))
+    return [path for path in names if path.is_symlink()]
 
 
 def outside(path: Path, folder: Path) -> str:
@@ -43,9 +54,18 @@ def odd_links(paths: Iterable[Path], folder: Path) -> Iterator[CheckpointError]:
                 where=str(path),
                 found=f"-> {real}"[:400],
                 expected=f"a file in {folder}, or a link of the hub cache into its own blobs",
-                hint="if you made the link, put the file there itself: cp --remove-destination "
-                f"{quote(real)} {quote(str(path))}; otherwise remove the link",
+                hint=f"if you made the link, put the file there itself: {_instead(real, path)} {quote(real)} "
+                f"{quote(str(path))}; otherwise remove the link",
             )
+
+
+def _instead(real: str, link: Path) -> str:
+    """Returns what puts a file in the place of a link to it: a hard link takes no space, but for one file system."""
+    try:
+        near = Path(real).is_file() and Path(real).stat().st_dev == link.lstat().st_dev
+    except OSError:
+        near = False
+    return "ln -f" if near else "cp -r --remove-destination"
 
 
 def _is_blob(real: Path, folder: Path) -> bool:

@@ -191,7 +191,7 @@ KINDS = [
         "a link out of the directory",
         copied(LAYOUTS / "litgpt_llama_gqa/truth", then=linked_outside),
         "link-outside",
-        by_hand("cp --remove-destination", run_shell),
+        by_hand("put the file there itself", run_shell),
     ),
     Row(
         "a hub id that is not here",

@@ -34,6 +34,22 @@ def after(*commands: Sequence[str], then: Callable[[Call], object] = str, args: 
     return given
 
 
+def at_work(call: Call) -> None:
+    """A process has a file open where the parts gather; the shell that runs it is the one that is to be stopped."""
+    opened = shlex.quote(str(staging(call) / "begun.json"))
+    process = subprocess.Popen(["sh", "-c", f"exec 9<{opened}; echo; exec sleep 60"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    call.folder.joinpath("pid").write_text(str(process.pid))
+
+
+def stop_it(call: Call) -> None:
+    """Runs the command that the hint has."""
+    command = call.hint.partition("stop it: ")[2].partition(";")[0]
+    assert command == f"kill {(call.folder / 'pid').read_text()}"
+    subprocess.run(command, shell=True, check=True)
+
+
 def staging(call: Call) -> Path:
     """The directory in which parts gather."""
     (root,) = call.folder.glob("out.partial-*")
@@ -146,6 +162,12 @@ STAGED = [
         after(SHARE, args=(*RUN, "--dtype", "f16")),
         "other-plan-staged",
         first("shardmerge clean"),
+    ),
+    Row(
+        "parts that somebody is at work on",
+        after(SHARE, then=at_work, args=("clean", "out")),
+        "staging-in-use",
+        by_hand("stop it", stop_it),
     ),
     Row(
         "a part that changed",
