@@ -8,13 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from shardmerge import system_errors
+from shardmerge import api, system_errors
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UsageError
 from shardmerge.execute.patience import Halt, patiently
+from shardmerge.execute.pins import Pins
 from shardmerge.storage import cache, limits, reading, writing
 from shardmerge.storage.exchanging import exchange
 from shardmerge.storage.listing import files_below, matching
@@ -372,6 +376,27 @@ def test_how_much_memory_is_used_unless_somebody_says(monkeypatch: pytest.Monkey
     assert limits.default_budget(9) == 100 << 20
     monkeypatch.setattr(limits, "cgroup_limit", lambda: 99 << 20)
     assert limits.default_budget(9) == 99 << 20
+
+
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_a_plan_that_was_written_down_knows_sizes_and_times(change: str, tmp_path: Path) -> None:
+    """It knows nothing else of a file that it has not looked at yet: inodes and their times do not travel."""
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.ones(4, np.float32)}, path)
+    (stamp,) = api.inspect(path).files
+    stamp = replace(stamp, inode=0, header_nbytes=0)
+    Pins([stamp]).check()
+    if change == "size":
+        with path.open("ab") as file:
+            file.write(b"x")
+        os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+    else:
+        os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns + 1))
+    with pytest.raises(CheckpointError) as raised:
+        Pins([stamp]).check()
+    assert (raised.value.code, raised.value.where) == ("source-changed", str(path))
+    with SourceFile(path) as file, pytest.raises(CheckpointError):
+        Pins([stamp]).opened(file)
 
 
 # --- stopping ---
