@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from shardmerge import api, system_errors
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UsageError
 from shardmerge.execute.patience import Halt, patiently
 from shardmerge.execute.pins import Pins
+from shardmerge.execute.records import _Spans
 from shardmerge.storage import cache, limits, reading, writing
 from shardmerge.storage.exchanging import exchange
 from shardmerge.storage.listing import files_below, matching
@@ -397,6 +399,23 @@ def test_a_plan_that_was_written_down_knows_sizes_and_times(change: str, tmp_pat
     assert (raised.value.code, raised.value.where) == ("source-changed", str(path))
     with SourceFile(path) as file, pytest.raises(CheckpointError):
         Pins([stamp]).opened(file)
+
+
+@pytest.mark.parametrize(("kib", "checked"), [(900, 1), (1400, 0)])
+def test_a_record_is_compared_unless_much_of_it_is_not_needed(kib: int, checked: int, tmp_path: Path) -> None:
+    """200 KiB of it are needed; what is read beside them is a MiB at most."""
+    torch.save({"w": torch.arange(kib << 8, dtype=torch.float32)[: 200 << 8]}, tmp_path / "model.pth")
+    found = api.convert(tmp_path / "model.pth", tmp_path / "out").records
+    assert found is not None
+    assert (found.checked, found.partly) == (checked, 1 - checked)
+
+
+def test_many_ranges_of_a_record_are_kept_apart() -> None:
+    spans = _Spans()
+    for n in range(300):
+        spans.add(2 * n, 2 * n + 1, 0)
+    assert (spans.covered(), len(spans.rows())) == (300, 300)
+    assert spans.missing(0, 600) == [(2 * n + 1, 2 * n + 2) for n in range(300)]
 
 
 # --- stopping ---
