@@ -42,7 +42,7 @@ from shardmerge.publish.closeness import Closeness
 from shardmerge.publish.finishing import Goal
 from shardmerge.publish.having_made import have_made
 from shardmerge.publish.making import PartMaker, is_made, read_receipt, receipt_path
-from shardmerge.publish.part_receipts import receipt_from, unfit
+from shardmerge.publish.part_receipts import receipt_from, sealed, unfit
 from shardmerge.publish.recorded import read_recorded
 from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.running import carry_out_share, finish_plan, make_some
@@ -151,8 +151,11 @@ def test_a_receipt_that_says_nothing_is_none(change: dict[str, object] | None, p
     row = json.loads(receipt_path(staging, 0).read_text())
     assert (row["file"], row["nbytes"]) == (part.shard.name, part.shard.nbytes)
     assert receipt_from(json.dumps(row).encode(), part) == read_receipt(staging, part)
+    del row["receipt_sha256"]
+    assert receipt_from(json.dumps(row).encode(), part) is None  # without its digest it is none
+    assert receipt_from(sealed(json.dumps(row).encode()), part) == read_receipt(staging, part)
     data = json.dumps({**row, **change} if change is not None else [row]).encode()
-    assert receipt_from(data, part) is None
+    assert receipt_from(sealed(data), part) is None
 
 
 def test_parts_of_another_version_are_not_gone_on_with(plan: Plan, out: Path, staging: Staging) -> None:
