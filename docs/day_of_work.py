@@ -79,17 +79,17 @@ def _failed(calls: Mapping[str, int]) -> int:
 
 
 def day_picture() -> str:
-    """Returns the picture: three strips over the same hour."""
+    """Returns the picture: three strips over the same time."""
     curve: Sequence[Sequence[float]] = json.loads(RESULTS.read_text("utf-8"))["curve"]
     strips = (
         ("resident memory of the process that uses the API, MiB", 1, 1 << 20),
-        ("its descriptors", 2, 1),
+        ("its open descriptors, during calls too", 2, 1),
         ("staging directories, GB", 3, 10**9),
     )
     height = _TOP + len(strips) * _STRIP + 26
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        'aria-label="Resident memory, descriptors and staging bytes over the hour">',
+        'aria-label="Resident memory, descriptors and staging bytes over the run">',
         f"<style>{_STYLE}</style>",
         f'<rect class="ground" width="{_WIDTH}" height="{height}"/>',
     ]
