@@ -24,6 +24,7 @@ from shardmerge.cli.failing import _as_ours
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ResourceError, ShardmergeError
 from shardmerge.execute import patience
 from shardmerge.execute.worker import Worker
+from shardmerge.publish.staging import left_over
 from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.listing import files_below, matching, without_links
 from shardmerge.storage.reading import SourceFile
@@ -53,6 +54,18 @@ def test_a_sample_of_all_errors_at_all_calls(way: str, accidents: Path, runs: Ma
         outcomes = Counter(outcome for _, _, _, outcome in found.outcomes)
         assert outcomes["exit 0"]
         assert any(outcome.startswith("exit 4") for outcome in outcomes)
+
+
+def test_what_others_left_is_not_worth_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for once the result is published: an error there would deny what is true."""
+    (tmp_path / "out.partial-other").mkdir()
+    assert len(left_over(tmp_path / "out", "0" * 64)) == 1
+
+    def refused(folder: object) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert left_over(tmp_path / "out", "0" * 64) == ()
 
 
 class _Failing:

@@ -230,9 +230,14 @@ def stagings(out: Path) -> list[Path]:
 
 
 def left_over(out: Path, plan: str) -> tuple[LeftOver, ...]:
-    """Returns what runs of other plans left beside an output path, and nobody removed."""
+    """Returns what runs of other plans left beside an output path, and nobody removed.
+
+    Nothing where the system does not let it look: it is asked after a result was published.
+    """
     own = Staging.of(out, plan).root
-    return tuple(LeftOver.of(root) for root in stagings(out) if root != own and not is_gone(root))
+    with suppress(OSError):
+        return tuple(LeftOver.of(root) for root in stagings(out) if root != own and not is_gone(root))
+    return ()
 
 
 def clean(out: Path) -> tuple[Path, ...]:
