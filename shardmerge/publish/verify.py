@@ -209,7 +209,7 @@ def _sum_problems(folder: Path, receipt: Recorded, sums: FoundSums) -> Iterator[
                 where=str(folder / tensor.shard),
                 found=is_now,
                 expected=was,
-                hint="the disk or a copy damaged the file: convert again",
+                hint="the disk or a copy damaged the file: convert again with --overwrite --fresh",
             )
     for name, is_now in sums.files.items():
         was = receipt.shards[name].sha256

@@ -130,11 +130,7 @@ def flipped(day: Day, job: Job) -> None:
     command = day.run([*PROGRAM, "verify", str(day.out), "--json"], codes=(1, 2, 3))
     must(path.name in command.complained(), f"{job.name}: {path.name} is not named, byte {at}, bit {bit}")
     day.tally.count("flipped bits", "seen")
-    if day.run(job.command(day.out, "--overwrite"), codes=(0, 1)).code:  # its receipt says no more whose it is
-        shutil.rmtree(day.out)
-        day.run(job.command(day.out))
-    elif not day.whole(job, day.out):  # the plan is published, as its receipt says: it is not made again
-        day.tally.count("flipped bits", "result left by --overwrite")
+    if day.run(job.command(day.out, "--overwrite", "--fresh"), codes=(0, 1)).code:  # its receipt says not whose it is
         shutil.rmtree(day.out)
         day.run(job.command(day.out))
     day.published(job)

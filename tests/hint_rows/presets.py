@@ -15,6 +15,13 @@ from tests.receipts import receipt_of, write_receipt
 from tests.test_mistakes import GQA, REST, XTUNER
 
 
+def anew(call: Call) -> None:
+    """Converts again, with the two options of the hint, in place of the result."""
+    verify, call.args = call.args, [*RUN, "--overwrite", "--fresh"]
+    assert call.attempt() == ()
+    call.args = verify
+
+
 def again(call: Call) -> None:
     """Removes the result and converts again."""
     shutil.rmtree(call.folder / "out")
@@ -188,7 +195,7 @@ ASKED = [
         "a damaged result",
         done_before(GQA + REST, lambda call: flip(call.folder / "out/model.safetensors"), "verify", "out", "-q"),
         "checksum-differs",
-        by_hand("convert again", again),
+        by_hand("convert again with --overwrite --fresh", anew),
     ),
     Row(
         "a result whose config was changed",
