@@ -154,8 +154,8 @@ def test_a_source_that_cannot_be_found_is_asked_for_by_name(tmp_path: Path) -> N
         "convert", tmp_path / "run" / "work_dirs", tmp_path / "out", "--use", "xtuner/llava-to-hf", code=1
     )
     assert "trained with the visual encoder frozen" in done.stderr
-    assert "vision: base_clip" in done.stderr
-    assert "llm: base_llm" in done.stderr
+    assert "--base vision=base_clip" in done.stderr
+    assert "--base llm=base_llm" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -155,7 +155,7 @@ def test_experts_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     [
         ({"model_type": "unheard_of"}, "unheard_of"),
         ({"architectures": ["MambaForChess"]}, "has no class MambaForChess"),
-        ({"num_hidden_layers": "three"}, "num_hidden_layers"),
+        ({"hidden_act": 5}, "hidden_act"),
         ({"model_type": None}, "Unrecognized model in config.json"),
     ],
 )

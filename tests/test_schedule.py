@@ -58,24 +58,27 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[PlannedShard, ...]
 GRANTED = st.tuples(st.integers(40, 400), st.integers(1, 64), st.integers(1, 16))
 
 
-def scheduled(shards: tuple[PlannedShard, ...], granted: tuple[int, int, int]) -> Schedule | ResourceError:
+def scheduled(
+    shards: tuple[PlannedShard, ...], granted: tuple[int, int, int], *, apart: bool = False, sha256: bool = False
+) -> Schedule | ResourceError:
     budget, workers, processes = granted
     try:
-        return schedule(shards, budget=budget * MIB, workers=workers, processes=processes)
+        return schedule(shards, budget=budget * MIB, workers=workers, processes=processes, apart=apart, sha256=sha256)
     except ResourceError as error:
         return error
 
 
-@given(GRANTED)
+@given(GRANTED, st.booleans(), st.booleans())
 def test_a_schedule_stays_within_what_is_granted(
-    shards: tuple[PlannedShard, ...], granted: tuple[int, int, int]
+    shards: tuple[PlannedShard, ...], granted: tuple[int, int, int], apart: bool, sha256: bool
 ) -> None:
     budget, workers, processes = granted
-    found = scheduled(shards, granted)
+    found = scheduled(shards, granted, apart=apart, sha256=sha256)
     if isinstance(found, ResourceError):
         needed = int(found.hint.rpartition(" ")[2].removesuffix("MiB"))
         assert needed > budget
-        found = schedule(shards, budget=needed * MIB, workers=workers, processes=processes)
+        found = scheduled(shards, (needed, workers, processes), apart=apart, sha256=sha256)
+        assert isinstance(found, Schedule)
         budget = needed
     assert found.peak <= budget * MIB
     assert 1 <= found.workers <= workers

@@ -110,6 +110,7 @@ def test_a_statement_replaces_a_statement_alone(here: Path) -> None:
             sm.attest(out, place)
         assert caught.value.code == code
     assert (here / "notes").read_text() == "mine"
+    shardmerge("attest", out, "--out", here / "other.json")
     for _ in range(2):
         assert sm.attest(out)[0] == out.with_name("model.intoto.json")
     assert json.loads(shardmerge("attest", out, "--json").stdout)["path"] == f"{out}.intoto.json"

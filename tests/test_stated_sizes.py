@@ -103,7 +103,6 @@ def test_a_config_that_says_nothing_claims_nothing(kind: str) -> None:
     """Neither an empty config, nor tensors of another library, nor keys of another kind than numbers."""
     _, shapes = real(kind)
     odd = {
-        "num_hidden_layers": "three",
         "vocab_size": None,
         "layer_types": {},
         "num_experts": [4],
@@ -111,6 +110,8 @@ def test_a_config_that_says_nothing_claims_nothing(kind: str) -> None:
     }
     for config in ({}, {"model_type": "mine"}, odd):
         assert disagreements(Described(config, "config.json", shapes)) == ()
+    (error,) = disagreements(Described({"num_hidden_layers": "three"}, "config.json", shapes))
+    assert (error.code, "num_hidden_layers" in error.what) == ("odd-config", True)
     other = {"num_hidden_layers": 7, "vocab_size": 9, "hidden_size": 5}
     assert disagreements(Described(other, "config.json", {"weights.blob": (4, 4), "x": ()})) == ()
 

@@ -123,14 +123,19 @@ def schedule(  # noqa: PLR0913  # what is made, and what is granted
         while tile >= _SMALLEST_TILE:
             if tile not in needs:
                 needs[tile] = max((making_peak(tensor.entry, tile) for tensor in tensors), default=0) + frames
-            own = (_PER_PROCESS * count if count > 1 or apart else 0) + (READ_BACK * count if sha256 else 0)
-            peak = fixed + own + count * threads * needs[tile]
+            peak = fixed + _own(count, apart=apart, sha256=sha256) + count * threads * needs[tile]
             if peak <= budget:
                 return Schedule(count, threads, tile, peak, apart)
             tile //= 2
     if not tensors:  # nothing to be made: what was made before is looked at, and published
         return Schedule(1, 1, _SMALLEST_TILE, fixed)
-    raise _too_small(tensors, fixed + frames + (READ_BACK if sha256 else 0), budget)
+    raise _too_small(tensors, fixed + frames + _own(1, apart=apart, sha256=sha256), budget)
+
+
+def _own(processes: int, *, apart: bool, sha256: bool) -> int:
+    """Returns what so many processes have of their own beside the tiles of their threads, in bytes."""
+    forked = processes if processes > 1 or apart else 0
+    return _PER_PROCESS * forked + (READ_BACK * processes if sha256 else 0)
 
 
 def _ways(shards: Sequence[PlannedShard], workers: int, most: int) -> Iterator[tuple[int, int]]:

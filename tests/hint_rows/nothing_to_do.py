@@ -36,6 +36,12 @@ ELSEWHERE: list[tuple[str, str, str]] = [
         "test_publish.py::test_a_run_that_is_stopped_publishes_nothing_and_is_gone_on_with",
     ),
     ("worker-died", "goes on where it was", "test_publish.py::test_a_process_that_the_system_ends_is_made_up_for"),
+    ("output-changed", "with --recheck", "test_digests.py::test_a_part_that_changed_gets_no_digest"),
+    (
+        "output-exists",
+        "write the statement to another file",
+        "test_signing.py::test_a_statement_replaces_a_statement_alone",
+    ),
     ("staging-gone", "starts again", "test_races.py::test_clean_and_a_run"),
     ("output-exists", "then publishes what is made", "test_races.py::test_clean_and_a_run"),
     ("packed-item", "pip install", "test_packed_items.py::test_without_the_library_it_says_what_to_install"),
