@@ -32,6 +32,7 @@ from docs.op_pages import op_pages
 from docs.power_cuts import kills, power_cuts, syncs
 from docs.preset_pages import preset_pages
 from docs.real_limits import real_limits
+from docs.reliability_summary import summary
 from docs.soak_tables import part_flips, races, same_bytes, source_changes
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
@@ -118,6 +119,7 @@ def _with_architectures(text: str) -> str:
 
 def _with_outcomes(text: str) -> str:
     for name, lines in (
+        ("summary", summary()),
         ("errors", error_outcomes()),
         ("limits", real_limits()),
         ("malformed files", malformed_files()),

@@ -13,6 +13,10 @@ from docs.markdown import table
 _SOAK = Path(__file__).resolve().parent.parent / "tests" / "soak"
 
 
+# What may become of a run that goes on with a damaged file.
+OUTCOMES = ("right result", "refused", "published, verify names the file")
+
+
 def _read(name: str) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((_SOAK / f"{name}.json").read_text("utf-8"))
     return read
@@ -70,14 +74,13 @@ def same_bytes() -> list[str]:
 def part_flips() -> list[str]:
     """Returns the lines of the table: by file and whether all of it was compared, what became of the command."""
     read = _read("part-flips")
-    outcomes = ("right result", "refused", "published, verify names the file")
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     for row in read["rows"]:
         key = row["format"], row["file"], "yes" if row["recheck"] else "no"
-        rows.setdefault(key, Counter())[row["outcome"] if row["outcome"] in outcomes else "wrong"] += row["count"]
+        rows.setdefault(key, Counter())[row["outcome"] if row["outcome"] in OUTCOMES else "wrong"] += row["count"]
     lines = [
-        (*key, f"{found.total():,}", *(f"{found[one]:,}" for one in (*outcomes, "wrong")))
+        (*key, f"{found.total():,}", *(f"{found[one]:,}" for one in (*OUTCOMES, "wrong")))
         for key, found in sorted(rows.items())
     ]
-    head = ("format", "file", "`--recheck`", "bits flipped", *outcomes, "wrong")
+    head = ("format", "file", "`--recheck`", "bits flipped", *OUTCOMES, "wrong")
     return [f"{_measured(read, 'part_flips')}.", "", *table(head, lines)]
