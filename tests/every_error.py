@@ -152,7 +152,9 @@ def _tried(names: Sequence[str], known: dict[str, Tried], every: int, minutes: f
     kept = _Kept(known, every == 1)
     try:
         with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
-            for done in [pool.submit(_tried_for, seconds, name, base / name, kept, every) for name in names]:
+            # Numbers, since LD_PRELOAD cannot take a path with a space or a comma.
+            places = {name: base / str(number) for number, name in enumerate(names)}
+            for done in [pool.submit(_tried_for, seconds, name, places[name], kept, every) for name in names]:
                 done.result()
     finally:
         shutil.rmtree(base)

@@ -24,6 +24,14 @@ def commands(group: click.Group, above: str = "") -> Iterator[str]:
 NAMES = list(commands(cli))
 
 
+def command(name: str) -> click.Command:
+    found: click.Command = cli
+    for word in name.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
+    return found
+
+
 def help_of(name: str) -> str:
     return CliRunner(env={"COLUMNS": "80"}).invoke(cli, [*name.split(), "--help"], prog_name="shardmerge").output
 
@@ -55,3 +63,10 @@ def test_examples_are_calls_of_the_command(name: str) -> None:
 
 def test_there_are_no_other_examples() -> None:
     assert set(EXAMPLES) == set(NAMES)
+
+
+def test_a_path_is_looked_at_by_what_uses_it() -> None:
+    """click calls a path that may not be read wrong usage; we say what the system refused, and what to do."""
+    paths = [(name, one) for name in NAMES for one in command(name).params if isinstance(one.type, click.Path)]
+    assert len(paths) > 20
+    assert [(name, one.name) for name, one in paths if isinstance(one.type, click.Path) and one.type.readable] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -265,6 +266,20 @@ def test_a_checkpoint_or_a_directory_is_no_mapping(tmp_path, content):
     with pytest.raises(UsageError) as caught:
         load_spec(path)
     assert caught.value.code == "unreadable-mapping"
+
+
+def test_a_mapping_that_the_system_does_not_let_read(tmp_path, monkeypatch):
+    path = tmp_path / "m.yaml"
+    path.write_text("shardmerge: 1\n")
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(MappingError, match="Permission denied") as caught:
+        load_spec(path)
+    assert (caught.value.code, caught.value.exit_code) == ("unreadable-mapping", 1)
+    assert "namei -l" in caught.value.hint
 
 
 def test_a_huge_file_is_not_read_to_its_end(tmp_path):

@@ -70,8 +70,13 @@ def inspect(
 
 @click.command()
 @click.argument("directory", type=click.Path(readable=False))
-@click.option("--sources", type=click.Path(), metavar="MAPPING", help="Make every tensor again and compare the bits.")
-@click.option("--reference", type=click.Path(), metavar="PATH", help="Compare with another checkpoint.")
+@click.option(
+    "--sources",
+    type=click.Path(readable=False),
+    metavar="MAPPING",
+    help="Make every tensor again and compare the bits.",
+)
+@click.option("--reference", type=click.Path(readable=False), metavar="PATH", help="Compare with another checkpoint.")
 @closeness_options
 @click.option(
     "--tensor", "tensors", multiple=True, metavar="NAME", help="Read only this tensor, or those of a template."
@@ -197,8 +202,15 @@ def _closeness(given: dict[str, Any], reference: str | None) -> Closeness:
 
 @click.command()
 @click.argument("directory", type=click.Path(readable=False))
-@click.option("-o", "--out", type=click.Path(), metavar="FILE", help="Default: DIRECTORY.intoto.json, beside it.")
-@click.option("--mapping", type=click.Path(), metavar="MAPPING", help="Of the run: its digest goes into the statement.")
+@click.option(
+    "-o", "--out", type=click.Path(readable=False), metavar="FILE", help="Default: DIRECTORY.intoto.json, beside it."
+)
+@click.option(
+    "--mapping",
+    type=click.Path(readable=False),
+    metavar="MAPPING",
+    help="Of the run: its digest goes into the statement.",
+)
 @plan_options
 @quiet_option
 @json_option

@@ -32,7 +32,7 @@ def add_cluster_commands(group: click.Group) -> None:
 
 @click.command()
 @click.argument("mapping", type=click.Path(readable=False))
-@click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
+@click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
 @root_option
 @plan_options
 @run_options
@@ -66,7 +66,7 @@ def clean(out: str) -> None:
 @click.option("--mem", default="2G", help="Memory of each task. Default: 2G.")
 @click.option("--time", "limit", default="01:00:00", help="Time limit of a task. Default: one hour.")
 @click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="Another option of sbatch: partition=long.")
-@click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
+@click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
 @click.pass_context
 def slurm(  # noqa: PLR0913  # one parameter an option
     context: click.Context,

@@ -44,7 +44,7 @@ from shardmerge.cli.report import RunReport, asked_report, refuse_report, report
 if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, SavedMapping
 
-_out = click.option("-o", "--out", type=click.Path(), help="Output directory, instead of the mapping's.")
+_out = click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
 _use = click.option(
     "--use",
     default="",
@@ -123,7 +123,11 @@ def run(  # noqa: PLR0913  # one parameter an option
 @click.command()
 @click.argument("mapping", type=click.Path(readable=False))
 @click.option(
-    "-o", "--out", type=click.Path(), metavar="FILE", help="Write the plan, for `run` to carry out: plan.json."
+    "-o",
+    "--out",
+    type=click.Path(readable=False),
+    metavar="FILE",
+    help="Write the plan, for `run` to carry out: plan.json.",
 )
 @root_option
 @plan_options

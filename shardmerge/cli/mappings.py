@@ -37,7 +37,9 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 @click.command()
 @click.argument("mapping", type=click.Path(readable=False))
 @click.option("--source", default="", metavar="NAME", help="The source to get back. Default: the first.")
-@click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
+@click.option(
+    "-o", "--out", type=click.Path(readable=False), help="Write to a file that is not there yet, instead of stdout."
+)
 def invert(mapping: str, source: str, out: str | None) -> None:
     """Write the mapping that leads back, or say which rules have no way back and why."""
     from shardmerge import api
@@ -62,7 +64,9 @@ def invert(mapping: str, source: str, out: str | None) -> None:
     shell_complete=complete_target,
     help="What is wanted: hf/llava, torchtune, or a preset.",
 )
-@click.option("-o", "--out", type=click.Path(), help="Write to a file that is not there yet, instead of stdout.")
+@click.option(
+    "-o", "--out", type=click.Path(readable=False), help="Write to a file that is not there yet, instead of stdout."
+)
 @click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:
     """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing.

@@ -138,11 +138,14 @@ config_option = click.option(
     "--config",
     default="",
     metavar="DIR",
-    type=click.Path(),
+    type=click.Path(readable=False),
     help="Take config.json, tokenizer and so on from a directory or hub id.",
 )
 save_mapping_option = click.option(
-    "--save-mapping", type=click.Path(), metavar="FILE", help="Write the mapping that makes the same result."
+    "--save-mapping",
+    type=click.Path(readable=False),
+    metavar="FILE",
+    help="Write the mapping that makes the same result.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

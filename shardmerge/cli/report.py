@@ -43,7 +43,9 @@ report_option = click.option(
 
 @click.command()
 @click.argument("directory", type=click.Path(readable=False))
-@click.option("-o", "--out", type=click.Path(), metavar="FILE", help="Default: DIRECTORY.report.html, beside it.")
+@click.option(
+    "-o", "--out", type=click.Path(readable=False), metavar="FILE", help="Default: DIRECTORY.report.html, beside it."
+)
 @json_option
 def report(directory: str, out: str | None, as_json: bool) -> None:
     """Write a report of a published DIRECTORY: one HTML file that says where every byte is from.

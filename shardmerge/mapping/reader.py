@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardmerge.errors import UsageError, raise_all
+from shardmerge.errors import MappingError, UsageError, raise_all
 from shardmerge.mapping.input_reader import read_adapters, read_sources, read_variables
 from shardmerge.mapping.near import did_you_mean
 from shardmerge.mapping.node_reader import NodeReader
@@ -13,6 +13,7 @@ from shardmerge.mapping.rule_reader import read_drops, read_rest, read_rules
 from shardmerge.mapping.spec import KEYS, Spec
 from shardmerge.mapping.yaml_nodes import LARGEST_TEXT
 from shardmerge.mapping.yaml_text import read_yaml
+from shardmerge.system_errors import advice
 from shardmerge.targets.config_edits import ConfigEdits
 
 
@@ -22,9 +23,9 @@ def load_spec(path: Path) -> Spec:
     Raises
     ------
     UsageError
-        ``missing-path``: no such file. ``unreadable-mapping``: the system refused, or it is not UTF-8.
+        ``missing-path``: no such file. ``unreadable-mapping``: no regular file, or not UTF-8.
     MappingError
-        Everything that is wrong with it, at once.
+        ``unreadable-mapping``: the system refused. Or everything that is wrong with it, at once.
     """
     if path.exists() and not path.is_file():  # opening a FIFO waits for who writes to it
         hint = "write the mapping to a file"
@@ -37,8 +38,12 @@ def load_spec(path: Path) -> Spec:
         near = sorted(item.name for item in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near)
         raise UsageError("missing-path", "no such mapping", where=str(path), hint=hint) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("unreadable-mapping", f"cannot read the mapping: {error}", where=str(path)) from error
+    except OSError as error:
+        what = f"cannot read the mapping: {error.strerror}"
+        raise MappingError("unreadable-mapping", what, where=str(path), hint=advice(error)) from error
+    except UnicodeDecodeError as error:
+        what, hint = f"cannot read the mapping: {error}", "name a mapping file: a text in UTF-8"
+        raise UsageError("unreadable-mapping", what, where=str(path), hint=hint) from error
     return parse_spec(text, str(path))
 
 
