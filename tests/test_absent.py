@@ -60,6 +60,12 @@ def test_a_matrix_by_its_name(name: str, shape: Shape) -> None:
     assert found({name: shape}) == {name}
 
 
+@pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E4M3"])
+def test_a_weight_of_any_type(dtype: str) -> None:
+    """That of a quantized matrix is one too."""
+    assert found({"layers.0.q_proj.weight": (0,)}, dtype) == {"layers.0.q_proj.weight"}
+
+
 @pytest.mark.parametrize(
     ("shapes", "dtype"),
     [

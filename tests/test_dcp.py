@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.utils import serialization
 
 import shardmerge as sm
 from shardmerge import api
@@ -579,6 +580,14 @@ def test_whatever_a_pickle_calls_nothing_is_run(where: str, checkpoint: Path) ->
     expected = {"beside": "torch distributed checkpoint, 2 ranks", "the head of an item": "item-format"}
     assert done.stdout.strip() in (expected.get(where, ""), "damaged-pickle", "missing-chunk")
     assert not (checkpoint.parent / "pwned").exists()
+
+
+def test_items_whose_storages_begin_on_a_page(tmp_path: Path) -> None:
+    """An option of torch.save; the head of an item is then as long as a page."""
+    truth = {"a": torch.arange(6.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)}
+    with serialization.config.patch({"save.storage_alignment": 4096}):
+        save(truth, tmp_path)
+    assert_holds(sm.inspect(tmp_path), truth)
 
 
 # --- the guide ---

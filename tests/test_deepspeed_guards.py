@@ -250,6 +250,33 @@ def test_a_universal_pipeline_has_no_16_bit_module() -> None:
     assert refused(save_dir, view="module").code == "no-module-view"
 
 
+def test_a_stage_3_save_without_16_bit_weights_says_how_to_have_them(tmp_path: Path) -> None:
+    error = refused(ZERO3 / "ckpt", view="module")
+    assert (error.code, error.hint) == (
+        "no-module-view",
+        "leave --view out, and cast the fp32 weights: --dtype bfloat16",
+    )
+    sm.convert(ZERO3 / "ckpt", tmp_path / "out", options=sm.Options(dtype="bfloat16", sync=False))
+    assert {entry.dtype.name for entry in sm.inspect(tmp_path / "out").entries.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(("share", "differ"), [(0.4, False), (0.6, True)])
+def test_a_small_tensor_of_another_save_is_known_among_many(share: float, differ: bool, tmp_path: Path) -> None:
+    """Far less than a quarter of its file; of one tensor, up to half may differ."""
+
+    def edit(root: Root) -> None:
+        name = next(name for name, held in root["module"].items() if held.dim() == 2)
+        flat = root["module"][name].flatten()
+        flat[: int(share * flat.numel())] += 1
+
+    tag = changed(ZERO2, tmp_path, MODELS, edit)
+    if differ:
+        error = refused(tag)
+        assert (error.code, "sampled weights of the tensor" in error.found) == ("mixed-runs", True)
+    else:
+        assert "do not round to the 16-bit module" in " ".join(sm.inspect(tag).warnings)
+
+
 def test_groups_of_an_optimizer_that_leave_one_out(tmp_path: Path) -> None:
     """Of each rank; all say the same, so they are of one run."""
     tag = changed(GOLDEN / "zero/frozen_in_groups_z2_w2_bf16", tmp_path, MODELS, lambda root: None)

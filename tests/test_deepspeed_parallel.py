@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
+from shardmerge.sources.deepspeed_checks import ONE_SAVE
 from tests.conftest import GOLDEN, read_all, same_values, shardmerge
 from tests.deepspeed_classes import deepspeed_classes
 from tests.test_claims import Damage, Saved, is_truth, outcome
@@ -329,6 +330,7 @@ def test_a_parameter_that_no_expert_has_is_named(tmp_path: Path) -> None:
 
     (error,) = refusal(changed(case_of(NEW), tmp_path, MODEL, change))
     assert error.what == "the parameters of group 1 are not those of the experts' files"
+    assert error.hint == ONE_SAVE
     assert "deepspeed_experts.0.7.bias" in error.found
 
 

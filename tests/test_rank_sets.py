@@ -304,9 +304,10 @@ def test_expert_ranks_are_refused_with_a_way_out(tmp_path: Path, *, by_name: boo
     assert error.hint
 
 
-@pytest.mark.parametrize("text", ["12", "../release", "iter_0000012", "", "release"])
+@pytest.mark.parametrize("text", ["12", "../release", "iter_0000012", "", "release", "iter_/../iter_0000007"])
 def test_a_tracker_that_names_nothing(tmp_path: Path, text: str) -> None:
     write_megatron(tmp_path / "iter_0000007", 1, 1)
+    (tmp_path / "iter_").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     assert refusal(tmp_path).code == "missing-tag"
 

@@ -65,6 +65,7 @@ def test_a_truncated_safetensors_file(tmp_path: Path) -> None:
         file.truncate(2000)
     text = refused("truncated-file", 1, "convert", path, tmp_path / "out", root=tmp_path)
     assert "2000 bytes" in text
+    assert "hint: copy or download the file again" in text
 
 
 def test_a_missing_rank(zero: Path, tmp_path: Path) -> None:

@@ -238,6 +238,13 @@ def test_a_file_that_is_another_thing_than_the_model_file_says(what: str, bag: P
     assert "matrix.weight" in f"{error.where} {error.found}"
 
 
+def test_how_a_parameter_was_put_together_may_stand_beside_it(bag: Path) -> None:
+    """The five keys that ``ds_to_universal`` writes (``deepspeed/checkpoint/constants.py``)."""
+    more = {"cat_dim": 0, "vocab_tensor": False, "param_n_sub_params": 1, "sub_param_shape": None}
+    rewrite(bag / "zero/matrix.weight/fp32.pt", lambda root: root | more)
+    assert_is_truth(read_all(sm.inspect(bag)), BAG.parent)
+
+
 def test_all_wrong_files_are_told_of_at_once(bag: Path) -> None:
     for name in ("matrix.weight", "wide.weight"):
         rewrite(bag / "zero" / name / "fp32.pt", WRONG["no tensor"][1])

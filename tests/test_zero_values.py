@@ -6,7 +6,9 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 import shardmerge as sm
 from shardmerge.dtypes import DTYPES
 from shardmerge.sources.deepspeed_values import number_of, place, rounded_bytes, spread_places
-from shardmerge.sources.pickle_values import Global, Opaque
+from shardmerge.sources.pickle_values import Global, Opaque, StorageRef, TensorRef
 from shardmerge.sources.value_digest import value_digest
 from tests.conftest import GOLDEN, read_all, same_values
 
@@ -156,8 +158,6 @@ def test_rounding_has_the_bits_of_torch(name: str) -> None:
 
 
 def test_places_of_sampled_elements() -> None:
-    from shardmerge.sources.pickle_values import StorageRef, TensorRef
-
     base = torch.arange(120).reshape(6, 20)
     for view in (base, base.t(), base[1:, ::3], base[2], base[:, 4:5]):
         ref = TensorRef(StorageRef("0", DTYPES["F32"], 120), DTYPES["F32"], view.storage_offset(), *_geometry(view))
@@ -187,12 +187,24 @@ def test_a_digest_visits_an_object_once() -> None:
     assert value_digest(_doubled(300)) != value_digest(_doubled(299))
 
 
+def _refs() -> list[StorageRef | TensorRef]:
+    """A storage and a tensor, and others that differ in one field."""
+    f32, bf16 = DTYPES["F32"], DTYPES["BF16"]
+    storages = [StorageRef("0", f32, 6), StorageRef("1", f32, 6), StorageRef("0", bf16, 6), StorageRef("0", f32, 7)]
+    one = TensorRef(storages[0], f32, 0, (2, 2), (2, 1))
+    others: list[dict[str, Any]] = [{"storage": storage} for storage in storages[1:]]
+    others += [{"dtype": bf16}, {"offset": 1}, {"shape": (2, 1)}, {"strides": (1, 2)}]
+    return [*storages, one, *(replace(one, **other) for other in others)]
+
+
 def test_a_digest_tells_values_apart_and_not_objects() -> None:
     shared = {"x": [1, 2]}
     assert value_digest([shared, shared]) == value_digest([{"x": [1, 2]}, {"x": [1, 2]}])
     different = [1, True, 1.0, "1", b"1", None, [1], (1,), {1}, {"1": 1}, {1: "1"}, [[1]], [], 10**5000, -0.0, 0.0]
     different += [{"a": 1, "b": 2}, {"b": 2, "a": 1}, Opaque(Global("a", "B"), ()), Opaque(Global("a", "C"), ())]
+    different += _refs()
     assert len({value_digest(value) for value in different}) == len(different)
+    assert list(map(value_digest, _refs())) == list(map(value_digest, _refs()))
     assert value_digest({"a", "b", "c"}) == value_digest({"c", "b", "a"})
     loop: list[object] = []
     loop.append(loop)

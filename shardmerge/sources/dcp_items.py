@@ -35,8 +35,9 @@ from shardmerge.tensors.strides import in_order, span
 _HEAD = 1024
 # What torch says of an item that its ``ZStandard`` extension compressed (``_extension.py``), and a frame's own header.
 _ZSTD, _FRAME_HEAD = "stream.zstd/1", 18
-# Tensors of many axes have longer pickles: no torch tensor has more than 64 axes, of 18 bytes each here.
-_LONGEST_HEAD = 8192
+# Tensors of many axes have longer pickles: no torch tensor has more than 64 axes, of 18 bytes each here. And where
+# ``storage_alignment`` is a page, each of the four members before the storage takes one.
+LONGEST_HEAD = 32768
 # Heads that are kept: a rank's chunks have as many shapes as the model has kinds of matrices.
 _MOST_HEADS = 4096
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
@@ -170,7 +171,7 @@ class ItemFiles:
             return known
         head = _head_of(raw)
         if head is None:
-            raw = file.start(_LONGEST_HEAD)
+            raw = file.start(LONGEST_HEAD)
             head = _head_of(raw)
         if head is None:
             whole = self._files[chunk.file]

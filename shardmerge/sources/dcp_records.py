@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from shardmerge.sources.dcp_items import item_end
+from shardmerge.sources.dcp_items import LONGEST_HEAD, item_end
 from shardmerge.sources.file_part import FilePart
 from shardmerge.sources.torch_zip import storage_records
 from shardmerge.storage.packed import PackedFile
@@ -21,8 +21,6 @@ _END64, _LOCATOR, _END = struct.Struct("<4sQHHIIQQQQ"), 20, 22
 _TAIL = _END64.size + _LOCATOR + _END
 # Between two items: a page at most, so that tensors can begin on one.
 _GAP = 4096
-# What comes before the data of an item, at most: as for ``dcp_items``.
-_HEAD = 8192
 
 
 def item_records(file: SourceFile) -> Iterator[Record]:
@@ -41,8 +39,8 @@ def item_records(file: SourceFile) -> Iterator[Record]:
 
 def packed_records(file: PackedFile) -> Iterator[Record]:
     """Yields the storage of a compressed item, with its checksum: at its end, so all of it is unpacked once."""
-    end = item_end(file.start(_HEAD))
-    return storage_records(file.ends(_HEAD, _GAP, least=end, most=end + _GAP))
+    end = item_end(file.start(LONGEST_HEAD))
+    return storage_records(file.ends(LONGEST_HEAD, _GAP, least=end, most=end + _GAP))
 
 
 def _last_item(file: SourceFile, end: int) -> FilePart | None:

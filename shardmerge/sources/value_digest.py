@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from shardmerge.sources.pickle_values import Global, Opaque, PickleValue, StorageRef, TensorRef
+from shardmerge.sources.pickle_values import Global, Opaque, PickleValue
 
 # 128 bits: equal digests of unequal values are not to be feared, even from somebody who looks for them for years.
 _SIZE = 16
@@ -73,13 +73,9 @@ def _leaf(value: object) -> bytes:
         return value
     if isinstance(value, int):
         return hex(value).encode()  # str() refuses integers of more than 4,300 digits
-    if isinstance(value, TensorRef):
-        return f"{value.dtype.name} {value.shape} {value.strides} {value.offset} {value.storage.key}".encode()
-    if isinstance(value, StorageRef):
-        return f"{value.dtype.name} {value.numel} {value.key}".encode()
     if isinstance(value, Global):
         return value.path.encode("utf-8", "surrogatepass")
-    return str(value).encode("utf-8", "surrogatepass")  # str, float, complex, None
+    return str(value).encode("utf-8", "surrogatepass")  # str, float, complex, None, and refs with all fields
 
 
 def _hash(*parts: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 import struct
 
 import pytest
@@ -236,6 +237,17 @@ def test_what_a_malformed_pickle_is_told(what):
 @pytest.mark.parametrize("name", ["INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"])
 def test_an_opcode_that_no_checkpoint_needs_is_named(name):
     assert name in refusal(lambda: interpret(HOSTILE[name], where="evil.pth"))[0].found
+
+
+def test_refused_opcodes_have_the_names_that_python_gives_them():
+    refused = 0
+    for opcode in pickletools.opcodes:
+        data = b"\x80\x02" + opcode.code.encode("latin-1")
+        error, _ = refusal(lambda data=data: interpret(data, where="evil.pth"))
+        if "no checkpoint needs" in error.what:
+            assert error.found == f"{opcode.name}, {ord(opcode.code):#04x}"
+            refused += 1
+    assert refused == 21
 
 
 def test_a_tensor_of_another_device_is_its_tensor():
