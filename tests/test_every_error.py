@@ -13,18 +13,21 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import shardmerge
-from shardmerge import system_errors
+from shardmerge import api, system_errors
 from shardmerge.cli.failing import _as_ours
 from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, ResourceError, ShardmergeError
 from shardmerge.execute import patience
 from shardmerge.execute.worker import Worker
-from shardmerge.publish.staging import left_over
+from shardmerge.publish import running
+from shardmerge.publish.finishing import Goal
+from shardmerge.publish.staging import Staging, left_over
 from shardmerge.sources.opening import open_catalog
 from shardmerge.storage.listing import files_below, matching, without_links
 from shardmerge.storage.reading import SourceFile
@@ -66,6 +69,64 @@ def test_what_others_left_is_not_worth_an_error(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "listdir", refused)
     assert left_over(tmp_path / "out", "0" * 64) == ()
+
+
+@pytest.mark.parametrize("name", ["begun.json", "parts/00001.json"])
+def test_who_comes_last_publishes_or_says_why_not(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 0 without a result would be believed: nobody comes after the last."""
+    source = tmp_path / "in.safetensors"
+    save_file({f"t{number}": np.zeros(300_000, np.float32) for number in range(3)}, source)
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(
+        "shardmerge: 1\nsources: {a: in.safetensors}\noutput: {path: out, shard_size: 1300KB}\n"
+        "tensors: {'{x...}': 'a:{x...}'}\n"
+    )
+    options = shardmerge.Options(sync=False, workers=1)
+    for task in range(2):
+        api.run_part(mapping, f"{task}/3", options=options)
+    read = Path.read_bytes
+
+    def failing(self: Path) -> bytes:
+        if self.as_posix().endswith(name):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        api.run_part(mapping, "2/3", options=options)
+    monkeypatch.undo()
+    api.run_part(mapping, "2/3", options=options)
+    shardmerge.verify(tmp_path / "out")
+
+
+def test_a_part_that_is_lost_before_it_is_published_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process took the model, and a part of it was lost on the way back."""
+    source = tmp_path / "in.safetensors"
+    save_file({f"t{number}": np.zeros(300_000, np.float32) for number in range(3)}, source)
+    finish, lost = running.finish, []
+
+    def robbed(goal: Goal, staging: Staging, *given: Any, **more: Any) -> object:
+        if not lost:
+            lost.append(sorted(staging.model.iterdir())[1])
+            lost[0].unlink()
+        return finish(goal, staging, *given, **more)
+
+    monkeypatch.setattr(running, "finish", robbed)
+    result = shardmerge.convert(source, tmp_path / "out", shard_size="1300KB", sync=False, workers=1)
+    assert result.made == 4
+    shardmerge.verify(tmp_path / "out")
+
+
+def test_a_source_that_cannot_be_looked_at_is_not_missing(tmp_path: Path) -> None:
+    """A circle of links; what is not there is another error."""
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(CheckpointError) as caught:
+        open_catalog(tmp_path / "a")
+    assert (caught.value.code, caught.value.exit_code) == ("unreadable-file", 1)
+    assert caught.value.hint
 
 
 class _Failing:

@@ -266,6 +266,7 @@ def test_a_checkpoint_or_a_directory_is_no_mapping(tmp_path, content):
     with pytest.raises(UsageError) as caught:
         load_spec(path)
     assert caught.value.code == "unreadable-mapping"
+    assert content is None or caught.value.hint.endswith(f"shardmerge convert {path} OUT")
 
 
 def test_a_mapping_that_the_system_does_not_let_read(tmp_path, monkeypatch):

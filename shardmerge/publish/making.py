@@ -121,10 +121,16 @@ def receipt_path(staging: Staging, number: int) -> Path:
 
 
 def read_receipt(staging: Staging, part: Part) -> PartReceipt | None:
-    """Returns the receipt of a part, or None where there is none. The file is opened by its name and nothing else."""
+    """Returns the receipt of a part, or None where there is none. The file is opened by its name and nothing else.
+
+    Raises
+    ------
+    OSError
+        The system refused: to take the part for one that is not made would end a run of all parts as one of some.
+    """
     try:
         data = tried_again(receipt_path(staging, part.number).read_bytes, PASSING_READS)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return receipt_from(data, part)
 

@@ -13,6 +13,7 @@ from shardmerge.errors import InterruptedRunError, PublishedError, ShardmergeErr
 from shardmerge.execute.engine import Counters, Outcome
 from shardmerge.execute.executors.contract import Make, Progress, Stopped
 from shardmerge.execute.patience import patiently
+from shardmerge.execute.records import RecordCounts
 from shardmerge.plan.schedule import largest_first
 from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options
@@ -26,6 +27,10 @@ from shardmerge.sources.checksums import read_records
 
 if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
+
+
+# How often parts that were lost before they were published are made again. Two of 1,000 races lost one.
+_TIMES = 3
 
 
 def carry_out(
@@ -159,13 +164,32 @@ def _published(
     how = partial(
         finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck, sha256=options.sha256
     )
-    try:
-        made = make()
+
+    def publish() -> tuple[Outcome, RecordCounts]:
         publishing()
-        outcome, records = patiently(how, partial(progress, 0) if progress else bool, last=True)
+        return patiently(how, partial(progress, 0) if progress else bool, last=True)
+
+    try:
+        made, outcome, records = _made_and_published(make, publish)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
     return Result(goal.out, goal.plan, outcome, records, made, left_over(goal.out, goal.plan.id))
+
+
+def _made_and_published(
+    make: Callable[[], int], publish: Callable[[], tuple[Outcome, RecordCounts]]
+) -> tuple[int, Outcome, RecordCounts]:
+    """Makes parts and publishes. What was lost in between, as several took the model from each other, is made again."""
+    made = make()
+    for _ in range(_TIMES):
+        try:
+            return made, *publish()
+        except ShardmergeError as error:
+            again = make() if error.code == "part-differs" else 0
+            if not again:
+                raise
+            made += again
+    return made, *publish()
 
 
 def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeError) -> Result:

@@ -29,6 +29,7 @@ from shardmerge.publish.left_over import LeftOver, check_unused
 from shardmerge.storage.exchanging import OCCUPIED
 from shardmerge.storage.listing import files_below, matching
 from shardmerge.storage.writing import explained, sync_above, sync_directory, write_small
+from shardmerge.system_errors import PASSING_READS, tried_again
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
 
@@ -353,8 +354,8 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
 
 def _begun(root: Path) -> Mapping[str, object] | None:
     try:
-        value = json.loads((root / _BEGUN).read_text("utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(tried_again((root / _BEGUN).read_bytes, PASSING_READS))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 

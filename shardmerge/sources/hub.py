@@ -10,9 +10,10 @@ import os
 import re
 from pathlib import Path
 
-from shardmerge.errors import UsageError
+from shardmerge.errors import CheckpointError, UsageError
 from shardmerge.sources.markers import read_marker
 from shardmerge.storage.listing import files_below, without_links
+from shardmerge.system_errors import advice
 from shardmerge.tensors.file_roles import READ_SUFFIXES, shard_place, training_state
 
 # Weights of kinds that are read, and what ``targets.beside`` takes along.
@@ -107,7 +108,7 @@ def _download(hub_id: str) -> Path:
 def locate(text: str | Path, *, download: bool = False) -> Path:
     """Returns the existing path that a text means: a file, a directory, or a hub id's snapshot."""
     path = Path(text).expanduser()
-    if path.exists():
+    if _is_there(path):
         return without_links(path) if path.is_dir() else without_links(path.parent) / path.name
     if is_hub_id(str(text)) and not path.parent.is_dir():
         return resolve_hub_id(str(text), download=download)
@@ -120,6 +121,17 @@ def locate(text: str | Path, *, download: bool = False) -> Path:
         where=str(path),
         hint=f"did you mean `{path.parent / near[0]}`?" if near else "",
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no file can have such a name
+        return False
+    except OSError as error:
+        what = f"cannot look at it: {error.strerror}"
+        raise CheckpointError("unreadable-file", what, where=str(path), hint=advice(error)) from error
+    return True
 
 
 def _siblings(path: Path) -> list[str]:

@@ -17,7 +17,11 @@ NOTHING_TO_DO: list[tuple[str, str, str]] = [
 # Tests that follow them with means that a row has not: the file and the name.
 ELSEWHERE: list[tuple[str, str, str]] = [
     ("unreadable-mapping", "write the mapping to a file", "test_spec.py::test_a_pipe_is_no_mapping_until_it_is_a_file"),
-    ("unreadable-mapping", "name a mapping file", "test_spec.py::test_a_checkpoint_or_a_directory_is_no_mapping"),
+    (
+        "unreadable-mapping",
+        "convert a checkpoint without",
+        "test_spec.py::test_a_checkpoint_or_a_directory_is_no_mapping",
+    ),
     ("unreadable-mapping", r"^\{\}$", "test_every_error.py::test_a_sample_of_all_errors_at_all_calls"),
     ("unknown-code", "did you mean", "test_error_codes.py::test_an_unknown_code_names_its_neighbour"),
     ("unknown-code", "lists all codes", "test_error_codes.py::test_an_unknown_code_names_its_neighbour"),
