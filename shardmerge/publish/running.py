@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from shardmerge.errors import InterruptedRunError, PublishedError, ShardmergeError
 from shardmerge.execute.engine import Counters, Outcome
 from shardmerge.execute.executors.contract import Make, Progress, Stopped
 from shardmerge.execute.patience import patiently
-from shardmerge.execute.records import RecordCounts
 from shardmerge.plan.schedule import largest_first
 from shardmerge.plan.value import Part, Plan
 from shardmerge.prepare.options import Options
@@ -28,6 +27,7 @@ from shardmerge.sources.checksums import read_records
 if TYPE_CHECKING:
     from shardmerge.publish.shares import Which
 
+_T = TypeVar("_T")
 
 # How often parts that were lost before they were published are made again. Two of 1,000 races lost one.
 _TIMES = 3
@@ -164,32 +164,29 @@ def _published(
     how = partial(
         finish, goal, staging, read_records, overwrite=options.overwrite, recheck=recheck, sha256=options.sha256
     )
-
-    def publish() -> tuple[Outcome, RecordCounts]:
-        publishing()
-        return patiently(how, partial(progress, 0) if progress else bool, last=True)
-
+    finished = partial(patiently, how, partial(progress, 0) if progress else bool, last=True)
     try:
-        made, outcome, records = _made_and_published(make, publish)
+        made, (outcome, records) = _made_and_finished(make, publishing, finished)
     except (OSError, ShardmergeError) as error:
         return _there_after_all(goal, options, error)
     return Result(goal.out, goal.plan, outcome, records, made, left_over(goal.out, goal.plan.id))
 
 
-def _made_and_published(
-    make: Callable[[], int], publish: Callable[[], tuple[Outcome, RecordCounts]]
-) -> tuple[int, Outcome, RecordCounts]:
+def _made_and_finished(
+    make: Callable[[], int], publishing: Callable[[], object], finished: Callable[[], _T]
+) -> tuple[int, _T]:
     """Makes parts and publishes. What was lost in between, as several took the model from each other, is made again."""
     made = make()
+    publishing()
     for _ in range(_TIMES):
         try:
-            return made, *publish()
+            return made, finished()
         except ShardmergeError as error:
             again = make() if error.code == "part-differs" else 0
             if not again:
                 raise
             made += again
-    return made, *publish()
+    return made, finished()
 
 
 def _there_after_all(goal: Goal, options: Options, error: OSError | ShardmergeError) -> Result:
