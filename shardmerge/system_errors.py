@@ -84,6 +84,21 @@ def not_started(what: str, error: Exception) -> ResourceError:
     return ResourceError("not-started", f"the system does not start another {what}", found=str(error), hint=hint)
 
 
+def read_small(path: Path) -> bytes:
+    """Returns a file of ours; an error that may pass is tried again.
+
+    Raises
+    ------
+    OSError
+        With the file's name, which those of reading and closing have not.
+    """
+    try:
+        return tried_again(path.read_bytes, PASSING_READS)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def tried_again(work: Callable[[], _Found], passing: frozenset[int]) -> _Found:
     """Returns what work returns. It is tried again after an error that may pass, a bounded number of times.
 

@@ -17,7 +17,7 @@ from shardmerge.plan.value import Part
 from shardmerge.publish.part_receipts import PartReceipt, receipt_bytes, receipt_from, receipt_of, unfit
 from shardmerge.publish.staging import Staging, inode
 from shardmerge.storage.writing import explained
-from shardmerge.system_errors import PASSING_READS, tried_again
+from shardmerge.system_errors import read_small
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read_receipt(staging: Staging, part: Part) -> PartReceipt | None:
         The system refused: to take the part for one that is not made would end a run of all parts as one of some.
     """
     try:
-        data = tried_again(receipt_path(staging, part.number).read_bytes, PASSING_READS)
+        data = read_small(receipt_path(staging, part.number))
     except (FileNotFoundError, NotADirectoryError):
         return None
     return receipt_from(data, part)

@@ -29,7 +29,7 @@ from shardmerge.publish.left_over import LeftOver, check_unused
 from shardmerge.storage.exchanging import OCCUPIED
 from shardmerge.storage.listing import files_below, matching
 from shardmerge.storage.writing import explained, sync_above, sync_directory, write_small
-from shardmerge.system_errors import PASSING_READS, tried_again
+from shardmerge.system_errors import read_small
 from shardmerge.tensors import FileStamp
 from shardmerge.version import __version__
 
@@ -354,7 +354,7 @@ def _others(staging: Staging, files: Sequence[FileStamp], out: Path) -> Iterator
 
 def _begun(root: Path) -> Mapping[str, object] | None:
     try:
-        value = json.loads(tried_again((root / _BEGUN).read_bytes, PASSING_READS))
+        value = json.loads(read_small(root / _BEGUN))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
