@@ -38,7 +38,11 @@ def error_outcomes() -> list[str]:
     ways: Mapping[str, Mapping[str, Any]] = read["ways"]
     head = ("command, or source of a conversion", "calls of a run", "faults", "tried", "wrong")
     counts = [
-        (name, *(f"{one[number]:,}" for number in ("calls", "faults", "tried")), str(len(one["wrong"])))
+        (
+            name,
+            *(f"{one[number]:,}" if one[number] else "" for number in ("calls", "faults", "tried")),
+            str(len(one["wrong"])),
+        )
         for name, one in ways.items()
     ]
     all_of = [row for one in ways.values() for row in one["outcomes"]]
