@@ -220,10 +220,12 @@ def test_planning_in_a_terminal_is_a_line_that_goes_away(source: Path) -> None:
 
 def test_the_timer_of_planning_is_gone_when_it_is_done(capfd: pytest.CaptureFixture[str]) -> None:
     """And one that somebody else has set is left alone, with what it is to do."""
+    found = signal.getsignal(signal.SIGALRM)
     with progress.planning("m", quiet=False):
         assert signal.getitimer(signal.ITIMER_REAL)[1] == progress._LOOK
+        assert signal.getsignal(signal.SIGALRM) != found
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGALRM) == found
     heard: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
     signal.setitimer(signal.ITIMER_REAL, 0.02)
