@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from docs.markdown import table
-
-_SOAK = Path(__file__).resolve().parent.parent / "tests" / "soak"
+from docs.soak_results import measured, read
 
 # The ways of tests/scene.py.
 _WAYS = {
@@ -40,9 +37,9 @@ _WAYS = {
 
 def kills() -> list[str]:
     """Returns the lines of the table of kills: by what was run and how it was killed."""
-    read = _read("kills")
+    result = read("kills")
     tried, wrong = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for row in read["rows"]:
+    for row in result["rows"]:
         kind = row["way"], row["what"].partition(", seeds")[0]
         tried[kind] += row["tried"]
         wrong[kind] += len(row["wrong"])
@@ -54,13 +51,13 @@ def kills() -> list[str]:
     head = ("what was run", "and what was done to it", "times", "violations")
     left = [_WAYS[way] for way in _WAYS if way not in {way for way, _ in tried}]
     without = ["", f"Not run at every call yet: {'; '.join(left)}."] if left else []
-    return [_measured(read, "kills"), "", *table(head, rows), *without]
+    return [f"{measured(result, 'kills')}.", "", *table(head, rows), *without]
 
 
 def power_cuts() -> list[str]:
     """Returns the lines of the table of power cuts: by file system, and by what was run."""
-    read = _read("power-cuts")
-    rows = read["rows"]
+    result = read("power-cuts")
+    rows = result["rows"]
     by_disk = [
         (
             row["disk"],
@@ -87,13 +84,13 @@ def power_cuts() -> list[str]:
         if any(way in row["ways"] for row in rows)
     ]
     disks = ("what was run", *(row["disk"] for row in rows))
-    return [_measured(read, "cuts"), "", *table(head, by_disk), "", *table(disks, ways)]
+    return [f"{measured(result, 'cuts')}.", "", *table(head, by_disk), "", *table(disks, ways)]
 
 
 def syncs() -> list[str]:
     """Returns the lines of the table of syncs: what each is of, and what misses it."""
-    read = _read("syncs")
-    rows: Sequence[Mapping[str, Any]] = read["rows"]
+    result = read("syncs")
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
     disks = list(dict.fromkeys(disk for row in rows for disk in row["disks"]))
     lines = [
         (
@@ -106,17 +103,8 @@ def syncs() -> list[str]:
         for row in rows
     ]
     head = ("sync of", "function", "calls", "missed by the model", *disks)
-    return [_measured(read, "syncs"), "", *table(head, lines)]
+    return [f"{measured(result, 'syncs')}.", "", *table(head, lines)]
 
 
 def _cut(how: str | None) -> str:
     return "not tried" if how is None else how.partition(":")[0] or "no"
-
-
-def _measured(read: Mapping[str, Any], module: str) -> str:
-    return f"Measured on {read['date']}, Linux {read['kernel']}, by `python -m tests.{module}`."
-
-
-def _read(name: str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((_SOAK / f"{name}.json").read_text("utf-8"))
-    return value

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from docs.markdown import table
-
-_SOAK = Path(__file__).resolve().parent.parent / "tests" / "soak"
-
+from docs.soak_results import measured, read
 
 # What may become of a run that goes on with a damaged file.
 OUTCOMES = ("right result", "refused", "published, verify names the file")
 
 
-def _read(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((_SOAK / f"{name}.json").read_text("utf-8"))
-    return read
-
-
-def _measured(read: Mapping[str, Any], module: str) -> str:
-    return f"Measured on {read['date']}, Linux {read['kernel']}, by `python -m tests.{module}`"
-
-
 def source_changes() -> list[str]:
     """Returns the lines of the table: by source, file and change, what became of the runs."""
-    read = _read("source-changes")
+    result = read("source-changes")
     rows: dict[tuple[str, str, str], Counter[str]] = {}
-    for row in read["rows"]:
+    for row in result["rows"]:
         found = rows.setdefault((row["source"], _kind_of(row["file"]), row["kind"]), Counter())
         for outcome, count in row["outcomes"].items():
             found[_outcome(outcome)] += count
         found["wrong"] += len(row["wrong"])
     heads = ("source-changed", "another error", "as before", "as it is now", "wrong")
     lines = [(*key, f"{found.total():,}", *(f"{found[head]:,}" for head in heads)) for key, found in rows.items()]
-    said = f"{_measured(read, 'source_changes')}: {len(read['rows'])} of {read['groups']} groups of 50 moments."
+    said = f"{measured(result, 'source_changes')}: {len(result['rows'])} of {result['groups']} groups of 50 moments."
     return [said, "", *table(("source", "file", "change", "runs", *heads), lines)]
 
 
@@ -52,30 +37,30 @@ def _outcome(text: str) -> str:
 
 def races() -> list[str]:
     """Returns the lines of the table: how many races, of how many processes."""
-    read = _read("races")
+    result = read("races")
     heads = ("played", "processes", "killed", "refused")
     lines = [
-        (name, *(f"{row[head]:,}" for head in heads), str(len(row["wrong"]))) for name, row in read["plays"].items()
+        (name, *(f"{row[head]:,}" for head in heads), str(len(row["wrong"]))) for name, row in result["plays"].items()
     ]
-    return [f"{_measured(read, 'races')}.", "", *table(("", "races", *heads[1:], "wrong"), lines)]
+    return [f"{measured(result, 'races')}.", "", *table(("", "races", *heads[1:], "wrong"), lines)]
 
 
 def same_bytes() -> list[str]:
     """Returns the lines of the table: how often each format was made, and in how many runs each way was used."""
-    read = _read("same-bytes")
-    ways = sorted({way for row in read["formats"].values() for way in row["ways"]})
+    result = read("same-bytes")
+    ways = sorted({way for row in result["formats"].values() for way in row["ways"]})
     lines = [
         (form, str(row["runs"]), *(str(row["ways"].get(way, 0)) for way in ways), str(len(row["different"])))
-        for form, row in read["formats"].items()
+        for form, row in result["formats"].items()
     ]
-    return [f"{_measured(read, 'same_bytes')}.", "", *table(("format", "runs", *ways, "different"), lines)]
+    return [f"{measured(result, 'same_bytes')}.", "", *table(("format", "runs", *ways, "different"), lines)]
 
 
 def part_flips() -> list[str]:
     """Returns the lines of the table: by file and whether all of it was compared, what became of the command."""
-    read = _read("part-flips")
+    result = read("part-flips")
     rows: dict[tuple[str, str, str], Counter[str]] = {}
-    for row in read["rows"]:
+    for row in result["rows"]:
         key = row["format"], row["file"], "yes" if row["recheck"] else "no"
         rows.setdefault(key, Counter())[row["outcome"] if row["outcome"] in OUTCOMES else "wrong"] += row["count"]
     lines = [
@@ -83,4 +68,4 @@ def part_flips() -> list[str]:
         for key, found in sorted(rows.items())
     ]
     head = ("format", "file", "`--recheck`", "bits flipped", *OUTCOMES, "wrong")
-    return [f"{_measured(read, 'part_flips')}.", "", *table(head, lines)]
+    return [f"{measured(result, 'part_flips')}.", "", *table(head, lines)]

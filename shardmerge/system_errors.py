@@ -92,11 +92,8 @@ def read_small(path: Path) -> bytes:
     OSError
         With the file's name, which those of reading and closing have not.
     """
-    try:
+    with about(path):
         return tried_again(path.read_bytes, PASSING_READS)
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def tried_again(work: Callable[[], _Found], passing: frozenset[int]) -> _Found:

@@ -15,20 +15,15 @@ import json
 import os
 import random
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-import shardmerge as sm
-from tests.faults import tool
-from tests.killing import Call, Machine, machine
+from tests.campaigns import machine_in_memory, write_rows
+from tests.killing import Call, Machine
 from tests.power import DISKS, JOURNAL_KEPT, JOURNAL_LOST, PoweredDisk, powered_disk
 from tests.scene import ALL_WAYS, Scene, Way
 
@@ -165,34 +160,14 @@ def main() -> None:
     given = parser.parse_args()
     kept = json.loads(RESULTS.read_text())["rows"] if given.only and RESULTS.exists() else []
     rows = {row["disk"]: row for row in kept}
-    with _runs() as runs:
+    with machine_in_memory("cuts") as (_, runs):
         for name in DISKS:
             if given.only in name:
                 for row in _cuts(runs, name, range(given.seed, given.seed + given.cuts)):
                     rows[name] = row
-                    _save(list(rows.values()))
+                    write_rows(RESULTS, list(rows.values()))
                 print({**row, "wrong": row["wrong"][:2]}, flush=True)
     raise SystemExit(any(row["wrong"] for row in rows.values()))
-
-
-@contextmanager
-def _runs() -> Iterator[Machine]:
-    base = Path(tempfile.mkdtemp(prefix="shardmerge-cuts-", dir="/dev/shm"))
-    try:
-        with machine(base, tool("gcc")) as runs:
-            yield runs
-    finally:
-        shutil.rmtree(base)
-
-
-def _save(rows: list[_Row]) -> None:
-    value = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "kernel": os.uname().release,
-        "shardmerge": sm.__version__,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import shardmerge as sm
-from tests.faults import tool
-from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap, machine
+from tests.campaigns import machine_in_memory, write_rows
+from tests.killing import HALF, KILL, KILL_ALL, Machine, Trap
 from tests.scene import ALL_WAYS, WAYS, Scene, Way, tree
 
 RESULTS = Path(__file__).parent / "soak" / "kills.json"
@@ -214,35 +208,16 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[_Row] = json.loads(RESULTS.read_text())["rows"] if given.go_on else []
     there = {(row["way"], row["what"]) for row in rows}
-    with _stage() as (scene, runs):
+    with machine_in_memory("kills") as (base, runs):
+        scene = Scene.set(base / "scene", runs, ALL_WAYS.values())
         for way, what, do in _jobs(scene, runs, range(given.seed, given.seed + given.doubles)):
             if (way, what) in there or given.only not in way:
                 continue
             rows.append({"way": way, "what": what, **do()})
             print({**rows[-1], "wrong": rows[-1]["wrong"][:2]}, flush=True)
-            _save(rows)
+            write_rows(RESULTS, rows)
         scene.untouched()
     raise SystemExit(any(row["wrong"] for row in rows))
-
-
-@contextmanager
-def _stage() -> Iterator[tuple[Scene, Machine]]:
-    base = Path(tempfile.mkdtemp(prefix="shardmerge-kills-", dir="/dev/shm"))
-    try:
-        with machine(base, tool("gcc")) as runs:
-            yield Scene.set(base / "scene", runs, ALL_WAYS.values()), runs
-    finally:
-        shutil.rmtree(base)
-
-
-def _save(rows: list[_Row]) -> None:
-    value = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "kernel": os.uname().release,
-        "shardmerge": sm.__version__,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

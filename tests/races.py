@@ -14,14 +14,12 @@ import argparse
 import datetime
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.faults import tool
-from tests.killing import Machine, Ran, machine
+from tests.campaigns import machine_in_memory
+from tests.killing import Machine, Ran
 from tests.scene import Scene
 from tests.test_races import all_at_a_time, anybody_at_anything
 
@@ -40,18 +38,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     value = _begun(given.out, given.seed, again=given.again)
-    base = Path(tempfile.mkdtemp(prefix="shardmerge-races-", dir="/dev/shm"))
-    try:
-        with machine(base, tool("gcc")) as runs:
-            scene = Scene.set(base / "scene", runs)
-            for number in range(given.races):
-                for name, play in PLAYS.items():
-                    if number >= value["plays"][name]["played"]:
-                        _count(value["plays"][name], value["seed"] + number, lambda s, p=play: p(scene, runs, s))
-                        given.out.write_text(json.dumps(value, indent=1) + "\n")
-            scene.untouched()
-    finally:
-        shutil.rmtree(base)
+    with machine_in_memory("races") as (base, runs):
+        scene = Scene.set(base / "scene", runs)
+        for number in range(given.races):
+            for name, play in PLAYS.items():
+                if number >= value["plays"][name]["played"]:
+                    _count(value["plays"][name], value["seed"] + number, lambda s, p=play: p(scene, runs, s))
+                    given.out.write_text(json.dumps(value, indent=1) + "\n")
+        scene.untouched()
     raise SystemExit(any(row["wrong"] for row in value["plays"].values()))
 
 

@@ -12,23 +12,19 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import shardmerge as sm
+from tests.campaigns import machine_in_memory, write_rows
 from tests.crash_model import Disk, Node
 from tests.cuts import JOURNALS, cut
-from tests.faults import tool
-from tests.killing import Call, Machine, Trap, machine
+from tests.killing import Call, Machine, Trap
 from tests.power import DISKS, PoweredDisk, powered_disk
 from tests.scene import ALL_WAYS, Scene, Way
 
@@ -262,33 +258,19 @@ def main() -> None:
     parser.add_argument("--disks", nargs="*", default=list(DISKS), help="on which")
     parser.add_argument("--go-on", action="store_true", help="with what the result file does not have yet")
     given = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="shardmerge-syncs-", dir="/dev/shm"))
     kept = json.loads(RESULTS.read_text())["rows"] if given.go_on else []
     before = {row["sync"]: row["disks"] for row in kept}
-    try:
-        with machine(base, tool("gcc")) as runs:
-            rows = _modelled(Scene.set(base / "scene", runs, ALL_WAYS.values()), runs)
-            rows[_PLAN] = {"sync": _PLAN, "site": SITES[_PLAN], "calls": 1, "model": 0}
-            for what, row in rows.items():
-                row["disks"] = before.get(what, {})
-            for name in given.disks:
-                for what, how in _on_disk(runs, name, [one for one, row in rows.items() if name in row["disks"]]):
-                    rows[what]["disks"][name] = how
-                    print(name, what, how, flush=True)
-                    _save(list(rows.values()))
-    finally:
-        shutil.rmtree(base)
+    with machine_in_memory("syncs") as (base, runs):
+        rows = _modelled(Scene.set(base / "scene", runs, ALL_WAYS.values()), runs)
+        rows[_PLAN] = {"sync": _PLAN, "site": SITES[_PLAN], "calls": 1, "model": 0}
+        for what, row in rows.items():
+            row["disks"] = before.get(what, {})
+        for name in given.disks:
+            for what, how in _on_disk(runs, name, [one for one, row in rows.items() if name in row["disks"]]):
+                rows[what]["disks"][name] = how
+                print(name, what, how, flush=True)
+                write_rows(RESULTS, list(rows.values()))
     raise SystemExit(not all(row["model"] == row["calls"] or any(row["disks"].values()) for row in rows.values()))
-
-
-def _save(rows: list[_Row]) -> None:
-    value = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "kernel": os.uname().release,
-        "shardmerge": sm.__version__,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 
-from shardmerge.cli.options import dumped, json_option
+from shardmerge.cli.options import PATH, dumped, json_option
 
 
 @click.command()
 @click.option("--size", default="2GiB", help="Of the fp32 checkpoint; the disk must hold it twice. Default: 2GiB.")
-@click.option(
-    "--scratch", type=click.Path(readable=False), default=".", help="A directory on the disk to measure. Default: here."
-)
+@click.option("--scratch", type=PATH, default=".", help="A directory on the disk to measure. Default: here.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, help="Runs of each contender. Default: 3.")
 @json_option
 def bench(size: str, scratch: str, rounds: int, as_json: bool) -> None:

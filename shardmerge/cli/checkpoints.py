@@ -12,6 +12,7 @@ import click
 import shardmerge
 from shardmerge.cli import colour
 from shardmerge.cli.options import (
+    PATH,
     closeness_options,
     dumped,
     json_option,
@@ -36,7 +37,7 @@ def add_checkpoint_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("source", type=click.Path(readable=False))
+@click.argument("source", type=PATH)
 @click.argument("template", nargs=-1, metavar="[TEMPLATE]...")
 @click.option("--flat", is_flag=True, help="A line for every tensor, with the place where it was found.")
 @view_option
@@ -69,14 +70,14 @@ def inspect(
 
 
 @click.command()
-@click.argument("directory", type=click.Path(readable=False))
+@click.argument("directory", type=PATH)
 @click.option(
     "--sources",
-    type=click.Path(readable=False),
+    type=PATH,
     metavar="MAPPING",
     help="Make every tensor again and compare the bits.",
 )
-@click.option("--reference", type=click.Path(readable=False), metavar="PATH", help="Compare with another checkpoint.")
+@click.option("--reference", type=PATH, metavar="PATH", help="Compare with another checkpoint.")
 @closeness_options
 @click.option(
     "--tensor", "tensors", multiple=True, metavar="NAME", help="Read only this tensor, or those of a template."
@@ -131,8 +132,8 @@ def verify(  # one parameter an option
 
 
 @click.command()
-@click.argument("a", type=click.Path(readable=False))
-@click.argument("b", type=click.Path(readable=False))
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
 @closeness_options
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="How many differences to show. Default: 20.")
 @click.option("--all", "every", is_flag=True, help="Show all differences.")
@@ -201,13 +202,11 @@ def _closeness(given: dict[str, Any], reference: str | None) -> Closeness:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(readable=False))
-@click.option(
-    "-o", "--out", type=click.Path(readable=False), metavar="FILE", help="Default: DIRECTORY.intoto.json, beside it."
-)
+@click.argument("directory", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="FILE", help="Default: DIRECTORY.intoto.json, beside it.")
 @click.option(
     "--mapping",
-    type=click.Path(readable=False),
+    type=PATH,
     metavar="MAPPING",
     help="Of the run: its digest goes into the statement.",
 )

@@ -9,6 +9,7 @@ import click
 
 import shardmerge
 from shardmerge.cli.options import (
+    PATH,
     dumped,
     json_option,
     pair,
@@ -31,8 +32,8 @@ def add_cluster_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
-@click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
+@click.argument("mapping", type=PATH)
+@click.option("-o", "--out", type=PATH, help="Output directory, instead of the mapping's.")
 @root_option
 @plan_options
 @run_options
@@ -48,7 +49,7 @@ def finish(mapping: str, out: str | None, roots: tuple[str, ...], as_json: bool,
 
 
 @click.command()
-@click.argument("out", type=click.Path(readable=False))
+@click.argument("out", type=PATH)
 def clean(out: str) -> None:
     """Remove what unfinished runs left beside the output path OUT."""
     found = shardmerge.clean(out)
@@ -59,14 +60,14 @@ def clean(out: str) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
+@click.argument("mapping", type=PATH)
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS OF RUN]")
 @click.option("--nodes", type=click.IntRange(1, 10_000), required=True, help="How many tasks, a node each.")
 @click.option("--cpus", type=click.IntRange(1, 1024), default=4, help="CPUs of each task. Default: 4.")
 @click.option("--mem", default="2G", help="Memory of each task. Default: 2G.")
 @click.option("--time", "limit", default="01:00:00", help="Time limit of a task. Default: one hour.")
 @click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="Another option of sbatch: partition=long.")
-@click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
+@click.option("-o", "--out", type=PATH, help="Output directory, instead of the mapping's.")
 @click.pass_context
 def slurm(  # noqa: PLR0913  # one parameter an option
     context: click.Context,

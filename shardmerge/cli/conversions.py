@@ -13,6 +13,7 @@ from shardmerge.cli import colour
 from shardmerge.cli.cluster import say_waiting, show_part
 from shardmerge.cli.completing import complete_preset, complete_source
 from shardmerge.cli.options import (
+    PATH,
     Reporting,
     check_option,
     command_line,
@@ -44,7 +45,7 @@ from shardmerge.cli.report import RunReport, asked_report, refuse_report, report
 if TYPE_CHECKING:
     from shardmerge.api import Options, Prepared, SavedMapping
 
-_out = click.option("-o", "--out", type=click.Path(readable=False), help="Output directory, instead of the mapping's.")
+_out = click.option("-o", "--out", type=PATH, help="Output directory, instead of the mapping's.")
 _use = click.option(
     "--use",
     default="",
@@ -70,7 +71,7 @@ def add_conversion_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
+@click.argument("mapping", type=PATH)
 @_out
 @root_option
 @plan_options
@@ -121,11 +122,11 @@ def run(  # noqa: PLR0913  # one parameter an option
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
+@click.argument("mapping", type=PATH)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(readable=False),
+    type=PATH,
     metavar="FILE",
     help="Write the plan, for `run` to carry out: plan.json.",
 )
@@ -156,8 +157,8 @@ def plan(  # one parameter an option
 
 
 @click.command()
-@click.argument("source", type=click.Path(readable=False))
-@click.argument("out", type=click.Path(readable=False))
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
 @_use
 @_base
 @_let

@@ -10,7 +10,7 @@ import click
 
 from shardmerge.cli import colour
 from shardmerge.cli.completing import complete_source, complete_target
-from shardmerge.cli.options import dumped, json_option, pair, parsed, plan_options
+from shardmerge.cli.options import PATH, dumped, json_option, pair, parsed, plan_options
 
 
 def add_commands(group: click.Group) -> None:
@@ -20,7 +20,7 @@ def add_commands(group: click.Group) -> None:
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
+@click.argument("mapping", type=PATH)
 @click.option("--tensor", required=True, metavar="NAME", help="A tensor of the result.")
 @plan_options
 @json_option
@@ -35,11 +35,9 @@ def explain(mapping: str, tensor: str, as_json: bool, **given: Any) -> None:  # 
 
 
 @click.command()
-@click.argument("mapping", type=click.Path(readable=False))
+@click.argument("mapping", type=PATH)
 @click.option("--source", default="", metavar="NAME", help="The source to get back. Default: the first.")
-@click.option(
-    "-o", "--out", type=click.Path(readable=False), help="Write to a file that is not there yet, instead of stdout."
-)
+@click.option("-o", "--out", type=PATH, help="Write to a file that is not there yet, instead of stdout.")
 def invert(mapping: str, source: str, out: str | None) -> None:
     """Write the mapping that leads back, or say which rules have no way back and why."""
     from shardmerge import api
@@ -48,7 +46,7 @@ def invert(mapping: str, source: str, out: str | None) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(readable=False))
+@click.argument("checkpoint", type=PATH)
 @click.option(
     "--base",
     "bases",
@@ -64,9 +62,7 @@ def invert(mapping: str, source: str, out: str | None) -> None:
     shell_complete=complete_target,
     help="What is wanted: hf/llava, torchtune, or a preset.",
 )
-@click.option(
-    "-o", "--out", type=click.Path(readable=False), help="Write to a file that is not there yet, instead of stdout."
-)
+@click.option("-o", "--out", type=PATH, help="Write to a file that is not there yet, instead of stdout.")
 @click.option("--download", is_flag=True, help="Fetch hub ids that are not in the local cache.")
 def init(checkpoint: str, bases: tuple[str, ...], to: str, out: str | None, download: bool) -> None:
     """Write a mapping to begin with: recognise the layout of CHECKPOINT, choose the preset, name what is missing.

@@ -16,6 +16,9 @@ from shardmerge.errors import UsageError
 if TYPE_CHECKING:
     from shardmerge.api import Options
 
+# click calls a path that may not be read wrong usage: whatever uses it says what the system refused, and what to do.
+PATH = click.Path(readable=False)
+
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
@@ -138,12 +141,12 @@ config_option = click.option(
     "--config",
     default="",
     metavar="DIR",
-    type=click.Path(readable=False),
+    type=PATH,
     help="Take config.json, tokenizer and so on from a directory or hub id.",
 )
 save_mapping_option = click.option(
     "--save-mapping",
-    type=click.Path(readable=False),
+    type=PATH,
     metavar="FILE",
     help="Write the mapping that makes the same result.",
 )

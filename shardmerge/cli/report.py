@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardmerge.cli.options import dumped, json_option, refuse_idle
+from shardmerge.cli.options import PATH, dumped, json_option, refuse_idle
 from shardmerge.errors import PublishedError, ShardmergeError, UsageError
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ report_option = click.option(
 
 
 @click.command()
-@click.argument("directory", type=click.Path(readable=False))
-@click.option(
-    "-o", "--out", type=click.Path(readable=False), metavar="FILE", help="Default: DIRECTORY.report.html, beside it."
-)
+@click.argument("directory", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="FILE", help="Default: DIRECTORY.report.html, beside it.")
 @json_option
 def report(directory: str, out: str | None, as_json: bool) -> None:
     """Write a report of a published DIRECTORY: one HTML file that says where every byte is from.

@@ -14,7 +14,6 @@ from shardmerge.mapping.node_reader import NodeReader
 from shardmerge.mapping.output_reader import read_target
 from shardmerge.mapping.rule_reader import read_drops, read_rest, read_rules
 from shardmerge.mapping.spec import (
-    COMMAND_LINE,
     AdapterSpec,
     Drop,
     Reference,
@@ -185,9 +184,7 @@ def _source_problems(spec: Spec, preset: Preset) -> Iterator[ShardmergeError]:
                 "missing-source",
                 f"the preset {preset.name} needs the source `{name}`: {role.about}",
                 where=spec.file,
-                hint=f"add --base {name}=PATH"
-                if spec.file == COMMAND_LINE.file
-                else f"add under `sources:`: `{name}: PATH`",
+                hint=f"add --base {name}=PATH" if spec.from_options else f"add under `sources:`: `{name}: PATH`",
             )
     named: list[Reference | Drop] = [r for rule in spec.rules for one in rule.candidates for r in references(one)]
     named += [*spec.drops, *(one.source for one in spec.adapters), *(one.onto for one in spec.adapters)]

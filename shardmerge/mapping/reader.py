@@ -42,10 +42,8 @@ def load_spec(path: Path) -> Spec:
         what = f"cannot read the mapping: {error.strerror}"
         raise MappingError("unreadable-mapping", what, where=str(path), hint=advice(error)) from error
     except UnicodeDecodeError as error:
-        what, hint = (
-            "the mapping is not a text in UTF-8",
-            f"to convert a checkpoint without a mapping: shardmerge convert {path} OUT",
-        )
+        hint = f"to convert a checkpoint without a mapping: shardmerge convert {path} OUT"
+        what = "the mapping is not a text in UTF-8"
         raise UsageError("unreadable-mapping", what, where=str(path), hint=hint) from error
     return parse_spec(text, str(path))
 

@@ -255,6 +255,11 @@ class Spec:
     notes: tuple[str, ...] = ()
     config: ConfigEdits = field(default_factory=ConfigEdits)
 
+    @property
+    def from_options(self) -> bool:
+        """Whether options of a command make it up, and no file: a hint names options then."""
+        return self.file == COMMAND_LINE.file
+
 
 # What a mapping.yaml may say.
 KEYS = (

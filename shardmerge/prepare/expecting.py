@@ -8,7 +8,7 @@ from dataclasses import replace
 from shardmerge.errors import MappingError, ShardmergeError, raise_all
 from shardmerge.mapping.codes import leaves_all_codes, odd_company
 from shardmerge.mapping.resolution import Resolution
-from shardmerge.mapping.spec import COMMAND_LINE, Spec, TargetSpec
+from shardmerge.mapping.spec import Spec, TargetSpec
 from shardmerge.mapping.variables import Variables
 from shardmerge.prepare.dequantizing import as_plain
 from shardmerge.prepare.mapping_checks import target_of
@@ -44,7 +44,7 @@ def _request(ready: Ready, said: TargetSpec, target: Target, catalogs: Mapping[s
         vocabulary=ready.opened.spec.vocabulary,
         where=str(said.mark),
         dropped=frozenset(pair for pair, drop in ready.dropped.lines.items() if not drop.optional),
-        command_line=ready.opened.spec.file == COMMAND_LINE.file,
+        command_line=ready.opened.spec.from_options,
     )
 
 

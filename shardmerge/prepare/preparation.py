@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from shardmerge.mapping.spec import COMMAND_LINE, OutputSpec, Spec
+from shardmerge.mapping.spec import OutputSpec, Spec
 from shardmerge.plan.moments import NO_MOMENTS, Moments
 from shardmerge.plan.planner import make_plan
 from shardmerge.plan.value import Plan
@@ -94,7 +94,7 @@ def _conditions(spec: Spec, catalogs: Mapping[str, Catalog], options: Options) -
         edits=spec.config,
         counts=free or bool(spec.config.take),
         source=catalogs.get(name) if target in (_ANY_MODEL, PLAIN) else None,
-        editable=spec.file != COMMAND_LINE.file,
+        editable=not spec.from_options,
     )
 
 

@@ -69,12 +69,10 @@ def have_made(  # noqa: PLR0913  # what, where, and how
             _executor(options)(todo, made_by(maker) if made_by else maker, how, progress)
         if options.engine != "here":
             await_receipts(todo, staging)
-    except ResourceError:
+    except BaseException as error:
         staging.tidy()
-        pins.check()  # a process that reads a map of a file that shrank is ended by the system
-        raise
-    except BaseException:
-        staging.tidy()
+        if isinstance(error, ResourceError):
+            pins.check()  # a process that reads a map of a file that shrank is ended by the system
         raise
     finally:
         maker.close()
