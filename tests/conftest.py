@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from shardmerge.execute.gather import gather
 from shardmerge.ops.arrays import Array, as_array
+from shardmerge.signals import STOPS
 from shardmerge.storage.reading import FilePool
 from shardmerge.tensors import Catalog, TensorEntry
 
@@ -30,6 +31,14 @@ GOLDEN = Path(__file__).parent / "golden"
 # A shell starts what it puts in the background with SIGINT ignored, and a process hands that on to its children: tests
 # that interrupt a command would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """A signal that one test leaves ignored is ignored by every process that a later one starts and interrupts."""
+    before = [signal.getsignal(number) for number in STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    assert ([signal.getsignal(number) for number in STOPS], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,11 @@ def assert_well_left(out: Path) -> None:
     """Nothing is at an output path, and beside it at most one staging directory without any unfinished file."""
     assert not out.exists()
     for root in stagings(out):
-        assert {path.name for path in root.iterdir()} <= {"begun.json", "parts", "model"}
-        assert all(path.suffix == ".json" for path in root.glob("parts/*"))
-    assert len(stagings(out)) <= 1
+        names = {path.name for path in root.iterdir()}
+        assert names <= {"begun.json", "parts", "model"}, names
+        parts = [path.name for path in root.glob("parts/*")]
+        assert all(name.endswith(".json") for name in parts), parts
+    assert len(stagings(out)) <= 1, stagings(out)
 
 
 def stagings(out: Path) -> list[Path]:

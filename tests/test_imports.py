@@ -109,7 +109,7 @@ def test_help(folder: Path) -> None:
     commands = {
         "bench", "checkpoints", "cluster", "colour", "completing", "conversions", "errors", "examples", "failing",
         "main",
-        "mappings", "options", "presets", "progress", "report",
+        "mappings", "options", "presets", "progress", "report", "stopping",
     }  # fmt: skip
     assert ours == {
         "shardmerge.cli",

@@ -9,8 +9,10 @@ their shapes differ, and that is tested.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shardmerge.cli.main import main
+from shardmerge.signals import STOPS
 from tests.conftest import GOLDEN, shardmerge
 
 Tensors = Mapping[str, torch.Tensor]
@@ -920,10 +923,20 @@ def filled(text: str, world: Mapping[str, Path]) -> str:
 
 
 def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs the command line in this process, and returns its exit code."""
+    """Runs the command line in this process, and returns its exit code.
+
+    The process is its own as a rule: what it does to signals, to finalizers and to the collector of garbage is undone.
+    """
     monkeypatch.setattr(sys, "argv", ["shardmerge", *arguments])
-    with pytest.raises(SystemExit) as left:
-        main()
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {number: signal.getsignal(number) for number in (*STOPS, signal.SIGCHLD)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        gc.enable()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return int(left.value.code or 0)
 
 

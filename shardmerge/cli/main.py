@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-from types import FrameType
 
 import click
 
@@ -23,8 +22,8 @@ from shardmerge.cli.failing import failed
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.presets import presets
 from shardmerge.cli.report import report
+from shardmerge.cli.stopping import explained, listen, listen_no_more
 from shardmerge.errors import InterruptedRunError, PublishedError
-from shardmerge.signals import STOPS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -59,24 +58,16 @@ cli.add_command(completion)
 add_examples(cli)
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """The same clean stop for all, and once: Slurm says it twice, and a second one would end the ending."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Runs the command line and turns what happened into an exit code; no traceback reaches a user."""
     # numpy's BLAS would start a thread a CPU when it is loaded; products are made by one (`ops.blas`).
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, _stop)
+    listen()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hands that on, and never sees how a child ended
     # What a command builds lives until it ends; looking for cycles in it took 7 ms of a start, for 0.5 MB of garbage.
     gc.disable()
     code = _guarded()
+    listen_no_more()
     if code in (InterruptedRunError.exit_code, PublishedError.exit_code):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -92,5 +83,5 @@ def _guarded() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last resort: a bug is ours, and says so
-        return failed(error)
+        return failed(explained(error))
     return code if isinstance(code, int) else 0

@@ -34,18 +34,25 @@ def plain(day: Day, job: Job) -> None:
 
 def killed(day: Day, job: Job) -> None:
     """The run, or one of its workers, is sent signals once or more often; the same command then makes the result."""
+    clean = True
     for _ in range(day.rng.choice([1, 1, 2, 3])):
-        _kill_once(day, job, day.processes.start(job.command(day.out)))
+        stopped = _kill_once(day, job, day.processes.start(job.command(day.out)))
+        clean = clean and stopped == 5
+        if clean and not day.out.exists():  # what another one has left is for a run that comes so far
+            assert_well_left(day.out)
         day.unharmed(job)
     last = day.rng.choice(["", "", "", "--fresh", "--recheck", "clean"])
-    if last == "clean" and not day.out.exists():
+    if day.out.exists():  # it was killed too late: there is nothing to remove, and --fresh would need --overwrite
+        last = ""
+    if last == "clean":
         day.run([*PROGRAM, "clean", str(day.out)])
         assert_nothing_done(day.out)
     day.run(job.command(day.out, *([last] if last.startswith("--") else [])))
     day.published(job)
 
 
-def _kill_once(day: Day, job: Job, command: Command) -> None:
+def _kill_once(day: Day, job: Job, command: Command) -> int | None:
+    """Sends a signal to a run or to one of its workers at a moment that is drawn; returns how the run ended."""
     number = day.rng.choice(_SIGNALS)
     day.processes.wait(command, seconds=day.rng.uniform(0, 1.1 * day.seconds[job.name]))
     workers = family(command.pid)[1:] if day.rng.random() < 0.3 else []
@@ -60,8 +67,7 @@ def _kill_once(day: Day, job: Job, command: Command) -> None:
         day.tally.count("kills", number.name)
     must(day.processes.wait(command), f"{job.name} hangs after {number.name}")
     day.checked(command, (0, 1, 4, 5, 6) if workers else (*_STOPPED, KILLED))
-    if command.code == 5 and not day.out.exists():
-        assert_well_left(day.out)
+    return command.code
 
 
 def raced(day: Day, job: Job) -> None:
