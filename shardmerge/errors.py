@@ -5,6 +5,7 @@ The library raises these and never prints; the command line renders them and tur
     ShardmergeError
     ├── RefusedError         exit 1   the input is understood and cannot be used
     │   ├── CheckpointError           a file is damaged, hostile, incomplete, or of a kind not read yet
+    │   │   └── UnreadableError       a file is gone, or the system refused: nothing is known of its content
     │   ├── MappingError              the mapping does not say something that can be done
     │   ├── TargetError               the finished directory would not be what its config promises
     │   └── OutputError               the output path cannot be written as asked
@@ -104,6 +105,10 @@ class RefusedError(ShardmergeError):
 
 class CheckpointError(RefusedError):
     """A checkpoint is damaged, hostile, incomplete, or of a kind that is not read yet."""
+
+
+class UnreadableError(CheckpointError):
+    """A file that is gone, or that the system did not let be read, which says nothing about what is in it."""
 
 
 class MappingError(RefusedError):

@@ -214,12 +214,13 @@ class Stage:
         error = ran.json()["errors"][0]
         if self.out.exists():
             raise Wrong(f"refused, and published: {ran.err}")
-        if Path(group.file).name not in error["where"] and error["code"] == "source-changed":
+        says_so = error["code"] == "source-changed" or (error["code"] == "missing-file" and group.kind == "deleted")
+        if says_so and Path(group.file).name not in error["where"]:
             raise Wrong(f"another file is named: {error['where']}")
         kept = self.root / "kept-place"
         shutil.rmtree(kept, ignore_errors=True)
         self.place.rename(kept)
-        if error["code"] != "source-changed":
+        if not says_so:
             self._as_if_always(group, error)
         shutil.rmtree(self.place, ignore_errors=True)
         kept.rename(self.place)

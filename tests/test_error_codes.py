@@ -18,7 +18,7 @@ from tests.conftest import shardmerge
 from tests.raised_codes import raised
 
 GROUPS: dict[str, set[type[errors.ShardmergeError]]] = {
-    "checkpoint": {errors.CheckpointError},
+    "checkpoint": {errors.CheckpointError, errors.UnreadableError},
     "mapping": {errors.MappingError},
     "target": {errors.TargetError},
     "adapter": {errors.MappingError, errors.TargetError},

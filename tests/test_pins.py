@@ -19,14 +19,15 @@ from safetensors.numpy import save_file
 
 import shardmerge
 from shardmerge import api
-from shardmerge.errors import CheckpointError, OutputError, ShardmergeError
+from shardmerge.errors import CheckpointError, OutputError, ShardmergeError, UnreadableError
 from shardmerge.execute import pins
 from shardmerge.plan.value import Plan
 from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.results import Result
 from shardmerge.publish.staging import Staging
-from shardmerge.storage.reading import FilePool
+from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
+from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile
 from shardmerge.tensors import FileStamp
 from tests import mutations
@@ -91,6 +92,95 @@ def test_what_a_result_is_verified_with_is_what_was_planned(model: Path) -> None
     with pytest.raises(CheckpointError) as caught:
         verify_sources(model.parent / "out", plan, MIB)
     assert caught.value.code == "source-changed"
+
+
+# --- while headers are read, before there is a plan
+
+
+@contextmanager
+def at_opening(name: str, do: Callable[[], object]) -> Iterator[None]:
+    """Does something once, after a file of that name was opened."""
+    looked_at, left = SourceFile._looked_at, [do]
+
+    def opened(self: SourceFile) -> os.stat_result:
+        status = looked_at(self)
+        if Path(self.path).name == name and left:
+            left.pop()()
+        return status
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SourceFile, "_looked_at", opened)
+        yield
+    assert not left
+
+
+@pytest.mark.parametrize("change", [*CHANGES, mutations.truncate, mutations.overwrite])
+def test_an_error_of_a_file_that_changed_says_so(change: Callable[[Path], None], tmp_path: Path) -> None:
+    """Whatever the error: a reader that meets half of the old bytes and half of the new ones blames the file."""
+    path = tmp_path / "file"
+    path.write_bytes(b"1234" * 100)
+    with pytest.raises(CheckpointError) as caught:
+        _fail(path, ValueError(), change)
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(path))
+    assert type(caught.value.__cause__) is ValueError
+
+
+def test_an_error_of_a_file_that_did_not_change_is_that(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"1234")
+    with pytest.raises(ValueError, match="of the file"):
+        _fail(path, ValueError("of the file"), Path.stat)
+    with pytest.raises(KeyboardInterrupt):
+        _fail(path, KeyboardInterrupt(), mutations.append)
+    with SourceFile(path):  # without an error there is nothing to explain, and a plan compares
+        mutations.append(path)
+
+
+def _fail(path: Path, error: BaseException, change: Callable[[Path], object]) -> None:
+    with SourceFile(path):
+        change(path)
+        raise error
+
+
+def test_a_zip_that_is_cut_short_under_its_reader_is_no_damaged_zip(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.zeros(4)}, path)
+    with at_opening(path.name, lambda: mutations.truncate(path)), pytest.raises(CheckpointError) as caught:
+        read_torch_checkpoint(path)
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(path))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_goes_before_it_is_read_is_a_refused_source(model: Path, name: str) -> None:
+    """It was listed, and is gone when its turn comes: no wrong usage, and no trouble of the system."""
+    before = "config.json" if name.startswith("tokenizer") else "model-00001-of-00002.safetensors"
+    with at_opening(before, (model / name).unlink), pytest.raises(UnreadableError) as caught:
+        api.prepare_conversion(model)
+    assert (caught.value.code, caught.value.where) == ("missing-file", str(model / name))
+    assert (caught.value.exit_code, bool(caught.value.hint)) == (1, True)
+
+
+def test_a_side_file_that_goes_while_it_is_looked_for_is_not_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+
+    def goes(self: Path) -> bool:
+        found = is_file(self)
+        if self.name == "tokenizer.json" and found:
+            self.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", goes)
+    assert {side.name for side in api.prepare_conversion(model).plan.side_files} >= {"config.json"}
+    assert not (model / "tokenizer.json").exists()
+
+
+def test_a_side_file_that_shrank_since_it_was_listed_changed(model: Path) -> None:
+    path = model / "tokenizer.json"
+    with at_opening("config.json", lambda: mutations.truncate(path)), pytest.raises(CheckpointError) as caught:
+        api.prepare_conversion(model)
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(path))
 
 
 COMMANDS = {

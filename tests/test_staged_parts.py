@@ -25,6 +25,7 @@ from shardmerge.errors import (
     PublishedError,
     ResourceError,
     ShardmergeError,
+    UnreadableError,
     UsageError,
     VerificationError,
 )
@@ -121,6 +122,24 @@ def test_a_file_of_another_size_is_no_part(change: str, plan: Plan, staging: Sta
         path.mkdir()
     assert unfit(receipt, part.shard, path) == "the file is gone, or has another size"
     assert not is_made(staging, part)
+
+
+def test_a_part_that_cannot_be_read_is_not_called_gone(
+    plan: Plan, staging: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, path = plan.parts()[0], first_file(plan, staging)
+    receipt = read_receipt(staging, part)
+    assert receipt is not None
+    opened = os.open
+
+    def refused(name: str, *given: Any) -> int:
+        if name == str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(name, *given)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(UnreadableError, match="Permission denied"):
+        unfit(receipt, part.shard, path)
 
 
 def test_what_was_cloned_has_no_checksum_to_compare(plan: Plan, staging: Staging) -> None:

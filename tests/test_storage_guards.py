@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from shardmerge import api, system_errors
-from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UsageError
+from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UnreadableError, UsageError
 from shardmerge.execute.patience import Halt, patiently
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import _Spans
@@ -216,7 +216,7 @@ def test_a_small_file_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(UnreadableError) as raised:
         SourceFile(tmp_path / "none")
     assert (raised.value.code, raised.value.where) == ("missing-file", str(tmp_path / "none"))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, OutputError, ResourceError, UsageError
+from shardmerge.errors import CheckpointError, OutputError, ResourceError
 from shardmerge.execute.checksum import joined
 from shardmerge.execute.cloning import clone_shard
 from shardmerge.execute.digests import Follower, taken
@@ -139,7 +139,7 @@ class Workshop:
         try:
             with one_thread_for(tensor.entry for tensor in part.shard.tensors):
                 outcome = _Making(part.shard, file, means, self._workers, counters, stopped).made()
-        except (CheckpointError, UsageError, OutputError):  # writing from a map of a file that shrank: EFAULT
+        except (CheckpointError, OutputError):  # writing from a map of a file that shrank: EFAULT
             self._pins.check()  # that a file was changed says more than what is wrong with it now
             raise
         finally:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import chain
 
-from shardmerge.errors import CheckpointError
+from shardmerge.errors import CheckpointError, UnreadableError
 from shardmerge.plan.expressions import Lookup, entry_of
 from shardmerge.plan.identity import SCHEMA
 from shardmerge.plan.json_values import Row, fields, listed, natural, naturals, text, texts, whole
@@ -216,7 +216,7 @@ class _Checked:
             return
         if isinstance(error, OSError):
             what = f"the system could not read: {error.strerror}"
-            raise CheckpointError("unreadable-file", what, where=self._where, hint=advice(error)) from error
+            raise UnreadableError("unreadable-file", what, where=self._where, hint=advice(error)) from error
         if isinstance(error, _ODD):
             raise CheckpointError(
                 "damaged-plan",

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from functools import partial
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError
 from shardmerge.execute.pins import Pins, source_changed
 from shardmerge.plan.value import Plan
 from shardmerge.storage.reading import SourceFile
@@ -36,9 +36,9 @@ class SideFiles:
     def pinned(self, plan: Plan) -> Plan:
         """Returns the plan with the digests of what it copies, and the stamps of all side files that it depends on."""
         parts = dict.fromkeys(part for side in plan.side_files for part in side.parts if isinstance(part, Extent))
-        digests = {part: self._digest(part) for part in parts}
-        for path in {part.file for part in parts}:
+        for path in dict.fromkeys(part.file for part in parts):
             self._reaches_end(path, max(part.offset + part.nbytes for part in parts if part.file == path))
+        digests = {part: self._digest(part) for part in parts}
         return replace(plan, copies=digests, side_sources=tuple(self._stamps.values()))
 
     def _open(self, path: str) -> SourceFile:
@@ -56,6 +56,7 @@ class SideFiles:
 
     def _reaches_end(self, path: str, end: int) -> None:
         """A file that grew since the directory was listed would be copied cut off."""
+        self._open(path).close()
         if end != self._stamps[path].size:
             raise source_changed(self._stamps[path], f"{end} bytes, a moment before")
 
@@ -71,7 +72,7 @@ def content(plan: Plan, side: SideFile) -> bytes:
     pins = Pins(plan.side_sources)
     try:
         return side.content(partial(_as_planned, plan, pins))
-    except (CheckpointError, UsageError):
+    except CheckpointError:
         pins.check()  # as for weights: it may be gone
         raise
 

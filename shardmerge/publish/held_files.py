@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, VerificationError
+from shardmerge.errors import CheckpointError, UnreadableError, VerificationError
 from shardmerge.execute.checksum import crc32
 from shardmerge.execute.digests import Digester, Sums
 from shardmerge.execute.gather import gather
@@ -46,9 +46,9 @@ def held_tensors(folder: Path, name: str, tensors: Iterable[RecordedTensor]) -> 
         if path.suffix == ".distcp":
             return dict(_items(path, tensors))
         catalog = read_torch_checkpoint(path)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
-        if error.code == "unreadable-file":  # which says nothing about what is in it
-            raise
         raise VerificationError(error.code, error.what, where=error.where, found=error.found) from error
     return {name: catalog[name] for name in catalog.names()}
 

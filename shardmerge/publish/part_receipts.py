@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shardmerge.errors import UsageError
+from shardmerge.errors import UnreadableError
 from shardmerge.execute.checksum import crc32, joined
 from shardmerge.execute.engine import Outcome
 from shardmerge.execute.frames import patched_blobs
@@ -116,8 +116,10 @@ def unfit(receipt: PartReceipt, shard: PlannedShard, path: Path, *, recheck: boo
     try:
         with SourceFile(path) as file:
             return gone if file.size != shard.nbytes else _difference(receipt, file, recheck=recheck)
-    except UsageError:  # another process took it away, to publish it
-        return gone
+    except UnreadableError:
+        if path.is_file():
+            raise
+        return gone  # another process took it away, to publish it
 
 
 def _difference(receipt: PartReceipt, file: SourceFile, *, recheck: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, ShardmergeError, VerificationError, raise_all
+from shardmerge.errors import CheckpointError, ShardmergeError, UnreadableError, VerificationError, raise_all
 from shardmerge.execute.executors.contract import Progress
 from shardmerge.execute.gather import Assembler
 from shardmerge.execute.pins import Pins
@@ -64,9 +64,9 @@ def _remade_problems(
                 at = tensor.offset + start * tensor.dtype.itemsize
                 try:
                     held = pool.view(str(path), at, made.nbytes)
+                except UnreadableError:
+                    raise
                 except CheckpointError as error:
-                    if error.code == "unreadable-file":  # which says nothing about what is in it
-                        raise
                     yield VerificationError("size-differs", error.what, where=str(path))
                     return
                 if made.cast("B") != held:

@@ -106,38 +106,44 @@ def side_files(folder: Path) -> dict[str, Extent]:
     CheckpointError
         ``link-outside``: a file that would go where the model goes is a link out of the directory.
     """
-    paths = {path.relative_to(folder).as_posix(): path for path in _small_files(folder)}
+    sizes = {path: size for path in _beside(folder) if (size := _small_size(path)) is not None}
+    paths = {path.relative_to(folder).as_posix(): path for path in sizes}
     whole = "config.json" in paths
     links = [path for name, path in paths.items() if path.is_symlink() or path.parent.is_symlink()]
     gone = [path for path in links if outside(path, folder)]
     wanted = [path for path in gone if comes_along(path.relative_to(folder).as_posix(), model_folder=whole)]
     raise_all(odd_links(wanted, folder))
-    return {name: Extent(str(path), 0, path.stat().st_size) for name, path in paths.items() if path not in gone}
+    return {name: Extent(str(path), 0, sizes[path]) for name, path in paths.items() if path not in gone}
 
 
-def _small_files(folder: Path) -> Iterator[Path]:
+def _beside(folder: Path) -> Iterator[Path]:
+    """Yields what may be a file that goes where a model goes."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             with suppress(PermissionError):
                 yield from _inside(path)
-        elif _is_small(path):
+        else:
             yield path
 
 
 def _inside(folder: Path) -> Iterator[Path]:
     """Yields the files of a folder that is part of a model; folders of runs, caches and other checkpoints are not."""
     if folder.name == "additional_chat_templates" or SENTENCE_MODULE.fullmatch(folder.name):
-        yield from (path for path in sorted(folder.iterdir()) if _is_small(path))
+        yield from sorted(folder.iterdir())
     elif (folder / ADAPTER_CONFIG).is_file():  # another adapter of the run, as peft saves it: what it says of itself
         yield folder / ADAPTER_CONFIG
     elif folder.name.isidentifier() and (folder / "__init__.py").is_file():
-        yield from (path for path in sorted(files_below(folder)) if path.suffix == ".py" and _is_small(path))
+        yield from (path for path in sorted(files_below(folder)) if path.suffix == ".py")
 
 
-def _is_small(path: Path) -> bool:
+def _small_size(path: Path) -> int | None:
+    """Returns the bytes of a small file that holds no weights; None of anything else, and of what has just gone."""
     if is_weights(path.name) or not path.is_file():
-        return False
-    return path.stat().st_size <= _LARGEST_SIDE_FILE
+        return None
+    with suppress(FileNotFoundError):
+        size = path.stat().st_size
+        return size if size <= _LARGEST_SIDE_FILE else None
+    return None
 
 
 def _read_index(path: Path) -> ShardIndex:

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import UnreadableError, UsageError
 from shardmerge.sources.markers import read_marker
 from shardmerge.storage.listing import files_below, without_links
 from shardmerge.system_errors import advice
@@ -130,7 +130,7 @@ def _is_there(path: Path) -> bool:
         return False
     except OSError as error:
         what = f"cannot look at it: {error.strerror}"
-        raise CheckpointError("unreadable-file", what, where=str(path), hint=advice(error)) from error
+        raise UnreadableError("unreadable-file", what, where=str(path), hint=advice(error)) from error
     return True
 
 

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 
 from shardmerge.dtypes import DTYPES
-from shardmerge.errors import CheckpointError
+from shardmerge.errors import CheckpointError, UnreadableError
 from shardmerge.json_limits import weighed
 from shardmerge.sources.lone_shard import refuse_slices
 from shardmerge.sources.strict_json import strict_json
@@ -57,9 +57,9 @@ def is_safetensors(path: Path) -> bool:
             if file.size < 10:
                 return False
             start = file.read(0, 9)
-    except CheckpointError as error:
-        if error.code == "unreadable-file":
-            raise  # that it is of another kind would be a guess
+    except UnreadableError:  # that it is of another kind would be a guess
+        raise
+    except CheckpointError:
         return False
     length = struct.unpack("<Q", start[:8])[0]
     return 2 <= length <= _LARGEST_HEADER and start[8:9] == b"{"

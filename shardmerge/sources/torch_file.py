@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
-from shardmerge.errors import CheckpointError, ShardmergeError
+from shardmerge.errors import CheckpointError, ShardmergeError, UnreadableError
 from shardmerge.sources.pickle_values import PickleValue, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from shardmerge.sources.torch_legacy import LEGACY_MAGIC, read_torch_legacy
@@ -150,9 +150,9 @@ def is_torch_file(path: Path) -> bool:
         with SourceFile(path) as file:
             head = file.read(0, min(512, file.size))
             return _is_legacy(head) or _is_tar(head) or _is_zip(head, file)
-    except (ShardmergeError, ValueError) as error:
-        if isinstance(error, ShardmergeError) and error.code == "unreadable-file":
-            raise  # that it is of another kind would be a guess
+    except UnreadableError:  # that it is of another kind would be a guess
+        raise
+    except (ShardmergeError, ValueError):
         return False
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
-from shardmerge.errors import CheckpointError, UsageError
+from shardmerge.errors import CheckpointError, UnreadableError
 from shardmerge.storage.cache import Trail, drop_read
 from shardmerge.storage.listing import without_links
 from shardmerge.system_errors import PASSING_READS, advice, tell, tried_again
@@ -58,10 +58,11 @@ class SourceFile:
 
     Raises
     ------
-    UsageError
-        ``missing-file``: no such file.
+    UnreadableError
+        ``missing-file``: no such file. ``unreadable-file``: the system refused.
     CheckpointError
-        ``not-a-file``: a directory, device, socket or FIFO. ``unreadable-file``: the system refused.
+        ``not-a-file``: a directory, device, socket or FIFO. ``source-changed``: leaving it with an error, for which
+        the file may not be to blame, since it was written to, replaced or removed meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,7 +81,7 @@ class SourceFile:
         except OSError as error:
             self.close()
             what = f"cannot open: {error.strerror}"
-            raise CheckpointError("unreadable-file", what, where=self.path, hint=advice(error)) from error
+            raise UnreadableError("unreadable-file", what, where=self.path, hint=advice(error)) from error
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Returns exactly ``nbytes`` bytes from ``offset`` on, or raises ``truncated-file``."""
@@ -195,7 +196,26 @@ class SourceFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        changed = self._changed() if isinstance(error, Exception) else ""
         self.close()
+        if changed:
+            raise CheckpointError(
+                "source-changed",
+                "a file changed while it was being read",
+                where=self.path,
+                found=changed,
+                expected=f"{self.size} bytes, as when it was opened",
+                hint="wait until whoever writes it is done, then run again",
+            ) from error
+
+    def _changed(self) -> str:
+        """Returns what the file is by now, where it is not what was opened."""
+        with suppress(OSError):
+            now, then = os.fstat(self._fd), self.status
+            # The size too: two changes within a tick of the kernel's clock (1 to 10 ms) have one time.
+            if (now.st_size, now.st_ctime_ns) != (then.st_size, then.st_ctime_ns):
+                return f"{now.st_size} bytes, written to, replaced or removed meanwhile"
+        return ""
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
@@ -216,8 +236,8 @@ class SourceFile:
             hint="copy or download the file again; a checkpoint still being written looks like this too",
         )
 
-    def _broken(self, offset: int, error: OSError) -> CheckpointError:
-        return CheckpointError(
+    def _broken(self, offset: int, error: OSError) -> UnreadableError:
+        return UnreadableError(
             "unreadable-file",
             f"the system could not read: {error.strerror}",
             where=f"{self.path}, byte {offset}",
@@ -230,7 +250,7 @@ def read_whole(path: str | Path) -> bytes:
 
     Raises
     ------
-    UsageError, CheckpointError
+    CheckpointError
         As ``SourceFile`` and its ``read_into``.
     """
     with SourceFile(path) as file:
@@ -245,10 +265,11 @@ def _open(path: str) -> int:
     try:
         return tried_again(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), PASSING_READS)
     except FileNotFoundError as error:
-        raise UsageError("missing-file", "no such file", where=path) from error
+        hint = "it was listed, or named by another file: wait until whoever writes there is done, then run again"
+        raise UnreadableError("missing-file", "no such file", where=path, hint=hint) from error
     except OSError as error:
         what = f"cannot open: {error.strerror}"
-        raise CheckpointError("unreadable-file", what, where=path, hint=advice(error)) from error
+        raise UnreadableError("unreadable-file", what, where=path, hint=advice(error)) from error
 
 
 class FilePool:
