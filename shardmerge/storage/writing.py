@@ -257,7 +257,7 @@ class explained:  # noqa: N801  # reads as a statement: with explained(path)
         if isinstance(error, OSError) and error.errno in FULL:
             raise ResourceError(
                 "disk-full",
-                f"the disk is full: {error.strerror}",
+                f"cannot write: {error.strerror}",
                 where=str(self._path),
                 hint=advice(error),
             ) from error
