@@ -423,10 +423,10 @@ LIES: list[tuple[str, str, Callable[[dict[str, Any]], object], str]] = [
 def test_shards_are_compared_with_what_is_said_of_them(
     what: str, name: str, change: Callable[[dict[str, Any]], object], code: str, tmp_path: Path
 ) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     tag = changed(case_of(name), tmp_path, "*model_states.pt", change)
     assert {error.code for error in refusal(tag)} <= set(code.split()), what
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 ONE_RANK: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [

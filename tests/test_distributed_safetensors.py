@@ -514,11 +514,11 @@ def test_a_name_that_nobody_saved_is_refused(tmp_path: Path) -> None:
 def test_names_that_count_to_a_billion_cost_nothing(tmp_path: Path) -> None:
     folder = copy("fsdp2_w2", tmp_path)
     shards(folder)[1].rename(folder / "shard-999999999-model-00001-of-00001.safetensors")
-    start = time.monotonic()
+    start = time.process_time()
     assert refusal(sm.inspect, folder).code == "missing-shard"
     shards(folder)[0].rename(folder / "shard-00001-model-00001-of-999999999.safetensors")
     assert refusal(sm.inspect, folder).code == "mixed-shards"
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_shard_cut_short_is_refused(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def test_the_answer_is_that_of_re(expression: str) -> None:
 
 @pytest.mark.parametrize("expression", ["(a+)+$", "(a|a)*b", "(a*)*b", "(.*a){20}"])
 def test_what_takes_re_for_ever_takes_a_moment(expression: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert not matches(expression, "a" * 300 + "c")
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ def test_a_pattern_that_is_not_understood_is_refused(pattern: str) -> None:
 
 def test_patterns_that_take_long_are_given_up() -> None:
     patterns = NamePatterns.of([".*a.*a.*ab"] * 100, "file")
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         [patterns.find("a" * size) for size in range(60, 500)]
     assert caught.value.code == "name-pattern"
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
