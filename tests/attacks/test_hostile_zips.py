@@ -212,3 +212,9 @@ def test_what_a_malformed_zip_is_told(what, tmp_path):
     for data in SAYS[what]:
         path.write_bytes(data)
         assert what in refusal(lambda: read(path))[0].what
+
+
+def test_an_error_about_the_whole_zip_names_its_first_byte(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(build(named("other/x")))
+    assert refusal(lambda: read(path))[0].where == f"{path}, byte 0"
