@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,10 +27,11 @@ from shardmerge.prepare.side_files import SideFiles, content
 from shardmerge.publish.remaking import verify_sources
 from shardmerge.publish.results import Result
 from shardmerge.publish.staging import Staging
+from shardmerge.sources import hf_folder
 from shardmerge.sources.torch_checkpoint import read_torch_checkpoint
 from shardmerge.storage.reading import FilePool, SourceFile
 from shardmerge.storage.writing import OutputFile
-from shardmerge.tensors import FileStamp
+from shardmerge.tensors import Extent, FileStamp
 from tests import mutations
 from tests.staged import assert_nothing_done, assert_well_left, files, stagings
 
@@ -176,11 +178,24 @@ def test_a_side_file_that_goes_while_it_is_looked_for_is_not_there(
     assert not (model / "tokenizer.json").exists()
 
 
-def test_a_side_file_that_shrank_since_it_was_listed_changed(model: Path) -> None:
-    path = model / "tokenizer.json"
-    with at_opening("config.json", lambda: mutations.truncate(path)), pytest.raises(CheckpointError) as caught:
-        api.prepare_conversion(model)
-    assert (caught.value.code, caught.value.where) == ("source-changed", str(path))
+@pytest.mark.parametrize("change", [mutations.truncate, mutations.append])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_side_file_of_another_size_than_it_was_listed_with_changed(
+    model: Path, name: str, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is read and rewritten, and one that is copied."""
+    listed = hf_folder.side_files
+
+    def then_changed(folder: Path) -> dict[str, Extent]:
+        found = listed(folder)
+        change(folder / name)
+        return found
+
+    for module in [module for module in sys.modules.values() if getattr(module, "side_files", None) is listed]:
+        monkeypatch.setattr(module, "side_files", then_changed)
+    with pytest.raises(CheckpointError) as caught:
+        api.prepare_conversion(model, options=api.Options(dtype="bfloat16"))
+    assert (caught.value.code, caught.value.where) == ("source-changed", str(model / name))
 
 
 COMMANDS = {

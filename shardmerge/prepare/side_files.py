@@ -30,35 +30,31 @@ class SideFiles:
         CheckpointError
             ``source-changed``: it is not what it was when it was read before.
         """
-        with self._open(extent.file) as file:
+        with self._open(extent) as file:
             return file.read(extent.offset, extent.nbytes)
 
     def pinned(self, plan: Plan) -> Plan:
         """Returns the plan with the digests of what it copies, and the stamps of all side files that it depends on."""
         parts = dict.fromkeys(part for side in plan.side_files for part in side.parts if isinstance(part, Extent))
-        for path in dict.fromkeys(part.file for part in parts):
-            self._reaches_end(path, max(part.offset + part.nbytes for part in parts if part.file == path))
         digests = {part: self._digest(part) for part in parts}
         return replace(plan, copies=digests, side_sources=tuple(self._stamps.values()))
 
-    def _open(self, path: str) -> SourceFile:
-        file = SourceFile(path)
+    def _open(self, extent: Extent) -> SourceFile:
+        """Opens a file; the first time all of it is asked for, as large as it was when the directory was listed."""
+        file, end = SourceFile(extent.file), extent.offset + extent.nbytes
         Pins(self._stamps.values()).opened(file)
-        self._stamps.setdefault(path, FileStamp.of(path, file.status))
+        stamp = self._stamps.get(extent.file) or FileStamp.of(extent.file, file.status)
+        if extent.file not in self._stamps and file.size != end:
+            raise source_changed(replace(stamp, size=end), f"{file.size} bytes")
+        self._stamps[extent.file] = stamp
         return file
 
     def _digest(self, part: Extent) -> str:
         digest = hashlib.sha256()
-        with self._open(part.file) as file:
+        with self._open(part) as file:
             for start in range(0, part.nbytes, _BLOCK):
                 digest.update(file.read(part.offset + start, min(_BLOCK, part.nbytes - start)))
         return digest.hexdigest()
-
-    def _reaches_end(self, path: str, end: int) -> None:
-        """A file that grew since the directory was listed would be copied cut off."""
-        self._open(path).close()
-        if end != self._stamps[path].size:
-            raise source_changed(self._stamps[path], f"{end} bytes, a moment before")
 
 
 def content(plan: Plan, side: SideFile) -> bytes:
