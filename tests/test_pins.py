@@ -198,6 +198,19 @@ def test_a_side_file_of_another_size_than_it_was_listed_with_changed(
     assert (caught.value.code, caught.value.where) == ("source-changed", str(model / name))
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_side_file_is_read_twice_as_the_same_file(model: Path, change: Callable[[Path], None]) -> None:
+    """For its class and for its tokens, and in pieces where something is put between them."""
+    path, sides = model / "config.json", SideFiles()
+    whole = Extent(str(path), 0, path.stat().st_size)
+    text = sides.read(whole)
+    assert sides.read(whole.slice(0, 9)) + sides.read(whole.slice(9, whole.nbytes - 9)) == text == path.read_bytes()
+    change(path)
+    with pytest.raises(CheckpointError) as caught:
+        sides.read(whole)
+    assert caught.value.code == ("missing-file" if change is mutations.delete else "source-changed")
+
+
 COMMANDS = {
     "grown": "printf x >> {0}",
     "overwritten": "touch -r {0} $0; printf '!!!!' | dd of={0} conv=notrunc bs=1 seek=50 2>&-; touch -r $0 {0}",
