@@ -65,8 +65,28 @@ def test_a_finalizer_drops_no_signal(number: int) -> None:
     "error", ["ImportError('umath failed to import')", "UsageError('needs-zstd', 'not installed')"]
 )
 def test_an_error_made_of_a_signal_is_the_signal(error: str) -> None:
-    """numpy makes an ``ImportError`` of whatever happens while it is imported; so do guards of optional packages."""
+    """As guards of optional packages make one, and numpy."""
     _interrupted(_ran(f"run(lambda: while_it_imports({error}))", signal.SIGTERM))
+
+
+@pytest.mark.parametrize("module", ["numpy", "numpy.version", "numpy._core.multiarray", "numpy.lib", "numpy.linalg"])
+def test_a_signal_waits_while_arrays_are_imported(module: str) -> None:
+    """The C code of ml_dtypes imports numpy, prints a traceback of whatever happens meanwhile, and only then raises."""
+    code = """
+class Heard:
+    def find_spec(self, name, path=None, target=None):
+        if name == MODULE:
+            sys.meta_path.remove(self)
+            heard()
+
+def import_arrays():
+    sys.meta_path.insert(0, Heard())
+    import shardmerge.ops.arrays
+    time.sleep(30)
+
+run(import_arrays)
+"""
+    _interrupted(_ran(code.replace("MODULE", repr(module)), signal.SIGTERM))
 
 
 def test_what_was_published_before_the_signal_is_said() -> None:
