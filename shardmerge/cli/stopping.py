@@ -1,8 +1,8 @@
 """A signal ends a command cleanly, and once, whatever becomes of the exception that it raises.
 
 Python raises it wherever the program is. In the middle of an import it may come out as an ``ImportError``, with a
-traceback on stderr where C code imports numpy (``import_array``; here that of ml_dtypes does). In a finalizer, or in what Python calls when a
-lock of its imports goes, it is dropped.
+traceback on stderr where C code imports numpy (``import_array``; here that of ml_dtypes does). In a finalizer, or in
+what Python calls when a lock of its imports goes, it is dropped.
 """
 
 from __future__ import annotations
