@@ -236,6 +236,18 @@ def test_the_timer_of_planning_is_gone_when_it_is_done(capfd: pytest.CaptureFixt
     assert said(capfd) == []
 
 
+def test_planning_leaves_an_alarm_to_whoever_took_it_meanwhile() -> None:
+    """A stop that has to wait a moment takes it, and would be lost."""
+    heard: list[int] = []
+    before = signal.getsignal(signal.SIGALRM)
+    with progress.planning("m", quiet=False):
+        signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    time.sleep(0.1)
+    signal.signal(signal.SIGALRM, before)
+    assert heard == [signal.SIGALRM]
+
+
 def test_planning_leaves_the_process_a_single_thread(source: Path) -> None:
     """Only such a process may fork, and a plan says how many there will be. Two tensors of 1 GiB, all holes."""
     rows = 1 << 18

@@ -20,6 +20,8 @@ from shardmerge.cli import colour
 from shardmerge.errors import plain
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from tqdm import tqdm
 
 # In seconds: what is over sooner is not told; the longest silence; the shortest time between two lines.
@@ -45,13 +47,18 @@ def planning(label: str, *, quiet: bool, machine: bool = False, phase: str = "pl
         yield
         return
     told = _Told(phase, label, 0, machine=machine)
-    before = signal.signal(signal.SIGALRM, lambda *_: told.look())
+
+    def look(signum: int, frame: FrameType | None) -> None:
+        told.look()
+
+    before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        if signal.getsignal(signal.SIGALRM) is look:  # and no stop that waits for its moment: see `stopping`
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         told.wipe()
 
 
@@ -98,6 +105,7 @@ def progress_bar(  # what is told, and to whom
 
 @contextmanager
 def _bar(total: int, label: str, phase: str, after: str) -> Iterator[Watch]:
+
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # its thread: a process with a second one cannot fork
