@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 import shardmerge as sm
 
 Request = dict[str, Any]
+
+# How long the disk may take, in seconds.
+_LONGEST = 30.0
 
 
 class CancelledError(Exception):
@@ -125,10 +129,18 @@ def answered(request: Request) -> dict[str, object]:
     except CancelledError:
         return {"code": "cancelled", "exit": 5}
     except KeyboardInterrupt:
+        _disk_answers()
         return {"code": "interrupted", "exit": 5}
     except Exception as error:  # noqa: BLE001  # what the command line calls a bug
         return {"code": "internal-error", "exit": 70, "what": repr(error)}
     return {"code": "", "exit": 0, "done": done}
+
+
+def _disk_answers() -> None:
+    """A thread that waits for the disk cannot be interrupted; it closes what it has open when the disk answers."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(_LONGEST)
 
 
 def measured(request: Request) -> dict[str, object]:
