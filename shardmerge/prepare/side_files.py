@@ -37,16 +37,16 @@ class SideFiles:
         """Returns the plan with the digests of what it copies, and the stamps of all side files that it depends on."""
         parts = dict.fromkeys(part for side in plan.side_files for part in side.parts if isinstance(part, Extent))
         digests = {part: self._digest(part) for part in parts}
+        for path in dict.fromkeys(part.file for part in parts):
+            self._reaches_end(path, max(part.offset + part.nbytes for part in parts if part.file == path))
         return replace(plan, copies=digests, side_sources=tuple(self._stamps.values()))
 
     def _open(self, extent: Extent) -> SourceFile:
-        """Opens a file; the first time all of it is asked for, as large as it was when the directory was listed."""
         file, end = SourceFile(extent.file), extent.offset + extent.nbytes
         Pins(self._stamps.values()).opened(file)
-        stamp = self._stamps.get(extent.file) or FileStamp.of(extent.file, file.status)
-        if extent.file not in self._stamps and file.size != end:
+        stamp = self._stamps.setdefault(extent.file, FileStamp.of(extent.file, file.status))
+        if file.size < end:  # since the directory was listed
             raise source_changed(replace(stamp, size=end), f"{file.size} bytes")
-        self._stamps[extent.file] = stamp
         return file
 
     def _digest(self, part: Extent) -> str:
@@ -55,6 +55,12 @@ class SideFiles:
             for start in range(0, part.nbytes, _BLOCK):
                 digest.update(file.read(part.offset + start, min(_BLOCK, part.nbytes - start)))
         return digest.hexdigest()
+
+    def _reaches_end(self, path: str, end: int) -> None:
+        """A file that grew since the directory was listed would be copied cut off."""
+        stamp = self._stamps[path]
+        if end != stamp.size:
+            raise source_changed(replace(stamp, size=end), f"{stamp.size} bytes")
 
 
 def content(plan: Plan, side: SideFile) -> bytes:

@@ -16,6 +16,11 @@ NOTHING_TO_DO: list[tuple[str, str, str]] = [
 
 # Tests that follow them with means that a row has not: the file and the name.
 ELSEWHERE: list[tuple[str, str, str]] = [
+    (
+        "missing-file",
+        "whoever writes there is done, then run again",
+        "test_pins.py::test_a_file_that_goes_before_it_is_read_is_a_refused_source",
+    ),
     ("unreadable-mapping", "write the mapping to a file", "test_spec.py::test_a_pipe_is_no_mapping_until_it_is_a_file"),
     (
         "unreadable-mapping",
