@@ -40,8 +40,14 @@ def test_what_takes_re_for_ever_takes_a_moment(expression: str) -> None:
 
 @pytest.mark.parametrize(
     "expression",
-    ["(", ")", "a**", "(?=a)", "(?i)a", r"(a)\1", "[a", "a{9999}", "((((a{50}){50}){50}){50})", "*", "a\\"],
+    ["(", ")", "a**", "(?=a)", "(?i)a", r"(a)\1", "[a", "a{9999}", "((((a{50}){50}){50}){50})", "*", "a\\", "(" * 2000],
 )
 def test_what_is_no_plain_expression_is_said(expression: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         compiled(expression)
+
+
+def test_groups_are_nested_so_deep_and_no_deeper() -> None:
+    assert matches("(" * 50 + "a" + ")" * 50 + "(b)" * 60, "a" + "b" * 60)
+    with pytest.raises(ValueError, match="nested too deep"):
+        compiled("(" * 51 + "a" + ")" * 51)

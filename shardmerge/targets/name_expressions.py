@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 # Instructions of an expression, repetitions written out. One that needs more is no pattern of module names.
 _MOST = 5000
+# Groups inside of each other: each takes four calls of the reader, of 1,000 that Python allows. People write two.
+_DEEPEST = 50
 
 _Accepts: TypeAlias = Callable[[str], bool]
 
@@ -110,9 +112,12 @@ class _Reader:
 
     text: str
     at: int = 0
+    depth: int = 0
 
     def alternatives(self) -> _Program:
         """What stands up to a closing bracket or the end."""
+        if self.depth > _DEEPEST:
+            raise ValueError("its groups are nested too deep")
         found = self._sequence()
         while self._next("|"):
             other = self._sequence()
@@ -174,7 +179,9 @@ class _Reader:
             if not self.text.startswith("P<", self.at) or not named:
                 raise ValueError("a group that looks around, or sets flags")
             self.at = len(self.text) - len(rest)
+        self.depth += 1
         found = self.alternatives()
+        self.depth -= 1
         if not self._next(")"):
             raise ValueError("missing )")
         return found
