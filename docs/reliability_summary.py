@@ -34,7 +34,7 @@ def _malformed(result: _Read) -> _Counts:
 
 def _fuzzing(result: _Read) -> _Counts:
     targets = result["targets"].values()
-    return sum(one["executions"] for one in targets), sum(sum(one["findings"].values()) for one in targets)
+    return sum(one["executions"] for one in targets), sum(len(one["findings"]) for one in targets)
 
 
 def _readers(result: _Read) -> _Counts:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import reliability_summary
 from tests.fuzz.targets import TARGETS
 
 RESULTS = Path(__file__).with_name("soak") / "fuzz.json"
@@ -37,3 +38,10 @@ def test_the_results_are_those_of_these_targets():
     assert len(rows) >= 10
     assert set(rows) <= set(TARGETS)
     assert not [name for name, row in rows.items() if row["findings"]]
+
+
+def test_a_finding_is_counted_at_the_head_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"executions": 3, "findings": {"slow": "1.3 s", "KeyError at x": "KeyError at x"}}
+    monkeypatch.setattr(reliability_summary, "_SECTIONS", {"Fuzzing": reliability_summary._SECTIONS["Fuzzing"]})
+    monkeypatch.setattr(reliability_summary, "read", lambda name: {"targets": {"pickle": one}})
+    assert reliability_summary.summary()[-1] == "| [Fuzzing](#fuzzing) | 3 inputs | 2 |"

@@ -22,7 +22,7 @@ from shardmerge.cli.failing import failed
 from shardmerge.cli.mappings import add_commands
 from shardmerge.cli.presets import presets
 from shardmerge.cli.report import report
-from shardmerge.cli.stopping import explained, listen, listen_no_more
+from shardmerge.cli.stopping import cause_of, listen, listen_no_more
 from shardmerge.errors import InterruptedRunError, PublishedError
 
 
@@ -83,5 +83,5 @@ def _guarded() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last resort: a bug is ours, and says so
-        return failed(explained(error))
+        return failed(cause_of(error))
     return code if isinstance(code, int) else 0

@@ -34,7 +34,7 @@ def listen_no_more() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def explained(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """Returns what ended the command: the signal, if there was one, unless the error knows of it or is of later."""
     known = isinstance(error, InterruptedRunError | PublishedError)
     return error if known or not _heard else KeyboardInterrupt()
