@@ -105,7 +105,6 @@ def progress_bar(  # what is told, and to whom
 
 @contextmanager
 def _bar(total: int, label: str, phase: str, after: str) -> Iterator[Watch]:
-
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # its thread: a process with a second one cannot fork
