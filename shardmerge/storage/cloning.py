@@ -11,6 +11,8 @@ import os
 import struct
 from pathlib import Path
 
+from shardmerge.storage.descriptors import opened
+
 # linux/fs.h: _IOW(0x94, 13, struct file_clone_range {__s64 src_fd; __u64 src_offset, src_length, dest_offset;}).
 _FICLONERANGE = 0x4020940D
 _RANGE = struct.Struct("=qQQQ")
@@ -45,17 +47,9 @@ def can_clone(source: str | Path, start: int, nbytes: int, folder: Path) -> bool
     Nothing is left behind, and nothing is ever to be seen. Where files without a name cannot be made (NFS) the answer
     is no.
     """
+    nameless = os.O_WRONLY | os.O_TMPFILE
     try:
-        read = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with opened(source, os.O_RDONLY | os.O_NONBLOCK) as read, opened(folder, nameless, 0o600) as write:
+            return clone_range(read.fileno(), start, write.fileno(), 0, nbytes)
     except OSError:
         return False
-    try:
-        write = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    except OSError:
-        os.close(read)
-        return False
-    try:
-        return clone_range(read, start, write, 0, nbytes)
-    finally:
-        os.close(read)
-        os.close(write)

@@ -26,6 +26,7 @@ from typing import Literal, TypeAlias
 
 from shardmerge.errors import CheckpointError, UnreadableError
 from shardmerge.storage.cache import Trail, drop_read
+from shardmerge.storage.descriptors import Descriptor, opened
 from shardmerge.storage.listing import without_links
 from shardmerge.system_errors import PASSING_READS, advice, tell, tried_again
 
@@ -33,6 +34,8 @@ IoMode: TypeAlias = Literal["pread", "mmap"]
 
 # Linux 5.14, include/uapi/asm-generic/mman-common.h; Python's mmap module has no name for it.
 _MADV_POPULATE_READ = 22
+
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK  # the latter for a FIFO, of which an open would wait
 
 # Below this a window costs more (mmap, madvise, munmap, page faults) than the copy it saves. Casts of fp32 to bf16 from
 # windows and from a buffer used again, us of CPU time: 100 and 70 for 128 KiB, 165 and 120 for 256 KiB, 265 and 225 for
@@ -67,7 +70,8 @@ class SourceFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._fd = _open(self.path)
+        self._opened = _open(self.path)
+        self._fd = self._opened.fileno()
         status = self._looked_at()
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -129,12 +133,9 @@ class SourceFile:
 
     def _reopen(self) -> None:
         """Opens the path again if it is still the same file: a stale handle of a network file system stays stale."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if _identity(os.fstat(fd)) == _identity(self.status):
-                os.dup2(fd, self._fd, inheritable=False)
-        finally:
-            os.close(fd)
+        with opened(self.path, _FLAGS) as again:
+            if _identity(os.fstat(again.fileno())) == _identity(self.status):
+                os.dup2(again.fileno(), self._fd, inheritable=False)
 
     def read_runs(self, offsets: Sequence[int], outs: Sequence[memoryview]) -> None:
         """Fills each buffer from its offset on, as ``read_into`` does; a short loop, since there may be thousands."""
@@ -186,9 +187,9 @@ class SourceFile:
     def close(self) -> None:
         """Closes the descriptor; safe to call twice."""
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
+            self._fd = -1
             with suppress(OSError):  # of a file that was only read, nothing is lost
-                os.close(fd)
+                self._opened.close()
 
     def __enter__(self) -> SourceFile:
         return self
@@ -216,10 +217,6 @@ class SourceFile:
             if (now.st_size, now.st_ctime_ns) != (then.st_size, then.st_ctime_ns):
                 return f"{now.st_size} bytes, written to, replaced or removed meanwhile"
         return ""
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
 
     def _checked(self, offset: int, nbytes: int) -> int:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
@@ -261,9 +258,9 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _open(path: str) -> int:
+def _open(path: str) -> Descriptor:
     try:
-        return tried_again(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), PASSING_READS)
+        return tried_again(lambda: opened(path, _FLAGS), PASSING_READS)
     except FileNotFoundError as error:
         hint = "it was listed, or named by another file: wait until whoever writes there is done, then run again"
         raise UnreadableError("missing-file", "no such file", where=path, hint=hint) from error

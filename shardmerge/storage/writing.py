@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardmerge.errors import OutputError, ResourceError
 from shardmerge.storage.cache import Trail, drop_written, start_writing
+from shardmerge.storage.descriptors import opened
 from shardmerge.system_errors import FULL, advice
 
 # Of a small file, written at a time.
@@ -52,11 +53,11 @@ class OutputFile:
         self._sync = sync
         self._trail = Trail() if bounded else None
         self._read_back = read_back
-        flags = (os.O_RDWR if read_back else os.O_WRONLY) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = (os.O_RDWR if read_back else os.O_WRONLY) | os.O_CREAT | os.O_EXCL
         self._failed: OSError | None = None
-        self._fd = -1
         with explained(path):
-            self._fd = os.open(path, flags, 0o666)
+            self._opened = opened(path, flags)
+            self._fd = self._opened.fileno()
             try:
                 os.ftruncate(self._fd, size)
             except OSError:
@@ -106,10 +107,9 @@ class OutputFile:
 
     def close(self) -> None:
         """Closes the descriptor, reporting what the close reports (NFS says "disk full" here)."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with explained(self.path):
-                os.close(fd)
+        self._fd = -1
+        with explained(self.path):
+            self._opened.close()
 
     def abandon(self) -> None:
         """Closes the descriptor of a file that nobody will use."""
@@ -158,17 +158,13 @@ def _read_whole(fd: int, out: memoryview, offset: int) -> None:
 
 def write_small(path: Path, data: bytes | Sequence[bytes], *, sync: bool = True) -> None:
     """Writes a new small file (JSON, tokenizer), synced; ``data`` may be in parts. It gets its name by a rename."""
-    with explained(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            at = 0
-            for part in [data] if isinstance(data, bytes) else _gathered(data):
-                _write_whole(fd, memoryview(part), at)
-                at += len(part)
-            if sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+    with explained(path), opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+        at = 0
+        for part in [data] if isinstance(data, bytes) else _gathered(data):
+            _write_whole(file.fileno(), memoryview(part), at)
+            at += len(part)
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -199,25 +195,18 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def sync_file(path: Path) -> None:
     """Makes the data of a file durable that somebody else wrote."""
-    with explained(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with explained(path), opened(path, os.O_RDONLY) as file:
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable; without it a rename may be lost in a power cut."""
-    with explained(path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with explained(path), opened(path, os.O_RDONLY | os.O_DIRECTORY) as folder:
         try:
-            os.fsync(fd)
+            os.fsync(folder.fileno())
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without directory sync
                 raise
-        finally:
-            os.close(fd)
 
 
 def sync_above(path: Path) -> None:

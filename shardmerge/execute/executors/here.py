@@ -24,6 +24,7 @@ from shardmerge.execute.patience import Halt, interrupted, patiently
 from shardmerge.plan.schedule import Schedule
 from shardmerge.plan.value import Part
 from shardmerge.signals import STOPS
+from shardmerge.storage.descriptors import Descriptor, pipe
 from shardmerge.system_errors import not_started
 
 # A part's place in the list, as it goes through the pipe; reads and writes of so few bytes are never torn.
@@ -77,28 +78,30 @@ class _Places:
     """
 
     def __init__(self, count: int) -> None:
-        self.taken, self._given = os.pipe()
-        os.set_blocking(self._given, False)
+        self._taken, self._given = pipe()
+        os.set_blocking(self._given.fileno(), False)
         self._next, self._count = 0, count
 
     def fill(self) -> None:
         """Puts in as many as there is room for."""
         with suppress(BlockingIOError):
             while self._next < self._count:
-                os.write(self._given, self._next.to_bytes(_PLACE, "little"))
+                os.write(self._given.fileno(), self._next.to_bytes(_PLACE, "little"))
                 self._next += 1
             self.end()
 
+    def take(self) -> bytes:
+        """Takes one out, in whatever process; nothing is left for b""."""
+        return os.read(self._taken.fileno(), _PLACE)
+
     def end(self) -> None:
         """Lets whoever reads see an end: no more come, from this process."""
-        if self._given >= 0:
-            given, self._given = self._given, -1
-            os.close(given)
+        self._given.close()
 
     def close(self) -> None:
         """Closes both ends."""
         self.end()
-        os.close(self.taken)
+        self._taken.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +109,13 @@ class _Child:
     """A process, and what it has said so far of what went wrong, through a pipe."""
 
     pid: int
-    pipe: int
+    words: Descriptor
     said: bytearray = field(default_factory=bytearray)
 
     def listen(self) -> None:
         """Takes in what it says: whoever writes to a full pipe waits, and its end would never come."""
         with suppress(BlockingIOError):
-            while said := os.read(self.pipe, 1 << 16):
+            while said := os.read(self.words.fileno(), 1 << 16):
                 self.said.extend(said)
 
 
@@ -145,29 +148,29 @@ def _forked(parts: Sequence[Part], make: Make, how: Schedule, progress: Progress
 
 
 def _fork(parts: Sequence[Part], make: Make, counters: Counters, places: _Places) -> _Child:
-    read, write = os.pipe()
+    read, write = pipe()
     parent = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
-        os.close(read)
-        os.close(write)
+        read.close()
+        write.close()
         raise not_started("process", error) from error
     if pid:
-        os.close(write)
-        os.set_blocking(read, False)
+        write.close()
+        os.set_blocking(read.fileno(), False)
         return _Child(pid, read)
     code = 1
     try:
-        os.close(read)
+        read.close()
         places.end()
         _only_parent_hears_signals()
         _end_with(parent)
-        for place in iter(lambda: os.read(places.taken, _PLACE), b""):
+        for place in iter(places.take, b""):
             make(parts[int.from_bytes(place, "little")], counters, bool)
         code = 0
     except BaseException as error:  # noqa: BLE001  # it must reach the parent
-        _say(write, json.dumps(rows_of(error)).encode())
+        _say(write.fileno(), json.dumps(rows_of(error)).encode())
     finally:
         os._exit(code)  # whatever happens: what the parent was doing is not for this one to end
 
@@ -219,7 +222,7 @@ def _ended(child: _Child) -> int | None:
 def _read_last_words(child: _Child, code: int) -> None:
     """Raises what a process met, if it did not end well."""
     child.listen()
-    os.close(child.pipe)
+    child.words.close()
     if child.said:
         raise error_from(json.loads(child.said))
     if code:
@@ -233,7 +236,7 @@ def _kill(children: Sequence[_Child]) -> None:
             os.kill(child.pid, signal.SIGKILL)
     deadline = time.monotonic() + _GRACE
     for child in children:
-        os.close(child.pipe)
+        child.words.close()
         while _ended(child) is None and time.monotonic() < deadline:
             time.sleep(_SOON)
 

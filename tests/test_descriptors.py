@@ -1,0 +1,179 @@
+"""An interrupt loses no open file, wherever it comes.
+
+``KeyboardInterrupt`` is raised before every single step of Python (an opcode) of what opens files, one run for each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import shardmerge as sm
+from shardmerge.storage import cloning, descriptors, reading, writing
+
+Work = Callable[[Path], object]
+
+
+def read(folder: Path) -> None:
+    with reading.SourceFile(folder / "small") as file:
+        file.read(0, 4)
+
+
+def read_pooled(folder: Path) -> None:
+    pool = reading.FilePool()
+    pool.get(str(folder / "small")).read(0, 4)
+    pool.close()
+
+
+def read_again(folder: Path) -> None:
+    """As after an error of a network file system."""
+    with reading.SourceFile(folder / "small") as file:
+        file._reopen()
+
+
+def write(folder: Path) -> None:
+    (folder / "new").unlink(missing_ok=True)
+    file = writing.OutputFile(folder / "new", 16, sync=False)
+    file.write(8, memoryview(b"abcdefgh"))
+    file.seal(b"12345678")
+
+
+def write_small(folder: Path) -> None:
+    (folder / "new").unlink(missing_ok=True)
+    writing.write_small(folder / "new", b"abc", sync=False)
+
+
+def sync(folder: Path) -> None:
+    writing.sync_file(folder / "small")
+    writing.sync_directory(folder)
+
+
+def clone(folder: Path) -> None:
+    cloning.can_clone(folder / "small", 0, 4096, folder)
+
+
+def pipe(folder: Path) -> None:
+    read, write = descriptors.pipe()
+    os.write(write.fileno(), b"a")
+    assert os.read(read.fileno(), 1) == b"a"
+    write.close()
+    assert os.read(read.fileno(), 1) == b""
+
+
+def plan_and_run(folder: Path) -> None:
+    """The whole of a conversion; what its threads do, no signal interrupts."""
+    sm.run(folder / "mapping.yaml", folder / "out", sm.Options(sync=False, overwrite=True, workers=1))
+
+
+class _Interrupting:
+    """Raises before the step of a number, counted over the frames of these modules, and then no more."""
+
+    def __init__(self, step: int, where: str) -> None:
+        self.left, self._where = step, where
+
+    def __call__(self, frame: FrameType, event: str, given: Any) -> Any:
+        if self._where not in frame.f_code.co_filename or _ends(frame) or _ends(frame.f_back):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self
+
+
+def _ends(frame: FrameType | None) -> bool:
+    """Tells whether it is a finalizer, of whose exceptions Python says that it ignores them."""
+    return frame is not None and frame.f_code.co_name == "__del__"
+
+
+def interrupted(work: Work, folder: Path, step: int, where: str) -> bool:
+    """Tells whether the work came to the step."""
+    before = sys.gettrace()
+    sys.settrace(_Interrupting(step, where))
+    try:
+        work(folder)
+    except (KeyboardInterrupt, sm.ShardmergeError):
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def open_files() -> dict[str, str]:
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            found[path.name] = str(path.readlink())
+        except FileNotFoundError:  # the one that lists
+            continue
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "small").write_bytes(bytes(8192))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "work", [read, read_pooled, read_again, write, write_small, sync, clone, pipe], ids=lambda work: work.__name__
+)
+def test_an_interrupt_at_any_step_leaves_nothing_open(work: Work, folder: Path) -> None:
+    work(folder)
+    before = open_files()
+    step = 0
+    while interrupted(work, folder, step, "/shardmerge/storage/"):
+        assert open_files() == before, step
+        step += 1
+    assert step > 20
+
+
+def test_what_nobody_holds_any_more_is_closed(folder: Path) -> None:
+    before = open_files()
+    file = writing.OutputFile(folder / "new", 16, sync=False)
+    assert open_files() != before
+    del file
+    assert open_files() == before
+
+
+def test_what_is_closed_has_no_number(folder: Path) -> None:
+    """A number that were used once more could be another file's by then."""
+    file = descriptors.opened(folder / "small", os.O_RDONLY)
+    assert os.get_inheritable(file.fileno()) is False
+    file.close()
+    file.close()
+    assert file.fileno() == -1
+
+
+def test_an_error_of_the_close_is_told_once(folder: Path) -> None:
+    file = descriptors.opened(folder / "small", os.O_RDONLY)
+    os.close(file.fileno())
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.close()
+    assert file.fileno() == -1
+
+
+@pytest.mark.parametrize("part", ["storage", "execute", "publish", "sources", "plan"])
+def test_an_interrupted_conversion_leaves_nothing_open(part: str, folder: Path) -> None:
+    save_file({f"layer.{n}": np.ones((16, 16), "<f4") for n in range(8)}, folder / "model.safetensors")
+    (folder / "mapping.yaml").write_text(
+        'shardmerge: 1\nsources: {base: model.safetensors}\ntensors: {"model.{n}": "base:layer.{n}"}\n'
+    )
+    plan_and_run(folder)
+    before = open_files()
+    where = f"/shardmerge/{part}/"
+    total = 1
+    while interrupted(plan_and_run, folder, total, where):
+        total *= 2
+    for step in range(0, total, max(1, total // 40)):
+        interrupted(plan_and_run, folder, step, where)
+        assert open_files() == before, step
