@@ -79,6 +79,21 @@ def test_a_work_dir_is_entered_by_its_last_checkpoint(tmp_path: Path) -> None:
     assert "[missing-tag]" in shardmerge("inspect", work, code=1).stderr
 
 
+@pytest.mark.parametrize("text", ["..", "../work", ".", "", "{work}"])
+def test_a_last_checkpoint_that_leads_in_a_circle(text: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "last_checkpoint").write_text(text.format(work=work))
+    assert "names a checkpoint that is not there [missing-tag]" in shardmerge("inspect", work, code=1).stderr
+
+
+@pytest.mark.parametrize("text", ["1" * 4000, "\0", "a/" + "é" * 128])
+@pytest.mark.parametrize("marker", ["latest", "latest_checkpointed_iteration.txt", "last_checkpoint"])
+def test_a_marker_that_holds_no_name(text: str, marker: str, tmp_path: Path) -> None:
+    (tmp_path / marker).write_text(text)
+    assert f"'{marker}' holds something else" in shardmerge("inspect", tmp_path, code=1).stderr
+
+
 def test_the_16_bit_view_is_the_module() -> None:
     case = GOLDEN / "zero" / "llama_z2_w2_bf16"
     catalog = sm.inspect(case / "ckpt", view="module")

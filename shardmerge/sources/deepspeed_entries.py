@@ -15,9 +15,6 @@ from shardmerge.sources.open_options import OpenOptions
 from shardmerge.sources.weights_file import read_weights
 from shardmerge.tensors import Catalog
 
-# Bytes of a file's name on Linux.
-_LONGEST_NAME = 255
-
 
 def read_tag(path: Path, options: OpenOptions) -> Catalog | None:
     """A tag directory itself, or ``zero/`` of a universal one and a parameter in it, which stand for the whole."""
@@ -33,9 +30,7 @@ def read_tag_parent(path: Path, options: OpenOptions) -> Catalog | None:
         if (path / marker).is_file():
             tag = read_marker(path / marker)
             folder = path / tag
-            if (
-                len(tag) < _LONGEST_NAME and not folder.exists() and usual_models(path)
-            ):  # whoever is short of space keeps the gathered model
+            if not folder.exists() and usual_models(path):  # whoever is short of space keeps the gathered model
                 return _gathered(path, marker, tag, options)
             if Path(tag).name != tag or not is_tag_folder(folder):
                 raise CheckpointError(

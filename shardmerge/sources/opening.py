@@ -29,6 +29,8 @@ from shardmerge.tensors import Catalog
 
 FormatReader: TypeAlias = Callable[[Path, OpenOptions], "Catalog | None"]
 
+_LAST = "last_checkpoint"
+
 
 def open_catalog(text: str | Path, options: OpenOptions | None = None) -> Catalog:
     """Returns the catalog of the checkpoint at a path, or of a hub id.
@@ -67,20 +69,26 @@ def _idle(catalog: Catalog, options: OpenOptions) -> Iterator[UsageError]:
 
 def _work_dir(path: Path, options: OpenOptions) -> Catalog | None:
     """An mmengine work_dir: ``last_checkpoint`` holds the path of the newest ``.pth``, often an absolute one."""
-    marker = path / "last_checkpoint"
-    if not marker.is_file():
+    if not _is_work_dir(path):
         return None
+    marker = path / _LAST
     target = Path(read_marker(marker))
     for candidate in (path / target.name, target, path / target):
-        if target.name and candidate.exists():
+        if target.name not in ("", "..") and candidate.exists() and not _is_work_dir(candidate):
             others = [file.name for file in weight_files(path) if file != candidate]
-            return beside_numbered(candidate.name, others, "'last_checkpoint'").on(open_catalog(candidate, options))
+            return beside_numbered(candidate.name, others, f"'{_LAST}'").on(open_catalog(candidate, options))
     raise CheckpointError(
         "missing-tag",
-        "'last_checkpoint' names a checkpoint that is not there",
+        f"'{_LAST}' names a checkpoint that is not there",
         where=str(marker),
         found=str(target),
+        hint="pass the checkpoint itself",
     )
+
+
+def _is_work_dir(path: Path) -> bool:
+    """Tells whether a path is one whose last_checkpoint is followed; one that named another could lead in a circle."""
+    return (path / _LAST).is_file()
 
 
 def _single(path: Path, options: OpenOptions) -> Catalog | None:

@@ -41,6 +41,8 @@ def without_links(path: Path) -> Path:
     try:
         return path.resolve()
     except RuntimeError as error:
+        if isinstance(error, RecursionError):  # one of ours, and of no link
+            raise
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.synthetic import write_zero
 from tests.following import Call, Follow, Row, by_hand, option
-from tests.hint_rows.given import CONVERT, ZERO, Given, at_last, back, copied, rewritten
+from tests.hint_rows.given import CONVERT, GOLDEN, ZERO, Given, at_last, back, copied, rewritten, told
 from tests.test_claims import EDITS
 
 Z2 = ZERO / "llama_z2_w2_bf16/ckpt"
@@ -223,6 +223,21 @@ TAGS = [
             "copy the tag directory here, and pass it itself",
             lambda call: (shutil.move("global_step2", "ck"), call.change("ck", "ck/global_step2")),
         ),
+    ),
+    Row(
+        "a latest that holds no name",
+        copied(Z2, then=lambda folder: (folder / "latest").write_text("0" * 4000)),
+        "missing-tag",
+        told("pass the checkpoint itself", "ck", "ck/global_step2"),
+    ),
+    Row(
+        "a work_dir that names another checkpoint",
+        copied(
+            GOLDEN / "xtuner/frozen_z2/work_dirs",
+            then=lambda folder: (folder / "last_checkpoint").write_text("iter_9.pth"),
+        ),
+        "missing-tag",
+        told("pass the checkpoint itself", "ck", "ck/iter_2.pth"),
     ),
     Row(
         "tags without latest",
