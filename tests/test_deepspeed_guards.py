@@ -304,6 +304,21 @@ def test_two_layers_of_experts_under_one_name(tmp_path: Path) -> None:
     assert "two layers of experts have one name" in of_all(tag)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("expert_0_mp_rank_00_model_states.pt", "mixture-of-experts (MoE) of an early form"),
+        ("layer_0_expert_0_mp_rank_01_model_states.pt", "tensor-parallel mixture-of-experts (MoE)"),
+    ],
+)
+def test_experts_of_files_that_are_not_read(name: str, kind: str, tmp_path: Path) -> None:
+    tag = changed(GOLDEN / "parallel/moe_z2_ep2_w2_bf16", tmp_path, MODELS, lambda root: None)
+    shutil.copy(tag / "layer_0_expert_0_mp_rank_00_model_states.pt", tag / name)
+    error = refused(tag)
+    assert (error.code, error.found) == ("kind-not-yet", name)
+    assert f"a {kind} DeepSpeed checkpoint" in error.what
+
+
 def test_experts_without_data(tmp_path: Path) -> None:
     """All of them, so that none differs from the others."""
     tag = changed(GOLDEN / "parallel/moe_z0_ep2_w2_bf16", tmp_path, MODELS, lambda root: None)
@@ -381,6 +396,14 @@ def test_a_universal_checkpoint_that_lacks_a_moment(tmp_path: Path) -> None:
     next(save_dir.rglob("exp_avg.pt")).unlink()
     error = refused(save_dir, view="exp_avg")
     assert (error.code, "no exp_avg.pt for 1 of" in error.what) == ("no-moments", True)
+
+
+def test_a_universal_checkpoint_that_says_no_steps(tmp_path: Path) -> None:
+    save_dir = shutil.copytree(GOLDEN / "universal/bag_z2_w3_bf16/ckpt", tmp_path / "ckpt")
+    for path in save_dir.rglob("one.weight/step.pt"):
+        path.unlink()
+    error = refused(save_dir, view="exp_avg")
+    assert (error.code, "how often each weight was stepped" in error.what) == ("no-moments", True)
 
 
 def test_a_setting_that_is_no_plain_value(tmp_path: Path) -> None:

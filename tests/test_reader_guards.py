@@ -369,6 +369,17 @@ def test_two_tensors_of_one_name_in_a_metadata(tmp_path: Path) -> None:
     assert refused(folder).what == "two tensors have the same name"
 
 
+def test_the_size_of_a_chunk_that_is_a_text_of_elsewhere(tmp_path: Path) -> None:
+    """Which the pickle names by its number in the memo."""
+
+    def text(metadata: Metadata) -> None:
+        tensor_of(metadata).chunks[0].sizes = next(iter(metadata.state_dict_metadata))
+
+    folder = shutil.copytree(FSDP2 / "ckpt", tmp_path / "ckpt")
+    edited(folder, text)
+    assert refused(folder).code in ("damaged-pickle", "damaged-metadata")
+
+
 def test_more_chunks_than_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shardmerge.sources.dcp_table._MOST_CHUNKS", 30)
     assert refused(FSDP2 / "ckpt").code == "hostile-pickle"

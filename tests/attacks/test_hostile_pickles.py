@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from shardmerge.errors import CheckpointError
 from shardmerge.sources.pickle_values import Global, Opaque, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from tests.counting import refusal
@@ -103,6 +104,7 @@ HOSTILE = {
     "LONG4": two(b"\x8b" + struct.pack("<i", 1 << 30)),
     "colliding integers as keys": colliding_integers(50_000),
     "many tuples as keys": colliding_tuples(50_000),
+    "a memo a byte": four(b"N" + b"\x94" * 200_000),
     "a dict a byte": two(b"(" + b"}" * 1_500_000 + b"t"),
     "copies of a large text": two(
         b"c_codecs\nencode\nq\0X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\1("
@@ -190,6 +192,13 @@ def test_calls_are_carried_as_data(body, name):
     found = interpret(two(body), where="evil.pth")
     assert isinstance(found, Opaque)
     assert found.type.path == name
+
+
+def test_a_pickle_larger_than_any(monkeypatch):
+    monkeypatch.setattr("shardmerge.sources.pickle_frames.MOST_PICKLE_BYTES", 64)
+    assert interpret(two(b"N\x85" + b"\x85" * 59)[:63] + b".", where="large.pth") is not None
+    with pytest.raises(CheckpointError, match="larger than any checkpoint's"):
+        interpret(two(b"N\x85" + b"\x85" * 80), where="large.pth")
 
 
 def test_names_are_never_looked_up():
