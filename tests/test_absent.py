@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +168,30 @@ def test_the_tag_directory_beside_is_named_and_leads_on(tmp_path: Path) -> None:
     path = caught.value.hint.split("pass ")[1].split(" ")[0]
     sm.convert(path, tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(state)
+
+
+@pytest.mark.parametrize("number", [errno.ELOOP, errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
+def test_what_is_wrong_beside_it_is_not_wrong_with_it(
+    number: int, whole: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory beside it would only be named in a hint."""
+    (tmp_path / "mine").mkdir()
+    write_bin(tmp_path / "mine", ungathered(whole, "layers.1.mlp"))
+    expected = sm.inspect(tmp_path / "mine").absent
+    beside = tmp_path / "checkpoint-3"
+    beside.mkdir()
+    if number == errno.ELOOP:
+        (beside / "model.safetensors").symlink_to("model.safetensors")
+    else:
+        listdir = os.listdir
+
+        def refuse(folder: Path) -> list[str]:
+            if Path(folder) == beside:
+                raise OSError(number, os.strerror(number), str(beside))
+            return listdir(folder)
+
+        monkeypatch.setattr(os, "listdir", refuse)
+    assert sm.inspect(tmp_path / "mine").absent == expected
 
 
 def test_quiet_runs_say_it_too(whole: State, tmp_path: Path) -> None:

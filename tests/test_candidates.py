@@ -356,6 +356,18 @@ def test_weights_of_other_kinds_are_refused_by_name(name: str, kind: str, tmp_pa
     assert name in error.found
 
 
+@pytest.mark.parametrize("config", [False, True])
+def test_links_that_lead_nowhere_are_said(tmp_path: Path, *, config: bool) -> None:
+    """What ``cp -r`` makes of a snapshot of the hub cache."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").symlink_to("../../blobs/3f2a")
+    (tmp_path / "m" / "merges.txt").symlink_to("../../blobs/4d1c")
+    if config:
+        (tmp_path / "m" / "config.json").write_text("{}")
+    error = refused(tmp_path / "m", tmp_path)
+    assert error.found.startswith("model.safetensors: links to files that are not there; remove this copy,")
+
+
 def test_a_lightning_file_is_named_to_be_passed(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     torch.save({"state_dict": {"w": torch.tensor([3.0, 3.0])}}, tmp_path / "m" / "last.ckpt")

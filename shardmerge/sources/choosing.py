@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def tags_near(folder: Path) -> tuple[str, ...]:
     """
     inside = [path for path in (folder, *checkpoints_inside(folder)) if _is_zero(path)]
     if not inside and (folder / ADAPTER_CONFIG).is_file() | bool(usual_models(folder)):
-        beside = (path for path in checkpoints_inside(folder.parent) if path != folder)
-        inside = [path for path in beside if _NUMBERED.fullmatch(path.name) and _is_zero(path)]
+        with suppress(OSError):  # they are for a hint alone: whatever is wrong there, this checkpoint can be read
+            beside = (path for path in checkpoints_inside(folder.parent) if path != folder)
+            inside = [path for path in beside if _NUMBERED.fullmatch(path.name) and _is_zero(path)]
     return tuple(str(path) for path in reversed(inside))
 
 
@@ -199,6 +201,18 @@ def nothing_here(folder: Path) -> Iterator[str]:
             kinds.setdefault(kind, []).append(name)
     yield from (f"{_listed(found)}: {kind}" for kind, found in kinds.items())
     yield from _unfinished(folder)
+    gone = [path.name for path in sorted(folder.iterdir()) if leads_nowhere(path) and _is_of_weights(path.name)]
+    if gone:
+        yield f"{_listed(gone)}: links to files that are not there; {WITH_LINKS}"
+
+
+# A snapshot of the hub cache is links alone, and `cp -r` copies links.
+WITH_LINKS = "remove this copy, and make one with what the links lead to: cp -rL, or rsync -L"
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Tells whether a path is a link to what is not there, or to itself."""
+    return path.is_symlink() and not path.exists()
 
 
 def _unfinished(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from shardmerge.errors import CheckpointError, ShardmergeError, raise_all
 from shardmerge.json_limits import weighed
-from shardmerge.sources.choosing import SENTENCE_MODULE
+from shardmerge.sources.choosing import SENTENCE_MODULE, WITH_LINKS, leads_nowhere
 from shardmerge.sources.links import odd_links, outside
 from shardmerge.storage.listing import files_below
 from shardmerge.storage.reading import SourceFile
@@ -56,7 +56,9 @@ def read_indexed(path: Path, read_shard: ReadShard) -> Catalog:
             "missing-shard",
             f"{len(missing)} of {len(names)} shards are not there: {', '.join(missing[:5])}",
             where=str(path),
-            hint="download the rest, or remove the index if a single file is the whole model",
+            hint=WITH_LINKS
+            if any(leads_nowhere(path.parent / name) for name in missing)
+            else "download the rest, or remove the index if a single file is the whole model",
         )
     shards = {name: read_shard(path.parent / name) for name in names}
     raise_all(_lies(index, shards))

@@ -88,6 +88,13 @@ def moved_in_index(folder: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def of_links(folder: Path) -> None:
+    """As ``cp -r`` copies a snapshot of the hub cache, but for the small files."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+        path.symlink_to(f"../../blobs/{path.name}")
+
+
 SHARDS = [
     Row(
         "a shard left behind",
@@ -106,6 +113,15 @@ SHARDS = [
         ),
         "missing-shard",
         by_hand("copy or download the rest", back()),
+    ),
+    Row(
+        "a copy of links",
+        copied(SHARDED, then=of_links),
+        "missing-shard",
+        by_hand(
+            "remove this copy, and make one with what the links lead to",
+            lambda call: (shutil.rmtree("ck"), shutil.copytree(SHARDED, "ck")),
+        ),
     ),
     Row(
         "shards of two models",
