@@ -112,6 +112,7 @@ MISFITS: dict[str, tuple[Root, list[tuple[int, ...]]]] = {
     "sub-parameters of (1, 2)": ({"parameter_with_sub_params": [{"patterns": ["w"], "shape": ((1, 2), -1),
                                                                 "partition_dim": 0}]}, [(2, 2), (2, 2)]),
     "sub-parameters, and no widths": (SUBS | WIDTHS | {"sub_param_shard_widths": {"w": [[2], [2]]}}, [(4, 2), (4, 2)]),
+    "cut along axis 0, 1 + 2": (SUBS | WIDTHS | {"sub_param_shard_widths": {"w": [[1, 2], [2, 2]]}}, [(4, 2), (4, 2)]),
     "sub-parameters, and no widths of theirs": (SUBS | WIDTHS, [(4, 2), (4, 2)]),
     "the 9 rows of the vocabulary": (COPIES | {"vocabulary_parameter_patterns": ["w"], "original_vocab_size": 9},
                                      [(8, 2), (8, 2)]),
@@ -213,6 +214,12 @@ def test_two_files_of_one_rank(tmp_path: Path) -> None:
     for path in tag.glob("bf16_zero_pp_rank_1*"):
         shutil.copy(path, path.with_name(path.name.removeprefix("bf16_")))
     assert "two files are those of rank 1" in of_all(tag)
+
+
+def test_optimizer_files_of_more_ranks_than_there_were(tmp_path: Path) -> None:
+    tag = changed(ZERO2, tmp_path, MODELS, lambda root: None)
+    shutil.copy(next(tag.glob("*pp_rank_1_*")), tag / "bf16_zero_pp_rank_5_mp_rank_00_optim_states.pt")
+    assert "there are more optimizer files than ranks" in of_all(tag)
 
 
 def test_experts_whose_optimizer_is_in_files_that_are_gone(tmp_path: Path) -> None:

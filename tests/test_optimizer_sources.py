@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,14 @@ def test_what_cannot_be_told_is_refused(what: str, tmp_path: Path) -> None:
     assert error.code == "no-moments"
     with pytest.raises(sm.ShardmergeError, match=said):
         raise error
+
+
+def test_a_setting_larger_than_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(a_run().state(), tmp_path / "source")
+    monkeypatch.setattr("shardmerge.sources.dcp_moments._MOST_BYTES", 10)
+    error = refusal(lambda: sm.convert(source, tmp_path / "out", options=OPTIONS))[0]
+    assert error.code == "no-moments"
+    assert re.search(r"is an object of [\d,]+ bytes", error.what)
 
 
 @pytest.mark.parametrize("form", ["dcp", "zero-universal"])

@@ -29,7 +29,6 @@ from shardmerge.sources.dcp_runs import (
     OBJECT_MEMOS,
     NoMatchError,
     memo_number,
-    recalled,
     size_of,
     state_of,
 )
@@ -226,8 +225,8 @@ class _MetadataMachine(StreamMachine):
         numbers, memos = size_of(raw)
         if memos:
             return numbers, memos
-        value = recalled(self._get(raw))
-        if not isinstance(value, tuple) or not are_sizes(value):
+        value = self._get(raw)
+        if not are_sizes(value):
             raise NoMatchError
         return tuple(value), 0
 

@@ -47,7 +47,6 @@ _U16 = struct.Struct("<H")
 _I32 = struct.Struct("<i")
 _U32 = struct.Struct("<I")
 
-Value: TypeAlias = "tuple[int, ...] | str | int | None"
 # Returns what a BINGET or LONG_BINGET brings.
 Recall: TypeAlias = Callable[[bytes], object]
 
@@ -93,7 +92,7 @@ def int_of(raw: bytes) -> int:
     return number
 
 
-def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[object, Value], int]:
+def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[object, object], int]:
     """Returns the state of an object, of keys and values in turn, and how many memos its values add.
 
     Raises
@@ -101,20 +100,20 @@ def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[objec
     NoMatchError
         A key or a value is another one than it looked like.
     """
-    state: dict[object, Value] = {}
+    state: dict[object, object] = {}
     memos = 0
     for key, raw in zip(fields[::2], fields[1::2], strict=True):
         if key is None or raw is None:
             break
         opcode = raw[0]
-        value: Value = None
+        value: object = None
         if opcode == 0x8C:
             value, memos = _text(raw), memos + 1
         elif opcode in _GETS:
             value, added = size_of(raw)
             memos += added
             if not added:
-                value = recalled(recall(raw))
+                value = recall(raw)
         elif opcode != 0x4E:
             value = int_of(raw)
         state[_name(recall(key))] = value
@@ -124,13 +123,6 @@ def state_of(fields: Sequence[bytes | None], recall: Recall) -> tuple[dict[objec
 def _name(value: object) -> str:
     """Returns the key of a state; a value that is none may not even be hashable."""
     if isinstance(value, str):
-        return value
-    raise NoMatchError
-
-
-def recalled(value: object) -> Value:
-    """Returns a value of the memo if it is one that a row may refer to."""
-    if isinstance(value, str) or (isinstance(value, tuple) and all(type(one) is int for one in value)):
         return value
     raise NoMatchError
 

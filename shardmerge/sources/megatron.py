@@ -42,7 +42,6 @@ def read_megatron(folder: Path) -> Catalog:
     """
     ranks = list_ranks(folder)
     _check_experts(folder, ranks)
-    _check_grid(folder, ranks, {})
     catalogs: dict[MegatronRankFile, Catalog] = {}
     facts: dict[str, Fact] = {}
     skipped: list[str] = []

@@ -73,5 +73,5 @@ class Cursor:
 
     def _check_end(self) -> None:
         """Checks that the frame ends with the pickle."""
-        if self.pos > self._limit or (self._framed and self.pos != self._limit):
+        if self._framed and self.pos != self._limit:
             raise damaged("the pickle does not end where its frame does")

@@ -160,7 +160,7 @@ class TensorLayouts:
         stated = one.shape[axis]
         count = stated if isinstance(stated, int) and 0 < stated <= _MOST_MATRICES else 0
         sizes = [total // count] * count if count and not total % count else _numbers(stated)
-        if not sizes or sum(sizes) != total:
+        if sum(sizes) != total:
             raise self._misfit(name, f"sub-parameters of {shown(stated)}", shapes)
         return axis, [[size // ranks] * ranks for size in sizes]
 

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from shardmerge.errors import CheckpointError
+from shardmerge.sources.pickle_storages import persistent
 from shardmerge.sources.pickle_values import Global, Opaque, TensorRef
 from shardmerge.sources.pickle_vm import interpret
 from tests.counting import refusal
@@ -57,6 +58,9 @@ HOSTILE = {
     "EXT4": two(b"\x84\1\0\0\0"),
     "PERSID": two(b"Pstorage\n"),
     "persistent id of another kind": two(b"X\1\0\0\0aQ"),
+    "persistent id that is a number": two(b"K\1Q"),
+    "persistent id of a module": two(b"(X\6\0\0\0moduleNNNtQ"),
+    "persistent id of five others": two(b"(X\6\0\0\0modulectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\6tQ"),
     "persistent id in legacy form": two(STORAGE[:-2] + b"NtQ"),
     "BUILD on a global": two(b"ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\0\0\0__defaults__)sb"),
     "BUILD on a list": two(b"]}b"),
@@ -201,6 +205,13 @@ def test_a_pickle_larger_than_any(monkeypatch):
         interpret(two(b"N\x85" + b"\x85" * 80), where="large.pth")
 
 
+@pytest.mark.parametrize("pid", [5, "module", ("module", 1), ("modula", 1, 2, 3), ("storage", 1, 2, 3, 4)], ids=repr)
+def test_a_persistent_id_of_before_torch_1_6_that_is_none(pid):
+    with pytest.raises(CheckpointError, match="not that of a storage"):
+        persistent(pid, {}, legacy=True)
+    assert persistent(("module", 1, 2, 3), {}, legacy=True) == 1
+
+
 def test_names_are_never_looked_up():
     assert interpret(two(b"cno.such.module\nno name\n"), where="evil.pth") == Global("no.such.module", "no name")
 
@@ -228,6 +239,15 @@ TEXTS = {
         two(b"ctorch._utils\n_rebuild_tensor_v3\n(" + STORAGE + b"K\0K\6\x85K\1\x85" + HOOKS + b"tR"),
     ],
     "a length is larger than what is left": [two(b"X\xff\xff\xff\xffab")],
+    "a frame nests in another or is longer than the pickle": [
+        four(b"\x95" + u64(11) + b"\x95" + u64(2) + b"N"), four(b"\x95" + u64(1 << 40) + b"N"),
+    ],
+    "a class is named by something that is not text": [
+        four(b"K\1X\1\0\0\0a\x93"), four(b"X\1\0\0\0aK\1\x93"),
+    ],
+    "a storage is described by something else than class, key and length": [
+        two(STORAGE.replace(b"ctorch\nFloatStorage\n", b"X\5\0\0\0Float")),
+    ],
     "a dict entry has no value": [two(b"}(K\1u"), two(b"ccollections\nCounter\n)\x81(K\1u")],
     "arguments are not a tuple": [four(b"cos\nsystem\n]}\x92"), two(b"cos\nsystem\n]R")],
     "the pickle is cut short": [b"\x80\x02N"],

@@ -180,10 +180,14 @@ def behind_a_member():
 
 DEFLATED = changed(0, method=8, flags=FOLLOW)
 SAYS = {
-    "the zip directory is larger than any": [build(sound(), count=0)],
+    "the zip directory is larger than any": [
+        build(sound(), count=0), end(wide_end(f6=1_000_001, f7=1_000_001), f3=0xFFFF, f4=0xFFFF),
+    ],
     "the zip spans several files, or has a comment": [end(f1=1), end(f2=1), end(f3=3), end(f7=4)],
     "the two end records of the zip disagree": [end(WIDE, f4=3), end(WIDE, f5=7), end(WIDE, f6=7)],
-    "the zip64 locator does not point": [build(sound(), wide=True, shift=-4)],
+    "the zip64 locator does not point": [
+        build(sound(), wide=True, shift=-4), patched(WIDE, "<4sIQI", 42, f1=1), patched(WIDE, "<4sIQI", 42, f3=2),
+    ],
     "the zip64 end record is malformed": [
         wide_end(f0=b"PK\6\5"), wide_end(f1=45), wide_end(f4=1), wide_end(f5=1), wide_end(f6=3),
     ],
