@@ -405,6 +405,15 @@ def test_a_universal_checkpoint_that_lacks_a_moment(tmp_path: Path) -> None:
     assert (error.code, "no exp_avg.pt for 1 of" in error.what) == ("no-moments", True)
 
 
+def test_a_universal_checkpoint_whose_module_has_another_shape(tmp_path: Path) -> None:
+    save_dir = shutil.copytree(GOLDEN / "universal/bag_z2_w3_bf16/ckpt", tmp_path / "ckpt")
+    path = next(save_dir.rglob(MODELS))
+    root = torch.load(path, weights_only=False)
+    root["module"]["wide.weight"] = root["module"]["wide.weight"].reshape(-1)
+    torch.save(root, path)
+    assert "does not have the parameter 'wide.weight' in the shape" in refused(save_dir).what
+
+
 def test_a_universal_checkpoint_that_says_no_steps(tmp_path: Path) -> None:
     save_dir = shutil.copytree(GOLDEN / "universal/bag_z2_w3_bf16/ckpt", tmp_path / "ckpt")
     for path in save_dir.rglob("one.weight/step.pt"):
