@@ -49,6 +49,7 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python -m tests.real_limits
 	$(BIN)/python -m tests.bit_flips --flips 5000 --out tests/soak/bit-flips.json
 	$(BIN)/python -m tests.part_flips
+	$(BIN)/python -m tests.interrupts
 	$(BIN)/python -m tests.source_changes --again
 	$(BIN)/python -m tests.races --again
 	$(BIN)/python -m tests.same_bytes --again

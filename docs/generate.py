@@ -33,7 +33,7 @@ from docs.power_cuts import kills, power_cuts, syncs
 from docs.preset_pages import preset_pages
 from docs.real_limits import real_limits
 from docs.reliability_summary import summary
-from docs.soak_tables import part_flips, races, same_bytes, source_changes
+from docs.soak_tables import interrupts, part_flips, races, same_bytes, source_changes
 from shardmerge.targets.registry import TARGETS
 from shardmerge.targets.tables import every_table
 
@@ -122,6 +122,7 @@ def _with_outcomes(text: str) -> str:
         ("summary", summary()),
         ("errors", error_outcomes()),
         ("limits", real_limits()),
+        ("interrupts", interrupts()),
         ("malformed files", malformed_files()),
         ("fuzzing", fuzzing()),
         ("other readers", differential()),

@@ -68,6 +68,11 @@ def _same(result: _Read) -> _Counts:
     return sum(one["runs"] for one in formats), sum(len(one["different"]) for one in formats)
 
 
+def _interrupts(result: _Read) -> _Counts:
+    rows = result["rows"]
+    return sum(sum(row["outcomes"].values()) for row in rows), sum(len(row["wrong"]) for row in rows)
+
+
 def _day(result: _Read) -> _Counts:
     counts = result["counts"]
     return sum(counts["commands"].values()) + sum(counts["API calls"].values()), len(result["violations"])
@@ -77,6 +82,7 @@ def _day(result: _Read) -> _Counts:
 _SECTIONS: dict[str, tuple[str, str, Callable[[_Read], _Counts]]] = {
     "Errors of the system": ("errors", "calls that fail", _errors),
     "Full disks and limits of a process": ("limits", "runs", _limits),
+    "Interrupts of the Python API": ("interrupts", "interrupts", _interrupts),
     "Malformed files": ("corpus", "files", _malformed),
     "Fuzzing": ("fuzz", "inputs", _fuzzing),
     "Other readers": ("differential", "random files", _readers),

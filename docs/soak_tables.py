@@ -56,6 +56,24 @@ def same_bytes() -> list[str]:
     return [f"{measured(result, 'same_bytes')}.", "", *table(("format", "runs", *ways, "different"), lines)]
 
 
+def interrupts() -> list[str]:
+    """Returns the lines of the table: by source, how many steps its conversion has, and what became of the calls."""
+    result = read("interrupts")
+    heads = ("nothing published", "published", "durability-unconfirmed")
+    lines = [
+        (
+            row["source"],
+            f"{row['steps']:,}",
+            f"{sum(row['outcomes'].values()):,}",
+            *(f"{row['outcomes'].get(head, 0):,}" for head in heads),
+            str(len(row["wrong"])),
+        )
+        for row in result["rows"]
+    ]
+    head = ("source", "steps", "interrupted", *heads[:2], "published, not confirmed", "wrong")
+    return [f"{measured(result, 'interrupts')}.", "", *table(head, lines)]
+
+
 def part_flips() -> list[str]:
     """Returns the lines of the table: by file and whether all of it was compared, what became of the command."""
     result = read("part-flips")

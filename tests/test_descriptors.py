@@ -6,18 +6,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-import shardmerge as sm
 from shardmerge.storage import cloning, descriptors, reading, writing
+from tests.interrupts import SOURCES, Steps, conversion, interrupts, open_files, stepped
 
 Work = Callable[[Path], object]
 
@@ -68,54 +63,9 @@ def pipe(folder: Path) -> None:
     assert os.read(read.fileno(), 1) == b""
 
 
-def plan_and_run(folder: Path) -> None:
-    """The whole of a conversion; what its threads do, no signal interrupts."""
-    sm.run(folder / "mapping.yaml", folder / "out", sm.Options(sync=False, overwrite=True, workers=1))
-
-
-class _Interrupting:
-    """Raises before the step of a number, counted over the frames of these modules, and then no more."""
-
-    def __init__(self, step: int, where: str) -> None:
-        self.left, self._where = step, where
-
-    def __call__(self, frame: FrameType, event: str, given: Any) -> Any:
-        if self._where not in frame.f_code.co_filename or _ends(frame) or _ends(frame.f_back):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-        return self
-
-
-def _ends(frame: FrameType | None) -> bool:
-    """Tells whether it is a finalizer, of whose exceptions Python says that it ignores them."""
-    return frame is not None and frame.f_code.co_name == "__del__"
-
-
 def interrupted(work: Work, folder: Path, step: int, where: str) -> bool:
     """Tells whether the work came to the step."""
-    before = sys.gettrace()
-    sys.settrace(_Interrupting(step, where))
-    try:
-        work(folder)
-    except (KeyboardInterrupt, sm.ShardmergeError):
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def open_files() -> dict[str, str]:
-    found = {}
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            found[path.name] = str(path.readlink())
-        except FileNotFoundError:  # the one that lists
-            continue
-    return found
+    return stepped(lambda: work(folder), Steps(where, step)) != ""
 
 
 @pytest.fixture
@@ -162,18 +112,9 @@ def test_an_error_of_the_close_is_told_once(folder: Path) -> None:
     assert file.fileno() == -1
 
 
-@pytest.mark.parametrize("part", ["storage", "execute", "publish", "sources", "plan"])
-def test_an_interrupted_conversion_leaves_nothing_open(part: str, folder: Path) -> None:
-    save_file({f"layer.{n}": np.ones((16, 16), "<f4") for n in range(8)}, folder / "model.safetensors")
-    (folder / "mapping.yaml").write_text(
-        'shardmerge: 1\nsources: {base: model.safetensors}\ntensors: {"model.{n}": "base:layer.{n}"}\n'
-    )
-    plan_and_run(folder)
-    before = open_files()
-    where = f"/shardmerge/{part}/"
-    total = 1
-    while interrupted(plan_and_run, folder, total, where):
-        total *= 2
-    for step in range(0, total, max(1, total // 40)):
-        interrupted(plan_and_run, folder, step, where)
-        assert open_files() == before, step
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_interrupted_conversion_leaves_nothing_open(source: str, tmp_path: Path) -> None:
+    """``python -m tests.interrupts`` does the same a thousand times."""
+    scene = conversion(source, tmp_path / "place")
+    for step, what in interrupts(scene, 8, seed=7):
+        assert not what.startswith("wrong"), (step, what)

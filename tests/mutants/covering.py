@@ -19,12 +19,13 @@ _LONGEST = 600.0
 # Files of tests that are asked about a room: those that read, convert, publish and verify small files.
 CHOSEN = {
     "storage": "io_errors mapped_files mapped_views limits packed_items cloning publish checksum gather_counters "
-    "storage_guards",
+    "storage_guards descriptors",
     "execute": "gather gather_counters records cloning checksum executors ranks pins device boxes",
     "publish": "publish staged_parts resume overwrite parts verify_damage verify_selection comparing products "
     "stragglers progress digests signing",
     "sources": "sources refusals torch_files pickle_vm safetensors_file dcp rank_sets rank_pickles universal hub "
-    "deepspeed_parallel distributed_safetensors megatron_dist incomplete optimizer_sources uneven_layers pins",
+    "deepspeed_parallel deepspeed_guards distributed_safetensors megatron_dist incomplete optimizer_sources "
+    "reader_guards uneven_layers pins",
 }
 # Those that start processes, of which coverage knows nothing: asked after the others, whole.
 WHOLE = {
