@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=inf, help="stop after so long, each command after its share")
     parser.add_argument("--anew", action="store_true", help="try again what was tried")
     given = parser.parse_args()
-    known = {} if given.anew or given.every > 1 else _known()
+    known = {} if given.every > 1 else _known()
+    if given.anew:
+        known = {name: one for name, one in known.items() if name not in given.ways}
     _tried(given.ways, known, given.every, given.minutes)
     for name in given.ways:
         one = known[name]

@@ -29,7 +29,7 @@ CHOSEN = {
 }
 # Those that start processes, of which coverage knows nothing: asked after the others, whole.
 WHOLE = {
-    "storage": "io_errors mapped_files limits packed_items publish kills every_error signals",
+    "storage": "io_errors descriptors mapped_files limits packed_items publish kills every_error signals",
     "execute": "executors gather_counters records cloning stragglers publish parts kills signals",
     "publish": "publish overwrite resume parts verify_damage products races kills signals every_error",
     "sources": "sources refusals io_errors pins every_error",
