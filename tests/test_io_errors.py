@@ -214,6 +214,20 @@ def test_a_short_read_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [bytes(out) for out in outs] == [b"012345678", b"abcdefgh"]
 
 
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_what_was_written_is_read_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    file = writing.OutputFile(tmp_path / "file", 24, read_back=True)
+    file.write(8, memoryview(b"0123456789abcdef"))
+    real, out = os.preadv, memoryview(bytearray(12))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: real(fd, [into[0][:most]], offset))
+    file.read_back(10, out)
+    assert bytes(out) == b"23456789abcd"
+    os.truncate(tmp_path / "file", 12)
+    with pytest.raises(OutputError, match="ends before what was written"):
+        file.read_back(10, out)
+    file.abandon()
+
+
 def test_a_file_that_ends_before_it_did_is_truncated(tmp_path: Path) -> None:
     """It had its size when it was opened. Of one range, of many at a time, of a window."""
     (tmp_path / "file").write_bytes(bytes(1 << 20))

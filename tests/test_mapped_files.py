@@ -277,7 +277,7 @@ def test_what_was_not_there_when_the_file_was_opened_is_not_mapped(file: Path) -
     pool.get(str(file))
     with file.open("ab") as grown:
         grown.write(bytes(100))
-    assert mapping.FileMaps(pool).view(str(file), size - 50, 100) is None
+    assert mapping.FileMaps(pool).view(str(file), size - 50, 100, writable=False) is None
     real = mapping._mapped
 
     def shorter(fd: int, nbytes: int) -> mmap.mmap:
@@ -286,7 +286,7 @@ def test_what_was_not_there_when_the_file_was_opened_is_not_mapped(file: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapping, "_mapped", shorter)
-        assert mapping.FileMaps(pool).view(str(file), size - 100, 100) is None
+        assert mapping.FileMaps(pool).view(str(file), size - 100, 100, writable=False) is None
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import threading
 import time
@@ -17,7 +18,14 @@ import torch
 from safetensors.numpy import save_file
 
 from shardmerge import api, system_errors
-from shardmerge.errors import CheckpointError, InterruptedRunError, OutputError, UnreadableError, UsageError
+from shardmerge.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    OutputError,
+    ResourceError,
+    UnreadableError,
+    UsageError,
+)
 from shardmerge.execute.patience import Halt, patiently
 from shardmerge.execute.pins import Pins
 from shardmerge.execute.records import _Spans
@@ -74,6 +82,16 @@ def test_a_file_of_somebody_else_is_synced(tmp_path: Path, calls: list[str]) -> 
     assert calls == ["fsync file", f"fsync {tmp_path.name}"]
 
 
+def test_the_names_above_are_synced_as_far_up_as_this_user_may(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path.parent and access(path, mode))
+    writing.sync_above(tmp_path / "a/b/c")
+    assert calls == ["fsync b", "fsync a", f"fsync {tmp_path.name}"]
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
 def test_a_directory_that_cannot_be_synced_is_none(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +133,57 @@ def test_what_nobody_asks_for_is_synced(tmp_path: Path, calls: list[str]) -> Non
     writing.OutputFile(tmp_path / "file", 8).seal(b"abcdefgh")
     writing.write_small(tmp_path / "small", b"text")
     assert calls == ["fsync file", "fsync file", "fsync small"]
+
+
+def test_what_was_read_back_leaves_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not what was only written: it is needed once more."""
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(writing, "drop_written", lambda fd, offset, nbytes: dropped.append((offset, nbytes)))
+    file = writing.OutputFile(tmp_path / "file", 24, sync=False, bounded=True, read_back=True)
+    file.write(8, memoryview(b"0123456789abcdef"))
+    file.read_back(10, memoryview(bytearray(6)))
+    file.seal(b"abcdefgh")
+    assert dropped == [(10, 6)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_an_error_of_writing_says_what_to_do(number: int, tmp_path: Path) -> None:
+    with pytest.raises((OutputError, ResourceError)) as raised, writing.explained(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert raised.value.hint
+    assert raised.value.where == str(tmp_path)
+
+
+WANTED = reading._WANTED_FILES
+LIMITS = {
+    "raised to what is wanted": ((1024, 1 << 20), WANTED, WANTED - 128),
+    "raised as far as may be": ((1024, 4096), 4096, 4096 - 128),
+    "without a hard limit": ((1024, resource.RLIM_INFINITY), WANTED, WANTED - 128),
+    "without any": ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, WANTED),
+    "more than wanted": ((1 << 19, 1 << 20), None, WANTED - 128),
+    "just as many": ((WANTED, 1 << 20), None, WANTED - 128),
+    "few": ((100, 100), None, 16),
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_how_many_files_a_pool_may_hold_open(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (soft, hard), raised, expected = LIMITS[what]
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: given.append(limits))
+    assert reading.most_open_files() == expected
+    assert given == ([] if raised is None else [(raised, hard)])
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_limit_that_may_not_be_raised_stays(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(what: int, limits: tuple[int, int]) -> None:
+        raise error
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert reading.most_open_files() == 1024 - 128
 
 
 def test_many_parts_of_a_small_file_are_all_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ class FilePart(SourceFile):
     def __init__(self, file: SourceFile, begin: int, nbytes: int) -> None:
         self.path, self.size, self.status = file.path, nbytes, file.status
         self.begin = begin
-        self._fd = -1
         self._file = file
 
     def start(self, nbytes: int) -> bytes:

@@ -39,7 +39,7 @@ class FileMaps:
         self._maps: WeakValueDictionary[tuple[str, bool], _Map] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def view(self, path: str, offset: int, nbytes: int, *, writable: bool = False) -> memoryview | None:
+    def view(self, path: str, offset: int, nbytes: int, *, writable: bool) -> memoryview | None:
         """Returns a view of a range without reading it, or None where the range can only be read.
 
         The system may refuse a map (a limit of the address space, a file system that has none). Of a file that is

@@ -133,7 +133,6 @@ class PackedFile(SourceFile):
 
     def __init__(self, inside: SourceFile, name: PackedName, unpackers: Unpackers) -> None:
         self.path, self.size, self.status = str(name), _NO_SIZE, inside.status
-        self._fd = -1
         self._inside, self._name, self._unpackers = inside, name, unpackers
         self._library = codec(self.path)
         self._reader: zstandard.ZstdDecompressionReader | None = None
@@ -249,7 +248,6 @@ class FileEnds(SourceFile):
 
     def __init__(self, file: SourceFile, head: bytes, tail: bytes, nbytes: int) -> None:
         self.path, self.size, self.status = file.path, nbytes, file.status
-        self._fd = -1
         self._head, self._tail = head, tail
 
     def read(self, offset: int, nbytes: int) -> bytes:

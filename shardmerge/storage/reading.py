@@ -68,6 +68,8 @@ class SourceFile:
         the file may not be to blame, since it was written to, replaced or removed meanwhile.
     """
 
+    _fd = -1  # of one that is closed, and of what is only read like a file
+
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._opened = _open(self.path)

@@ -20,7 +20,8 @@ _LONGEST = 600.0
 CHOSEN = {
     "storage": "io_errors mapped_files mapped_views limits packed_items cloning publish checksum gather_counters "
     "storage_guards descriptors",
-    "execute": "gather gather_counters records cloning checksum executors ranks pins device boxes",
+    "execute": "gather gather_counters records cloning checksum executors ranks pins device boxes digests staged_parts "
+    "workers workshop ops_merging adapter_maths",
     "publish": "publish staged_parts resume overwrite parts verify_damage verify_selection comparing products "
     "stragglers progress digests signing",
     "sources": "sources refusals torch_files pickle_vm safetensors_file dcp rank_sets rank_pickles universal hub "
