@@ -36,6 +36,48 @@ def test_cpus_are_those_of_the_affinity() -> None:
     assert said(CPUS) == str(len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("quota", "cpus"), [("150000", [2]), ("200000", [2]), ("50000", [1]), ("-1", []), ("max", [])])
+def test_a_quota_is_rounded_up(
+    version: int, quota: str, cpus: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_groups", lambda controller: iter([tmp_path / controller]))
+    (tmp_path / "cpu").mkdir()
+    if version == 2:
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000")
+    else:
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert list(limits._quotas()) == cpus
+
+
+@pytest.mark.parametrize(
+    ("granted", "nbytes"),
+    [
+        ({"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_PER_TASK": "1"}, 512 << 20),
+        ({"SLURM_MEM_PER_NODE": "3"}, 3 << 20),
+        ({"SLURM_MEM_PER_NODE": "0", "SLURM_MEM_PER_CPU": "0"}, None),  # all that the node has
+        ({"SLURM_MEM_PER_CPU": "2G"}, None),
+        ({}, None),
+    ],
+)
+def test_what_slurm_grants_is_in_mebibytes(
+    granted: dict[str, str], nbytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in granted.items():
+        monkeypatch.setenv(name, value)
+    assert limits._slurm_memory() == nbytes
+
+
+def test_memory_that_is_shared_is_not_of_its_own() -> None:
+    before = limits._own_bytes(os.getpid())
+    mine = bytearray(os.urandom(1)) * (64 << 20)
+    grown = limits._own_bytes(os.getpid()) - before
+    assert 60 << 20 < grown < 80 << 20
+    assert mine
+    assert limits._own_bytes(1 << 22) == 0  # no process has such a number
+
+
 def test_slurm_may_grant_fewer_and_never_more() -> None:
     assert said(CPUS, env={"SLURM_CPUS_PER_TASK": "1"}) == "1"
     assert said(CPUS, env={"SLURM_CPUS_PER_TASK": "4096"}) == str(len(os.sched_getaffinity(0)))

@@ -21,7 +21,9 @@ from benchmarks.harness import answer
 from shardmerge import api
 from shardmerge.dtypes import DTYPES
 from shardmerge.packed_names import PackedName, packed_name
+from shardmerge.plan.memory import OPEN_FRAMES as PLANNED_FRAMES
 from shardmerge.plan.torch_layout import lay_out_item
+from shardmerge.storage.packed import OPEN_FRAMES
 from tests.conftest import GOLDEN
 from tests.counting import refusal
 from tests.scene import tree
@@ -281,3 +283,7 @@ def test_a_source_that_changes_is_noticed(weights: dict[str, torch.Tensor], tmp_
     file.write_bytes(data)
     error = refusal(lambda: api.carry_out(prepared, tmp_path / "out", OPTIONS))[0]
     assert error.code == "source-changed"
+
+
+def test_the_plan_counts_the_frames_that_are_open() -> None:
+    assert OPEN_FRAMES == PLANNED_FRAMES

@@ -30,6 +30,8 @@ _LIBRARIES = (
     "safetensors.torch", "torch", "torch.distributed.checkpoint", "tqdm", "transformers", "yaml", "click", "jsonschema",
 )  # fmt: skip
 _LARGEST_FILE = 4 << 30
+# It makes a larger one, and would fail whatever was changed.
+_LARGER = "tests/test_every_error.py::test_a_latest_without_end_is_not_read_to_its_end"
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Copy:
                 "no:anyio",
                 f"--basetemp={self._temporary}",
                 f"--rootdir={self.tree}",
+                f"--deselect={_LARGER}",
             ]
             basics += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins, which ``warm_up`` imported
             code = int(pytest.main([*basics, *flags, *tests], plugins=[teller, *([found] if found else [])]))
