@@ -102,10 +102,10 @@ class Scene:
 
     def interrupted(self, room: str, step: int) -> str:
         """Interrupts the call before a step, and returns what became of it; raises AssertionError for what is wrong."""
-        before = open_files()
+        before, others = open_files(), threading.enumerate()
         code = stepped(self.work, Steps(room, step))
         for thread in threading.enumerate():
-            if thread is not threading.main_thread():
+            if thread not in others:
                 thread.join(_LONGEST)
         assert code in ("interrupted", "durability-unconfirmed"), code
         left = {number: name for number, name in open_files().items() if number not in before}
