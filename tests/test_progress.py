@@ -150,6 +150,20 @@ def test_reading_headers_and_comparing_are_called_so(source: Path) -> None:
         assert done.stderr == ""
 
 
+def test_what_a_timer_says_imports_nothing() -> None:
+    """It comes in the middle of imports, of codecs too: `unknown encoding: ascii` was once the answer."""
+    program = """
+import json, sys
+from shardmerge.cli import progress
+told = progress._Told("planning", "model", 0, machine=False)
+before = set(sys.modules)
+told._line(1.0), told._row(1.0)
+print(sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_reference_is_a_part_of_what_is_verified(source: Path) -> None:
     """The bytes of the directory once for its checksums, once for each comparison."""
     out = source.parent / "out"

@@ -244,10 +244,11 @@ def _duration(seconds: float) -> str:
 def _resident() -> int:
     """Returns the resident memory of this process, or 0 where /proc does not tell.
 
-    It imports nothing: the timer of planning interrupts imports, and a module in the middle of one cannot be used.
+    It imports nothing, and no codec either: the timer of planning interrupts imports, and a module in the middle of one
+    cannot be used.
     """
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
+        with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
