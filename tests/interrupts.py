@@ -27,6 +27,8 @@ from typing import Any
 import shardmerge as sm
 from tests.campaigns import write_rows
 from tests.conftest import GOLDEN
+from tests.day.api_process import descriptors
+from tests.scene import Tree, tree
 
 RESULTS = Path(__file__).parent / "soak" / "interrupts.json"
 
@@ -80,51 +82,33 @@ def stepped(work: Callable[[], object], steps: Steps) -> str:
     return ""
 
 
-def open_files() -> dict[str, str]:
-    """Returns what this process has open, by descriptor."""
-    found = {}
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            found[path.name] = str(path.readlink())
-        except FileNotFoundError:  # the one that lists
-            continue
-    return found
-
-
 @dataclass(frozen=True)
 class Scene:
     """A call of the API, and what it makes when nothing disturbs it."""
 
     work: Callable[[], object]
     place: Path
-    golden: dict[str, bytes]
+    golden: Tree
     steps: dict[str, int]
 
     def interrupted(self, room: str, step: int) -> str:
         """Interrupts the call before a step, and returns what became of it; raises AssertionError for what is wrong."""
-        before, others = open_files(), threading.enumerate()
+        before, others = descriptors(), threading.enumerate()
         code = stepped(self.work, Steps(room, step))
         for thread in threading.enumerate():
             if thread not in others:
                 thread.join(_LONGEST)
         assert code in ("interrupted", "durability-unconfirmed"), code
-        left = {number: name for number, name in open_files().items() if number not in before}
+        left = {number: name for number, name in descriptors().items() if number not in before}
         assert not left, left
         if not (self.place / "out").exists():
             self.work()
             code = "nothing published"
         elif code == "interrupted":
             code = "published"
-        assert contents(self.place) == self.golden, "another result, or something beside it"
+        assert tree(self.place) == self.golden, "another result, or something beside it"
         shutil.rmtree(self.place / "out")
         return code
-
-
-def contents(place: Path) -> dict[str, bytes]:
-    """Returns the files below a directory, and the directories."""
-    return {
-        path.relative_to(place).as_posix(): b"" if path.is_dir() else path.read_bytes() for path in place.rglob("*")
-    }
 
 
 def conversion(name: str, place: Path) -> Scene:
@@ -139,7 +123,7 @@ def conversion(name: str, place: Path) -> Scene:
         steps = Steps(room)
         assert stepped(work, steps) == ""
         counts[room] = steps.count
-        golden = contents(place)
+        golden = tree(place)
         shutil.rmtree(place / "out")
     return Scene(work, place, golden, counts)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from shardmerge.storage import cloning, descriptors, reading, writing
-from tests.interrupts import SOURCES, Steps, conversion, interrupts, open_files, stepped
+from tests.day.api_process import descriptors as open_files
+from tests.interrupts import SOURCES, Steps, conversion, interrupts, stepped
 
 Work = Callable[[Path], object]
 

@@ -20,7 +20,7 @@ from shardmerge.execute.pins import Pins
 from shardmerge.execute.worker import Worker
 from shardmerge.plan.value import Part
 from shardmerge.storage.writing import OutputFile
-from tests.interrupts import open_files
+from tests.day.api_process import descriptors
 
 
 @pytest.fixture
@@ -73,12 +73,12 @@ def test_a_thread_that_cannot_be_started_ends_the_others(
 
 
 def test_the_sources_are_closed_with_the_workshop(part: Part, tmp_path: Path) -> None:
-    before = open_files()
+    before = descriptors()
     made = shop(part, threads=2)
     made.make(part, tmp_path / "made", [0, 0])
-    assert str(tmp_path / "model.safetensors") in open_files().values()
+    assert str(tmp_path / "model.safetensors") in descriptors().values()
     made.close()
-    assert open_files() == before
+    assert descriptors() == before
 
 
 def test_a_thread_that_hangs_keeps_its_files(part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_a_thread_that_hangs_keeps_its_files(part: Part, tmp_path: Path, monkeyp
     assert thread is not None
     assert thread.daemon
     made.close()
-    assert str(tmp_path / "model.safetensors") in open_files().values()
+    assert str(tmp_path / "model.safetensors") in descriptors().values()
     goes_on.set()
     thread.join(30)
     assert not thread.is_alive()

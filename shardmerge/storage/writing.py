@@ -57,36 +57,35 @@ class OutputFile:
         self._failed: OSError | None = None
         with explained(path):
             self._opened = opened(path, flags)
-            self._fd = self._opened.fileno()
             try:
-                os.ftruncate(self._fd, size)
+                os.ftruncate(self.fileno(), size)
             except OSError:
                 self.abandon()
                 raise
 
     def fileno(self) -> int:
         """Returns the descriptor, as long as the file is open."""
-        return self._fd
+        return self._opened.fileno()
 
     def write(self, offset: int, data: memoryview) -> None:
         """Writes all of ``data`` at ``offset``. After an error the file is useless: it cannot be sealed any more."""
         view = data.cast("B") if data.nbytes else memoryview(b"")
         with self._remembered():
-            _write_whole(self._fd, view, offset)
+            _write_whole(self.fileno(), view, offset)
             if self._sync or self._trail:
-                start_writing(self._fd, offset, len(view))
+                start_writing(self.fileno(), offset, len(view))
             if not self._read_back:
                 self._passed(offset, len(view))
 
     def read_back(self, offset: int, out: memoryview) -> None:
         """Fills ``out`` with what was written from ``offset`` on."""
         with self._remembered():
-            _read_whole(self._fd, out, offset)
+            _read_whole(self.fileno(), out, offset)
             self._passed(offset, len(out))
 
     def _passed(self, offset: int, nbytes: int) -> None:
         if self._trail is not None:
-            self._trail.passed(nbytes, partial(drop_written, self._fd, offset, nbytes))
+            self._trail.passed(nbytes, partial(drop_written, self.fileno(), offset, nbytes))
 
     def seal(self, first_bytes: bytes) -> None:
         """Syncs the data, writes the reserved first bytes, syncs again, and closes.
@@ -100,14 +99,13 @@ class OutputFile:
             if self._trail is not None:
                 self._trail.clear()
             self._fsync()
-            _write_whole(self._fd, memoryview(first_bytes), 0)
+            _write_whole(self.fileno(), memoryview(first_bytes), 0)
             self._fsync()
             self._check_size()
         self.close()
 
     def close(self) -> None:
         """Closes the descriptor, reporting what the close reports (NFS says "disk full" here)."""
-        self._fd = -1
         with explained(self.path):
             self._opened.close()
 
@@ -126,13 +124,13 @@ class OutputFile:
                 raise
 
     def _check_size(self) -> None:
-        found = os.fstat(self._fd).st_size
+        found = os.fstat(self.fileno()).st_size
         if found != self.size:
             raise OSError(errno.EIO, f"the file has {found} bytes instead of {self.size}")
 
     def _fsync(self) -> None:
         if self._sync:
-            os.fsync(self._fd)
+            os.fsync(self.fileno())
 
 
 def _write_whole(fd: int, data: memoryview, offset: int) -> None:
